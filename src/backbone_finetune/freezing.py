@@ -1,0 +1,169 @@
+"""Frozen, trainable and mode, all derived from `requires_grad`; and the fingerprint that proves it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import nn
+
+from .layer_groups import LayerGroup
+
+
+def set_trainable_groups(
+    backbone: nn.Module, layer_groups: Sequence[LayerGroup], trainable_groups: int, never_trained: Iterable[str] = ()
+) -> None:
+    """Freeze a backbone but for its last layer groups.
+
+    >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> groups = (LayerGroup("0", ("0.weight", "0.bias")), LayerGroup("1", ("1.weight", "1.bias")))
+    >>> set_trainable_groups(backbone, groups, 1)
+    >>> [parameter.requires_grad for parameter in backbone.parameters()]
+    [False, False, True, True]
+
+    Parameters named in `never_trained` stay frozen in any group. Raises TypeError or ValueError for a
+    `trainable_groups` that is no whole number of groups.
+    """
+    if not isinstance(trainable_groups, int) or isinstance(trainable_groups, bool):
+        raise TypeError(f"trainable_groups={trainable_groups!r}: pass a whole number, 0 to {len(layer_groups)}.")
+    if not 0 <= trainable_groups <= len(layer_groups):
+        names = ", ".join(group.name for group in layer_groups)
+        raise ValueError(
+            f"trainable_groups={trainable_groups}: the backbone has {len(layer_groups)} layer groups "
+            f"({names or 'none, as it has no parameters'}); pass 0 to {len(layer_groups)}."
+        )
+    first_trainable = len(layer_groups) - trainable_groups
+    parameters = dict(backbone.named_parameters())
+    off = set(never_trained)
+    for position, group in enumerate(layer_groups):
+        for name in group.parameter_names:
+            parameters[name].requires_grad_(position >= first_trainable and name not in off)
+
+
+def frozen_modules(
+    model: nn.Module, backbone: nn.Module, layer_groups: Sequence[LayerGroup], *, norm_eval: bool = False
+) -> Iterator[nn.Module]:
+    """Yield the modules that belong in eval mode, each with all that is below it.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    >>> list(frozen_modules(model, model[0], ()))
+    [Linear(in_features=2, out_features=2, bias=True)]
+
+    A module is frozen when its subtree has parameters and none of them trains. One without parameters follows its
+    nearest ancestor that has some; directly under the root of the backbone it goes with the first layer group.
+    With `norm_eval`, modules of the backbone that keep running statistics are in eval whatever trains.
+    """
+    parameters = dict(backbone.named_parameters())
+    first_group = layer_groups[0].parameter_names if layer_groups else ()
+    stem_trains = any(parameters[name].requires_grad for name in first_group)
+    yield from _frozen_below(model, backbone, stem_trains=stem_trains or not layer_groups)
+    if norm_eval:
+        yield from (module for module in backbone.modules() if keeps_running_statistics(module))
+
+
+def _frozen_below(module: nn.Module, backbone: nn.Module, *, stem_trains: bool) -> Iterator[nn.Module]:
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        yield module
+        return
+    for child in module.children():
+        if next(child.parameters(), None) is not None:
+            yield from _frozen_below(child, backbone, stem_trains=stem_trains)
+        elif module is backbone and not stem_trains:
+            yield child
+
+
+def keeps_running_statistics(module: nn.Module) -> bool:
+    """Say whether a module is a normalisation that updates running statistics in train mode.
+
+    >>> keeps_running_statistics(nn.BatchNorm1d(2)), keeps_running_statistics(nn.LayerNorm(2))
+    (True, False)
+    """
+    return any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
+
+
+def drop_frozen_gradients(model: nn.Module) -> None:
+    """Forget the gradients of frozen parameters: with one left, momentum and weight decay would still move them.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> drop_frozen_gradients(layer.requires_grad_(False))
+    >>> layer.weight.grad is None
+    True
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None
+
+
+def frozen_tensors(model: nn.Module, frozen: Iterable[nn.Module]) -> dict[str, torch.Tensor]:
+    """Collect frozen parameters and the buffers, persistent or not, of frozen modules, by state-dict name.
+
+    >>> layer = nn.BatchNorm1d(2).requires_grad_(False)
+    >>> sorted(frozen_tensors(layer, [layer]))
+    ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
+    """
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad
+    }
+    inside = {id(module) for root in frozen for module in root.modules()}
+    for path, module in model.named_modules():
+        if id(module) in inside:
+            prefix = f"{path}." if path else ""
+            tensors |= {prefix + name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    return tensors
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Digest the exact bits, dtype and shape of a tensor; of a DTensor, those of the local shard.
+
+    >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(-torch.zeros(2))
+    (True, False)
+    """
+    to_local = getattr(tensor, "to_local", None)
+    local = cast(torch.Tensor, to_local()) if to_local is not None else tensor
+    # One tensor at a time leaves the device, and on the CPU its own memory is read: no second copy of the model.
+    octets = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    hashed = hashlib.sha256(f"{local.dtype} {tuple(local.shape)} ".encode())
+    hashed.update(octets.data)
+    return hashed.hexdigest()
+
+
+def describe_changes(
+    changed: Iterable[str], present: Collection[str], unfrozen: Collection[str], layer_groups: Sequence[LayerGroup]
+) -> str:
+    """List by layer group what moved, each with its likely cause.
+
+    >>> print(describe_changes(["backbone.0.weight"], ["backbone.0.weight"], [], [LayerGroup("0", ("0.weight",))]))
+    0: backbone.0.weight: written to, by an optimizer that held a gradient of it, or by a load
+    """
+    by_cause: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(changed):
+        if name in unfrozen:
+            cause = "unfrozen inside"
+        elif name not in present:
+            cause = "no longer in the model, since a module was replaced"
+        elif name.rpartition(".")[2].startswith(("running_", "num_batches_tracked")):
+            cause = (
+                "a running statistic, moved by a forward with its module in train mode; call the model's own train()"
+            )
+        else:
+            cause = "written to, by an optimizer that held a gradient of it, or by a load"
+        by_cause.setdefault((_group_of(name, layer_groups), cause), []).append(name)
+    return "\n".join(
+        f"{group}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {cause}"
+        for (group, cause), names in by_cause.items()
+    )
+
+
+def _group_of(name: str, layer_groups: Sequence[LayerGroup]) -> str:
+    """The layer group of a parameter, and of a buffer that of the parameters nearest to it."""
+    part, _, owner = name.partition(".")
+    while part == "backbone" and owner:
+        for group in layer_groups:
+            if any(other == owner or other.startswith(f"{owner}.") for other in group.parameter_names):
+                return group.name
+        owner = owner.rpartition(".")[0]
+    return part

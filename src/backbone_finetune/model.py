@@ -1,0 +1,378 @@
+"""FineTuneModel: a backbone and a classifier, and what follows from which of their parameters train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import freezing
+from .layer_groups import LayerGroup, as_layer_groups, find_layer_groups, layer_depths
+from .param_groups import build_param_groups
+from .report import describe_by_group, describe_by_name
+from .splitting import CutProof, SequentialWayBack, Split, WayBack, split_module
+from .timm_splitting import count_classes, split_timm
+
+
+class FineTuneModel(nn.Module):
+    """A backbone and the classifier that stands on it, two explicit submodules.
+
+    >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> model = FineTuneModel(backbone, nn.Linear(8, 10)).freeze_backbone()
+    >>> model(torch.zeros(4, 3, 32, 32)).shape
+    torch.Size([4, 10])
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['classifier.weight', 'classifier.bias']
+
+    All inputs go to the backbone, (B, 3, H, W) for pictures, its output (B, num_features) to the classifier, which
+    returns (B, num_classes) or whatever it likes. A parameter is frozen when its `requires_grad` is False, and
+    nothing else records it. `layer_groups` are LayerGroups or submodules of the backbone, input to output; left out,
+    they are found. With `norm_eval` (mmpretrain's name) the backbone's running statistics stay fixed even where its
+    weights train. Raises ValueError for a parameter that both parts share.
+    """
+
+    backbone: nn.Module
+    classifier: nn.Module
+    norm_eval: bool
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classifier: nn.Module,
+        *,
+        layer_groups: Sequence[LayerGroup | nn.Module] | None = None,
+        norm_eval: bool = False,
+    ) -> None:
+        super().__init__()
+        _refuse_shared_parameters(backbone, classifier)
+        self.backbone = backbone
+        self.classifier = classifier
+        self.norm_eval = norm_eval
+        self._layer_groups = (
+            find_layer_groups(backbone) if layer_groups is None else as_layer_groups(backbone, layer_groups)
+        )
+        self._way_back: WayBack = SequentialWayBack()
+        self._proof: CutProof | None = None
+        self._never_trained: frozenset[str] = frozenset()
+        self._own_classes: int | None = None
+
+    @classmethod
+    def from_timm(
+        cls,
+        model: str | nn.Module,
+        num_classes: int | None = None,
+        *,
+        classifier: nn.Module | Callable[[int], nn.Module] | None = None,
+        pretrained: bool = False,
+        drop_rate: float | None = None,
+        layer_groups: Sequence[LayerGroup | nn.Module] | None = None,
+        norm_eval: bool = False,
+        **create_model_kwargs: Any,
+    ) -> FineTuneModel:
+        """Wrap a timm architecture by name, or a timm network, which is taken over as by its `reset_classifier`.
+
+        >>> FineTuneModel.from_timm("resnet18", num_classes=10).classifier
+        Linear(in_features=512, out_features=10, bias=True)
+        >>> FineTuneModel.from_timm("resnet18", classifier=lambda width: nn.Linear(width, 2, bias=False)).classifier
+        Linear(in_features=512, out_features=2, bias=False)
+
+        `num_classes` makes a fresh linear classifier, initialised as timm does; `classifier` is a module, or a
+        function from the feature width to one; with neither the network keeps its own, proved on a probe to be the
+        same function. `drop_rate` is the dropout before the classifier, where it stays on above a frozen backbone.
+        Raises ValueError for an unknown name, a network without a classifier or pooling, a classifier of the wrong
+        width, or an own classifier that cannot be kept.
+        """
+        split = split_timm(
+            model,
+            num_classes,
+            classifier=classifier,
+            pretrained=pretrained,
+            drop_rate=drop_rate,
+            create_model_kwargs=create_model_kwargs,
+        )
+        return cls._from_split(split, layer_groups, norm_eval)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        classifier: nn.Module,
+        *,
+        new_classifier: nn.Module | None = None,
+        example_input: torch.Tensor | tuple[Any, ...] | None = None,
+        layer_groups: Sequence[LayerGroup | nn.Module] | None = None,
+        norm_eval: bool = False,
+    ) -> FineTuneModel:
+        """Wrap a whole custom network, cut at the very submodule object that is its classifier.
+
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 10))
+        >>> model = FineTuneModel.from_module(net, net[3], example_input=torch.zeros(1, 3, 2, 2))
+        >>> model.classifier is net[3], model(torch.ones(4, 3, 2, 2)).equal(net(torch.ones(4, 3, 2, 2)))
+        (True, True)
+
+        `net` still runs and shares its parameters with the model, until the model is moved to another dtype or
+        device. Raises ValueError when the classifier is not in the network exactly once, and, at construction with
+        an `example_input` (a tuple for several) or else at the first forward in each mode, when the network
+        computes on after its classifier.
+        """
+        split = split_module(module, classifier, new_classifier=new_classifier, example_input=example_input)
+        return cls._from_split(split, layer_groups, norm_eval)
+
+    @classmethod
+    def _from_split(
+        cls, split: Split, layer_groups: Sequence[LayerGroup | nn.Module] | None, norm_eval: bool
+    ) -> FineTuneModel:
+        model = cls(split.backbone, split.classifier, layer_groups=layer_groups, norm_eval=norm_eval)
+        model._way_back = split.way_back
+        model._proof = split.proof
+        model._never_trained = split.never_trained
+        model._own_classes = split.own_classes
+        return model
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Compute features, then classify them."""
+        if self._proof is not None and self.backbone.training in self._proof.unproved:
+            self._proof.start()
+            features = self.backbone(*inputs, **kwargs)
+            self._proof.finish(features, training=self.backbone.training)
+        else:
+            features = self.backbone(*inputs, **kwargs)
+        return self.classifier(_without_the_rest(features))
+
+    def to_module(self) -> nn.Module:
+        """Give the plain network again, with the trained classifier in place; it shares the parameters.
+
+        >>> network = FineTuneModel.from_timm("resnet18", num_classes=10).to_module()
+        >>> type(network).__name__, network.fc
+        ('ResNet', Linear(in_features=512, out_features=10, bias=True))
+
+        `FineTuneModel(backbone, classifier)` gives an `nn.Sequential`. Dropout that `drop_rate` put before the
+        classifier is left out. Raises ValueError where the network cannot hold the classifier.
+        """
+        return self._way_back.join(self.backbone, self.classifier)
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The ordered partition of the backbone's parameters, input to output.
+
+        >>> FineTuneModel(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)).layer_groups
+        (LayerGroup(name='0', parameter_names=('0.weight', '0.bias')),)
+        """
+        return self._layer_groups
+
+    def get_classifier(self) -> nn.Module:
+        """Give the classifier, by timm's name.
+
+        >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).get_classifier()
+        Linear(in_features=4, out_features=2, bias=True)
+        """
+        return self.classifier
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the classifier tells apart, None where it does not say.
+
+        >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).num_classes
+        2
+        """
+        return count_classes(self.classifier) or self._own_classes
+
+    @property
+    def num_features(self) -> int | None:
+        """The width of the features that enter the classifier, None where it is not known.
+
+        >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).num_features
+        4
+        """
+        width = getattr(self.backbone, "head_hidden_size", getattr(self.classifier, "in_features", None))
+        return width if isinstance(width, int) else None
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn gradient checkpointing of the backbone on or off, where the backbone has it.
+
+        >>> FineTuneModel.from_timm("resnet18", num_classes=10).set_grad_checkpointing()
+        """
+        self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The timm configuration of the backbone, so that `timm.data.resolve_model_data_config(model)` works.
+
+        >>> FineTuneModel.from_timm("resnet18", num_classes=10).pretrained_cfg["input_size"]
+        (3, 224, 224)
+        """
+        configuration: dict[str, Any] = self.backbone.pretrained_cfg  # type: ignore[assignment]
+        return configuration
+
+    def freeze_backbone(self, *, trainable_groups: int = 0) -> FineTuneModel:
+        """Freeze the backbone but for its last `trainable_groups` layer groups, whatever was frozen before.
+
+        >>> model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone(trainable_groups=1)
+        >>> model.backbone.layer4.training, model.backbone.layer3.training
+        (True, False)
+
+        It takes effect at once on `requires_grad`, modes and gradients. Raises ValueError for a count out of range.
+        """
+        freezing.set_trainable_groups(self.backbone, self._layer_groups, trainable_groups, self._never_trained)
+        return self.train(self.training)
+
+    def unfreeze_backbone(self) -> FineTuneModel:
+        """Let all of the backbone train, but for what timm's `reset_classifier` leaves without a use.
+
+        >>> model = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone().unfreeze_backbone()
+        >>> all(parameter.requires_grad for parameter in model.parameters())
+        True
+        """
+        return self.freeze_backbone(trainable_groups=len(self._layer_groups))
+
+    def train(self, mode: bool = True) -> FineTuneModel:
+        """Set the mode, keep what is frozen in eval, and drop gradients that were left on frozen parameters.
+
+        >>> model = FineTuneModel(nn.BatchNorm1d(2), nn.Linear(2, 2)).freeze_backbone().train()
+        >>> model.backbone.training, model.classifier.training
+        (False, True)
+        """
+        # Every module hears the mode first: some of timm's drop their caches when they do.
+        super().train(mode)
+        for module in self._frozen_modules():
+            nn.Module.train(module, False) if module is self else module.train(False)
+        freezing.drop_frozen_gradients(self)
+        return self
+
+    def param_groups(
+        self,
+        lr: float,
+        *,
+        backbone_lr: float | None = None,
+        weight_decay: float = 0.0,
+        layer_decay: float | None = None,
+        include_frozen: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Give optimizer groups of what trains, each parameter once.
+
+        >>> model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone()
+        >>> optimizer = torch.optim.AdamW(model.param_groups(lr=1e-3, weight_decay=0.05))
+        >>> [(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        [('classifier', 0.001, 0.05), ('classifier.no_decay', 0.001, 0.0)]
+
+        Rates are absolute. With `layer_decay` they fall from the classifier to the input as in BEiT and in
+        `timm.optim.param_groups_layer_decay` on the whole network; on a custom network, by layer group. Biases, 1-d
+        weights and what the backbone's `no_weight_decay()` names do not decay. With `include_frozen` the groups are
+        the same whatever is frozen, so that one optimizer lives through every unfreezing. Raises ValueError when
+        nothing trains or a rate is negative.
+        """
+        depths, classifier_depth = layer_depths(self.backbone, self._layer_groups)
+        return build_param_groups(
+            self.backbone.named_parameters(),
+            self.classifier.named_parameters(),
+            lr=lr,
+            backbone_lr=backbone_lr,
+            weight_decay=weight_decay,
+            layer_decay=layer_decay,
+            depths=depths,
+            classifier_depth=classifier_depth,
+            no_weight_decay=_exempt_names(self.backbone),
+            include_frozen=include_frozen,
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that should not decay, for timm's optimizer factory.
+
+        >>> sorted(FineTuneModel.from_timm("test_vit", num_classes=10).no_weight_decay())
+        ['backbone.cls_token', 'backbone.dist_token', 'backbone.pos_embed', 'backbone.reg_token']
+        """
+        return {f"backbone.{name}" for name in _exempt_names(self.backbone)}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Give the depth of a parameter by name, for timm's optimizer factory (`layer_decay`).
+
+        >>> FineTuneModel.from_timm("resnet18", num_classes=10).group_matcher(coarse=True)("backbone.layer4.0.bn1.bias")
+        4
+        """
+        if coarse:
+            depths = {name: i for i, group in enumerate(self._layer_groups) for name in group.parameter_names}
+            classifier_depth = len(self._layer_groups)
+        else:
+            depths, classifier_depth = layer_depths(self.backbone, self._layer_groups)
+        return lambda name: depths.get(name.removeprefix("backbone."), classifier_depth)
+
+    def print_trainable_parameters(self, *, by_name: bool = False) -> None:
+        """Print what trains and what does not: a table by layer group, or each parameter by its plain name.
+
+        >>> FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 3)).freeze_backbone().print_trainable_parameters()
+        group       parameters  state      mode
+        (root)               6  frozen     eval
+        classifier           9  trainable  train
+        trainable parameters: 9 of 15 (60.00%)
+        """
+        if by_name:
+            named = ((self._way_back.plain_name(name), parameter) for name, parameter in self.named_parameters())
+            print(describe_by_name(named))
+        else:
+            print(describe_by_group(self.backbone, self.classifier, self._layer_groups))
+
+    def frozen_fingerprint(self) -> dict[str, str]:
+        """Digest everything that is frozen, parameters and buffers, by state-dict name.
+
+        >>> sorted(FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone().frozen_fingerprint())
+        ['backbone.bias', 'backbone.weight']
+
+        Buffers count where their module belongs in eval. A DTensor counts by its local shard.
+        """
+        tensors = freezing.frozen_tensors(self, self._frozen_modules())
+        return {name: freezing.digest(tensor) for name, tensor in tensors.items()}
+
+    @contextmanager
+    def assert_frozen(self) -> Iterator[None]:
+        """Raise AssertionError, naming what moved, unless all that is frozen on entry is bit-equal on exit.
+
+        >>> model = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone()
+        >>> with model.assert_frozen():
+        ...     _ = model.backbone.bias.data.zero_()
+        Traceback (most recent call last):
+        ...
+        AssertionError: assert_frozen: 1 of 2 frozen tensors changed...
+        """
+        before = self.frozen_fingerprint()
+        frozen_names = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        yield
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        after = {name: freezing.digest(tensors[name]) for name in before if name in tensors}
+        unfrozen = {name for name in frozen_names & tensors.keys() if tensors[name].requires_grad}
+        changed = unfrozen | {name for name, was in before.items() if after.get(name) != was}
+        if changed:
+            causes = freezing.describe_changes(changed, after.keys(), unfrozen, self._layer_groups)
+            raise AssertionError(f"assert_frozen: {len(changed)} of {len(before)} frozen tensors changed.\n{causes}")
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        return list(freezing.frozen_modules(self, self.backbone, self._layer_groups, norm_eval=self.norm_eval))
+
+
+def _without_the_rest(features: Any) -> Any:
+    """Free the features from a larger tensor that they are a view of, where only the classifier needs a gradient.
+
+    A ViT's `x[:, 0]` would keep every token alive until the backward pass.
+    """
+    if not isinstance(features, torch.Tensor) or features.requires_grad or not torch.is_grad_enabled():
+        return features
+    if torch.compiler.is_compiling():  # the compiler decides itself what is kept
+        return features
+    is_small_view = features.untyped_storage().nbytes() >= 2 * features.nbytes
+    return features.clone(memory_format=torch.contiguous_format) if is_small_view else features
+
+
+def _exempt_names(backbone: nn.Module) -> set[str]:
+    return set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]
+
+
+def _refuse_shared_parameters(backbone: nn.Module, classifier: nn.Module) -> None:
+    inside = {id(parameter): name for name, parameter in backbone.named_parameters()}
+    for name, parameter in classifier.named_parameters():
+        if id(parameter) in inside:
+            raise ValueError(
+                f"FineTuneModel: backbone.{inside[id(parameter)]} and classifier.{name} are one parameter, which "
+                "cannot be frozen and trained at once; give the classifier its own, e.g. copy.deepcopy(classifier)."
+            )

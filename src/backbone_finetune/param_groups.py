@@ -1,0 +1,75 @@
+"""Layer groups to optimizer groups: pure, mutates nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+from torch import nn
+
+
+def build_param_groups(
+    backbone: Iterable[tuple[str, nn.Parameter]],
+    classifier: Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    backbone_lr: float | None,
+    weight_decay: float,
+    layer_decay: float | None,
+    depths: Mapping[str, int],
+    classifier_depth: int,
+    no_weight_decay: Collection[str],
+    include_frozen: bool,
+) -> list[dict[str, Any]]:
+    """Group named parameters by part, depth and decay.
+
+    >>> layer, head = nn.Linear(2, 2), nn.Linear(2, 2)
+    >>> groups = build_param_groups(
+    ...     layer.named_parameters(), head.named_parameters(), lr=0.1, backbone_lr=None, weight_decay=0.05,
+    ...     layer_decay=0.5, depths={"weight": 0, "bias": 0}, classifier_depth=1, no_weight_decay=(),
+    ...     include_frozen=False)
+    >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]  # doctest: +NORMALIZE_WHITESPACE
+    [('backbone.0', 0.05, 0.05), ('backbone.0.no_decay', 0.05, 0.0),
+     ('classifier', 0.1, 0.05), ('classifier.no_decay', 0.1, 0.0)]
+
+    Each group has `name`, absolute `lr`, `weight_decay`, `params` (tensors) and `param_names`. Biases, 1-d weights
+    and what matches `no_weight_decay` (backbone names, fnmatch patterns as in timm) do not decay. With `layer_decay`
+    a backbone parameter at depth d learns at rate * layer_decay ** (classifier_depth - d), as in BEiT and
+    `timm.optim.param_groups_layer_decay`. Raises ValueError when nothing trains or a rate is negative.
+    """
+    _refuse_impossible_rates(lr=lr, backbone_lr=backbone_lr, weight_decay=weight_decay, layer_decay=layer_decay)
+    groups: dict[str, dict[str, Any]] = {}
+    parts = (("backbone", backbone, lr if backbone_lr is None else backbone_lr), ("classifier", classifier, lr))
+    for part, parameters, part_lr in parts:
+        for name, parameter in parameters:
+            if not (parameter.requires_grad or include_frozen):
+                continue
+            is_exempt = parameter.ndim <= 1 or name.rpartition(".")[2] == "bias"
+            if part == "backbone":
+                is_exempt = is_exempt or any(fnmatch(name, pattern) for pattern in no_weight_decay)
+            decays = weight_decay > 0 and not is_exempt
+            title, rate = part, part_lr
+            if layer_decay is not None and part == "backbone":
+                title += f".{depths[name]}"
+                rate *= layer_decay ** (classifier_depth - depths[name])
+            if weight_decay > 0 and not decays:
+                title += ".no_decay"
+            group = groups.setdefault(
+                title,
+                {"name": title, "lr": rate, "weight_decay": weight_decay * decays, "params": [], "param_names": []},
+            )
+            group["params"].append(parameter)
+            group["param_names"].append(f"{part}.{name}")
+    if not groups:
+        raise ValueError(
+            "param_groups: nothing trains, so there is nothing to optimize; unfreeze something first "
+            "(unfreeze_backbone(), freeze_backbone(trainable_groups=1), classifier.requires_grad_(True))."
+        )
+    return list(groups.values())
+
+
+def _refuse_impossible_rates(**rates: float | None) -> None:
+    for name, rate in rates.items():
+        if rate is not None and not 0 <= rate < float("inf"):
+            raise ValueError(f"param_groups: {name}={rate!r}; pass a finite number, 0 or more.")
