@@ -1,0 +1,258 @@
+"""What freezing saves: backward, whole step and memory, for every depth of freezing, beside the limit.
+
+python benchmarks/backward_time.py --device cuda --models resnet50
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from environment import Fact, describe_command
+from measure import (
+    Clock,
+    StepTimes,
+    TrainingStep,
+    at_largest_batch,
+    clock_for,
+    count_saved_bytes,
+    no_garbage_collection,
+    peak_memory,
+    resolve_device,
+    take_turns,
+    time_step,
+    warm_up,
+)
+from networks import Network, build_network, check_names
+from plots import draw_report
+from results import Report, Row, model_table, start_report, write_report
+from tqdm import tqdm
+from variants import (
+    Precision,
+    Trainer,
+    Variant,
+    WrongVariantError,
+    count_backward_flops,
+    prove_equal,
+    variants_of,
+)
+
+DEFAULT_MODELS = (
+    "ConvModel",
+    "PretrainedResNet",
+    "resnet50",
+    "tf_efficientnet_lite0",
+    "convnext_tiny",
+    "vit_small_patch16_224",
+)
+DEFAULT_BATCH_SIZE = {"cpu": 8, "cuda": 64}
+DEFAULT_REPEATS = {"cpu": 10, "cuda": 50}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How to measure: the same for all models of a run."""
+
+    device: torch.device
+    clock: Clock
+    batch_size: int
+    image_size: int | None
+    precision: Precision
+    channels_last: bool
+    compiled: bool
+    repeats: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and return 0; 1 where a variant was refused, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = make_parser()
+    options = parser.parse_args(given)
+    try:
+        check_names(options.models)
+        setup = prepare(options)
+    except ValueError as error:
+        parser.error(str(error))
+    settings: dict[str, Fact] = {"amp": setup.precision, "channels_last": setup.channels_last}
+    settings |= {"compile": setup.compiled, "flush_l2": options.flush_l2, "optimizer": "AdamW"}
+    report = start_report(setup.device, describe_command("backward_time.py", given), settings)
+    try:
+        for name in options.models:
+            measure_model(name, setup, report)
+            save(report, options.output)
+            if name in report.models():
+                print(f"\n{name}\n{model_table(report, name)}\n", flush=True)
+            if report.interrupted:
+                break
+    except KeyboardInterrupt:
+        report.interrupted = True
+        save(report, options.output)
+    if report.interrupted:
+        print(f"interrupted: what was measured until then is in {options.output}", file=sys.stderr)
+        return 130
+    print(f"written to {options.output}: backward_time.json, .csv, .md, .png")
+    return 1 if report.refused else 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
+    parser.add_argument("--batch-size", type=positive, help="pictures in a batch (default: 8 on a CPU, 64 on a GPU)")
+    parser.add_argument("--image-size", type=positive, help="side of the pictures (default: each network's own)")
+    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast to this type")
+    parser.add_argument("--channels-last", action="store_true", help="store weights and pictures channels last")
+    parser.add_argument("--compile", action="store_true", help="run the network through torch.compile")
+    parser.add_argument("--repeats", type=positive, help="samples of each number (default: 10 on a CPU, 50 on a GPU)")
+    parser.add_argument("--threads", type=positive, help="threads on a CPU (default: torch's own choice)")
+    parser.add_argument("--flush-l2", action="store_true", help="empty a GPU's second-level cache before each clock")
+    parser.add_argument("--output", type=Path, default=Path("benchmark-results"), metavar="DIR")
+    return parser
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: pass 1 or more")
+    return number
+
+
+def prepare(options: argparse.Namespace) -> Setup:
+    """Settle what must stand before the first clock runs: device, threads, cuDNN's choice of algorithms."""
+    device = resolve_device(options.device)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    torch.backends.cudnn.benchmark = True  # the warm-up lets it choose, so no clock sees it search
+    # One graph per state of freezing, so a deep network needs more than dynamo's default before it falls back to eager.
+    torch._dynamo.config.recompile_limit = 256
+    return Setup(
+        device=device,
+        clock=clock_for(device, flush_l2=options.flush_l2),
+        batch_size=options.batch_size or DEFAULT_BATCH_SIZE[device.type],
+        image_size=options.image_size,
+        precision=options.amp,
+        channels_last=options.channels_last,
+        compiled=options.compile,
+        repeats=options.repeats or DEFAULT_REPEATS[device.type],
+    )
+
+
+def save(report: Report, folder: Path) -> None:
+    """Write all files of a report; no picture before there is a row to draw."""
+    write_report(report, folder / "backward_time")
+    if report.rows:
+        draw_report(report, folder / "backward_time.png")
+
+
+def measure_model(name: str, setup: Setup, report: Report) -> None:
+    """Add one model's rows to a report, at the largest batch that fits."""
+    added = at_largest_batch(lambda batch_size: measure_at_batch(name, setup, batch_size), setup.batch_size, tqdm.write)
+    report.rows += added.rows
+    report.noise += added.noise
+    report.refused += added.refused
+    report.interrupted = added.interrupted
+
+
+@dataclass
+class Measured:
+    """What one model adds to a report."""
+
+    rows: list[Row]
+    noise: list[Row]
+    refused: list[dict[str, Fact]]
+    interrupted: bool = False
+
+
+def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
+    """Prove and time all variants of a model; on Ctrl-C keep the passes that are complete."""
+    network = build_network(
+        name,
+        batch_size=batch_size,
+        image_size=setup.image_size,
+        device=setup.device,
+        memory_format=torch.channels_last if setup.channels_last else torch.contiguous_format,
+    )
+    measured = Measured([], [], [])
+    proved: list[tuple[Variant, Row]] = []
+    variants = variants_of(network, compiled=setup.compiled)
+    for variant in tqdm(variants, desc=f"{name}: checks", leave=False, disable=None):
+        try:
+            prove_equal(variant, network, setup.precision)
+        except WrongVariantError as error:
+            tqdm.write(f"{name}, {variant.label}: refused, no row: {error}")
+            measured.refused.append({"model": name, "variant": variant.label, "reason": str(error)})
+            continue
+        proved.append((variant, inspect(variant, network, setup)))
+    # The ends of the curve are measured twice in each pass: what differs between the two is noise.
+    again = [
+        (variant, inspect(variant, network, setup)) for variant, _ in proved if variant.kind in ("unfrozen", "frozen")
+    ]
+    timed = proved + again
+    trainer = Trainer(network, setup.precision)
+    steps = [trainer.step_of(variant) for variant, _ in timed]
+    try:
+        with (
+            no_garbage_collection(),
+            tqdm(total=setup.repeats * len(steps), desc=name, leave=False, disable=None) as bar,
+        ):
+            for step in steps:
+                bar.set_postfix_str("warming up")
+                settle(step, setup.clock)
+            bar.set_postfix_str("")
+            for times in take_turns([partial(visit, step, setup.clock, bar) for step in steps], setup.repeats):
+                for (_, row), taken in zip(timed, times, strict=True):
+                    row.add(taken)
+    except KeyboardInterrupt:
+        measured.interrupted = True
+    measured.rows = [row for _, row in proved if row.step_ms]
+    measured.noise = [row for _, row in again if row.step_ms]
+    return measured
+
+
+def inspect(variant: Variant, network: Network, setup: Setup) -> Row:
+    """Count what needs no clock: bytes, parameters, floating point operations."""
+    variant.enter()
+    trainer = Trainer(network, setup.precision)
+    step = trainer.step_of(variant)
+    step.run()  # the optimizer makes its moments on its first step: they belong in the peak of the second
+    parameters = list(network.model.parameters())
+    peak = peak_memory(step.run, setup.device)
+    step.clear_gradients()
+    saved = count_saved_bytes(step.forward, parameters)
+    return Row(
+        model=network.name,
+        variant=variant.kind,
+        trainable_groups=variant.trainable_groups,
+        batch_size=len(network.images),
+        image_size=network.images.shape[-1],
+        trainable_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        saved_bytes=saved,
+        peak_bytes=peak,
+        # FlopCounterMode sees operators one by one, which a compiled graph no longer has.
+        backward_flops=None if setup.compiled else count_backward_flops(partial(trainer.loss, variant)),
+    )
+
+
+def settle(step: TrainingStep, clock: Clock) -> None:
+    """Warm a variant up until its whole step no longer gets faster."""
+    step.enter()
+    warm_up(step.run, clock)
+    step.clear_gradients()
+
+
+def visit(step: TrainingStep, clock: Clock, bar: tqdm[NoReturn]) -> StepTimes:
+    """Take one sample of a variant, and show that it was taken."""
+    times = time_step(step, clock)
+    bar.update()
+    return times
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What a result was measured on: written into every result file, so that a number never stands alone."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+Fact = str | int | float | bool | None
+
+
+def describe_environment(device: torch.device) -> dict[str, Fact]:
+    """Name date, machine, device, threads and versions."""
+    facts: dict[str, Fact] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "timm", "backbone-finetune"):
+        facts[package] = installed_version(package)
+    if device.type == "cuda":
+        facts["device_name"] = torch.cuda.get_device_name(device)
+        facts["driver"] = _nvidia_driver()
+        facts["cuda"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        facts["cudnn_benchmark"] = torch.backends.cudnn.benchmark
+        facts["tf32_convolutions"] = torch.backends.cudnn.allow_tf32
+        facts["tf32_matrix_products"] = torch.backends.cuda.matmul.allow_tf32
+    return facts
+
+
+def describe_command(script: str, arguments: list[str]) -> str:
+    """Give the command that ran, as it is typed at the top of the repository."""
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *arguments])
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, None where it is not installed (this one may run from its source folder)."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    answer = subprocess.run(
+        [git, "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _nvidia_driver() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    answer = subprocess.run(
+        [program, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else None

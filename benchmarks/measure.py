@@ -1,0 +1,278 @@
+"""How to time a training step, in one place: the other scripts here ask the questions, this one holds the clock.
+
+What is inside a clock and what is not:
+
+- The graph is rebuilt and gradients are set to None before the backward clock starts; `.backward()` alone is inside it.
+- Forward (with the loss), optimizer step and the whole step have clocks of their own.
+- Variants take turns, A B B A, in one process on the same tensors, so that a machine that slows down slows them all.
+- Results are medians of paired ratios with a bootstrap interval, beside an A/A row that shows the noise.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+Result = TypeVar("Result")
+
+
+class Clock(Protocol):
+    """Times one call: what it returned, and the milliseconds it took on the device."""
+
+    def time(self, call: Callable[[], Result]) -> tuple[Result, float]: ...
+
+
+class WallClock:
+    """The monotonic clock of the host, for work that is done when the call returns."""
+
+    def time(self, call: Callable[[], Result]) -> tuple[Result, float]:
+        start = time.perf_counter_ns()
+        result = call()
+        return result, (time.perf_counter_ns() - start) / 1e6
+
+
+class Event(Protocol):
+    """What a device clock needs of `torch.cuda.Event`."""
+
+    def record(self) -> None: ...
+
+    def elapsed_time(self, end_event: Any) -> float: ...
+
+
+class EventClock:
+    """A pair of device events around each call, on an idle device: its own time, with launch gaps, without the host's.
+
+    The device is idle when the first event is recorded, so no earlier work is counted; it has finished when the pair
+    is read, so no work is missed. `flush` empties the second-level cache before the first event.
+    """
+
+    def __init__(
+        self,
+        new_event: Callable[[], Event],
+        synchronize: Callable[[], object],
+        *,
+        flush: Callable[[], object] | None = None,
+    ) -> None:
+        self._new_event = new_event
+        self._synchronize = synchronize
+        self._flush = flush
+
+    def time(self, call: Callable[[], Result]) -> tuple[Result, float]:
+        if self._flush is not None:
+            self._flush()
+        start, end = self._new_event(), self._new_event()
+        self._synchronize()
+        start.record()
+        result = call()
+        end.record()
+        self._synchronize()
+        return result, start.elapsed_time(end)
+
+
+def clock_for(device: torch.device, *, flush_l2: bool = False) -> Clock:
+    """Return the clock that is right on this device; `flush_l2` clears a GPU's second-level cache before each call."""
+    if device.type != "cuda":
+        if flush_l2:
+            raise ValueError(f"flush_l2: only a CUDA device has the cache that this clears, not {device}.")
+        return WallClock()
+    flush = None
+    if flush_l2:
+        # Twice the cache, as one pass over exactly its size may leave some of the old lines in place.
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        flush = torch.empty(size, dtype=torch.uint8, device=device).zero_
+    return EventClock(
+        lambda: torch.cuda.Event(enable_timing=True),  # type: ignore[no-untyped-call]
+        lambda: torch.cuda.synchronize(device),
+        flush=flush,
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu` or `cuda` into a device that is there; `auto` is CUDA where torch sees it, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device cuda: torch {torch.__version__} sees no CUDA device here; "
+            "pass --device cpu, or install a CUDA build of torch and a driver."
+        )
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One variant's training step, cut where the clocks go.
+
+    `enter` puts the tensors that the variants share into this variant's state; `forward` gives the (scaled) loss.
+    """
+
+    enter: Callable[[], object]
+    forward: Callable[[], Tensor]
+    update: Callable[[], object]
+    clear_gradients: Callable[[], object]
+
+    def run(self) -> None:
+        """Do the whole step, as a training loop does it."""
+        self.clear_gradients()
+        self.forward().backward()  # type: ignore[no-untyped-call]
+        self.update()
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Milliseconds of one repetition; `step` is a run of its own, not the sum of the other three."""
+
+    forward: float
+    backward: float
+    optimizer: float
+    step: float
+
+
+def time_step(step: TrainingStep, clock: Clock) -> StepTimes:
+    """Time one repetition of a variant: its parts one by one, then the whole step."""
+    step.enter()
+    step.clear_gradients()
+    loss, forward = clock.time(step.forward)
+    _, backward = clock.time(loss.backward)
+    _, optimizer = clock.time(step.update)
+    del loss
+    step.clear_gradients()
+    _, whole = clock.time(step.run)
+    # The next variant must not find this one's gradients: freeing them would fall into its clock.
+    step.clear_gradients()
+    return StepTimes(forward, backward, optimizer, whole)
+
+
+def warm_up(call: Callable[[], object], clock: Clock, *, at_most: int = 20) -> int:
+    """Call until two calls in a row were no faster than the best before them; return how many calls it took.
+
+    Compilation, cuDNN's search for algorithms, allocator growth, clock ramps: all show as calls that still get faster.
+    """
+    best = float("inf")
+    steady = 0
+    for count in range(1, at_most + 1):
+        _, elapsed = clock.time(call)
+        steady = steady + 1 if elapsed >= 0.95 * best else 0
+        best = min(best, elapsed)
+        if steady == 2:
+            return count
+    return at_most
+
+
+def take_turns(visits: Sequence[Callable[[], Result]], repeats: int) -> Iterator[tuple[Result, ...]]:
+    """Visit A B B A A B B A ...: yield one result per visit for each complete pass, in the order of `visits`.
+
+    A pass that is interrupted yields nothing, so what was yielded is always paired.
+    """
+    positions = range(len(visits))
+    for repetition in range(repeats):
+        results = {
+            position: visits[position]() for position in (positions if repetition % 2 == 0 else reversed(positions))
+        }
+        yield tuple(results[position] for position in positions)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Keep the cyclic garbage collector out of the clocks, as `timeit` does."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median with the bounds of its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{_three_figures(self.median)} [{_three_figures(self.low)}, {_three_figures(self.high)}]"
+
+
+def _three_figures(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, resamples: int = 4000) -> Interval:
+    """Median of the ratios of samples taken in the same pass, with its 95 % bootstrap interval over passes."""
+    if len(numerator) != len(denominator) or not numerator:
+        raise ValueError(
+            f"paired_ratio: {len(numerator)} and {len(denominator)} samples; pass as many of each, and one at least."
+        )
+    ratios = torch.tensor(numerator, dtype=torch.float64) / torch.tensor(denominator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)  # the same samples give the same interval, whoever asks
+    picks = torch.randint(len(ratios), (resamples, len(ratios)), generator=generator)
+    medians = ratios[picks].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(ratios.quantile(0.5).item(), low, high)
+
+
+def interquartile_range(samples: Sequence[float]) -> float:
+    """Third quartile less the first; 0 for a single sample."""
+    if len(samples) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return third - first
+
+
+def count_saved_bytes(forward: Callable[[], object], parameters: Iterable[nn.Parameter]) -> int:
+    """Count the bytes that a forward keeps alive for its backward: each storage once and whole, parameters left out.
+
+    A storage counts whole, as a small view keeps all of it alive.
+    """
+    parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    # Holding the storages keeps their addresses from being used again, so an address tells them apart.
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameter_storages:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Return the most bytes allocated on the device during a call; None on a CPU, where torch does not count them."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def at_largest_batch(measure: Callable[[int], Result], batch_size: int, say: Callable[[str], object]) -> Result:
+    """Measure at `batch_size`, halved as long as the device runs out of memory; `say` tells the user."""
+    while True:
+        try:
+            return measure(batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+        # Outside the handler: inside it the traceback still holds the tensors that did not fit.
+        batch_size //= 2
+        say(f"out of memory: going on with batch size {batch_size}")
+        gc.collect()
+        torch.accelerator.empty_cache()

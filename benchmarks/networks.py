@@ -1,0 +1,95 @@
+"""The networks that the benchmarks know by name: any timm architecture, and the two networks of the article."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from backbone_finetune import FineTuneModel
+
+ARTICLE_NETWORKS = ("ConvModel", "PretrainedResNet")
+NUM_CLASSES = 10
+
+
+@cache
+def _article_module() -> ModuleType:
+    # The article's networks are written once, beside the tests that hold us to the article; the benchmarks run from a
+    # clone, where that file is at hand, so they load it from there and need no second copy.
+    path = Path(__file__).resolve().parents[1] / "tests" / "article_networks.py"
+    spec = importlib.util.spec_from_file_location("article_networks", path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"{path}: the article's networks are not there; run the benchmarks from a clone.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_names(names: list[str]) -> None:
+    """Raise ValueError for a name that is neither an article's network nor a timm architecture, before any work."""
+    unknown = [name for name in names if name not in ARTICLE_NETWORKS and not timm.is_model(name)]
+    if unknown:
+        raise ValueError(
+            f"--models {' '.join(unknown)}: no such network; pass {' or '.join(ARTICLE_NETWORKS)}, "
+            "or an architecture that timm.list_models() names."
+        )
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network ready to measure, with the pictures and labels that all its variants share."""
+
+    name: str
+    model: FineTuneModel
+    images: Tensor  # (B, 3, H, W)
+    labels: Tensor  # (B,)
+
+    @property
+    def depth(self) -> int:
+        """The number of layer groups: what `trainable_groups` goes up to."""
+        return len(self.model.layer_groups)
+
+
+def build_network(
+    name: str,
+    *,
+    batch_size: int,
+    image_size: int | None,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Network:
+    """Build a network with random weights, as weights do not change what a step costs, and a batch of random pictures.
+
+    `image_size` None takes the network's own: timm's input size, 64 for the article's.
+    """
+    torch.manual_seed(0)
+    if name in ARTICLE_NETWORKS:
+        model, size = _wrap_article_network(getattr(_article_module(), name)()), (3, 64, 64)
+    else:
+        model, size = _wrap_timm_network(name, image_size)
+    if image_size is not None:
+        size = (size[0], image_size, image_size)
+    images = torch.randn(batch_size, *size, device=device).contiguous(memory_format=memory_format)
+    labels = torch.randint(NUM_CLASSES, (batch_size,), device=device)
+    return Network(name, model.to(device=device, memory_format=memory_format), images, labels)  # type: ignore[call-overload]
+
+
+def _wrap_article_network(network: nn.Module) -> FineTuneModel:
+    classifier = network.get_submodule("fc")
+    return FineTuneModel.from_module(network, classifier, example_input=torch.zeros(1, 3, 64, 64))
+
+
+def _wrap_timm_network(name: str, image_size: int | None) -> tuple[FineTuneModel, tuple[int, int, int]]:
+    config = timm.get_pretrained_cfg(name)
+    size = config.input_size if config is not None else (3, 224, 224)
+    # A network whose position embeddings have a fixed size must be built for the pictures it will see.
+    fixed = (
+        {"img_size": image_size} if image_size is not None and config is not None and config.fixed_input_size else {}
+    )
+    return FineTuneModel.from_timm(name, num_classes=NUM_CLASSES, **fixed), size

@@ -1,0 +1,211 @@
+"""What a run measured: rows that keep every raw sample, and the files they are written to and read from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from environment import Fact, describe_environment
+from measure import Interval, StepTimes, interquartile_range, paired_ratio
+
+
+@dataclass
+class Row:
+    """One variant of one model; samples at the same place in two rows of a model come from the same pass."""
+
+    model: str
+    variant: str  # unfrozen, partial, frozen or limit
+    trainable_groups: int | None
+    batch_size: int
+    image_size: int
+    trainable_parameters: int
+    saved_bytes: int
+    peak_bytes: int | None
+    backward_flops: int | None
+    forward_ms: list[float] = field(default_factory=list)
+    backward_ms: list[float] = field(default_factory=list)
+    optimizer_ms: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+
+    def without_samples(self) -> Row:
+        """Give a row for a second run of the same work."""
+        return replace(self, forward_ms=[], backward_ms=[], optimizer_ms=[], step_ms=[])
+
+    def add(self, times: StepTimes) -> None:
+        """Add the samples of one pass."""
+        self.forward_ms.append(times.forward)
+        self.backward_ms.append(times.backward)
+        self.optimizer_ms.append(times.optimizer)
+        self.step_ms.append(times.step)
+
+
+@dataclass
+class Report:
+    """All that one command measured; `noise` holds a second, identical run of some rows, taken in the same passes."""
+
+    environment: dict[str, Fact]
+    command: str
+    settings: dict[str, Fact]
+    rows: list[Row] = field(default_factory=list)
+    noise: list[Row] = field(default_factory=list)
+    refused: list[dict[str, Fact]] = field(default_factory=list)
+    interrupted: bool = False
+
+    def models(self) -> list[str]:
+        """Names of the models with rows, in the order in which they were measured."""
+        return list(dict.fromkeys(row.model for row in self.rows))
+
+    def rows_of(self, model: str) -> list[Row]:
+        """Rows of one model, in the order in which they were measured."""
+        return [row for row in self.rows if row.model == model]
+
+    def row(self, model: str, variant: str) -> Row | None:
+        """Return the first row of a model and variant, None where it was refused."""
+        return next((row for row in self.rows_of(model) if row.variant == variant), None)
+
+    def noise_of(self, model: str) -> list[tuple[Row, Row]]:
+        """Pair each A/A row of a model with the row that it repeats."""
+        pairs = [(self.row(model, again.variant), again) for again in self.noise if again.model == model]
+        return [(first, again) for first, again in pairs if first is not None]
+
+
+def start_report(device: torch.device, command: str, settings: dict[str, Fact]) -> Report:
+    """Begin an empty report, with the environment as it is now: after threads and cuDNN have been set."""
+    return Report(describe_environment(device), command, settings)
+
+
+def read_report(path: Path) -> Report:
+    """Read what `write_report` wrote as JSON."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows, noise = ([Row(**row) for row in content.pop(key)] for key in ("rows", "noise"))
+    return Report(rows=rows, noise=noise, **content)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file under a temporary name, then move it into place: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # the ending stays: matplotlib chooses the format by it
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, all of it or nothing."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_report(report: Report, stem: Path) -> None:
+    """Write `stem`.json with every sample, `stem`.csv with a line per row, `stem`.md to read."""
+    write_text(stem.with_suffix(".json"), json.dumps(asdict(report), indent=1) + "\n")
+    write_text(stem.with_suffix(".csv"), _as_csv(report))
+    write_text(stem.with_suffix(".md"), as_markdown(report))
+
+
+def _as_csv(report: Report) -> str:
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    clocks = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms")
+    facts = [name for name in Row.__dataclass_fields__ if name not in clocks]
+    writer.writerow([*facts, *(f"{clock}_{what}" for clock in clocks for what in ("median", "iqr"))])
+    for row in report.rows:
+        spreads = ((median(getattr(row, clock)), interquartile_range(getattr(row, clock))) for clock in clocks)
+        writer.writerow([getattr(row, fact) for fact in facts] + [f"{x:.6g}" for pair in spreads for x in pair])
+    return lines.getvalue()
+
+
+def median(samples: Sequence[float]) -> float:
+    """Median of samples, the mean of the middle two of an even number."""
+    return torch.tensor(samples, dtype=torch.float64).quantile(0.5).item()
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Lay out a Markdown table whose columns also line up on a terminal."""
+    cells = [list(header), *([*line] for line in lines)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    # Names to the left, numbers to the right.
+    laid_out = [
+        f"| {line[0]:<{widths[0]}} | "
+        + " | ".join(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        + " |"
+        for line in cells
+    ]
+    rule = f"| {'-' * widths[0]} | " + " | ".join("-" * (width - 1) + ":" for width in widths[1:]) + " |"
+    return "\n".join([laid_out[0], rule, *laid_out[1:]])
+
+
+def describe(report: Report) -> str:
+    """Name where and how a report was measured, as a Markdown list."""
+    facts = {**report.environment, **report.settings}
+    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
+    return f"`{report.command}`\n\n{listed}\n"
+
+
+_HOW_TO_READ = """\
+Milliseconds are median ± interquartile range. A speed-up is unfrozen / this row: the median of the ratios within a
+pass, with its 95 % bootstrap interval; `of the limit` is this row / limit. An A/A row is a row measured against itself:
+a difference that lies within its interval says nothing. Saved MiB is what the graph keeps for backward, parameters
+left out.
+"""
+
+
+def as_markdown(report: Report) -> str:
+    """Give the report as a page to read."""
+    parts = ["# Backward time, frozen against unfrozen\n", describe(report)]
+    if report.interrupted:
+        parts.append("**Interrupted: these are the samples taken until then.**\n")
+    parts += [f"## {model}\n\n{model_table(report, model)}\n" for model in report.models()]
+    parts += [f"Refused: {entry['model']}, {entry['variant']}: {entry['reason']}\n" for entry in report.refused]
+    return "\n".join([*parts, _HOW_TO_READ])
+
+
+def model_table(report: Report, model: str) -> str:
+    """Lay out one model's rows beside the limit and the noise."""
+    unfrozen, limit = report.row(model, "unfrozen"), report.row(model, "limit")
+    header = ["", "forward ms", "backward ms", "step ms", "backward speed-up", "step speed-up"]
+    header += ["backward, of the limit", "step, of the limit", "saved MiB", "peak MiB"]
+    lines = []
+    for row in report.rows_of(model):
+        name = row.variant if row.variant != "partial" else f"top {row.trainable_groups} groups train"
+        lines.append([name, *_times(row)])
+        lines[-1] += [_ratio(unfrozen, row, "backward_ms"), _ratio(unfrozen, row, "step_ms")]
+        lines[-1] += [_ratio(row, limit, "backward_ms"), _ratio(row, limit, "step_ms")]
+        lines[-1] += [mebibytes(row.saved_bytes), mebibytes(row.peak_bytes)]
+    for first, again in report.noise_of(model):
+        name = f"A/A {again.variant}"
+        lines.append([name, *_times(again), _ratio(first, again, "backward_ms"), _ratio(first, again, "step_ms")])
+        lines[-1] += ["", "", "", ""]
+    return table(header, lines)
+
+
+def _times(row: Row) -> list[str]:
+    return [spread(row.forward_ms), spread(row.backward_ms), spread(row.step_ms)]
+
+
+def _ratio(numerator: Row | None, denominator: Row | None, clock: str) -> str:
+    if numerator is None or denominator is None or numerator is denominator:
+        return ""
+    return str(ratio_of(numerator, denominator, clock))
+
+
+def ratio_of(numerator: Row, denominator: Row, clock: str) -> Interval:
+    """Paired ratio of two rows of one model by the name of a clock, such as `backward_ms`."""
+    return paired_ratio(getattr(numerator, clock), getattr(denominator, clock))
+
+
+def spread(samples: Sequence[float]) -> str:
+    """Median ± interquartile range, in four figures."""
+    return f"{median(samples):.4g} ± {interquartile_range(samples):.2g}"
+
+
+def mebibytes(count: int | None) -> str:
+    """Bytes as MiB to read; empty where they are not known."""
+    return "" if count is None else f"{count / 2**20:.4g}"
