@@ -1,0 +1,69 @@
+"""The record of a training run: what ``metrics.json`` holds, and what is printed of it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .timing import BackwardTimes
+from .training import EpochResult, Hyperparameters
+
+__all__ = ["Metrics", "describe"]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The record of a run, as ``metrics.json`` holds it. Accuracies are shares of the test pictures, 0 to 1.
+
+    >>> next(iter(Metrics.__dataclass_fields__))
+    'test_accuracy'
+    """
+
+    test_accuracy: float
+    chance: float
+    random_backbone: float
+    raw_pixels: float
+    architecture: str
+    weights: str
+    trainable_groups: int
+    hyperparameters: Hyperparameters
+    data_config: dict[str, Any]
+    class_names: tuple[str, ...]
+    train_pictures: int
+    test_pictures: int
+    skipped_pictures: tuple[str, ...]
+    history: tuple[EpochResult, ...]
+    backward_milliseconds: BackwardTimes
+    device: str
+    seconds: float
+    versions: dict[str, str]
+
+
+def describe(metrics: Metrics) -> str:
+    """Write the accuracies and the backward times as lines to read.
+
+    >>> describe(
+    ...     Metrics(0.7, 0.17, 0.3, 0.4, "resnet18", "", 0, Hyperparameters(), {}, (), 0, 200, (), (),
+    ...     BackwardTimes(120.0, 0.5, 0.4, 16), "cpu", 9.0, {})
+    ... ).splitlines()[0]
+    'test accuracy    .700  of 200 pictures, standard error .032'
+    """
+    share = metrics.test_accuracy
+    standard_error = math.sqrt(share * (1 - share) / metrics.test_pictures)
+    times = metrics.backward_milliseconds
+    frozen = "frozen" if metrics.trainable_groups == 0 else f"frozen but for {metrics.trainable_groups} layer groups"
+
+    def decimals(value: float) -> str:
+        return f"{value:.3f}".removeprefix("0")
+
+    return "\n".join(
+        (
+            f"test accuracy    {decimals(share)}  of {metrics.test_pictures} pictures, "
+            f"standard error {decimals(standard_error)}",
+            f"chance           {decimals(metrics.chance)}  always the commonest class",
+            f"random backbone  {decimals(metrics.random_backbone)}  the same classifier on the same network, "
+            "untrained and frozen",
+            f"raw pixels       {decimals(metrics.raw_pixels)}  the same classifier on 32 x 32 pixels",
+            f"backward         {times.frozen:.2f} ms {frozen}, {times.unfrozen:.1f} ms unfrozen, "
+            f"{times.classifier_alone:.2f} ms the classifier alone ({times.batch_size} pictures, {metrics.device})",
+        )
+    )

@@ -1,0 +1,136 @@
+"""A timm network by name, with the weights that were asked for; each mistake is told before any work starts."""
+
+import difflib
+import pickle
+from pathlib import Path
+
+import timm
+from safetensors import SafetensorError
+from timm.models import PretrainedCfg, load_state_dict
+from torch import nn
+
+from .packaged import ARCHITECTURE as PACKAGED_ARCHITECTURE
+from .packaged import load_packaged_network
+
+__all__ = ["check_architecture", "load_checkpoint_network", "load_network", "load_pretrained_network"]
+
+
+def check_architecture(name: str) -> None:
+    """Check that timm knows an architecture, with or without a weights tag.
+
+    >>> check_architecture("resnet18")
+    >>> check_architecture("resnet18.a1_in1k")
+
+    Raises:
+        ValueError: it does not; the message lists the nearest names.
+    """
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=5, cutoff=0.5)
+        hint = f"the nearest names are {', '.join(nearest)}" if nearest else "timm.list_models() lists all names"
+        raise ValueError(f"{name}: timm {timm.__version__} has no such architecture; {hint}")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        known = f"its tags are {', '.join(tags)}" if tags else "it has no pretrained weights"
+        raise ValueError(f"{name}: {architecture} has no weights tagged {tag!r}; {known}")
+
+
+def load_network(
+    architecture: str | None, *, pretrained: bool = False, checkpoint: Path | None = None
+) -> tuple[str, str, nn.Module]:
+    """Build a network with the weights asked for: returns its architecture, where the weights are from, and itself.
+
+    Without an architecture it is EfficientNet-Lite0, and then, without another source, with the packaged weights.
+
+    >>> load_network("test_resnet")[:2]
+    ('test_resnet', 'random weights')
+
+    Raises:
+        ValueError: two sources were given, or what the one in use raises.
+    """
+    if pretrained and checkpoint is not None:
+        raise ValueError(f"pretrained weights and checkpoint {checkpoint} were both asked for; choose one")
+    name = architecture or PACKAGED_ARCHITECTURE
+    if pretrained:
+        return name, "timm's pretrained weights", load_pretrained_network(name)
+    if checkpoint is not None:
+        return name, f"weights from {checkpoint}", load_checkpoint_network(name, checkpoint)
+    if architecture is None:
+        return name, "ImageNet weights from a package", load_packaged_network()
+    check_architecture(name)
+    return name, "random weights", timm.create_model(name)
+
+
+def load_pretrained_network(architecture: str) -> nn.Module:
+    """Build an architecture with timm's pretrained weights, from the hub or its cache.
+
+    >>> load_pretrained_network("resnet10t_with_a_typo")
+    Traceback (most recent call last):
+    ...
+    ValueError: resnet10t_with_a_typo: timm ... has no such architecture; ...
+
+    Raises:
+        ValueError: no such architecture, or no pretrained weights for it.
+        OSError: the weights can't be fetched.
+    """
+    check_architecture(architecture)
+    if not timm.is_model_pretrained(architecture):
+        raise ValueError(
+            f"{architecture}: timm has no pretrained weights for it; "
+            "choose another with timm.list_models(pretrained=True), or pass --checkpoint FILE"
+        )
+    try:
+        return timm.create_model(architecture, pretrained=True)
+    except OSError as error:
+        raise OSError(
+            f"{architecture}: its pretrained weights could not be fetched ({error}); "
+            "with a weights file on disk, pass --checkpoint FILE instead of --pretrained"
+        ) from error
+
+
+def load_checkpoint_network(architecture: str, path: Path) -> nn.Module:
+    """Build an architecture with the weights of a file on disk, in any format that timm reads for it.
+
+    The file must hold this very network: its classifier may have any number of classes, or be missing from the file,
+    but no other tensor may be missing, left over or of another shape.
+
+    >>> from safetensors.torch import save_file
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "weights.safetensors")
+    ...     save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), path)
+    ...     load_checkpoint_network("test_resnet", path).num_classes
+    7
+
+    Raises:
+        ValueError: no such architecture, or the file can't be read, or it holds another network.
+        FileNotFoundError: there is no such file.
+    """
+    check_architecture(architecture)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such weights file")
+    try:
+        tensors = load_state_dict(str(path))
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable weights file ({error})") from error
+    # timm loads strictly only when both sides have the same classes, so build the network with as many as the file
+    # has. Without a classifier under timm's name, the file is in its authors' own format (timm translates it, and it
+    # has the usual classes) or has none.
+    defaults = timm.get_pretrained_cfg(architecture) or PretrainedCfg()
+    names = (defaults.classifier,) if isinstance(defaults.classifier, str) else defaults.classifier or ()
+    classifier = next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)
+    if classifier is not None:
+        return create_filled_network(architecture, path, num_classes=len(classifier))
+    try:
+        return create_filled_network(architecture, path, num_classes=defaults.num_classes)
+    except ValueError:
+        return create_filled_network(architecture, path, num_classes=0)
+
+
+def create_filled_network(architecture: str, path: Path, *, num_classes: int) -> nn.Module:
+    """Build an architecture with so many classes, and fill it from a file that has as many."""
+    overlay = {"file": str(path), "num_classes": num_classes, "label_offset": 0}
+    try:
+        return timm.create_model(architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # timm's translators fail in their own ways on a file that is not theirs
+        raise ValueError(f"{path}: these are not the weights of {architecture} ({error})") from error

@@ -1,0 +1,225 @@
+"""A folder with a sub-folder per class: find its pictures, leave out the broken ones, hold some out for the test."""
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+__all__ = ["PictureDataset", "PictureFolder", "find_pictures", "leave_out_broken_pictures", "read_picture", "split"]
+
+# timm's list (png, jpg, jpeg) would pass over these others in silence.
+PICTURE_EXTENSIONS = (*get_img_extensions(), ".bmp", ".gif", ".tif", ".tiff", ".webp")  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """Pictures and their classes: ``paths[i]`` shows ``class_names[targets[i]]``.
+
+    >>> PictureFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,)).targets
+    (1,)
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    targets: tuple[int, ...]
+
+
+class PictureDataset(Dataset[tuple[Tensor, int]]):
+    """Pictures as ``(tensor, target)`` pairs, read from disk each time.
+
+    >>> folder = PictureFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,))
+    >>> len(PictureDataset(folder, transform=lambda picture: torch.zeros(3, 8, 8)))
+    1
+    """
+
+    def __init__(self, folder: PictureFolder, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.folder = folder
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.folder.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(read_picture(self.folder.paths[index])), self.folder.targets[index]
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Read a picture as RGB: upright as its EXIF entry says, and on white where it is transparent.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     Image.new("L", (4, 3)).save(Path(folder, "grey.png"))
+    ...     read_picture(Path(folder, "grey.png")).mode
+    'RGB'
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a picture, or not a whole one; the message names it.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of a decompression bomb first and refuses it at twice the size; here the warning is enough.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                picture = ImageOps.exif_transpose(file)
+                if picture.has_transparency_data:
+                    picture = picture.convert("RGBA")
+                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+                return picture.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file") from None
+    except (
+        OSError,  # not a picture at all (UnidentifiedImageError), or a truncated one
+        SyntaxError,  # Pillow's word for a damaged PNG
+        ValueError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        # Pillow repeats the path in some of its messages
+        reason = str(error).replace(f" {str(path)!r}", "")
+        raise ValueError(f"{path}: not a readable picture ({reason})") from error
+
+
+def find_problem(path: Path) -> str | None:
+    """Say why a picture can't be read, or None when it can.
+
+    >>> find_problem(Path("tom.jpg"))
+    'tom.jpg: there is no such file'
+    """
+    try:
+        read_picture(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def find_pictures(root: Path) -> PictureFolder:
+    """List the pictures of a folder with a sub-folder per class, in an order that does not depend on the file system.
+
+    Only names are looked at. A class is a direct sub-folder; pictures in deeper folders belong to it as well.
+    Hidden files and folders are passed over.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.png"):
+    ...         Path(folder, name).parent.mkdir(exist_ok=True)
+    ...         Path(folder, name).touch()
+    ...     pictures = find_pictures(Path(folder))
+    >>> pictures.class_names, pictures.targets
+    (('cat', 'dog'), (0, 0, 1))
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        NotADirectoryError: it is a file.
+        ValueError: it has fewer than two class folders, or one of them holds no picture.
+    """
+    expected = "expected a folder with a sub-folder of pictures per class"
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: there is no such folder; {expected}")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is a file; {expected}")
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    folders.sort()
+    if not folders:
+        raise ValueError(f"{root} has no sub-folders; {expected}")
+    if len(folders) == 1:
+        raise ValueError(f"{root} has one class only ({folders[0].name}); {expected}, two classes or more")
+    paths: list[Path] = []
+    targets: list[int] = []
+    for target, folder in enumerate(folders):
+        found = [
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in PICTURE_EXTENSIONS
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
+        if not found:
+            raise ValueError(
+                f"class folder {folder} holds no picture ({', '.join(PICTURE_EXTENSIONS)}); "
+                "add pictures to it, or remove it"
+            )
+        paths += sorted(found)
+        targets += [target] * len(found)
+    return PictureFolder(root, tuple(folder.name for folder in folders), tuple(paths), tuple(targets))
+
+
+def leave_out_broken_pictures(folder: PictureFolder) -> tuple[PictureFolder, tuple[str, ...]]:
+    """Read every picture once: returns the folder without the broken ones, and a message for each of these.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as root:
+    ...     for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"):
+    ...         Path(root, name).parent.mkdir(exist_ok=True)
+    ...         Image.new("RGB", (4, 4)).save(Path(root, name))
+    ...     _ = Path(root, "cat/3.png").write_text("no picture")
+    ...     whole, broken = leave_out_broken_pictures(find_pictures(Path(root)))
+    >>> len(whole.paths), len(broken)
+    (4, 1)
+
+    Raises:
+        ValueError: a class keeps fewer than two pictures, one to train and one to test.
+    """
+    whole: list[int] = []
+    broken: list[str] = []
+    for index, path in enumerate(tqdm(folder.paths, desc="checking pictures", unit="picture", leave=False)):
+        problem = find_problem(path)
+        if problem is None:
+            whole.append(index)
+        else:
+            broken.append(problem)
+    kept = replace(
+        folder,
+        paths=tuple(folder.paths[index] for index in whole),
+        targets=tuple(folder.targets[index] for index in whole),
+    )
+    counts = Counter(kept.targets)
+    for target, name in enumerate(folder.class_names):
+        if counts[target] < 2:
+            skipped = f"; broken pictures: {len(broken)}, the first is {broken[0]}" if broken else ""
+            raise ValueError(
+                f"class folder {folder.root / name} holds {counts[target]} readable pictures, and needs at least 2: "
+                f"one to train, one to test{skipped}"
+            )
+    return kept, tuple(broken)
+
+
+def split(folder: PictureFolder, *, test_share: float, seed: int) -> tuple[PictureFolder, PictureFolder]:
+    """Hold out a share of each class, drawn by ``seed``: returns ``(train, test)``, disjoint and together everything.
+
+    Each class keeps at least one picture on both sides. The draw depends on the order of the pictures alone, so the
+    same folder gives the same split on every machine.
+
+    >>> paths = tuple(Path(f"{name}.jpg") for name in range(20))
+    >>> train, test = split(PictureFolder(Path("."), ("a", "b"), paths, (0,) * 15 + (1,) * 5), test_share=0.2, seed=0)
+    >>> test.targets
+    (0, 0, 0, 1)
+    """
+    generator = random.Random(seed)
+    held_out: set[int] = set()
+    for target in range(len(folder.class_names)):
+        members = [index for index, other in enumerate(folder.targets) if other == target]
+        count = min(max(round(test_share * len(members)), 1), len(members) - 1)
+        held_out.update(generator.sample(members, count))
+
+    def select(indices: Sequence[int]) -> PictureFolder:
+        return replace(
+            folder,
+            paths=tuple(folder.paths[index] for index in indices),
+            targets=tuple(folder.targets[index] for index in indices),
+        )
+
+    everything = range(len(folder.paths))
+    return (
+        select([index for index in everything if index not in held_out]),
+        select([index for index in everything if index in held_out]),
+    )
