@@ -73,12 +73,13 @@ class TimmWayBack(NamedTuple):
     paths: tuple[str, ...]
     own_names: frozenset[str]
     is_one_layer: bool
+    has_dropout: bool = False
 
     def join(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
         """Put the classifier into a copy of the network, in which timm has made the place for it."""
+        plain_names = {self.plain_name(f"classifier.{name}") for name, _ in classifier.named_parameters()}
         if isinstance(classifier, DropoutClassifier):  # it acts in training alone, and is no part of a timm network
             classifier = classifier.classifier
-        plain_names = {self.plain_name(f"classifier.{name}") for name, _ in classifier.named_parameters()}
         if not self.is_one_layer and plain_names != self.own_names:
             raise ValueError(
                 f"to_module: {type(backbone).__name__} has more in its classifier than one linear layer "
@@ -89,7 +90,7 @@ class TimmWayBack(NamedTuple):
         for path in self.paths:
             network = copy_along(network, path)
         with quiet(backbone):
-            network.reset_classifier(count_classes(classifier) or 1)
+            network.reset_classifier(0 if isinstance(classifier, nn.Identity) else count_classes(classifier) or 1)
         heads = [classifier.head, classifier.head_dist] if isinstance(classifier, DistilledClassifier) else [classifier]
         for path, head in zip(self.paths, heads, strict=True):
             place = network.get_submodule(path)
@@ -99,9 +100,11 @@ class TimmWayBack(NamedTuple):
     def plain_name(self, name: str) -> str:
         """Drop `backbone.`, and name the classifier by its path."""
         part, _, rest = name.partition(".")
-        if part == "backbone" or len(self.paths) > 1:
+        if part == "backbone":
             return rest
-        return f"{self.paths[0]}.{rest}"
+        if self.has_dropout:
+            rest = rest.removeprefix("classifier.")
+        return rest if len(self.paths) > 1 else f"{self.paths[0]}.{rest}"
 
 
 def split_timm(
@@ -160,6 +163,7 @@ def split_timm(
     network.reset_classifier(0)
     if drop_rate is not None:
         chosen = DropoutClassifier(drop_rate, chosen)
+        way_back = way_back._replace(has_dropout=True)
     return Split(network, chosen, way_back, never_trained=never_trained, own_classes=own_classes)
 
 
@@ -259,7 +263,7 @@ def _find_way_back(headed: Any, headless: nn.Module) -> TimmWayBack:
     heads = headed.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
     paths = (next((path for path, inside in headed.named_modules() if inside is head), "") for head in heads)
-    return TimmWayBack(tuple(paths), own_names, is_one_layer=False)
+    return TimmWayBack(tuple(paths), own_names, is_one_layer=not own_names)
 
 
 def _own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmWayBack]:
@@ -267,8 +271,8 @@ def _own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmW
     kind = type(network).__name__
     remedy = "pass num_classes=... for a fresh linear classifier, or classifier=... for one of your own"
     way_back = _find_way_back(network, headless)
-    if not way_back.own_names:
-        raise ValueError(f"from_timm: this {kind} has no classifier of its own to keep; {remedy}.")
+    if not way_back.own_names:  # an encoder as timm ships it: its classifier is no layer at all
+        return nn.Identity(), way_back
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError(
             f"from_timm: on the meta device no value can prove that {kind} keeps its classifier; {remedy}."
