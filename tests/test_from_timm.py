@@ -1,0 +1,219 @@
+"""from_timm: what it builds, what it takes over, what it refuses, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from backbone_finetune import FineTuneModel
+
+PICTURES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def snapshot(network: nn.Module) -> tuple[Any, ...]:
+    tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    flags = [(name, parameter.requires_grad, id(parameter)) for name, parameter in network.named_parameters()]
+    modules = [(name, id(module), module.training) for name, module in network.named_modules()]
+    return tensors, flags, modules
+
+
+def assert_untouched(network: nn.Module, before: tuple[Any, ...]) -> None:
+    tensors, flags, modules = snapshot(network)
+    assert (flags, modules) == before[1:]
+    assert tensors.keys() == before[0].keys()
+    assert all(torch.equal(tensors[name], before[0][name]) for name in tensors)
+
+
+def test_a_name_gives_the_network_that_timm_would_build() -> None:
+    torch.manual_seed(3)
+    theirs = timm.create_model("test_resnet", num_classes=7)
+    torch.manual_seed(3)
+    ours = FineTuneModel.from_timm("test_resnet", num_classes=7)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.to_module().state_dict()[name], tensor), name
+    assert torch.equal(ours.eval()(PICTURES), theirs.eval()(PICTURES))
+
+
+def test_a_module_is_taken_over_as_reset_classifier_would() -> None:
+    network = timm.create_model("test_resnet", num_classes=7)
+    layer4 = network.layer4
+    model = FineTuneModel.from_timm(network, num_classes=3)
+    assert model.backbone is network
+    assert model.backbone.layer4 is layer4
+    assert isinstance(network.fc, nn.Identity)
+    assert model(PICTURES).shape == (2, 3)
+
+
+def test_own_classifier_gives_the_same_logits_and_gradients() -> None:
+    network = timm.create_model("test_resnet", num_classes=7)
+    plain = copy.deepcopy(network)
+    model = FineTuneModel.from_timm(network)
+    for mode in (True, False):
+        model.zero_grad()
+        plain.zero_grad()
+        ours, theirs = model.train(mode)(PICTURES), plain.train(mode)(PICTURES)
+        assert torch.equal(ours, theirs)
+        ours.square().sum().backward()
+        theirs.square().sum().backward()
+        gradients = {name: p.grad for name, p in model.to_module().named_parameters()}
+        for name, parameter in plain.named_parameters():
+            assert torch.equal(gradients[name], parameter.grad), name
+
+
+@pytest.mark.parametrize("name", ["dpn48b", "resnetv2_18"])
+def test_a_convolution_is_kept_as_a_linear_layer_and_goes_back(name: str) -> None:
+    network = timm.create_model(name, num_classes=7).eval()
+    plain = copy.deepcopy(network)
+    model = FineTuneModel.from_timm(network).eval()
+    assert isinstance(model.classifier, nn.Linear)
+    torch.testing.assert_close(model(PICTURES), plain(PICTURES))
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+    again = model.to_module()
+    torch.testing.assert_close(again(PICTURES), model(PICTURES))
+    assert again.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_classifier_of_the_users_own() -> None:
+    head = nn.Sequential(nn.LayerNorm(384), nn.Linear(384, 2))
+    widths: list[int] = []
+
+    def build(width: int) -> nn.Module:
+        widths.append(width)
+        return head
+
+    assert FineTuneModel.from_timm("resnet18", classifier=lambda width: nn.Linear(width, 2)).num_features == 512
+    network = timm.create_model("vit_small_patch16_224", img_size=32)
+    model = FineTuneModel.from_timm(network, classifier=build)
+    assert widths == [384]
+    assert model.classifier is head
+    assert model.num_classes == 2
+    pictures = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(pictures), model.to_module()(pictures))
+
+
+def test_pretrained_with_as_many_classes_still_gets_a_fresh_classifier(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet")
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    model = FineTuneModel.from_timm(
+        "test_resnet",
+        num_classes=1000,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")},
+    )
+    assert torch.equal(model.backbone.layer4[0].conv1.weight, network.layer4[0].conv1.weight)
+    assert not torch.equal(model.classifier.weight, network.fc.weight)
+
+
+def test_pretrained_keeps_its_classifier_when_none_is_asked_for(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet").eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth")}
+    model = FineTuneModel.from_timm("test_resnet", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    assert torch.equal(model(PICTURES), network(PICTURES))
+
+
+def varies(function: Any) -> bool:
+    return not torch.equal(function(PICTURES), function(PICTURES))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit", "convnext_atto", "mobilenetv3_small_050"])
+def test_dropout_lives_on_above_a_frozen_backbone_and_nowhere_else(name: str) -> None:
+    size = {"img_size": 64} if name == "test_vit" else {}
+    model = FineTuneModel.from_timm(name, num_classes=50, drop_rate=0.5, **size).freeze_backbone().train()
+    assert varies(model)
+    model.unfreeze_backbone()
+    for module in model.backbone.modules():  # batch statistics would vary nothing, but keep the comparison exact
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    assert not varies(model.backbone)
+    model.eval()
+    assert not varies(model)
+    plain = model.to_module().eval()
+    assert torch.equal(plain(PICTURES), model(PICTURES))
+    assert plain.state_dict().keys() == timm.create_model(name, num_classes=50, **size).state_dict().keys()
+
+
+def test_dropout_is_no_part_of_a_plain_name(capsys: pytest.CaptureFixture[str]) -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3, drop_rate=0.5).freeze_backbone()
+    model.print_trainable_parameters(by_name=True)
+    assert capsys.readouterr().out.splitlines()[-2:] == ["Trainable parameter: fc.weight", "Trainable parameter: fc.bias"]
+
+
+def test_construction_leaves_the_random_state_as_timm_would() -> None:
+    network = timm.create_model("test_resnet", num_classes=7)
+    before = torch.get_rng_state()
+    FineTuneModel.from_timm(network)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        (("resnet19",), {"num_classes": 3}, r"has no architecture 'resnet19'; nearest: .*resnet1"),
+        (("resnet18", 3), {"classifier": nn.Linear(512, 3)}, "num_classes and classifier were both given"),
+        (("resnet18", 0), {}, "num_classes=0; pass 1 or more"),
+        (("resnet18", 3), {"features_only": True}, "features_only=True gives maps"),
+        (("resnet18", 3), {"global_pool": ""}, "global_pool='' leaves the features unpooled"),
+        (("resnet18",), {"classifier": nn.Linear(100, 3)}, r"\(Linear\) cannot take .* \(B, 512\)"),
+        (("gemma4_vit_167m_enc", 3), {}, r"has no classifier to take off .*FineTuneModel\(backbone, classifier\)"),
+    ],
+)
+def test_refusals_by_name(arguments: tuple[Any, ...], keywords: dict[str, Any], message: str) -> None:
+    context = torch.device("meta") if "gemma" in arguments[0] else torch.device("cpu")
+    with context, pytest.raises(ValueError, match=message):
+        FineTuneModel.from_timm(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("build", "keywords", "message"),
+    [
+        ("resnet18", {"num_classes": 3, "pretrained": True}, "pretrained beside a network that is built already"),
+        ("resnet18", {"num_classes": 3, "drop_rate": 0.1}, "drop_rate beside a network that is built already"),
+        ("resnet18", {"num_classes": 3, "img_size": 64}, "img_size beside a network that is built already"),
+        ("resnet18", {"classifier": nn.Linear(100, 3)}, "cannot take the backbone's features"),
+        ("crossvit_tiny_240", {}, "is not one that takes one feature vector; pass num_classes"),
+    ],
+)
+def test_a_refused_module_is_left_untouched(build: str, keywords: dict[str, Any], message: str) -> None:
+    network = timm.create_model(build)
+    before = snapshot(network)
+    with pytest.raises(ValueError, match=message):
+        FineTuneModel.from_timm(network, **keywords)
+    assert_untouched(network, before)
+
+
+def test_unpooled_and_foreign_modules_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"gives \(2, 512, 7, 7\), not \(B, width\)"):
+        FineTuneModel.from_timm(timm.create_model("resnet18", num_classes=0, global_pool=""), num_classes=3)
+    with pytest.raises(ValueError, match="a features_only model, or no timm network"):
+        FineTuneModel.from_timm(timm.create_model("resnet18", features_only=True), num_classes=3)
+    with pytest.raises(ValueError, match=r"use FineTuneModel\.from_module"):
+        FineTuneModel.from_timm(nn.Sequential(nn.Linear(4, 4)), num_classes=3)
+
+
+def test_a_function_that_gives_no_module_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"classifier\(512\) gave a int"):
+        FineTuneModel.from_timm("resnet18", classifier=lambda width: width)  # type: ignore[arg-type,return-value]
+
+
+def test_a_network_that_computes_on_after_its_classifier_is_not_kept() -> None:
+    class Scaled(timm.models.resnet.ResNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).log_softmax(dim=1)
+
+    network = Scaled(timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    with pytest.raises(ValueError, match="not the same function any more"):
+        FineTuneModel.from_timm(network)
+
+
+def test_a_head_that_the_network_cannot_hold_does_not_go_back() -> None:
+    model = FineTuneModel.from_timm("levit_128s", num_classes=3)
+    with pytest.raises(ValueError, match="to_module: LevitDistilled has more in its classifier than one linear layer"):
+        model.to_module()

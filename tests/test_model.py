@@ -1,0 +1,223 @@
+"""FineTuneModel itself: what goes in, what comes out, what it saves for backward, what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from backbone_finetune import FineTuneModel
+
+
+class TwoInputs(nn.Module):
+    """A backbone with a keyword: (B, 4), (B, 4) -> (B, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 8)
+
+    def forward(self, left: Tensor, *, right: Tensor) -> Tensor:
+        return self.layer(left + right)
+
+
+class Tokens(nn.Module):
+    """A backbone that hands on the first of many tokens, as a ViT does: (B, N, C) -> (B, C)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layer(tokens)[:, 0]
+
+
+def bytes_saved_for_backward(model: nn.Module, inputs: Tensor) -> int:
+    """Bytes of distinct storages that autograd keeps, parameters left out."""
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(inputs)
+    total = sum(storages.values())
+    del outputs
+    return total
+
+
+def test_has_exactly_two_submodules() -> None:
+    for model in (
+        FineTuneModel(nn.Flatten(), nn.Linear(4, 2)),
+        FineTuneModel.from_timm("test_resnet", num_classes=2, drop_rate=0.5),
+        FineTuneModel.from_module(net := nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), net[1]),
+    ):
+        assert [name for name, _ in model.named_children()] == ["backbone", "classifier"]
+        assert all(name.startswith(("backbone.", "classifier.")) for name in model.state_dict())
+
+
+def test_inputs_and_keywords_reach_the_backbone() -> None:
+    model = FineTuneModel(TwoInputs(), nn.Linear(8, 3))
+    left, right = torch.randn(2, 5, 4)
+    expected = model.classifier(model.backbone(left, right=right))
+    assert torch.equal(model(left, right=right), expected)
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.colour, self.shape = nn.Linear(8, 3), nn.Linear(8, 5)
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        return {"colour": self.colour(features), "shape": self.shape(features)}
+
+
+def test_a_classifier_may_have_several_heads() -> None:
+    model = FineTuneModel(nn.Linear(4, 8), Heads()).freeze_backbone()
+    outputs = model(torch.randn(2, 4))
+    assert {name: tuple(logits.shape) for name, logits in outputs.items()} == {"colour": (2, 3), "shape": (2, 5)}
+    (outputs["colour"].sum() + outputs["shape"].sum()).backward()
+    assert model.classifier.shape.weight.grad is not None
+    assert model.num_classes is None
+
+
+def test_gradients_reach_the_input_through_a_frozen_backbone() -> None:
+    model = FineTuneModel.from_timm("test_vit", num_classes=3).freeze_backbone().train()
+    plain = model.to_module().eval()
+    pictures = torch.randn(2, 3, 160, 160, requires_grad=True)
+    (ours,) = torch.autograd.grad(model(pictures).sum(), pictures)
+    (theirs,) = torch.autograd.grad(plain(pictures).sum(), pictures)
+    assert ours.abs().sum() > 0
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_small_view_does_not_keep_its_tokens_alive() -> None:
+    model = FineTuneModel(Tokens(16), nn.Linear(16, 3)).freeze_backbone()
+    assert bytes_saved_for_backward(model, torch.randn(4, 50, 16)) == 4 * 16 * 4
+    assert bytes_saved_for_backward(model, torch.randn(1, 50, 16)) == 16 * 4
+
+
+def test_a_view_is_left_alone_where_the_backbone_needs_it() -> None:
+    model = FineTuneModel(Tokens(16), nn.Linear(16, 3))
+    assert bytes_saved_for_backward(model, torch.randn(4, 50, 16)) >= 4 * 50 * 16 * 4
+
+
+def test_features_are_not_copied_without_a_reason() -> None:
+    seen: list[int] = []
+    model = FineTuneModel(nn.Linear(4, 8), nn.Linear(8, 2)).freeze_backbone()
+    model.backbone.register_forward_hook(lambda module, inputs, output: seen.append(output.data_ptr()))
+    model.classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].data_ptr()))
+    model(torch.randn(2, 4))
+    assert seen[0] == seen[1]
+
+
+def test_no_copy_under_no_grad() -> None:
+    seen: list[Tensor] = []
+    model = FineTuneModel(Tokens(16), nn.Linear(16, 3)).freeze_backbone()
+    model.classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(torch.randn(4, 50, 16))
+    assert seen[0].untyped_storage().nbytes() == 4 * 50 * 16 * 4
+
+
+def test_freezing_is_absolute_returns_the_model_and_drops_gradients() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    for count in (0, 2, 5, 1, 1, 0):
+        assert model.freeze_backbone(trainable_groups=count) is model
+        parameters = dict(model.backbone.named_parameters())
+        state = [{parameters[n].requires_grad for n in group.parameter_names} for group in model.layer_groups]
+        assert state == [{False}] * (5 - count) + [{True}] * count
+        assert all(p.grad is None for p in model.backbone.parameters() if not p.requires_grad)
+    assert model.unfreeze_backbone() is model
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_freezing_replaces_no_object() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    before = [*map(id, model.modules()), *map(id, model.parameters()), *map(id, model.buffers())]
+    model.freeze_backbone().unfreeze_backbone().freeze_backbone(trainable_groups=2).train()
+    assert before == [*map(id, model.modules()), *map(id, model.parameters()), *map(id, model.buffers())]
+
+
+@pytest.mark.parametrize("count", [-1, 6])
+def test_a_count_out_of_range_names_the_groups(count: int) -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=2)
+    expected = rf"trainable_groups={count}: the backbone has 5 layer groups \(stem, layer1, .*\); pass 0 to 5\."
+    with pytest.raises(ValueError, match=expected):
+        model.freeze_backbone(trainable_groups=count)
+    assert model.backbone.layer4[0].conv1.weight.requires_grad
+
+
+@pytest.mark.parametrize("count", ["2", 1.0, True, None])
+def test_a_count_that_is_no_integer_is_refused(count: Any) -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    with pytest.raises(TypeError, match="pass a whole number, 0 to 5"):
+        model.freeze_backbone(trainable_groups=count)
+
+
+def test_a_parameter_in_both_parts_is_refused() -> None:
+    layer = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"backbone\.0\.weight and classifier\.weight are one parameter"):
+        FineTuneModel(nn.Sequential(layer), layer)
+
+
+def test_copies_and_pickles_like_any_module() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    for model in (
+        FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1).eval(),
+        FineTuneModel.from_module(net, net[1]).freeze_backbone().eval(),
+    ):
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert isinstance(twin, FineTuneModel)
+            assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
+            assert twin.to_module().state_dict().keys() == model.to_module().state_dict().keys()
+            assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+
+
+def test_num_features_and_num_classes() -> None:
+    model = FineTuneModel.from_timm("mobilenetv3_small_050", num_classes=7)
+    assert (model.num_features, model.num_classes) == (1024, 7)  # num_features of the bare network says 288
+    assert FineTuneModel(nn.Flatten(), nn.ReLU()).num_features is None
+    assert FineTuneModel.from_timm("test_resnet").num_classes == 1000
+
+
+def test_gradient_checkpointing_is_handed_on() -> None:
+    model = FineTuneModel.from_timm("test_vit", num_classes=3)
+    model.set_grad_checkpointing()
+    assert model.backbone.grad_checkpointing
+    model.set_grad_checkpointing(enable=False)
+    assert not model.backbone.grad_checkpointing
+
+
+def test_gradient_checkpointing_that_the_backbone_lacks() -> None:
+    with pytest.raises(AttributeError, match="set_grad_checkpointing"):
+        FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).set_grad_checkpointing()
+
+
+def test_data_config_of_timm_works_on_the_model() -> None:
+    network = timm.create_model("tf_efficientnet_lite0")
+    expected = timm.data.resolve_model_data_config(network)
+    model = FineTuneModel.from_timm(network, num_classes=3)
+    assert timm.data.resolve_model_data_config(model) == expected
+    assert not hasattr(FineTuneModel(nn.Flatten(), nn.Linear(4, 2)), "pretrained_cfg")
+
+
+def test_table_of_what_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1).print_trainable_parameters()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["group", "parameters", "state", "mode"]
+    assert lines[1].split()[0] == "stem"
+    assert lines[1].split()[2:] == ["frozen", "eval"]
+    assert lines[-3].split()[0] == "layer4"
+    assert lines[-3].split()[2:] == ["trainable", "train"]
+    assert lines[-2].split()[0] == "classifier"
+    assert lines[-1].startswith("trainable parameters: ")
