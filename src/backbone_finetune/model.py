@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import freezing
+from .distributed import active_wrapper, refuse_unfrozen_since
 from .layer_groups import LayerGroup, as_layer_groups, find_layer_groups, layer_depths
 from .param_groups import build_param_groups
 from .report import describe_by_group, describe_by_name
@@ -134,6 +135,8 @@ class FineTuneModel(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Compute features, then classify them."""
+        if (wrapper := active_wrapper()) is not None and torch.is_grad_enabled():
+            refuse_unfrozen_since(wrapper)
         if self._proof is not None and self.backbone.training in self._proof.unproved:
             self._proof.start()
             features = self.backbone(*inputs, **kwargs)

@@ -1,0 +1,51 @@
+"""What DistributedDataParallel would let pass in silence."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# The reducer of a wrapper keeps its parameters for good, so they are looked up once.
+_frozen_at_wrap: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
+
+
+def active_wrapper() -> DistributedDataParallel | None:
+    """Give the DistributedDataParallel whose forward is running.
+
+    >>> active_wrapper() is None
+    True
+    """
+    # A private attribute, but the compiler reads it for the same end; a test fails if torch drops it.
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="what trains is compared at each forward within DistributedDataParallel"
+)
+def refuse_unfrozen_since(wrapper: DistributedDataParallel) -> None:
+    """Raise RuntimeError when parameters train that were frozen when they were wrapped.
+
+    >>> wrapper = active_wrapper()
+    >>> if wrapper is not None and torch.is_grad_enabled():
+    ...     refuse_unfrozen_since(wrapper)
+
+    DistributedDataParallel averages the gradients of the parameters that train when it wraps them, and never looks
+    again: the others would take each process's own gradients, and the replicas drift apart.
+    """
+    if wrapper not in _frozen_at_wrap:
+        buckets = wrapper.reducer._get_zeros_like_grad_buckets()
+        averaged = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+        # Without what the user told DistributedDataParallel to ignore.
+        _frozen_at_wrap[wrapper] = [p for p in wrapper._module_parameters if id(p) not in averaged]
+    if any(parameter.requires_grad for parameter in _frozen_at_wrap[wrapper]):
+        unfrozen = {id(parameter) for parameter in _frozen_at_wrap[wrapper] if parameter.requires_grad}
+        names = [name for name, parameter in wrapper.module.named_parameters() if id(parameter) in unfrozen]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise RuntimeError(
+            f"DistributedDataParallel: {', '.join(names[:3])}{more} were frozen when the model was wrapped and train "
+            "now; their gradients would not be averaged, and the replicas would drift apart. Wrap again after every "
+            "unfreezing: model = DistributedDataParallel(model.module, ...)."
+        )
