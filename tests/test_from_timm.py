@@ -143,7 +143,10 @@ def test_dropout_lives_on_above_a_frozen_backbone_and_nowhere_else(name: str) ->
 def test_dropout_is_no_part_of_a_plain_name(capsys: pytest.CaptureFixture[str]) -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3, drop_rate=0.5).freeze_backbone()
     model.print_trainable_parameters(by_name=True)
-    assert capsys.readouterr().out.splitlines()[-2:] == ["Trainable parameter: fc.weight", "Trainable parameter: fc.bias"]
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "Trainable parameter: fc.weight",
+        "Trainable parameter: fc.bias",
+    ]
 
 
 def test_construction_leaves_the_random_state_as_timm_would() -> None:

@@ -212,7 +212,9 @@ def test_data_config_of_timm_works_on_the_model() -> None:
 
 
 def test_table_of_what_trains(capsys: pytest.CaptureFixture[str]) -> None:
-    FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1).print_trainable_parameters()
+    FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(
+        trainable_groups=1
+    ).print_trainable_parameters()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["group", "parameters", "state", "mode"]
     assert lines[1].split()[0] == "stem"

@@ -95,12 +95,13 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             f"the tensors do not fit the {type(model).__name__}: {'; '.join(faults[:3])}{more}; "
             "load them into the architecture that they were saved from."
         )
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-    # Attention biases that levit and its like cached in eval are forgotten when they hear a mode.
-    model.train().train(training)
+    model.train()  # attention biases that levit and its like cached in eval are forgotten when they hear this
+    for module, training in modes:
+        module.training = training
 
 
 def _distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

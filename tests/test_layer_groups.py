@@ -1,0 +1,126 @@
+"""Layer groups: an ordered, complete partition of any backbone, found or given."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from backbone_finetune import FineTuneModel, LayerGroup
+
+
+def names(backbone: nn.Module, **keywords: object) -> list[str]:
+    return [group.name for group in FineTuneModel(backbone, nn.Identity(), **keywords).layer_groups]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", ["stem", "layer1", "layer2", "layer3", "layer4"]),
+        ("test_vit", ["stem", *(f"blocks.{i}" for i in range(6))]),
+        ("convnext_atto", ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "head.norm"]),
+        ("densenet121", ["stem", *(f"features.denseblock{i}" for i in range(1, 5)), "features.norm5"]),
+        ("rdnet_tiny", ["stem", *(f"dense_stages.{i}" for i in range(7)), "head.norm"]),
+        ("poolformer_s12", ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "head.norm"]),
+        ("pit_ti_224", ["stem", "transformers.0", "transformers.1", "transformers.2", "norm"]),
+    ],
+)
+def test_names_that_people_recognise(name: str, expected: list[str]) -> None:
+    with torch.device("meta"):
+        assert names(timm.create_model(name, num_classes=0)) == expected
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.activation = nn.ReLU()
+        self.second = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        self.token = nn.Parameter(torch.zeros(2))
+
+
+def test_a_custom_network_goes_by_its_children() -> None:
+    groups = FineTuneModel(Custom(), nn.Linear(2, 2)).layer_groups
+    assert groups == (
+        LayerGroup("(root)", ("token",)),
+        LayerGroup("first", ("first.weight", "first.bias")),
+        LayerGroup("second", ("second.0.weight", "second.0.bias", "second.1.weight", "second.1.bias")),
+    )
+
+
+def test_a_tied_parameter_belongs_to_its_first_group() -> None:
+    backbone = Custom()
+    backbone.second[1].weight = backbone.first.weight
+    model = FineTuneModel(backbone, nn.Linear(2, 2))
+    assert "first.weight" in model.layer_groups[1].parameter_names
+    assert "second.1.weight" not in model.layer_groups[2].parameter_names
+    model.freeze_backbone(trainable_groups=1)
+    assert not backbone.second[1].weight.requires_grad
+    assert backbone.second[1].bias.requires_grad
+
+
+def test_given_as_modules_or_as_groups() -> None:
+    backbone = Custom()
+    rest = LayerGroup("entrance", ("token", "first.weight", "first.bias"))
+    model = FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[rest, backbone.second[0], backbone.second[1]])
+    assert [group.name for group in model.layer_groups] == ["entrance", "second.0", "second.1"]
+    model.freeze_backbone(trainable_groups=1)
+    assert [n for n, p in backbone.named_parameters() if p.requires_grad] == ["second.1.weight", "second.1.bias"]
+
+
+def test_given_groups_reach_from_timm_and_from_module() -> None:
+    network = timm.create_model("test_resnet")
+    halves = [
+        LayerGroup("early", tuple(n for n, _ in network.named_parameters() if not n.startswith(("layer4", "fc")))),
+        network.layer4,
+    ]
+    assert len(FineTuneModel.from_timm(network, num_classes=2, layer_groups=halves).layer_groups) == 2
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    whole = [LayerGroup("all", ("0.weight", "0.bias", "1.weight", "1.bias"))]
+    assert FineTuneModel.from_module(net, net[2], layer_groups=whole).layer_groups == tuple(whole)
+
+
+def test_given_groups_that_are_no_partition_are_refused() -> None:
+    backbone = Custom()
+    with pytest.raises(ValueError, match=r"3 parameters of the backbone are in no group \(token, first\.weight"):
+        FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[backbone.second])
+    with pytest.raises(ValueError, match=r"'second\.0\.weight' is in both 'second' and 'second\.0'"):
+        FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[backbone.second, backbone.second[0]])
+    with pytest.raises(ValueError, match="'third' in group 'a' is no parameter of the backbone"):
+        FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[LayerGroup("a", ("third",))])
+    with pytest.raises(ValueError, match=r"Linear is not a submodule of the backbone \(Custom\)"):
+        FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="the name 'a' stands twice"):
+        FineTuneModel(
+            nn.Linear(2, 2),
+            nn.Linear(2, 2),
+            layer_groups=[LayerGroup("a", ("weight",)), LayerGroup("a", ("bias",))],
+        )
+
+
+trees = st.recursive(
+    st.sampled_from([nn.ReLU, lambda: nn.Linear(2, 2), lambda: nn.BatchNorm1d(2)]),
+    lambda children: st.lists(children, max_size=4).map(
+        lambda parts: lambda: nn.Sequential(*(part() for part in parts))
+    ),
+    max_leaves=12,
+)
+
+
+@given(tree=trees, data=st.data())
+def test_any_tree_is_partitioned_in_order_and_frozen_from_the_input(tree: object, data: st.DataObject) -> None:
+    backbone = tree()  # type: ignore[operator]
+    model = FineTuneModel(backbone, nn.Linear(2, 2))
+    every = [name for group in model.layer_groups for name in group.parameter_names]
+    assert every == [name for name, _ in backbone.named_parameters()]
+    assert len({group.name for group in model.layer_groups}) == len(model.layer_groups)
+
+    count = data.draw(st.integers(0, len(model.layer_groups)))
+    model.freeze_backbone(trainable_groups=count)
+    trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+    assert trained == [
+        name for group in model.layer_groups[len(model.layer_groups) - count :] for name in group.parameter_names
+    ]

@@ -1,0 +1,141 @@
+"""Optimizer groups: what trains, each once, at the right rate and decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import timm.optim
+import torch
+from torch import nn
+
+from backbone_finetune import FineTuneModel
+
+
+def by_name(groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    return {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["param_names"]}
+
+
+def test_parts_stand_apart_and_biases_do_not_decay() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    groups = model.param_groups(lr=0.1, backbone_lr=0.01, weight_decay=0.05)
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
+        ("backbone", 0.01, 0.05),
+        ("backbone.no_decay", 0.01, 0.0),
+        ("classifier", 0.1, 0.05),
+        ("classifier.no_decay", 0.1, 0.0),
+    ]
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        assert all(parameters[name] is p for name, p in zip(group["param_names"], group["params"], strict=True))
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            assert (parameter.ndim <= 1 or name.endswith(".bias")) == (group["weight_decay"] == 0.0)
+    assert sorted(by_name(groups)) == sorted(parameters)
+
+
+def test_without_weight_decay_there_is_nothing_to_tell_apart() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1)
+    groups = model.param_groups(lr=0.1)
+    assert [(group["name"], group["lr"]) for group in groups] == [("backbone", 0.1), ("classifier", 0.1)]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for group in groups for p in group["params"]} == trainable
+
+
+def test_a_matrix_called_bias_does_not_decay_either() -> None:
+    backbone = nn.Module()
+    backbone.bias = nn.Parameter(torch.zeros(2, 2))
+    backbone.qkv_bias_table = nn.Parameter(torch.zeros(2, 2))
+    rates = by_name(FineTuneModel(backbone, nn.Linear(2, 2)).param_groups(lr=1.0, weight_decay=0.1))
+    assert rates["backbone.bias"] == (1.0, 0.0)
+    assert rates["backbone.qkv_bias_table"] == (1.0, 0.1)
+
+
+def test_what_the_network_exempts_does_not_decay() -> None:
+    model = FineTuneModel.from_timm("test_vit", num_classes=3)
+    rates = by_name(model.param_groups(lr=1.0, weight_decay=0.1))
+    assert model.backbone.pos_embed.ndim == 3
+    assert rates["backbone.pos_embed"] == (1.0, 0.0)
+    assert rates["backbone.patch_embed.proj.weight"] == (1.0, 0.1)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("trainable_groups", [1, None])
+def test_layer_decay_is_timms_on_the_whole_network(name: str, trainable_groups: int | None) -> None:
+    network = timm.create_model(name, num_classes=3)
+    scales = {
+        parameter: group["lr_scale"]
+        for group in timm.optim.param_groups_layer_decay(network, layer_decay=0.7)
+        for parameter in group["params"]
+    }
+    expected = {parameter_name: scales[p] for parameter_name, p in network.named_parameters()}
+    model = FineTuneModel.from_timm(network)
+    if trainable_groups is not None:  # timm itself counts wrong when some are frozen
+        model.freeze_backbone(trainable_groups=trainable_groups)
+    rates = by_name(model.param_groups(lr=0.2, backbone_lr=0.1, weight_decay=0.05, layer_decay=0.7))
+    assert rates
+    for parameter_name, (rate, _) in rates.items():
+        plain = model._way_back.plain_name(parameter_name)
+        base = 0.2 if parameter_name.startswith("classifier.") else 0.1
+        assert rate == pytest.approx(base * expected[plain]), parameter_name
+
+
+def test_layer_decay_of_a_custom_network_goes_by_layer_group() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 2))
+    groups = FineTuneModel.from_module(net, net[3]).param_groups(lr=1.0, layer_decay=0.5)
+    assert [(group["name"], group["lr"]) for group in groups] == [
+        ("backbone.0", 0.25),
+        ("backbone.1", 0.5),
+        ("classifier", 1.0),
+    ]
+
+
+def test_timms_own_factory_gives_the_same_scales() -> None:
+    network = timm.create_model("test_vit", num_classes=3)
+    keywords: dict[str, Any] = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "layer_decay": 0.75}
+
+    def rates(module: nn.Module) -> dict[int, tuple[float, float]]:
+        optimizer = timm.optim.create_optimizer_v2(module, **keywords)
+        return {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+
+    plain = rates(network)
+    assert rates(FineTuneModel.from_timm(network)) == plain
+
+
+def test_groups_are_the_same_whatever_is_frozen() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    keywords: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.05, "layer_decay": 0.75, "include_frozen": True}
+    whole = by_name(model.param_groups(**keywords))
+    for count in (0, 2):
+        model.freeze_backbone(trainable_groups=count)
+        assert by_name(model.param_groups(**keywords)) == whole
+
+
+def test_optimizers_take_the_groups() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone()
+    optimizer = torch.optim.SGD(model.param_groups(lr=0.1), momentum=0.9)
+    assert optimizer.param_groups[0]["param_names"] == ["classifier.weight", "classifier.bias"]
+    state = optimizer.state_dict()
+    torch.optim.SGD(model.param_groups(lr=0.5), momentum=0.9).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"lr": -0.1}, r"lr=-0\.1; pass a finite number, 0 or more"),
+        ({"lr": 0.1, "backbone_lr": -1.0}, r"backbone_lr=-1\.0"),
+        ({"lr": 0.1, "weight_decay": -1.0}, r"weight_decay=-1\.0"),
+        ({"lr": 0.1, "layer_decay": float("nan")}, "layer_decay=nan"),
+        ({"lr": float("inf")}, "lr=inf"),
+    ],
+)
+def test_impossible_rates_are_refused(keywords: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).param_groups(**keywords)
+
+
+def test_nothing_to_train_is_refused() -> None:
+    model = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone()
+    model.classifier.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing trains, so there is nothing to optimize; unfreeze"):
+        model.param_groups(lr=0.1)
