@@ -113,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=positive, help="samples of each number (default: 10 on a CPU, 50 on a GPU)")
     parser.add_argument("--threads", type=positive, help="threads on a CPU (default: torch's own choice)")
     parser.add_argument("--flush-l2", action="store_true", help="empty a GPU's second-level cache before each clock")
-    parser.add_argument("--output", type=Path, default=Path("benchmark-results"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=Path("runs/backward_time"), metavar="DIR")
     return parser
 
 
@@ -130,8 +130,9 @@ def prepare(options: argparse.Namespace) -> Setup:
     device = resolve_device(options.device)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.backends.cudnn.benchmark = True  # the warm-up lets it choose, so no clock sees it search
-    # One graph per state of freezing, so a deep network needs more than dynamo's default before it falls back to eager.
-    torch._dynamo.config.recompile_limit = 256
+    if options.compile:
+        # One graph for each depth of freezing: at dynamo's default limit a deep network would fall back to eager.
+        torch._dynamo.config.recompile_limit = 256
     return Setup(
         device=device,
         clock=clock_for(device, flush_l2=options.flush_l2),

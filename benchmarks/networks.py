@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import timm
 import torch
@@ -66,21 +67,21 @@ def build_network(
 ) -> Network:
     """Build a network with random weights, as weights do not change what a step costs, and a batch of random pictures.
 
-    `image_size` None takes the network's own: timm's input size, 64 for the article's.
+    `image_size` None takes timm's input size. The article's networks see its 64 pixels: ConvModel fits no others.
     """
     torch.manual_seed(0)
     if name in ARTICLE_NETWORKS:
-        model, size = _wrap_article_network(getattr(_article_module(), name)()), (3, 64, 64)
+        model, size = _wrap_article_network(name), (3, 64, 64)
     else:
         model, size = _wrap_timm_network(name, image_size)
-    if image_size is not None:
-        size = (size[0], image_size, image_size)
     images = torch.randn(batch_size, *size, device=device).contiguous(memory_format=memory_format)
     labels = torch.randint(NUM_CLASSES, (batch_size,), device=device)
-    return Network(name, model.to(device=device, memory_format=memory_format), images, labels)  # type: ignore[call-overload]
+    model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    return Network(name, model, images, labels)
 
 
-def _wrap_article_network(network: nn.Module) -> FineTuneModel:
+def _wrap_article_network(name: str) -> FineTuneModel:
+    network: nn.Module = getattr(_article_module(), name)()
     classifier = network.get_submodule("fc")
     return FineTuneModel.from_module(network, classifier, example_input=torch.zeros(1, 3, 64, 64))
 
@@ -88,8 +89,10 @@ def _wrap_article_network(network: nn.Module) -> FineTuneModel:
 def _wrap_timm_network(name: str, image_size: int | None) -> tuple[FineTuneModel, tuple[int, int, int]]:
     config = timm.get_pretrained_cfg(name)
     size = config.input_size if config is not None else (3, 224, 224)
-    # A network whose position embeddings have a fixed size must be built for the pictures it will see.
-    fixed = (
-        {"img_size": image_size} if image_size is not None and config is not None and config.fixed_input_size else {}
-    )
-    return FineTuneModel.from_timm(name, num_classes=NUM_CLASSES, **fixed), size
+    arguments: dict[str, Any] = {}
+    if image_size is not None:
+        size = (size[0], image_size, image_size)
+        if config is not None and config.fixed_input_size:
+            # A network whose position embeddings have a fixed size must be built for the pictures it will see.
+            arguments["img_size"] = image_size
+    return FineTuneModel.from_timm(name, num_classes=NUM_CLASSES, **arguments), size

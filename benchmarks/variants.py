@@ -138,6 +138,7 @@ def prove_equal(variant: Variant, network: Network, precision: Precision = "off"
     """
     model = network.model
     variant.enter()
+    training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     reference = copy.deepcopy(model)
     buffers = {name: buffer.clone() for name, buffer in _buffers_of_frozen_layers(model)}
     with _logits_and_gradients(model, variant.logits, network, precision) as (logits, gradients):
@@ -145,7 +146,6 @@ def prove_equal(variant: Variant, network: Network, precision: Precision = "off"
         _compare("logits", logits, expected_logits, precision)
         for name in dict(model.classifier.named_parameters(prefix="classifier")):
             _compare(f"gradient of {name}", gradients.get(name), expected_gradients.get(name), precision)
-        training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         expected_gradients = {name: gradient for name, gradient in expected_gradients.items() if name in training}
         if gradients.keys() != expected_gradients.keys():
             wrong = sorted(gradients.keys() ^ expected_gradients.keys())
@@ -195,6 +195,8 @@ def _logits_and_gradients(
     torch.manual_seed(0)  # dropout must draw the same numbers on both sides
     with autocast(network.images.device, precision):
         logits = forward()
+    if not logits.requires_grad:
+        raise WrongVariantError("nothing trains: the logits have no graph to go back through")
     functional.cross_entropy(logits.float(), network.labels).backward()  # type: ignore[no-untyped-call]
     yield logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -1,0 +1,297 @@
+"""The clock itself: what is inside it, what is not, and what its ratios say."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+# The benchmarks are scripts, which find each other through the folder that they stand in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import measure
+
+
+def test_a_known_sleep_is_measured_right() -> None:
+    clock = measure.WallClock()
+    timed = [clock.time(lambda: time.sleep(0.02)) for _ in range(5)]
+    assert [result for result, _ in timed] == [None] * 5
+    # Never shorter than the sleep; the best of five is free of what else the machine does.
+    assert 20 <= min(elapsed for _, elapsed in timed) < 30
+
+
+class _Slow(torch.autograd.Function):
+    """Takes a different, known time in each direction."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return weight * 1
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        time.sleep(0.03)
+        return gradient
+
+
+def _slow_step(weight: nn.Parameter, events: list[str]) -> measure.TrainingStep:
+    def forward() -> Tensor:
+        events.append("forward")
+        loss: Tensor = _Slow.apply(weight).sum()
+        loss.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: events.append(f"backward, gradient {weight.grad}")
+        )
+        return loss
+
+    def update() -> None:
+        events.append("update")
+        time.sleep(0.02)
+
+    def clear_gradients() -> None:
+        weight.grad = None
+
+    def enter() -> None:
+        events.append("enter")
+        time.sleep(0.04)
+
+    return measure.TrainingStep(enter, forward, update, clear_gradients)
+
+
+def test_each_part_of_a_step_has_a_clock_of_its_own() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    events: list[str] = []
+    step = _slow_step(weight, events)
+    times = [measure.time_step(step, measure.WallClock()) for _ in range(3)]
+    assert 10 <= min(t.forward for t in times) < 20
+    assert 30 <= min(t.backward for t in times) < 40
+    assert 20 <= min(t.optimizer for t in times) < 30
+    assert 60 <= min(t.step for t in times) < 90
+    # A gradient that is there would be added to, which is other work; entering a variant is nobody's time.
+    once = ["forward", "backward, gradient None", "update"]
+    assert events == ["enter", *once, *once] * 3
+    assert weight.grad is None
+
+
+def test_variants_take_turns_a_b_b_a() -> None:
+    visited: list[str] = []
+
+    def visit(name: str) -> Callable[[], str]:
+        return lambda: visited.append(name) or name  # type: ignore[func-returns-value]
+
+    passes = list(measure.take_turns([visit("A"), visit("B"), visit("C")], 3))
+    assert visited == ["A", "B", "C", "C", "B", "A", "A", "B", "C"]
+    assert passes == [("A", "B", "C")] * 3
+
+
+def test_an_interrupted_pass_yields_nothing() -> None:
+    answers = iter([1, 2, 3])
+
+    def visit() -> int:
+        for answer in answers:
+            return answer
+        raise KeyboardInterrupt
+
+    turns = measure.take_turns([visit, visit], 5)
+    assert next(turns) == (1, 2)
+    with pytest.raises(KeyboardInterrupt):
+        next(turns)
+
+
+def test_the_interval_of_an_a_against_a_ratio_contains_1() -> None:
+    generator = random.Random(0)
+
+    def noisy(drift: float) -> float:
+        return 100 * drift * generator.lognormvariate(0, 0.1)
+
+    covered = 0
+    for _ in range(100):
+        drifts = [1 + repetition / 10 for repetition in range(20)]
+        ratio = measure.paired_ratio([noisy(d) for d in drifts], [noisy(d) for d in drifts], resamples=500)
+        covered += ratio.low <= 1 <= ratio.high
+    assert covered >= 88  # of a 95 % interval, less what a hundred trials leave to chance
+
+
+def test_a_machine_that_slows_down_does_not_change_a_paired_ratio() -> None:
+    drift = [1 + repetition for repetition in range(12)]
+    ratio = measure.paired_ratio([2.0 * d for d in drift], [1.0 * d for d in drift])
+    assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 2.0)
+    assert str(ratio) == "2.000 [2.000, 2.000]"
+
+
+@pytest.mark.parametrize(("numerator", "denominator"), [([1.0], [1.0, 2.0]), ([], [])])
+def test_a_ratio_needs_pairs(numerator: list[float], denominator: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"paired_ratio: .* pass as many of each, and one at least"):
+        measure.paired_ratio(numerator, denominator)
+
+
+def test_interquartile_range() -> None:
+    assert measure.interquartile_range([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
+    assert measure.interquartile_range([7.0]) == 0.0
+
+
+class _ScriptedClock:
+    """Says that each call took the next of the given times."""
+
+    def __init__(self, *elapsed: float) -> None:
+        self.elapsed = list(elapsed)
+
+    def time(self, call: Callable[[], measure.Result]) -> tuple[measure.Result, float]:
+        return call(), self.elapsed.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "calls"),
+    [([9.0, 1.0, 1.0, 1.0, 1.0], 4), ([9.0, 8.0, 4.0, 2.0, 2.0, 1.0, 1.0, 1.0], 8), ([9.0, 9.0, 9.0], 3)],
+)
+def test_warm_up_ends_when_calls_no_longer_get_faster(elapsed: list[float], calls: int) -> None:
+    done: list[int] = []
+    assert measure.warm_up(lambda: done.append(1), _ScriptedClock(*elapsed)) == calls == len(done)
+
+
+def test_warm_up_ends_on_a_machine_that_never_settles() -> None:
+    assert measure.warm_up(lambda: None, _ScriptedClock(*[0.9**n for n in range(99)]), at_most=6) == 6
+
+
+def test_saved_bytes_of_a_linear_head_are_exact() -> None:
+    head, features, labels = nn.Linear(32, 10), torch.randn(8, 32), torch.zeros(8, dtype=torch.int64)
+
+    def forward() -> Tensor:
+        return nn.functional.cross_entropy(head(features), labels)
+
+    # The features for the weight's gradient; for the loss the log-softmax (8, 10), the labels and its total weight ().
+    assert measure.count_saved_bytes(forward, head.parameters()) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4
+
+    features.requires_grad_(True)  # now backward needs the weight as well, which is alive anyway
+    assert measure.count_saved_bytes(forward, head.parameters()) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4
+    assert measure.count_saved_bytes(forward, []) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4 + 10 * 32 * 4
+
+
+def test_saved_bytes_count_a_storage_once_and_whole() -> None:
+    tokens = torch.randn(2, 100, 16)
+    head, other = nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def view() -> Tensor:
+        return nn.functional.linear(tokens[:, 0], head.weight)
+
+    def twice() -> Tensor:
+        return view() + nn.functional.linear(tokens[:, 1], other.weight)
+
+    parameters = [*head.parameters(), *other.parameters()]
+    assert measure.count_saved_bytes(view, parameters) == tokens.numel() * 4
+    assert measure.count_saved_bytes(twice, parameters) == tokens.numel() * 4
+    assert measure.count_saved_bytes(lambda: head(tokens[:, 0].clone()), parameters) == 2 * 16 * 4
+
+
+def test_memory_runs_out_until_the_batch_fits() -> None:
+    said: list[str] = []
+
+    def fit(batch_size: int) -> int:
+        if batch_size > 3:
+            raise torch.OutOfMemoryError
+        return batch_size
+
+    assert measure.at_largest_batch(fit, 13, said.append) == 3
+    assert said == ["out of memory: going on with batch size 6", "out of memory: going on with batch size 3"]
+
+
+def test_a_single_picture_that_does_not_fit_is_an_error() -> None:
+    def never_fit(batch_size: int) -> None:
+        raise torch.OutOfMemoryError(f"batch of {batch_size}")
+
+    with pytest.raises(torch.OutOfMemoryError, match="batch of 1"):
+        measure.at_largest_batch(never_fit, 2, lambda text: None)
+
+
+class _Device:
+    """A stand-in for a GPU: work is queued by the host and done in order, at the device's own pace."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.queue: list[Callable[[], None]] = []
+        self.log: list[str] = []
+
+    def work(self, name: str, milliseconds: float) -> None:
+        def do() -> None:
+            self.log.append(name)
+            self.now += milliseconds
+
+        self.queue.append(do)
+
+    def synchronize(self) -> None:
+        self.log.append("idle")
+        while self.queue:
+            self.queue.pop(0)()
+
+    def new_event(self) -> _Event:
+        return _Event(self)
+
+
+class _Event:
+    def __init__(self, device: _Device) -> None:
+        self.device = device
+        self.at: float | None = None
+
+    def record(self) -> None:
+        def do() -> None:
+            self.at = self.device.now
+
+        self.device.queue.append(do)
+
+    def elapsed_time(self, end_event: _Event) -> float:
+        assert self.at is not None, "read before the device came to it"
+        assert end_event.at is not None, "read before the device came to it"
+        return end_event.at - self.at
+
+
+def test_an_event_clock_times_the_call_alone() -> None:
+    device = _Device()
+    device.work("earlier", 1000)
+    clock = measure.EventClock(device.new_event, device.synchronize, flush=lambda: device.work("flush", 500))
+    result, elapsed = clock.time(lambda: device.work("call", 7))
+    assert result is None
+    assert elapsed == 7
+    # The flush is queued before the device is waited for, so that it is over when the first event is recorded.
+    assert device.log == ["idle", "earlier", "flush", "idle", "call"]
+
+
+def test_an_event_clock_without_a_flush() -> None:
+    device = _Device()
+    clock = measure.EventClock(device.new_event, device.synchronize)
+    assert clock.time(lambda: device.work("call", 3)) == (None, 3)
+    assert "flush" not in device.log
+
+
+def test_a_missing_device_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"--device cuda: torch .* sees no CUDA device here; pass --device cpu"):
+        measure.resolve_device("cuda")
+    assert measure.resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert measure.resolve_device("auto") == torch.device("cuda")
+
+
+def test_a_cpu_has_the_hosts_clock_and_no_cache_to_flush() -> None:
+    cpu = torch.device("cpu")
+    assert isinstance(measure.clock_for(cpu), measure.WallClock)
+    assert measure.peak_memory(lambda: None, cpu) is None
+    with pytest.raises(ValueError, match="flush_l2: only a CUDA device has the cache that this clears, not cpu"):
+        measure.clock_for(cpu, flush_l2=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_timed_by_its_own_events() -> None:
+    device = torch.device("cuda")
+    clock = measure.clock_for(device, flush_l2=True)
+    small, large = (torch.randn(n, n, device=device) for n in (64, 4096))
+    measure.warm_up(lambda: large @ large, clock)
+    assert clock.time(lambda: large @ large)[1] > clock.time(lambda: small @ small)[1] > 0
+    peak = measure.peak_memory(lambda: large @ large, device)
+    assert peak is not None
+    assert peak >= 2 * large.nbytes
