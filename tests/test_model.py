@@ -223,3 +223,13 @@ def test_table_of_what_trains(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-3].split()[2:] == ["trainable", "train"]
     assert lines[-2].split()[0] == "classifier"
     assert lines[-1].startswith("trainable parameters: ")
+
+
+def test_the_mode_that_was_asked_for_outlives_a_model_in_which_nothing_trains() -> None:
+    model = FineTuneModel(nn.BatchNorm1d(4), nn.Sequential(nn.Dropout(), nn.Linear(4, 2))).train()
+    model.classifier.requires_grad_(False)
+    model.freeze_backbone()
+    assert not any(module.training for module in model.modules() if module is not model)
+    model.unfreeze_backbone()
+    assert model.backbone.training
+    assert not model.classifier.training

@@ -53,12 +53,17 @@ def frozen_modules(
 
     A module is frozen when its subtree has parameters and none of them trains. One without parameters follows its
     nearest ancestor that has some; directly under the root of the backbone it goes with the first layer group.
-    With `norm_eval`, modules of the backbone that keep running statistics are in eval whatever trains.
+    With `norm_eval`, modules of the backbone that keep running statistics are in eval whatever trains. The model
+    itself is never among them: its own flag is the mode that was asked for, for the day when something trains again.
     """
     parameters = dict(backbone.named_parameters())
     first_group = layer_groups[0].parameter_names if layer_groups else ()
-    stem_trains = any(parameters[name].requires_grad for name in first_group)
-    yield from _frozen_below(model, backbone, stem_trains=stem_trains or not layer_groups)
+    stem_trains = not layer_groups or any(parameters[name].requires_grad for name in first_group)
+    everything = list(model.parameters())
+    if everything and not any(parameter.requires_grad for parameter in everything):
+        yield from model.children()
+    for child in model.children():
+        yield from _frozen_below(child, backbone, stem_trains=stem_trains)
     if norm_eval:
         yield from (module for module in backbone.modules() if keeps_running_statistics(module))
 
@@ -71,7 +76,7 @@ def _frozen_below(module: nn.Module, backbone: nn.Module, *, stem_trains: bool) 
     for child in module.children():
         if next(child.parameters(), None) is not None:
             yield from _frozen_below(child, backbone, stem_trains=stem_trains)
-        elif module is backbone and not stem_trains:
+        elif module is backbone and parameters and not stem_trains:
             yield child
 
 

@@ -241,7 +241,7 @@ class FineTuneModel(nn.Module):
         # Every module hears the mode first: some of timm's drop their caches when they do.
         super().train(mode)
         for module in self._frozen_modules():
-            nn.Module.train(module, False) if module is self else module.train(False)
+            module.train(False)
         freezing.drop_frozen_gradients(self)
         return self
 
