@@ -137,7 +137,10 @@ class FineTuneModel(nn.Module):
         """Compute features, then classify them."""
         if (wrapper := active_wrapper()) is not None and torch.is_grad_enabled():
             refuse_unfrozen_since(wrapper)
-        if self._proof is not None and self.backbone.training in self._proof.unproved:
+        # A compiler proves each graph that it traces: were it to read what is proved so far, it would guard on that.
+        if self._proof is not None and (
+            torch.compiler.is_compiling() or self.backbone.training in self._proof.unproved
+        ):
             self._proof.start()
             features = self.backbone(*inputs, **kwargs)
             self._proof.finish(features, training=self.backbone.training)
