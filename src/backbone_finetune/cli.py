@@ -111,7 +111,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of `predict`."""
     parser.description = "Name the likeliest classes of pictures, by a model that `train` wrote."
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a model.safetensors, or the folder that holds it")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="the model.safetensors that `train` wrote")
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
     parser.add_argument(
         "--top-k", type=positive_integer, default=3, metavar="K", help="classes for each picture (default: %(default)s)"

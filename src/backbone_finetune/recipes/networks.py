@@ -1,11 +1,10 @@
 """A timm network by name, with the weights that were asked for; each mistake is told before any work starts."""
 
 import difflib
-import pickle
 from pathlib import Path
+from textwrap import shorten
 
 import timm
-from safetensors import SafetensorError
 from timm.models import PretrainedCfg, load_state_dict
 from torch import nn
 
@@ -43,7 +42,7 @@ def load_network(
     Without an architecture it is EfficientNet-Lite0, and then, without another source, with the packaged weights.
 
     >>> load_network("test_resnet")[:2]
-    ('test_resnet', 'random weights')
+    ('test_resnet', 'random weights (--pretrained or --checkpoint FILE loads trained ones)')
 
     Raises:
         ValueError: two sources were given, or what the one in use raises.
@@ -58,7 +57,7 @@ def load_network(
     if architecture is None:
         return name, "ImageNet weights from a package", load_packaged_network()
     check_architecture(name)
-    return name, "random weights", timm.create_model(name)
+    return name, "random weights (--pretrained or --checkpoint FILE loads trained ones)", timm.create_model(name)
 
 
 def load_pretrained_network(architecture: str) -> nn.Module:
@@ -111,8 +110,8 @@ def load_checkpoint_network(architecture: str, path: Path) -> nn.Module:
         raise FileNotFoundError(f"{path}: there is no such weights file")
     try:
         tensors = load_state_dict(str(path))
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable weights file ({error})") from error
+    except Exception as error:  # what torch's unpickler says of a file that is no pickle can be anything
+        raise ValueError(f"{path}: not a readable weights file ({shorten(str(error), 300)})") from error
     # timm loads strictly only when both sides have the same classes, so build the network with as many as the file
     # has. Without a classifier under timm's name, the file is in its authors' own format (timm translates it, and it
     # has the usual classes) or has none.
@@ -133,4 +132,4 @@ def create_filled_network(architecture: str, path: Path, *, num_classes: int) ->
     try:
         return timm.create_model(architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # timm's translators fail in their own ways on a file that is not theirs
-        raise ValueError(f"{path}: these are not the weights of {architecture} ({error})") from error
+        raise ValueError(f"{path}: these are not the weights of {architecture} ({shorten(str(error), 300)})") from error

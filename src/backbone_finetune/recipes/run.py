@@ -43,7 +43,7 @@ class TrainSettings:
     unless they come from the hub (``pretrained``) or from a file (``checkpoint``).
 
     >>> TrainSettings(trainable_groups=1).output
-    PosixPath('finetuned')
+    PosixPath('fine-tuned')
     """
 
     pictures: Path | None = None
@@ -52,7 +52,7 @@ class TrainSettings:
     checkpoint: Path | None = None
     trainable_groups: int = 0
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
-    output: Path = Path("finetuned")
+    output: Path = Path("fine-tuned")
     overwrite: bool = False
     device: str = "cpu"
 

@@ -137,7 +137,7 @@ def fine_tune(
     2
 
     Raises:
-        RuntimeError: a frozen parameter or buffer changed.
+        AssertionError: a frozen parameter or buffer changed.
         ValueError: nothing trains.
     """
     model.to(device)

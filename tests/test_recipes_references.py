@@ -1,0 +1,99 @@
+"""What accuracy is held against, and what a backward pass costs."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes import reference
+from backbone_finetune.recipes.reference import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
+from backbone_finetune.recipes.timing import measure_backward
+from backbone_finetune.recipes.training import Hyperparameters
+
+CPU = torch.device("cpu")
+
+
+def make_pictures(count: int = 12) -> Any:
+    targets = torch.arange(count) % 3
+    noise = torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(noise + torch.eye(3)[targets][:, :, None, None], targets)
+
+
+def test_chance_answers_the_commonest_training_class() -> None:
+    assert chance_accuracy([0, 1, 1], [0, 0, 0, 1]) == 0.25
+
+
+def test_raw_pixels_suffice_where_colour_tells() -> None:
+    settings = Hyperparameters(epochs=10)
+    assert raw_pixel_accuracy(3, make_pictures(30), make_pictures(), settings, device=CPU) > 0.9
+
+
+def test_the_random_backbone_is_random_and_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[FineTuneModel] = []
+
+    def record(model: FineTuneModel, *arguments: Any, **keywords: Any) -> Any:
+        models.append(model)
+        return fine_tune(model, *arguments, **keywords)
+
+    fine_tune = reference.fine_tune
+    monkeypatch.setattr(reference, "fine_tune", record)
+    torch.manual_seed(5)
+    expected = timm.create_model("test_resnet")
+    torch.manual_seed(5)
+    settings = Hyperparameters(epochs=1)
+    random_backbone_accuracy("test_resnet", 3, make_pictures(), make_pictures(), settings, device=CPU)
+    (model,) = models
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+    initial = expected.state_dict()
+    assert all(torch.equal(tensor, initial[name]) for name, tensor in model.backbone.state_dict().items())
+
+
+class SlowForward(nn.Module):
+    """A backbone whose forward takes 50 ms, its backward 20 ms where its weight trains, else none."""
+
+    class Pause(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, inputs: Tensor) -> Tensor:
+            time.sleep(0.05)
+            return inputs.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            time.sleep(0.02)
+            return gradients[0]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.Pause.apply(self.layer(inputs))
+        return output
+
+
+def test_only_the_backward_pass_is_timed() -> None:
+    model = FineTuneModel(SlowForward(), nn.Linear(8, 2)).freeze_backbone()
+    times = measure_backward(model, torch.randn(6, 4), torch.zeros(6, dtype=torch.long), rounds=3)
+    assert 20 < times.unfrozen < 45
+    assert 0 < times.classifier_alone < 10
+    assert 0 < times.frozen < 10
+    assert times.batch_size == 6
+
+
+def test_timing_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
+    model = FineTuneModel(SlowForward(), nn.Linear(8, 2)).freeze_backbone().eval()
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    measure_backward(model, torch.randn(6, 4, generator=torch.Generator()), torch.zeros(6, dtype=torch.long), rounds=1)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False] * 4 + [True] * 2
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())

@@ -1,0 +1,261 @@
+"""A whole training run: what it writes, what it refuses before any work, what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from picture_folders import COLOURS, make_folder, make_picture
+
+from backbone_finetune.recipes import run as run_module
+from backbone_finetune.recipes.model_file import load_trained_model
+from backbone_finetune.recipes.output import MODEL_FILE, make_output_folder, replacing
+from backbone_finetune.recipes.prediction import predict
+from backbone_finetune.recipes.run import TrainSettings, train
+from backbone_finetune.recipes.timing import BackwardTimes
+from backbone_finetune.recipes.training import Hyperparameters
+
+FILES = {"curves.png", "metrics.json", "model.safetensors"}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "pictures": make_folder(tmp_path / "pictures"),
+        "architecture": "test_resnet",
+        "hyperparameters": Hyperparameters(epochs=2, batch_size=8),
+        "output": tmp_path / "runs" / "first",
+    }
+
+
+@pytest.fixture
+def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the backward times, which take longer than these small trainings."""
+    times = BackwardTimes(unfrozen=100.0, frozen=1.0, classifier_alone=0.5, batch_size=8)
+    monkeypatch.setattr(run_module, "measure_backward", lambda *arguments: times)
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail as soon as a network is built or a picture read."""
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(run_module, "load_network", fail)
+    monkeypatch.setattr(run_module, "leave_out_broken_pictures", fail)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_run_writes_its_model_its_metrics_and_its_curves(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (settings["pictures"] / "red" / "broken.png").write_bytes(b"")
+    random_state = torch.get_rng_state()
+    metrics = train(TrainSettings(**settings))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    output = settings["output"]
+    assert names_in(output) == FILES
+
+    written = json.loads((output / "metrics.json").read_text())
+    assert list(written)[:4] == ["test_accuracy", "chance", "random_backbone", "raw_pixels"]
+    assert all(0 <= written[name] <= 1 for name in list(written)[:4])
+    assert written["test_accuracy"] == metrics.test_accuracy == written["history"][-1]["test_accuracy"]
+    assert written["chance"] == pytest.approx(1 / 3)
+    assert (written["train_pictures"], written["test_pictures"]) == (12, 6)
+    assert written["class_names"] == list(COLOURS)
+    assert written["hyperparameters"]["seed"] == 0
+    assert written["backward_milliseconds"]["frozen"] < written["backward_milliseconds"]["unfrozen"]
+    (skipped,) = written["skipped_pictures"]
+    assert skipped.startswith(str(settings["pictures"] / "red" / "broken.png"))
+
+    loaded = load_trained_model(output / MODEL_FILE)
+    assert loaded.class_names == tuple(COLOURS)
+    printed = capsys.readouterr()
+    assert "classifier         291  trainable  train" in printed.out
+    assert "12 to train, 6 to test, 1 broken ones skipped" in printed.out
+    for name in ("test accuracy", "chance", "random backbone", "raw pixels", "backward"):
+        assert f"\n{name}  " in printed.out
+    assert all(str(output / name) in printed.out for name in FILES)
+    assert f"skipped: {skipped}" in printed.err
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_the_written_model_predicts_as_it_was_tested(settings: dict[str, Any]) -> None:
+    hyperparameters = Hyperparameters(epochs=2, batch_size=8, lr=0.01)
+    metrics = train(TrainSettings(**{**settings, "hyperparameters": hyperparameters}))
+    _, test = run_module.split(run_module.find_pictures(settings["pictures"]), test_share=0.3, seed=0)
+    loaded = load_trained_model(settings["output"] / MODEL_FILE)
+    predictions = [prediction.classes[0][0] for prediction in predict(loaded, test.paths, top_k=1)]
+    expected = [path.parent.name for path in test.paths]
+    right = sum(found == name for found, name in zip(predictions, expected, strict=True))
+    assert right / len(expected) == metrics.test_accuracy
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_the_model_is_written_last(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    save = run_module.save_trained_model
+
+    def record(*arguments: Any, **keywords: Any) -> None:
+        seen.append(names_in(settings["output"]))
+        save(*arguments, **keywords)
+
+    monkeypatch.setattr(run_module, "save_trained_model", record)
+    train(TrainSettings(**settings))
+    assert seen == [FILES - {MODEL_FILE}]
+
+
+def test_layer_groups_can_train_too(settings: dict[str, Any]) -> None:
+    metrics = train(TrainSettings(**settings, trainable_groups=2))
+    assert metrics.trainable_groups == 2
+    assert metrics.backward_milliseconds.frozen > metrics.backward_milliseconds.classifier_alone
+    assert names_in(settings["output"]) == FILES
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_the_same_seed_gives_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    def outcome(name: str, seed: int) -> Any:
+        hyperparameters = Hyperparameters(epochs=2, batch_size=8, seed=seed)
+        output = tmp_path / name
+        metrics = train(TrainSettings(**{**settings, "output": output, "hyperparameters": hyperparameters}))
+        weights = load_trained_model(output / MODEL_FILE).model.state_dict()
+        return metrics.history, metrics.random_backbone, metrics.raw_pixels, weights
+
+    *first, first_weights = outcome("first", 0)
+    *second, second_weights = outcome("second", 0)
+    assert first == second
+    assert all(torch.equal(tensor, second_weights[name]) for name, tensor in first_weights.items())
+    assert outcome("third", 1)[0] != first[0]
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_finished_model_is_refused_before_any_work(settings: dict[str, Any]) -> None:
+    settings["output"].mkdir(parents=True)
+    (settings["output"] / MODEL_FILE).write_text("the first model")
+    with pytest.raises(FileExistsError, match=r"first already holds a finished model; pass --overwrite to replace it"):
+        train(TrainSettings(**settings))
+    assert (settings["output"] / MODEL_FILE).read_text() == "the first model"
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_a_finished_model_stays_until_the_new_one_replaces_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings["output"].mkdir(parents=True)
+    for name in FILES:
+        (settings["output"] / name).write_text("the first")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "measure_backward", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainSettings(**settings, overwrite=True))
+    assert {(settings["output"] / name).read_text() for name in FILES} == {"the first"}
+    train(TrainSettings(**settings, overwrite=True))
+    assert load_trained_model(settings["output"] / MODEL_FILE).class_names == tuple(COLOURS)
+    assert names_in(settings["output"]) == FILES
+
+
+@pytest.mark.usefixtures("no_work")
+def test_an_output_that_is_a_file_is_refused_before_any_work(settings: dict[str, Any], tmp_path: Path) -> None:
+    path = make_picture(tmp_path / "one.png", (0, 0, 0))
+    with pytest.raises(FileExistsError, match=r"one\.png is a file; pass a folder with --output"):
+        train(TrainSettings(**{**settings, "output": path}))
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("folders", [(), ("cat",)])
+def test_unfit_pictures_are_refused_before_any_work(
+    settings: dict[str, Any], tmp_path: Path, folders: tuple[str, ...]
+) -> None:
+    pictures = tmp_path / "unfit"
+    pictures.mkdir()
+    for name in folders:
+        make_picture(pictures / name / "1.png", (0, 0, 0))
+    with pytest.raises(ValueError, match=r"unfit has (no sub-folders|one class only \(cat\)); expected a folder"):
+        train(TrainSettings(**{**settings, "pictures": pictures}))
+    assert not settings["output"].exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"trainable_groups": 9},
+            r"trainable_groups=9: the backbone has 5 layer groups \(stem, layer1, .*\); pass 0 to 5",
+        ),
+        (
+            {"architecture": "test_resnot"},
+            r"test_resnot: timm .* has no such architecture; the nearest names are test_resnet",
+        ),
+        ({"device": "cuda:99"}, r"device 'cuda:99': not on this machine, which has cpu"),
+        ({"device": "gpu"}, r"device 'gpu': not on this machine, which has cpu"),
+    ],
+)
+def test_wrong_settings_leave_nothing_behind(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(TrainSettings(**{**settings, **changes}))
+    assert not settings["output"].exists()
+
+
+@pytest.mark.usefixtures("no_work")
+def test_without_matplotlib_it_says_how_to_install_it_before_any_work(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "backbone_finetune.recipes.plots", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"draws curves\.png; run: pip install 'backbone-finetune\[recipes\]'"
+    ):
+        train(TrainSettings(**settings))
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("backbone_finetune.recipes.output.TemporaryFile", fail)
+    with pytest.raises(
+        PermissionError, match=r"run can't be written to \(read-only\); pass another folder with --output"
+    ):
+        make_output_folder(tmp_path / "run")
+
+
+def test_half_a_file_never_takes_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("whole")
+
+    def write_half() -> None:
+        with replacing(tmp_path / "metrics.json") as temporary:
+            temporary.write_text("ha")
+            raise RuntimeError("no space left")
+
+    with pytest.raises(RuntimeError, match="no space left"):
+        write_half()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("metrics.json", "whole")]
+
+
+def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:
+    from backbone_finetune import FineTuneModel  # noqa: PLC0415
+
+    flexible = FineTuneModel.from_timm("test_resnet", num_classes=2)
+    fixed = FineTuneModel.from_timm("test_vit", num_classes=2)
+    size = {
+        (name, pictures is None): run_module.choose_data_config(model, TrainSettings(pictures=pictures))["input_size"]
+        for name, model in (("flexible", flexible), ("fixed", fixed))
+        for pictures in (None, Path("mine"))
+    }
+    assert size == {
+        ("flexible", True): (3, 96, 96),
+        ("flexible", False): (3, 160, 160),
+        ("fixed", True): (3, 160, 160),
+        ("fixed", False): (3, 160, 160),
+    }
