@@ -248,6 +248,14 @@ class FineTuneModel(nn.Module):
         freezing.drop_frozen_gradients(self)
         return self
 
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        # The attention biases that levit and its like cached would be stale; they forget them when they hear a mode.
+        modes = [(module, module.training) for module in self.modules()]
+        super().train(self.training)
+        for module, mode in modes:
+            module.training = mode
+        super()._load_from_state_dict(*arguments, **keywords)  # type: ignore[no-untyped-call]
+
     def param_groups(
         self,
         lr: float,
