@@ -254,7 +254,7 @@ class FineTuneModel(nn.Module):
         super().train(self.training)
         for module, mode in modes:
             module.training = mode
-        super()._load_from_state_dict(*arguments, **keywords)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments, **keywords)
 
     def param_groups(
         self,
