@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from command_line import add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command
 from measure import (
     Clock,
@@ -24,7 +25,6 @@ from measure import (
     count_saved_bytes,
     no_garbage_collection,
     peak_memory,
-    resolve_device,
     take_turns,
     time_step,
     warm_up,
@@ -52,7 +52,6 @@ DEFAULT_MODELS = (
     "vit_small_patch16_224",
 )
 DEFAULT_BATCH_SIZE = {"cpu": 8, "cuda": 64}
-DEFAULT_REPEATS = {"cpu": 10, "cuda": 50}
 
 
 @dataclass(frozen=True)
@@ -103,33 +102,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add_shared_options(parser, output="runs/backward_time", default_batch_size="8 on a CPU, 64 on a GPU")
     parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
-    parser.add_argument("--batch-size", type=positive, help="pictures in a batch (default: 8 on a CPU, 64 on a GPU)")
-    parser.add_argument("--image-size", type=positive, help="side of the pictures (default: each network's own)")
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast to this type")
     parser.add_argument("--channels-last", action="store_true", help="store weights and pictures channels last")
     parser.add_argument("--compile", action="store_true", help="run the network through torch.compile")
-    parser.add_argument("--repeats", type=positive, help="samples of each number (default: 10 on a CPU, 50 on a GPU)")
-    parser.add_argument("--threads", type=positive, help="threads on a CPU (default: torch's own choice)")
     parser.add_argument("--flush-l2", action="store_true", help="empty a GPU's second-level cache before each clock")
-    parser.add_argument("--output", type=Path, default=Path("runs/backward_time"), metavar="DIR")
     return parser
 
 
-def positive(text: str) -> int:
-    """Read a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: pass 1 or more")
-    return number
-
-
 def prepare(options: argparse.Namespace) -> Setup:
-    """Settle what must stand before the first clock runs: device, threads, cuDNN's choice of algorithms."""
-    device = resolve_device(options.device)
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    torch.backends.cudnn.benchmark = True  # the warm-up lets it choose, so no clock sees it search
+    """Settle what must stand before the first clock runs."""
+    device = settle_device(options)
     if options.compile:
         # One graph for each depth of freezing: at dynamo's default limit a deep network would fall back to eager.
         torch._dynamo.config.recompile_limit = 256
@@ -141,7 +125,7 @@ def prepare(options: argparse.Namespace) -> Setup:
         precision=options.amp,
         channels_last=options.channels_last,
         compiled=options.compile,
-        repeats=options.repeats or DEFAULT_REPEATS[device.type],
+        repeats=repeats_on(device, options),
     )
 
 

@@ -87,12 +87,19 @@ def _wrap_article_network(name: str) -> FineTuneModel:
 
 
 def _wrap_timm_network(name: str, image_size: int | None) -> tuple[FineTuneModel, tuple[int, int, int]]:
+    size, arguments = picture_size(name, image_size)
+    return FineTuneModel.from_timm(name, num_classes=NUM_CLASSES, **arguments), size
+
+
+def picture_size(name: str, image_size: int | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Give the size of a timm architecture's pictures, (channels, height, width), and what to build it with for them.
+
+    `image_size` None takes the architecture's own.
+    """
     config = timm.get_pretrained_cfg(name)
     size = config.input_size if config is not None else (3, 224, 224)
-    arguments: dict[str, Any] = {}
-    if image_size is not None:
-        size = (size[0], image_size, image_size)
-        if config is not None and config.fixed_input_size:
-            # A network whose position embeddings have a fixed size must be built for the pictures it will see.
-            arguments["img_size"] = image_size
-    return FineTuneModel.from_timm(name, num_classes=NUM_CLASSES, **arguments), size
+    if image_size is None:
+        return size, {}
+    # A network whose position embeddings have a fixed size must be built for the pictures it will see.
+    built_for_size = config is not None and config.fixed_input_size
+    return (size[0], image_size, image_size), {"img_size": image_size} if built_for_size else {}

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from environment import Fact, describe_environment
@@ -142,7 +143,15 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join([laid_out[0], rule, *laid_out[1:]])
 
 
-def describe(report: Report) -> str:
+class Described(Protocol):
+    """What any report says of its own origin."""
+
+    environment: dict[str, Fact]
+    command: str
+    settings: dict[str, Fact]
+
+
+def describe(report: Described) -> str:
     """Name where and how a report was measured, as a Markdown list."""
     facts = {**report.environment, **report.settings}
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
