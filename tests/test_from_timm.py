@@ -216,6 +216,24 @@ def test_a_network_that_computes_on_after_its_classifier_is_not_kept() -> None:
         FineTuneModel.from_timm(network)
 
 
+def test_a_network_that_scales_its_logits_alone_is_not_kept() -> None:
+    class Softened(timm.models.resnet.ResNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x / 2 if self.num_classes else x
+
+    network = Softened(timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    with pytest.raises(ValueError, match="not the same function any more"):
+        FineTuneModel.from_timm(network)
+
+
+def test_the_way_back_leaves_the_random_state_alone() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    before = torch.get_rng_state()
+    model.to_module()
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_a_head_that_the_network_cannot_hold_does_not_go_back() -> None:
     model = FineTuneModel.from_timm("levit_128s", num_classes=3)
     with pytest.raises(ValueError, match="to_module: LevitDistilled has more in its classifier than one linear layer"):

@@ -33,6 +33,16 @@ def test_names_that_people_recognise(name: str, expected: list[str]) -> None:
         assert names(timm.create_model(name, num_classes=0)) == expected
 
 
+def test_a_tied_parameter_of_a_timm_network_belongs_to_its_first_group() -> None:
+    with torch.device("meta"):
+        backbone = timm.create_model("coat_tiny", num_classes=0)
+    tied = backbone.serial_blocks1[0].factoratt_crpe.crpe.conv_list[0].weight
+    assert tied is backbone.crpe1.conv_list[0].weight
+    stem, *later = FineTuneModel(backbone, nn.Identity()).layer_groups
+    assert "crpe1.conv_list.0.weight" in stem.parameter_names
+    assert not any("crpe.conv_list.0.weight" in name for group in later for name in group.parameter_names)
+
+
 class Custom(nn.Module):
     def __init__(self) -> None:
         super().__init__()

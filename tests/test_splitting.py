@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -155,8 +156,10 @@ def test_a_classifier_that_is_not_called_once_is_refused(kind: type[Net], times:
 def test_features_asked_of_the_backbone_are_not_held() -> None:
     net = Net()
     model = FineTuneModel.from_module(net, net.head.fc)
-    model.backbone(INPUTS)
-    model.backbone(INPUTS)
+    features = model.backbone(INPUTS)
+    held = weakref.ref(features)
+    del features
+    assert held() is None
     assert model(INPUTS).shape == (4, 3)
 
 
