@@ -1,0 +1,34 @@
+"""README: each Python block runs, its commands are those that CI runs, and what it points at is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks_run(block: str) -> None:
+    offline = block.replace("pretrained=True", "pretrained=False")
+    exec(compile(offline, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_there_are_blocks_to_run() -> None:
+    assert len(BLOCKS) >= 3
+
+
+def test_commands_are_complete_on_a_fresh_machine() -> None:
+    install = r"^python -m venv \.venv && \. \.venv/bin/activate && pip install (.*) && (.*)$"
+    commands = re.findall(install, README, flags=re.MULTILINE)
+    assert commands == [("'.[demo]'", "backbone-finetune train"), ("-e '.[test]'", "pytest")]
+
+
+def test_what_it_points_at_is_there() -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
