@@ -16,8 +16,24 @@ from environment import Fact, describe_environment
 from measure import Interval, StepTimes, interquartile_range, paired_ratio
 
 
+class Sampled:
+    """A row that keeps every sample of its four clocks."""
+
+    forward_ms: list[float]
+    backward_ms: list[float]
+    optimizer_ms: list[float]
+    step_ms: list[float]
+
+    def add(self, times: StepTimes) -> None:
+        """Add the samples of one pass."""
+        self.forward_ms.append(times.forward)
+        self.backward_ms.append(times.backward)
+        self.optimizer_ms.append(times.optimizer)
+        self.step_ms.append(times.step)
+
+
 @dataclass
-class Row:
+class Row(Sampled):
     """One variant of one model; samples at the same place in two rows of a model come from the same pass."""
 
     model: str
@@ -37,13 +53,6 @@ class Row:
     def without_samples(self) -> Row:
         """Give a row for a second run of the same work."""
         return replace(self, forward_ms=[], backward_ms=[], optimizer_ms=[], step_ms=[])
-
-    def add(self, times: StepTimes) -> None:
-        """Add the samples of one pass."""
-        self.forward_ms.append(times.forward)
-        self.backward_ms.append(times.backward)
-        self.optimizer_ms.append(times.optimizer)
-        self.step_ms.append(times.step)
 
 
 @dataclass

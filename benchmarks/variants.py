@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from measure import TrainingStep
+from measure import TrainingStep, count_saved_bytes
 from networks import Network
 from torch import Tensor, nn
 from torch.nn import functional
@@ -93,14 +94,13 @@ class Trainer:
     """Makes the training steps of one network's variants, on one set of optimizer moments.
 
     Each variant has an optimizer over what it trains, as a user has. The moments are shared, as the parameters are: a
-    copy for each would fill the memory of a GPU. The learning rate is 0, so that all repetitions of all variants do
-    the same arithmetic on the same weights.
+    copy for each would fill the memory of a GPU.
     """
 
     def __init__(self, network: Network, precision: Precision = "off") -> None:
         self._network = network
         self._precision: Precision = precision
-        self._moments: torch.optim.AdamW | None = None
+        self._moments: defaultdict[Tensor, Any] = defaultdict(dict)
 
     def loss(self, variant: Variant) -> Tensor:
         """Forward and loss, () in float32."""
@@ -111,23 +111,45 @@ class Trainer:
     def step_of(self, variant: Variant) -> TrainingStep:
         """Make the step of a variant, which it enters to see what trains in it."""
         variant.enter()
-        optimizer = torch.optim.AdamW([p for p in self._network.model.parameters() if p.requires_grad], lr=0.0)
-        if self._moments is None:
-            self._moments = optimizer
-        optimizer.state = self._moments.state
-        # A scaler that is switched off hands losses and steps through unchanged.
-        scaler = torch.amp.GradScaler(self._network.images.device.type, enabled=self._precision == "fp16")
-
-        def update() -> None:
-            scaler.step(optimizer)
-            scaler.update()
-
-        return TrainingStep(
+        return training_step(
+            lambda: self.loss(variant),
+            [parameter for parameter in self._network.model.parameters() if parameter.requires_grad],
+            self._network.images.device,
             enter=variant.enter,
-            forward=lambda: scaler.scale(self.loss(variant)),
-            update=update,
-            clear_gradients=lambda: optimizer.zero_grad(set_to_none=True),
+            scaled=self._precision == "fp16",
+            moments=self._moments,
         )
+
+
+def training_step(
+    loss: Callable[[], Tensor],
+    parameters: list[nn.Parameter],
+    device: torch.device,
+    *,
+    enter: Callable[[], object] = lambda: None,
+    scaled: bool = False,
+    moments: defaultdict[Tensor, Any] | None = None,
+) -> TrainingStep:
+    """Make a step with AdamW, and with loss scaling where `scaled`.
+
+    The learning rate is 0, so that all repetitions do the same arithmetic on the same weights.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=0.0)
+    if moments is not None:
+        optimizer.state = moments
+    # A scaler that is switched off hands losses and steps through unchanged.
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+
+    def update() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+
+    return TrainingStep(
+        enter=enter,
+        forward=lambda: scaler.scale(loss()),
+        update=update,
+        clear_gradients=lambda: optimizer.zero_grad(set_to_none=True),
+    )
 
 
 def prove_equal(variant: Variant, network: Network, precision: Precision = "off") -> None:
@@ -214,6 +236,12 @@ def _compare(what: str, value: Tensor | None, expected: Tensor | None, precision
             f"{what}: off by {difference:.3g} where the largest value is {scale:.3g}; "
             f"{_TOLERANCE[precision]:g} of that is allowed"
         )
+
+
+def count_saved(variant: Variant, network: Network) -> int:
+    """Count the bytes that a variant's forward and loss keep for backward, in float32."""
+    variant.enter()
+    return count_saved_bytes(lambda: Trainer(network).loss(variant), network.model.parameters())
 
 
 def count_backward_flops(loss: Callable[[], Tensor]) -> int:
