@@ -40,7 +40,7 @@ class Method:
 
     label: str
     freeze: Callable[[Blueprint, nn.Module], nn.Module]
-    package: str | None = None
+    package: str
     prefix: str = ""
     note: str = ""
 

@@ -128,7 +128,7 @@ def compare_methods(
     steps: list[TrainingStep] = []
     timed: list[PeerRow] = []
     for method in methods:
-        row = PeerRow(blueprint.name, method.label, installed_version(method.package or ""), method.note)
+        row = PeerRow(blueprint.name, method.label, installed_version(method.package), method.note)
         rows.append(row)
         try:
             steps.append(prepare(blueprint, batch, method, row))

@@ -1,0 +1,263 @@
+"""The project's own targets, each as a ratio taken in one run, beside the limit that it may not pass.
+
+python benchmarks/targets.py --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+from backward_time import Setup, measure_at_batch
+from command_line import add_shared_options, repeats_on, settle_device
+from environment import Fact, describe_command, describe_environment
+from measure import Interval, clock_for, no_garbage_collection, paired_ratio, take_turns, time_step, warm_up
+from networks import NUM_CLASSES, build_network, check_names, picture_size
+from peer_methods import METHODS, make_blueprint
+from peers import Batch, PeerRow, compare_methods
+from results import Row, describe, ratio_of, table, write_text
+from variants import Precision, Trainer, Variant, count_saved, prove_equal, variants_of
+from wrapper_overhead import compare_forward
+
+DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224", "convnext_atto")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One ratio and what it may be at most; `noise` is the same ratio of a row measured against itself."""
+
+    model: str
+    what: str
+    at_most: float
+    ratio: Interval | None = None
+    noise: Interval | None = None
+    remark: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.ratio is None:
+            return "not measured"
+        if self.ratio.median <= self.at_most:
+            return "met"
+        # A target is missed when the ratio is above it by more than chance: when its whole interval is.
+        return "missed" if self.ratio.low > self.at_most else "within the noise"
+
+
+@dataclass
+class TargetReport:
+    """All that one command measured."""
+
+    environment: dict[str, Fact]
+    command: str
+    settings: dict[str, Fact]
+    targets: list[Target] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every target, and return 0; 1 where one was missed, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_shared_options(parser, output="runs/targets")
+    parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
+    options = parser.parse_args(given)
+    try:
+        check_names(options.models)
+        device = settle_device(options)
+    except ValueError as error:
+        parser.error(str(error))
+    setup = Setup(
+        device=device,
+        clock=clock_for(device),
+        batch_size=options.batch_size or 8,
+        image_size=options.image_size,
+        precision="off",
+        channels_last=False,
+        compiled=False,
+        repeats=repeats_on(device, options),
+    )
+    settings: dict[str, Fact] = {"batch_size": setup.batch_size, "image_size": setup.image_size}
+    settings["repeats"] = setup.repeats
+    report = TargetReport(describe_environment(device), describe_command("targets.py", given), settings)
+    interrupted = False
+    try:
+        with no_garbage_collection():
+            for target in measure_targets(options.models, setup):
+                report.targets.append(target)
+                print(
+                    f"{target.verdict:>16}  {target.model}: {target.what}: {target.ratio or target.remark}", flush=True
+                )
+    except KeyboardInterrupt:
+        interrupted = True
+    write_text(options.output / "targets.json", json.dumps(asdict(report), indent=1) + "\n")
+    write_text(options.output / "targets.md", as_markdown(report))
+    print(f"written to {options.output}: targets.json, targets.md")
+    if interrupted:
+        return 130
+    return 1 if any(target.verdict == "missed" for target in report.targets) else 0
+
+
+def measure_targets(models: Sequence[str], setup: Setup) -> Iterator[Target]:
+    """Measure one target after the other."""
+    for name in models:
+        yield from against_the_limit(name, setup)
+        yield wrapper_forward(name, setup)
+    if "tf_efficientnet_lite0" in models:
+        yield from against_methods("tf_efficientnet_lite0", {"the article's recipe": 0.70}, setup)
+    if "resnet18" in models:
+        limits = {"Lightning freeze, train_bn=True": 0.60, "fastai Learner.freeze": 0.60}
+        yield from against_methods("resnet18", limits, setup)
+        yield half_precision("resnet18", setup)
+    for name in models:
+        yield from falls_with_depth(name, setup)
+
+
+def against_the_limit(name: str, setup: Setup) -> Iterator[Target]:
+    """Compare the frozen model with the bare head on ready features: backward, step and bytes."""
+    network = build_network(name, batch_size=setup.batch_size, image_size=setup.image_size, device=setup.device)
+    *_, frozen, limit = variants_of(network)
+    for variant in (frozen, limit):
+        prove_equal(variant, network)
+    rows = time_variants([frozen, limit, frozen], setup, Trainer(network))
+    saved = [count_saved(variant, network) for variant in (frozen, limit)]
+    for what, clock, at_most in (
+        ("frozen backward / bare head's backward", "backward_ms", 1.05),
+        ("frozen step / (no_grad eval forward + bare head's step)", "step_ms", 1.02),
+    ):
+        own, bare, again = (samples[clock] for samples in rows)
+        yield Target(name, what, at_most, paired_ratio(own, bare), paired_ratio(again, own))
+    ratio = saved[0] / saved[1]
+    remark = f"{saved[0]:,} of {saved[1]:,} bytes"
+    yield Target(
+        name, "bytes saved for backward, frozen / bare head", 1.0, Interval(ratio, ratio, ratio), remark=remark
+    )
+
+
+def time_variants(variants: Sequence[Variant], setup: Setup, trainer: Trainer) -> list[dict[str, list[float]]]:
+    """Time variants in turns, by the name of the clock."""
+    steps = [trainer.step_of(variant) for variant in variants]
+    for step in steps:
+        step.enter()
+        warm_up(step.run, setup.clock)
+    turns = list(take_turns([partial(time_step, step, setup.clock) for step in steps], setup.repeats))
+    return [
+        {"backward_ms": [times.backward for times in column], "step_ms": [times.step for times in column]}
+        for column in zip(*turns, strict=True)
+    ]
+
+
+def wrapper_forward(name: str, setup: Setup) -> Target:
+    """Compare the wrapped forward with the bare timm model's."""
+    comparison = compare_forward(
+        name,
+        batch_size=setup.batch_size,
+        image_size=setup.image_size,
+        device=setup.device,
+        repeats=setup.repeats,
+    )
+    ratio = paired_ratio(comparison.wrapped_ms, comparison.bare_ms)
+    noise = paired_ratio(comparison.again_ms, comparison.bare_ms)
+    return Target(name, "wrapped forward / bare timm forward", 1.01, ratio, noise)
+
+
+def against_methods(name: str, limits: dict[str, float], setup: Setup) -> Iterator[Target]:
+    """Compare our frozen step with that of other ways to freeze."""
+    size, arguments = picture_size(name, setup.image_size)
+    blueprint = make_blueprint(name, NUM_CLASSES, size[-1], arguments)
+    batch = Batch(
+        torch.randn(setup.batch_size, *size, device=setup.device),
+        torch.randint(NUM_CLASSES, (setup.batch_size,), device=setup.device),
+    )
+    rows: list[PeerRow] = []
+    compared = [method for method in METHODS if method.label in (*limits, "ours")]
+    compare_methods(blueprint, batch, compared, setup.repeats, rows)
+    by_label = {row.method: row for row in rows}
+    for label, at_most in limits.items():
+        what = f"step, ours / {label}"
+        other = by_label[label]
+        if other.error is not None:
+            yield Target(name, what, at_most, remark=other.error)
+        else:
+            yield Target(name, what, at_most, paired_ratio(by_label["ours"].step_ms, other.step_ms))
+
+
+def half_precision(name: str, setup: Setup) -> Target:
+    """Compare a frozen step in bf16 and channels last with one in float32."""
+    what = "frozen step, bf16 and channels last / float32"
+    if not has_bf16_instructions(setup.device):
+        return Target(name, what, 0.5, remark="this processor has no bf16 instructions: bf16 is emulated, and slower")
+    samples: list[Callable[[], float]] = []
+    choices: tuple[tuple[Precision, torch.memory_format], ...] = (
+        ("bf16", torch.channels_last),
+        ("off", torch.contiguous_format),
+    )
+    for precision, memory_format in choices:
+        network = build_network(
+            name,
+            batch_size=setup.batch_size,
+            image_size=setup.image_size,
+            device=setup.device,
+            memory_format=memory_format,
+        )
+        frozen = variants_of(network)[-2]
+        prove_equal(frozen, network, precision)
+        step = Trainer(network, precision).step_of(frozen)
+        warm_up(step.run, setup.clock)
+        samples.append(lambda step=step: setup.clock.time(step.run)[1])  # type: ignore[misc]
+    turns = list(take_turns(samples, setup.repeats))
+    return Target(name, what, 0.5, paired_ratio([turn[0] for turn in turns], [turn[1] for turn in turns]))
+
+
+def has_bf16_instructions(device: torch.device) -> bool:
+    """Say whether bf16 runs on the device's own instructions, as torch knows it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # torch has no public question for this one.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def falls_with_depth(name: str, setup: Setup) -> Iterator[Target]:
+    """Compare the backward of each depth of freezing with the next shallower one: none may cost more."""
+    measured = measure_at_batch(name, setup, setup.batch_size)
+    if measured.interrupted:
+        raise KeyboardInterrupt
+    rows = [row for row in measured.rows if row.trainable_groups is not None]
+    noise = next(ratio_of(again, rows[0], "backward_ms") for again in measured.noise if again.variant == "unfrozen")
+    for shallower, deeper in itertools.pairwise(rows):
+        what = f"backward, top {deeper.trainable_groups} groups train / top {shallower.trainable_groups}"
+        ratio = ratio_of(deeper, shallower, "backward_ms")
+        # The spread of a row against itself is what a step that saves nothing may show.
+        yield Target(name, what, max(1.0, noise.high), ratio, noise, predicted(deeper, shallower))
+
+
+def predicted(deeper: Row, shallower: Row) -> str:
+    """Say what the floating point operations of the two backwards let expect."""
+    if not deeper.backward_flops or not shallower.backward_flops:
+        return ""
+    return f"FLOPs predict {deeper.backward_flops / shallower.backward_flops:.3f}"
+
+
+def as_markdown(report: TargetReport) -> str:
+    """Give the report as a page to read."""
+    lines = []
+    for target in report.targets:
+        name = f"{target.model}: {target.what}"
+        measured = [str(target.ratio or ""), str(target.noise or "")]
+        lines.append([name, f"{target.at_most:.3g}", *measured, target.verdict, target.remark])
+    header = ["", "at most", "measured", "A/A", "verdict", ""]
+    return "\n".join(["# Targets\n", describe(report), table(header, lines), "", _HOW_TO_READ])
+
+
+_HOW_TO_READ = """\
+Each ratio is the median of the ratios within a pass, with its 95 % bootstrap interval. `missed`: the whole interval is
+above the limit; `within the noise`: the median is above it, the interval is not.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
