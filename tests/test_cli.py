@@ -205,6 +205,14 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
     assert capsys.readouterr().err == "backbone-finetune: interrupted\n"
 
 
+def test_an_error_of_many_lines_is_one_line(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(settings: object) -> None:
+        raise ValueError("it does not fit:\n\tone\n\ttwo")
+
+    monkeypatch.setattr(cli, "train", refuse)
+    assert fail("train") == "it does not fit: one two"
+
+
 def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(settings: object) -> None:
         raise RuntimeError("a fault")

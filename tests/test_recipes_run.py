@@ -159,6 +159,8 @@ def test_a_finished_model_stays_until_the_new_one_replaces_it(
             train(TrainSettings(**settings, overwrite=True))
     assert {(settings["output"] / name).read_text() for name in FILES} == {"the first"}
     train(TrainSettings(**settings, overwrite=True))
+    assert json.loads((settings["output"] / "metrics.json").read_text())["class_names"] == list(COLOURS)
+    assert (settings["output"] / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert load_trained_model(settings["output"] / MODEL_FILE).class_names == tuple(COLOURS)
     assert names_in(settings["output"]) == FILES
 

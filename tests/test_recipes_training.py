@@ -70,15 +70,20 @@ def test_features_of_a_backbone_that_trains_are_refused() -> None:
         extract_features(model, make_pictures(), batch_size=8, device=CPU)
 
 
-def test_features_keep_no_tokens_alive() -> None:
+def test_features_keep_no_tokens_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     class FirstToken(nn.Module):
         def forward(self, tokens: Tensor) -> Tensor:
             return tokens[:, 0]
 
     model = FineTuneModel(FirstToken(), nn.Linear(4, 2))
-    data: Any = TensorDataset(torch.randn(1, 50, 4), torch.zeros(1, dtype=torch.long))
-    features = extract_features(model, data, batch_size=1, device=CPU).tensors[0]
-    assert features.untyped_storage().nbytes() == 4 * 4
+    data: Any = TensorDataset(torch.randn(6, 50, 4), torch.zeros(6, dtype=torch.long))
+    held: list[int] = []
+    concatenate = torch.cat
+    monkeypatch.setattr(
+        torch, "cat", lambda parts: held.extend(part.untyped_storage().nbytes() for part in parts) or concatenate(parts)
+    )
+    extract_features(model, data, batch_size=3, device=CPU)
+    assert held[:2] == [3 * 4 * 4, 3 * 4 * 4]
 
 
 def test_a_frozen_backbone_sees_each_picture_once() -> None:
@@ -97,6 +102,22 @@ def test_training_on_features_is_training_above_the_frozen_backbone() -> None:
     )
     torch.testing.assert_close(cached.classifier.state_dict(), whole.classifier.state_dict())
     assert [result.test_accuracy for result in history] == [result.test_accuracy for result in expected]
+
+
+def test_each_step_takes_the_gradient_of_its_own_batch() -> None:
+    """One batch an epoch, so that the order does not count: plain gradient descent by hand ends at the same weights."""
+    torch.manual_seed(3)
+    head = nn.Linear(4, 3)
+    weights = head.weight.detach().clone().requires_grad_()
+    inputs, targets = torch.randn(6, 4), torch.arange(6) % 3
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(inputs @ weights.T + head.bias.detach(), targets)
+        (gradient,) = torch.autograd.grad(loss, weights)
+        weights = (weights - 0.5 * gradient).detach().requires_grad_()
+    data, settings = TensorDataset(inputs, targets), Hyperparameters(epochs=3, batch_size=6)
+    head.bias.requires_grad_(False)
+    fit(head, torch.optim.SGD([head.weight], lr=0.5), data, data, settings, device=CPU, show_progress=False)
+    torch.testing.assert_close(head.weight, weights)
 
 
 def test_frozen_means_frozen_and_the_classifier_learns() -> None:
