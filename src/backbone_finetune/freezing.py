@@ -137,12 +137,16 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def describe_changes(
-    changed: Iterable[str], present: Collection[str], unfrozen: Collection[str], layer_groups: Sequence[LayerGroup]
+    changed: Iterable[str],
+    present: Collection[str],
+    parameters: Collection[str],
+    unfrozen: Collection[str],
+    layer_groups: Sequence[LayerGroup],
 ) -> str:
     """List by layer group what moved, each with its likely cause.
 
-    >>> print(describe_changes(["backbone.0.weight"], ["backbone.0.weight"], [], [LayerGroup("0", ("0.weight",))]))
-    0: backbone.0.weight: written to, by an optimizer that held a gradient of it, or by a load
+    >>> print(describe_changes(["backbone.0.w"], ["backbone.0.w"], ["backbone.0.w"], [], [LayerGroup("0", ("0.w",))]))
+    0: backbone.0.w: written to, by an optimizer that held a gradient of it, or by a load
     """
     by_cause: dict[tuple[str, str], list[str]] = {}
     for name in sorted(changed):
@@ -154,6 +158,8 @@ def describe_changes(
             cause = (
                 "a running statistic, moved by a forward with its module in train mode; call the model's own train()"
             )
+        elif name not in parameters:
+            cause = "a buffer, written by a load or a forward (some fill a table in their first forward)"
         else:
             cause = "written to, by an optimizer that held a gradient of it, or by a load"
         by_cause.setdefault((_group_of(name, layer_groups), cause), []).append(name)

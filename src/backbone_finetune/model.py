@@ -358,7 +358,7 @@ class FineTuneModel(nn.Module):
         unfrozen = {name for name in frozen_names & tensors.keys() if tensors[name].requires_grad}
         changed = unfrozen | {name for name, was in before.items() if after.get(name) != was}
         if changed:
-            causes = freezing.describe_changes(changed, after.keys(), unfrozen, self._layer_groups)
+            causes = freezing.describe_changes(changed, after.keys(), frozen_names, unfrozen, self._layer_groups)
             raise AssertionError(f"assert_frozen: {len(changed)} of {len(before)} frozen tensors changed.\n{causes}")
 
     def _frozen_modules(self) -> list[nn.Module]:

@@ -1,0 +1,224 @@
+"""`frozen_fingerprint` and `assert_frozen`: what they cover, what they cost, what they say."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from backbone_finetune import FineTuneModel
+
+
+class Tables(nn.Module):
+    """A layer with one buffer that is saved and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("saved", torch.arange(3.0))
+        self.register_buffer("derived", torch.arange(3), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(inputs)
+
+
+def small_model() -> FineTuneModel:
+    backbone = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Tables())
+    return FineTuneModel(backbone, nn.Linear(4, 2)).freeze_backbone()
+
+
+def test_it_covers_parameters_and_buffers_saved_or_not() -> None:
+    model = small_model()
+    names = {name for name, _ in (*model.backbone.named_parameters(), *model.backbone.named_buffers())}
+    assert set(model.frozen_fingerprint()) == {f"backbone.{name}" for name in names}
+    assert "backbone.2.derived" in model.frozen_fingerprint()
+    model.freeze_backbone(trainable_groups=1)
+    assert set(model.frozen_fingerprint()) == {f"backbone.{name}" for name in names if not name.startswith("2.")}
+
+
+@pytest.mark.parametrize(
+    "name", ["0.weight", "0.bias", "1.running_var", "1.num_batches_tracked", "2.saved", "2.derived", "2.linear.bias"]
+)
+def test_one_changed_bit_is_seen(name: str) -> None:
+    model = small_model()
+    tensors = {**dict(model.backbone.named_parameters()), **dict(model.backbone.named_buffers())}
+    before = model.frozen_fingerprint()
+    with (
+        pytest.raises(AssertionError, match=rf"1 of 11 .*\n.*backbone\.{name}: "),
+        model.assert_frozen(),
+        torch.no_grad(),
+    ):
+        tensors[name].view(-1)[-1:].view(torch.uint8)[0] ^= 1
+    after = model.frozen_fingerprint()
+    assert [key for key in before if before[key] != after[key]] == [f"backbone.{name}"]
+
+
+def test_minus_zero_and_nan_are_bits_like_any_other() -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.backbone[0].bias.fill_(float("nan"))
+        model.backbone[0].weight.zero_()
+    with model.assert_frozen():
+        pass
+    with pytest.raises(AssertionError, match=r"backbone\.0\.weight"), model.assert_frozen(), torch.no_grad():
+        model.backbone[0].weight.neg_()
+
+
+def test_training_passes_and_what_trains_is_free_to_move() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    before = model.backbone.layer4[0].bn1.running_mean.clone()
+    with model.assert_frozen():
+        for _ in range(2):
+            model.train()
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 32, 32)).sum().backward()
+            optimizer.step()
+    assert not torch.equal(model.backbone.layer4[0].bn1.running_mean, before)
+
+
+def test_the_error_goes_by_layer_group_and_names_the_cause() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone()
+    with pytest.raises(AssertionError) as caught, model.assert_frozen(), torch.no_grad():  # noqa: PT012
+        model.backbone.layer1[0].conv1.weight.mul_(0.9)
+        nn.Module.train(model.backbone.layer3, True)  # behind our back, as a trainer does it
+        model(torch.randn(2, 3, 32, 32))
+        model.backbone.layer4[0].conv1.weight.requires_grad_(True)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith("assert_frozen: ")
+    by_group = {line.partition(": ")[0]: line for line in lines}
+    assert list(by_group) == ["layer1", "layer3", "layer4"]
+    assert "layer1.0.conv1.weight: written to, by an optimizer" in by_group["layer1"]
+    assert "more: a running statistic, moved by a forward" in by_group["layer3"]
+    assert "layer4.0.conv1.weight: unfrozen inside" in by_group["layer4"]
+
+
+def test_a_table_that_a_forward_replaces_is_not_blamed_on_an_optimizer() -> None:
+    model = FineTuneModel.from_timm("convit_tiny", num_classes=3, img_size=32).freeze_backbone()
+    pictures = torch.randn(1, 3, 32, 32)
+    with pytest.raises(AssertionError, match=r"rel_indices: a buffer, .*first forward"), model.assert_frozen():
+        model(pictures)
+    with model.assert_frozen():
+        model(pictures)
+
+
+def test_a_replaced_module_is_named() -> None:
+    model = small_model()
+    with pytest.raises(AssertionError, match="no longer in the model"), model.assert_frozen():
+        model.backbone[1] = nn.Identity()
+
+
+def test_unfrozen_inside_is_named_though_nothing_moved() -> None:
+    model = small_model()
+    named = r"2: backbone\.2\.linear\.bias.*: unfrozen inside"
+    with pytest.raises(AssertionError, match=named), model.assert_frozen():
+        model.freeze_backbone(trainable_groups=1)
+
+
+def test_nothing_frozen_passes() -> None:
+    model = small_model().unfreeze_backbone()
+    with model.assert_frozen(), torch.no_grad():
+        model.backbone[0].weight.zero_()
+    assert model.frozen_fingerprint() == {}
+
+
+def test_an_exception_inside_comes_through_unchanged() -> None:
+    model = small_model()
+    error = KeyError("the loader's own")
+    with pytest.raises(KeyError) as caught, model.assert_frozen():  # noqa: PT012
+        model.backbone[0].weight.data.zero_()
+        raise error
+    assert caught.value is error
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+
+
+def test_freezing_more_inside_passes() -> None:
+    model = small_model().freeze_backbone(trainable_groups=1)
+    with model.assert_frozen():
+        model.freeze_backbone()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_precision_and_any_memory_format(dtype: torch.dtype) -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3).to(dtype).freeze_backbone()
+    before = model.frozen_fingerprint()
+    assert model.to(memory_format=torch.channels_last).frozen_fingerprint() == before
+    assert model.to(torch.float32).frozen_fingerprint() != before
+
+
+@pytest.fixture
+def mesh() -> Iterator[dist.DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+def test_a_sharded_tensor_counts_by_its_local_shard(mesh: dist.DeviceMesh) -> None:
+    model = small_model()
+    plain = model.frozen_fingerprint()["backbone.0.weight"]
+    sharded = distribute_tensor(model.backbone[0].weight.detach(), mesh, [Shard(0)])
+    model.backbone[0].weight = nn.Parameter(sharded, requires_grad=False)
+    assert model.frozen_fingerprint()["backbone.0.weight"] == plain  # one process: its shard is all of it
+    weight = model.backbone[0].weight
+    assert isinstance(weight, DTensor)
+    with pytest.raises(AssertionError, match=r"0: backbone\.0\.weight: written to"), model.assert_frozen():
+        weight.to_local().data[-1, -1] += 1
+
+
+WITHOUT_A_COPY = """
+import resource, torch
+from torch import nn
+from backbone_finetune import FineTuneModel
+torch.set_num_threads(1)
+side = 2048
+layers = [nn.Linear(side, side, bias=False) for _ in range(24)]  # 16 MiB each, 384 MiB together
+model = FineTuneModel(nn.Sequential(*layers), nn.Linear(side, 2)).freeze_backbone()
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+with model.assert_frozen():
+    model.frozen_fingerprint()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux alone")
+def test_no_second_copy_of_the_model_in_memory() -> None:
+    # A process of its own, since the peak of this one may be anything.
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_COPY], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 48 * 1024, "KiB more at the peak, beside 384 MiB of weights"
+
+
+def test_it_costs_a_fraction_of_a_forward_over_64_pictures() -> None:
+    model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone()
+    pictures = torch.randn(64, 3, 128, 128)  # harder than at the network's own 224 pixels
+
+    def seconds_of_proof() -> float:
+        start = time.perf_counter()
+        model.frozen_fingerprint()
+        return time.perf_counter() - start
+
+    def seconds_of_forward() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(pictures)
+        return time.perf_counter() - start
+
+    # Both in turns, so that a busy machine slows both.
+    ratios = [seconds_of_proof() / seconds_of_forward() for _ in range(3)]
+    assert statistics.median(ratios) < 0.25, ratios
