@@ -1,0 +1,92 @@
+"""Frozen means frozen, whatever the training loop does: one architecture per timm family, every condition."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+
+import pytest
+import torch
+from timm_families import SMALL
+from torch import Tensor
+from torture import CIRCUMSTANCES, CONDITIONS, OPTIMIZERS, Condition, settle, supports_checkpointing, torture
+
+from backbone_finetune import FineTuneModel, freezing
+
+# Two conditions for each family. 7 shares no factor with 48, so that each condition comes round.
+SHARE = [
+    (name, CONDITIONS[(7 * (2 * position + turn)) % len(CONDITIONS)])
+    for position, name in enumerate(SMALL)
+    for turn in range(2)
+]
+
+
+@lru_cache(maxsize=1)  # the cases of a family come one after the other
+def settled_model(name: str) -> tuple[FineTuneModel, Tensor]:
+    family = SMALL[name]
+    pictures = family.pictures()
+    model = FineTuneModel.from_timm(family.architecture, num_classes=5, **family.keywords)
+    settle(model, pictures)
+    return model, pictures
+
+
+def run(name: str, condition: Condition) -> None:
+    model, pictures = settled_model(name)
+    if CIRCUMSTANCES[condition.circumstance].checkpointing and not supports_checkpointing(model):
+        pytest.skip(f"timm's {SMALL[name].architecture} has no gradient checkpointing")
+    torture(copy.deepcopy(model), pictures, condition)
+
+
+@pytest.mark.parametrize(("name", "condition"), SHARE, ids=str)
+def test_frozen_stands_still_and_the_rest_moves(name: str, condition: Condition) -> None:
+    run(name, condition)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", CONDITIONS, ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_every_family_meets_every_condition(name: str, condition: Condition) -> None:
+    run(name, condition)
+
+
+def test_the_share_that_always_runs_is_broad() -> None:
+    assert {name for name, _ in SHARE} == set(SMALL)
+    families = {condition: {name for name, other in SHARE if other == condition} for condition in CONDITIONS}
+    assert min(map(len, families.values())) >= 3
+
+
+class HearsEveryMode(FineTuneModel):
+    """The first invariant broken: the frozen part follows `train()`, as it does in any plain module."""
+
+    def train(self, mode: bool = True) -> HearsEveryMode:
+        torch.nn.Module.train(self, mode)
+        freezing.drop_frozen_gradients(self)
+        return self
+
+
+@pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
+def test_it_can_fail_where_eval_mode_is_not_applied_again(circumstance: str) -> None:
+    broken = HearsEveryMode.from_timm("test_resnet", num_classes=5)
+    settle(broken, pictures := SMALL["resnet"].pictures())
+    with pytest.raises(AssertionError, match=r"frozen tensors moved: .*running_mean"):
+        torture(broken, pictures, Condition("adamw", True, circumstance))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_it_can_fail_where_gradients_are_kept(
+    optimizer: str, set_to_none: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freezing, "drop_frozen_gradients", lambda model: None)
+    broken = FineTuneModel.from_timm("test_resnet", num_classes=5)
+    settle(broken, pictures := SMALL["resnet"].pictures())
+    with pytest.raises(AssertionError, match=r"frozen tensors moved: .*weight"):
+        torture(broken, pictures, Condition(optimizer, set_to_none, "freeze_before_step"))
+
+
+def test_it_can_fail_where_gradients_do_not_flow() -> None:
+    broken = FineTuneModel.from_timm("test_resnet", num_classes=5)
+    settle(broken, pictures := SMALL["resnet"].pictures())
+    broken.classifier.register_forward_pre_hook(lambda module, features: features[0].detach())
+    with pytest.raises(AssertionError, match="no gradient: backbone"):
+        torture(broken, pictures, Condition("adamw", True, "plain"))

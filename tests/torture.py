@@ -1,0 +1,197 @@
+"""What a training loop may do to a partly frozen model, and the proof that nothing frozen moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import timm.optim
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from backbone_finetune import FineTuneModel
+
+STEPS = 3
+WEIGHT_DECAY = 0.1
+
+
+def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
+
+
+def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=WEIGHT_DECAY)
+
+
+def _rmsprop(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(parameters, lr=1e-3, weight_decay=WEIGHT_DECAY)
+
+
+def _lamb(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return timm.optim.Lamb(list(parameters), lr=1e-2, weight_decay=WEIGHT_DECAY)
+
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "sgd_nesterov": _sgd,
+    "rmsprop": _rmsprop,
+    "lamb": _lamb,
+}
+
+
+class Circumstance(NamedTuple):
+    """What else the loop does."""
+
+    freeze_before_step: bool = False
+    outer_train: bool = False
+    bfloat16: bool = False
+    moving_average: bool = False
+    checkpointing: bool = False
+
+
+CIRCUMSTANCES = {
+    "plain": Circumstance(),
+    "freeze_before_step": Circumstance(freeze_before_step=True),
+    "outer_train": Circumstance(outer_train=True),
+    "bfloat16": Circumstance(bfloat16=True),
+    "moving_average": Circumstance(moving_average=True),
+    "checkpointing": Circumstance(checkpointing=True),
+}
+
+
+class Condition(NamedTuple):
+    """One way to train: an optimizer, a `zero_grad`, a circumstance."""
+
+    optimizer: str
+    set_to_none: bool
+    circumstance: str
+
+    def __str__(self) -> str:
+        return f"{self.optimizer}-{'none' if self.set_to_none else 'zeros'}-{self.circumstance}"
+
+
+CONDITIONS = [
+    Condition(optimizer, set_to_none, circumstance)
+    for circumstance in CIRCUMSTANCES
+    for set_to_none in (True, False)
+    for optimizer in OPTIMIZERS
+]
+
+
+class Outer(nn.Module):
+    """A module of the user's around the model; it knows nothing of freezing."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures: Tensor) -> Any:
+        return self.network(pictures)
+
+
+def supports_checkpointing(model: FineTuneModel) -> bool:
+    """Ask the backbone itself: timm's either lack the method or assert that they were not asked."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        return False
+    model.set_grad_checkpointing(False)
+    return True
+
+
+def settle(model: FineTuneModel, pictures: Tensor) -> None:
+    """Take off what a fresh network has by chance: zero-initialised weights, tables that the first forward fills."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        model.eval()(pictures)
+
+
+def frozen_state(model: FineTuneModel) -> dict[str, Tensor]:
+    """Copy all that must not move, found without the library's help.
+
+    Frozen parameters, and the buffers of each module of which no parameter trains; for a module without parameters
+    its owner decides.
+    """
+    state = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    for path, module in model.named_modules():
+        owner = path
+        while owner and not any(True for _ in model.get_submodule(owner).parameters()):
+            owner = owner.rpartition(".")[0]
+        if not any(parameter.requires_grad for parameter in model.get_submodule(owner).parameters()):
+            state |= {f"{path}.{name}": b.clone() for name, b in module.named_buffers(recurse=False)}
+    return state
+
+
+def assert_unmoved(model: FineTuneModel, frozen: dict[str, Tensor]) -> None:
+    """Compare parameters and buffers bit for bit."""
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # As integers, so that -0.0 is not 0.0 and a NaN is itself.
+    moved = [name for name, was in frozen.items() if not torch.equal(_bits(now[name]), _bits(was))]
+    assert not moved, f"{len(moved)} of {len(frozen)} frozen tensors moved: {', '.join(moved[:5])}"
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def assert_all_moved(model: FineTuneModel, start: dict[str, Tensor]) -> None:
+    """Show that what should train did: weights, running statistics, in every layer group."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    without = [name for name, parameter in trainable.items() if parameter.grad is None]
+    assert not without, f"no gradient: {', '.join(without[:5])}"
+    infinite = [name for name, p in trainable.items() if p.grad is not None and not p.grad.isfinite().all()]
+    assert not infinite, f"no finite gradient: {', '.join(infinite[:5])}"
+    still = [name for name, parameter in trainable.items() if torch.equal(parameter, start[name])]
+    assert not still, f"{len(still)} of {len(trainable)} trainable parameters stood still: {', '.join(still[:5])}"
+    groups = [(f"backbone.{name}" for name in group.parameter_names) for group in model.layer_groups]
+    for names in (*groups, (name for name in trainable if name.startswith("classifier."))):
+        gradients = [trainable[name].grad for name in names if name in trainable]
+        assert not gradients or any(gradient is not None and gradient.any() for gradient in gradients)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight.requires_grad:
+            assert not torch.equal(module.get_buffer("running_mean"), start[f"{path}.running_mean"]), path
+
+
+def torture(model: FineTuneModel, pictures: Tensor, condition: Condition) -> None:
+    """Train three steps under one condition; raise AssertionError unless frozen stood still and trainable moved."""
+    does = CIRCUMSTANCES[condition.circumstance]
+    trainable_groups = (len(model.layer_groups) + 1) // 2 if does.freeze_before_step else 1
+    model.freeze_backbone(trainable_groups=trainable_groups)
+    # A plain loop's optimizer: it holds all parameters, and would let all of them decay.
+    optimizer = OPTIMIZERS[condition.optimizer](model.parameters())
+    whole = Outer(model) if does.outer_train else model
+    average = ModelEmaV3(model, decay=0.5) if does.moving_average else None
+    if does.checkpointing:
+        model.set_grad_checkpointing()
+    start = {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    frozen = frozen_state(model)
+    assert frozen.keys() & dict(model.named_parameters()).keys()
+    labels = torch.arange(len(pictures))
+    for step in range(STEPS):
+        if does.outer_train:
+            with torch.no_grad():
+                whole.eval()(pictures)
+        whole.train()
+        optimizer.zero_grad(set_to_none=condition.set_to_none)
+        with torch.autocast(pictures.device.type, dtype=torch.bfloat16, enabled=does.bfloat16):
+            logits = whole(pictures + 0.1 * step)
+            # Smoothed, for a network that is sure of its two pictures would leave no gradient.
+            loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # some of the networks leap at the first step
+        if does.freeze_before_step and step == 1:  # momentum, and a gradient of this very step, are there
+            model.freeze_backbone()
+            frozen = frozen_state(model)
+        optimizer.step()
+        if average is not None:
+            average.update(model)
+    assert_unmoved(model, frozen)
+    assert_all_moved(model, start)
+    if average is not None:
+        assert isinstance(average.module, FineTuneModel)
+        assert_unmoved(average.module, frozen)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        averaged = dict(average.module.named_parameters())
+        assert not any(torch.equal(averaged[name], start[name]) for name in names)
