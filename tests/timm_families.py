@@ -10,17 +10,24 @@ from torch import nn
 
 
 class Family(NamedTuple):
-    """One architecture; where `takes_img_size`, it has to be built for its side."""
+    """One architecture; where `takes_img_size`, it has to be built for its side.
+
+    `is_configured_for_side` where its configuration may name that side, so that a probe costs no more than it must.
+    """
 
     architecture: str
     side: int
     million_parameters: float
     takes_img_size: bool = False
+    is_configured_for_side: bool = True
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """What `timm.create_model` or `FineTuneModel.from_timm` needs to build it for that side."""
-        return {"img_size": self.side} if self.takes_img_size else {}
+        """What `timm.create_model` or `FineTuneModel.from_timm` needs to build it, and to probe it, for that side."""
+        keywords: dict[str, Any] = {"img_size": self.side} if self.takes_img_size else {}
+        if self.is_configured_for_side:
+            keywords["pretrained_cfg_overlay"] = {"input_size": (3, self.side, self.side)}
+        return keywords
 
     def build(self, **keywords: Any) -> nn.Module:
         """Build timm's own network."""
@@ -41,7 +48,7 @@ FAMILIES = {
     "convmixer": Family("convmixer_768_32", 32, 21.1),
     "convnext": Family("test_convnext", 32, 0.3),
     "cpubone": Family("cpubone_nano", 32, 6.5),
-    "crossvit": Family("crossvit_tiny_240", 32, 7.0),
+    "crossvit": Family("crossvit_tiny_240", 32, 7.0, is_configured_for_side=False),
     "csatv2": Family("csatv2", 64, 11.1),
     "cspnet": Family("cs3darknet_focus_s", 32, 3.3),
     "cspnext": Family("cspnext_tiny", 32, 2.7),
