@@ -29,7 +29,7 @@ from measure import (
     time_step,
     warm_up,
 )
-from networks import Network, build_network, check_names
+from networks import ARTICLE_NETWORKS, Network, build_network, check_names
 from plots import draw_report
 from results import Report, Row, model_table, start_report, write_report
 from tqdm import tqdm
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(given)
     try:
-        check_names(options.models)
+        check_names(options.models, beside_timm=ARTICLE_NETWORKS)
         setup = prepare(options)
     except ValueError as error:
         parser.error(str(error))

@@ -40,6 +40,11 @@ class WallClock:
         return result, (time.perf_counter_ns() - start) / 1e6
 
 
+def milliseconds_of(call: Callable[[], object], clock: Clock) -> float:
+    """Time a call whose result nobody wants."""
+    return clock.time(call)[1]
+
+
 class Event(Protocol):
     """What a device clock needs of `torch.cuda.Event`."""
 

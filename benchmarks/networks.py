@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,13 +33,14 @@ def _article_module() -> ModuleType:
     return module
 
 
-def check_names(names: list[str]) -> None:
-    """Raise ValueError for a name that is neither an article's network nor a timm architecture, before any work."""
-    unknown = [name for name in names if name not in ARTICLE_NETWORKS and not timm.is_model(name)]
+def check_names(names: Sequence[str], *, beside_timm: Sequence[str] = ()) -> None:
+    """Raise ValueError for a name that is neither a timm architecture nor one of `beside_timm`, before any work."""
+    unknown = [name for name in names if name not in beside_timm and not timm.is_model(name)]
     if unknown:
+        others = "".join(f", or {name}" for name in beside_timm)
         raise ValueError(
-            f"--models {' '.join(unknown)}: no such network; pass {' or '.join(ARTICLE_NETWORKS)}, "
-            "or an architecture that timm.list_models() names."
+            f"--models {' '.join(unknown)}: timm {timm.__version__} has no such architecture; "
+            f"pass one that timm.list_models() names{others}."
         )
 
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-import timm
 import torch
 from command_line import add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command, describe_environment, installed_version
@@ -28,7 +27,7 @@ from measure import (
     time_step,
     warm_up,
 )
-from networks import NUM_CLASSES, picture_size
+from networks import NUM_CLASSES, check_names, picture_size
 from peer_methods import METHODS, Blueprint, Method, make_blueprint
 from results import Sampled, describe, mebibytes, spread, table, write_text
 from torch import Tensor, nn
@@ -87,10 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_shared_options(parser, output="runs/peers")
     parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
     options = parser.parse_args(given)
-    unknown = [name for name in options.models if not timm.is_model(name)]
-    if unknown:
-        parser.error(f"--models {' '.join(unknown)}: no such architecture in timm {timm.__version__}")
     try:
+        check_names(options.models)
         device = settle_device(options)
     except ValueError as error:
         parser.error(str(error))

@@ -17,7 +17,16 @@ import torch
 from backward_time import Setup, measure_at_batch
 from command_line import add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command, describe_environment
-from measure import Interval, clock_for, no_garbage_collection, paired_ratio, take_turns, time_step, warm_up
+from measure import (
+    Interval,
+    clock_for,
+    milliseconds_of,
+    no_garbage_collection,
+    paired_ratio,
+    take_turns,
+    time_step,
+    warm_up,
+)
 from networks import NUM_CLASSES, build_network, check_names, picture_size
 from peer_methods import METHODS, make_blueprint
 from peers import Batch, PeerRow, compare_methods
@@ -208,7 +217,7 @@ def half_precision(name: str, setup: Setup) -> Target:
         prove_equal(frozen, network, precision)
         step = Trainer(network, precision).step_of(frozen)
         warm_up(step.run, setup.clock)
-        samples.append(lambda step=step: setup.clock.time(step.run)[1])  # type: ignore[misc]
+        samples.append(partial(milliseconds_of, step.run, setup.clock))
     turns = list(take_turns(samples, setup.repeats))
     return Target(name, what, 0.5, paired_ratio([turn[0] for turn in turns], [turn[1] for turn in turns]))
 

@@ -19,8 +19,17 @@ import timm
 import torch
 from command_line import add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command, describe_environment
-from measure import Clock, WallClock, clock_for, no_garbage_collection, paired_ratio, take_turns, warm_up
-from networks import NUM_CLASSES, picture_size
+from measure import (
+    Clock,
+    WallClock,
+    clock_for,
+    milliseconds_of,
+    no_garbage_collection,
+    paired_ratio,
+    take_turns,
+    warm_up,
+)
+from networks import NUM_CLASSES, check_names, picture_size
 from results import describe, spread, table, write_text
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
@@ -85,10 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
     parser.add_argument("--ladder", nargs="*", choices=list(LADDERS), default=list(LADDERS), help="families to grow")
     options = parser.parse_args(given)
-    unknown = [name for name in options.models if not timm.is_model(name)]
-    if unknown:
-        parser.error(f"--models {' '.join(unknown)}: no such architecture in timm {timm.__version__}")
     try:
+        check_names(options.models)
         device = settle_device(options)
     except ValueError as error:
         parser.error(str(error))
@@ -149,11 +156,6 @@ def compare(  # noqa: PLR0917  all that a comparison is made of
     turns = list(take_turns([partial(milliseconds_of, call, clock) for call in calls], repeats))
     samples = [list(column) for column in zip(*turns, strict=True)]
     return Comparison(model, what, *samples)
-
-
-def milliseconds_of(call: Callable[[], object], clock: Clock) -> float:
-    """Time a call whose result nobody wants."""
-    return clock.time(call)[1]
 
 
 def time_calls(family: str, name: str) -> list[CallTime]:
