@@ -91,7 +91,10 @@ class TimmWayBack(NamedTuple):
             network = copy_along(network, path)
         with quiet(backbone):
             network.reset_classifier(0 if isinstance(classifier, nn.Identity) else count_classes(classifier) or 1)
-        heads = [classifier.head, classifier.head_dist] if isinstance(classifier, DistilledClassifier) else [classifier]
+        heads = [classifier]
+        if isinstance(classifier, DistilledClassifier):
+            heads = [classifier.head, classifier.head_dist]
+            network.set_distilled_training(classifier.distilled_training)
         for path, head in zip(self.paths, heads, strict=True):
             place = network.get_submodule(path)
             network.set_submodule(path, _as_convolution(head, place) if isinstance(place, nn.Conv2d) else head)
@@ -161,6 +164,8 @@ def split_timm(
     example = next(network.parameters())
     refuse_misfit(chosen, torch.zeros(2, width, device=example.device, dtype=example.dtype), "from_timm")
     network.reset_classifier(0)
+    if getattr(network, "distilled_training", False):  # else it gives its features twice; the classifier has the switch
+        network.set_distilled_training(False)
     if drop_rate is not None:
         chosen = DropoutClassifier(drop_rate, chosen)
         way_back = way_back._replace(has_dropout=True)
@@ -294,7 +299,7 @@ def _own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmW
             for tensor in entered:
                 torch.testing.assert_close(tensor.reshape_as(features), features)
             torch.testing.assert_close(shadow(own)(features), logits)
-        except (AssertionError, RuntimeError) as difference:
+        except (AssertionError, IndexError, RuntimeError) as difference:  # IndexError: a head that wants a map
             raise ValueError(
                 f"from_timm: behind {kind} without its classifier ({', '.join(way_back.paths)}) that classifier is not "
                 f"the same function any more, because a norm or a second head goes with it or more tokens enter it "
