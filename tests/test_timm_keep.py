@@ -1,0 +1,210 @@
+"""A timm network's own classifier: kept where it is provably the same function, one architecture per family."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm_families import FAMILIES, SMALL, Family
+from torch import Tensor, nn
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.timm_splitting import DistilledClassifier
+
+CLASSES = 7
+# One head for each branch or stage; an auxiliary head; a head on a token of its own.
+REFUSED = {
+    "crossvit": "is not one that takes one feature vector",
+    "efficientvim": "is not one that takes one feature vector",
+    "volo": "is not the same function any more",
+}
+TWO_TOKENS = {
+    "deit": Family("deit_tiny_distilled_patch16_224", 32, 5.9, takes_img_size=True),
+    "pit": Family("pit_ti_distilled_224", 32, 5.1, takes_img_size=True),
+}
+ON_ONE_EMBEDDING = ("efficientformer", "efficientformer_v2", "levit", "swiftformer")
+# timm starts these heads at zero, so that logits alone would agree with any cut.
+ZERO_HEADS = {"hiera": "head", "hieradet_sam2": "head", "mlp_mixer": "norm", "sequencer": "norm"}
+
+
+def snapshot(network: nn.Module) -> dict[str, Any]:
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {
+        "tensors": {name: (id(tensor), tensor.clone()) for name, tensor in tensors.items()},
+        "trains": {name: parameter.requires_grad for name, parameter in network.named_parameters()},
+        "modes": {name: module.training for name, module in network.named_modules()},
+        "caches": {name: dict(m.attention_bias_cache) for name, m in network.named_modules() if has_cache(m)},
+        "random": torch.get_rng_state(),
+    }
+
+
+def has_cache(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "attention_bias_cache", None), dict)
+
+
+def assert_as_before(network: nn.Module, before: dict[str, Any], *, except_below: tuple[str, ...] = ()) -> None:
+    """Whatever is still in the network is as it was; all of it is, but for what the split took away."""
+    after = snapshot(network)
+    assert torch.equal(after["random"], before["random"])
+    for kind in ("trains", "modes", "caches"):
+        for name, value in before[kind].items():
+            if not name.startswith(except_below):
+                assert after[kind][name] == value, (kind, name)
+    for name, (identity, tensor) in before["tensors"].items():
+        if not name.startswith(except_below):
+            assert after["tensors"][name][0] == identity, name
+            assert torch.equal(after["tensors"][name][1], tensor), name
+
+
+def give_values(heads: nn.Module | tuple[nn.Module, ...]) -> None:
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        for parameter in head.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in FAMILIES]
+)
+def test_own_classifier_is_the_same_function_or_refused(name: str) -> None:
+    family = FAMILIES[name]
+    network: Any = family.build(num_classes=CLASSES)
+    give_values(network.get_classifier())
+    plain: Any = copy.deepcopy(network)
+    before = snapshot(network)
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name] + ".*; pass num_classes=.* or classifier="):
+            FineTuneModel.from_timm(network)
+        assert_as_before(network, before)
+        return
+    model = FineTuneModel.from_timm(network)
+    paths: tuple[str, ...] = model._way_back.paths  # type: ignore[attr-defined]
+    assert_as_before(network, before, except_below=paths)
+
+    exactly = not any(isinstance(plain.get_submodule(path), nn.Conv2d) for path in paths)
+    pictures = family.pictures()
+    outcomes = []
+    for either in (model.train(), plain.train()):
+        torch.manual_seed(5)  # for drop path
+        outcomes.append(either(pictures))
+        outcomes[-1].square().sum().backward()
+    assert_close(*outcomes, exactly=exactly)
+    gradients = {
+        model._way_back.plain_name(own_name): parameter.grad for own_name, parameter in model.named_parameters()
+    }
+    for own_name, parameter in plain.named_parameters():
+        gradient = gradients.pop(own_name)
+        assert gradient is not None, own_name
+        assert_close(gradient.reshape_as(parameter), parameter.grad, exactly=exactly)
+    assert not gradients
+    for own_name, buffer in plain.named_buffers():
+        if not own_name.startswith(paths):
+            assert_close(model.backbone.get_buffer(own_name), buffer, exactly=exactly)
+
+    with torch.no_grad():
+        logits = model.eval()(pictures)
+        assert logits.std() > 0
+        assert_close(logits, plain.eval()(pictures), exactly=exactly)
+        again = model.to_module().eval()
+        assert_close(again(pictures), plain(pictures), exactly=True)
+        assert torch.equal(model(pictures), logits), "the model is another after to_module()"
+    assert again.state_dict().keys() == plain.state_dict().keys()
+    assert {p.data_ptr() for p in again.parameters()} == {p.data_ptr() for p in model.parameters()}
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, exactly: bool) -> None:
+    if exactly:
+        assert torch.equal(actual, expected)
+    else:  # not by an absolute tolerance, which small values would pass whatever they are
+        assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-9
+
+
+@pytest.mark.parametrize("name", TWO_TOKENS)
+def test_heads_on_two_tokens_are_refused(name: str) -> None:
+    network = TWO_TOKENS[name].build(num_classes=CLASSES)
+    before = snapshot(network)
+    with pytest.raises(ValueError, match="not the same function any more"):
+        FineTuneModel.from_timm(network)
+    assert_as_before(network, before)
+
+
+@pytest.mark.parametrize("name", ON_ONE_EMBEDDING)
+def test_two_heads_on_one_embedding_train_and_evaluate_as_timms(name: str) -> None:
+    family = FAMILIES[name]
+    network: Any = family.build(num_classes=CLASSES)
+    plain: Any = copy.deepcopy(network)
+    model = FineTuneModel.from_timm(network)
+    classifier = model.classifier
+    assert isinstance(classifier, DistilledClassifier)
+    pictures = family.pictures()
+    for enabled in (True, False):
+        plain.set_distilled_training(enabled)
+        classifier.set_distilled_training(enabled)
+        for mode in (True, False):
+            torch.manual_seed(5)
+            ours = model.train(mode)(pictures)
+            torch.manual_seed(5)
+            theirs = plain.train(mode)(pictures)
+            assert isinstance(ours, tuple) is isinstance(theirs, tuple) is (enabled and mode)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_distilled_training_that_was_on_stays_on() -> None:
+    network: Any = FAMILIES["levit"].build(num_classes=CLASSES)
+    network.set_distilled_training(True)
+    pictures = FAMILIES["levit"].pictures()
+    model = FineTuneModel.from_timm(network).train()
+    assert len(model(pictures)) == len(model.to_module().train()(pictures)) == 2
+
+
+def test_distilled_training_does_not_reach_a_fresh_classifier() -> None:
+    network: Any = TWO_TOKENS["deit"].build(num_classes=CLASSES)
+    network.set_distilled_training(True)
+    model = FineTuneModel.from_timm(network, num_classes=3).train()
+    assert model(TWO_TOKENS["deit"].pictures()).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ZERO_HEADS)
+def test_a_zero_head_does_not_let_a_wrong_cut_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES[name]
+    network: Any = family.build(num_classes=CLASSES).eval()
+    right = copy.deepcopy(network)
+    reset_classifier = type(network).reset_classifier
+
+    def reset_too_much(self: Any, num_classes: int, *arguments: Any, **keywords: Any) -> None:
+        reset_classifier(self, num_classes, *arguments, **keywords)
+        owner = self.head if ZERO_HEADS[name] == "head" else self
+        owner.norm = nn.Identity()
+
+    with torch.no_grad():
+        assert not network(family.pictures()).any(), "the logits would agree with those of any cut"
+    assert FineTuneModel.from_timm(right).num_classes == CLASSES
+    monkeypatch.setattr(type(network), "reset_classifier", reset_too_much)
+    with pytest.raises(ValueError, match="not the same function any more"):
+        FineTuneModel.from_timm(network)
+
+
+@pytest.mark.parametrize("name", ["efficientformer", "efficientvit_msra", "levit", "tiny_vit"])
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_probe_leaves_caches_and_modes_as_it_found_them(name: str, mode: bool) -> None:
+    family = FAMILIES[name]
+    network = family.build(num_classes=CLASSES).eval()
+    with torch.no_grad():
+        network(family.pictures())
+    assert any(m.attention_bias_cache for m in network.modules() if has_cache(m)), "there is a cache to leave alone"
+    network.train(mode)
+    before = snapshot(network)
+    model = FineTuneModel.from_timm(network)
+    assert_as_before(network, before, except_below=model._way_back.paths)  # type: ignore[attr-defined]
+
+
+def test_a_convolution_and_a_linear_layer_are_the_same_but_for_rounding() -> None:
+    network: Any = timm.create_model("dla46x_c", num_classes=CLASSES).eval()
+    assert isinstance(network.get_classifier(), nn.Conv2d)
+    weight = network.get_classifier().weight.detach().clone()
+    model = FineTuneModel.from_timm(network)
+    assert isinstance(model.classifier, nn.Linear)
+    assert torch.equal(model.classifier.weight, weight.flatten(1))
