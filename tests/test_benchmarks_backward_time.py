@@ -138,6 +138,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("result.txt", "old")]
 
 
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "result.txt"
+    path.write_text("old")
+    with path.open() as reader:
+        results.write_text(path, "new")
+        assert reader.read() == "old"  # moved into place beside the old file, not written into it
+    assert path.read_text() == "new"
+
+
 def test_a_scale_is_logarithmic_where_bars_are_far_apart() -> None:
     figure = Figure()
     near, far = figure.subplots(1, 2)
