@@ -1,0 +1,83 @@
+"""The support matrix over the whole zoo of timm: what wraps, what keeps its classifier, what comes back, how it groups.
+
+    python benchmarks/timm_zoo.py
+
+Structure comes from the meta device, for every architecture; logits from real values, smallest networks first, up to
+`--values-below` million parameters. An interrupted run goes on where it stopped: what is done stands in a `.jsonl`
+beside the output, which goes when the matrix is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from environment import describe_command, describe_environment
+from results import write_text
+from tqdm import tqdm
+from zoo_examination import examine_structure, examine_values
+from zoo_record import Structure, as_row, decide_kept, read_lines, write_line
+from zoo_summary import as_markdown
+
+# From timm's own list of what each of its files defines.
+FAMILIES = {name: family for family in timm.list_modules() for name in timm.list_models(module=family)}
+
+
+def main() -> None:
+    """Examine what is left to examine, then write the matrix and its summary."""
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    started = options.output.with_suffix(f".timm-{timm.__version__}.jsonl")
+    started.parent.mkdir(parents=True, exist_ok=True)
+    structures, values = read_lines(started)
+    chosen = options.models or timm.list_models()
+    for name in tqdm([name for name in chosen if name not in structures], desc="structure"):
+        structures[name] = examine_structure(name, FAMILIES[name])
+        write_line(started, "structure", structures[name])
+    structures = {name: structures[name] for name in chosen}
+    for structure in tqdm([s for s in with_values(structures, options.values_below) if s.name not in values], "values"):
+        values[structure.name] = examine_values(structure)
+        write_line(started, "values", values[structure.name])
+
+    by_signature: dict[str, list[str]] = {}
+    for structure in structures.values():
+        by_signature.setdefault(f"{structure.family} {structure.signature}", []).append(structure.name)
+    rows = [
+        as_row(s, values.get(s.name), decide_kept(s, values, by_signature[f"{s.family} {s.signature}"]))
+        for s in structures.values()
+    ]
+    header = {"command": describe_command(__file__, sys.argv[1:]), **describe_environment(torch.device("cpu"))}
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = f'{{"environment": {json.dumps(header)},\n"architectures": [\n{lines}\n]}}\n'
+    write_text(options.output.with_suffix(".json"), text)
+    write_text(options.output.with_suffix(".md"), as_markdown(rows, header))
+    started.unlink()
+    print(f"wrote {options.output.with_suffix('.json')} and {options.output.with_suffix('.md')}")
+
+
+def with_values(structures: dict[str, Structure], below: float) -> list[Structure]:
+    """What to run with values: all below so many million parameters, and the smallest of each kind of structure."""
+    ordered = sorted((s for s in structures.values() if s.refused is None), key=lambda s: s.parameters)
+    first_of_kind = {f"{s.family} {s.signature}": s.name for s in reversed(ordered)}
+    return [s for s in ordered if s.parameters < below * 1e6 or s.name in first_of_kind.values()]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="NAME", help="architectures (default: all of timm's)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "timm_zoo")
+    parser.add_argument("--values-below", type=float, default=100, metavar="MILLION", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    options = parser.parse_args()
+    if unknown := [name for name in options.models if name not in FAMILIES]:
+        parser.error(f"{', '.join(unknown)}: no architecture of timm {timm.__version__}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

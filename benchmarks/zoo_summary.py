@@ -1,0 +1,123 @@
+"""The support matrix as one page: totals, what is refused and why, and a line per family."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def as_markdown(rows: Sequence[Row], environment: dict[str, Any]) -> str:
+    """Summarise the rows of the matrix by family."""
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        families.setdefault(row["family"], []).append(row)
+    lines = [
+        "# timm's zoo in FineTuneModel",
+        "",
+        f"`{environment['command']}`, {environment['date']}, timm {environment['timm']}, torch {environment['torch']}, "
+        f"{environment['cpu']}. A line per architecture, and why: `timm_zoo.json`.",
+        "",
+        *_totals(rows, len(families)),
+        "",
+        "## Refused",
+        "",
+        *_refusals(rows, "to wrap", "refused"),
+        *_refusals([row for row in rows if not row["refused"]], "to keep its own classifier", "kept_refused"),
+        *_refusals(rows, "to_module() with a fresh linear classifier", "round_trip_refused"),
+        "",
+        "## By family",
+        "",
+        "Numbers are architectures; groups are the fewest and the most layer groups of one. *Prefix*: freezing the "
+        "first k groups, for any k, leaves nothing frozen that is computed from a result of a group that trains, so "
+        "backward ends where training does. *Random*: in train mode, by default.",
+        "",
+        "| family | all | wrap | keep | back, kept | back, fresh | groups | prefix | running statistics | random |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        *(_family_line(name, members) for name, members in sorted(families.items())),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _totals(rows: Sequence[Row], family_count: int) -> list[str]:
+    wrapped = [row for row in rows if not row["refused"]]
+    kept = [row for row in wrapped if row["kept"]]
+    own = [row for row in kept if row["default_classes"]]
+    by_values = [row for row in wrapped if row["kept_proof"] == "values"]
+    compared = [row["values"] for row in rows if "values" in row]
+    exact = sum(values["keep_difference"] == 0.0 for values in compared)
+    inexact = [v["keep_difference"] / v["logits_spread"] for v in compared if v["keep_difference"]]
+    counts = Counter(row["grouped_by"] for row in wrapped)
+    sizes = [len(row["layer_groups"]) for row in wrapped]
+    not_prefix = sum(bool(row["walked_through"]) for row in wrapped)
+    return [
+        f"- **{len(wrapped)}** of {len(rows)} architectures in {family_count} families wrap with `num_classes=...`; "
+        f"for {sum(row['num_features'] != row['width'] for row in wrapped)} of them timm's `num_features` is not the "
+        "width of the classifier.",
+        f"- **{len(kept)}** keep their own classifier as provably the same function: {len(own)} the one that they have "
+        f"by default, {len(kept) - len(own)} the one that `create_model(..., num_classes=...)` gives, since they have "
+        f"none by default. Decided by real values for {len(by_values)}; for the others by a network of the same family "
+        "that loses the same modules to `reset_classifier` and was run with values (`kept_like`).",
+        f"- Logits of the wrapped and the bare network: bit for bit equal for {exact} of the {exact + len(inexact)} "
+        f"that were run and kept; else apart by at most {max(inexact, default=0.0):.0e} of their spread.",
+        f"- `to_module()` gives timm's own network again, all names and logits equal, for "
+        f"**{sum(not row['round_trip_refused'] for row in wrapped)}** with a fresh linear classifier, and for every "
+        f"kept one that was run: {sum(v['keep_round_trip'] == 'equal' for v in compared)} of "
+        f"{sum(v['keep_round_trip'] is not None for v in compared)}.",
+        f"- Layer groups: {min(sizes)} to {max(sizes)}, most often {Counter(sizes).most_common(1)[0][0]}; found by "
+        + ", ".join(f"`{name}` for {count}" for name, count in counts.most_common())
+        + ".",
+        f"- The first k groups are a prefix of the computation, whatever k, for {len(wrapped) - not_prefix}; "
+        f"for the other {not_prefix} freezing is as right, and saves less.",
+        f"- {sum(row['running_statistics'] > 0 for row in wrapped)} hold running statistics; "
+        f"{sum(bool(row['random_operators']) for row in wrapped)} are random in train mode by default.",
+    ]
+
+
+def _refusals(rows: Iterable[Row], what: str, key: str) -> list[str]:
+    by_reason: dict[str, list[Row]] = {}
+    for row in rows:
+        if row[key]:
+            by_reason.setdefault(_without_kind(row[key]), []).append(row)
+    lines = []
+    for reason, members in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        counts = Counter(row["family"] for row in members)
+        listed = ", ".join(f"{family} {count}" for family, count in counts.most_common())
+        lines.append(f"- {what}: {len(members)} ({listed}): {reason}")
+    return lines
+
+
+def _without_kind(reason: str) -> str:
+    """The reason alone, without the name of the class and the figures, which differ from network to network."""
+    for known in (
+        "no classifier to take off",
+        "not one that takes one feature vector",
+        "not the same function any more",
+        "more in its classifier than one linear layer",
+    ):
+        if known in reason:
+            return known
+    return reason
+
+
+def _family_line(name: str, members: Sequence[Row]) -> str:
+    wrapped = [row for row in members if not row["refused"]]
+    sizes = [len(row["layer_groups"]) for row in wrapped]
+    groups = f"{min(sizes)}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
+    values = [row["values"] for row in members if "values" in row]
+    tried = [v for v in values if v["keep_round_trip"] is not None]
+    cells = [
+        name,
+        len(members),
+        len(wrapped),
+        sum(bool(row["kept"]) for row in wrapped),
+        f"{sum(v['keep_round_trip'] == 'equal' for v in tried)} of {len(tried)} run",
+        sum(not row["round_trip_refused"] for row in wrapped),
+        groups,
+        sum(not row["walked_through"] for row in wrapped),
+        sum(row["running_statistics"] > 0 for row in wrapped),
+        sum(bool(row["random_operators"]) for row in wrapped),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
