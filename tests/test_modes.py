@@ -1,0 +1,207 @@
+"""Which modules are in train mode and which in eval, what that does, and what must not be left over from before."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm_families import FAMILIES, Family
+from torch import Tensor, nn
+from torture import settle
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.checkpoint import load_tensors
+
+PARTIAL = ["resnet", "vision_transformer", "maxxvit", "convnext", "efficientnet", "levit"]
+CACHING = ["levit", "tiny_vit", "efficientformer", "efficientformer_v2", "efficientvit_msra"]
+
+
+class Block(nn.Module):
+    """A layer group with statistics and chance in it: (B, 8) -> (B, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.linear(inputs)))
+
+
+def three_blocks(**keywords: bool) -> FineTuneModel:
+    return FineTuneModel(
+        nn.Sequential(Block(), Block(), Block()), nn.Sequential(nn.Dropout(), nn.Linear(8, 2)), **keywords
+    )
+
+
+@pytest.mark.parametrize("trainable_groups", [0, 1, 2, 3])
+def test_statistics_and_dropout_go_with_their_group(trainable_groups: int) -> None:
+    model = three_blocks().freeze_backbone(trainable_groups=trainable_groups).train()
+    inputs = torch.randn(16, 8)
+    for position, block in enumerate(model.backbone):
+        trains = position >= 3 - trainable_groups
+        before = {name: buffer.clone() for name, buffer in block.named_buffers()}
+        first, second = block(inputs), block(inputs)
+        assert torch.equal(first, second) != trains, "dropout"
+        assert all(torch.equal(buffer, before[name]) != trains for name, buffer in block.named_buffers())
+        assert (block.training, block.norm.training, block.dropout.training) == (trains, trains, trains)
+    assert model.training
+    assert model.classifier[0].training
+
+
+def expected_mode(backbone: nn.Module, path: str, first_group: set[str]) -> bool:
+    """The rule of the design, read off module names: the nearest owner that has parameters decides."""
+    while path and not list(backbone.get_submodule(path).parameters()):
+        path = path.rpartition(".")[0]
+        if not path:
+            return any(p.requires_grad for name, p in backbone.named_parameters() if name in first_group)
+    return any(parameter.requires_grad for parameter in backbone.get_submodule(path).parameters())
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_every_module_of_a_timm_network_follows_the_rule(name: str) -> None:
+    family = FAMILIES[name]
+    model = FineTuneModel.from_timm(family.architecture, num_classes=3, **family.keywords)
+    first_group = set(model.layer_groups[0].parameter_names)
+    for trainable_groups in range(len(model.layer_groups) + 1):
+        model.freeze_backbone(trainable_groups=trainable_groups)
+        modes = {path: module.training for path, module in model.backbone.named_modules()}
+        assert modes == {path: expected_mode(model.backbone, path, first_group) for path in modes}
+        model.eval()
+        assert not any(module.training for module in model.modules())
+        model.train()
+        assert modes == {path: module.training for path, module in model.backbone.named_modules()}
+
+
+def test_norm_eval_fixes_statistics_where_weights_train() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3, norm_eval=True).unfreeze_backbone().train()
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    for _ in range(2):
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+    assert buffers
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    norm_weights = [name for name in weights if ".bn1.weight" in name]
+    assert norm_weights
+    assert not any(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    with model.assert_frozen():
+        model(torch.randn(4, 3, 32, 32))
+    assert "backbone.bn1.running_mean" in model.frozen_fingerprint()
+
+
+def test_norm_eval_leaves_dropout_and_the_classifier_alone() -> None:
+    model = three_blocks(norm_eval=True).train()
+    model.classifier.append(nn.BatchNorm1d(2))
+    model.train()
+    assert [block.norm.training for block in model.backbone] == [False] * 3
+    assert all(block.dropout.training for block in model.backbone)
+    assert model.classifier[-1].training
+
+
+@pytest.mark.parametrize("trainable_groups", [0, 2, 3])
+def test_eval_reaches_everything(trainable_groups: int) -> None:
+    """Where a frozen part skips `train()` altogether, its dropout stays on (segmentation_models_pytorch)."""
+    model = three_blocks().train()
+    model.freeze_backbone(trainable_groups=trainable_groups)
+    nn.Module.train(model, True)  # a trainer that went past our own train()
+    nn.Sequential(model).eval()
+    assert not any(module.training for module in model.modules())
+    inputs = torch.randn(4, 8)
+    assert torch.equal(model(inputs), model(inputs))
+
+
+def test_an_outer_module_cannot_wake_what_is_frozen() -> None:
+    model = three_blocks().freeze_backbone(trainable_groups=1)
+    nn.ModuleDict({"network": model}).eval().train()
+    assert [block.training for block in model.backbone] == [False, False, True]
+
+
+def test_freezing_by_hand_takes_full_effect_at_the_next_train() -> None:
+    model = three_blocks().train()
+    model(torch.randn(4, 8)).sum().backward()
+    model.backbone[0].requires_grad_(False)
+    model.train()
+    assert [block.training for block in model.backbone] == [False, True, True]
+    assert model.backbone[0].linear.weight.grad is None
+    assert model.backbone[1].linear.weight.grad is not None
+    model.backbone[0].requires_grad_(True)
+    assert model.train().backbone[0].training
+
+
+def caching_model(name: str) -> tuple[FineTuneModel, Tensor]:
+    family: Family = FAMILIES[name]
+    model = FineTuneModel.from_timm(family.architecture, num_classes=3, **family.keywords)
+    settle(model, pictures := family.pictures(1))
+    return model.freeze_backbone(), pictures
+
+
+def test_the_trap_is_there() -> None:
+    """A plain network of timm's, loaded in eval, still computes with the biases of before."""
+    network = timm.create_model("levit_128s", img_size=32, num_classes=3).eval()
+    pictures = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = network(pictures)
+        biases = {name: torch.randn_like(t) for name, t in network.state_dict().items() if "attention_biases" in name}
+        network.load_state_dict(biases, strict=False)
+        assert torch.equal(network(pictures), before)
+        assert not torch.allclose(network.eval()(pictures), before)
+
+
+@pytest.mark.parametrize("name", CACHING)
+def test_no_load_leaves_stale_attention_biases(name: str) -> None:
+    model, pictures = caching_model(name)
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: 30 * torch.randn_like(tensor) if "attention_biases" in name else tensor
+        for name, tensor in original.items()
+    }
+    with torch.no_grad():
+        twin = copy.deepcopy(model)
+        before = twin.eval()(pictures)
+        twin.load_state_dict(weights)
+        expected = twin.train().eval()(pictures)
+    assert not torch.allclose(before, expected)
+    outer = nn.ModuleDict({"network": model})
+
+    def load_from_outside(tensors: dict[str, Tensor]) -> None:
+        outer.load_state_dict({f"network.{key}": tensor for key, tensor in tensors.items()})
+
+    def load_what_a_file_holds(tensors: dict[str, Tensor]) -> None:
+        load_tensors(model, tensors)
+
+    def load_behind_our_back(tensors: dict[str, Tensor]) -> None:
+        prefix = "backbone."
+        model.backbone.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        model.train(model.training)  # this load alone asks for it
+
+    # The frozen backbone is in eval, and caching, in both modes of the model.
+    for load, mode in (
+        (model.load_state_dict, False),
+        (model.load_state_dict, True),
+        (load_from_outside, True),
+        (load_what_a_file_holds, False),
+        (load_behind_our_back, False),
+    ):
+        model.load_state_dict(original)
+        model.train(mode)
+        with torch.no_grad():
+            torch.testing.assert_close(model(pictures), before)
+            load(weights)
+            assert (model.training, model.backbone.training) == (mode, False)
+            torch.testing.assert_close(model(pictures), expected)
+
+
+def test_a_load_leaves_modes_and_gradients_as_they_were() -> None:
+    model = three_blocks().train()
+    model(torch.randn(4, 8)).sum().backward()
+    model.backbone[1].eval()  # by hand, until the next train()
+    modes = [module.training for module in model.modules()]
+    gradient = model.backbone[0].linear.weight.grad
+    model.load_state_dict(model.state_dict())
+    assert modes == [module.training for module in model.modules()]
+    assert model.backbone[0].linear.weight.grad is gradient
