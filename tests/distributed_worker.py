@@ -1,0 +1,163 @@
+"""One of the processes that test_distributed.py starts: python distributed_worker.py SCENARIO RANK WORLD STORE_FILE."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torture import settle
+
+from backbone_finetune import FineTuneModel
+
+PHASES = (0, 1, 5)  # trainable layer groups of test_resnet, which has five
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The values on all processes together, where a tensor is sharded."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def build(architecture: str) -> FineTuneModel:
+    torch.manual_seed(0)  # the same on every process
+    # Running statistics of a trainable BatchNorm belong to each process's own pictures; here gradients are compared.
+    model = FineTuneModel.from_timm(architecture, num_classes=5, norm_eval=True)
+    settle(model, batch(0)[0])
+    return model
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """The pictures of all processes, and their labels."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 5
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def backward(network: nn.Module, pictures: Tensor, labels: Tensor) -> None:
+    nn.functional.cross_entropy(network(pictures), labels).backward()
+
+
+def assert_replicas_equal(model: FineTuneModel) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        mine = whole(tensor)
+        first = mine.clone()
+        dist.broadcast(first, src=0)
+        assert torch.equal(mine, first), f"{name} differs between processes"
+
+
+def assert_same_gradients(model: FineTuneModel, single: FineTuneModel) -> None:
+    """Those of a single process that saw all pictures."""
+    expected = {name: parameter.grad for name, parameter in single.named_parameters()}
+    for name, parameter in model.named_parameters():
+        gradient = expected[name]
+        if not parameter.requires_grad or gradient is None:
+            assert parameter.grad is None, name
+            assert gradient is None, name
+        else:
+            assert parameter.grad is not None, name
+            torch.testing.assert_close(whole(parameter.grad), gradient, rtol=1e-4, atol=1e-6)
+
+
+def train_phases(architecture: str, prepare: Callable[[FineTuneModel], nn.Module], *, sharded: bool) -> None:
+    """Train in phases, each unfreezing more, with one optimizer; `prepare` wraps the model, anew in each phase."""
+    model = build(architecture)
+    single = copy.deepcopy(model)
+    if sharded:
+        prepare(model)
+    optimizer, its_optimizer = (
+        torch.optim.SGD(one.param_groups(lr=0.05, weight_decay=0.1, include_frozen=True), momentum=0.9)
+        for one in (model, single)
+    )
+    for phase, trainable_groups in enumerate(PHASES):
+        model.freeze_backbone(trainable_groups=trainable_groups)
+        single.freeze_backbone(trainable_groups=trainable_groups)
+        network = model if sharded else prepare(model)
+        frozen = {name: whole(p).clone() for name, p in model.named_parameters() if not p.requires_grad}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        trained = {name: whole(p).clone() for name, p in model.named_parameters() if p.requires_grad}
+        assert frozen or trainable_groups == PHASES[-1]
+        with model.assert_frozen():
+            for step in range(2):
+                pictures, labels = batch(10 * phase + step)
+                network.train()
+                optimizer.zero_grad()
+                its_optimizer.zero_grad()
+                backward(network, own_share(pictures), own_share(labels))
+                backward(single.train(), pictures, labels)
+                assert_same_gradients(model, single)
+                optimizer.step()
+                its_optimizer.step()
+        now = dict(model.named_parameters())
+        assert all(torch.equal(whole(now[name]), was) for name, was in frozen.items())
+        assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+        assert not any(torch.equal(whole(now[name]), was) for name, was in trained.items())
+        assert_replicas_equal(model)
+
+
+def data_parallel() -> None:
+    """DistributedDataParallel, wrapped anew in each phase."""
+    train_phases("test_resnet", DistributedDataParallel, sharded=False)
+
+
+def fully_sharded() -> None:
+    """FSDP2, wrapped once: it follows what is frozen by itself."""
+
+    def shard(model: FineTuneModel) -> nn.Module:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for stage in (model.backbone.layer3, model.backbone.layer4, model):
+            fully_shard(stage, mesh=mesh)
+        return model
+
+    train_phases("test_resnet", shard, sharded=True)
+
+
+def drift() -> None:
+    """Why an unfreezing behind the wrapper is refused: without the refusal the replicas drift apart."""
+    model = build("test_resnet").freeze_backbone()
+    network = DistributedDataParallel(model)
+    pictures, labels = (own_share(tensor) for tensor in batch(0))
+    backward(network, pictures, labels)
+    model.freeze_backbone(trainable_groups=1)
+    with pytest.raises(RuntimeError, match="Wrap again"):
+        network(pictures)
+    backward(model, pictures, labels)  # what the wrapper would do: each process for itself
+    gradient = model.backbone.layer4[0].conv1.weight.grad
+    first = gradient.clone()
+    dist.broadcast(first, src=0)
+    assert dist.get_rank() == 0 or not torch.equal(gradient, first)
+    backward(DistributedDataParallel(model), pictures, labels)
+
+
+SCENARIOS = {function.__name__: function for function in (data_parallel, fully_sharded, drift)}
+
+
+def main(scenario: str, rank: str, world_size: str, store_file: str) -> None:
+    torch.set_num_threads(1)
+    # A file as meeting point: no port that another process could take.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store_file}",
+        rank=int(rank),
+        world_size=int(world_size),
+        timeout=timedelta(seconds=120),
+    )
+    try:
+        SCENARIOS[scenario]()
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

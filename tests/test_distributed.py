@@ -1,0 +1,163 @@
+"""Frozen in several processes: DistributedDataParallel, FSDP2, and the unfreezing that one of them would not see."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.distributed import active_wrapper
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+SECONDS = 300
+
+
+@pytest.mark.parametrize("scenario", ["data_parallel", "fully_sharded", "drift"])
+def test_two_processes(scenario: str, tmp_path: Path) -> None:
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            command = [sys.executable, str(WORKER), scenario, str(rank), "2", str(tmp_path / "store")]
+            with log.open("w") as opened:
+                processes.append(subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT))
+        statuses = [process.wait(timeout=SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert statuses == [0, 0], "\n".join(log.read_text() for log in logs)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Larger(nn.Module):
+    """A user's module that holds the model among other things."""
+
+    def __init__(self, model: FineTuneModel) -> None:
+        super().__init__()
+        self.colours = nn.Conv2d(3, 3, 1)
+        self.model = model
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.model(self.colours(pictures))
+
+
+def frozen_model() -> FineTuneModel:
+    return FineTuneModel.from_timm("test_resnet", num_classes=5).freeze_backbone()
+
+
+PICTURES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_torch_still_says_which_wrapper_is_running(group_of_one: None) -> None:
+    """Should this fail, torch has dropped what `active_wrapper` reads, and the refusal needs another way."""
+    seen: list[object] = []
+    model = frozen_model()
+    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(active_wrapper()))
+    wrapped = DistributedDataParallel(model)
+    wrapped(PICTURES)
+    model(PICTURES)
+    assert seen == [wrapped, None]
+
+
+def test_unfreezing_after_the_wrap_is_refused_until_it_is_wrapped_again(group_of_one: None) -> None:
+    model = frozen_model()
+    wrapped = DistributedDataParallel(model)
+    wrapped(PICTURES).sum().backward()
+    model.freeze_backbone(trainable_groups=1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"backbone\.layer4\.0\.conv1\.weight, .* and \d+ more .*Wrap again"):
+            wrapped(PICTURES)
+    model(PICTURES)
+    DistributedDataParallel(model)(PICTURES).sum().backward()
+    model.freeze_backbone()
+    wrapped(PICTURES)
+
+
+def test_unfreezing_before_the_first_forward_is_refused_too(group_of_one: None) -> None:
+    model = frozen_model()
+    wrapped = DistributedDataParallel(model)
+    model.unfreeze_backbone()
+    with pytest.raises(RuntimeError, match="Wrap again"):
+        wrapped(PICTURES)
+
+
+def test_a_swap_that_keeps_the_count_is_refused(group_of_one: None) -> None:
+    model = frozen_model()
+    wrapped = DistributedDataParallel(model)
+    model.classifier.bias.requires_grad_(False)
+    model.backbone.layer4[0].bn1.bias.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r": backbone\.layer4\.0\.bn1\.bias were frozen"):
+        wrapped(PICTURES)
+
+
+def test_without_gradients_nothing_can_drift(group_of_one: None) -> None:
+    model = frozen_model()
+    wrapped = DistributedDataParallel(model)
+    model.unfreeze_backbone().eval()
+    with torch.no_grad():
+        assert torch.equal(wrapped(PICTURES), model(PICTURES))
+
+
+def test_no_sync_is_refused_as_well(group_of_one: None) -> None:
+    model = frozen_model()
+    wrapped = DistributedDataParallel(model)
+    model.unfreeze_backbone()
+    with wrapped.no_sync(), pytest.raises(RuntimeError, match="Wrap again"):
+        wrapped(PICTURES)
+
+
+def test_a_model_within_a_larger_wrapped_module(group_of_one: None) -> None:
+    model = frozen_model()
+    wrapped = DistributedDataParallel(Larger(model))
+    wrapped(PICTURES).sum().backward()
+    model.freeze_backbone(trainable_groups=1)
+    with pytest.raises(RuntimeError, match=r": model\.backbone\.layer4"):
+        wrapped(PICTURES)
+
+
+def test_what_the_user_told_the_wrapper_to_ignore_is_left_to_the_user(group_of_one: None) -> None:
+    larger = Larger(frozen_model())
+    ignored = [name for name, _ in larger.named_parameters() if name.startswith("model.backbone.layer4")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(larger, ignored)
+    wrapped = DistributedDataParallel(larger)
+    larger.model.freeze_backbone(trainable_groups=1)
+    wrapped(PICTURES).sum().backward()
+    larger.model.freeze_backbone(trainable_groups=2)
+    with pytest.raises(RuntimeError, match=r": model\.backbone\.layer3"):
+        wrapped(PICTURES)
+
+
+# A compiler breaks the graph at the wrapper's own code and says so; torch warns of its profiler marks besides.
+@pytest.mark.filterwarnings("ignore:.*Profiler.*")
+def test_compiled_around_or_within_the_wrapper(group_of_one: None) -> None:
+    for compile_around in (True, False):
+        torch.compiler.reset()
+        model = frozen_model()
+        if compile_around:
+            wrapped = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+        else:
+            wrapped = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+        torch.testing.assert_close(wrapped(PICTURES), model(PICTURES))
+        wrapped(PICTURES).sum().backward()
+        model.freeze_backbone(trainable_groups=1)
+        with pytest.raises(RuntimeError, match="Wrap again"):
+            wrapped(PICTURES)
