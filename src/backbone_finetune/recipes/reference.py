@@ -36,7 +36,7 @@ def random_backbone_accuracy(
 ) -> float:
     """Test accuracy of the same classifier, trained likewise above the same architecture with random frozen weights.
 
-    >>> pictures = [(torch.zeros(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
+    >>> pictures = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
     >>> settings = Hyperparameters(epochs=1)
     >>> cpu = torch.device("cpu")
     >>> 0 <= random_backbone_accuracy("test_resnet", 2, pictures, pictures, settings, device=cpu) <= 1
@@ -56,7 +56,7 @@ def raw_pixel_accuracy(
 ) -> float:
     """Test accuracy of a linear classifier on the pixels, averaged down to 32 x 32, trained likewise.
 
-    >>> pictures = [(torch.zeros(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
+    >>> pictures = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
     >>> raw_pixel_accuracy(2, pictures, pictures, Hyperparameters(epochs=9), device=torch.device("cpu"))
     1.0
     """

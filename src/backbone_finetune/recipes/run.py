@@ -29,7 +29,8 @@ from .training import EpochResult, Hyperparameters, fine_tune
 __all__ = ["TrainSettings", "train"]
 
 CLIPART = Path(__file__).parent / "clipart" / "pictures"
-# The clipart is stored at 64 pixels; more than this only costs time.
+# The clipart is stored at 64 pixels. Five-fold cross-validation on its training pictures alone gave .66 at 96 pixels,
+# .69 at 128 and .73 at 160, for 2 and 4 times the time; a first look at a library had better be quick.
 CLIPART_INPUT_SIZE = (3, 96, 96)
 TEST_SHARE = 0.3
 TIMED_BATCH_SIZE = 16
