@@ -157,7 +157,8 @@ def test_distilled_training_that_was_on_stays_on() -> None:
     network.set_distilled_training(True)
     pictures = FAMILIES["levit"].pictures()
     model = FineTuneModel.from_timm(network).train()
-    assert len(model(pictures)) == len(model.to_module().train()(pictures)) == 2
+    assert isinstance(model(pictures), tuple)
+    assert isinstance(model.to_module().train()(pictures), tuple)
 
 
 def test_distilled_training_does_not_reach_a_fresh_classifier() -> None:
