@@ -1,0 +1,72 @@
+"""Where gradients go when part of the network is frozen: to the input, through checkpoints, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+import timm.layers
+import torch
+from timm_families import FAMILIES
+from torch import Tensor
+from torture import settle
+
+from backbone_finetune import FineTuneModel
+
+
+@pytest.mark.parametrize("trainable_groups", [0, 1])
+@pytest.mark.parametrize("name", ["resnet", "vision_transformer", "maxxvit", "levit"])
+def test_gradients_reach_the_picture_through_what_is_frozen(name: str, trainable_groups: int) -> None:
+    """Saliency, adversarial examples: no blanket `no_grad`."""
+    family = FAMILIES[name]
+    model = FineTuneModel.from_timm(family.architecture, num_classes=3, norm_eval=True, **family.keywords)
+    settle(model, pictures := family.pictures())
+    model.freeze_backbone(trainable_groups=trainable_groups).eval()
+    pictures.requires_grad_()
+    model(pictures)[:, 0].sum().backward()
+    assert pictures.grad is not None
+    ours = pictures.grad.clone()
+    assert ours.isfinite().all()
+    assert ours.flatten(1).any(dim=1).all(), "a picture without a gradient"
+    for parameter in model.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
+    pictures.grad = None
+    model.unfreeze_backbone().eval()(pictures)[:, 0].sum().backward()
+    torch.testing.assert_close(ours, pictures.grad)
+
+
+def gradients(model: FineTuneModel, pictures: Tensor) -> dict[str, Tensor | None]:
+    model.zero_grad()
+    torch.manual_seed(0)  # the same paths are dropped each time
+    model(pictures).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("name", ["resnet", "vision_transformer", "maxxvit", "swin_transformer"])
+def test_gradient_checkpointing_above_a_frozen_stem(name: str) -> None:
+    family = FAMILIES[name]
+    model = FineTuneModel.from_timm(family.architecture, num_classes=3, norm_eval=True, **family.keywords)
+    settle(model, pictures := family.pictures())
+    for trainable_groups in (len(model.layer_groups) - 1, 2, 0):
+        model.freeze_backbone(trainable_groups=trainable_groups).train()
+        plain = gradients(model, pictures)
+        model.set_grad_checkpointing()
+        checkpointed = gradients(model, pictures)
+        model.set_grad_checkpointing(False)
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in checkpointed.values())
+        assert checkpointed.keys() == plain.keys()
+        for key, gradient in plain.items():
+            torch.testing.assert_close(checkpointed[key], gradient, msg=key)
+
+
+# torch itself warns of what is shown here.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+def test_reentrant_checkpointing_is_the_trap() -> None:
+    """Should this fail, torch's reentrant checkpointing has learned to see parameters."""
+    model = FineTuneModel.from_timm("test_vit", num_classes=3, img_size=32).freeze_backbone(trainable_groups=6)
+    model.set_grad_checkpointing()
+    assert all(gradient is not None for gradient in gradients(model, torch.randn(2, 3, 32, 32)).values())
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        lost = gradients(model, torch.randn(2, 3, 32, 32))
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
+    assert lost["backbone.blocks.0.attn.qkv.weight"] is None
