@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,12 @@ def test_cached_attention_biases_are_not_stale_after_a_load() -> None:
         assert not any(module.training for module in model.modules())
         assert not torch.allclose(other(pictures), before)
         assert torch.equal(model(pictures), other(pictures))
+
+
+def test_others_may_read_the_file_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_checkpoint(nn.Linear(2, 2), tmp_path / "model.safetensors", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644

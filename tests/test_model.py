@@ -233,3 +233,42 @@ def test_the_mode_that_was_asked_for_outlives_a_model_in_which_nothing_trains() 
     model.unfreeze_backbone()
     assert model.backbone.training
     assert not model.classifier.training
+
+
+def test_per_sample_gradients_by_torch_func() -> None:
+    model = FineTuneModel(Tokens(4), nn.Linear(4, 2)).freeze_backbone()
+    inputs = torch.randn(3, 5, 4)
+
+    def loss(weight: Tensor, sample: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {"classifier.weight": weight}, (sample[None],)).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(model.classifier.weight.detach(), inputs)
+    expected = [torch.autograd.grad(model(sample[None]).sum(), model.classifier.weight)[0] for sample in inputs]
+    torch.testing.assert_close(gradients, torch.stack(expected))
+
+
+class Table(nn.Module):
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("table", table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.table
+
+
+def test_one_buffer_in_two_modules_stays_in_the_proof() -> None:
+    table = torch.ones(3)
+    model = FineTuneModel(nn.Sequential(Table(table), Table(table)), nn.Linear(3, 2)).freeze_backbone()
+    with model.assert_frozen():
+        model(torch.ones(2, 3))
+    with pytest.raises(AssertionError, match="table"), model.assert_frozen():
+        table.zero_()
+
+
+def test_parameters_of_whole_numbers_are_left_alone() -> None:
+    backbone = nn.Linear(2, 2)
+    backbone.codes = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    model = FineTuneModel(backbone, nn.Linear(2, 2)).freeze_backbone().unfreeze_backbone()
+    assert model.backbone.weight.requires_grad
+    assert not model.backbone.codes.requires_grad

@@ -113,11 +113,27 @@ def test_a_class_with_too_few_readable_pictures_is_refused(tmp_path: Path) -> No
         leave_out_broken_pictures(find_pictures(tmp_path))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I;16"])
 def test_every_kind_of_picture_reads_as_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "picture.tiff"
     Image.new(mode, (5, 4)).save(path)
     assert (read_picture(path).mode, read_picture(path).size) == ("RGB", (5, 4))
+
+
+def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
+    picture = Image.new("I;16", (3, 1))
+    for x, value in enumerate((0, 128 * 256, 65535)):
+        picture.putpixel((x, 0), value)
+    picture.save(tmp_path / "picture.png")
+    read = read_picture(tmp_path / "picture.png")
+    assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_values_without_a_range_are_refused(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (5, 4)).save(tmp_path / "picture.tiff")
+    with pytest.raises(ValueError, match=r"picture\.tiff.*no known range; save it with 8 or 16 bits"):
+        read_picture(tmp_path / "picture.tiff")
 
 
 def test_what_is_transparent_reads_as_white(tmp_path: Path) -> None:

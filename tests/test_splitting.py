@@ -46,6 +46,21 @@ class SoftmaxInEvaluation(Net):
         return logits if self.training else logits.softmax(dim=1)
 
 
+class InPlace(Net):
+    def after(self, logits: Tensor) -> Tensor:
+        return logits.div_(0.07)
+
+
+class ByKeyword(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head.fc(input=self.stem(x))
+
+
+class ReadsWeight(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head.fc(self.stem(x).to(self.head.fc.weight.dtype))
+
+
 class TwoOutputs(Net):
     def forward(self, x: Tensor) -> Any:
         return super().forward(x), x
@@ -121,14 +136,14 @@ def test_the_way_back_has_the_old_names_and_nothing_of_ours() -> None:
     assert torch.equal(plain.eval()(INPUTS), model.eval()(INPUTS))
 
 
-@pytest.mark.parametrize("kind", [LogSoftmax, Reshaped, SoftmaxInEvaluation, TwoOutputs])
+@pytest.mark.parametrize("kind", [LogSoftmax, Reshaped, SoftmaxInEvaluation, InPlace, TwoOutputs])
 def test_a_network_that_computes_on_is_refused_at_construction(kind: type[Net]) -> None:
     net = kind()
     with pytest.raises(ValueError, match=r"computes on after its classifier 'head\.fc' in eval mode"):
         FineTuneModel.from_module(net, net.head.fc, example_input=INPUTS)
 
 
-@pytest.mark.parametrize("kind", [LogSoftmax, Reshaped, TwoOutputs])
+@pytest.mark.parametrize("kind", [LogSoftmax, Reshaped, InPlace, TwoOutputs])
 @pytest.mark.parametrize("mode", [True, False])
 def test_a_network_that_computes_on_is_refused_at_the_first_forward(kind: type[Net], mode: bool) -> None:
     net = kind()
@@ -151,6 +166,24 @@ def test_a_classifier_that_is_not_called_once_is_refused(kind: type[Net], times:
     net = kind()
     with pytest.raises(ValueError, match=rf"calls its classifier 'head\.fc' {times} times"):
         FineTuneModel.from_module(net, net.head.fc)(INPUTS)
+
+
+def test_what_goes_on_in_place_is_refused_in_inference_mode_too() -> None:
+    net = InPlace()
+    with torch.inference_mode(), pytest.raises(ValueError, match="something in place"):
+        FineTuneModel.from_module(net, net.head.fc)(INPUTS)
+    clean = Net()
+    with torch.inference_mode():
+        FineTuneModel.from_module(clean, clean.head.fc)(INPUTS * float("nan"))
+
+
+def test_a_classifier_that_is_used_otherwise_is_refused() -> None:
+    net = ByKeyword()
+    with pytest.raises(ValueError, match="with 0 positional and 1 keyword arguments"):
+        FineTuneModel.from_module(net, net.head.fc)(INPUTS)
+    reader = ReadsWeight()
+    with pytest.raises(AttributeError, match="reads 'weight' of its classifier, which has been cut off"):
+        FineTuneModel.from_module(reader, reader.head.fc)(INPUTS)
 
 
 def test_features_asked_of_the_backbone_are_not_held() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +17,8 @@ _FORMAT = {"format": "backbone-finetune", "format_version": "1"}
 def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Write the parameters and persistent buffers of a model, and text about them, to a `.safetensors` file.
 
-    >>> with tempfile.TemporaryDirectory() as folder:
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
     ...     save_checkpoint(nn.Linear(2, 1), f"{folder}/model.safetensors", {"architecture": "none"})
     ...     tensors, metadata = read_checkpoint(f"{folder}/model.safetensors")
     >>> sorted(tensors), metadata
@@ -28,15 +28,17 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], metadata: Ma
     """
     path = Path(path)
     tensors = {name: tensor.detach().contiguous() for name, tensor in _distinct_tensors(model).items()}
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
     try:
         save_file(tensors, temporary, metadata={**metadata, **_FORMAT})
+        os.chmod(temporary, mode)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -39,7 +39,9 @@ def set_trainable_groups(
     off = set(never_trained)
     for position, group in enumerate(layer_groups):
         for name in group.parameter_names:
-            parameters[name].requires_grad_(position >= first_trainable and name not in off)
+            parameter = parameters[name]
+            can_train = name not in off and (parameter.is_floating_point() or parameter.is_complex())
+            parameter.requires_grad_(position >= first_trainable and can_train)
 
 
 def frozen_modules(

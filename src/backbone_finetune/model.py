@@ -353,7 +353,7 @@ class FineTuneModel(nn.Module):
         before = self.frozen_fingerprint()
         frozen_names = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         yield
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers(remove_duplicate=False))}
         after = {name: freezing.digest(tensors[name]) for name in before if name in tensors}
         unfrozen = {name for name in frozen_names & tensors.keys() if tensors[name].requires_grad}
         changed = unfrozen | {name for name, was in before.items() if after.get(name) != was}
@@ -374,7 +374,10 @@ def _without_the_rest(features: Any) -> Any:
         return features
     if torch.compiler.is_compiling():  # the compiler decides itself what is kept
         return features
-    is_small_view = features.untyped_storage().nbytes() >= 2 * features.nbytes
+    try:
+        is_small_view = features.untyped_storage().nbytes() >= 2 * features.nbytes
+    except NotImplementedError:  # inside torch.func's transforms, and for sparse tensors: there is none to look at
+        return features
     return features.clone(memory_format=torch.contiguous_format) if is_small_view else features
 
 

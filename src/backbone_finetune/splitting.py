@@ -77,8 +77,9 @@ class CutProof:
 
     >>> proof = CutProof("fc")
     >>> proof.start()
-    >>> proof.reached.append(torch.zeros(1, 2))
-    >>> proof.finish(proof.reached[0].softmax(dim=1), training=False)
+    >>> features = torch.zeros(1, 2)
+    >>> proof.reach(features)
+    >>> proof.finish(features.softmax(dim=1), training=False)
     Traceback (most recent call last):
     ...
     ValueError: from_module: the network computes on after its classifier 'fc' ...
@@ -89,11 +90,20 @@ class CutProof:
         self.unproved = {True, False}
         self.watching = False
         self.reached: list[Any] = []
+        self.before: int | torch.Tensor | None = None
 
     def start(self) -> None:
         """Watch what reaches the cut in the next forward."""
         self.reached.clear()
         self.watching = True
+
+    def reach(self, features: Any) -> None:
+        """Remember what reached the cut, and what it was, as the network may go on in place."""
+        self.reached.append(features)
+        if torch.compiler.is_compiling() or not isinstance(features, torch.Tensor):
+            self.before = None
+        else:  # tensors of the inference mode have no version
+            self.before = features.clone() if features.is_inference() else features._version
 
     def finish(self, output: object, *, training: bool) -> None:
         """Compare what the network returned; raise ValueError when that is not what reached the cut."""
@@ -107,14 +117,22 @@ class CutProof:
                 "in a forward, so there is no one place to cut; write the backbone as a module of its own and use "
                 "FineTuneModel(backbone, classifier)."
             )
-        if output is not reached[0]:
+        before, self.before = self.before, None
+        if output is not reached[0] or not _is_as_it_was(output, before):
             raise ValueError(
                 f"from_module: the network computes on after its classifier {self.path!r} in {mode} mode (a softmax, "
-                "a reshape, a second output), which the cut would lose; move that into the classifier, or write the "
+                "a reshape, a second output, something in place), which the cut would lose; move that into the "
+                "classifier, or write the "
                 "backbone as a module of its own and use FineTuneModel(backbone, classifier)."
             )
         if not torch.compiler.is_compiling():  # what a compiler has proved holds for its own graph
             self.unproved.discard(training)
+
+
+def _is_as_it_was(features: Any, before: int | torch.Tensor | None) -> bool:
+    if isinstance(before, torch.Tensor):
+        return torch.allclose(features, before, rtol=0, atol=0, equal_nan=True)
+    return before is None or bool(features._version == before)
 
 
 class Cut(nn.Module):
@@ -128,11 +146,27 @@ class Cut(nn.Module):
         super().__init__()
         self.proof = proof
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Hand on the features: any shape -> the same tensor."""
+        if len(inputs) != 1 or keywords:
+            raise ValueError(
+                f"from_module: the network calls its classifier {self.proof.path!r} with {len(inputs)} positional and "
+                f"{len(keywords)} keyword arguments, and only one positional can be cut; write the backbone as a "
+                "module of its own and use FineTuneModel(backbone, classifier)."
+            )
         if self.proof.watching:
-            self.proof.reached.append(features)
-        return features
+            self.proof.reach(inputs[0])
+        return inputs[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what is wrong when the network reads an attribute of the classifier that is no longer there."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"from_module: the network reads {name!r} of its classifier, which has been cut off; write the "
+                "backbone as a module of its own and use FineTuneModel(backbone, classifier)."
+            ) from None
 
 
 def split_module(

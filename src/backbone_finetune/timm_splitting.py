@@ -129,7 +129,7 @@ def split_timm(
     """
     if num_classes is not None and classifier is not None:
         raise ValueError("from_timm: num_classes and classifier were both given; pass one of them.")
-    if num_classes is not None and (isinstance(num_classes, bool) or num_classes < 1):
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise ValueError(
             f"from_timm: num_classes={num_classes!r}; pass 1 or more, or leave it out to keep the own one."
         )

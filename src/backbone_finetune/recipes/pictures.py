@@ -71,6 +71,10 @@ def read_picture(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file)
+                if picture.mode.startswith("I;16"):  # converted as it is, all above 255 of 65,535 would be white
+                    picture = picture.point(lambda value: value / 256).convert("L")
+                if picture.mode in {"I", "F"}:
+                    raise ValueError("its 32-bit values have no known range; save it with 8 or 16 bits")
                 if picture.has_transparency_data:
                     picture = picture.convert("RGBA")
                     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -1,6 +1,5 @@
 """What ``backbone-finetune train`` does, from a folder of pictures to a model file and the record of its training."""
 
-import importlib.metadata
 import json
 import platform
 import sys
@@ -15,7 +14,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
-from backbone_finetune import FineTuneModel
+from backbone_finetune import FineTuneModel, __version__
 
 from .metrics import Metrics, describe
 from .model_file import TrainedModel, build_transform, save_trained_model
@@ -89,12 +88,12 @@ def train(settings: TrainSettings) -> Metrics:
         )
         model = FineTuneModel.from_timm(network, num_classes=len(found.class_names))
         model.freeze_backbone(trainable_groups=settings.trainable_groups)
-        make_output_folder(settings.output)
 
         folder, skipped = leave_out_broken_pictures(found)
         for message in skipped:
             print(f"skipped: {message}", file=sys.stderr)
         train_folder, test_folder = split(folder, test_share=TEST_SHARE, seed=hyperparameters.seed)
+        make_output_folder(settings.output)
         counts = (len(train_folder.paths), len(test_folder.paths))
         print(
             f"pictures: {sum(counts)} in {len(folder.class_names)} classes from {folder.root}\n"
@@ -209,12 +208,8 @@ def installed_versions() -> dict[str, str]:
     >>> sorted(installed_versions())
     ['backbone-finetune', 'python', 'timm', 'torch']
     """
-    try:
-        own = importlib.metadata.version("backbone-finetune")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        own = "not installed"
     return {
-        "backbone-finetune": own,
+        "backbone-finetune": __version__,
         "python": platform.python_version(),
         "timm": timm.__version__,
         "torch": torch.__version__,
