@@ -165,7 +165,8 @@ def torture(model: FineTuneModel, pictures: Tensor, condition: Condition) -> Non
     average = ModelEmaV3(model, decay=0.5) if does.moving_average else None
     if does.checkpointing:
         model.set_grad_checkpointing()
-    start = {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    start |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     frozen = frozen_state(model)
     assert frozen.keys() & dict(model.named_parameters()).keys()
     labels = torch.arange(len(pictures))
