@@ -66,7 +66,8 @@ def _totals(rows: Sequence[Row], family_count: int) -> list[str]:
         f"**{sum(not row['round_trip_refused'] for row in wrapped)}** with a fresh linear classifier, and for every "
         f"kept one that was run: {sum(v['keep_round_trip'] == 'equal' for v in compared)} of "
         f"{sum(v['keep_round_trip'] is not None for v in compared)}.",
-        f"- Layer groups: {min(sizes)} to {max(sizes)}, most often {Counter(sizes).most_common(1)[0][0]}; found by "
+        f"- Layer groups: {min(sizes, default=0)} to {max(sizes, default=0)}, most often "
+        f"{max(set(sizes), key=sizes.count, default=0)}; found by "
         + ", ".join(f"`{name}` for {count}" for name, count in counts.most_common())
         + ".",
         f"- The first k groups are a prefix of the computation, whatever k, for {len(wrapped) - not_prefix}; "
@@ -104,8 +105,8 @@ def _without_kind(reason: str) -> str:
 
 def _family_line(name: str, members: Sequence[Row]) -> str:
     wrapped = [row for row in members if not row["refused"]]
-    sizes = [len(row["layer_groups"]) for row in wrapped]
-    groups = f"{min(sizes)}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
+    sizes = sorted({len(row["layer_groups"]) for row in wrapped})
+    groups = " to ".join(map(str, sizes[:1] + sizes[1:][-1:]))
     values = [row["values"] for row in members if "values" in row]
     tried = [v for v in values if v["keep_round_trip"] is not None]
     cells = [
