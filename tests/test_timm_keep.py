@@ -188,6 +188,34 @@ def test_a_zero_head_does_not_let_a_wrong_cut_pass(name: str, monkeypatch: pytes
         FineTuneModel.from_timm(network)
 
 
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps * self.factor
+
+
+def test_small_features_do_not_let_a_wrong_cut_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    network: Any = timm.create_model("test_resnet", num_classes=CLASSES)
+    network.layer4.append(Times(1e-7))
+    reset_classifier = type(network).reset_classifier
+    assert FineTuneModel.from_timm(copy.deepcopy(network)).num_classes == CLASSES
+    monkeypatch.setattr(type(network), "reset_classifier", lambda self, count: reset_classifier(self, count, "max"))
+    with pytest.raises(ValueError, match="not the same function any more"):
+        FineTuneModel.from_timm(network)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_large_logits_do_not_refuse_a_right_cut(seed: int) -> None:
+    torch.manual_seed(seed)
+    network: Any = timm.create_model("dla46x_c", num_classes=CLASSES)
+    with torch.no_grad():  # a convolution, kept as a linear layer, which sums in another order
+        network.fc.weight.mul_(1e4)
+    assert FineTuneModel.from_timm(network).num_classes == CLASSES
+
+
 @pytest.mark.parametrize("name", ["efficientformer", "efficientvit_msra", "levit", "tiny_vit"])
 @pytest.mark.parametrize("mode", [True, False])
 def test_a_probe_leaves_caches_and_modes_as_it_found_them(name: str, mode: bool) -> None:

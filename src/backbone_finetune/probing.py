@@ -74,6 +74,21 @@ def quiet(network: nn.Module) -> Iterator[None]:
         yield
 
 
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise AssertionError unless two tensors are the same but for rounding.
+
+    >>> assert_same(torch.tensor([1e-7, 2e-7]), torch.tensor([1e-7, 3e-7]))
+    Traceback (most recent call last):
+    ...
+    AssertionError: Tensor-likes are not close!...
+
+    By `torch.testing`'s tolerances for the dtype, measured against the largest value: what is large as a whole rounds
+    coarsely near zero too, and what is small as a whole would pass an absolute tolerance whatever it is.
+    """
+    largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    torch.testing.assert_close(actual / largest, expected / largest)
+
+
 def refuse_misfit(classifier: nn.Module, features: object, origin: str) -> None:
     """Raise ValueError when a classifier cannot take these features.
 

@@ -12,7 +12,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from .probing import meta_shadow, quiet, refuse_misfit, shadow
+from .probing import assert_same, meta_shadow, quiet, refuse_misfit, shadow
 from .splitting import Split, copy_along
 
 _WRITE_IT = "wrap it yourself: FineTuneModel(backbone, classifier), with pooling at the end of the backbone"
@@ -297,8 +297,8 @@ def _own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmW
         own = _take_classifier(network, way_back)
         try:
             for tensor in entered:
-                torch.testing.assert_close(tensor.reshape_as(features), features)
-            torch.testing.assert_close(shadow(own)(features), logits)
+                assert_same(tensor.reshape_as(features), features)
+            assert_same(shadow(own)(features), logits)
         except (AssertionError, IndexError, RuntimeError) as difference:  # IndexError: a head that wants a map
             raise ValueError(
                 f"from_timm: behind {kind} without its classifier ({', '.join(way_back.paths)}) that classifier is not "
