@@ -159,7 +159,8 @@ def test_construction_leaves_the_random_state_as_timm_would() -> None:
 @pytest.mark.parametrize(
     ("arguments", "keywords", "message"),
     [
-        (("resnet19",), {"num_classes": 3}, r"has no architecture 'resnet19'; nearest: .*resnet1"),
+        (("resnet19",), {"num_classes": 3}, r"resnet19: .* has no such architecture; the nearest names are .*resnet1"),
+        (("resnet18.a9",), {"num_classes": 3}, r"resnet18 has no weights tagged 'a9'; its tags are .*a1_in1k"),
         (("resnet18", 3), {"classifier": nn.Linear(512, 3)}, "num_classes and classifier were both given"),
         (("resnet18", 0), {}, "num_classes=0; pass 1 or more"),
         (("resnet18", 3), {"features_only": True}, "features_only=True gives maps"),

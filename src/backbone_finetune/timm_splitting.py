@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
@@ -12,6 +11,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
+from .architectures import check_architecture
 from .probing import assert_same, meta_shadow, quiet, refuse_misfit, shadow
 from .splitting import Split, copy_along
 
@@ -191,10 +191,8 @@ def count_classes(classifier: nn.Module) -> int | None:
 def _create(
     name: str, num_classes: int | None, pretrained: bool, drop_rate: float | None, create_model_kwargs: dict[str, Any]
 ) -> Any:
-    if ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=4)
-        hint = f"nearest: {', '.join(near)}" if near else "see timm.list_models()"
-        raise ValueError(f"from_timm: timm {timm.__version__} has no architecture {name!r}; {hint}.")
+    if ":" not in name:  # else it is on the hub or in a folder, where timm looks for itself
+        check_architecture(name)
     if create_model_kwargs.get("features_only"):
         raise ValueError(f"from_timm: features_only=True gives maps, not one vector per picture; {_WRITE_IT}.")
     if create_model_kwargs.get("global_pool") == "":

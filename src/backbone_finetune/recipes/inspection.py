@@ -6,8 +6,7 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from backbone_finetune import FineTuneModel
-
-from .networks import check_architecture
+from backbone_finetune.architectures import check_architecture
 
 __all__ = ["inspect"]
 

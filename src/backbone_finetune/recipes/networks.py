@@ -1,6 +1,5 @@
 """A timm network by name, with the weights that were asked for; each mistake is told before any work starts."""
 
-import difflib
 from pathlib import Path
 from textwrap import shorten
 
@@ -8,30 +7,12 @@ import timm
 from timm.models import PretrainedCfg, load_state_dict
 from torch import nn
 
+from backbone_finetune.architectures import check_architecture
+
 from .packaged import ARCHITECTURE as PACKAGED_ARCHITECTURE
 from .packaged import load_packaged_network
 
-__all__ = ["check_architecture", "load_checkpoint_network", "load_network", "load_pretrained_network"]
-
-
-def check_architecture(name: str) -> None:
-    """Check that timm knows an architecture, with or without a weights tag.
-
-    >>> check_architecture("resnet18")
-    >>> check_architecture("resnet18.a1_in1k")
-
-    Raises:
-        ValueError: it does not; the message lists the nearest names.
-    """
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=5, cutoff=0.5)
-        hint = f"the nearest names are {', '.join(nearest)}" if nearest else "timm.list_models() lists all names"
-        raise ValueError(f"{name}: timm {timm.__version__} has no such architecture; {hint}")
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        known = f"its tags are {', '.join(tags)}" if tags else "it has no pretrained weights"
-        raise ValueError(f"{name}: {architecture} has no weights tagged {tag!r}; {known}")
+__all__ = ["load_checkpoint_network", "load_network", "load_pretrained_network"]
 
 
 def load_network(
