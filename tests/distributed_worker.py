@@ -49,6 +49,12 @@ def backward(network: nn.Module, pictures: Tensor, labels: Tensor) -> None:
     nn.functional.cross_entropy(network(pictures), labels).backward()
 
 
+def validate(network: nn.Module) -> None:
+    """What every loop does between its epochs."""
+    with torch.no_grad():
+        network.eval()(own_share(batch(0)[0]))
+
+
 def assert_replicas_equal(model: FineTuneModel) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         mine = whole(tensor)
@@ -80,7 +86,9 @@ def train_phases(architecture: str, prepare: Callable[[FineTuneModel], nn.Module
         torch.optim.SGD(one.param_groups(lr=0.05, weight_decay=0.1, include_frozen=True), momentum=0.9)
         for one in (model, single)
     )
+    network: nn.Module = model
     for phase, trainable_groups in enumerate(PHASES):
+        validate(network)  # the freezing that follows must not be said of what the next step throws away
         model.freeze_backbone(trainable_groups=trainable_groups)
         single.freeze_backbone(trainable_groups=trainable_groups)
         network = model if sharded else prepare(model)
@@ -99,6 +107,7 @@ def train_phases(architecture: str, prepare: Callable[[FineTuneModel], nn.Module
                 assert_same_gradients(model, single)
                 optimizer.step()
                 its_optimizer.step()
+            validate(network)
         now = dict(model.named_parameters())
         assert all(torch.equal(whole(now[name]), was) for name, was in frozen.items())
         assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())

@@ -1,7 +1,8 @@
-"""What DistributedDataParallel would let pass in silence."""
+"""What DistributedDataParallel and FSDP2 would let pass in silence."""
 
 from __future__ import annotations
 
+import sys
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,6 +47,21 @@ def refuse_unfrozen_since(wrapper: DistributedDataParallel) -> None:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise RuntimeError(
             f"DistributedDataParallel: {', '.join(names[:3])}{more} were frozen when the model was wrapped and train "
-            "now; their gradients would not be averaged, and the replicas would drift apart. Wrap again after every "
-            "unfreezing: model = DistributedDataParallel(model.module, ...)."
+            "now; their gradients would not be averaged, and the replicas would drift apart. Wrap again whenever "
+            "what trains changes: model = DistributedDataParallel(model.module, ...)."
         )
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the modules that `fully_shard` took over show their own parameters again.
+
+    >>> reshard(nn.Linear(2, 2))
+
+    After a forward without gradients the root of FSDP2 shows whole ones, which go at the next step, and with them what
+    was said of them: whether they train, that an optimizer holds them, their digest.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded where it was never imported
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()

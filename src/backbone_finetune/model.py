@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import freezing
-from .distributed import active_wrapper, refuse_unfrozen_since
+from .distributed import active_wrapper, refuse_unfrozen_since, reshard
 from .layer_groups import LayerGroup, as_layer_groups, find_layer_groups, layer_depths
 from .param_groups import build_param_groups
 from .report import describe_by_group, describe_by_name
@@ -51,6 +51,7 @@ class FineTuneModel(nn.Module):
         _refuse_shared_parameters(backbone, classifier)
         self.backbone = backbone
         self.classifier = classifier
+        self.training = backbone.training  # so that freezing a network that came in eval does not wake it
         self.norm_eval = norm_eval
         self._layer_groups = (
             find_layer_groups(backbone) if layer_groups is None else as_layer_groups(backbone, layer_groups)
@@ -222,6 +223,7 @@ class FineTuneModel(nn.Module):
 
         It takes effect at once on `requires_grad`, modes and gradients. Raises ValueError for a count out of range.
         """
+        reshard(self)
         freezing.set_trainable_groups(self.backbone, self._layer_groups, trainable_groups, self._never_trained)
         return self.train(self.training)
 
@@ -241,6 +243,7 @@ class FineTuneModel(nn.Module):
         >>> model.backbone.training, model.classifier.training
         (False, True)
         """
+        reshard(self)
         # Every module hears the mode first: some of timm's drop their caches when they do.
         super().train(mode)
         for module in self._frozen_modules():
@@ -273,11 +276,13 @@ class FineTuneModel(nn.Module):
         [('classifier', 0.001, 0.05), ('classifier.no_decay', 0.001, 0.0)]
 
         Rates are absolute. With `layer_decay` they fall from the classifier to the input as in BEiT and in
-        `timm.optim.param_groups_layer_decay` on the whole network; on a custom network, by layer group. Biases, 1-d
+        `timm.optim.param_groups_layer_decay` on the whole network; on a custom network, and on timm's that have no
+        `group_matcher` (metaformer, pit, csatv2: timm takes each parameter for a layer), by layer group. Biases, 1-d
         weights and what the backbone's `no_weight_decay()` names do not decay. With `include_frozen` the groups are
         the same whatever is frozen, so that one optimizer lives through every unfreezing. Raises ValueError when
         nothing trains or a rate is negative.
         """
+        reshard(self)
         depths, classifier_depth = layer_depths(self.backbone, self._layer_groups)
         return build_param_groups(
             self.backbone.named_parameters(),
@@ -336,6 +341,7 @@ class FineTuneModel(nn.Module):
 
         Buffers count where their module belongs in eval. A DTensor counts by its local shard.
         """
+        reshard(self)
         tensors = freezing.frozen_tensors(self, self._frozen_modules())
         return {name: freezing.digest(tensor) for name, tensor in tensors.items()}
 
@@ -353,6 +359,7 @@ class FineTuneModel(nn.Module):
         before = self.frozen_fingerprint()
         frozen_names = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         yield
+        reshard(self)
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers(remove_duplicate=False))}
         after = {name: freezing.digest(tensors[name]) for name in before if name in tensors}
         unfrozen = {name for name in frozen_names & tensors.keys() if tensors[name].requires_grad}
