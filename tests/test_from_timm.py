@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -162,7 +163,7 @@ def test_construction_leaves_the_random_state_as_timm_would() -> None:
         (("resnet19",), {"num_classes": 3}, r"resnet19: .* has no such architecture; the nearest names are .*resnet1"),
         (("resnet18.a9",), {"num_classes": 3}, r"resnet18 has no weights tagged 'a9'; its tags are .*a1_in1k"),
         (("resnet18", 3), {"classifier": nn.Linear(512, 3)}, "num_classes and classifier were both given"),
-        (("resnet18", 0), {}, "num_classes=0; pass 1 or more"),
+        (("resnet18", 0), {}, "num_classes=0; pass a whole number from 1"),
         (("resnet18", 3), {"features_only": True}, "features_only=True gives maps"),
         (("resnet18", 3), {"global_pool": ""}, "global_pool='' leaves the features unpooled"),
         (("resnet18",), {"classifier": nn.Linear(100, 3)}, r"\(Linear\) cannot take .* \(B, 512\)"),
@@ -202,7 +203,34 @@ def test_unpooled_and_foreign_modules_are_refused() -> None:
         FineTuneModel.from_timm(nn.Sequential(nn.Linear(4, 4)), num_classes=3)
 
 
+def test_whole_numbers_of_any_library_are_taken() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=np.int64(3)).freeze_backbone(
+        trainable_groups=np.int64(1)
+    )
+    assert model.num_classes == 3
+    assert model.backbone.layer4.training
+    for wrong in (True, 2.0, "2"):
+        with pytest.raises(ValueError, match=f"num_classes={wrong!r}; pass a whole number from 1"):
+            FineTuneModel.from_timm("test_resnet", num_classes=wrong)
+
+
+def test_a_network_that_came_in_eval_is_not_woken() -> None:
+    model = FineTuneModel.from_timm(timm.create_model("test_resnet").eval()).freeze_backbone(trainable_groups=1)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        model(PICTURES)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert model.train().backbone.layer4.training
+
+
+def test_a_fresh_classifier_is_of_the_networks_own_type() -> None:
+    network = timm.create_model("levit_128s").to(torch.bfloat16)  # whose head is more than one layer
+    assert {p.dtype for p in FineTuneModel.from_timm(network, num_classes=3).parameters()} == {torch.bfloat16}
+
+
 def test_a_function_that_gives_no_module_is_refused() -> None:
+    with pytest.raises(TypeError, match="classifier=5; pass a module, or a function"):
+        FineTuneModel.from_timm("resnet18", classifier=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"classifier\(512\) gave a int"):
         FineTuneModel.from_timm("resnet18", classifier=lambda width: width)  # type: ignore[arg-type,return-value]
 

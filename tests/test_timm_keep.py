@@ -122,6 +122,31 @@ def assert_close(actual: Tensor, expected: Tensor, *, exactly: bool) -> None:
         assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-9
 
 
+def test_a_classifier_of_every_token_of_which_one_counts_is_kept() -> None:
+    network: Any = timm.create_model("resnet50_clip")  # as CLIP pools: attention, then a projection of each token
+    plain = copy.deepcopy(network).eval()
+    zero_head = copy.deepcopy(network)
+    nn.init.zeros_(zero_head.head.proj.weight)
+    nn.init.zeros_(zero_head.head.proj.bias)
+    model = FineTuneModel.from_timm(network).eval()
+    pictures = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert_close(model(pictures), plain(pictures), exactly=False)
+    with pytest.raises(ValueError, match="its logits are all the same, and do not tell which token counts"):
+        FineTuneModel.from_timm(zero_head)
+
+
+@pytest.mark.parametrize("name", ["dla46x_c", "levit_128s"])  # a convolution taken for a linear layer, two heads
+def test_a_kept_classifier_keeps_its_mode_and_stays_frozen(name: str) -> None:
+    network: Any = timm.create_model(name, num_classes=CLASSES).eval()
+    for head in [network.get_classifier()] if name == "dla46x_c" else network.get_classifier():
+        head.requires_grad_(False)
+    model = FineTuneModel.from_timm(network)
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.classifier.parameters())
+    assert all(parameter.requires_grad for parameter in model.backbone.parameters())
+
+
 @pytest.mark.parametrize("name", TWO_TOKENS)
 def test_heads_on_two_tokens_are_refused(name: str) -> None:
     network = TWO_TOKENS[name].build(num_classes=CLASSES)

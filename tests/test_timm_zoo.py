@@ -201,6 +201,12 @@ def test_what_timms_reset_turned_off_stays_off_only_after_from_timm() -> None:
         model = FineTuneModel.from_timm(family.architecture, num_classes=CLASSES, **family.keywords)
         by_hand = family.build(num_classes=CLASSES)
     by_hand.reset_classifier(0)
+    with torch.device("meta"):  # nor may it matter what trained before
+        frozen_before = family.build(num_classes=CLASSES).requires_grad_(False)
+        without_head = family.build(num_classes=0)
+    for network in (frozen_before, without_head):
+        late = FineTuneModel.from_timm(network, num_classes=3).unfreeze_backbone()
+        assert [name for name, p in late.named_parameters() if not p.requires_grad] == ["backbone.weights"]
     model.unfreeze_backbone()
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["backbone.weights"]
     assert not by_hand.weights.requires_grad

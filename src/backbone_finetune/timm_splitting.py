@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
@@ -129,10 +130,13 @@ def split_timm(
     """
     if num_classes is not None and classifier is not None:
         raise ValueError("from_timm: num_classes and classifier were both given; pass one of them.")
-    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
-        raise ValueError(
-            f"from_timm: num_classes={num_classes!r}; pass 1 or more, or leave it out to keep the own one."
-        )
+    if num_classes is not None:
+        if isinstance(num_classes, bool) or not hasattr(num_classes, "__index__") or num_classes < 1:
+            raise ValueError(
+                f"from_timm: num_classes={num_classes!r}; pass a whole number from 1, or leave it out to keep the own "
+                "one."
+            )
+        num_classes = operator.index(num_classes)
     if isinstance(model, str):
         network = _create(model, num_classes, pretrained, drop_rate, create_model_kwargs)
     else:
@@ -141,9 +145,8 @@ def split_timm(
     _refuse_without_classifier(network)
 
     headless = meta_shadow(network)
-    headless.reset_classifier(0)
+    never_trained = _turned_off_by_reset(headless)
     width = _measure_width(network, headless)
-    never_trained = _turned_off(network, headless)
     chosen: nn.Module
     if num_classes is None and classifier is None:
         chosen, way_back = _own_classifier(network, headless)
@@ -251,10 +254,13 @@ def _dtype_of(network: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
 
 
-def _turned_off(network: nn.Module, headless: nn.Module) -> frozenset[str]:
-    """What `reset_classifier` itself freezes, since nothing uses it any more (efficientvim's `weights`)."""
-    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    return frozenset(name for name, p in headless.named_parameters() if not p.requires_grad and name in trained)
+def _turned_off_by_reset(twin: Any) -> frozenset[str]:
+    """Take the classifier off, and see what that freezes, since nothing uses it any more (efficientvim's `weights`)."""
+    able = {name for name, p in twin.named_parameters() if p.is_floating_point() or p.is_complex()}
+    for name in able:
+        twin.get_parameter(name).requires_grad_(True)
+    twin.reset_classifier(0)
+    return frozenset(name for name, p in twin.named_parameters() if name in able and not p.requires_grad)
 
 
 def _find_way_back(headed: Any, headless: nn.Module) -> TimmWayBack:
@@ -295,7 +301,7 @@ def _own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmW
         own = _take_classifier(network, way_back)
         try:
             for tensor in entered:
-                assert_same(tensor.reshape_as(features), features)
+                assert_same(_one_token(tensor, features, logits), features)
             assert_same(shadow(own)(features), logits)
         except (AssertionError, IndexError, RuntimeError) as difference:  # IndexError: a head that wants a map
             raise ValueError(
@@ -304,6 +310,15 @@ def _own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmW
                 f"({str(difference).splitlines()[0]}); {remedy}."
             ) from difference
     return own, way_back
+
+
+def _one_token(entered: torch.Tensor, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """What enters a classifier, as one vector: CLIP's ResNets classify every token, and take one of the outcomes."""
+    if entered.numel() == features.numel() or entered.ndim != 3 or entered.shape[2] != features.shape[1]:
+        return entered.reshape_as(features)
+    if (logits == logits[:, :1]).all():
+        raise AssertionError("its logits are all the same, and do not tell which token counts")
+    return min(entered.unbind(1), key=lambda token: (token - features).abs().max().item())
 
 
 def _take_classifier(network: Any, way_back: TimmWayBack) -> nn.Module:
@@ -327,6 +342,10 @@ def _fresh_linear(network: nn.Module, way_back: TimmWayBack, width: int, num_cla
 
 
 def _call(build: Callable[[int], nn.Module], width: int) -> nn.Module:
+    if not callable(build):
+        raise TypeError(
+            f"from_timm: classifier={build!r}; pass a module, or a function from the feature width to a module."
+        )
     classifier = build(width)
     if not isinstance(classifier, nn.Module):
         raise TypeError(
