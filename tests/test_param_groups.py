@@ -127,6 +127,9 @@ def test_optimizers_take_the_groups() -> None:
         ({"lr": 0.1, "weight_decay": -1.0}, r"weight_decay=-1\.0"),
         ({"lr": 0.1, "layer_decay": float("nan")}, "layer_decay=nan"),
         ({"lr": float("inf")}, "lr=inf"),
+        ({"lr": None}, "lr=None; pass a finite number"),
+        ({"lr": "0.1"}, "lr='0.1'; pass a finite number"),
+        ({"lr": 0.1, "weight_decay": None}, "weight_decay=None"),
     ],
 )
 def test_impossible_rates_are_refused(keywords: dict[str, float], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import cast
 
@@ -26,8 +27,9 @@ def set_trainable_groups(
     Parameters named in `never_trained` stay frozen in any group. Raises TypeError or ValueError for a
     `trainable_groups` that is no whole number of groups.
     """
-    if not isinstance(trainable_groups, int) or isinstance(trainable_groups, bool):
+    if isinstance(trainable_groups, bool) or not hasattr(trainable_groups, "__index__"):
         raise TypeError(f"trainable_groups={trainable_groups!r}: pass a whole number, 0 to {len(layer_groups)}.")
+    trainable_groups = operator.index(trainable_groups)
     if not 0 <= trainable_groups <= len(layer_groups):
         names = ", ".join(group.name for group in layer_groups)
         raise ValueError(
@@ -132,7 +134,7 @@ def digest(tensor: torch.Tensor) -> str:
     to_local = getattr(tensor, "to_local", None)
     local = cast(torch.Tensor, to_local()) if to_local is not None else tensor
     # One tensor at a time leaves the device, and on the CPU its own memory is read: no second copy of the model.
-    octets = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    octets = local.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     hashed = hashlib.sha256(f"{local.dtype} {tuple(local.shape)} ".encode())
     hashed.update(octets.data)
     return hashed.hexdigest()

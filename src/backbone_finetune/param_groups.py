@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatch
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -71,5 +73,7 @@ def build_param_groups(
 
 def _refuse_impossible_rates(**rates: float | None) -> None:
     for name, rate in rates.items():
-        if rate is not None and not 0 <= rate < float("inf"):
+        if rate is None and name in {"backbone_lr", "layer_decay"}:
+            continue
+        if not isinstance(rate, (Real, torch.Tensor)) or not 0 <= rate < float("inf"):
             raise ValueError(f"param_groups: {name}={rate!r}; pass a finite number, 0 or more.")
