@@ -92,11 +92,14 @@ class Outer(nn.Module):
 
 def supports_checkpointing(model: FineTuneModel) -> bool:
     """Ask the backbone itself: timm's either lack the method or assert that they were not asked."""
-    try:
-        model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError):
+    backbone: Any = model.backbone
+    if not hasattr(backbone, "set_grad_checkpointing"):
         return False
-    model.set_grad_checkpointing(False)
+    try:
+        backbone.set_grad_checkpointing(True)
+    except AssertionError:
+        return False
+    backbone.set_grad_checkpointing(False)
     return True
 
 
