@@ -2,9 +2,9 @@
 
     python benchmarks/timm_zoo.py
 
-Structure comes from the meta device, for every architecture; logits from real values, smallest networks first, up to
-`--values-below` million parameters. An interrupted run goes on where it stopped: what is done stands in a `.jsonl`
-beside the output, which goes when the matrix is written.
+Structure comes from the meta device, for every architecture; logits from real values, for the smallest network of each
+kind of structure in each family. An interrupted run goes on where it stopped: what is done stands in a `.jsonl` beside
+the output, which goes when the matrix is written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         structures[name] = examine_structure(name, FAMILIES[name])
         write_line(started, "structure", structures[name])
     structures = {name: structures[name] for name in chosen}
-    for structure in tqdm([s for s in with_values(structures, options.values_below) if s.name not in values], "values"):
+    for structure in tqdm([s for s in smallest_of_each_kind(structures) if s.name not in values], "values"):
         values[structure.name] = examine_values(structure)
         write_line(started, "values", values[structure.name])
 
@@ -59,11 +59,12 @@ def main() -> None:
     print(f"wrote {options.output.with_suffix('.json')} and {options.output.with_suffix('.md')}")
 
 
-def with_values(structures: dict[str, Structure], below: float) -> list[Structure]:
-    """What to run with values: all below so many million parameters, and the smallest of each kind of structure."""
-    ordered = sorted((s for s in structures.values() if s.refused is None), key=lambda s: s.parameters)
-    first_of_kind = {f"{s.family} {s.signature}": s.name for s in reversed(ordered)}
-    return [s for s in ordered if s.parameters < below * 1e6 or s.name in first_of_kind.values()]
+def smallest_of_each_kind(structures: dict[str, Structure]) -> list[Structure]:
+    """What to run with values: for each family and kind of structure its smallest network, small ones first."""
+    smallest: dict[str, Structure] = {}
+    for structure in sorted((s for s in structures.values() if s.refused is None), key=lambda s: s.parameters):
+        smallest.setdefault(f"{structure.family} {structure.signature}", structure)
+    return list(smallest.values())
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,7 +72,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="NAME", help="architectures (default: all of timm's)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "timm_zoo")
-    parser.add_argument("--values-below", type=float, default=100, metavar="MILLION", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     options = parser.parse_args()
     if unknown := [name for name in options.models if name not in FAMILIES]:
