@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open  # it comes with timm
@@ -12,6 +14,32 @@ from safetensors.torch import save_file
 from torch import nn
 
 _FORMAT = {"format": "backbone-finetune", "format_version": "1"}
+
+
+_DTYPES = {  # safetensors' names; what else there is, no network of ours has
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Layout(NamedTuple):
+    """Shape and dtype of a tensor that is still in its file.
+
+    >>> Layout((2, 3), torch.float32).shape
+    (2, 3)
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
@@ -26,13 +54,27 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], metadata: Ma
 
     The file appears whole or not at all: it is written under a temporary name beside it and moved into place.
     """
+    save_tensors(distinct_tensors(model), path, metadata)
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors by name, no two of which share memory, as `save_checkpoint` writes those of a model.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     save_tensors({"bias": torch.ones(2)}, f"{folder}/bias.safetensors", {})
+    ...     read_checkpoint(f"{folder}/bias.safetensors")
+    ({'bias': tensor([1., 1.])}, {})
+    """
     path = Path(path)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in _distinct_tensors(model).items()}
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.touch()
     mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
     try:
-        save_file(tensors, temporary, metadata={**metadata, **_FORMAT})
+        save_file(contiguous, temporary, metadata={**metadata, **_FORMAT})
         os.chmod(temporary, mode)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -47,28 +89,59 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tenso
 
     Raises FileNotFoundError, or ValueError for a file that is truncated or not ours. Nothing in a file is executed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; pass the model.safetensors that a training run wrote.")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-            if metadata.get("format") != _FORMAT["format"]:
+    with _opened(Path(path)) as (opened, metadata):
+        return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118 (no mapping)
+
+
+def peek_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Layout], dict[str, str]]:
+    """Read the layouts of the tensors and the metadata of a file, but no tensor, however large it says it is.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     save_checkpoint(nn.Linear(2, 1, bias=False), f"{folder}/model.safetensors", {})
+    ...     peek_checkpoint(f"{folder}/model.safetensors")
+    ({'weight': Layout(shape=(1, 2), dtype=torch.float32)}, {})
+
+    Raises as `read_checkpoint` does.
+    """
+    layouts: dict[str, Layout] = {}
+    with _opened(Path(path)) as (opened, metadata):
+        for name in opened.keys():  # noqa: SIM118 (no mapping)
+            part = opened.get_slice(name)
+            if part.get_dtype() not in _DTYPES:
                 raise ValueError(
-                    f"{path}: a safetensors file, but not one of backbone-finetune; pass the model.safetensors that a "
-                    "training run wrote (weights of other origin go to `train --checkpoint`)."
+                    f"{path}: {name[:80]!r} is of dtype {part.get_dtype()}; known are {', '.join(_DTYPES)}."
                 )
-            if metadata["format_version"] != _FORMAT["format_version"]:
-                raise ValueError(
-                    f"{path}: format version {metadata['format_version']!r}, and this backbone-finetune reads "
-                    f"{_FORMAT['format_version']}; upgrade it."
-                )
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
+            layouts[name] = Layout(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+    return layouts, metadata
+
+
+def check_fit(model: nn.Module, layouts: Mapping[str, Layout | torch.Tensor]) -> None:
+    """Raise ValueError unless tensors of these layouts are all that a model has, no more and no less, by name.
+
+    >>> check_fit(nn.Linear(2, 1, device="meta"), {"weight": Layout((1, 2), torch.float16)})
+    Traceback (most recent call last):
+    ...
+    ValueError: the tensors do not fit the Linear: bias is missing; load them into the architecture ...
+
+    Floating-point tensors of any precision fit one another. The model may be on the meta device.
+    """
+    own = distinct_tensors(model)
+    faults = [f"{name} is missing" for name in own if name not in layouts]
+    faults += [f"{name[:200]} is unexpected" for name in layouts if name not in own]
+    for name, tensor in own.items():
+        if name not in layouts:
+            continue
+        if tuple(layouts[name].shape) != tuple(tensor.shape):
+            faults.append(f"{name} has shape {tuple(layouts[name].shape)}, not {tuple(tensor.shape)}")
+        elif _kind(layouts[name].dtype) != _kind(tensor.dtype):
+            faults.append(f"{name} is of {layouts[name].dtype}, not {tensor.dtype}")
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(
-            f"{path}: no safetensors file, or a truncated one ({error}); copy or train it again."
-        ) from error
-    return tensors, {name: text for name, text in metadata.items() if name not in _FORMAT}
+            f"the tensors do not fit the {type(model).__name__}: {'; '.join(faults[:3])}{more}; "
+            "load them into the architecture that they were saved from."
+        )
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -83,31 +156,22 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
     Raises ValueError for missing, unexpected or misshapen tensors.
     """
-    own = _distinct_tensors(model)
-    faults = [f"{name} is missing" for name in own if name not in tensors]
-    faults += [f"{name} is unexpected" for name in tensors if name not in own]
-    faults += [
-        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ValueError(
-            f"the tensors do not fit the {type(model).__name__}: {'; '.join(faults[:3])}{more}; "
-            "load them into the architecture that they were saved from."
-        )
+    check_fit(model, tensors)
     modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in distinct_tensors(model).items():
             tensor.copy_(tensors[name])
     model.train()  # attention biases that levit and its like cached in eval are forgotten when they hear this
     for module, training in modes:
         module.training = training
 
 
-def _distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict, tied tensors once."""
+def distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Give the state dict of a model, tied tensors once: what a file of it holds.
+
+    >>> sorted(distinct_tensors(nn.Linear(2, 1)))
+    ['bias', 'weight']
+    """
     seen: set[int] = set()
     distinct: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -115,3 +179,32 @@ def _distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             seen.add(id(tensor))
             distinct[name] = tensor
     return distinct
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Open a file of ours: gives safetensors' handle, and the metadata without the marks of the format."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; pass the model.safetensors that a training run wrote.")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+            if metadata.get("format") != _FORMAT["format"]:
+                raise ValueError(
+                    f"{path}: a safetensors file, but not one of backbone-finetune; pass the model.safetensors that a "
+                    "training run wrote (weights of other origin go to `train --checkpoint`)."
+                )
+            if metadata.get("format_version") != _FORMAT["format_version"]:
+                raise ValueError(
+                    f"{path}: format version {str(metadata.get('format_version'))[:20]!r}, and this backbone-finetune "
+                    f"reads {_FORMAT['format_version']}; upgrade it."
+                )
+            yield opened, {name: text for name, text in metadata.items() if name not in _FORMAT}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: no safetensors file, or a truncated one ({str(error)[:200]}); copy or train it again."
+        ) from error
+
+
+def _kind(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.is_floating_point else dtype
