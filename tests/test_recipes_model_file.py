@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,22 @@ import timm
 import torch
 from picture_folders import COLOURS, make_picture
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_checkpoint
+from backbone_finetune.recipes import base_weights
+from backbone_finetune.recipes.base_weights import BaseSource, BaseWeights, base_source, remember_base
 from backbone_finetune.recipes.model_file import (
     TrainedModel,
     build_transform,
+    describe_file,
     load_trained_model,
+    save_trained_changes,
     save_trained_model,
 )
+from backbone_finetune.recipes.networks import load_checkpoint_network
+from backbone_finetune.recipes.packaged import load_packaged_network
 from backbone_finetune.recipes.pictures import read_picture
 from backbone_finetune.recipes.prediction import predict
 
@@ -42,6 +50,137 @@ def test_a_model_comes_back_as_it_was(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded.model(pictures), trained.model.eval()(pictures))
     assert json.loads(read_checkpoint(tmp_path / "model.safetensors")[1]["record"]) == {"seed": 3}
+
+
+def test_arguments_and_freeze_state_come_back(tmp_path: Path) -> None:
+    arguments = {"drop_rate": 0.3, "global_pool": "max", "img_size": [96, 64]}
+    model = FineTuneModel.from_timm("test_vit", num_classes=3, norm_eval=True, **arguments)
+    model.freeze_backbone(trainable_groups=1)
+    config = timm.data.resolve_model_data_config(model)
+    trained = TrainedModel(model, "test_vit", tuple(COLOURS), config, arguments)
+    save_trained_model(trained, tmp_path / "model.safetensors", record={"loss": float("nan")})
+    loaded = load_trained_model(tmp_path / "model.safetensors")
+    assert loaded.arguments == arguments
+    assert str(loaded.model.classifier.dropout) == "Dropout(p=0.3, inplace=False)"
+    assert loaded.model.norm_eval
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    assert [parameter.requires_grad for parameter in loaded.model.parameters()] == trains
+    assert 0 < sum(trains) < len(trains)
+    pictures = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(pictures), model.eval()(pictures))
+    description = describe_file(tmp_path / "model.safetensors")
+    assert description.versions["timm"] == timm.__version__
+
+
+def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
+    trained = make_trained()
+    path = tmp_path / "model.safetensors"
+    other_head = FineTuneModel.from_timm("test_resnet", classifier=lambda width: nn.Sequential(nn.Linear(width, 3)))
+    with pytest.raises(ValueError, match=r"could not be loaded again: test_resnet .*classifier\.weight is missing"):
+        save_trained_model(replace(trained, model=other_head), path, record={})
+    with pytest.raises(ValueError, match=r"arguments: 'checkpoint_path'; a file may give drop_rate, "):
+        save_trained_model(replace(trained, arguments={"checkpoint_path": "weights.pth"}), path, record={})
+    with pytest.raises(ValueError, match="two classes have one name"):
+        save_trained_model(replace(trained, class_names=("a", "a", "b")), path, record={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_base(path: Path, *, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    network = timm.create_model("test_resnet", num_classes=5)
+    torch.save(network.state_dict(), path)
+    return network
+
+
+def train_a_little(model: FineTuneModel) -> None:
+    """Steps that move what trains: weights, and running statistics too."""
+    optimizer = torch.optim.SGD(model.param_groups(lr=0.1))
+    model.train()
+    model(torch.randn(4, 3, 64, 48)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("trainable_groups", [0, 1, 5])
+def test_changes_alone_come_back_on_their_base(tmp_path: Path, trainable_groups: int) -> None:
+    network = save_base(tmp_path / "base.pth")
+    model = FineTuneModel.from_timm(network, num_classes=3).freeze_backbone(trainable_groups=trainable_groups)
+    base = remember_base(model, BaseSource.FILE, "weights from base.pth")
+    train_a_little(model)
+    trained = replace(make_trained(), model=model)
+    save_trained_changes(trained, base, tmp_path / "changes.safetensors", record={})
+    stored = load_file(tmp_path / "changes.safetensors")
+    parts = {name.split(".")[1] for name in stored if name.startswith("backbone.")}
+    if trainable_groups == 0:
+        assert sorted(stored) == ["classifier.bias", "classifier.weight"]
+        assert (tmp_path / "changes.safetensors").stat().st_size < 5_000
+    elif trainable_groups == 1:
+        assert parts == {"layer4"}
+        assert any("running_mean" in name for name in stored)
+    else:
+        assert parts == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+    loaded = load_trained_model(tmp_path / "changes.safetensors", base=tmp_path / "base.pth")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_changes_are_refused_on_another_base(tmp_path: Path) -> None:
+    model = FineTuneModel.from_timm(save_base(tmp_path / "base.pth"), num_classes=3).freeze_backbone()
+    base = remember_base(model, BaseSource.FILE, "weights from base.pth")
+    path = tmp_path / "changes.safetensors"
+    save_trained_changes(replace(make_trained(), model=model), base, path, record={})
+    needed = "test_resnet with weights from base.pth"
+    save_base(tmp_path / "other.pth", seed=1)
+    with pytest.raises(ValueError, match=rf"changes.*trained on top of {needed} .*other\.pth is another base .*--base"):
+        load_trained_model(path, base=tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=rf"changes.*holds only what training changed, on top of {needed}; give that"):
+        load_trained_model(path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: there is no such weights file"):
+        load_trained_model(path, base=tmp_path / "nowhere.pth")
+
+
+def test_a_whole_file_takes_no_base(written: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base.pth")
+    with pytest.raises(ValueError, match=r"model\.safetensors: it holds the whole model, and takes no base"):
+        load_trained_model(written, base=tmp_path / "base.pth")
+
+
+def test_changes_on_the_packaged_weights_find_them(tmp_path: Path) -> None:
+    model = FineTuneModel.from_timm(load_packaged_network(), num_classes=3).freeze_backbone()
+    base = remember_base(model, base_source(None, pretrained=False, checkpoint=None), "ImageNet weights from a package")
+    config = timm.data.resolve_model_data_config(model)
+    trained = TrainedModel(model, "tf_efficientnet_lite0", tuple(COLOURS), config)
+    save_trained_changes(trained, base, tmp_path / "head.safetensors", record={})
+    assert (tmp_path / "head.safetensors").stat().st_size < 20_000
+    loaded = load_trained_model(tmp_path / "head.safetensors").model.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_changes_on_the_hubs_weights_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base_path = tmp_path / "base.pth"
+    model = FineTuneModel.from_timm(save_base(base_path), num_classes=3).freeze_backbone()
+    source = base_source("test_resnet", pretrained=True, checkpoint=None)
+    base = remember_base(model, source, "timm's pretrained weights")
+    save_trained_changes(replace(make_trained(), model=model), base, tmp_path / "head.safetensors", record={})
+    asked: list[str] = []
+
+    def fetch(architecture: str) -> nn.Module:
+        asked.append(architecture)
+        return load_checkpoint_network(architecture, base_path)
+
+    monkeypatch.setattr(base_weights, "load_pretrained_network", fetch)
+    load_trained_model(tmp_path / "head.safetensors")
+    assert asked == ["test_resnet"]
+
+
+def test_random_weights_are_no_base() -> None:
+    with pytest.raises(ValueError, match="resnet18 starts from random weights, which nobody could build again"):
+        base_source("resnet18", pretrained=False, checkpoint=None)
+
+
+def test_the_base_of_another_model_is_refused(tmp_path: Path) -> None:
+    other = BaseWeights(BaseSource.FILE, "weights from base.pth", {"backbone.weight": "0"})
+    with pytest.raises(ValueError, match="the base is that of another model"):
+        save_trained_changes(make_trained(), other, tmp_path / "changes.safetensors", record={})
 
 
 def test_predictions_are_the_likeliest_classes_in_order(tmp_path: Path) -> None:
@@ -97,7 +236,7 @@ def test_a_safetensors_file_of_other_origin_is_refused(written: Path) -> None:
         ("architecture", "hf-hub:someone/something", r"has no architecture 'hf-hub:someone/something'"),
         ("class_names", None, r"not a model that .*class_names"),
         ("class_names", '"cat"', r"class_names: \"cat\"; expected a list of two names or more"),
-        ("class_names", '["cat", "dog"]', r"test_resnet as timm .* builds it: .*classifier\.weight has shape"),
+        ("class_names", '["cat", "dog"]', r"test_resnet as timm .* builds it .*: .*classifier\.weight has shape"),
         ("data_config", "{", r"not a model that `backbone-finetune train` wrote"),
         ("data_config", "[]", r"not a model that `backbone-finetune train` wrote"),
         ("data_config", "{}", r"input_size"),
@@ -114,5 +253,5 @@ def test_garbled_metadata_is_refused(written: Path, entry: str, text: str | None
 def test_tensors_of_another_network_are_refused(written: Path) -> None:
     _, metadata = read_checkpoint(written)
     save_checkpoint(FineTuneModel.from_timm("test_vit", num_classes=3), written, metadata)
-    with pytest.raises(ValueError, match=r"test_resnet as timm .* builds it: .*missing"):
+    with pytest.raises(ValueError, match=r"test_resnet as timm .* builds it .*: .*missing"):
         load_trained_model(written)

@@ -1,23 +1,29 @@
-"""What ``backbone-finetune inspect`` prints: the layer groups of an architecture, without building a single weight."""
+"""What ``backbone-finetune inspect`` prints: layer groups, parameters and cost, without building a single weight."""
+
+from collections import defaultdict
+from pathlib import Path
 
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.architectures import check_architecture
 
-__all__ = ["inspect"]
+from .model_file import build_model, describe_file, freeze_as
+
+__all__ = ["count_operations", "inspect", "inspect_file"]
 
 
 def inspect(architecture: str) -> str:
-    """Describe the layer groups and parameters of a timm architecture, and how to train each.
+    """Describe the layer groups, parameters and cost of a timm architecture, and how to train each.
 
     Built on the meta device: nothing is downloaded, and no memory taken, however large the network.
 
     >>> print(inspect("test_resnet").splitlines()[-2])
-    layer4              267,840   71.9%  --trainable-groups 1
+    layer4              267,840   71.9%    0.01    6.5%  --trainable-groups 1
 
     Raises:
         ValueError: timm has no such architecture.
@@ -29,27 +35,152 @@ def inspect(architecture: str) -> str:
         model = (
             FineTuneModel.from_timm(network, num_classes=1) if has_classifier else FineTuneModel(network, nn.Identity())
         )
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    count = len(model.layer_groups)
+    last = {group.name: f"--trainable-groups {count - index}" for index, group in enumerate(model.layer_groups)}
+    lines = tabulate(model, architecture, config["input_size"], last, "trains, with all below, by")
+    if has_classifier:
+        lines[-1] = lines[-1].replace(f"{model.num_features + 1:,}".rjust(14), f"{model.num_features:,} + 1".rjust(14))  # type: ignore[operator]
+        lines[-1] += "  always; this many per class"
+    else:
+        lines[-1] = "no classifier: `train` can't use it; in Python, FineTuneModel(backbone, classifier) can"
+    return "\n".join(lines)
+
+
+def inspect_file(path: Path) -> str:
+    """Describe the model of a file: its classes, its layer groups and cost, and what of it is frozen.
+
+    Built on the meta device, from the file's metadata alone.
+
+    >>> inspect_file(Path("nowhere.safetensors"))
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: nowhere.safetensors: no such file; pass the model.safetensors that a training run wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated or foreign.
+    """
+    description = describe_file(path)
+    try:
+        with torch.device("meta"):
+            model = build_model(description)
+        freeze_as(model, description)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    parameters = dict(model.backbone.named_parameters())
+    states = {
+        group.name: say_state([parameters[name] for name in group.parameter_names]) for group in model.layer_groups
+    }
+    states["classifier"] = say_state(list(model.classifier.parameters()))
+    names = description.class_names
+    return "\n".join(
+        [
+            f"{path}: {len(names):,} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}); written with "
+            + ", ".join(f"{name} {version}" for name, version in description.versions.items()),
+            *tabulate(model, description.architecture, description.data_config["input_size"], states, "state"),
+        ]
+    )
+
+
+def say_state(parameters: list[nn.Parameter]) -> str:
+    """Say in a word what trains of some parameters.
+
+    >>> say_state(list(nn.Linear(2, 2).requires_grad_(False).parameters()))
+    'frozen'
+    """
+    states = {"trainable" if parameter.requires_grad else "frozen" for parameter in parameters}
+    return states.pop() if len(states) == 1 else "mixed"
+
+
+def tabulate(
+    model: FineTuneModel, architecture: str, input_size: tuple[int, int, int], last: dict[str, str], title: str
+) -> list[str]:
+    """Tabulate a model on the meta device: a heading, a line for each layer group and one for the classifier.
+
+    ``last`` is what stands in the last column of a group, under ``title``.
+    """
     sizes = {name: parameter.numel() for name, parameter in model.backbone.named_parameters()}
     total = sum(sizes.values())
+    operations = count_operations(model, input_size)
+    every_operation = max(sum(operations.values()), 1)
     groups = model.layer_groups
-    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     width = max(len("layer group"), *(len(group.name) for group in groups))
-    features = f"{model.num_features:,} features" if has_classifier else "tokens or maps"
-    lines = [
+    features = f"{model.num_features:,} features" if model.num_features is not None else "tokens or maps"
+
+    def line(name: str, size: int, share: str) -> str:
+        cost = operations[name]
+        billions = f"{cost / 1e9:>7.2f}  {cost / every_operation:>6.1%}"
+        return f"{name:{width}}  {size:>14,}  {share:>6}  {billions}  {last.get(name, '')}".rstrip()
+
+    classifier_size = sum(parameter.numel() for parameter in model.classifier.parameters())
+    return [
         f"{architecture}: {total:,} parameters in {len(groups)} layer groups, input to output; "
-        f"makes {features} of a picture of {' x '.join(map(str, config['input_size']))}",
+        f"makes {features} of a picture of {' x '.join(map(str, input_size))}",
         "",
-        f"{'layer group':{width}}  {'parameters':>14}  {'share':>6}  trains, with all below, by",
+        f"{'layer group':{width}}  {'parameters':>14}  {'share':>6}  {'GFLOPs':>7}  {'share':>6}  {title}",
+        *(
+            line(group.name, size, f"{size / total:.1%}")
+            for group in groups
+            for size in [sum(sizes[name] for name in group.parameter_names)]
+        ),
+        line("classifier", classifier_size, ""),
     ]
-    for index, group in enumerate(groups):
-        size = sum(sizes[name] for name in group.parameter_names)
-        lines.append(
-            f"{group.name:{width}}  {size:>14,}  {size / total:>6.1%}  --trainable-groups {len(groups) - index}"
-        )
-    if has_classifier:
-        lines.append(
-            f"{'classifier':{width}}  {f'{model.num_features:,} + 1':>14}  {'':>6}  always; this many per class"
-        )
-    else:
-        lines.append("no classifier: `train` can't use it; in Python, FineTuneModel(backbone, classifier) can")
-    return "\n".join(lines)
+
+
+def count_operations(model: FineTuneModel, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """Count the floating-point operations of one picture's forward pass, by layer group, and of the classifier.
+
+    A multiplication and an addition count two, as in torch's `FlopCounterMode`, which counts matrix products and
+    convolutions. What a module computes beside its children is counted for the last layer group that it holds. The
+    model is on the meta device, and none of its parameters needs a gradient afterwards.
+
+    >>> with torch.device("meta"):
+    ...     model = FineTuneModel(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten()), nn.Linear(8 * 16, 2))
+    >>> dict(count_operations(model, (3, 4, 4)))
+    {'0': 768, 'classifier': 512}
+    """
+    group_of = {f"backbone.{name}": group.name for group in model.layer_groups for name in group.parameter_names}
+    order = [*(group.name for group in model.layer_groups), "classifier"]
+    # Without gradients by the parameters' own flags: under no_grad the counter's hooks find no graph and fail.
+    model.eval().requires_grad_(False)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(torch.empty(1, *input_size, device="meta"))
+    inclusive = {
+        path.partition(".")[2]: sum(counts.values())
+        for path, counts in counter.get_flop_counts().items()
+        if path != "Global"
+    }
+    operations: dict[str, int] = defaultdict(int)
+    for path, count in inclusive.items():
+        inside = [own for other, own in inclusive.items() if other and is_child(other, path, inclusive)]
+        operations[find_group(path, group_of, order)] += count - sum(inside)
+    return operations
+
+
+def is_child(path: str, of: str, counted: dict[str, int]) -> bool:
+    """Say whether a module lies below another, with no counted one between.
+
+    >>> is_child("layer1.0", "layer1", {"layer1": 2, "layer1.0": 1}), is_child("layer1.0", "", {"layer1": 2})
+    (True, False)
+    """
+    parent = path.rpartition(".")[0]
+    while parent and parent not in counted:
+        parent = parent.rpartition(".")[0]
+    return path != of and parent == of
+
+
+def find_group(path: str, group_of: dict[str, str], order: list[str]) -> str:
+    """Find the layer group of a module: the last that it holds a parameter of, or else its nearest ancestor does.
+
+    >>> find_group("backbone.conv.act", {"backbone.conv.weight": "stem"}, ["stem", "classifier"])
+    'stem'
+    """
+    while True:
+        if path.partition(".")[0] == "classifier":
+            return "classifier"
+        groups = {group for name, group in group_of.items() if not path or name.startswith(f"{path}.")}
+        if groups or not path:
+            return max(groups, key=order.index, default="classifier")
+        path = path.rpartition(".")[0]

@@ -1,20 +1,47 @@
-"""A trained model as one file: the tensors, and all it takes to build the network again and feed it a picture."""
+"""A trained model as one file: the tensors, and all it takes to build the network again and feed it a picture.
+
+A file is data, and perhaps a stranger's: nothing in it is executed, no path or address in it is followed, and before
+a weight takes up memory its layout is compared with the network that the file names, built without memory.
+"""
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.checkpoint import load_tensors, read_checkpoint, save_checkpoint
+from backbone_finetune.checkpoint import (
+    Layout,
+    check_fit,
+    distinct_tensors,
+    load_tensors,
+    peek_checkpoint,
+    read_checkpoint,
+    save_tensors,
+)
 
-__all__ = ["TrainedModel", "build_transform", "load_trained_model", "save_trained_model"]
+from .base_weights import BaseWeights, describe_base, digest_tensors, find_base
+from .model_description import ModelDescription, parse_metadata, parse_object, write_metadata
+from .versions import installed_versions
+
+__all__ = [
+    "TrainedModel",
+    "build_transform",
+    "describe_file",
+    "load_trained_model",
+    "save_trained_changes",
+    "save_trained_model",
+]
+
+# Tables that a network computes for itself (masks, positions), which no tensor of the file vouches for.
+MOST_BYTES_BESIDE = 2**28
 
 
 @dataclass(frozen=True)
@@ -22,7 +49,8 @@ class TrainedModel:
     """A model with the names of its classes and timm's data config: what a picture needs to become an answer.
 
     ``data_config`` holds ``input_size`` (channels, height, width), ``mean``, ``std``, ``interpolation``, ``crop_pct``
-    and ``crop_mode``, as ``timm.data.resolve_model_data_config`` gives them.
+    and ``crop_mode``, as ``timm.data.resolve_model_data_config`` gives them. ``arguments`` are those that
+    `FineTuneModel.from_timm` got beside the name and the classes, such as ``drop_rate``.
 
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
     >>> data_config = timm.data.resolve_model_data_config(model)
@@ -34,6 +62,7 @@ class TrainedModel:
     architecture: str
     class_names: tuple[str, ...]
     data_config: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_transform(data_config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
@@ -59,86 +88,196 @@ def save_trained_model(trained: TrainedModel, path: Path, *, record: Mapping[str
     ...     save_trained_model(trained, Path(folder, "model.safetensors"), record={"seed": 0})
     ...     load_trained_model(Path(folder, "model.safetensors")).class_names
     ('cat', 'dog')
+
+    Raises:
+        ValueError: `load_trained_model` could not build it again: another head, another architecture, an argument that
+            a file may not give.
     """
-    save_checkpoint(
-        trained.model,
-        path,
-        {
-            "architecture": trained.architecture,
-            "class_names": json.dumps(trained.class_names),
-            "data_config": json.dumps(dict(trained.data_config)),
-            "record": json.dumps(record),
-        },
-    )
+    metadata = describe_for_file(trained, record)
+    save_tensors(distinct_tensors(trained.model), path, metadata)
 
 
-def load_trained_model(path: Path) -> TrainedModel:
-    """Read a file of ``save_trained_model`` and build its model again, on the CPU and in eval mode.
+def save_trained_changes(trained: TrainedModel, base: BaseWeights, path: Path, *, record: Mapping[str, object]) -> None:
+    """Write what training changed and nothing else: the classifier, and what of the backbone has other bits now.
 
-    See `save_trained_model` for an example.
+    The fingerprint of the rest goes with it, so that the file loads onto this very base and no other.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from backbone_finetune.recipes.base_weights import BaseSource, remember_base
+    >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
+    >>> base = remember_base(model, BaseSource.FILE, "weights from resnet.pth")  # before the training
+    >>> trained = TrainedModel(model, "test_resnet", ("cat", "dog"), timm.data.resolve_model_data_config(model))
+    >>> with TemporaryDirectory() as folder:
+    ...     save_trained_changes(trained, base, Path(folder, "changes.safetensors"), record={})
+    ...     sorted(read_checkpoint(Path(folder, "changes.safetensors"))[0])
+    ['classifier.bias', 'classifier.weight']
+
+    Raises:
+        ValueError: as `save_trained_model`, or the base is that of another model.
+    """
+    metadata = describe_for_file(trained, record)
+    tensors = distinct_tensors(trained.model)
+    now = digest_tensors({name: tensor for name, tensor in tensors.items() if name.startswith("backbone.")})
+    if now.keys() != base.digests.keys():
+        raise ValueError("the base is that of another model; pass remember_base(model, ...) of this one")
+    kept = {name: digest for name, digest in now.items() if base.digests[name] == digest}
+    changes = {name: tensor for name, tensor in tensors.items() if name not in kept}
+    save_tensors(changes, path, {**metadata, "base": json.dumps(describe_base(base, kept))})
+
+
+def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
+    """Read a file of `save_trained_model` or `save_trained_changes`, and build its model again, on the CPU, in eval.
+
+    See `save_trained_model` for an example. Parameters are frozen as they were. Changes alone need their base weights:
+    those of the package and of timm's hub are found, others are read from the weights file ``base``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, foreign, or does not fit the network that it names.
+        ValueError: it is truncated, foreign, or does not fit the network that it names, or its base is another one.
+        OSError: timm's hub, where the base is from, can't be reached.
     """
-    tensors, metadata = read_checkpoint(path)
+    layouts, metadata = peek_checkpoint(path)
+    description = describe_file(path, metadata)
     try:
-        architecture = metadata["architecture"]
-        class_names = parse_class_names(metadata["class_names"])
-        data_config = parse_data_config(metadata["data_config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a model that `backbone-finetune train` wrote; in its metadata: {error!r}"
-        ) from error
-    # Only a plain name: timm would fetch what another one points to.
-    if not timm.is_model(architecture):
-        raise ValueError(f"{path}: timm {timm.__version__} has no architecture {architecture!r}, which the file names")
-    model = FineTuneModel.from_timm(architecture, num_classes=len(class_names))
-    try:
-        load_tensors(model, tensors)
+        missing = check_layouts(description, layouts, is_complete="base" not in metadata)
+        if base is not None and not missing:
+            raise ValueError(f"it holds the whole model, and takes no base (given: {base})")
+        below = find_base(description, parse_object(metadata, "base", {}), missing, base) if missing else {}
+        tensors, _ = read_checkpoint(path)
+        refuse_not_finite(tensors)
+        model = build_model(description)
+        load_tensors(model, {**below, **tensors})
+        freeze_as(model, description)
     except ValueError as error:
-        raise ValueError(f"{path}: {architecture} as timm {timm.__version__} builds it: {error}") from error
-    return TrainedModel(model.eval(), architecture, class_names, data_config)
+        raise ValueError(f"{path}: {error}") from error
+    return TrainedModel(
+        model.eval(),
+        description.architecture,
+        description.class_names,
+        description.data_config,
+        description.arguments,
+    )
 
 
-def parse_class_names(text: str) -> tuple[str, ...]:
-    """Read the class names of a file's metadata.
+def describe_file(path: Path, metadata: Mapping[str, str] | None = None) -> ModelDescription:
+    """Read what a model file says about its model, and none of its tensors.
 
-    >>> parse_class_names('["cat", "dog"]')
-    ('cat', 'dog')
-
-    Raises:
-        ValueError: they are not a list of two names or more.
-    """
-    names = json.loads(text)
-    if not (isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"class_names: {text[:80]}; expected a list of two names or more")
-    return tuple(names)
-
-
-def parse_data_config(text: str) -> dict[str, Any]:
-    """Read timm's data config of a file's metadata.
-
-    >>> parse_data_config(
-    ...     '{"input_size": [3, 96, 96], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], '
-    ...     '"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}'
-    ... )["input_size"]
-    (3, 96, 96)
+    >>> describe_file(Path("tom.jpg"))
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: tom.jpg: no such file; pass the model.safetensors that a training run wrote.
 
     Raises:
-        KeyError: an entry is missing.
-        TypeError: an entry is of another kind.
-        ValueError: it is not JSON, or has other entries as well.
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated or foreign.
     """
-    entries = json.loads(text)
-    config: dict[str, Any] = {
-        "input_size": tuple(int(length) for length in entries["input_size"]),
-        "mean": tuple(float(value) for value in entries["mean"]),
-        "std": tuple(float(value) for value in entries["std"]),
-        "interpolation": str(entries["interpolation"]),
-        "crop_pct": float(entries["crop_pct"]),
-        "crop_mode": str(entries["crop_mode"]),
-    }
-    if len(entries) != len(config):
-        raise ValueError(f"data_config: {sorted(entries)}; expected {sorted(config)}")
-    return config
+    try:
+        return parse_metadata(peek_checkpoint(path)[1] if metadata is None else metadata)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not a model that `backbone-finetune train` wrote; {' '.join(str(error).split())}"
+        ) from error
+
+
+def describe_for_file(trained: TrainedModel, record: Mapping[str, object]) -> dict[str, str]:
+    """Describe a model as a file's metadata, once it is sure that the model can be built again by that alone."""
+    description = ModelDescription(
+        trained.architecture,
+        trained.class_names,
+        trained.data_config,
+        trained.arguments,
+        trained.model.norm_eval,
+        tuple(name for name, parameter in trained.model.named_parameters() if parameter.requires_grad),
+        installed_versions(),
+        record,
+    )
+    metadata = write_metadata(description)
+    try:
+        check_layouts(description, distinct_tensors(trained.model), is_complete=True)
+    except ValueError as error:
+        raise ValueError(f"a file of this model could not be loaded again: {error}") from error
+    return metadata
+
+
+def build_model(description: ModelDescription) -> FineTuneModel:
+    """Build the network of a description, with random weights, on the default device.
+
+    >>> config = timm.data.resolve_model_data_config(timm.create_model("test_resnet"))
+    >>> build_model(ModelDescription("test_resnet", ("cat", "dog"), config)).num_classes
+    2
+
+    Raises:
+        ValueError: timm can't, with these arguments.
+    """
+    try:
+        return FineTuneModel.from_timm(
+            description.architecture,
+            num_classes=len(description.class_names),
+            norm_eval=description.norm_eval,
+            **description.arguments,
+        )
+    except Exception as error:  # what an architecture says of an argument that is not for it can be anything
+        raise ValueError(
+            f"timm {timm.__version__} can't build {description.architecture} with {dict(description.arguments)} "
+            f"({str(error)[:200]})"
+        ) from error
+
+
+def check_layouts(
+    description: ModelDescription, layouts: Mapping[str, Layout | torch.Tensor], *, is_complete: bool
+) -> dict[str, torch.Tensor]:
+    """Compare the layouts of a file's tensors with the network that it names, built without memory.
+
+    Returns, where the file need not be complete, what of the backbone it leaves to its base, on the meta device.
+
+    Raises:
+        ValueError: they do not fit, or the network would take much memory that the tensors do not account for.
+    """
+    with torch.device("meta"):
+        model = build_model(description)
+    own = distinct_tensors(model)
+    missing = {name: tensor for name, tensor in own.items() if name.startswith("backbone.") and name not in layouts}
+    wrote = description.versions.get("timm", "?")
+    try:
+        check_fit(model, layouts if is_complete else {**layouts, **missing})
+    except ValueError as error:
+        by = f"as timm {timm.__version__} builds it (the file was written with timm {wrote})"
+        raise ValueError(f"{description.architecture} {by}: {error}") from error
+    beside = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in own)
+    if beside > MOST_BYTES_BESIDE:
+        raise ValueError(
+            f"{description.architecture} with {dict(description.arguments)} would compute tables of {beside:,} bytes "
+            f"beside its tensors; at most {MOST_BYTES_BESIDE:,} are allowed"
+        )
+    return {} if is_complete else missing
+
+
+def refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError for a NaN or an infinity, which every answer of a model would become.
+
+    >>> refuse_not_finite({"weight": torch.tensor([1.0, torch.nan])})
+    Traceback (most recent call last):
+    ...
+    ValueError: weight holds values that are not finite; the training diverged (lower its --lr) or the file is damaged
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{name} holds values that are not finite; "
+                "the training diverged (lower its --lr) or the file is damaged"
+            )
+
+
+def freeze_as(model: FineTuneModel, description: ModelDescription) -> None:
+    """Freeze the parameters of a model but for those that trained.
+
+    Raises:
+        ValueError: it has no parameter of that name, or one that can't train.
+    """
+    parameters = dict(model.named_parameters())
+    for name in description.trainable:
+        if name not in parameters or not parameters[name].is_floating_point():
+            raise ValueError(f"trainable: {name[:80]!r} is no parameter of {description.architecture}")
+    trainable = set(description.trainable)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trainable)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import timm
 from timm.models import PretrainedCfg, load_state_dict
@@ -41,8 +42,8 @@ def load_network(
     return name, "random weights (--pretrained or --checkpoint FILE loads trained ones)", timm.create_model(name)
 
 
-def load_pretrained_network(architecture: str) -> nn.Module:
-    """Build an architecture with timm's pretrained weights, from the hub or its cache.
+def load_pretrained_network(architecture: str, **arguments: Any) -> nn.Module:
+    """Build an architecture with timm's pretrained weights, from the hub or its cache; ``arguments`` are timm's own.
 
     >>> load_pretrained_network("resnet10t_with_a_typo")
     Traceback (most recent call last):
@@ -60,7 +61,7 @@ def load_pretrained_network(architecture: str) -> nn.Module:
             "choose another with timm.list_models(pretrained=True), or pass --checkpoint FILE"
         )
     try:
-        return timm.create_model(architecture, pretrained=True)
+        return timm.create_model(architecture, pretrained=True, **arguments)
     except OSError as error:
         raise OSError(
             f"{architecture}: its pretrained weights could not be fetched ({error}); "
@@ -68,7 +69,7 @@ def load_pretrained_network(architecture: str) -> nn.Module:
         ) from error
 
 
-def load_checkpoint_network(architecture: str, path: Path) -> nn.Module:
+def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> nn.Module:
     """Build an architecture with the weights of a file on disk, in any format that timm reads for it.
 
     The file must hold this very network: its classifier may have any number of classes, or be missing from the file,
@@ -100,17 +101,19 @@ def load_checkpoint_network(architecture: str, path: Path) -> nn.Module:
     names = (defaults.classifier,) if isinstance(defaults.classifier, str) else defaults.classifier or ()
     classifier = next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)
     if classifier is not None:
-        return create_filled_network(architecture, path, num_classes=len(classifier))
+        return create_filled_network(architecture, path, num_classes=len(classifier), **arguments)
     try:
-        return create_filled_network(architecture, path, num_classes=defaults.num_classes)
+        return create_filled_network(architecture, path, num_classes=defaults.num_classes, **arguments)
     except ValueError:
-        return create_filled_network(architecture, path, num_classes=0)
+        return create_filled_network(architecture, path, num_classes=0, **arguments)
 
 
-def create_filled_network(architecture: str, path: Path, *, num_classes: int) -> nn.Module:
+def create_filled_network(architecture: str, path: Path, *, num_classes: int, **arguments: Any) -> nn.Module:
     """Build an architecture with so many classes, and fill it from a file that has as many."""
     overlay = {"file": str(path), "num_classes": num_classes, "label_offset": 0}
     try:
-        return timm.create_model(architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
+        return timm.create_model(
+            architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
+        )
     except Exception as error:  # timm's translators fail in their own ways on a file that is not theirs
         raise ValueError(f"{path}: these are not the weights of {architecture} ({shorten(str(error), 300)})") from error

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -17,8 +18,10 @@ FILE = "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
-def load_packaged_network() -> nn.Module:
+def load_packaged_network(**arguments: Any) -> nn.Module:
     """Build timm's ``tf_efficientnet_lite0`` with the ImageNet weights of the installed package.
+
+    ``arguments`` are those of ``timm.create_model``.
 
     >>> load_packaged_network().num_classes
     1000
@@ -30,7 +33,7 @@ def load_packaged_network() -> nn.Module:
     path = find_weights_file()
     # A checked file, and one that weights_only lets run no code.
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-    network = timm.create_model(ARCHITECTURE)
+    network = timm.create_model(ARCHITECTURE, **arguments)
     network.load_state_dict(pair_tensors(tensors, network.state_dict()))
     return network
 

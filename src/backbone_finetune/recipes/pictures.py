@@ -13,10 +13,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-__all__ = ["PictureDataset", "PictureFolder", "find_pictures", "leave_out_broken_pictures", "read_picture", "split"]
+__all__ = [
+    "PictureDataset",
+    "PictureFolder",
+    "find_pictures",
+    "leave_out_broken_pictures",
+    "list_pictures",
+    "read_picture",
+    "split",
+]
 
 # timm's list (png, jpg, jpeg) would pass over these others in silence.
 PICTURE_EXTENSIONS = (*get_img_extensions(), ".bmp", ".gif", ".tif", ".tiff", ".webp")  # type: ignore[no-untyped-call]
+
+# Resized by its shorter side, a line of 1 x 100,000 pixels would become a picture of many gigabytes.
+MOST_ELONGATED = 100
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ def read_picture(path: Path) -> Image.Image:
             # Pillow warns of a decompression bomb first and refuses it at twice the size; here the warning is enough.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
+                if max(file.size) > MOST_ELONGATED * min(file.size):
+                    raise ValueError(f"{file.width} x {file.height} pixels; at most 1 to {MOST_ELONGATED} is allowed")
                 picture = ImageOps.exif_transpose(file)
                 if picture.mode.startswith("I;16"):  # converted as it is, all above 255 of 65,535 would be white
                     picture = picture.point(lambda value: value / 256).convert("L")
@@ -140,21 +153,48 @@ def find_pictures(root: Path) -> PictureFolder:
     paths: list[Path] = []
     targets: list[int] = []
     for target, folder in enumerate(folders):
-        found = [
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in PICTURE_EXTENSIONS
-            and path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        ]
+        found = pictures_below(folder)
         if not found:
             raise ValueError(
                 f"class folder {folder} holds no picture ({', '.join(PICTURE_EXTENSIONS)}); "
                 "add pictures to it, or remove it"
             )
-        paths += sorted(found)
+        paths += found
         targets += [target] * len(found)
     return PictureFolder(root, tuple(folder.name for folder in folders), tuple(paths), tuple(targets))
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """List the pictures in a folder and in those below it, sorted; hidden files and folders are passed over.
+
+    >>> pictures_below(Path("no such folder"))
+    []
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURE_EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def list_pictures(given: Sequence[Path]) -> list[Path]:
+    """Replace each folder among paths by the pictures below it; any other path stays, whatever it is.
+
+    >>> list_pictures([Path("tom.jpg")])
+    [PosixPath('tom.jpg')]
+
+    Raises:
+        ValueError: a folder holds no picture.
+    """
+    paths: list[Path] = []
+    for path in given:
+        found = pictures_below(path) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path}: a folder without pictures ({', '.join(PICTURE_EXTENSIONS)})")
+        paths += found
+    return paths
 
 
 def leave_out_broken_pictures(folder: PictureFolder) -> tuple[PictureFolder, tuple[str, ...]]:

@@ -1,15 +1,21 @@
 """What ``backbone-finetune predict`` does: pictures in, class names and probabilities out."""
 
-from collections.abc import Iterable, Iterator
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .model_file import TrainedModel, build_transform
+from .output import replacing
 from .pictures import read_picture
 
-__all__ = ["Prediction", "predict"]
+__all__ = ["Prediction", "predict", "writing_csv", "writing_json"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,12 @@ class Prediction:
     error: str | None = None
 
 
-def predict(trained: TrainedModel, pictures: Iterable[Path], *, top_k: int = 3) -> Iterator[Prediction]:
+def predict(
+    trained: TrainedModel, pictures: Iterable[Path], *, top_k: int = 3, batch_size: int = 32
+) -> Iterator[Prediction]:
     """Name the likeliest classes of each picture, in order. One that can't be read does not stop the others.
+
+    Pictures go through the model ``batch_size`` at a time, on the device that it is on; no more are in memory at once.
 
     >>> import timm
     >>> from tempfile import TemporaryDirectory
@@ -42,14 +52,79 @@ def predict(trained: TrainedModel, pictures: Iterable[Path], *, top_k: int = 3) 
     """
     transform = build_transform(trained.data_config)
     trained.model.eval()
-    for path in pictures:
-        try:
-            picture = read_picture(path)
-        except (ValueError, OSError) as error:
-            yield Prediction(path, error=str(error))
-            continue
-        with torch.no_grad():
-            probabilities = trained.model(transform(picture).unsqueeze(0)).softmax(-1)[0]
-        values, indices = probabilities.topk(min(top_k, len(trained.class_names)))
-        names = (trained.class_names[index] for index in indices.tolist())
-        yield Prediction(path, tuple(zip(names, values.tolist(), strict=True)))
+    remaining = iter(pictures)
+    while batch := list(islice(remaining, batch_size)):
+        inputs: list[Tensor] = []
+        errors: dict[Path, str] = {}
+        for path in batch:
+            try:
+                inputs.append(transform(read_picture(path)))
+            except (ValueError, OSError) as error:
+                errors[path] = str(error)
+        answers = iter(classify(trained, torch.stack(inputs), top_k) if inputs else ())
+        for path in batch:
+            yield Prediction(path, error=errors[path]) if path in errors else Prediction(path, next(answers))
+
+
+@torch.no_grad()
+def classify(trained: TrainedModel, inputs: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
+    """Name the likeliest classes of each input, ``(B, 3, H, W)``, with their probabilities, best first."""
+    device = next(trained.model.parameters()).device
+    probabilities = trained.model(inputs.to(device)).float().softmax(-1).cpu()
+    values, indices = probabilities.topk(min(top_k, len(trained.class_names)))
+    return [
+        tuple((trained.class_names[index], value) for index, value in zip(*row, strict=True))
+        for row in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
+@contextmanager
+def writing_csv(path: Path, top_k: int) -> Iterator[Callable[[Prediction], None]]:
+    """Give a function that adds a prediction to a CSV file, a row each; the file is there when the block has ended.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     with writing_csv(Path(folder, "answers.csv"), top_k=1) as write:
+    ...         write(Prediction(Path("tom.jpg"), (("cat", 0.9),)))
+    ...     Path(folder, "answers.csv").read_text().splitlines()
+    ['picture,class_1,probability_1,error', 'tom.jpg,cat,0.9,']
+    """
+    # An undecodable byte of a file name goes out as the byte that it was.
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        rows = csv.writer(file)
+        columns = (f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability"))
+        rows.writerow(["picture", *columns, "error"])
+
+        def write(prediction: Prediction) -> None:
+            cells = [cell for pair in prediction.classes for cell in pair]
+            rows.writerow([prediction.path, *cells, *[""] * (2 * top_k - len(cells)), prediction.error or ""])
+
+        yield write
+
+
+@contextmanager
+def writing_json(path: Path) -> Iterator[Callable[[Prediction], None]]:
+    """Give a function that adds a prediction to a JSON file, which holds a list of them when the block has ended.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     with writing_json(Path(folder, "answers.json")) as write:
+    ...         write(Prediction(Path("tom.jpg"), (("cat", 0.9),)))
+    ...     json.loads(Path(folder, "answers.json").read_text())
+    [{'picture': 'tom.jpg', 'classes': [{'name': 'cat', 'probability': 0.9}], 'error': None}]
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        separator = "[\n"
+
+        def write(prediction: Prediction) -> None:
+            nonlocal separator
+            classes = [{"name": name, "probability": probability} for name, probability in prediction.classes]
+            entry = {"picture": str(prediction.path), "classes": classes, "error": prediction.error}
+            file.write(separator + json.dumps(entry))
+            separator = ",\n"
+
+        yield write
+        file.write("\n]\n" if separator == ",\n" else "[]\n")

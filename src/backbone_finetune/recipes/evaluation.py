@@ -1,0 +1,167 @@
+"""What ``backbone-finetune evaluate`` does: a trained model on a folder of pictures whose classes are known."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .model_file import TrainedModel
+from .output import make_output_folder, replacing
+from .pictures import find_pictures
+from .prediction import predict
+
+__all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "write_evaluation"]
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How well a class is known: of ``pictures`` that show it, ``right`` were called so, as were ``called`` in all.
+
+    Precision is ``right / called``, recall ``right / pictures``, None where there is nothing to divide by.
+
+    >>> ClassScore("cat", pictures=4, called=3, right=3, precision=1.0, recall=0.75).recall
+    0.75
+    """
+
+    name: str
+    pictures: int
+    called: int
+    right: int
+    precision: float | None
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of pictures. ``confusion[i][j]`` of those that show class ``i`` were called class ``j``.
+
+    >>> next(iter(Evaluation.__dataclass_fields__))
+    'accuracy'
+    """
+
+    accuracy: float
+    pictures: int
+    classes: tuple[ClassScore, ...]
+    missing_classes: tuple[str, ...]
+    skipped_pictures: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...]
+
+
+def evaluate_folder(
+    trained: TrainedModel, folder: Path, *, batch_size: int = 32, show_progress: bool = True
+) -> Evaluation:
+    """Let a model name the class of each picture in a folder with a sub-folder per class, named as the model's own.
+
+    Pictures that can't be read are left out, each with a message. Classes without a folder are listed as missing.
+
+    >>> import timm
+    >>> from tempfile import TemporaryDirectory
+    >>> from PIL import Image
+    >>> from backbone_finetune import FineTuneModel
+    >>> model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    >>> trained = TrainedModel(model, "test_resnet", ("ant", "cat", "dog"), timm.data.resolve_model_data_config(model))
+    >>> with TemporaryDirectory() as folder:
+    ...     for name in ("cat", "dog"):
+    ...         Path(folder, name).mkdir()
+    ...         Image.new("RGB", (32, 32)).save(Path(folder, name, "1.png"))
+    ...     evaluation = evaluate_folder(trained, Path(folder), show_progress=False)
+    >>> evaluation.pictures, evaluation.missing_classes
+    (2, ('ant',))
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        NotADirectoryError: it is a file.
+        ValueError: a class folder is not one of the model's classes, or is empty, or no picture can be read.
+    """
+    found = find_pictures(folder)
+    if unknown := [name for name in found.class_names if name not in trained.class_names]:
+        known = ", ".join(trained.class_names[:20]) + (", ..." if len(trained.class_names) > 20 else "")
+        raise ValueError(
+            f"{folder}: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}: no class of this model, whose "
+            f"classes are {known}; rename the folder, or remove it"
+        )
+    positions = {name: position for position, name in enumerate(trained.class_names)}
+    confusion = [[0] * len(positions) for _ in positions]
+    skipped: list[str] = []
+    answers = predict(trained, found.paths, top_k=1, batch_size=batch_size)
+    bar = tqdm(
+        answers, total=len(found.paths), desc="evaluating", unit="picture", leave=False, disable=not show_progress
+    )
+    for prediction, target in zip(bar, found.targets, strict=True):
+        if prediction.error is None:
+            confusion[positions[found.class_names[target]]][positions[prediction.classes[0][0]]] += 1
+        else:
+            skipped.append(prediction.error)
+    pictures = len(found.paths) - len(skipped)
+    if pictures == 0:
+        raise ValueError(f"{folder}: none of its {len(found.paths)} pictures can be read; the first: {skipped[0]}")
+    return Evaluation(
+        accuracy=sum(confusion[position][position] for position in positions.values()) / pictures,
+        pictures=pictures,
+        classes=tuple(score_class(name, position, confusion) for name, position in positions.items()),
+        missing_classes=tuple(name for name in trained.class_names if name not in found.class_names),
+        skipped_pictures=tuple(skipped),
+        confusion=tuple(map(tuple, confusion)),
+    )
+
+
+def score_class(name: str, position: int, confusion: list[list[int]]) -> ClassScore:
+    """Score one class of a confusion matrix, whose rows are true and whose columns are said.
+
+    >>> score_class("cat", 0, [[3, 1], [0, 0]])
+    ClassScore(name='cat', pictures=4, called=3, right=3, precision=1.0, recall=0.75)
+    """
+    right = confusion[position][position]
+    pictures, called = sum(confusion[position]), sum(row[position] for row in confusion)
+    return ClassScore(
+        name, pictures, called, right, right / called if called else None, right / pictures if pictures else None
+    )
+
+
+def describe_evaluation(evaluation: Evaluation) -> str:
+    """Write the accuracy, the table by class and what was missing as lines to read.
+
+    >>> cat = ClassScore("cat", pictures=4, called=3, right=3, precision=1.0, recall=0.75)
+    >>> print(describe_evaluation(Evaluation(0.75, 4, (cat,), ("dog",), (), ((3,),))))
+    class  pictures  precision  recall
+    cat           4      1.000   0.750
+    accuracy 0.750 of 4 pictures
+    without a folder: dog
+    """
+    width = max(len("class"), *(len(score.name) for score in evaluation.classes))
+    lines = [f"{'class':{width}}  pictures  precision  recall"]
+    for score in evaluation.classes:
+        precision, recall = ("-" if share is None else f"{share:.3f}" for share in (score.precision, score.recall))
+        lines.append(f"{score.name:{width}}  {score.pictures:>8,}  {precision:>9}  {recall:>6}")
+    lines.append(f"accuracy {evaluation.accuracy:.3f} of {evaluation.pictures:,} pictures")
+    if evaluation.skipped_pictures:
+        lines.append(f"skipped: {len(evaluation.skipped_pictures):,} pictures that can't be read")
+    if evaluation.missing_classes:
+        lines.append(f"without a folder: {', '.join(evaluation.missing_classes)}")
+    return "\n".join(lines)
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
+    """Write ``evaluation.json`` and ``confusion.png`` into a folder, which is made where there is none.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> cat, dog = (ClassScore(name, 1, 1, 1, 1.0, 1.0) for name in ("cat", "dog"))
+    >>> with TemporaryDirectory() as folder:
+    ...     paths = write_evaluation(Evaluation(1.0, 2, (cat, dog), (), (), ((1, 0), (0, 1))), Path(folder))
+    ...     [path.name for path in paths if path.exists()]
+    ['evaluation.json', 'confusion.png']
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        OSError: the folder can't be written to.
+    """
+    from .confusion_plot import draw_confusion  # noqa: PLC0415 (matplotlib, only where it is needed)
+
+    make_output_folder(folder)
+    numbers, picture = folder / "evaluation.json", folder / "confusion.png"
+    with replacing(numbers) as temporary:
+        temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+    with replacing(picture) as temporary:
+        draw_confusion(evaluation.confusion, [score.name for score in evaluation.classes], temporary)
+    return numbers, picture
