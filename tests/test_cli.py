@@ -189,7 +189,7 @@ def test_a_truncated_model_is_refused(trained: Path, tmp_path: Path, fail: Fail)
         ("train --modle resnet18", "unrecognized arguments: --modle"),
         ("predict model.safetensors", "the following arguments are required: PICTURE"),
         ("predict model.safetensors tom.jpg --top-k 0", "argument --top-k: '0': expected a whole number from 1"),
-        ("inspect", "the following arguments are required: NAME"),
+        ("inspect", "the following arguments are required: NAME|MODEL"),
     ],
 )
 def test_a_wrong_argument_is_one_line(fail: Fail, arguments: str, message: str) -> None:

@@ -1,23 +1,25 @@
 """The command line: arguments in, recipes called, errors as one line. No logic of its own."""
 
 import argparse
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
-from .recipes.inspection import inspect
+from .argument_types import natural_number, non_negative_number, positive_integer, positive_number
+from .recipes.evaluation import describe_evaluation, evaluate_folder, write_evaluation
+from .recipes.inspection import inspect, inspect_file
 from .recipes.model_file import load_trained_model
-from .recipes.prediction import predict
+from .recipes.pictures import list_pictures
+from .recipes.prediction import predict, writing_csv, writing_json
 from .recipes.run import TrainSettings, train
 from .recipes.training import Hyperparameters
 
 __all__ = ["main"]
 
 PROGRAM = "backbone-finetune"
-NumberT = TypeVar("NumberT", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,14 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> Parser:
     """Describe the arguments.
 
-    >>> build_parser().parse_args(["inspect", "resnet18"]).architecture
+    >>> build_parser().parse_args(["inspect", "resnet18"]).network
     'resnet18'
     """
     parser = Parser(prog=PROGRAM, description="Fine-tune any timm network with its backbone frozen.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands.add_parser("train", help="train a classifier on pictures"))
     add_predict(commands.add_parser("predict", help="name the likeliest classes of pictures"))
-    add_inspect(commands.add_parser("inspect", help="print the layer groups of an architecture"))
+    add_evaluate(commands.add_parser("evaluate", help="measure a trained model on pictures of known classes"))
+    add_inspect(commands.add_parser("inspect", help="print layer groups, parameters and cost of a network"))
     return parser
 
 
@@ -103,6 +106,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", type=positive_integer, default=defaults.batch_size, metavar="N", help="default: %(default)s")
     add("--output", type=Path, default=settings.output, metavar="DIR", help="default: %(default)s")
+    add("--trainable-only", action="store_true", help="write only what training changed; loading then takes the base")
     add("--overwrite", action="store_true", help="replace a finished model in the output folder")
     add("--device", default=settings.device, help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.set_defaults(run=run_train)
@@ -110,19 +114,69 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of `predict`."""
-    parser.description = "Name the likeliest classes of pictures, by a model that `train` wrote."
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the model.safetensors that `train` wrote")
-    parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
-    parser.add_argument(
+    parser.description = (
+        "Name the likeliest classes of pictures, by a model that `train` wrote. What can't be read is named and "
+        "counted, and the exit status is then 2."
+    )
+    add_model(parser)
+    add = parser.add_argument
+    add("pictures", type=Path, nargs="+", metavar="PICTURE", help="a picture, or a folder of them, however deep")
+    add(
         "--top-k", type=positive_integer, default=3, metavar="K", help="classes for each picture (default: %(default)s)"
     )
+    add("--csv", type=Path, metavar="FILE", help="write the answers to a CSV file as well")
+    add("--json", type=Path, metavar="FILE", help="write the answers to a JSON file as well")
+    add_batch_size(parser)
     parser.set_defaults(run=run_predict)
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments of `evaluate`."""
+    parser.description = (
+        "Measure a model that `train` wrote on pictures of known classes: accuracy, precision and recall by class, and "
+        "which class was taken for which."
+    )
+    add_model(parser)
+    add = parser.add_argument
+    add(
+        "pictures", type=Path, metavar="DATA", help="a folder with a sub-folder per class, named as the model's classes"
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("evaluation"),
+        metavar="DIR",
+        help="where evaluation.json and confusion.png go (default: %(default)s)",
+    )
+    add_batch_size(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments that say which model to use."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="the model.safetensors that `train` wrote")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="FILE",
+        help="the weights that a model of --trainable-only was trained on, where they were from a file",
+    )
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """Describe how many pictures are in memory at once."""
+    parser.add_argument(
+        "--batch-size", type=positive_integer, default=32, metavar="N", help="pictures at a time (default: %(default)s)"
+    )
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of `inspect`."""
-    parser.description = "Print the layer groups and parameters of an architecture of timm. Nothing is downloaded."
-    parser.add_argument("architecture", metavar="NAME")
+    parser.description = (
+        "Print the layer groups, parameters and cost (floating-point operations of one picture's forward pass) of an "
+        "architecture of timm, or of a trained model and what of it is frozen. Nothing is downloaded."
+    )
+    parser.add_argument("network", metavar="NAME|MODEL", help="an architecture, or the model.safetensors of `train`")
     parser.set_defaults(run=run_inspect)
 
 
@@ -144,6 +198,7 @@ def run_train(options: argparse.Namespace) -> int:
                 seed=options.seed,
             ),
             output=options.output,
+            trainable_only=options.trainable_only,
             overwrite=options.overwrite,
             device=options.device,
         )
@@ -153,76 +208,45 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_predict(options: argparse.Namespace) -> int:
     """Carry out `predict`: a line for each picture, and status 2 when one could not be read."""
+    paths = list_pictures(options.pictures)
+    trained = load_trained_model(options.model, base=options.base)
     unreadable = 0
-    for prediction in predict(load_trained_model(options.model), options.pictures, top_k=options.top_k):
-        if prediction.error is None:
-            print(f"{prediction.path}: {', '.join(f'{name} {share:.1%}' for name, share in prediction.classes)}")
-        else:
-            print(f"{PROGRAM}: skipped: {prediction.error}", file=sys.stderr)
-            unreadable += 1
+    with ExitStack() as files:
+        writers = []
+        if options.csv is not None:
+            writers.append(files.enter_context(writing_csv(options.csv, min(options.top_k, len(trained.class_names)))))
+        if options.json is not None:
+            writers.append(files.enter_context(writing_json(options.json)))
+        for prediction in predict(trained, paths, top_k=options.top_k, batch_size=options.batch_size):
+            for write in writers:
+                write(prediction)
+            if prediction.error is None:
+                print(f"{prediction.path}: {', '.join(f'{name} {share:.1%}' for name, share in prediction.classes)}")
+            else:
+                print(f"{PROGRAM}: skipped: {prediction.error}", file=sys.stderr)
+                unreadable += 1
     if unreadable:
-        raise ValueError(f"{unreadable} of {len(options.pictures)} pictures could not be read")
+        raise ValueError(f"{unreadable} of {len(paths)} pictures could not be read")
+    return 0
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """Carry out `evaluate`: a table by class, and a line for each picture that was left out."""
+    evaluation = evaluate_folder(
+        load_trained_model(options.model, base=options.base), options.pictures, batch_size=options.batch_size
+    )
+    for message in evaluation.skipped_pictures:
+        print(f"{PROGRAM}: skipped: {message}", file=sys.stderr)
+    print(describe_evaluation(evaluation))
+    print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output)))}")
     return 0
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    """Carry out `inspect`."""
-    print(inspect(options.architecture))
+    """Carry out `inspect`: a name of timm has no suffix of a file."""
+    path = Path(options.network)
+    print(inspect_file(path) if path.suffix == ".safetensors" or path.is_file() else inspect(options.network))
     return 0
-
-
-def positive_integer(text: str) -> int:
-    """Read 1, 2, 3, ...
-
-    >>> positive_integer("3")
-    3
-    """
-    return checked(text, int, "a whole number from 1", lambda value: value >= 1)
-
-
-def natural_number(text: str) -> int:
-    """Read 0, 1, 2, ... up to what a seed may be.
-
-    >>> natural_number("0")
-    0
-    """
-    return checked(text, int, "a whole number from 0", lambda value: 0 <= value < 2**63)
-
-
-def positive_number(text: str) -> float:
-    """Read a number above 0.
-
-    >>> positive_number("1e-3")
-    0.001
-    """
-    return checked(text, float, "a number above 0", lambda value: 0 < value < math.inf)
-
-
-def non_negative_number(text: str) -> float:
-    """Read a number from 0.
-
-    >>> non_negative_number("0")
-    0.0
-    """
-    return checked(text, float, "a number from 0", lambda value: 0 <= value < math.inf)
-
-
-def checked(text: str, read: Callable[[str], NumberT], expected: str, is_allowed: Callable[[NumberT], bool]) -> NumberT:
-    """Read a number and check it, or tell argparse what was expected.
-
-    >>> checked("0", int, "a whole number from 1", lambda value: value >= 1)
-    Traceback (most recent call last):
-    ...
-    argparse.ArgumentTypeError: '0': expected a whole number from 1
-    """
-    try:
-        value = read(text)
-    except ValueError:
-        pass
-    else:
-        if is_allowed(value):
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
 
 
 if __name__ == "__main__":

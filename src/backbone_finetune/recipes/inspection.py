@@ -23,7 +23,7 @@ def inspect(architecture: str) -> str:
     Built on the meta device: nothing is downloaded, and no memory taken, however large the network.
 
     >>> print(inspect("test_resnet").splitlines()[-2])
-    layer4              267,840   71.9%    0.01    6.5%  --trainable-groups 1
+    layer4              267,840   71.9%     0.01    6.5%  --trainable-groups 1
 
     Raises:
         ValueError: timm has no such architecture.
@@ -40,7 +40,6 @@ def inspect(architecture: str) -> str:
     last = {group.name: f"--trainable-groups {count - index}" for index, group in enumerate(model.layer_groups)}
     lines = tabulate(model, architecture, config["input_size"], last, "trains, with all below, by")
     if has_classifier:
-        lines[-1] = lines[-1].replace(f"{model.num_features + 1:,}".rjust(14), f"{model.num_features:,} + 1".rjust(14))  # type: ignore[operator]
         lines[-1] += "  always; this many per class"
     else:
         lines[-1] = "no classifier: `train` can't use it; in Python, FineTuneModel(backbone, classifier) can"
@@ -76,8 +75,8 @@ def inspect_file(path: Path) -> str:
     names = description.class_names
     return "\n".join(
         [
-            f"{path}: {len(names):,} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}); written with "
-            + ", ".join(f"{name} {version}" for name, version in description.versions.items()),
+            f"{path}: {len(names):,} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})",
+            "written with " + ", ".join(f"{name} {version}" for name, version in description.versions.items()),
             *tabulate(model, description.architecture, description.data_config["input_size"], states, "state"),
         ]
     )
@@ -106,7 +105,7 @@ def tabulate(
     every_operation = max(sum(operations.values()), 1)
     groups = model.layer_groups
     width = max(len("layer group"), *(len(group.name) for group in groups))
-    features = f"{model.num_features:,} features" if model.num_features is not None else "tokens or maps"
+    features = "tokens or maps" if isinstance(model.classifier, nn.Identity) else f"{model.num_features:,} features"
 
     def line(name: str, size: int, share: str) -> str:
         cost = operations[name]
@@ -147,28 +146,17 @@ def count_operations(model: FineTuneModel, input_size: tuple[int, int, int]) -> 
     counter = FlopCounterMode(display=False)
     with counter:
         model(torch.empty(1, *input_size, device="meta"))
-    inclusive = {
-        path.partition(".")[2]: sum(counts.values())
-        for path, counts in counter.get_flop_counts().items()
-        if path != "Global"
-    }
+    # "FineTuneModel.backbone.conv1" -> "backbone.conv1"; the whole stands there as "Global" and as "FineTuneModel".
+    counted = {path.partition(".")[2]: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
     operations: dict[str, int] = defaultdict(int)
-    for path, count in inclusive.items():
-        inside = [own for other, own in inclusive.items() if other and is_child(other, path, inclusive)]
-        operations[find_group(path, group_of, order)] += count - sum(inside)
+    for path, count in counted.items():  # a module's count has its children's in it
+        operations[find_group(path, group_of, order)] += count
+        if path:
+            parent = path.rpartition(".")[0]
+            while parent not in counted:
+                parent = parent.rpartition(".")[0]
+            operations[find_group(parent, group_of, order)] -= count
     return operations
-
-
-def is_child(path: str, of: str, counted: dict[str, int]) -> bool:
-    """Say whether a module lies below another, with no counted one between.
-
-    >>> is_child("layer1.0", "layer1", {"layer1": 2, "layer1.0": 1}), is_child("layer1.0", "", {"layer1": 2})
-    (True, False)
-    """
-    parent = path.rpartition(".")[0]
-    while parent and parent not in counted:
-        parent = parent.rpartition(".")[0]
-    return path != of and parent == of
 
 
 def find_group(path: str, group_of: dict[str, str], order: list[str]) -> str:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .model_file import TrainedModel, build_transform
@@ -54,16 +55,23 @@ def predict(
     trained.model.eval()
     remaining = iter(pictures)
     while batch := list(islice(remaining, batch_size)):
-        inputs: list[Tensor] = []
-        errors: dict[Path, str] = {}
-        for path in batch:
-            try:
-                inputs.append(transform(read_picture(path)))
-            except (ValueError, OSError) as error:
-                errors[path] = str(error)
+        outcomes = [read_input(path, transform) for path in batch]
+        inputs = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
         answers = iter(classify(trained, torch.stack(inputs), top_k) if inputs else ())
-        for path in batch:
-            yield Prediction(path, error=errors[path]) if path in errors else Prediction(path, next(answers))
+        for path, outcome in zip(batch, outcomes, strict=True):
+            yield Prediction(path, error=outcome) if isinstance(outcome, str) else Prediction(path, next(answers))
+
+
+def read_input(path: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor | str:
+    """Read a picture as a model takes it, ``(3, H, W)``; or say why it can't be read.
+
+    >>> read_input(Path("nowhere.jpg"), lambda picture: torch.zeros(3, 8, 8))
+    'nowhere.jpg: there is no such file'
+    """
+    try:
+        return transform(read_picture(path))
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 @torch.no_grad()

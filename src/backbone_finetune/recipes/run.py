@@ -16,8 +16,9 @@ from torch import Tensor
 
 from backbone_finetune import FineTuneModel, __version__
 
+from .base_weights import base_source, remember_base
 from .metrics import Metrics, describe
-from .model_file import TrainedModel, build_transform, save_trained_model
+from .model_file import TrainedModel, build_transform, save_trained_changes, save_trained_model
 from .networks import load_network
 from .output import MODEL_FILE, check_output_folder, make_output_folder, replacing
 from .pictures import PictureDataset, find_pictures, leave_out_broken_pictures, split
@@ -40,7 +41,8 @@ class TrainSettings:
     """What to train on what. Left alone: the packaged ImageNet weights, on the packaged clipart.
 
     ``pictures`` is a folder with a sub-folder per class. ``architecture`` is a name of timm; its weights are random
-    unless they come from the hub (``pretrained``) or from a file (``checkpoint``).
+    unless they come from the hub (``pretrained``) or from a file (``checkpoint``). With ``trainable_only`` the model
+    file holds what training changed, and loads on top of these weights alone.
 
     >>> TrainSettings(trainable_groups=1).output
     PosixPath('fine-tuned')
@@ -53,6 +55,7 @@ class TrainSettings:
     trainable_groups: int = 0
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     output: Path = Path("fine-tuned")
+    trainable_only: bool = False
     overwrite: bool = False
     device: str = "cpu"
 
@@ -80,6 +83,11 @@ def train(settings: TrainSettings) -> Metrics:
     device = find_device(settings.device)
     found = find_pictures(settings.pictures or CLIPART)
     draw_curves = import_draw_curves()
+    source = (
+        base_source(settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint)
+        if settings.trainable_only
+        else None
+    )
     hyperparameters = settings.hyperparameters
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(hyperparameters.seed)
@@ -88,6 +96,7 @@ def train(settings: TrainSettings) -> Metrics:
         )
         model = FineTuneModel.from_timm(network, num_classes=len(found.class_names))
         model.freeze_backbone(trainable_groups=settings.trainable_groups)
+        base = remember_base(model, source, weights) if source is not None else None
 
         folder, skipped = leave_out_broken_pictures(found)
         for message in skipped:
@@ -143,7 +152,10 @@ def train(settings: TrainSettings) -> Metrics:
     with replacing(settings.output / "metrics.json") as temporary:
         temporary.write_text(json.dumps(asdict(metrics), indent=2) + "\n")
     trained = TrainedModel(model, architecture, folder.class_names, data_config)
-    save_trained_model(trained, settings.output / MODEL_FILE, record=asdict(metrics))
+    if base is None:
+        save_trained_model(trained, settings.output / MODEL_FILE, record=asdict(metrics))
+    else:
+        save_trained_changes(trained, base, settings.output / MODEL_FILE, record=asdict(metrics))
     print(f"\nwrote {', '.join(str(settings.output / name) for name in ('curves.png', 'metrics.json', MODEL_FILE))}")
     return metrics
 

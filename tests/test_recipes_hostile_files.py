@@ -1,0 +1,249 @@
+"""A thousand model files that somebody tampered with: an error of one line, or a model; never anything else."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from picture_folders import COLOURS
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes import model_file
+from backbone_finetune.recipes.model_file import TrainedModel, load_trained_model, save_trained_model
+
+FILES = 1000
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("honest") / "model.safetensors"
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone()
+    config = timm.data.resolve_model_data_config(model)
+    save_trained_model(TrainedModel(model, "test_resnet", tuple(COLOURS), config), path, record={"seed": 0})
+    return path.read_bytes()
+
+
+@pytest.fixture
+def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build each network once: a thousand files name the same, and its construction is timm's affair."""
+    build = model_file.build_model
+    built: dict[object, FineTuneModel] = {}
+
+    def build_once(description: Any) -> FineTuneModel:
+        device = torch.empty(0).device.type
+        key = (device, description.architecture, len(description.class_names), repr(description.arguments))
+        if key not in built:
+            built[key] = build(description)
+        return built[key]
+
+    monkeypatch.setattr(model_file, "build_model", build_once)
+
+
+@pytest.fixture
+def nothing_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise AssertionError(f"it reached out: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr("builtins.exec", refuse)
+
+
+def unpack(content: bytes) -> tuple[dict[str, Any], bytes]:
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def pack(header: object, tensors: bytes) -> bytes:
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(text)) + text + tensors
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+POISON = st.sampled_from(
+    [
+        *("hf-hub:someone/model", "local-dir:/etc", "file:///etc/passwd", "../../etc", "vit_giant_patch14_224", ""),
+        *("[" * 100_000, "9" * 5000, "NaN", "1e999", "null", "{}", "[]", json.dumps(["x"] * 100_000)),
+        json.dumps({"checkpoint_path": "/etc/passwd"}),
+        json.dumps({"pretrained": True}),
+        json.dumps({"img_size": 10**9}),
+        json.dumps({"source": "hub", "words": "w", "fingerprint": "f"}),
+        json.dumps({"source": "file", "words": "/etc/passwd", "fingerprint": "f"}),
+    ]
+)
+ENTRIES = st.sampled_from(
+    ["architecture", "arguments", "class_names", "data_config", "freeze_state", "versions", "record", "base", "format"]
+)
+
+
+@st.composite
+def tampered(draw: st.DrawFn, content: bytes) -> bytes:
+    """Flip, cut or insert bytes, mostly in the header; or put other JSON in the place of a part of it."""
+    (length,) = struct.unpack("<Q", content[:8])
+    way = draw(st.sampled_from(["bytes", "bytes", "cut", "insert", "length", "tensor", "entry", "entry", "inside"]))
+    position = draw(st.integers(0, 8 + length) | st.integers(0, len(content) - 1))
+    if way == "bytes":
+        mutable = bytearray(content)
+        for _ in range(draw(st.integers(1, 4))):
+            mutable[draw(st.integers(0, 8 + length))] = draw(st.integers(0, 255))
+        return bytes(mutable)
+    if way == "cut":
+        return content[:position]
+    if way == "insert":
+        return content[:position] + draw(st.binary(min_size=1, max_size=64)) + content[position:]
+    if way == "length":
+        return struct.pack("<Q", draw(st.integers(0, 2**64 - 1))) + content[8:]
+    header, tensors = unpack(content)
+    if way == "tensor":
+        name = draw(st.sampled_from(sorted(set(header) - {"__metadata__"})))
+        field = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+        other = st.sampled_from(["F64", "I32", "U8", "F8_E4M3", "X"]) | st.lists(st.integers(0, 2**63), max_size=4)
+        header[name][field] = draw(JSON | other)
+        return pack(header, tensors)
+    metadata, entry = header["__metadata__"], draw(ENTRIES)
+    if way == "entry":
+        metadata[entry] = draw(POISON | JSON.map(json.dumps) | st.text(max_size=30))
+    else:
+        inner = json.loads(metadata["data_config"])
+        inner[draw(st.sampled_from(sorted(inner)))] = draw(JSON)
+        metadata["data_config"] = json.dumps(inner)
+    return pack(header, tensors)
+
+
+def load_or_refuse(path: Path) -> bool:
+    """Load a file, or get the one kind of error that may come, in one line that names the file."""
+    try:
+        load_trained_model(path)
+    except ValueError as error:
+        message = str(error)
+        assert message.startswith(str(path))
+        assert len(message) < 2000
+        assert "\n" not in message
+        return False
+    return True
+
+
+@pytest.mark.usefixtures("built_once", "nothing_reached")
+def test_tampered_files_are_refused_or_loaded(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    outcomes: list[bool] = []
+    slowest = 0.0
+
+    @settings(
+        max_examples=FILES,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    )
+    @given(tampered(content))
+    def load(data: bytes) -> None:
+        nonlocal slowest
+        path.write_bytes(data)
+        start = time.process_time()
+        outcomes.append(load_or_refuse(path))
+        slowest = max(slowest, time.process_time() - start)
+
+    load()
+    assert len(outcomes) >= 0.9 * FILES
+    assert outcomes.count(False) > FILES / 2
+    assert slowest < 10  # seconds; the largest networks of timm take some to build, without memory
+
+
+def replace_entry(content: bytes, entry: str, text: str) -> bytes:
+    header, tensors = unpack(content)
+    header["__metadata__"][entry] = text
+    return pack(header, tensors)
+
+
+def with_config(content: bytes, **entries: object) -> bytes:
+    header, _ = unpack(content)
+    return replace_entry(
+        content, "data_config", json.dumps(json.loads(header["__metadata__"]["data_config"]) | entries)
+    )
+
+
+@pytest.mark.usefixtures("nothing_reached")
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (lambda c: b"\x80\x04PK" + c, "no safetensors file"),
+        (lambda c: struct.pack("<Q", 2**62) + c[8:], "no safetensors file"),
+        (lambda c: struct.pack("<Q", 200_000) + b"[" * 200_000, "no safetensors file"),
+        (lambda c: replace_entry(c, "architecture", "hf-hub:someone/model"), "no architecture 'hf-hub:someone/model'"),
+        (lambda c: replace_entry(c, "architecture", "local-dir:/etc"), "no architecture 'local-dir:/etc'"),
+        (lambda c: replace_entry(c, "architecture", "resnet18.nobody"), "no weights tagged 'nobody'"),
+        (lambda c: replace_entry(c, "arguments", '{"checkpoint_path": "/etc/passwd"}'), "a file may give drop_rate"),
+        (lambda c: replace_entry(c, "arguments", '{"img_size": 1000000000}'), "expected a side of 1 to 4096 pixels"),
+        (lambda c: replace_entry(c, "arguments", '{"img_size": 64}'), "timm .* can't build test_resnet with"),
+        (lambda c: replace_entry(c, "class_names", "[" * 100_000), "class_names: .*expected JSON"),
+        (lambda c: replace_entry(c, "class_names", json.dumps([*map(str, range(100_000))])), "has shape .*100000"),
+        (
+            lambda c: replace_entry(c, "freeze_state", '{"norm_eval": 1, "trainable": []}'),
+            "norm_eval: 1; expected true",
+        ),
+        (lambda c: replace_entry(c, "freeze_state", '{"norm_eval": true, "trainable": ["x"]}'), "trainable: 'x' is no"),
+        (lambda c: replace_entry(c, "format_version", "2"), "format version '2'"),
+        (lambda c: replace_entry(c, "format", "pt"), "not one of backbone-finetune"),
+        (lambda c: with_config(c, input_size=[3, 10**9, 10**9]), "input_size: .*; expected 3 colours"),
+        (lambda c: with_config(c, crop_pct=1e-9), "crop_pct: 1e-09; expected a number from 0.1"),
+        (lambda c: with_config(c, mean=[float("nan")] * 3), "mean: .*; expected a number for each"),
+        (lambda c: with_config(c, std=[0, 0, 0]), "std: .*; expected a number above 0"),
+        (lambda c: c[:-4] + struct.pack("<f", float("nan")), "holds values that are not finite"),
+    ],
+)
+def test_each_ill_has_its_own_message(
+    content: bytes, tmp_path: Path, tamper: Callable[[bytes], bytes], message: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(tamper(content))
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
+        load_trained_model(path)
+
+
+def test_nothing_large_is_built_before_it_is_compared(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    devices: list[str] = []
+    build = model_file.build_model
+
+    def record(description: Any) -> FineTuneModel:
+        devices.append(torch.empty(0).device.type)
+        return build(description)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_file, "build_model", record)
+        path.write_bytes(replace_entry(content, "architecture", "vit_giant_patch14_224"))
+        with pytest.raises(ValueError, match="vit_giant_patch14_224 as timm"):
+            load_trained_model(path)
+        assert devices == ["meta"]
+        path.write_bytes(content)
+        load_trained_model(path)
+        assert devices == ["meta", "meta", "cpu"]
+
+
+def test_tables_that_no_tensor_accounts_for_are_refused(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(description: Any) -> FineTuneModel:
+        model = model_file.FineTuneModel.from_timm("test_resnet", num_classes=3)
+        model.backbone.register_buffer("table", torch.empty(2**30), persistent=False)
+        return model
+
+    monkeypatch.setattr(model_file, "build_model", build)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"would compute tables of 4,294,\d+,\d+ bytes beside its tensors"):
+        load_trained_model(tmp_path / "model.safetensors")
