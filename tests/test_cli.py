@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -101,6 +102,77 @@ def test_predict_names_what_it_cannot_read_and_goes_on(
     assert third == "backbone-finetune: error: 2 of 3 pictures could not be read"
 
 
+def test_predict_walks_folders_and_writes_csv_and_json(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(3):
+        make_picture(tmp_path / "in" / "deep" / f"{index}.png", COLOURS["red"], seed=index)
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"")
+    files = ("--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json"))
+    arguments = ["predict", str(trained), str(tmp_path / "in"), "--top-k", "9", "--batch-size", "2", *files]
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    paths = [tmp_path / "in" / "broken.jpg", *(tmp_path / "in" / "deep" / f"{index}.png" for index in range(3))]
+    assert [line.partition(":")[0] for line in printed.out.splitlines()] == [str(path) for path in paths[1:]]
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    entries = json.loads((tmp_path / "a.json").read_text())
+    assert [row["picture"] for row in rows] == [entry["picture"] for entry in entries] == [str(path) for path in paths]
+    assert rows[0]["error"] == entries[0]["error"] != ""
+    assert (rows[0]["class_1"], entries[0]["classes"]) == ("", [])
+    assert rows[1]["class_1"] == entries[1]["classes"][0]["name"]
+    assert float(rows[1]["probability_3"]) == entries[1]["classes"][2]["probability"]
+    assert sum(found["probability"] for found in entries[1]["classes"]) == pytest.approx(1)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "a.csv", "a.json"}
+
+
+def test_evaluate_prints_a_table_and_writes_two_files(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = make_folder(tmp_path / "pictures", per_class=2)
+    (pictures / "red" / "broken.png").write_bytes(b"")
+    output = tmp_path / "out"
+    assert cli.main(["evaluate", str(trained), str(pictures), "--output", str(output)]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [[name, "2"] for name in COLOURS]
+    assert lines[4].startswith("accuracy ")
+    assert lines[-1] == f"wrote {output / 'evaluation.json'}, {output / 'confusion.png'}"
+    skipped = [line for line in printed.err.splitlines() if "skipped: " in line]
+    assert len(skipped) == 1
+    assert f"backbone-finetune: skipped: {pictures / 'red' / 'broken.png'}: not a readable picture" in skipped[0]
+
+
+def test_trainable_only_writes_a_small_file_that_takes_its_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fail: Fail
+) -> None:
+    pictures = make_folder(tmp_path / "pictures")
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), weights)
+    model = tmp_path / "run" / "model.safetensors"
+    train = ["train", str(pictures), "--model", "test_resnet", "--epochs", "1", "--trainable-only"]
+    assert "test_resnet starts from random weights" in fail(*train, "--output", model.parent)
+    assert cli.main([*train, "--checkpoint", str(weights), "--output", str(model.parent)]) == 0
+    assert model.stat().st_size < 10_000
+    capsys.readouterr()
+    picture = pictures / "red" / "0.png"
+    assert f"on top of test_resnet with weights from {weights}; give that weights file (--base FILE" in fail(
+        "predict", model, picture
+    )
+    assert cli.main(["predict", str(model), str(picture), "--base", str(weights)]) == 0
+
+
+def test_inspect_says_what_of_a_trained_model_is_frozen(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(trained)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{trained}: 3 classes (blue, green, red)"
+    assert f"timm {timm.__version__}" in lines[1]
+    assert [line.split()[-1] for line in lines[5:]] == ["frozen"] * 5 + ["trainable"]
+    shares = [float(line.split()[-2].rstrip("%")) for line in lines[5:]]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    assert shares[0] > shares[1] > shares[3]
+
+
 def test_inspect_prints_groups_and_parameters_on_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "resnet50.a1_in1k"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -148,6 +220,9 @@ def test_each_mistake_is_one_line(tmp_path: Path, fail: Fail) -> None:
     assert "nowhere.pth: there is no such weights" in fail("train", pictures, *small, "--checkpoint", "nowhere.pth")
     assert "text.pth: no safetensors file" in fail("predict", tmp_path / "text.pth", "tom.jpg")
     assert "nowhere.safetensors: no such file" in fail("predict", tmp_path / "nowhere.safetensors", "tom.jpg")
+    assert "nowhere.safetensors: no such file" in fail("inspect", tmp_path / "nowhere.safetensors")
+    assert "text.pth: no safetensors file" in fail("inspect", tmp_path / "text.pth")
+    assert "empty: a folder without pictures" in fail("predict", tmp_path / "nowhere.safetensors", tmp_path / "empty")
     assert not output.exists()
 
 
@@ -189,6 +264,7 @@ def test_a_truncated_model_is_refused(trained: Path, tmp_path: Path, fail: Fail)
         ("train --modle resnet18", "unrecognized arguments: --modle"),
         ("predict model.safetensors", "the following arguments are required: PICTURE"),
         ("predict model.safetensors tom.jpg --top-k 0", "argument --top-k: '0': expected a whole number from 1"),
+        ("evaluate model.safetensors", "the following arguments are required: DATA"),
         ("inspect", "the following arguments are required: NAME|MODEL"),
     ],
 )

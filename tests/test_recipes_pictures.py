@@ -18,6 +18,7 @@ from backbone_finetune.recipes.pictures import (
     PictureFolder,
     find_pictures,
     leave_out_broken_pictures,
+    list_pictures,
     read_picture,
     split,
 )
@@ -103,6 +104,26 @@ def test_a_decompression_bomb_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40)
     _, broken = leave_out_broken_pictures(find_pictures(tmp_path))
     assert [message.partition(":")[0] for message in broken] == [str(bomb)]
+
+
+def test_a_line_that_would_become_gigabytes_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (1, 101)).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match=r"line\.png: not a readable picture \(1 x 101 pixels; at most 1 to 100"):
+        read_picture(tmp_path / "line.png")
+    Image.new("L", (100, 1)).save(tmp_path / "line.png")
+    assert read_picture(tmp_path / "line.png").size == (100, 1)
+
+
+def test_folders_are_walked_and_files_taken_as_they_are(tmp_path: Path) -> None:
+    for name in ("b/deeper/2.JPG", "b/1.webp", "b/notes.txt", "b/.hidden/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    given = [tmp_path / "missing.png", tmp_path / "b", tmp_path / "b" / "notes.txt"]
+    expected = [given[0], tmp_path / "b" / "1.webp", tmp_path / "b" / "deeper" / "2.JPG", given[2]]
+    assert list_pictures(given) == expected
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: a folder without pictures \(\.png"):
+        list_pictures([tmp_path / "empty"])
 
 
 def test_a_class_with_too_few_readable_pictures_is_refused(tmp_path: Path) -> None:
