@@ -106,6 +106,25 @@ def test_a_decompression_bomb_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     assert [message.partition(":")[0] for message in broken] == [str(bomb)]
 
 
+def test_damaged_metadata_is_no_matter_or_a_plain_error(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    path = tmp_path / "picture.jpg"
+    Image.new("RGB", (8, 4), (200, 0, 0)).save(path, exif=exif)
+    whole = path.read_bytes()
+    start = whole.index(b"Exif")
+    outcomes = set()
+    for position in range(start + 6, start + 60):
+        for octet in (0, 1, 5, 255):
+            path.write_bytes(whole[:position] + bytes([octet]) + whole[position + 1 :])
+            try:
+                outcomes.add(read_picture(path).size)
+            except ValueError as error:
+                outcomes.add(str(error).partition(" (")[0])
+    assert outcomes == {(4, 8), (8, 4), f"{path}: not a readable picture"}
+    assert not recwarn.list
+
+
 def test_a_line_that_would_become_gigabytes_is_refused(tmp_path: Path) -> None:
     Image.new("L", (1, 101)).save(tmp_path / "line.png")
     with pytest.raises(ValueError, match=r"line\.png: not a readable picture \(1 x 101 pixels; at most 1 to 100"):

@@ -78,6 +78,8 @@ def read_picture(path: Path) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
+            # What Pillow remarks on damaged metadata of a picture that it reads all the same is of no use here.
+            warnings.simplefilter("ignore")
             # Pillow warns of a decompression bomb first and refuses it at twice the size; here the warning is enough.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
@@ -94,13 +96,7 @@ def read_picture(path: Path) -> Image.Image:
                 return picture.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
-    except (
-        OSError,  # not a picture at all (UnidentifiedImageError), or a truncated one
-        SyntaxError,  # Pillow's word for a damaged PNG
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except Exception as error:  # what Pillow says of a damaged file can be anything, struct.error and KeyError included
         # Pillow repeats the path in some of its messages
         reason = str(error).replace(f" {str(path)!r}", "")
         raise ValueError(f"{path}: not a readable picture ({reason})") from error
