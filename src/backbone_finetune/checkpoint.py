@@ -201,8 +201,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
                 )
             yield opened, {name: text for name, text in metadata.items() if name not in _FORMAT}
     except SafetensorError as error:
+        reason = " ".join(str(error)[:200].split())  # it repeats what it found, newlines too
         raise ValueError(
-            f"{path}: no safetensors file, or a truncated one ({str(error)[:200]}); copy or train it again."
+            f"{path}: no safetensors file, or a truncated one ({reason}); copy or train it again."
         ) from error
 
 

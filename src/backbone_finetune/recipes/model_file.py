@@ -149,7 +149,7 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
         load_tensors(model, {**below, **tensors})
         freeze_as(model, description)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     return TrainedModel(
         model.eval(),
         description.architecture,
