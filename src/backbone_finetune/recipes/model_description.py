@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import timm
 
-from .networks import check_architecture
+from backbone_finetune.architectures import check_architecture
 
 __all__ = ["ModelDescription", "parse_metadata", "write_metadata"]
 
