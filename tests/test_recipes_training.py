@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.features import extract_features
 from backbone_finetune.recipes.training import Hyperparameters, evaluate, fine_tune, fit
 
 CPU = torch.device("cpu")
@@ -55,35 +54,6 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
     return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
-
-
-def test_features_are_what_the_classifier_sees_in_evaluation() -> None:
-    model, pictures = make_model(), make_pictures()
-    features, targets = extract_features(model, pictures, batch_size=5, device=CPU).tensors
-    assert torch.equal(targets, pictures.tensors[1])
-    torch.testing.assert_close(model.classifier(features), model.eval()(pictures.tensors[0]))
-
-
-def test_features_of_a_backbone_that_trains_are_refused() -> None:
-    model = make_model().freeze_backbone(trainable_groups=1)
-    with pytest.raises(ValueError, match=r"features of a backbone that trains change.*call freeze_backbone\(\) first"):
-        extract_features(model, make_pictures(), batch_size=8, device=CPU)
-
-
-def test_features_keep_no_tokens_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    class FirstToken(nn.Module):
-        def forward(self, tokens: Tensor) -> Tensor:
-            return tokens[:, 0]
-
-    model = FineTuneModel(FirstToken(), nn.Linear(4, 2))
-    data: Any = TensorDataset(torch.randn(6, 50, 4), torch.zeros(6, dtype=torch.long))
-    held: list[int] = []
-    concatenate = torch.cat
-    monkeypatch.setattr(
-        torch, "cat", lambda parts: held.extend(part.untyped_storage().nbytes() for part in parts) or concatenate(parts)
-    )
-    extract_features(model, data, batch_size=3, device=CPU)
-    assert held[:2] == [3 * 4 * 4, 3 * 4 * 4]
 
 
 def test_a_frozen_backbone_sees_each_picture_once() -> None:

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 
-from .features import extract_features, trains
+from .backbone_pass import trains
+from .features import extract_features
 
 __all__ = ["EpochResult", "Hyperparameters", "evaluate", "fine_tune", "fit"]
 
@@ -151,8 +152,7 @@ def fine_tune(
         train_features, test_features = (
             extract_features(
                 model,
-                pictures,
-                batch_size=hyperparameters.batch_size,
+                DataLoader(pictures, hyperparameters.batch_size),
                 device=device,
                 title=title if show_progress else None,
             )

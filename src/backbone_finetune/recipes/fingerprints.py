@@ -1,0 +1,178 @@
+"""What cached features depend on, as digests: the backbone that computed them, and the pictures it was shown."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from os.path import relpath
+from types import CodeType, FunctionType
+from typing import Any
+
+import PIL
+from timm.data import transforms as timm_transforms
+from torch import Tensor, nn
+from torchvision import transforms  # it comes with timm
+
+from backbone_finetune import __version__
+from backbone_finetune.freezing import digest, frozen_tensors
+
+from .feature_store import digest_file
+from .pictures import PictureDataset
+
+__all__ = ["backbone_fingerprint", "data_fingerprint", "is_deterministic"]
+
+# Each gives the same tensor for the same picture, and is fully described by its public attributes. A subclass may
+# do anything, so only these very types count.
+DETERMINISTIC: frozenset[type] = frozenset(
+    {
+        transforms.CenterCrop,
+        transforms.ConvertImageDtype,
+        transforms.Grayscale,
+        transforms.Normalize,
+        transforms.PILToTensor,
+        transforms.Pad,
+        transforms.Resize,
+        transforms.ToTensor,
+        timm_transforms.CenterCropOrPad,
+        timm_transforms.MaybePILToTensor,
+        timm_transforms.MaybeToTensor,
+        timm_transforms.ToNumpy,
+        timm_transforms.ToTensor,
+        timm_transforms.TrimBorder,
+    }
+)
+
+
+def is_deterministic(transform: Any) -> bool:
+    """Say whether a transform of torchvision or timm is known to give the same tensor for the same picture each time.
+
+    >>> from timm.data import create_transform
+    >>> is_deterministic(create_transform(64)), is_deterministic(create_transform(64, is_training=True))
+    (True, False)
+
+    One that is not known, a function or a class of your own, counts as random.
+    """
+    if type(transform) is transforms.Compose:
+        return all(is_deterministic(part) for part in transform.transforms)
+    if type(transform) is timm_transforms.ResizeKeepRatio:
+        draws = (transform.random_scale_prob, transform.random_aspect_prob)
+        return not any(draws) and not isinstance(transform.interpolation, tuple | list)
+    return type(transform) in DETERMINISTIC
+
+
+def data_fingerprint(dataset: PictureDataset) -> str:
+    """Digest what a dataset shows a backbone: the content, order and targets of its pictures, and its transform.
+
+    Contents are read, not sizes and times: these can stay the same when a picture changes, and change when a folder
+    is copied. Reading costs a small part of what decoding and a backbone cost. Where the folder is does not count.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from timm.data import create_transform
+    >>> from backbone_finetune.recipes.pictures import PictureFolder
+    >>> with TemporaryDirectory() as folder:
+    ...     picture = Path(folder, "1.png")
+    ...     PIL.Image.new("RGB", (4, 4)).save(picture)
+    ...     dataset = PictureDataset(PictureFolder(Path(folder), ("a", "b"), (picture,), (0,)), create_transform(8))
+    ...     before = data_fingerprint(dataset)
+    ...     PIL.Image.new("RGB", (4, 4), "red").save(picture)
+    ...     data_fingerprint(dataset) == before
+    False
+
+    Raises:
+        OSError: a picture can't be read.
+        ValueError: the transform is random, or not known not to be.
+    """
+    if not is_deterministic(dataset.transform):
+        raise ValueError(
+            f"{dataset.transform!r}: not known to give the same tensor for the same picture each time; use timm's "
+            "evaluation transform, or pass a fingerprint of your own to FeatureCache"
+        )
+    folder = dataset.folder
+    with ThreadPoolExecutor() as threads:
+        contents = list(threads.map(digest_file, folder.paths))
+    paths = [relpath(path, folder.root) for path in folder.paths]
+    pictures = list(zip(paths, folder.targets, contents, strict=True))
+    # What reads and transforms the pictures, beyond the transform's own arguments.
+    versions = {"backbone-finetune": __version__, "pillow": PIL.__version__, "torchvision": version("torchvision")}
+    return digest_text([pictures, describe_transform(dataset.transform), versions])
+
+
+def describe_transform(transform: Any) -> Any:
+    """Write down a deterministic transform in full: a ``repr`` shortens tensors, and leaves arguments out.
+
+    >>> describe_transform(transforms.CenterCrop(8))
+    ['torchvision.transforms.transforms.CenterCrop', {'size': '(8, 8)'}]
+    """
+    if type(transform) is transforms.Compose:
+        return [describe_transform(part) for part in transform.transforms]
+    arguments = {
+        name: repr(value.tolist() if isinstance(value, Tensor) else value)
+        for name, value in vars(transform).items()
+        if not name.startswith("_") and name != "training"
+    }
+    return [f"{type(transform).__module__}.{type(transform).__qualname__}", arguments]
+
+
+def backbone_fingerprint(backbone: nn.Module) -> str:
+    """Digest a frozen backbone: its parameters and buffers to the bit, and what its modules are and do.
+
+    >>> backbone_fingerprint(nn.AvgPool2d(2)) == backbone_fingerprint(nn.AvgPool2d(2))
+    True
+    >>> backbone_fingerprint(nn.AvgPool2d(2)) == backbone_fingerprint(nn.AvgPool2d(2, stride=1))
+    False
+
+    Of each module its class counts, its methods' code (a `forward` that was edited is another one) and its plain
+    attributes; what a hook or a function called by it does is not seen.
+    """
+    tensors = {name: digest(tensor) for name, tensor in frozen_tensors(backbone, [backbone]).items()}
+    modules = [(name, describe_module(module)) for name, module in backbone.named_modules()]
+    classes = {type(module) for module in backbone.modules()}
+    code = sorted(f"{class_.__module__}.{class_.__qualname__} {describe_code_of(class_)}" for class_ in classes)
+    return digest_text([tensors, modules, code])
+
+
+def describe_module(module: nn.Module) -> Any:
+    """Write down the class, the printed arguments and the plain attributes of one module, without its children."""
+    attributes = {name: repr(value) for name, value in vars(module).items() if name != "training" and is_plain(value)}
+    return [f"{type(module).__module__}.{type(module).__qualname__}", module.extra_repr(), attributes]
+
+
+def is_plain(value: object) -> bool:
+    """Say whether the ``repr`` of a value says all about it, in every process alike.
+
+    >>> is_plain(0.1), is_plain((2, "avg")), is_plain({1, 2}), is_plain(nn.Identity())
+    (True, True, False, False)
+    """
+    if isinstance(value, tuple | list):
+        return all(is_plain(entry) for entry in value)
+    return value is None or type(value) in {bool, int, float, complex, str}
+
+
+def describe_code_of(class_: type) -> Any:
+    """Write down the bytecode of a module class's own methods, up to where torch's take over."""
+    own = class_.__mro__[: class_.__mro__.index(nn.Module)]
+    return [
+        (name, describe_code(value.__code__))
+        for parent in own
+        for name, value in vars(parent).items()
+        if isinstance(value, FunctionType)
+    ]
+
+
+def describe_code(code: CodeType) -> Any:
+    """Write down what a function does, but not where it is written."""
+    constants = [
+        describe_code(constant)
+        if isinstance(constant, CodeType)
+        else sorted(map(repr, constant))  # the order of a set differs between processes
+        if isinstance(constant, frozenset)
+        else repr(constant)
+        for constant in code.co_consts
+    ]
+    return [code.co_code.hex(), code.co_names, code.co_varnames, constants]
+
+
+def digest_text(value: object) -> str:
+    """Digest anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,98 @@
+"""A head by full-batch L-BFGS on cached features, as CLIP's linear probe is trained: no learning rate to choose."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+from .features import feature_batches
+from .heads import decaying_names, to_device
+
+__all__ = ["LbfgsResult", "fit_lbfgs"]
+
+
+@dataclass(frozen=True)
+class LbfgsResult:
+    """Where L-BFGS ended: the objective, its largest partial derivative, and whether that is within the tolerance.
+
+    >>> LbfgsResult(loss=0.3, gradient=2e-6, iterations=80, converged=True).converged
+    True
+    """
+
+    loss: float
+    gradient: float
+    iterations: int
+    converged: bool
+
+
+def fit_lbfgs(
+    classifier: nn.Module,
+    features: TensorDataset,
+    *,
+    weight_decay: float = 0.0,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-5,
+    chunk_size: int = 8192,
+    device: torch.device,
+) -> LbfgsResult:
+    """Minimise a classifier's mean cross entropy over all features at once, by L-BFGS with a strong-Wolfe search.
+
+    CLIP (Radford et al. 2021, section 3.2 and appendix A.3) evaluates features so, with 1000 iterations; its L2
+    penalty ``C`` of scikit-learn is ``weight_decay = 1 / (C * N)``: the objective is ``mean loss + weight_decay / 2 *
+    |weights|**2``, biases and 1-d weights left out as in `FineTuneModel.param_groups`. For a linear classifier it is
+    convex, so wherever it starts it ends at the same optimum.
+
+    >>> classifier = nn.Linear(2, 2)
+    >>> data = TensorDataset(torch.eye(2), torch.tensor([0, 1]))
+    >>> fit_lbfgs(classifier, data, weight_decay=0.1, device=torch.device("cpu")).converged
+    True
+
+    Memory is bounded by ``chunk_size`` pictures at a time. The search needs the same function at each look, so the
+    classifier runs in eval: dropout is off, running statistics stay. It goes to ``device``, and keeps its modes.
+
+    Raises:
+        ValueError: nothing in the classifier trains, or the objective is not finite.
+    """
+    decaying = decaying_names(classifier)
+    classifier.to(device)
+    trained = {name: parameter for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.LBFGS(
+        trained.values(),
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        tolerance_grad=tolerance,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+    chunks = feature_batches(features, chunk_size)
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        penalty = sum((parameter.square().sum() for name, parameter in trained.items() if name in decaying), start=0.0)
+        total = torch.as_tensor(weight_decay / 2 * penalty, device=device)
+        if total.requires_grad:
+            total.backward()  # type: ignore[no-untyped-call]
+        total = total.detach()
+        for chunk in chunks:
+            inputs, targets = to_device(chunk, device)
+            loss = cross_entropy(classifier(inputs), targets, reduction="sum") / len(features)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+        return total
+
+    modes = [(module, module.training) for module in classifier.modules()]
+    classifier.eval()
+    try:
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
+        loss = objective().item()
+    finally:
+        for module, training in modes:
+            module.training = training
+    gradient = max(float(parameter.grad.abs().max()) for parameter in trained.values() if parameter.grad is not None)
+    optimizer.zero_grad()
+    if not loss < float("inf"):
+        raise ValueError(f"the objective is {loss}; the features or the classifier's weights are not finite")
+    iterations = int(next(iter(optimizer.state.values()))["n_iter"])
+    return LbfgsResult(loss, gradient, iterations, converged=gradient <= tolerance)
