@@ -1,10 +1,10 @@
 """Run a frozen backbone once: what its classifier will see of every picture, in memory or on disk."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from sys import stderr
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
@@ -99,7 +99,7 @@ def extract_features(
         mapped = open_store(cache.folder, fingerprints, count=count(loader))
     except (FileNotFoundError, UnusableStoreError) as fault:
         if isinstance(fault, UnusableStoreError):
-            print(f"features in {cache.folder}: {fault}; computing them again", file=stderr)
+            print(f"features in {cache.folder}: {fault}; computing them again", file=sys.stderr)
         with in_eval(model.backbone):
             batches = backbone_batches(model.backbone, loader, device, narrow, title)
             build_store(cache.folder, uniform(batches), fingerprints)
@@ -177,7 +177,7 @@ def gather(batches: Iterable[tuple[Tensor, ...]], total: int | None) -> tuple[Te
     if total is not None and fits(total * size_of(first) // len(first[0]), MEMORY_SHARE):
         return fill(batches, first, total)
     if total is not None:
-        print(f"features: too large for memory; on disk under {gettempdir()} (TMPDIR names another)", file=stderr)
+        print(f"features: too large for memory; on disk under {gettempdir()} (TMPDIR names another)", file=sys.stderr)
     with TemporaryDirectory(prefix="features-", ignore_cleanup_errors=True) as folder:
         write_store(Path(folder), batches, {})
         # The files go now, and what is mapped of them with the last tensor: even a killed process leaves nothing.
