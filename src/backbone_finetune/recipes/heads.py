@@ -81,7 +81,7 @@ class StackedHeads:
         """Take one step of AdamW in every head, each down its own loss, (H,)."""
         gradients = torch.autograd.grad(loss.sum(), list(self.trained.values()))
         for step, gradient in zip(self.steps.values(), gradients, strict=True):
-            step.grad = gradient
+            step.grad = gradient.contiguous()  # the fused kernel reads memory as it lies, transposed ones too
         self.optimizer.step()
         with torch.no_grad():
             for name, tensor in self.trained.items():
