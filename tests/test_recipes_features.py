@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRa
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import FeatureCache, extract_features, feature_batches
 from backbone_finetune.recipes.backbone_pass import autocast_dtype
-from backbone_finetune.recipes.feature_store import MANIFEST, temporary_name
+from backbone_finetune.recipes.feature_store import MANIFEST, build_store, temporary_name
 
 CPU = torch.device("cpu")
 
@@ -89,6 +89,7 @@ class Passes:
 
 def test_features_are_what_the_classifier_sees_in_evaluation() -> None:
     model, (inputs, targets) = make_model(), make_pictures().tensors
+    nn.Module.train(model.backbone)  # whatever its modes are
     features, kept = extract(model)
     assert torch.equal(kept, targets)
     torch.testing.assert_close(features, model.eval().backbone(inputs))
@@ -102,6 +103,31 @@ def test_features_of_timm_networks_are_those_of_a_forward(name: str) -> None:
     features, _ = extract(model, loader=DataLoader(TensorDataset(pictures, torch.zeros(5)), batch_size=2))
     torch.testing.assert_close(features, model.eval().backbone(pictures))
     assert features.untyped_storage().nbytes() == features.nbytes  # a ViT's is a view of all of its tokens
+
+
+class Caching(nn.Module):
+    """A backbone that keeps what it computed in its first forward, as some of timm's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3 * 8 * 8))
+        self.kept: list[Tensor] = []
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        if not self.kept:
+            self.kept.append(torch.arange(3.0 * 8 * 8).cos())
+        return pictures.flatten(1) * (self.weight * self.kept[0])
+
+
+def test_a_backbone_can_train_afterwards() -> None:
+    """What is made in inference_mode can take no part in autograd, and a module may keep it."""
+    model = make_model(Caching())
+    model.backbone.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
+    enabled: list[bool] = []
+    extract(model)
+    assert not any(enabled)
+    model.unfreeze_backbone().backbone(make_pictures().tensors[0]).sum().backward()
+    assert model.backbone.weight.grad is not None
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -283,14 +309,15 @@ def test_a_cache_holds_hardly_more_than_its_features(tmp_path: Path) -> None:
 class Scaled(nn.Module):
     """Pictures, and an attribute that its `repr` does not show."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: Any) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.pictures = Pictures()
         self.scale = scale
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.pictures(pictures) * self.scale
+        features = self.pictures(pictures)
+        return self.scale(features) if callable(self.scale) else features * self.scale
 
 
 def edited(class_: type[nn.Module]) -> type[nn.Module]:
@@ -338,9 +365,14 @@ def test_another_backbone_makes_other_features(
     assert passes.count == 0
 
 
-def test_an_attribute_that_is_not_printed_makes_another_backbone(tmp_path: Path) -> None:
+def twice(features: Tensor) -> Tensor:
+    return features * 2
+
+
+@pytest.mark.parametrize(("one", "two"), [(1.0, 2.0), (torch.tensor(1.0), torch.tensor(2.0)), (torch.positive, twice)])
+def test_an_attribute_that_is_not_printed_makes_another_backbone(tmp_path: Path, one: Any, two: Any) -> None:
     cache = FeatureCache(tmp_path / "train", "data")
-    single, double = extract(make_model(Scaled(1.0)), cache), extract(make_model(Scaled(2.0)), cache)
+    single, double = extract(make_model(Scaled(one)), cache), extract(make_model(Scaled(two)), cache)
     torch.testing.assert_close(double[0], 2 * single[0])
 
 
@@ -450,6 +482,7 @@ def test_a_damaged_cache_is_computed_again(
     assert capsys.readouterr().err == f"features in {cache.folder}: {reason}; computing them again\n"
     extract(model, cache)
     assert capsys.readouterr().err == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
 def test_a_folder_of_other_files_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -461,6 +494,8 @@ def test_a_folder_of_other_files_is_refused_before_any_work(tmp_path: Path) -> N
     with pytest.raises(FileExistsError, match=r"thesis.tex is a file; pass a folder of its own for the cache"):
         extract(model, FeatureCache(tmp_path / "thesis.tex", "data"))
     assert passes.count == 0
+    with pytest.raises(FileExistsError, match=r"holds other files than cached features"):
+        build_store(tmp_path, [], {})
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -571,6 +606,8 @@ def test_a_build_of_another_process_that_lives_is_left_alone(tmp_path: Path) -> 
     cache = FeatureCache(tmp_path / "train", "data")
     other = temporary_name(cache.folder, os.getppid())
     other.mkdir()
+    with subprocess.Popen([sys.executable, "--version"], stdout=subprocess.DEVNULL) as ended:
+        temporary_name(cache.folder, ended.pid).mkdir()
     extract(make_model(), cache)
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "train"]
 

@@ -246,7 +246,7 @@ def minimise_by_newton(head: nn.Linear, features: TensorDataset, weight_decay: f
 
     flat = torch.zeros(21, dtype=torch.double)
     for _ in range(12):
-        gradient, hessian = torch.func.grad(loss)(flat), torch.func.hessian(loss)(flat)
+        gradient, hessian = torch.func.grad(loss)(flat), torch.func.jacrev(torch.func.grad(loss))(flat)
         # A constant added to all biases changes nothing, so the Hessian has no inverse.
         flat -= torch.linalg.pinv(hessian, rtol=1e-9) @ gradient
     assert torch.func.grad(loss)(flat).abs().max() < 1e-12

@@ -101,13 +101,15 @@ def write_store(folder: Path, batches: Iterable[tuple[Tensor, ...]], fingerprint
     sync_folder(folder)
 
 
-def build_store(folder: Path, batches: Iterable[tuple[Tensor, ...]], fingerprints: Mapping[str, str]) -> None:
-    """Write a store under a temporary name beside ``folder``, and move it into place, over an older store there.
+def build_store(
+    folder: Path, batches: Iterable[tuple[Tensor, ...]], fingerprints: Mapping[str, str]
+) -> tuple[Tensor, ...]:
+    """Write a store under a temporary name beside ``folder``, move it into place, over an older one, and map it.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as parent:
     ...     folder = Path(parent, "train")
-    ...     build_store(folder, [(torch.ones(2, 3), torch.tensor([0, 1]))], {"data": "a"})
+    ...     _ = build_store(folder, [(torch.ones(2, 3), torch.tensor([0, 1]))], {"data": "a"})
     ...     features, targets = open_store(folder, {"data": "a"}, count=2)
     >>> tuple(features.shape), targets
     ((2, 3), tensor([0, 1]))
@@ -122,10 +124,12 @@ def build_store(folder: Path, batches: Iterable[tuple[Tensor, ...]], fingerprint
     temporary.mkdir()
     try:
         write_store(temporary, batches, fingerprints)
+        mapped = map_store(temporary)  # before another process can put its own in the same place
         move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(folder.parent)
+    return mapped
 
 
 def open_store(folder: Path, fingerprints: Mapping[str, str], *, count: int | None) -> tuple[Tensor, ...]:

@@ -102,8 +102,7 @@ def extract_features(
             print(f"features in {cache.folder}: {fault}; computing them again", file=sys.stderr)
         with in_eval(model.backbone):
             batches = backbone_batches(model.backbone, loader, device, narrow, title)
-            build_store(cache.folder, uniform(batches), fingerprints)
-        mapped = map_store(cache.folder)
+            mapped = build_store(cache.folder, uniform(batches), fingerprints)
     return TensorDataset(*settle(mapped, cache.memory_share))
 
 

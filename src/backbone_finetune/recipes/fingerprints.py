@@ -5,7 +5,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from os.path import relpath
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import PIL
@@ -122,8 +122,9 @@ def backbone_fingerprint(backbone: nn.Module) -> str:
     >>> backbone_fingerprint(nn.AvgPool2d(2)) == backbone_fingerprint(nn.AvgPool2d(2, stride=1))
     False
 
-    Of each module its class counts, its methods' code (a `forward` that was edited is another one) and its plain
-    attributes; what a hook or a function called by it does is not seen.
+    Of each module its class counts, its methods' code (a `forward` that was edited is another one) and its
+    attributes that are numbers, texts, tensors or functions. What a hook does, or a function that a method calls, is
+    not seen.
     """
     tensors = {name: digest(tensor) for name, tensor in frozen_tensors(backbone, [backbone]).items()}
     modules = [(name, describe_module(module)) for name, module in backbone.named_modules()]
@@ -133,9 +134,25 @@ def backbone_fingerprint(backbone: nn.Module) -> str:
 
 
 def describe_module(module: nn.Module) -> Any:
-    """Write down the class, the printed arguments and the plain attributes of one module, without its children."""
-    attributes = {name: repr(value) for name, value in vars(module).items() if name != "training" and is_plain(value)}
+    """Write down the class, the printed arguments and the attributes of one module, without its children."""
+    described = {name: describe_attribute(value) for name, value in vars(module).items() if name != "training"}
+    attributes = {name: value for name, value in described.items() if value is not None}
     return [f"{type(module).__module__}.{type(module).__qualname__}", module.extra_repr(), attributes]
+
+
+def describe_attribute(value: object) -> Any:
+    """Write down a number, a text, a tensor or a function that a module holds; None for all else.
+
+    >>> describe_attribute(0.1), describe_attribute(nn.functional.relu)[0], describe_attribute(nn.Identity())
+    ('0.1', 'torch.nn.functional.relu', None)
+    """
+    if isinstance(value, Tensor):
+        return digest(value)
+    if isinstance(value, FunctionType):
+        return [f"{value.__module__}.{value.__qualname__}", describe_code(value.__code__)]
+    if isinstance(value, BuiltinFunctionType):
+        return value.__qualname__
+    return repr(value) if is_plain(value) else None
 
 
 def is_plain(value: object) -> bool:
