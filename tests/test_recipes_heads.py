@@ -172,7 +172,7 @@ def test_dropout_draws_for_each_head_and_is_off_in_validation() -> None:
     head = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3))
     # Equal rates: only what dropout draws can tell the two heads apart.
     first, second = fit(head, make_features(), learning_rates=[0.05, 0.05], weight_decays=[0.0])
-    assert first.validation_loss != second.validation_loss
+    assert abs(first.validation_loss - second.validation_loss) > 1e-3  # beyond rounding
     features, targets = make_features(seed=3).tensors
     with torch.no_grad():
         loss = cross_entropy(head.eval()(features), targets)

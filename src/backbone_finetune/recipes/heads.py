@@ -223,7 +223,7 @@ def validate(
     return accuracy.tolist(), (loss / len(validation)).tolist()
 
 
-def rank(result: HeadResult) -> tuple[bool, float, float]:
-    """Order heads: those with a finite loss first, then by accuracy, then by loss."""
-    finite = math.isfinite(result.validation_loss)
-    return not finite, -result.validation_accuracy, result.validation_loss if finite else 0.0
+def rank(result: HeadResult) -> tuple[float, float]:
+    """Order heads by accuracy, then by loss; one that diverged has no accuracy and comes last (NaN has no order)."""
+    loss = result.validation_loss
+    return -result.validation_accuracy, loss if math.isfinite(loss) else math.inf
