@@ -308,3 +308,11 @@ def test_lbfgs_refuses_features_that_are_no_numbers() -> None:
     data = TensorDataset(torch.full((4, 6), math.nan), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"the objective is nan; the features or the classifier's weights are not"):
         fit_lbfgs(nn.Linear(6, 3), data, device=CPU)
+
+
+def test_dropout_is_off_under_lbfgs() -> None:
+    plain = nn.Linear(6, 3)
+    dropping = nn.Sequential(nn.Dropout(0.5), copy.deepcopy(plain)).train()
+    fit_lbfgs(plain, make_features(), weight_decay=0.1, device=CPU)
+    assert fit_lbfgs(dropping, make_features(), weight_decay=0.1, device=CPU).converged
+    assert torch.equal(dropping[1].weight, plain.weight)
