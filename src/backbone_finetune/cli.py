@@ -12,10 +12,10 @@ from .argument_types import natural_number, non_negative_number, positive_intege
 from .recipes.evaluation import describe_evaluation, evaluate_folder, write_evaluation
 from .recipes.inspection import inspect, inspect_file
 from .recipes.model_file import load_trained_model
+from .recipes.phases import Phase, read_phases
 from .recipes.pictures import list_pictures
 from .recipes.prediction import predict, writing_csv, writing_json
 from .recipes.run import TrainSettings, train
-from .recipes.training import Hyperparameters
 
 __all__ = ["main"]
 
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # `... | head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of many processes that torchrun started, one speaks
+            print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
@@ -73,10 +74,11 @@ def build_parser() -> Parser:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of `train`."""
-    defaults, settings = Hyperparameters(), TrainSettings()
+    defaults, settings = Phase(), TrainSettings()
     parser.description = (
         "Train a classifier on pictures, above a frozen backbone. With no arguments: on the packaged clipart (ten "
-        "classes), above EfficientNet-Lite0 with packaged ImageNet weights; nothing is downloaded."
+        "classes), above EfficientNet-Lite0 with packaged ImageNet weights; nothing is downloaded. A run that was "
+        "stopped goes on where it was when the same command is given again."
     )
     add = parser.add_argument
     add("pictures", nargs="?", type=Path, metavar="PATH", help="a folder with a sub-folder of pictures per class")
@@ -84,30 +86,44 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights, from the hub")
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file")
-    add("--epochs", type=positive_integer, default=defaults.epochs, metavar="N", help="default: %(default)s")
-    add("--seed", type=natural_number, default=defaults.seed, metavar="S", help="default: %(default)s")
+    add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table each, for several phases")
+    one_phase = parser.add_argument_group("one phase (what --phases says of several)")
+    # No defaults here: what was not given must not be in the way of --phases.
+    for option, read, metavar, text in (
+        ("--epochs", positive_integer, "N", ""),
+        ("--trainable-groups", natural_number, "N", "layer groups of the backbone that train too, from the output; "),
+        ("--lr", positive_number, "RATE", ""),
+        ("--backbone-lr", positive_number, "RATE", ""),
+        ("--weight-decay", non_negative_number, "W", ""),
+    ):
+        default = getattr(defaults, option.removeprefix("--").replace("-", "_"))
+        one_phase.add_argument(option, type=read, metavar=metavar, help=f"{text}default: {default}")
+    add("--seed", type=natural_number, default=settings.seed, metavar="S", help="default: %(default)s")
     add(
-        "--trainable-groups",
-        type=natural_number,
-        default=settings.trainable_groups,
+        "--batch-size",
+        type=positive_integer,
+        default=settings.batch_size,
         metavar="N",
-        help="layer groups of the backbone that train too, from the output (default: %(default)s; see `inspect`)",
-    )
-    add("--lr", type=positive_number, default=defaults.lr, metavar="RATE", help="default: %(default)s")
-    add(
-        "--backbone-lr", type=positive_number, default=defaults.backbone_lr, metavar="RATE", help="default: %(default)s"
+        help="pictures in a step, on all processes together (default: %(default)s)",
     )
     add(
-        "--weight-decay",
-        type=non_negative_number,
-        default=defaults.weight_decay,
-        metavar="W",
-        help="default: %(default)s",
+        "--accumulation",
+        type=positive_integer,
+        default=settings.accumulation,
+        metavar="N",
+        help="parts of a batch, one after another, where it is too large for the memory (default: %(default)s)",
     )
-    add("--batch-size", type=positive_integer, default=defaults.batch_size, metavar="N", help="default: %(default)s")
+    add("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: no, or what accelerate's launcher says")
+    add(
+        "--checkpoint-steps",
+        type=positive_integer,
+        default=settings.checkpoint_steps,
+        metavar="N",
+        help="write a checkpoint every N steps, and after each epoch (default: %(default)s)",
+    )
     add("--output", type=Path, default=settings.output, metavar="DIR", help="default: %(default)s")
     add("--trainable-only", action="store_true", help="write only what training changed; loading then takes the base")
-    add("--overwrite", action="store_true", help="replace a finished model in the output folder")
+    add("--overwrite", action="store_true", help="replace a finished model, or another run, in the output folder")
     add("--device", default=settings.device, help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.set_defaults(run=run_train)
 
@@ -188,15 +204,12 @@ def run_train(options: argparse.Namespace) -> int:
             architecture=options.model,
             pretrained=options.pretrained,
             checkpoint=options.checkpoint,
-            trainable_groups=options.trainable_groups,
-            hyperparameters=Hyperparameters(
-                epochs=options.epochs,
-                batch_size=options.batch_size,
-                lr=options.lr,
-                backbone_lr=options.backbone_lr,
-                weight_decay=options.weight_decay,
-                seed=options.seed,
-            ),
+            phases=choose_phases(options),
+            batch_size=options.batch_size,
+            accumulation=options.accumulation,
+            seed=options.seed,
+            checkpoint_steps=options.checkpoint_steps,
+            mixed_precision=options.mixed_precision,
             output=options.output,
             trainable_only=options.trainable_only,
             overwrite=options.overwrite,
@@ -204,6 +217,25 @@ def run_train(options: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
+    """Take the phases of a file, or one phase of the options that were given.
+
+    >>> choose_phases(build_parser().parse_args(["train", "--epochs", "3"]))[0].epochs
+    3
+
+    Raises:
+        ValueError: there are both.
+    """
+    names = ("epochs", "trainable_groups", "lr", "backbone_lr", "weight_decay")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.phases is None:
+        return (Phase(**given),)
+    if given:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise ValueError(f"{option} and --phases {options.phases} were both given; write it into the file's phases")
+    return read_phases(options.phases)
 
 
 def run_predict(options: argparse.Namespace) -> int:

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .phases import Phase
+from .progress import EpochResult
 from .timing import BackwardTimes
-from .training import EpochResult, Hyperparameters
 
 __all__ = ["Metrics", "describe"]
 
@@ -24,8 +25,10 @@ class Metrics:
     raw_pixels: float
     architecture: str
     weights: str
-    trainable_groups: int
-    hyperparameters: Hyperparameters
+    phases: tuple[Phase, ...]
+    batch_size: int
+    seed: int
+    processes: int
     data_config: dict[str, Any]
     class_names: tuple[str, ...]
     train_pictures: int
@@ -37,12 +40,16 @@ class Metrics:
     seconds: float
     versions: dict[str, str]
 
+    def references(self) -> dict[str, float]:
+        """Name the accuracies that this run's is held against."""
+        return {"chance": self.chance, "random backbone": self.random_backbone, "raw pixels": self.raw_pixels}
+
 
 def describe(metrics: Metrics) -> str:
     """Write the accuracies and the backward times as lines to read.
 
     >>> describe(
-    ...     Metrics(0.7, 0.17, 0.3, 0.4, "resnet18", "", 0, Hyperparameters(), {}, (), 0, 200, (), (),
+    ...     Metrics(0.7, 0.17, 0.3, 0.4, "resnet18", "", (Phase(),), 32, 0, 1, {}, (), 0, 200, (), (),
     ...     BackwardTimes(120.0, 0.5, 0.4, 16), "cpu", 9.0, {})
     ... ).splitlines()[0]
     'test accuracy    .700  of 200 pictures, standard error .032'
@@ -50,7 +57,8 @@ def describe(metrics: Metrics) -> str:
     share = metrics.test_accuracy
     standard_error = math.sqrt(share * (1 - share) / metrics.test_pictures)
     times = metrics.backward_milliseconds
-    frozen = "frozen" if metrics.trainable_groups == 0 else f"frozen but for {metrics.trainable_groups} layer groups"
+    groups = metrics.phases[-1].trainable_groups
+    frozen = "frozen" if groups == 0 else f"frozen but for {groups} layer groups"
 
     def decimals(value: float) -> str:
         return f"{value:.3f}".removeprefix("0")

@@ -1,15 +1,30 @@
 """The output folder: what may be written where, and never half a file."""
 
+import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
-__all__ = ["MODEL_FILE", "check_output_folder", "make_output_folder", "replacing"]
+__all__ = [
+    "MODEL_FILE",
+    "RUN_FILE",
+    "UNFINISHED",
+    "check_output_folder",
+    "claim_output_folder",
+    "make_output_folder",
+    "replacing",
+]
 
 # Written last: where it is, the training is finished.
 MODEL_FILE = "model.safetensors"
+# Written first: what run it is.
+RUN_FILE = "run.json"
+# Checkpoints and features of a run that is under way; gone when it is finished.
+UNFINISHED = "unfinished"
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
@@ -72,6 +87,90 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or what is in a folder, on the disk and not only on its way there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Take a folder for the run that ``record`` describes: returns whether this very run was begun there before.
+
+    The record becomes ``run.json``. An unfinished run of the same record is gone on with; another is in the way.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as parent:
+    ...     run = Path(parent, "run")
+    ...     print(*(claim_output_folder(run, {"arguments": {"seed": 0}}, overwrite=False) for _ in range(2)))
+    ...     claim_output_folder(run, {"arguments": {"seed": 1}}, overwrite=False)
+    Traceback (most recent call last):
+    ...
+    FileExistsError: ... holds an unfinished run of other arguments (seed: 0 there, 1 here); ...
+
+    Raises:
+        FileExistsError: an unfinished run of other arguments is there, and ``overwrite`` is false.
+        OSError: the folder can't be made or written to.
+    """
+    make_output_folder(folder)
+    begun = folder / RUN_FILE
+    is_unfinished = begun.exists() and ((folder / UNFINISHED).is_dir() or not (folder / MODEL_FILE).exists())
+    if is_unfinished:
+        differences = find_differences(read_record(begun), json.loads(json.dumps(record)))
+        if not differences:
+            return True
+        if not overwrite:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise FileExistsError(
+                f"{folder} holds an unfinished run of other arguments ({'; '.join(differences[:3])}{more}); give the "
+                "same ones to go on with it, --overwrite to replace it, or another folder with --output"
+            )
+    # First the folder: where it is, a model in the output folder is of an earlier run, which this one will replace.
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    (folder / UNFINISHED).mkdir()
+    with replacing(begun) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    return False
+
+
+def read_record(path: Path) -> Any:
+    """Read a ``run.json``; one that is damaged is like no other."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return {RUN_FILE: "not readable"}
+
+
+def find_differences(there: Any, here: Any, place: str = "") -> list[str]:
+    """Name what differs between two records.
+
+    >>> find_differences({"phases": [{"lr": 0.1}], "seed": 0}, {"phases": [{"lr": 0.2}], "seed": 0})
+    ['phases 1 lr: 0.1 there, 0.2 here']
+    """
+    if isinstance(there, dict) and isinstance(here, dict):
+        pairs = [(key, there.get(key), here.get(key)) for key in {**there, **here}]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = [(str(number), *pair) for number, pair in enumerate(zip(there, here, strict=True), start=1)]
+    else:
+        return [] if there == here else [f"{place}: {shorten(there)} there, {shorten(here)} here"]
+    inside = "" if place in {"", "arguments"} else f"{place} "
+    return [line for key, one, other in pairs for line in find_differences(one, other, f"{inside}{key}")]
+
+
+def shorten(value: object) -> str:
+    """Write a value in few words.
+
+    >>> shorten(None), shorten("0123456789abcdef0123456789abcdef0123456789")
+    ('none', '"0123456789abcdef0123456789abcdef01234...')
+    """
+    text = "none" if value is None else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .training import EpochResult
+from .progress import EpochResult
 
 __all__ = ["draw_curves"]
 

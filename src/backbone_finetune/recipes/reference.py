@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 import timm
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
 
-from .training import Hyperparameters, fine_tune
+from .phases import Phase
+from .training import Loop, fine_tune
 
 __all__ = ["chance_accuracy", "random_backbone_accuracy", "raw_pixel_accuracy"]
 
@@ -30,35 +30,39 @@ def random_backbone_accuracy(
     num_classes: int,
     train: Dataset[tuple[Tensor, int]],
     test: Dataset[tuple[Tensor, int]],
-    hyperparameters: Hyperparameters,
     *,
-    device: torch.device,
+    phase: Phase,
+    loop: Loop,
 ) -> float:
     """Test accuracy of the same classifier, trained likewise above the same architecture with random frozen weights.
 
+    >>> import torch
+    >>> from accelerate import Accelerator
     >>> pictures = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
-    >>> settings = Hyperparameters(epochs=1)
-    >>> cpu = torch.device("cpu")
-    >>> 0 <= random_backbone_accuracy("test_resnet", 2, pictures, pictures, settings, device=cpu) <= 1
+    >>> loop = Loop(Accelerator(cpu=True), show_progress=False)
+    >>> 0 <= random_backbone_accuracy("test_resnet", 2, pictures, pictures, phase=Phase(epochs=1), loop=loop) <= 1
     True
     """
-    model = FineTuneModel.from_timm(timm.create_model(architecture), num_classes=num_classes).freeze_backbone()
-    return fine_tune(model, train, test, hyperparameters, device=device, show_progress=False)[-1].test_accuracy
+    model = FineTuneModel.from_timm(timm.create_model(architecture), num_classes=num_classes)
+    return fine_tune(model, train, test, [phase], loop)[-1].test_accuracy
 
 
 def raw_pixel_accuracy(
     num_classes: int,
     train: Dataset[tuple[Tensor, int]],
     test: Dataset[tuple[Tensor, int]],
-    hyperparameters: Hyperparameters,
     *,
-    device: torch.device,
+    phase: Phase,
+    loop: Loop,
 ) -> float:
     """Test accuracy of a linear classifier on the pixels, averaged down to 32 x 32, trained likewise.
 
+    >>> import torch
+    >>> from accelerate import Accelerator
     >>> pictures = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
-    >>> raw_pixel_accuracy(2, pictures, pictures, Hyperparameters(epochs=9), device=torch.device("cpu"))
+    >>> loop = Loop(Accelerator(cpu=True), show_progress=False)
+    >>> raw_pixel_accuracy(2, pictures, pictures, phase=Phase(epochs=9), loop=loop)
     1.0
     """
     model = FineTuneModel(nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten()), nn.Linear(3 * 32 * 32, num_classes))
-    return fine_tune(model, train, test, hyperparameters, device=device, show_progress=False)[-1].test_accuracy
+    return fine_tune(model, train, test, [phase], loop)[-1].test_accuracy

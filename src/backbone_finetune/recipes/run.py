@@ -1,30 +1,37 @@
 """What ``backbone-finetune train`` does, from a folder of pictures to a model file and the record of its training."""
 
 import json
-import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from accelerate import Accelerator
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
-from backbone_finetune import FineTuneModel, __version__
+from backbone_finetune import FineTuneModel
 
-from .base_weights import base_source, remember_base
+from .base_weights import BaseWeights, base_source, remember_base
+from .features import FeatureCache
+from .fingerprints import backbone_fingerprint, data_fingerprint
 from .metrics import Metrics, describe
 from .model_file import TrainedModel, build_transform, save_trained_changes, save_trained_model
 from .networks import load_network
-from .output import MODEL_FILE, check_output_folder, make_output_folder, replacing
-from .pictures import PictureDataset, find_pictures, leave_out_broken_pictures, split
+from .output import MODEL_FILE, RUN_FILE, UNFINISHED, check_output_folder, claim_output_folder, replacing
+from .phases import Phase
+from .pictures import PictureDataset, PictureFolder, find_pictures, leave_out_broken_pictures, split
+from .processes import make_accelerator, run_on_main
+from .progress import EpochResult
+from .randomness import own_randomness, seed_everything
 from .reference import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
 from .timing import measure_backward
-from .training import EpochResult, Hyperparameters, fine_tune
+from .training import Loop, fine_tune
+from .versions import installed_versions
 
 __all__ = ["TrainSettings", "train"]
 
@@ -41,10 +48,11 @@ class TrainSettings:
     """What to train on what. Left alone: the packaged ImageNet weights, on the packaged clipart.
 
     ``pictures`` is a folder with a sub-folder per class. ``architecture`` is a name of timm; its weights are random
-    unless they come from the hub (``pretrained``) or from a file (``checkpoint``). With ``trainable_only`` the model
+    unless they come from the hub (``pretrained``) or from a file (``checkpoint``). A step sees ``batch_size``
+    pictures, on all processes together, in ``accumulation`` parts one after another. With ``trainable_only`` the model
     file holds what training changed, and loads on top of these weights alone.
 
-    >>> TrainSettings(trainable_groups=1).output
+    >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output
     PosixPath('fine-tuned')
     """
 
@@ -52,20 +60,25 @@ class TrainSettings:
     architecture: str | None = None
     pretrained: bool = False
     checkpoint: Path | None = None
-    trainable_groups: int = 0
-    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    phases: tuple[Phase, ...] = (Phase(),)
+    batch_size: int = 32
+    accumulation: int = 1
+    seed: int = 0
+    checkpoint_steps: int = Loop.checkpoint_steps
+    mixed_precision: str | None = None
+    device: str = "cpu"
     output: Path = Path("fine-tuned")
     trainable_only: bool = False
     overwrite: bool = False
-    device: str = "cpu"
 
 
 def train(settings: TrainSettings) -> Metrics:
     """Fine-tune a model, hold it against chance, a random backbone and raw pixels, and write all of it down.
 
-    It prints what it does. Into ``settings.output`` go ``curves.png``, ``metrics.json`` and, last,
+    It prints what it does. Into ``settings.output`` go ``run.json``, first, ``curves.png``, ``metrics.json`` and, last,
     ``model.safetensors``. What can be wrong with the settings or the pictures is found out before the training, and an
-    earlier model there stays until the new one takes its place.
+    earlier model there stays until the new one takes its place. A run that was stopped, in whatever way, goes on where
+    it was when it is given the same settings again.
 
     >>> train(TrainSettings(pictures=Path("no such folder")))
     Traceback (most recent call last):
@@ -73,91 +86,179 @@ def train(settings: TrainSettings) -> Metrics:
     FileNotFoundError: no such folder: there is no such folder; ...
 
     Raises:
-        FileExistsError: the output folder already holds a finished model.
+        FileExistsError: the output folder already holds a finished model, or another run.
         FileNotFoundError: the pictures or the checkpoint are not there.
         ModuleNotFoundError: matplotlib or the packaged weights are not installed.
         ValueError: the settings or the pictures are not fit for training; the message says how to make them so.
     """
     start = time.monotonic()
-    check_output_folder(settings.output, overwrite=settings.overwrite)
-    device = find_device(settings.device)
-    found = find_pictures(settings.pictures or CLIPART)
+    accelerator = make_accelerator(find_device(settings.device), mixed_precision=settings.mixed_precision)
     draw_curves = import_draw_curves()
+    with own_randomness():
+        seed_everything(settings.seed)
+        task = make_task(settings, accelerator)
+        loop = claim(settings, task, accelerator)
+        if accelerator.is_main_process:
+            announce(task, accelerator.device)
+        try:
+            metrics = train_and_compare(settings, task, loop, start=start)
+        except KeyboardInterrupt:
+            if accelerator.is_main_process:
+                print(f"stopped; {settings.output} keeps what is done: the same command goes on", file=sys.stderr)
+            raise
+    if accelerator.is_main_process:
+        print(describe(metrics))
+        with replacing(settings.output / "curves.png") as temporary:
+            draw_curves(metrics.history, metrics.references(), temporary)
+        with replacing(settings.output / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(asdict(metrics), indent=2) + "\n")
+        trained = TrainedModel(task.model, task.architecture, metrics.class_names, task.data_config)
+        if task.base is None:
+            save_trained_model(trained, settings.output / MODEL_FILE, record=asdict(metrics))
+        else:
+            save_trained_changes(trained, task.base, settings.output / MODEL_FILE, record=asdict(metrics))
+        shutil.rmtree(settings.output / UNFINISHED)
+        names = (RUN_FILE, "curves.png", "metrics.json", MODEL_FILE)
+        print(f"\nwrote {', '.join(str(settings.output / name) for name in names)}")
+    accelerator.end_training()
+    return metrics
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and what it is trained and tested on; ``skipped`` names the pictures that can't be read.
+
+    ``base`` is what the backbone was, where only what changes is to be written.
+
+    >>> sorted(Task.__dataclass_fields__)[:3]
+    ['architecture', 'base', 'data_config']
+    """
+
+    model: FineTuneModel
+    architecture: str
+    weights: str
+    data_config: dict[str, Any]
+    base: BaseWeights | None
+    train: PictureDataset
+    test: PictureDataset
+    skipped: tuple[str, ...]
+
+
+def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
+    """Find the pictures and build the model; nothing is written, and the main process alone looks at the pictures."""
     source = (
         base_source(settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint)
         if settings.trainable_only
         else None
     )
-    hyperparameters = settings.hyperparameters
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(hyperparameters.seed)
-        architecture, weights, network = load_network(
-            settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint
-        )
-        model = FineTuneModel.from_timm(network, num_classes=len(found.class_names))
-        model.freeze_backbone(trainable_groups=settings.trainable_groups)
-        base = remember_base(model, source, weights) if source is not None else None
+    found = run_on_main(accelerator, lambda: find_classes(settings))
+    architecture, weights, network = load_network(
+        settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint
+    )
+    model = FineTuneModel.from_timm(network, num_classes=len(found.class_names))
+    for phase in reversed(settings.phases):  # all are tried; in the end it is as in the first
+        model.freeze_backbone(trainable_groups=phase.trainable_groups)
+    base = remember_base(model, source, weights) if source is not None else None
+    data_config = choose_data_config(model, settings)
+    transform = build_transform(data_config)
+    folder, skipped = run_on_main(accelerator, lambda: leave_out_broken_pictures(found))
+    train_data, test_data = (
+        PictureDataset(part, transform) for part in split(folder, test_share=TEST_SHARE, seed=settings.seed)
+    )
+    return Task(model, architecture, weights, data_config, base, train_data, test_data, skipped)
 
-        folder, skipped = leave_out_broken_pictures(found)
-        for message in skipped:
-            print(f"skipped: {message}", file=sys.stderr)
-        train_folder, test_folder = split(folder, test_share=TEST_SHARE, seed=hyperparameters.seed)
-        make_output_folder(settings.output)
-        counts = (len(train_folder.paths), len(test_folder.paths))
-        print(
-            f"pictures: {sum(counts)} in {len(folder.class_names)} classes from {folder.root}\n"
-            f"          {counts[0]} to train, {counts[1]} to test, {len(skipped)} broken ones skipped\n"
-            f"model:    {architecture}, {weights}, on {device}\n"
-        )
-        model.print_trainable_parameters()
-        print(flush=True)
 
-        data_config = choose_data_config(model, settings)
-        transform = build_transform(data_config)
-        train_data, test_data = PictureDataset(train_folder, transform), PictureDataset(test_folder, transform)
-        history = fine_tune(model, train_data, test_data, hyperparameters, device=device)
+def find_classes(settings: TrainSettings) -> PictureFolder:
+    """Look, and touch nothing: may this run write where it wants to, and what classes are there?
+
+    >>> len(find_classes(TrainSettings(output=Path("no such folder"))).class_names)
+    10
+    """
+    check_output_folder(settings.output, overwrite=settings.overwrite)
+    return find_pictures(settings.pictures or CLIPART)
+
+
+def claim(settings: TrainSettings, task: Task, accelerator: Accelerator) -> Loop:
+    """Write down what run this is, or see that it is the one that was begun; returns the loop that keeps it there."""
+    fingerprints = run_on_main(accelerator, lambda: (data_fingerprint(task.train), data_fingerprint(task.test)))
+    record = {
+        "arguments": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(settings).items()
+            if name not in {"output", "overwrite"}  # the folder may be moved; overwriting is how it began
+        },
+        "versions": installed_versions(),
+        "train_pictures": {"count": len(task.train), "digest": fingerprints[0]},
+        "test_pictures": {"count": len(task.test), "digest": fingerprints[1]},
+        "backbone_digest": backbone_fingerprint(task.model.backbone),
+    }
+    run_on_main(accelerator, lambda: claim_output_folder(settings.output, record, overwrite=settings.overwrite))
+    unfinished = settings.output / UNFINISHED
+    return Loop(
+        accelerator,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        seed=settings.seed,
+        checkpoints=unfinished / "checkpoints",
+        checkpoint_steps=settings.checkpoint_steps,
+        caches=(
+            FeatureCache(unfinished / "features-train", fingerprints[0]),
+            FeatureCache(unfinished / "features-test", fingerprints[1]),
+        ),
+    )
+
+
+def announce(task: Task, device: torch.device) -> None:
+    """Print what is trained on what."""
+    for message in task.skipped:
+        print(f"skipped: {message}", file=sys.stderr)
+    folder, counts = task.train.folder, (len(task.train), len(task.test))
+    print(
+        f"pictures: {sum(counts)} in {len(folder.class_names)} classes from {folder.root}\n"
+        f"          {counts[0]} to train, {counts[1]} to test, {len(task.skipped)} broken ones skipped\n"
+        f"model:    {task.architecture}, {task.weights}, on {device}\n"
+    )
+    task.model.print_trainable_parameters()
+    print(flush=True)
+
+
+def train_and_compare(settings: TrainSettings, task: Task, loop: Loop, *, start: float) -> Metrics:
+    """Train a model, then what it is held against, and time its backward pass."""
+    accelerator, class_names = loop.accelerator, task.train.folder.class_names
+    seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
+    history = fine_tune(task.model, task.train, task.test, settings.phases, loop)
+    if accelerator.is_main_process:
         print("training the same classifier on a random backbone and on raw pixels, to compare", flush=True)
-        torch.manual_seed(hyperparameters.seed)
-        num_classes = len(folder.class_names)
-        random_backbone = random_backbone_accuracy(
-            architecture, num_classes, train_data, test_data, hyperparameters, device=device
-        )
-        raw_pixels = raw_pixel_accuracy(num_classes, train_data, test_data, hyperparameters, device=device)
-        times = measure_backward(model, *first_batch(train_data, device))
-
-    metrics = Metrics(
+    seed_everything(settings.seed)
+    # As long as the model itself, with the first phase's rates, and always frozen.
+    phase = replace(settings.phases[0], epochs=len(history), trainable_groups=0)
+    aside = replace(loop, checkpoints=None, caches=None, show_progress=False)
+    random_backbone = random_backbone_accuracy(
+        task.architecture, len(class_names), task.train, task.test, phase=phase, loop=aside
+    )
+    raw_pixels = raw_pixel_accuracy(len(class_names), task.train, task.test, phase=phase, loop=aside)
+    return Metrics(
         test_accuracy=history[-1].test_accuracy,
-        chance=chance_accuracy(train_folder.targets, test_folder.targets),
+        chance=chance_accuracy(task.train.folder.targets, task.test.folder.targets),
         random_backbone=random_backbone,
         raw_pixels=raw_pixels,
-        architecture=architecture,
-        weights=weights,
-        trainable_groups=settings.trainable_groups,
-        hyperparameters=hyperparameters,
-        data_config=data_config,
-        class_names=folder.class_names,
-        train_pictures=counts[0],
-        test_pictures=counts[1],
-        skipped_pictures=skipped,
+        architecture=task.architecture,
+        weights=task.weights,
+        phases=settings.phases,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        processes=accelerator.num_processes,
+        data_config=task.data_config,
+        class_names=class_names,
+        train_pictures=len(task.train),
+        test_pictures=len(task.test),
+        skipped_pictures=task.skipped,
         history=tuple(history),
-        backward_milliseconds=times,
-        device=str(device),
+        backward_milliseconds=measure_backward(task.model, *first_batch(task.train, accelerator.device)),
+        device=str(accelerator.device),
         seconds=round(time.monotonic() - start, 1),
         versions=installed_versions(),
     )
-    print(describe(metrics))
-    references = {"chance": metrics.chance, "random backbone": random_backbone, "raw pixels": raw_pixels}
-    with replacing(settings.output / "curves.png") as temporary:
-        draw_curves(history, references, temporary)
-    with replacing(settings.output / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(asdict(metrics), indent=2) + "\n")
-    trained = TrainedModel(model, architecture, folder.class_names, data_config)
-    if base is None:
-        save_trained_model(trained, settings.output / MODEL_FILE, record=asdict(metrics))
-    else:
-        save_trained_changes(trained, base, settings.output / MODEL_FILE, record=asdict(metrics))
-    print(f"\nwrote {', '.join(str(settings.output / name) for name in ('curves.png', 'metrics.json', MODEL_FILE))}")
-    return metrics
 
 
 def find_device(name: str) -> torch.device:
@@ -212,17 +313,3 @@ def first_batch(data: PictureDataset, device: torch.device) -> tuple[Tensor, Ten
     pairs = [data[index] for index in range(min(TIMED_BATCH_SIZE, len(data)))]
     inputs, targets = zip(*pairs, strict=True)
     return torch.stack(inputs).to(device), torch.tensor(targets, device=device)
-
-
-def installed_versions() -> dict[str, str]:
-    """The versions that a run depends on.
-
-    >>> sorted(installed_versions())
-    ['backbone-finetune', 'python', 'timm', 'torch']
-    """
-    return {
-        "backbone-finetune": __version__,
-        "python": platform.python_version(),
-        "timm": timm.__version__,
-        "torch": torch.__version__,
-    }

@@ -1,169 +1,331 @@
-"""The training loop: plain and short, on features where the backbone is frozen, on pictures where it is not."""
+"""The training loop: phase after phase, on features where the backbone is frozen, on pictures where it is not."""
 
+import copy
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.step_lr import StepLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 
 from .backbone_pass import trains
-from .features import extract_features
+from .batches import Share, epoch_batches, load_shares, share_of
+from .features import FeatureCache
+from .phase_data import gather_features, repeats
+from .phases import Phase
+from .processes import (
+    communicated_bytes,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    prepare,
+    release,
+    run_on_main,
+    whole,
+)
+from .progress import Checkpoint, EpochResult, Progress, newest_checkpoint, write_checkpoint
+from .randomness import random_state, restore_random_state
 
-__all__ = ["EpochResult", "Hyperparameters", "evaluate", "fine_tune", "fit"]
+__all__ = ["EpochResult", "Loop", "evaluate", "fine_tune"]
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    """How to train. The backbone's learning rate counts only where ``trainable_groups`` lets some of it train.
+class Loop:
+    """How to train, whatever the phases: on which processes, by which batches, kept where.
 
-    >>> Hyperparameters(epochs=5).lr
-    0.001
+    A step sees ``batch_size`` pictures, on however many processes and in ``accumulation`` parts one after another:
+    these two change where the memory goes and not what is learnt. A checkpoint is written into ``checkpoints`` after
+    each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, test).
+
+    >>> Loop(Accelerator(cpu=True)).batch_size
+    32
     """
 
-    epochs: int = 30
+    accelerator: Accelerator
     batch_size: int = 32
-    lr: float = 1e-3
-    backbone_lr: float = 1e-4
-    weight_decay: float = 0.01
+    accumulation: int = 1
     seed: int = 0
+    checkpoints: Path | None = None
+    # A step of a whole network takes 0.1 to 1 s, so a killed run loses minutes at most; a step of a classifier on
+    # features takes under a millisecond, so that a checkpoint of some 10 ms costs it about 1 %.
+    checkpoint_steps: int = 1000
+    caches: tuple[FeatureCache, FeatureCache] | None = None
+    show_progress: bool = True
+
+    @property
+    def shows(self) -> bool:
+        """Whether this process is the one that shows progress."""
+        return self.show_progress and self.accelerator.is_main_process
 
 
-@dataclass(frozen=True)
-class EpochResult:
-    """One epoch: mean loss and accuracy while training, accuracy on the held-out pictures after it.
+@dataclass
+class Stage:
+    """What one phase works with: ``prepared`` is what the accelerator made of ``module``, which is in ``model``."""
 
-    >>> EpochResult(epoch=1, train_loss=2.1, train_accuracy=0.2, test_accuracy=0.3).epoch
-    1
-    """
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    test_accuracy: float
-
-
-@torch.no_grad()
-def evaluate(module: nn.Module, data: Dataset[Any], *, batch_size: int, device: torch.device) -> float:
-    """The share of inputs whose largest logit is their target, 0 to 1. Leaves the module in eval mode.
-
-    >>> evaluate(nn.Identity(), [(torch.tensor([0.0, 1.0]), 1)], batch_size=1, device=torch.device("cpu"))
-    1.0
-    """
-    module.eval()
-    correct = total = 0
-    for inputs, targets in DataLoader(data, batch_size):
-        correct += int((module(inputs.to(device)).argmax(-1).cpu() == targets).sum())
-        total += len(targets)
-    return correct / total
-
-
-def fit(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train: Dataset[Any],
-    test: Dataset[Any],
-    hyperparameters: Hyperparameters,
-    *,
-    device: torch.device,
-    show_progress: bool = True,
-) -> list[EpochResult]:
-    """Train a module on ``(input, target)`` pairs with cross entropy, and evaluate it after each epoch.
-
-    What trains is what the optimizer holds. The test data is looked at and never learnt from, nor chosen by.
-
-    >>> head, data = nn.Linear(2, 2), [(torch.eye(2)[target], target) for target in (0, 1)]
-    >>> optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
-    >>> history = fit(
-    ...     head, optimizer, data, data, Hyperparameters(epochs=9), device=torch.device("cpu"), show_progress=False
-    ... )
-    >>> history[-1].test_accuracy
-    1.0
-    """
-    generator = torch.Generator().manual_seed(hyperparameters.seed)
-    size = len(train)  # type: ignore[arg-type]  # torch's Dataset declares no length; those used here have one
-    # BatchNorm cannot train on a batch of one, so a last picture left alone sits this epoch out (another one the next).
-    batches = DataLoader(
-        train,
-        hyperparameters.batch_size,
-        shuffle=True,
-        generator=generator,
-        drop_last=size % hyperparameters.batch_size == 1 < size,
-    )
-    history: list[EpochResult] = []
-    for epoch in range(1, hyperparameters.epochs + 1):
-        module.train()
-        loss_sum, correct, seen = 0.0, 0, 0
-        title = f"epoch {epoch}/{hyperparameters.epochs}"
-        with tqdm(total=len(batches), desc=title, unit="batch", disable=not show_progress) as bar:
-            for batch in batches:
-                inputs, targets = (tensor.to(device) for tensor in batch)
-                logits: Tensor = module(inputs)
-                loss = cross_entropy(logits, targets)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                loss_sum += loss.item() * len(targets)
-                correct += int((logits.argmax(-1) == targets).sum())
-                seen += len(targets)
-                bar.update()
-            test_accuracy = evaluate(module, test, batch_size=hyperparameters.batch_size, device=device)
-            history.append(EpochResult(epoch, loss_sum / seen, correct / seen, test_accuracy))
-            bar.set_postfix(loss=f"{loss_sum / seen:.3f}", train=f"{correct / seen:.3f}", test=f"{test_accuracy:.3f}")
-    return history
+    model: FineTuneModel
+    module: nn.Module
+    prepared: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    changed: set[str]
+    train: Dataset[Any]
+    test: Dataset[Any]
 
 
 def fine_tune(
     model: FineTuneModel,
-    train: Dataset[tuple[Tensor, int]],
-    test: Dataset[tuple[Tensor, int]],
-    hyperparameters: Hyperparameters,
-    *,
-    device: torch.device,
-    show_progress: bool = True,
+    train: Dataset[Any],
+    test: Dataset[Any],
+    phases: Sequence[Phase],
+    loop: Loop,
 ) -> list[EpochResult]:
-    """Train what is trainable in a model, and prove that the rest did not move.
+    """Train a model in phases, and prove for each that what is frozen in it did not move.
 
-    With the whole backbone frozen, it runs once over the pictures and the classifier trains on its features; otherwise
-    the whole model runs in every step. Frozen parameters and buffers are compared bit for bit before and after.
+    In a phase whose backbone is frozen, it runs once over the pictures and the classifier trains on its features,
+    unless a dataset's ``transform`` is random; otherwise the whole model runs in every step. AdamW and its schedule
+    begin anew with each phase. The test data is looked at and never learnt from, nor chosen by.
 
-    >>> model = FineTuneModel(nn.Linear(2, 3), nn.Linear(3, 2)).freeze_backbone()
-    >>> pictures = [(torch.eye(2)[target], target) for target in (0, 1)]
-    >>> settings = Hyperparameters(epochs=2)
-    >>> len(fine_tune(model, pictures, pictures, settings, device=torch.device("cpu"), show_progress=False))
-    2
+    >>> model = FineTuneModel(nn.Linear(2, 3), nn.Linear(3, 2))
+    >>> pictures = torch.utils.data.TensorDataset(torch.eye(2), torch.tensor([0, 1]))
+    >>> phases = [Phase(epochs=2), Phase(epochs=1, trainable_groups=1)]
+    >>> len(fine_tune(model, pictures, pictures, phases, Loop(Accelerator(cpu=True), show_progress=False)))
+    3
+
+    With ``loop.checkpoints``, a run that was killed goes on after its last checkpoint, and on a CPU, as one process,
+    ends with the same weights to the bit: the model must come in as it came in then, and phases and loop be the same.
 
     Raises:
         AssertionError: a frozen parameter or buffer changed.
-        ValueError: nothing trains.
+        ValueError: nothing trains, or there are no pictures.
     """
-    model.to(device)
-    groups = model.param_groups(
-        hyperparameters.lr, backbone_lr=hyperparameters.backbone_lr, weight_decay=hyperparameters.weight_decay
-    )
-    optimizer = torch.optim.AdamW([dict(group) for group in groups])
+    saved = None
+    if loop.checkpoints is not None:
+        folder = loop.checkpoints
+        saved = run_on_main(loop.accelerator, lambda: newest_checkpoint(folder))
+    progress = Progress() if saved is None else saved.progress
+    changed: set[str] = set()
+    if saved is not None:
+        changed.update(saved.model)
+        if loop.shows:
+            print(f"resuming at {progress.describe()}", flush=True)
+        load_by_name(model, saved.model)
+    total = sum(phase.epochs for phase in phases)
+    while progress.phase < len(phases):
+        phase = phases[progress.phase]
+        with in_phase(model, train, test, phase=phase, changed=changed, loop=loop) as stage:
+            if saved is not None:
+                resume(stage, saved, loop)
+                saved = None
+            while progress.epoch < phase.epochs:
+                train_epoch(stage, phase, progress, loop, title=f"epoch {len(progress.history) + 1}/{total}")
+                if progress.epoch == 0:  # the next phase's
+                    break
+    return progress.history
+
+
+@contextmanager
+def in_phase(
+    model: FineTuneModel, train: Dataset[Any], test: Dataset[Any], *, phase: Phase, changed: set[str], loop: Loop
+) -> Iterator[Stage]:
+    """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move."""
+    accelerator = loop.accelerator
+    model.freeze_backbone(trainable_groups=phase.trainable_groups)
+    changed.update(model.state_dict().keys() - model.frozen_fingerprint().keys())
     with model.assert_frozen():
-        if trains(model.backbone):
-            return fit(model, optimizer, train, test, hyperparameters, device=device, show_progress=show_progress)
-        train_features, test_features = (
-            extract_features(
-                model,
-                DataLoader(pictures, hyperparameters.batch_size),
-                device=device,
-                title=title if show_progress else None,
+        on_features = not trains(model.backbone) and repeats(train) and repeats(test)
+        if on_features:
+            titles = ("features, train", "features, test") if loop.shows else (None, None)
+            train, test = (
+                gather_features(
+                    model, data, batch_size=loop.batch_size, accelerator=accelerator, cache=cache, title=title
+                )
+                for data, cache, title in zip((train, test), loop.caches or (None, None), titles, strict=True)
             )
-            for pictures, title in ((train, "features, train"), (test, "features, test"))
+        # FSDP2 takes the parameters apart for good, so it gets a copy, which the model takes over in the end.
+        copied = copy.deepcopy(model) if accelerator.is_fsdp2 else model
+        module = copied.classifier if on_features else copied
+        groups = copied.param_groups(
+            phase.lr, backbone_lr=phase.backbone_lr, weight_decay=phase.weight_decay, layer_decay=phase.layer_decay
         )
-        return fit(
-            model.classifier,
-            optimizer,
-            train_features,
-            test_features,
-            hyperparameters,
-            device=device,
-            show_progress=show_progress,
+        if loop.shows and accelerator.num_processes > 1:
+            print(
+                f"{accelerator.num_processes} processes: each gives {communicated_bytes(module):,} bytes of gradients "
+                "a step",
+                flush=True,
+            )
+        prepared, optimizer = prepare(accelerator, module, torch.optim.AdamW([dict(group) for group in groups]))
+        steps = len(epoch_batches(count(train), loop.batch_size, seed=0, epoch=0))
+        schedule = make_schedule(optimizer, phase, steps)
+        yield Stage(copied, module, prepared, optimizer, schedule, changed, train, test)
+        release(accelerator, prepared)
+        if copied is not model:
+            load_by_name(model, {name: whole(tensor) for name, tensor in copied.state_dict().items()})
+
+
+def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: Loop, *, title: str) -> None:
+    """Train what is left of an epoch, evaluate, and write down where the run stands."""
+    accelerator = loop.accelerator
+    process, processes = accelerator.process_index, accelerator.num_processes
+    batches = epoch_batches(count(stage.train), loop.batch_size, seed=loop.seed, epoch=len(progress.history) + 1)
+    shares = [share_of(batch, process=process, processes=processes) for batch in batches[progress.step :]]
+    # What was summed before a resumption is the main process's; the others begin at nothing.
+    before = [progress.loss_sum, progress.correct] if accelerator.is_main_process else [0.0, 0.0]
+    sums = torch.tensor(before, device=accelerator.device)
+    stage.prepared.train()
+    with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not loop.shows) as bar:
+        for share, loaded in zip(shares, load_shares(stage.train, shares), strict=True):
+            stage.schedule.step_update(progress.epoch * len(batches) + progress.step + 1)
+            sums += train_step(stage, share, loaded, len(batches[progress.step]), loop)
+            progress.step += 1
+            progress.steps += 1
+            bar.update()
+            if progress.steps % loop.checkpoint_steps == 0 and progress.step < len(batches):
+                progress.loss_sum, progress.correct = accelerator.reduce(sums.clone()).tolist()
+                keep(stage, progress, loop)
+        seen = sum(len(batch) for batch in batches)
+        loss_sum, correct = accelerator.reduce(sums).tolist()
+        average_statistics(stage, accelerator)
+        accuracy = evaluate(
+            accelerator.unwrap_model(stage.prepared), stage.test, batch_size=loop.batch_size, accelerator=accelerator
         )
+        bar.set_postfix(loss=f"{loss_sum / seen:.3f}", train=f"{correct / seen:.3f}", test=f"{accuracy:.3f}")
+    result = EpochResult(len(progress.history) + 1, loss_sum / seen, correct / seen, accuracy)
+    progress.finish_epoch(result, last_of_phase=progress.epoch + 1 == phase.epochs)
+    keep(stage, progress, loop)
+
+
+def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_size: int, loop: Loop) -> Tensor:
+    """Take one step of the optimizer; returns this process's sum of losses and count of right answers, ``(2,)``.
+
+    The gradient is that of the mean loss over the whole batch, whatever the shares: each process sums over its own
+    pictures, and the processes' gradients are averaged.
+    """
+    accelerator = loop.accelerator
+    # Parts of two pictures at least, which BatchNorm needs to train.
+    parts = share.split(min(loop.accumulation, max(len(share) // 2, 1)))
+    sums = torch.zeros(2, device=accelerator.device)
+    stage.optimizer.zero_grad()
+    start = 0
+    for number, part in enumerate(parts, start=1):
+        *inputs, targets = (tensor[start : start + len(part)].to(accelerator.device) for tensor in loaded)
+        start += len(part)
+        with nullcontext() if number == len(parts) else accelerator.no_sync(stage.prepared):
+            logits = stage.prepared(*inputs)[: part.own]
+            loss = cross_entropy(logits, targets[: part.own], reduction="sum")
+            accelerator.backward(loss * (accelerator.num_processes / batch_size))
+        right = (logits.detach().argmax(-1) == targets[: part.own]).sum()
+        sums += torch.stack((loss.detach().float(), right.float()))
+    stage.optimizer.step()
+    return sums
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, data: Dataset[Any], *, batch_size: int, accelerator: Accelerator) -> float:
+    """The share of inputs whose largest logit is their target, 0 to 1. Leaves the module in eval mode.
+
+    Each process takes a share of each batch, and no picture counts twice.
+
+    >>> data = [(torch.tensor([0.0, 1.0]), 1)]
+    >>> evaluate(nn.Identity(), data, batch_size=1, accelerator=Accelerator(cpu=True))
+    1.0
+    """
+    module.eval()
+    shares = [
+        share_of(batch, process=accelerator.process_index, processes=accelerator.num_processes)
+        for batch in torch.split(torch.arange(count(data)), batch_size)
+    ]
+    correct = torch.zeros((), dtype=torch.long, device=accelerator.device)
+    for share, (*inputs, targets) in zip(shares, load_shares(data, shares), strict=True):
+        answers = module(*(tensor.to(accelerator.device) for tensor in inputs)).argmax(-1)[: share.own]
+        correct += (answers == targets[: share.own].to(accelerator.device)).sum()
+    return int(accelerator.reduce(correct)) / count(data)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, phase: Phase, steps_per_epoch: int) -> Scheduler:
+    """Make the schedule of a phase's rates, step by step: they are a function of the step's number alone.
+
+    >>> optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    >>> schedule, rates = make_schedule(optimizer, Phase(epochs=4, warmup_epochs=1, cosine=True), 2), []
+    >>> for step in range(1, 9):
+    ...     schedule.step_update(step)
+    ...     rates.append(round(optimizer.param_groups[0]["lr"], 2))
+    >>> rates
+    [0.5, 1.0, 0.95, 0.81, 0.61, 0.39, 0.19, 0.05]
+    """
+    steps, warmup = phase.epochs * steps_per_epoch, round(phase.warmup_epochs * steps_per_epoch)
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper around it
+    if phase.cosine:  # one step longer than there are, so that the last one still learns
+        return CosineLRScheduler(
+            inner, steps - warmup + 1, warmup_t=warmup, warmup_lr_init=0, warmup_prefix=True, t_in_epochs=False
+        )
+    return StepLRScheduler(inner, steps + 1, decay_rate=1, warmup_t=warmup, warmup_lr_init=0, t_in_epochs=False)
+
+
+def average_statistics(stage: Stage, accelerator: Accelerator) -> None:
+    """Average over the processes what each gathered of its own pictures: running means and variances that train."""
+    if accelerator.num_processes == 1:
+        return
+    frozen = stage.model.frozen_fingerprint().keys()
+    for name, buffer in stage.model.named_buffers():
+        if name not in frozen and buffer.is_floating_point():
+            buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+
+
+def keep(stage: Stage, progress: Progress, loop: Loop) -> None:
+    """Write a checkpoint: only what has ever trained, as the rest is in the model that the run begins with."""
+    if loop.checkpoints is None:
+        return
+    states = gather_object([random_state()])
+    model = {name: whole(tensor) for name, tensor in distinct(stage.model).items() if name in stage.changed}
+    # The next phase begins with an optimizer of its own.
+    optimizer = optimizer_tensors(stage.optimizer) if progress.epoch or progress.step else {}
+    scaler = {} if loop.accelerator.scaler is None else loop.accelerator.scaler.state_dict()
+    if loop.accelerator.is_main_process:
+        write_checkpoint(loop.checkpoints, Checkpoint(progress, model, optimizer, states, scaler))
+
+
+def resume(stage: Stage, saved: Checkpoint, loop: Loop) -> None:
+    """Bring optimizer, scaler and random generators to where they were."""
+    if saved.optimizer:
+        load_optimizer_tensors(stage.optimizer, saved.optimizer)
+    if saved.scaler and loop.accelerator.scaler is not None:
+        loop.accelerator.scaler.load_state_dict(dict(saved.scaler))
+    if len(saved.random_states) == loop.accelerator.num_processes:
+        restore_random_state(saved.random_states[loop.accelerator.process_index])
+    else:
+        print("the random states are those of another number of processes: drawing on from here", file=sys.stderr)
+
+
+def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of a model that have their names."""
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()  # attention biases that levit and its like cached in eval are forgotten when they hear this
+    for module, training in modes:
+        module.training = training
+
+
+def distinct(model: nn.Module) -> dict[str, Tensor]:
+    """Name the tensors of a model, tied ones once."""
+    by_tensor = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if by_tensor[id(tensor)] == name}
+
+
+def count(data: Dataset[Any]) -> int:
+    """Count a dataset's pictures; torch's Dataset declares no length, those used here have one."""
+    return len(data)  # type: ignore[arg-type]

@@ -1,0 +1,88 @@
+"""Which pictures a step sees, on how many processes ever: a function of the seed and the epoch, and of nothing else."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+__all__ = ["Share", "epoch_batches", "load_shares", "share_of"]
+
+
+def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """Draw the batches of an epoch: every one of ``count`` pictures once, in an order of ``(seed, epoch)`` alone.
+
+    >>> [batch.tolist() for batch in epoch_batches(5, 2, seed=0, epoch=1)]  # the fifth sits this epoch out
+    [[1, 3], [4, 2]]
+
+    BatchNorm cannot train on a batch of one, so a last picture left alone is left out (another one the next time).
+    """
+    # Python's seeding by text mixes both numbers well, and is the same everywhere.
+    drawn = random.Random(f"{seed} {epoch}").getrandbits(63)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(drawn))
+    batches = torch.split(order, batch_size)
+    return batches[:-1] if len(batches[-1]) == 1 < len(batches) else batches
+
+
+class Share:
+    """One process's part of a batch: ``indices`` of pictures, of which only the first ``own`` count.
+
+    The processes' shares of a batch are equally long, as what they compute together must be; the pictures beyond
+    ``own`` are others' pictures, seen once more without weight.
+
+    >>> share = Share(torch.tensor([4, 7, 4]), own=2)
+    >>> [(part.indices.tolist(), part.own) for part in share.split(2)]
+    [([4, 7], 2), ([4], 0)]
+    """
+
+    def __init__(self, indices: Tensor, own: int) -> None:
+        self.indices = indices
+        self.own = own
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def split(self, parts: int) -> "list[Share]":
+        """Cut into consecutive parts, nearly equal."""
+        cut, start = [], 0
+        for indices in self.indices.tensor_split(parts):
+            cut.append(Share(indices, min(max(self.own - start, 0), len(indices))))
+            start += len(indices)
+        return cut
+
+
+def share_of(batch: Tensor, *, process: int, processes: int) -> Share:
+    """Take a process's share of a batch: together the shares' own pictures are the batch, each picture once.
+
+    >>> [(share.indices.tolist(), share.own) for share in (
+    ...     share_of(torch.tensor([5, 6, 7, 8, 9]), process=process, processes=2) for process in (0, 1))]
+    [([5, 7, 9], 3), ([6, 8, 5], 2)]
+
+    With several processes no share is shorter than two, which BatchNorm needs to train.
+    """
+    if processes == 1:
+        return Share(batch, len(batch))
+    size = max(-(-len(batch) // processes), 2)
+    positions = torch.arange(process, process + size * processes, processes)
+    return Share(batch[positions % len(batch)], int((positions < len(batch)).sum()))
+
+
+def load_shares(data: Dataset[Any], shares: Sequence[Share]) -> Iterator[tuple[Tensor, ...]]:
+    """Load the pictures of each share: a batch of ``(inputs..., targets)`` each.
+
+    >>> data = TensorDataset(torch.arange(4.0), torch.arange(4))
+    >>> next(load_shares(data, [Share(torch.tensor([3, 1]), own=2)]))
+    (tensor([3., 1.]), tensor([3, 1]))
+    """
+    if isinstance(data, TensorDataset):  # indexed at once, not collated from single pictures
+        for share in shares:
+            yield tuple(tensor[share.indices] for tensor in data.tensors)
+        return
+    # With a generator of its own a loader draws nothing from torch's when it starts, so that a loader which starts
+    # in mid-epoch leaves the random state as it would be. It loads in this process, one batch after another: what a
+    # random transform draws is then restored with that state too.
+    indices = [share.indices.tolist() for share in shares]
+    for batch in DataLoader(data, batch_sampler=indices, generator=torch.Generator()):
+        yield tuple(batch)

@@ -1,0 +1,80 @@
+"""What a phase trains on: pictures, or, where the backbone is frozen and shows the same each time, its features."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from backbone_finetune import FineTuneModel
+
+from .features import FeatureCache, extract_features
+from .fingerprints import is_deterministic
+from .randomness import own_randomness
+
+__all__ = ["gather_features", "repeats"]
+
+GATHERED_ROWS = 4096
+
+
+def repeats(data: Dataset[Any]) -> bool:
+    """Say whether a dataset shows the same in every epoch: it has no transform, or one known to draw nothing.
+
+    >>> repeats(TensorDataset(torch.ones(1)))
+    True
+    """
+    transform = getattr(data, "transform", None)
+    return transform is None or is_deterministic(transform)
+
+
+def gather_features(
+    model: FineTuneModel,
+    data: Dataset[Any],
+    *,
+    batch_size: int,
+    accelerator: Accelerator,
+    cache: FeatureCache | None = None,
+    title: str | None = None,
+) -> TensorDataset:
+    """Run a frozen backbone once over a dataset: each process over its part, and all of them get all features.
+
+    See `extract_features`; this adds the processes, and draws nothing from any random generator.
+
+    >>> model = FineTuneModel(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).freeze_backbone()
+    >>> pictures = TensorDataset(torch.ones(3, 3), torch.tensor([0, 1, 1]))
+    >>> features = gather_features(model, pictures, batch_size=2, accelerator=Accelerator(cpu=True))
+    >>> [tuple(tensor.shape) for tensor in features.tensors]
+    [(3, 4), (3,)]
+    """
+    count, processes = len(data), accelerator.num_processes  # type: ignore[arg-type]  # a Dataset of no declared length
+    if processes > 1:
+        # Every process takes as many pictures, the first ones once more where they do not come out even.
+        positions = torch.arange(accelerator.process_index, -(-count // processes) * processes, processes) % count
+        data = Subset(data, positions.tolist())
+        if cache is not None:
+            part = f"{accelerator.process_index}-of-{processes}"
+            folder, fingerprint = Path(f"{cache.folder}-{part}"), f"{cache.data_fingerprint} {part}"
+            cache = FeatureCache(folder, fingerprint, memory_share=cache.memory_share)
+    with own_randomness():
+        features = extract_features(
+            model, DataLoader(data, batch_size), device=accelerator.device, cache=cache, title=title
+        )
+    if processes == 1:
+        return features
+    return TensorDataset(*(gather_rows(tensor, accelerator)[:count] for tensor in features.tensors))
+
+
+def gather_rows(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """Gather what every process has of a dataset, dealt out one by one, and put it back in order.
+
+    >>> gather_rows(torch.arange(3), Accelerator(cpu=True))
+    tensor([0, 1, 2])
+    """
+    whole: list[Tensor] = []
+    for rows in torch.split(tensor, GATHERED_ROWS):
+        gathered = accelerator.gather(rows.to(accelerator.device)).cpu()
+        dealt = gathered.unflatten(0, (accelerator.num_processes, len(rows))).transpose(0, 1)
+        whole.append(dealt.flatten(0, 1))
+    return torch.cat(whole)

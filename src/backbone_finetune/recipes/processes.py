@@ -1,0 +1,144 @@
+"""What several processes need beyond one: one voice, one decision, and the whole of what is in parts."""
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+__all__ = ["communicated_bytes", "make_accelerator", "prepare", "release", "run_on_main", "whole"]
+
+T = TypeVar("T")
+# One process may compute features or references while the others wait for it.
+PATIENCE = timedelta(hours=6)
+
+
+def make_accelerator(device: torch.device, *, mixed_precision: str | None = None) -> Accelerator:
+    """Make the accelerator for a device; how many processes there are, the launcher says.
+
+    >>> make_accelerator(torch.device("cpu")).device
+    device(type='cpu')
+
+    ``mixed_precision`` is "no", "fp16" or "bf16"; left out, it is what `accelerate launch` was told.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one, or with several processes each its own
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=mixed_precision,
+        # DistributedDataParallel would send every buffer, frozen ones too, in each forward; what statistics gather
+        # is averaged once after each epoch instead.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
+    )
+
+
+def prepare(
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Prepare a module and its optimizer for one phase; after `release`, the next phase can prepare anew."""
+    prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
+    return prepared, prepared_optimizer
+
+
+def release(accelerator: Accelerator, prepared: nn.Module) -> None:
+    """Give a module back as it was before `prepare`: no wrapper, no autocast around its forward, no mark.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> accelerator = make_accelerator(torch.device("cpu"))
+    >>> prepared, _ = prepare(accelerator, layer, torch.optim.SGD(layer.parameters()))
+    >>> release(accelerator, prepared)
+    >>> "_is_accelerate_prepared" in vars(layer)
+    False
+    """
+    module = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    for part in (prepared, module):
+        vars(part).pop("_is_accelerate_prepared", None)  # with it, the next prepare would do nothing
+    accelerator.free_memory()
+
+
+def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Run a function on the main process; its result, or its error, is that of every process.
+
+    >>> run_on_main(make_accelerator(torch.device("cpu")), lambda: 3)
+    3
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def communicated_bytes(module: nn.Module) -> int:
+    """Count the bytes of gradients that a process gives to the others in a step: those of what trains, once.
+
+    >>> communicated_bytes(nn.Sequential(nn.Linear(64, 32).requires_grad_(False), nn.Linear(32, 10)))
+    1320
+    """
+    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Give the values on all processes together, where a tensor is in parts (FSDP2); all of them must ask.
+
+    >>> whole(torch.ones(2))
+    tensor([1., 1.])
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Name what an optimizer remembers by parameter, ``classifier.weight.exp_avg``; its groups must have names.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> optimizer = torch.optim.SGD([{"params": [layer.weight], "param_names": ["weight"]}], lr=0.1, momentum=0.9)
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer_tensors(optimizer)
+    {'weight.momentum_buffer': tensor([[1., 1.]])}
+    """
+    return {
+        f"{name}.{key}": whole(value)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Let an optimizer remember what `optimizer_tensors` named."""
+    state: dict[int, dict[str, Tensor]] = {}
+    position = 0
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            state[position] = {
+                key.removeprefix(f"{name}."): as_placed(value, parameter)
+                for key, value in tensors.items()
+                if key.rpartition(".")[0] == name
+            }
+            position += 1
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def as_placed(value: Tensor, parameter: Tensor) -> Tensor:
+    """Spread a tensor over the processes as its parameter is."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value
