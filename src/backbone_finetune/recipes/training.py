@@ -110,17 +110,14 @@ def fine_tune(
         AssertionError: a frozen parameter or buffer changed.
         ValueError: nothing trains, or there are no pictures.
     """
-    saved = None
-    if loop.checkpoints is not None:
-        folder = loop.checkpoints
-        saved = run_on_main(loop.accelerator, lambda: newest_checkpoint(folder))
-    progress = Progress() if saved is None else saved.progress
-    changed: set[str] = set()
+    begun, saved = (False, None) if loop.checkpoints is None else open_checkpoints(loop.checkpoints, loop.accelerator)
+    progress, changed = Progress(), set[str]()
     if saved is not None:
+        progress = saved.progress
         changed.update(saved.model)
-        if loop.shows:
-            print(f"resuming at {progress.describe()}", flush=True)
         load_by_name(model, saved.model)
+    if begun and loop.shows:
+        print(f"resuming at {progress.describe()}", flush=True)
     total = sum(phase.epochs for phase in phases)
     while progress.phase < len(phases):
         phase = phases[progress.phase]
@@ -294,6 +291,17 @@ def keep(stage: Stage, progress: Progress, loop: Loop) -> None:
     scaler = {} if loop.accelerator.scaler is None else loop.accelerator.scaler.state_dict()
     if loop.accelerator.is_main_process:
         write_checkpoint(loop.checkpoints, Checkpoint(progress, model, optimizer, states, scaler))
+
+
+def open_checkpoints(folder: Path, accelerator: Accelerator) -> tuple[bool, Checkpoint | None]:
+    """Make the folder of the checkpoints, or say that it was there and give its newest one, to every process."""
+
+    def look() -> tuple[bool, Checkpoint | None]:
+        begun = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        return begun, newest_checkpoint(folder)
+
+    return run_on_main(accelerator, look)
 
 
 def resume(stage: Stage, saved: Checkpoint, loop: Loop) -> None:

@@ -1,0 +1,182 @@
+"""Trainings that are killed, for test_recipes_resuming.py: python training_worker.py FOLDER KIND KILLS SEED.
+
+What is trained has all that a resumption must restore: a classifier with dropout, on cached features or, where the
+transform is random, on pictures; a trainable group with BatchNorm; warm-up and cosine. After a random number of events
+(a step begun, a file about to be synced or moved into place) the process gets SIGKILL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from picture_folders import make_folder
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from backbone_finetune import FineTuneModel, cli
+from backbone_finetune.recipes import output, training
+from backbone_finetune.recipes.features import FeatureCache
+from backbone_finetune.recipes.phases import Phase
+from backbone_finetune.recipes.processes import make_accelerator
+from backbone_finetune.recipes.randomness import seed_everything
+from backbone_finetune.recipes.training import EpochResult, Loop, fine_tune
+
+PHASES = (
+    Phase(epochs=3, lr=0.01, cosine=True),
+    Phase(epochs=2, trainable_groups=1, lr=0.01, warmup_epochs=0.5, layer_decay=0.8),
+    Phase(epochs=2, lr=0.01),
+)
+BATCH_SIZE = 4
+
+
+class Network(nn.Module):
+    """A backbone of two layer groups, with statistics and dropout."""
+
+    def __init__(self, *, normalises: bool) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        norm = nn.BatchNorm2d(16) if normalises else nn.Identity()
+        self.last = nn.Sequential(nn.Conv2d(8, 16, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        features: Tensor = self.last(self.stem(pictures))
+        return features
+
+
+class Shaken(Dataset[tuple[Tensor, int]]):
+    """Pictures with noise that each of the three random generators draws anew."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+        self.transform = self.shake
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture, target = self.data[index]
+        return self.transform(picture), int(target)
+
+    def shake(self, picture: Tensor) -> Tensor:
+        return picture + random.random() * numpy.random.rand() * torch.rand(1)
+
+
+def make_pictures(count: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(2)
+    targets = torch.arange(count) % 3
+    noise = torch.randn(count, 3, 8, 8, generator=generator)
+    return TensorDataset(noise + torch.eye(3)[targets][:, :, None, None], targets)
+
+
+def make_model(*, dropout: float, normalises: bool = True) -> FineTuneModel:
+    torch.manual_seed(1)
+    head = nn.Sequential(nn.Dropout(dropout), nn.Linear(16, 3))
+    return FineTuneModel(Network(normalises=normalises), head)
+
+
+def train_undisturbed(folder: Path, *, cached: bool) -> tuple[FineTuneModel, list[EpochResult]]:
+    """Train in a folder, going on with what is there."""
+    pictures: Any = make_pictures(23)
+    loop = Loop(
+        make_accelerator(torch.device("cpu")),
+        batch_size=BATCH_SIZE,
+        checkpoints=folder / "checkpoints",
+        checkpoint_steps=4,
+        caches=(FeatureCache(folder / "train", "these"), FeatureCache(folder / "test", "those")) if cached else None,
+    )
+    model = make_model(dropout=0.3)
+    seed_everything(0)
+    history = fine_tune(model, pictures if cached else Shaken(pictures), make_pictures(7), PHASES, loop)
+    return model, history
+
+
+def die_after(events: int) -> None:
+    """Count steps, file moves and what is on the disk, and at so many of them kill this very process; 0 never does."""
+    left = [events]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **keywords)
+
+        return call
+
+    training.train_step = counted(training.train_step)
+    output.sync = counted(output.sync)
+    os.replace = counted(os.replace)
+
+
+def train_in(folder: Path, kind: str) -> None:
+    """Train what `kind` says, and leave weights.safetensors and, line by line, how many epochs were written down."""
+    write = training.write_checkpoint
+
+    def write_and_tell(where: Path, checkpoint: Any) -> None:
+        write(where, checkpoint)
+        with (folder / "epochs.txt").open("a") as told:
+            told.write(f"{len(checkpoint.progress.history)}\n")
+
+    training.write_checkpoint = write_and_tell
+    if kind == "command":
+        options = "--model test_resnet --epochs 2 --batch-size 4 --checkpoint-steps 2 --lr 0.01"
+        status = cli.main(["train", str(folder / "pictures"), *options.split(), "--output", str(folder / "run")])
+        if status:
+            sys.exit(status)
+        weights = load_file(folder / "run" / "model.safetensors")
+        history = json.loads((folder / "run" / "metrics.json").read_text())["history"]
+    else:
+        model, history = train_undisturbed(folder, cached=kind == "cached")
+        weights = model.state_dict()
+    save_file(weights, folder / "weights.safetensors", metadata={"history": repr(history)})
+
+
+def run_child(folder: Path, kind: str, events: int) -> int:
+    """Train in a process of its own, forked from this one so that nothing is imported again: its exit code."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        die_after(events)
+        train_in(folder, kind)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def main(folder: str, kind: str, kills: str, seed: str) -> None:
+    """Train once undisturbed and once killed again and again, each time after a random number of events."""
+    torch.set_num_threads(1)
+    drawn = random.Random(int(seed))
+    quiet, disturbed = (Path(folder, name) for name in ("quiet", "disturbed"))
+    for run in (quiet, disturbed):
+        make_folder(run / "pictures", per_class=4) if kind == "command" else run.mkdir()
+    codes = [run_child(quiet, kind, 0)]
+    for number in range(int(kills)):
+        codes.append(run_child(disturbed, kind, drawn.randint(1, 40)))
+        if codes[-1] == 0:  # it was finished first: begin again
+            disturbed.rename(disturbed.with_name(f"finished-{number}"))
+            make_folder(disturbed / "pictures", per_class=4) if kind == "command" else disturbed.mkdir()
+    codes.append(run_child(disturbed, kind, 0))
+    print(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
