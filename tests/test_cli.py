@@ -56,19 +56,28 @@ def test_train_takes_a_folder_and_every_option(tmp_path: Path, capfd: pytest.Cap
     output = tmp_path / "run"
     options = (
         f"--model test_resnet --checkpoint {tmp_path / 'weights.pth'} --epochs 1 --seed 7 --trainable-groups 1 "
-        f"--lr 0.01 --backbone-lr 0.002 --weight-decay 0.1 --batch-size 4 --device cpu --output {output}"
+        f"--lr 0.01 --backbone-lr 0.002 --weight-decay 0.1 --batch-size 4 --device cpu --output {output} "
+        "--accumulation 2 --checkpoint-steps 3"
     )
     assert cli.main(["train", str(pictures), *options.split()]) == 0
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["hyperparameters"] == {
-        "epochs": 1,
-        "seed": 7,
-        "lr": 0.01,
-        "backbone_lr": 0.002,
-        "weight_decay": 0.1,
-        "batch_size": 4,
-    }
-    assert (metrics["architecture"], metrics["trainable_groups"], metrics["device"]) == ("test_resnet", 1, "cpu")
+    assert metrics["phases"] == [
+        {
+            "epochs": 1,
+            "trainable_groups": 1,
+            "lr": 0.01,
+            "backbone_lr": 0.002,
+            "layer_decay": None,
+            "weight_decay": 0.1,
+            "warmup_epochs": 0.0,
+            "cosine": False,
+        }
+    ]
+    assert (metrics["seed"], metrics["batch_size"]) == (7, 4)
+    assert (metrics["architecture"], metrics["device"]) == ("test_resnet", "cpu")
+    run = json.loads((output / "run.json").read_text())
+    assert run["arguments"]["phases"] == metrics["phases"]
+    assert (run["arguments"]["accumulation"], run["arguments"]["checkpoint_steps"]) == (2, 3)
     assert metrics["weights"] == f"weights from {tmp_path / 'weights.pth'}"
     printed = capfd.readouterr()
     assert "layer4         267,840  trainable  train" in printed.out

@@ -14,11 +14,13 @@ from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import reference
+from backbone_finetune.recipes.phases import Phase
+from backbone_finetune.recipes.processes import make_accelerator
 from backbone_finetune.recipes.reference import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
 from backbone_finetune.recipes.timing import measure_backward
-from backbone_finetune.recipes.training import Hyperparameters
+from backbone_finetune.recipes.training import Loop
 
-CPU = torch.device("cpu")
+LOOP = Loop(make_accelerator(torch.device("cpu")), show_progress=False)
 
 
 def make_pictures(count: int = 12) -> Any:
@@ -32,8 +34,8 @@ def test_chance_answers_the_commonest_training_class() -> None:
 
 
 def test_raw_pixels_suffice_where_colour_tells() -> None:
-    settings = Hyperparameters(epochs=10)
-    assert raw_pixel_accuracy(3, make_pictures(30), make_pictures(), settings, device=CPU) > 0.9
+    phase = Phase(epochs=10)
+    assert raw_pixel_accuracy(3, make_pictures(30), make_pictures(), phase=phase, loop=LOOP) > 0.9
 
 
 def test_the_random_backbone_is_random_and_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,8 +50,8 @@ def test_the_random_backbone_is_random_and_frozen(monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(5)
     expected = timm.create_model("test_resnet")
     torch.manual_seed(5)
-    settings = Hyperparameters(epochs=1)
-    random_backbone_accuracy("test_resnet", 3, make_pictures(), make_pictures(), settings, device=CPU)
+    phase = Phase(epochs=1)
+    random_backbone_accuracy("test_resnet", 3, make_pictures(), make_pictures(), phase=phase, loop=LOOP)
     (model,) = models
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     initial = expected.state_dict()

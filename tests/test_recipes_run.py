@@ -14,12 +14,12 @@ from picture_folders import COLOURS, make_folder, make_picture
 from backbone_finetune.recipes import run as run_module
 from backbone_finetune.recipes.model_file import load_trained_model
 from backbone_finetune.recipes.output import MODEL_FILE, make_output_folder, replacing
+from backbone_finetune.recipes.phases import Phase
 from backbone_finetune.recipes.prediction import predict
 from backbone_finetune.recipes.run import TrainSettings, train
 from backbone_finetune.recipes.timing import BackwardTimes
-from backbone_finetune.recipes.training import Hyperparameters
 
-FILES = {"curves.png", "metrics.json", "model.safetensors"}
+FILES = {"curves.png", "metrics.json", "model.safetensors", "run.json"}
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     return {
         "pictures": make_folder(tmp_path / "pictures"),
         "architecture": "test_resnet",
-        "hyperparameters": Hyperparameters(epochs=2, batch_size=8),
+        "phases": (Phase(epochs=2),),
+        "batch_size": 8,
         "output": tmp_path / "runs" / "first",
     }
 
@@ -71,7 +72,8 @@ def test_a_run_writes_its_model_its_metrics_and_its_curves(
     assert written["chance"] == pytest.approx(1 / 3)
     assert (written["train_pictures"], written["test_pictures"]) == (12, 6)
     assert written["class_names"] == list(COLOURS)
-    assert written["hyperparameters"]["seed"] == 0
+    assert (written["seed"], written["batch_size"], written["processes"]) == (0, 8, 1)
+    assert [phase["epochs"] for phase in written["phases"]] == [2]
     assert written["backward_milliseconds"]["frozen"] < written["backward_milliseconds"]["unfrozen"]
     (skipped,) = written["skipped_pictures"]
     assert skipped.startswith(str(settings["pictures"] / "red" / "broken.png"))
@@ -90,8 +92,7 @@ def test_a_run_writes_its_model_its_metrics_and_its_curves(
 
 @pytest.mark.usefixtures("no_timing")
 def test_the_written_model_predicts_as_it_was_tested(settings: dict[str, Any]) -> None:
-    hyperparameters = Hyperparameters(epochs=2, batch_size=8, lr=0.01)
-    metrics = train(TrainSettings(**{**settings, "hyperparameters": hyperparameters}))
+    metrics = train(TrainSettings(**{**settings, "phases": (Phase(epochs=2, lr=0.01),)}))
     _, test = run_module.split(run_module.find_pictures(settings["pictures"]), test_share=0.3, seed=0)
     loaded = load_trained_model(settings["output"] / MODEL_FILE)
     predictions = [prediction.classes[0][0] for prediction in predict(loaded, test.paths, top_k=1)]
@@ -111,12 +112,12 @@ def test_the_model_is_written_last(settings: dict[str, Any], monkeypatch: pytest
 
     monkeypatch.setattr(run_module, "save_trained_model", record)
     train(TrainSettings(**settings))
-    assert seen == [FILES - {MODEL_FILE}]
+    assert seen == [FILES - {MODEL_FILE} | {"unfinished"}]
 
 
 def test_layer_groups_can_train_too(settings: dict[str, Any]) -> None:
-    metrics = train(TrainSettings(**settings, trainable_groups=2))
-    assert metrics.trainable_groups == 2
+    metrics = train(TrainSettings(**{**settings, "phases": (Phase(epochs=1), Phase(epochs=1, trainable_groups=2))}))
+    assert [result.epoch for result in metrics.history] == [1, 2]
     assert metrics.backward_milliseconds.frozen > metrics.backward_milliseconds.classifier_alone
     assert names_in(settings["output"]) == FILES
 
@@ -124,9 +125,8 @@ def test_layer_groups_can_train_too(settings: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("no_timing")
 def test_the_same_seed_gives_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
     def outcome(name: str, seed: int) -> Any:
-        hyperparameters = Hyperparameters(epochs=2, batch_size=8, seed=seed)
         output = tmp_path / name
-        metrics = train(TrainSettings(**{**settings, "output": output, "hyperparameters": hyperparameters}))
+        metrics = train(TrainSettings(**{**settings, "output": output, "seed": seed}))
         weights = load_trained_model(output / MODEL_FILE).model.state_dict()
         return metrics.history, metrics.random_backbone, metrics.raw_pixels, weights
 
@@ -151,13 +151,14 @@ def test_a_finished_model_stays_until_the_new_one_replaces_it(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings["output"].mkdir(parents=True)
-    for name in FILES:
+    results = FILES - {"run.json"}  # which says at once what the run is that will replace them
+    for name in results:
         (settings["output"] / name).write_text("the first")
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "measure_backward", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(TrainSettings(**settings, overwrite=True))
-    assert {(settings["output"] / name).read_text() for name in FILES} == {"the first"}
+    assert {(settings["output"] / name).read_text() for name in results} == {"the first"}
     train(TrainSettings(**settings, overwrite=True))
     assert json.loads((settings["output"] / "metrics.json").read_text())["class_names"] == list(COLOURS)
     assert (settings["output"] / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -190,7 +191,7 @@ def test_unfit_pictures_are_refused_before_any_work(
     ("changes", "message"),
     [
         (
-            {"trainable_groups": 9},
+            {"phases": (Phase(), Phase(trainable_groups=9))},
             r"trainable_groups=9: the backbone has 5 layer groups \(stem, layer1, .*\); pass 0 to 5",
         ),
         (

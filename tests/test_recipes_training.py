@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.training import Hyperparameters, evaluate, fine_tune, fit
+from backbone_finetune.recipes.phases import Phase
+from backbone_finetune.recipes.processes import make_accelerator
+from backbone_finetune.recipes.training import Loop, evaluate, fine_tune
 
-CPU = torch.device("cpu")
+ACCELERATOR = make_accelerator(torch.device("cpu"))
 
 
 class Counting(nn.Module):
@@ -42,10 +48,34 @@ def make_pictures(count: int = 24) -> Any:
     return TensorDataset(pictures, targets)
 
 
-def run(model: FineTuneModel, **settings: Any) -> list[Any]:
-    hyperparameters = Hyperparameters(**{"epochs": 3, "batch_size": 8, **settings})
-    pictures = make_pictures()
-    return fine_tune(model, pictures, make_pictures(12), hyperparameters, device=CPU, show_progress=False)
+class Transformed(Dataset[tuple[Tensor, int]]):
+    """Pictures whose transform is not known to show the same each time, though it does."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+        self.transform = Tensor.clone
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture, target = self.data[index]
+        return self.transform(picture), int(target)
+
+
+def run(
+    model: FineTuneModel,
+    train: Any = None,
+    test: Any = None,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    accumulation: int = 1,
+    **phase: Any,
+) -> list[Any]:
+    loop = Loop(ACCELERATOR, batch_size=batch_size, seed=seed, accumulation=accumulation, show_progress=False)
+    train, test = train or make_pictures(), test or make_pictures(12)
+    return fine_tune(model, train, test, [Phase(**{"epochs": 3, **phase})], loop)
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -62,32 +92,32 @@ def test_a_frozen_backbone_sees_each_picture_once() -> None:
     assert model.backbone.seen == 24 + 12
 
 
-def test_training_on_features_is_training_above_the_frozen_backbone() -> None:
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_training_on_features_is_training_above_the_frozen_backbone(accumulation: int) -> None:
     cached, whole = make_model(), make_model()
     history = run(cached)
-    groups: Any = whole.param_groups(1e-3, weight_decay=0.01)
-    settings = Hyperparameters(epochs=3, batch_size=8)
-    expected = fit(
-        whole, torch.optim.AdamW(groups), make_pictures(), make_pictures(12), settings, device=CPU, show_progress=False
-    )
+    expected = run(whole, Transformed(make_pictures()), accumulation=accumulation)
+    assert whole.backbone.seen == 3 * (24 + 12)
     torch.testing.assert_close(cached.classifier.state_dict(), whole.classifier.state_dict())
     assert [result.test_accuracy for result in history] == [result.test_accuracy for result in expected]
 
 
 def test_each_step_takes_the_gradient_of_its_own_batch() -> None:
-    """One batch an epoch, so that the order does not count: plain gradient descent by hand ends at the same weights."""
+    """One batch an epoch, so that the order does not count: AdamW by hand ends at the same weights."""
     torch.manual_seed(3)
-    head = nn.Linear(4, 3)
-    weights = head.weight.detach().clone().requires_grad_()
-    inputs, targets = torch.randn(6, 4), torch.arange(6) % 3
+    model = FineTuneModel(nn.Flatten(), nn.Linear(4, 3))
+    head = copy.deepcopy(model.classifier)
+    inputs, targets = torch.randn(7, 4), torch.arange(7) % 3
+    optimizer = torch.optim.AdamW(
+        [{"params": [head.weight], "weight_decay": 0.1}, {"params": [head.bias], "weight_decay": 0.0}], lr=0.05
+    )
     for _ in range(3):
-        loss = nn.functional.cross_entropy(inputs @ weights.T + head.bias.detach(), targets)
-        (gradient,) = torch.autograd.grad(loss, weights)
-        weights = (weights - 0.5 * gradient).detach().requires_grad_()
-    data, settings = TensorDataset(inputs, targets), Hyperparameters(epochs=3, batch_size=6)
-    head.bias.requires_grad_(False)
-    fit(head, torch.optim.SGD([head.weight], lr=0.5), data, data, settings, device=CPU, show_progress=False)
-    torch.testing.assert_close(head.weight, weights)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(inputs), targets).backward()
+        optimizer.step()
+    data = TensorDataset(inputs, targets)
+    run(model, data, data, batch_size=7, accumulation=3, lr=0.05, weight_decay=0.1)
+    torch.testing.assert_close(model.classifier.state_dict(), head.state_dict())
 
 
 def test_frozen_means_frozen_and_the_classifier_learns() -> None:
@@ -101,9 +131,9 @@ def test_frozen_means_frozen_and_the_classifier_learns() -> None:
 
 
 def test_a_trainable_group_trains_with_its_statistics_and_the_others_stay() -> None:
-    model = make_model().freeze_backbone(trainable_groups=1)
+    model = make_model()
     before = tensors(model)
-    run(model)
+    run(model, trainable_groups=1)
     moved = changed(before, model)
     assert {name for name in moved if name.startswith("backbone.stem")} == set()
     assert {"backbone.last.0.weight", "backbone.last.1.running_mean", "classifier.weight"} <= moved
@@ -111,9 +141,9 @@ def test_a_trainable_group_trains_with_its_statistics_and_the_others_stay() -> N
 
 
 def test_each_part_has_its_own_learning_rate() -> None:
-    slow = make_model().freeze_backbone(trainable_groups=1)
+    slow = make_model()
     before = tensors(slow)
-    run(slow, backbone_lr=1e-9, weight_decay=0.0)
+    run(slow, trainable_groups=1, backbone_lr=1e-9, weight_decay=0.0)
     distance = {name: float((tensor - before[name]).abs().max()) for name, tensor in slow.state_dict().items()}
     assert distance["backbone.last.0.weight"] < 1e-6 < distance["classifier.weight"]
 
@@ -156,8 +186,8 @@ def test_a_random_head_draws_anew_in_every_step_and_not_in_evaluation() -> None:
 @pytest.mark.parametrize("trainable_groups", [0, 1])
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(trainable_groups: int) -> None:
     def weights(seed: int) -> Tensor:
-        model = make_model().freeze_backbone(trainable_groups=trainable_groups)
-        run(model, seed=seed)
+        model = make_model()
+        run(model, seed=seed, trainable_groups=trainable_groups)
         return model.classifier.weight
 
     assert torch.equal(weights(0), weights(0))
@@ -166,8 +196,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(trainable_gro
 
 def test_the_test_pictures_teach_nothing() -> None:
     def weights(test: Any) -> Tensor:
-        model = make_model().freeze_backbone(trainable_groups=1)
-        fine_tune(model, make_pictures(), test, Hyperparameters(epochs=2), device=CPU, show_progress=False)
+        model = make_model()
+        run(model, make_pictures(), test, epochs=2, trainable_groups=1)
         return model.classifier.weight
 
     assert torch.equal(weights(make_pictures(12)), weights(TensorDataset(torch.ones(2, 3, 8, 8), torch.tensor([0, 1]))))
@@ -175,10 +205,7 @@ def test_the_test_pictures_teach_nothing() -> None:
 
 def test_a_picture_left_alone_in_the_last_batch_breaks_no_batch_norm() -> None:
     head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
-    settings = Hyperparameters(epochs=1, batch_size=8)
-    history = fine_tune(
-        make_model(head), make_pictures(17), make_pictures(3), settings, device=CPU, show_progress=False
-    )
+    history = run(make_model(head), make_pictures(17), make_pictures(3), epochs=1)
     assert len(history) == 1
 
 
@@ -186,12 +213,55 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [5.0, 4.0]])
     data = TensorDataset(logits, torch.tensor([0, 1, 1, 0]))
     module = nn.Sequential(nn.Identity(), nn.Dropout(0.9))
-    assert evaluate(module, data, batch_size=3, device=CPU) == 0.75
+    assert evaluate(module, data, batch_size=3, accelerator=ACCELERATOR) == 0.75
 
 
 def test_progress_is_shown_for_each_epoch(capfd: pytest.CaptureFixture[str]) -> None:
-    settings = Hyperparameters(epochs=2, batch_size=8)
-    fine_tune(make_model(), make_pictures(), make_pictures(12), settings, device=CPU)
+    phases = [Phase(epochs=1), Phase(epochs=1, trainable_groups=1)]
+    fine_tune(make_model(), make_pictures(), make_pictures(12), phases, Loop(ACCELERATOR, batch_size=8))
     lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
     for epoch in (1, 2):
         assert any(line.startswith(f"epoch {epoch}/2: 100%") and "test=" in line for line in lines)
+
+
+def test_phases_go_on_where_the_one_before_ended_and_each_moves_its_own_layers() -> None:
+    model, first = make_model(), make_model()
+    head, last, again = (
+        Phase(epochs=2, lr=0.01),
+        Phase(epochs=1, trainable_groups=1, lr=0.01),
+        Phase(epochs=1, lr=0.01),
+    )
+    fine_tune(first, make_pictures(), make_pictures(12), [head], Loop(ACCELERATOR, batch_size=8, show_progress=False))
+    before = tensors(model)
+    states: list[dict[str, Tensor]] = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: states or states.append(tensors(module)))
+    history = fine_tune(model, make_pictures(), make_pictures(12), [head, last, again], Loop(ACCELERATOR, batch_size=8))
+    hook.remove()
+    assert [result.epoch for result in history] == [1, 2, 3, 4]
+    assert changed(states[0], first) == set()
+    assert {name for name in changed(before, model) if name.startswith("backbone.stem")} == set()
+    assert "backbone.last.0.weight" in changed(before, model)
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+
+
+def test_mixed_precision_leaves_no_trace_in_the_model() -> None:
+    code = """if True:
+        import torch
+        from test_recipes_training import make_model, make_pictures, Phase, Loop, fine_tune
+        from accelerate.state import AcceleratorState
+        AcceleratorState._reset_state(True)
+        from backbone_finetune.recipes.processes import make_accelerator
+        accelerator = make_accelerator(torch.device("cpu"), mixed_precision="bf16")
+        model = make_model()
+        seen = []
+        model.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        phases = [Phase(epochs=1), Phase(epochs=1, trainable_groups=1)]
+        fine_tune(model, make_pictures(), make_pictures(3), phases, Loop(accelerator, show_progress=False))
+        assert torch.bfloat16 in seen, seen
+        seen.clear()
+        assert model(make_pictures(3).tensors[0]).dtype == torch.float32
+        assert seen == [torch.float32]
+        assert "forward" not in vars(model) and "forward" not in vars(model.classifier)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,5 +1,6 @@
 """What several processes need beyond one: one voice, one decision, and the whole of what is in parts."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -47,7 +48,10 @@ def prepare(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Prepare a module and its optimizer for one phase; after `release`, the next phase can prepare anew."""
-    prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
+    with warnings.catch_warnings():
+        # torch 2.14 has another name for it, which 2.9 and accelerate do not know.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
     return prepared, prepared_optimizer
 
 
@@ -64,6 +68,8 @@ def release(accelerator: Accelerator, prepared: nn.Module) -> None:
     module = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     for part in (prepared, module):
         vars(part).pop("_is_accelerate_prepared", None)  # with it, the next prepare would do nothing
+    if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+        del module.forward  # put there for autocast, and left as its class has it
     accelerator.free_memory()
 
 

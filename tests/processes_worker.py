@@ -1,0 +1,62 @@
+"""What torchrun starts for test_recipes_processes.py: python processes_worker.py FOLDER, on any number of processes.
+
+It trains a frozen phase on cached features, one on pictures with a frozen backbone, and one where BatchNorm trains, and
+the main process writes the weights after each. 23 pictures in batches of 4 leave 3 for the last: no even shares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from training_worker import Shaken, make_model, make_pictures
+
+from backbone_finetune.recipes.phases import Phase
+from backbone_finetune.recipes.processes import make_accelerator
+from backbone_finetune.recipes.training import Loop, evaluate, fine_tune
+
+
+class Still(Shaken):
+    """A transform that is not known to be deterministic, and is."""
+
+    def shake(self, picture: torch.Tensor) -> torch.Tensor:
+        return picture
+
+
+def main(folder: str, device: str = "cpu") -> None:
+    accelerator = make_accelerator(torch.device(device))
+    pictures: Any = make_pictures(23)
+    told: dict[str, Any] = {"processes": accelerator.num_processes}
+    for name, data, phase, accumulation in (
+        ("cached", pictures, Phase(epochs=3, lr=0.02), 1),
+        ("uncached", Still(pictures), Phase(epochs=2, lr=0.02), 1),
+        ("accumulated", pictures, Phase(epochs=2, lr=0.02), 2),
+        ("statistics", pictures, Phase(epochs=4, trainable_groups=1, lr=0.02, backbone_lr=0.01), 1),
+        ("everything", pictures, Phase(epochs=2, trainable_groups=2, lr=0.02, backbone_lr=0.01), 2),
+    ):
+        model = make_model(dropout=0.0, normalises=name != "everything").freeze_backbone()
+        if name == "everything":  # BatchNorm in the stem too would make this one noisy
+            model.norm_eval = True
+        loop = Loop(
+            accelerator,
+            batch_size=4,
+            accumulation=accumulation,
+            checkpoints=Path(folder, name),
+        )
+        history = fine_tune(model, data, make_pictures(7), [phase], loop)
+        told[name] = [result.train_loss for result in history]
+        told[f"{name} test"] = evaluate(model, make_pictures(7), batch_size=3, accelerator=accelerator)
+        if accelerator.is_main_process:
+            save_file(model.cpu().state_dict(), Path(folder, f"{name}.safetensors"))
+    if accelerator.is_main_process:
+        Path(folder, "told.json").write_text(json.dumps(told))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

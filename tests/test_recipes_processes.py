@@ -1,0 +1,168 @@
+"""The loop on several processes: the same weights as one process, and what they tell each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import processes_worker
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.batches import epoch_batches, share_of
+from backbone_finetune.recipes.processes import communicated_bytes, make_accelerator, prepare, release
+
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+
+
+def launch(folder: Path, *, processes: int, device: str = "cpu", **environment: str) -> str:
+    """Start the worker by torchrun; gives what it printed."""
+    folder.mkdir()
+    command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    finished = subprocess.run(
+        [*command, str(processes), str(Path(processes_worker.__file__)), str(folder), device],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def outcome(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    weights = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+    return json.loads((folder / "told.json").read_text()), weights
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("one")
+    processes_worker.main(str(folder))
+    return outcome(folder)
+
+
+@pytest.fixture(scope="module")
+def printed_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("two") / "run"
+    return launch(folder, processes=2), folder
+
+
+@needs_gloo
+def test_two_processes_end_with_the_weights_of_one(one: Any, printed_by_two: tuple[str, Path]) -> None:
+    (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
+    assert (told["processes"], told_by_two["processes"]) == (1, 2)
+    for name in ("cached", "uncached", "accumulated", "everything"):
+        torch.testing.assert_close(weights_of_two[name], weights[name], rtol=1e-5, atol=1e-6, msg=name)
+        assert told_by_two[name] == pytest.approx(told[name], rel=1e-5)
+        assert told_by_two[f"{name} test"] == told[f"{name} test"]
+    torch.testing.assert_close(weights["accumulated"], weights["uncached"], rtol=1e-5, atol=1e-6)
+
+
+@needs_gloo
+def test_where_statistics_train_two_processes_learn_as_well_as_one(one: Any, printed_by_two: tuple[str, Path]) -> None:
+    (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
+    assert told["statistics test"] > 0.8
+    assert told_by_two["statistics test"] > 0.8
+    assert told_by_two["statistics"][-1] < told_by_two["statistics"][0]
+    # Each saw half of the pictures, and both keep the mean of what they saw.
+    name = "backbone.last.1.running_mean"
+    ours, theirs = weights_of_two["statistics"][name], weights["statistics"][name]
+    assert torch.corrcoef(torch.stack((ours, theirs)))[0, 1] > 0.9
+
+
+@needs_gloo
+def test_only_one_of_them_speaks_and_says_how_much_they_send(printed_by_two: tuple[str, Path]) -> None:
+    lines = [line for line in printed_by_two[0].splitlines() if line.startswith("2 processes: ")]
+    assert len(lines) == 5
+    head = (16 * 3 + 3) * 4
+    assert lines[0] == lines[1] == f"2 processes: each gives {head} bytes of gradients a step"
+    assert lines[3] == f"2 processes: each gives {head + (8 * 16 * 9 + 16 + 2 * 16) * 4:,} bytes of gradients a step"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP2 is for GPUs: on the CPU accelerate falls back to DDP")
+def test_fully_sharded_ends_with_the_weights_of_one(one: Any, tmp_path: Path) -> None:
+    launch(
+        tmp_path / "sharded",
+        processes=torch.cuda.device_count(),
+        device="cuda",
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION="2",
+    )
+    (_, weights), (_, sharded) = one, outcome(tmp_path / "sharded")
+    for name in ("cached", "uncached", "everything"):
+        torch.testing.assert_close(sharded[name], weights[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@needs_gloo
+def test_the_bytes_are_those_that_the_wrapper_hands_over(group_of_one: None) -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=5).freeze_backbone(trainable_groups=1)
+    wrapped = DistributedDataParallel(model)
+    handed: list[int] = []
+
+    def count_bytes(state, bucket):  # torch reads the annotations of a hook, and wants its own or none
+        handed.append(bucket.buffer().nbytes)
+        future: Any = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, count_bytes)
+    wrapped(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert sum(handed) == communicated_bytes(model)
+    model.freeze_backbone()
+    assert communicated_bytes(model) == communicated_bytes(model.classifier) == (96 * 5 + 5) * 4
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 10])
+def test_shares_are_equally_long_and_count_each_picture_once(size: int, processes: int) -> None:
+    batch = torch.arange(size) + 100
+    shares = [share_of(batch, process=process, processes=processes) for process in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    assert processes == 1 or len(shares[0]) >= 2
+    assert sorted(index for share in shares for index in share.indices[: share.own].tolist()) == batch.tolist()
+    assert set(torch.cat([share.indices for share in shares]).tolist()) <= set(batch.tolist())
+    for share in shares:
+        assert sum(part.own for part in share.split(2)) == share.own
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return torch.cat(epoch_batches(50, 8, seed=seed, epoch=epoch)).tolist()
+
+    assert order(0, 1) == order(0, 1)
+    assert sorted(order(0, 1)) == list(range(50))
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1, 12) for epoch in (1, 2, 21)}) == 9
+
+
+def test_what_was_released_can_be_prepared_again() -> None:
+    accelerator = make_accelerator(torch.device("cpu"))
+    layer = nn.Linear(2, 2)
+    forward = layer.forward
+    for _ in range(2):
+        prepared, _ = prepare(accelerator, layer, torch.optim.SGD(layer.parameters()))
+        assert prepared._is_accelerate_prepared
+        release(accelerator, prepared)
+        assert set(vars(layer)) == set(vars(nn.Linear(2, 2)))
+        assert layer.forward == forward
