@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from picture_folders import make_folder
 from safetensors import safe_open
+
+from backbone_finetune import cli
+from backbone_finetune.recipes import run as run_module
+from backbone_finetune.recipes.output import MODEL_FILE, RUN_FILE, UNFINISHED, claim_output_folder
+from backbone_finetune.recipes.progress import Checkpoint, EpochResult, Progress, newest_checkpoint, write_checkpoint
+from backbone_finetune.recipes.randomness import own_randomness, random_state, restore_random_state
 
 WORKER = Path(__file__).with_name("training_worker.py")
 SIGKILLED = -9
 
 
-def run_and_kill(folder: Path, kind: str, *, kills: int, seed: int = 0) -> list[int]:
-    command = [sys.executable, "-W", "error", str(WORKER), str(folder), kind, str(kills), str(seed)]
+def run_and_kill(folder: Path, *, kills: int, seed: int) -> dict[str, list[int]]:
+    """Train and kill in processes of their own: the exit codes, by what was trained."""
+    command = [sys.executable, "-W", "error", str(WORKER), str(folder), str(kills), str(seed)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    codes: list[int] = json.loads(finished.stdout.splitlines()[-1])
+    codes: dict[str, list[int]] = json.loads(finished.stdout.splitlines()[-1])
     return codes
 
 
@@ -34,36 +45,155 @@ def assert_same_outcome(one: Path, other: Path) -> None:
             assert torch.equal(opened.get_tensor(name), reopened.get_tensor(name)), name
 
 
-def assert_undisturbed(folder: Path, codes: list[int], *, kills: int) -> None:
+def assert_undisturbed(folder: Path, codes: list[int]) -> None:
     logs = "\n".join(path.read_text()[-3000:] for path in folder.glob("*/log.txt"))
     assert codes[0] == codes[-1] == 0, logs
     assert set(codes[1:-1]) <= {SIGKILLED, 0}, logs
-    assert codes.count(SIGKILLED) >= kills // 2
-    for finished in (folder / "disturbed", *folder.glob("finished-*")):
-        assert_same_outcome(folder / "quiet" / "weights.safetensors", finished / "weights.safetensors")
-        # What was written down as finished never goes back.
-        told = [int(line) for line in (finished / "epochs.txt").read_text().split()]
+    assert SIGKILLED in codes
+    for run in (folder / "disturbed", *folder.glob("finished-*")):
+        assert_same_outcome(folder / "quiet" / "weights.safetensors", run / "weights.safetensors")
+        # What was written down as finished is not done again, and every process but the first says where it goes on.
+        told = [int(line) for line in (run / "epochs.txt").read_text().split()]
         assert told == sorted(told)
-        resumed = re.findall(r"resuming at epoch (\d+), step (\d+)", (finished / "log.txt").read_text())
+        resumed = re.findall(r"resuming at (epoch \d+, step \d+)", (run / "log.txt").read_text())
         assert resumed == sorted(resumed)
+    assert not list(folder.glob("*/run/unfinished"))
 
 
-@pytest.mark.parametrize("kind", ["cached", "shaken"])
-def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path: Path, kind: str) -> None:
-    assert_undisturbed(tmp_path, run_and_kill(tmp_path, kind, kills=5), kills=5)
-
-
-def test_a_command_that_was_killed_goes_on_when_it_is_given_again(tmp_path: Path) -> None:
-    assert_undisturbed(tmp_path, run_and_kill(tmp_path, "command", kills=3), kills=3)
-    assert {path.name for path in (tmp_path / "disturbed" / "run").iterdir()} == {
-        "curves.png",
-        "metrics.json",
-        "model.safetensors",
-        "run.json",
-    }
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked, so as to import torch once")
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    kinds = run_and_kill(tmp_path, kills=5, seed=0)
+    assert sum(codes.count(SIGKILLED) for codes in kinds.values()) >= 8
+    assert any("resuming at epoch" in log.read_text() for log in tmp_path.glob("command/*/log.txt"))
+    for kind, codes in kinds.items():
+        assert_undisturbed(tmp_path / kind, codes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cached", "shaken", "command"])
-def test_killed_at_many_random_moments(tmp_path: Path, kind: str) -> None:
-    assert_undisturbed(tmp_path, run_and_kill(tmp_path, kind, kills=20, seed=1), kills=20)
+def test_killed_at_many_random_moments(tmp_path: Path) -> None:
+    for kind, codes in run_and_kill(tmp_path, kills=20, seed=1).items():
+        assert_undisturbed(tmp_path / kind, codes)
+
+
+def checkpoint(steps: int) -> Checkpoint:
+    progress = Progress(phase=1, epoch=1, step=2, steps=steps, history=[EpochResult(1, 0.5, 0.5, 0.5)])
+    tensors = {"classifier.weight": torch.full((8,), float(steps))}
+    return Checkpoint(progress, tensors, {"classifier.weight.exp_avg": torch.ones(8)}, [{"torch": "00"}], {})
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit_of_a_tensor(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def rewrite_history(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.9"))
+
+
+def pickle_instead(path: Path) -> None:
+    torch.save({"progress": 1}, path)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit_of_a_tensor, rewrite_history, pickle_instead])
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    for steps in (10, 20, 30):
+        write_checkpoint(tmp_path, checkpoint(steps))
+    (tmp_path / ".step-000000040.safetensors.123").write_bytes(b"of a process that was killed")
+    older, newer = sorted(tmp_path.glob("step-*"))
+    assert newest_checkpoint(tmp_path).model["classifier.weight"][0] == 30
+    damage(newer)
+    found = newest_checkpoint(tmp_path)
+    assert found.progress == checkpoint(20).progress
+    assert torch.equal(found.model["classifier.weight"], torch.full((8,), 20.0))
+    assert capsys.readouterr().err.startswith(f"checkpoint {newer.name} is damaged (")
+    damage(older)
+    assert newest_checkpoint(tmp_path) is None
+    assert sorted(tmp_path.iterdir()) == [older, newer]
+
+
+RECORD = {"arguments": {"seed": 0, "phases": [{"epochs": 1}]}, "versions": {"torch": "2.9"}}
+OTHER = {"arguments": {"seed": 0, "phases": [{"epochs": 2}]}, "versions": {"torch": "2.9"}}
+
+
+def test_an_unfinished_run_is_gone_on_with_only_by_the_same_arguments(tmp_path: Path) -> None:
+    assert not claim_output_folder(tmp_path, RECORD, overwrite=False)
+    (tmp_path / UNFINISHED / "checkpoints").mkdir()
+    assert claim_output_folder(tmp_path, RECORD, overwrite=False)
+    with pytest.raises(
+        FileExistsError,
+        match=r"holds an unfinished run of other arguments \(phases 1 epochs: 1 there, 2 here\); give the same ones to "
+        "go on with it, --overwrite to replace it, or another folder with --output",
+    ):
+        claim_output_folder(tmp_path, OTHER, overwrite=False)
+    assert (tmp_path / UNFINISHED / "checkpoints").is_dir()
+    assert not claim_output_folder(tmp_path, OTHER, overwrite=True)
+    assert not (tmp_path / UNFINISHED / "checkpoints").exists()
+    assert json.loads((tmp_path / RUN_FILE).read_text()) == OTHER
+
+
+def test_a_run_that_replaces_a_finished_one_can_be_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / MODEL_FILE).write_text("the first model")
+    (tmp_path / RUN_FILE).write_text(json.dumps(RECORD))
+    # The same arguments, but that run is finished: it begins anew.
+    assert not claim_output_folder(tmp_path, RECORD, overwrite=True)
+    assert claim_output_folder(tmp_path, RECORD, overwrite=True)
+    assert (tmp_path / MODEL_FILE).read_text() == "the first model"
+
+
+def test_a_damaged_record_is_another_run(tmp_path: Path) -> None:
+    claim_output_folder(tmp_path, RECORD, overwrite=False)
+    (tmp_path / RUN_FILE).write_text("{")
+    with pytest.raises(FileExistsError, match=r"run\.json: \"not readable\" there, none here"):
+        claim_output_folder(tmp_path, RECORD, overwrite=False)
+
+
+def test_every_random_generator_is_restored() -> None:
+    def draw() -> tuple[float, float, float, float]:
+        return random.random(), random.gauss(), float(numpy.random.randn()), float(torch.rand(1))
+
+    draw()
+    state = json.loads(json.dumps(random_state()))
+    expected = draw()
+    assert draw() != expected
+    restore_random_state(state)
+    assert draw() == expected
+    with own_randomness():
+        draw()
+    outside = draw()
+    restore_random_state(state)
+    draw()
+    assert draw() == outside
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--epochs", "2"]
+    command += ["--output", str(tmp_path / "run")]
+
+    def interrupt(*arguments: object, **keywords: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "random_backbone_accuracy", interrupt)
+        assert cli.main(command) == 130
+    error = capfd.readouterr().err
+    assert f"stopped; {tmp_path / 'run'} keeps what is done: the same command goes on" in error
+    assert cli.main([*command, "--epochs", "3"]) == 2
+    assert "(phases 1 epochs: 2 there, 3 here)" in capfd.readouterr().err
+    assert cli.main(command) == 0
+    printed = capfd.readouterr()
+    assert "resuming at epoch 3, step 0" in printed.out
+    assert "epoch 1/2" not in printed.err
+    assert (tmp_path / "run" / MODEL_FILE).exists()

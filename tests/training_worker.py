@@ -1,4 +1,4 @@
-"""Trainings that are killed, for test_recipes_resuming.py: python training_worker.py FOLDER KIND KILLS SEED.
+"""Trainings that are killed, for test_recipes_resuming.py: python training_worker.py FOLDER KILLS SEED.
 
 What is trained has all that a resumption must restore: a classifier with dropout, on cached features or, where the
 transform is random, on pictures; a trainable group with BatchNorm; warm-up and cosine. After a random number of events
@@ -26,10 +26,12 @@ from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel, cli
 from backbone_finetune.recipes import output, training
+from backbone_finetune.recipes import run as run_module
 from backbone_finetune.recipes.features import FeatureCache
 from backbone_finetune.recipes.phases import Phase
 from backbone_finetune.recipes.processes import make_accelerator
 from backbone_finetune.recipes.randomness import seed_everything
+from backbone_finetune.recipes.timing import BackwardTimes
 from backbone_finetune.recipes.training import EpochResult, Loop, fine_tune
 
 PHASES = (
@@ -88,6 +90,7 @@ def make_model(*, dropout: float, normalises: bool = True) -> FineTuneModel:
 def train_undisturbed(folder: Path, *, cached: bool) -> tuple[FineTuneModel, list[EpochResult]]:
     """Train in a folder, going on with what is there."""
     pictures: Any = make_pictures(23)
+    folder.mkdir(exist_ok=True)
     loop = Loop(
         make_accelerator(torch.device("cpu")),
         batch_size=BATCH_SIZE,
@@ -161,21 +164,28 @@ def run_child(folder: Path, kind: str, events: int) -> int:
     os._exit(0)
 
 
-def main(folder: str, kind: str, kills: str, seed: str) -> None:
+def run_and_kill(folder: Path, kind: str, kills: int, drawn: random.Random) -> list[int]:
     """Train once undisturbed and once killed again and again, each time after a random number of events."""
-    torch.set_num_threads(1)
-    drawn = random.Random(int(seed))
-    quiet, disturbed = (Path(folder, name) for name in ("quiet", "disturbed"))
+    quiet, disturbed = folder / "quiet", folder / "disturbed"
     for run in (quiet, disturbed):
-        make_folder(run / "pictures", per_class=4) if kind == "command" else run.mkdir()
+        make_folder(run / "pictures", per_class=4)
     codes = [run_child(quiet, kind, 0)]
-    for number in range(int(kills)):
-        codes.append(run_child(disturbed, kind, drawn.randint(1, 40)))
-        if codes[-1] == 0:  # it was finished first: begin again
-            disturbed.rename(disturbed.with_name(f"finished-{number}"))
-            make_folder(disturbed / "pictures", per_class=4) if kind == "command" else disturbed.mkdir()
-    codes.append(run_child(disturbed, kind, 0))
-    print(json.dumps(codes))
+    for number in range(kills):
+        codes.append(run_child(disturbed, kind, drawn.randint(5, 30)))
+        if codes[-1] == 0:  # it was finished before it could be killed: begin again
+            disturbed.rename(folder / f"finished-{number}")
+            make_folder(disturbed / "pictures", per_class=4)
+    return [*codes, run_child(disturbed, kind, 0)]
+
+
+def main(folder: str, kills: str, seed: str) -> None:
+    torch.set_num_threads(1)
+    times = BackwardTimes(unfrozen=100.0, frozen=1.0, classifier_alone=0.5, batch_size=8)
+    run_module.measure_backward = lambda *arguments: times  # takes longer than all else here
+    drawn = random.Random(int(seed))
+    # Of the whole command fewer, as it takes longer.
+    counts = {"cached": int(kills), "shaken": int(kills), "command": -(-int(kills) // 2)}
+    print(json.dumps({kind: run_and_kill(Path(folder, kind), kind, count, drawn) for kind, count in counts.items()}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""Phases: what may be in a file, each mistake named, and what the rates are from step to step."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from picture_folders import make_folder
+from torch import nn
+
+from backbone_finetune import cli
+from backbone_finetune.recipes.phases import Phase, read_phases
+from backbone_finetune.recipes.training import make_schedule
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "phases.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_gives_its_phases_in_order(tmp_path: Path) -> None:
+    text = """
+        [[phases]]
+        epochs = 20
+
+        [[phases]]
+        epochs = 5
+        trainable_groups = 1
+        lr = 1e-4
+        backbone_lr = 2e-5
+        layer_decay = 0.75
+        weight_decay = 0
+        warmup_epochs = 0.5
+        cosine = true
+    """
+    assert read_phases(write(tmp_path, text)) == (
+        Phase(epochs=20),
+        Phase(5, 1, lr=1e-4, backbone_lr=2e-5, layer_decay=0.75, weight_decay=0, warmup_epochs=0.5, cosine=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"phases\.toml: no phases; give each a \[\[phases\]\] table with some of epochs, trainable"),
+        ("phases = []", r"phases\.toml: no phases"),
+        ("phases = [1]", r"phases\.toml: no phases"),
+        ("[phases]\nepochs = 1", r"phases\.toml: no phases"),
+        ("epochs = 3", r"phases\.toml: 'epochs' is unknown; the file holds \[\[phases\]\] tables only"),
+        ("[[phases]\n", r"phases\.toml: not TOML \("),
+        (
+            "[[phases]]\n[[phases]]\nlearning_rate = 1",
+            r"phases\.toml, phase 2: 'learning_rate' is unknown; allowed are epochs, trainable_groups, lr, "
+            "backbone_lr, "
+            "layer_decay, weight_decay, warmup_epochs, cosine",
+        ),
+        ("[[phases]]\nepochs = '3'", r"phase 1: epochs = '3': expected a whole number from 1; allowed are epochs"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_phases(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.toml: there is no such file"):
+        read_phases(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"epochs": 0}, "epochs = 0: expected a whole number from 1"),
+        ({"epochs": True}, "epochs = True: expected a whole number from 1"),
+        ({"epochs": 2.0}, r"epochs = 2\.0: expected a whole number from 1"),
+        ({"trainable_groups": -1}, "trainable_groups = -1: expected a whole number from 0"),
+        ({"lr": 0}, "lr = 0: expected a number above 0"),
+        ({"lr": float("nan")}, "lr = nan: expected a number above 0"),
+        ({"backbone_lr": float("inf")}, "backbone_lr = inf: expected a number above 0"),
+        ({"layer_decay": 1.5}, r"layer_decay = 1\.5: expected a number above 0, up to 1"),
+        ({"weight_decay": -0.1}, r"weight_decay = -0\.1: expected a number from 0"),
+        ({"epochs": 2, "warmup_epochs": 3}, "warmup_epochs = 3: expected a number from 0 to its 2 epochs"),
+        ({"cosine": 1}, "cosine = 1: expected true or false"),
+    ],
+)
+def test_an_unfit_entry_is_refused(entries: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Phase(**entries)
+
+
+def rates(phase: Phase, steps_per_epoch: int) -> list[list[float]]:
+    layer = nn.Linear(2, 2)
+    groups = [{"params": [layer.weight], "lr": 1.0}, {"params": [layer.bias], "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups)
+    schedule = make_schedule(optimizer, phase, steps_per_epoch)
+    seen = []
+    for step in range(1, phase.epochs * steps_per_epoch + 1):
+        schedule.step_update(step)
+        seen.append([group["lr"] for group in optimizer.param_groups])
+    return seen
+
+
+def test_rates_rise_and_fall_and_each_group_keeps_its_share() -> None:
+    seen = rates(Phase(epochs=4, warmup_epochs=0.5, cosine=True), 10)
+    first = [rate for rate, _ in seen]
+    assert first[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(one > other for one, other in pairwise(first[4:]))
+    assert 0 < first[-1] < 0.01
+    assert all(small == pytest.approx(rate / 10) for rate, small in seen)
+
+
+def test_without_cosine_rates_stay() -> None:
+    assert rates(Phase(epochs=2), 3) == [[1.0, 0.1]] * 6
+    assert [rate for rate, _ in rates(Phase(epochs=2, warmup_epochs=1), 2)] == pytest.approx([0.5, 1.0, 1.0, 1.0])
+
+
+def test_the_command_takes_phases_or_one_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, "[[phases]]\n[[phases]]\ntrainable_groups = 1\nepochs = 2\n")
+    options = cli.build_parser().parse_args(["train", "--phases", str(path), "--seed", "1"])
+    assert cli.choose_phases(options) == (Phase(), Phase(epochs=2, trainable_groups=1))
+    assert cli.choose_phases(cli.build_parser().parse_args(["train"])) == (Phase(),)
+    pictures = str(make_folder(tmp_path / "pictures"))
+    assert cli.main(["train", pictures, "--phases", str(path), "--backbone-lr", "1"]) == 2
+    line = (
+        f"backbone-finetune: error: --backbone-lr and --phases {path} were both given; write it into the file's phases"
+    )
+    assert capsys.readouterr().err.strip() == line
