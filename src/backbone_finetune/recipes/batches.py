@@ -14,8 +14,8 @@ __all__ = ["Share", "epoch_batches", "load_shares", "share_of"]
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tuple[Tensor, ...]:
     """Draw the batches of an epoch: every one of ``count`` pictures once, in an order of ``(seed, epoch)`` alone.
 
-    >>> [batch.tolist() for batch in epoch_batches(5, 2, seed=0, epoch=1)]  # the fifth sits this epoch out
-    [[1, 3], [4, 2]]
+    >>> [batch.tolist() for batch in epoch_batches(5, 2, seed=0, epoch=1)]  # picture 3 sits this epoch out
+    [[2, 1], [0, 4]]
 
     BatchNorm cannot train on a batch of one, so a last picture left alone is left out (another one the next time).
     """

@@ -170,7 +170,7 @@ def shorten(value: object) -> str:
     """Write a value in few words.
 
     >>> shorten(None), shorten("0123456789abcdef0123456789abcdef0123456789")
-    ('none', '"0123456789abcdef0123456789abcdef01234...')
+    ('none', '"0123456789abcdef0123456789abcdef0123...')
     """
     text = "none" if value is None else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

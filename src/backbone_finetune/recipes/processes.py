@@ -1,7 +1,7 @@
 """What several processes need beyond one: one voice, one decision, and the whole of what is in parts."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 __all__ = ["communicated_bytes", "make_accelerator", "prepare", "release", "run_on_main", "whole"]
 
@@ -108,43 +108,3 @@ def whole(tensor: Tensor) -> Tensor:
     tensor([1., 1.])
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Name what an optimizer remembers by parameter, ``classifier.weight.exp_avg``; its groups must have names.
-
-    >>> layer = nn.Linear(2, 1, bias=False)
-    >>> optimizer = torch.optim.SGD([{"params": [layer.weight], "param_names": ["weight"]}], lr=0.1, momentum=0.9)
-    >>> layer(torch.ones(1, 2)).sum().backward()
-    >>> optimizer.step()
-    >>> optimizer_tensors(optimizer)
-    {'weight.momentum_buffer': tensor([[1., 1.]])}
-    """
-    return {
-        f"{name}.{key}": whole(value)
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Let an optimizer remember what `optimizer_tensors` named."""
-    state: dict[int, dict[str, Tensor]] = {}
-    position = 0
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            state[position] = {
-                key.removeprefix(f"{name}."): as_placed(value, parameter)
-                for key, value in tensors.items()
-                if key.rpartition(".")[0] == name
-            }
-            position += 1
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def as_placed(value: Tensor, parameter: Tensor) -> Tensor:
-    """Spread a tensor over the processes as its parameter is."""
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return value

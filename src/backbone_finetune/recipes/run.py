@@ -254,7 +254,9 @@ def train_and_compare(settings: TrainSettings, task: Task, loop: Loop, *, start:
         test_pictures=len(task.test),
         skipped_pictures=task.skipped,
         history=tuple(history),
-        backward_milliseconds=measure_backward(task.model, *first_batch(task.train, accelerator.device)),
+        backward_milliseconds=run_on_main(
+            accelerator, lambda: measure_backward(task.model, *first_batch(task.train, accelerator.device))
+        ),
         device=str(accelerator.device),
         seconds=round(time.monotonic() - start, 1),
         versions=installed_versions(),

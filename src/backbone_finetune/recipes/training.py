@@ -1,8 +1,7 @@
 """The training loop: phase after phase, on features where the backbone is frozen, on pictures where it is not."""
 
 import copy
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
@@ -26,17 +24,9 @@ from .batches import Share, epoch_batches, load_shares, share_of
 from .features import FeatureCache
 from .phase_data import gather_features, repeats
 from .phases import Phase
-from .processes import (
-    communicated_bytes,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    prepare,
-    release,
-    run_on_main,
-    whole,
-)
-from .progress import Checkpoint, EpochResult, Progress, newest_checkpoint, write_checkpoint
-from .randomness import random_state, restore_random_state
+from .processes import communicated_bytes, prepare, release, whole
+from .progress import EpochResult, Progress, write_checkpoint
+from .resuming import load_by_name, open_checkpoints, resume, take_down
 
 __all__ = ["EpochResult", "Loop", "evaluate", "fine_tune"]
 
@@ -123,7 +113,7 @@ def fine_tune(
         phase = phases[progress.phase]
         with in_phase(model, train, test, phase=phase, changed=changed, loop=loop) as stage:
             if saved is not None:
-                resume(stage, saved, loop)
+                resume(saved, stage.optimizer, loop.accelerator)
                 saved = None
             while progress.epoch < phase.epochs:
                 train_epoch(stage, phase, progress, loop, title=f"epoch {len(progress.history) + 1}/{total}")
@@ -281,57 +271,13 @@ def average_statistics(stage: Stage, accelerator: Accelerator) -> None:
 
 
 def keep(stage: Stage, progress: Progress, loop: Loop) -> None:
-    """Write a checkpoint: only what has ever trained, as the rest is in the model that the run begins with."""
+    """Write a checkpoint, if the loop has a place for it; all processes take part, and the main one writes."""
     if loop.checkpoints is None:
         return
-    states = gather_object([random_state()])
-    model = {name: whole(tensor) for name, tensor in distinct(stage.model).items() if name in stage.changed}
-    # The next phase begins with an optimizer of its own.
-    optimizer = optimizer_tensors(stage.optimizer) if progress.epoch or progress.step else {}
-    scaler = {} if loop.accelerator.scaler is None else loop.accelerator.scaler.state_dict()
+    optimizer = stage.optimizer if progress.epoch or progress.step else None  # the next phase begins with its own
+    checkpoint = take_down(progress, stage.model, stage.changed, optimizer, accelerator=loop.accelerator)
     if loop.accelerator.is_main_process:
-        write_checkpoint(loop.checkpoints, Checkpoint(progress, model, optimizer, states, scaler))
-
-
-def open_checkpoints(folder: Path, accelerator: Accelerator) -> tuple[bool, Checkpoint | None]:
-    """Make the folder of the checkpoints, or say that it was there and give its newest one, to every process."""
-
-    def look() -> tuple[bool, Checkpoint | None]:
-        begun = folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        return begun, newest_checkpoint(folder)
-
-    return run_on_main(accelerator, look)
-
-
-def resume(stage: Stage, saved: Checkpoint, loop: Loop) -> None:
-    """Bring optimizer, scaler and random generators to where they were."""
-    if saved.optimizer:
-        load_optimizer_tensors(stage.optimizer, saved.optimizer)
-    if saved.scaler and loop.accelerator.scaler is not None:
-        loop.accelerator.scaler.load_state_dict(dict(saved.scaler))
-    if len(saved.random_states) == loop.accelerator.num_processes:
-        restore_random_state(saved.random_states[loop.accelerator.process_index])
-    else:
-        print("the random states are those of another number of processes: drawing on from here", file=sys.stderr)
-
-
-def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into those of a model that have their names."""
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            state[name].copy_(tensor)
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()  # attention biases that levit and its like cached in eval are forgotten when they hear this
-    for module, training in modes:
-        module.training = training
-
-
-def distinct(model: nn.Module) -> dict[str, Tensor]:
-    """Name the tensors of a model, tied ones once."""
-    by_tensor = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if by_tensor[id(tensor)] == name}
+        write_checkpoint(loop.checkpoints, checkpoint)
 
 
 def count(data: Dataset[Any]) -> int:
