@@ -15,11 +15,28 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["communicated_bytes", "make_accelerator", "prepare", "release", "run_on_main", "whole"]
+__all__ = ["communicated_bytes", "find_device", "make_accelerator", "prepare", "release", "run_on_main", "whole"]
 
 T = TypeVar("T")
 # One process may compute features or references while the others wait for it.
 PATIENCE = timedelta(hours=6)
+
+
+def find_device(name: str) -> torch.device:
+    """Check that a device is there.
+
+    >>> find_device("cpu")
+    device(type='cpu')
+
+    Raises:
+        ValueError: it is not; the message names those that are.
+    """
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    if name not in {*there, *(["cuda"] if len(there) > 1 and there[1].startswith("cuda") else [])}:
+        raise ValueError(f"device {name!r}: not on this machine, which has {', '.join(there)}")
+    return torch.device(name)
 
 
 def make_accelerator(device: torch.device, *, mixed_precision: str | None = None) -> Accelerator:

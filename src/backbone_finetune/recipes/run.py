@@ -25,7 +25,7 @@ from .networks import load_network
 from .output import MODEL_FILE, RUN_FILE, UNFINISHED, check_output_folder, claim_output_folder, replacing
 from .phases import Phase
 from .pictures import PictureDataset, PictureFolder, find_pictures, leave_out_broken_pictures, split
-from .processes import make_accelerator, run_on_main
+from .processes import find_device, make_accelerator, run_on_main
 from .progress import EpochResult
 from .randomness import own_randomness, seed_everything
 from .reference import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
@@ -261,23 +261,6 @@ def train_and_compare(settings: TrainSettings, task: Task, loop: Loop, *, start:
         seconds=round(time.monotonic() - start, 1),
         versions=installed_versions(),
     )
-
-
-def find_device(name: str) -> torch.device:
-    """Check that a device is there.
-
-    >>> find_device("cpu")
-    device(type='cpu')
-
-    Raises:
-        ValueError: it is not; the message names those that are.
-    """
-    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        there.append("mps")
-    if name not in {*there, *(["cuda"] if len(there) > 1 and there[1].startswith("cuda") else [])}:
-        raise ValueError(f"device {name!r}: not on this machine, which has {', '.join(there)}")
-    return torch.device(name)
 
 
 def import_draw_curves() -> Callable[[Sequence[EpochResult], Mapping[str, float], Path], None]:
