@@ -46,6 +46,7 @@ def main(folder: str, device: str = "cpu") -> None:
             batch_size=4,
             accumulation=accumulation,
             checkpoints=Path(folder, name),
+            autocast_features=False,  # the cached is compared with the uncached, to rounding
         )
         history = fine_tune(model, data, make_pictures(7), [phase], loop)
         told[name] = [result.train_loss for result in history]

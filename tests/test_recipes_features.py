@@ -63,7 +63,9 @@ def make_pictures(count: int = 11) -> Any:
 
 
 def extract(model: FineTuneModel, cache: FeatureCache | None = None, **settings: Any) -> tuple[Tensor, ...]:
+    """Exact on every processor, unless a test asks for autocast."""
     loader = settings.pop("loader", DataLoader(make_pictures(), batch_size=4))
+    settings.setdefault("autocast", False)
     return extract_features(model, loader, device=CPU, cache=cache, **settings).tensors
 
 
@@ -406,7 +408,7 @@ def test_other_data_other_precision_and_other_versions_are_found_out(
     extract(model, FeatureCache(folder, "b"))
     assert said() == "made of 7 pictures, not 11"
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    features, _ = extract(model, FeatureCache(folder, "b"))
+    features, _ = extract(model, FeatureCache(folder, "b"), autocast=True)
     assert said() == "made with other precision"
     assert features.dtype == torch.float32
     assert passes.count == 3 + 3 + 3 + 2 + 3 + 3
@@ -589,14 +591,14 @@ def test_another_process_its_peak_memory_its_cache_and_what_it_leaves_when_kille
     model = FineTuneModel.from_timm("test_vit", num_classes=3).freeze_backbone()
     passes = Passes(model)
     loader: Any = DataLoader(TensorDataset(torch.ones(5, 3, 160, 160), torch.arange(5)), 2)
-    expected = extract(model, FeatureCache(tmp_path / "whole", "data"), loader=loader)
+    expected = extract(model, FeatureCache(tmp_path / "whole", "data"), loader=loader, autocast=True)
     assert passes.count == 0
 
     killed = FeatureCache(tmp_path / "killed", "data")
     leftover = temporary_name(killed.folder, process.pid)
     assert leftover.exists()
     assert not killed.folder.exists()
-    assert all(map(torch.equal, extract(model, killed, loader=loader), expected))
+    assert all(map(torch.equal, extract(model, killed, loader=loader, autocast=True), expected))
     assert passes.count == 3
     assert not leftover.exists()
     assert capsys.readouterr().err == ""
@@ -627,9 +629,12 @@ def test_bf16_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
         seen.clear()
         with torch.autocast("cpu", enabled=not supported):  # what the caller chose for the rest counts for nothing
-            features, _ = extract(model)
+            features, _ = extract(model, autocast=True)
         assert set(seen) == {dtype}
         assert features.dtype == torch.float32
+        seen.clear()
+        extract(model, autocast=False)
+        assert set(seen) == {torch.float32}
     assert autocast_dtype(model.backbone.bfloat16(), CPU) is None
 
 

@@ -18,6 +18,7 @@ from backbone_finetune.recipes.phases import Phase
 from backbone_finetune.recipes.prediction import predict
 from backbone_finetune.recipes.run import TrainSettings, train
 from backbone_finetune.recipes.timing import BackwardTimes
+from backbone_finetune.recipes.training import fine_tune
 
 FILES = {"curves.png", "metrics.json", "model.safetensors", "run.json"}
 
@@ -49,6 +50,26 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run_module, "load_network", fail)
     monkeypatch.setattr(run_module, "leave_out_broken_pictures", fail)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, torch.bfloat16), ("no", torch.float32)])
+def test_no_mixed_precision_means_none_for_features_too(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: str | None, expected: torch.dtype
+) -> None:
+    class EnoughError(Exception):
+        """Features were made, and nothing more is wanted."""
+
+    def stop(model: Any, *_: Any) -> None:
+        seen = []
+        model.backbone.conv1.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+        fine_tune(model, *_)
+        assert set(seen) == {expected}
+        raise EnoughError
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(run_module, "fine_tune", stop)
+    with pytest.raises(EnoughError):
+        train(TrainSettings(**{**settings, "mixed_precision": asked}))
 
 
 def names_in(folder: Path) -> set[str]:

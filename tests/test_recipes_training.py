@@ -73,7 +73,14 @@ def run(
     accumulation: int = 1,
     **phase: Any,
 ) -> list[Any]:
-    loop = Loop(ACCELERATOR, batch_size=batch_size, seed=seed, accumulation=accumulation, show_progress=False)
+    loop = Loop(
+        ACCELERATOR,
+        batch_size=batch_size,
+        seed=seed,
+        accumulation=accumulation,
+        autocast_features=False,  # what is compared here to rounding must not round to bf16
+        show_progress=False,
+    )
     train, test = train or make_pictures(), test or make_pictures(12)
     return fine_tune(model, train, test, [Phase(**{"epochs": 3, **phase})], loop)
 

@@ -113,7 +113,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="parts of a batch, one after another, where it is too large for the memory (default: %(default)s)",
     )
-    add("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: no, or what accelerate's launcher says")
+    add(
+        "--mixed-precision",
+        choices=("no", "fp16", "bf16"),
+        help="default: the launcher's, or no; unless no is given, features are in bf16 where that is faster",
+    )
     add(
         "--checkpoint-steps",
         type=positive_integer,

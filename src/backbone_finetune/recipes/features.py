@@ -48,6 +48,7 @@ def extract_features(
     *,
     device: torch.device,
     cache: FeatureCache | None = None,
+    autocast: bool = True,
     title: str | None = None,
 ) -> TensorDataset:
     """Run a frozen backbone once over ``(inputs, targets)`` batches: a dataset of ``(features, target)``, in order.
@@ -70,7 +71,8 @@ def extract_features(
 
     The model goes to ``device`` and stays there; its modes are left as they were. On CUDA, and on a CPU with bf16
     instructions, a float32 backbone runs under bf16 autocast, and what comes out in bf16 is widened to float32 again,
-    so that a float32 classifier can train on it; pictures go through convolutions in channels_last.
+    so that a float32 classifier can train on it; without ``autocast`` it computes in its own precision everywhere.
+    Pictures go through convolutions in channels_last.
 
     Raises:
         FileExistsError: the cache's folder holds other files.
@@ -83,7 +85,7 @@ def extract_features(
     if cache is not None:
         refuse_other_files(cache.folder)
     model.to(device)
-    narrow = autocast_dtype(model.backbone, device)
+    narrow = autocast_dtype(model.backbone, device) if autocast else None
     if cache is None:
         with in_eval(model.backbone):
             return TensorDataset(

@@ -36,6 +36,7 @@ def gather_features(
     batch_size: int,
     accelerator: Accelerator,
     cache: FeatureCache | None = None,
+    autocast: bool = True,
     title: str | None = None,
 ) -> TensorDataset:
     """Run a frozen backbone once over a dataset: each process over its part, and all of them get all features.
@@ -59,7 +60,12 @@ def gather_features(
             cache = FeatureCache(folder, fingerprint, memory_share=cache.memory_share)
     with own_randomness():
         features = extract_features(
-            model, DataLoader(data, batch_size), device=accelerator.device, cache=cache, title=title
+            model,
+            DataLoader(data, batch_size),
+            device=accelerator.device,
+            cache=cache,
+            autocast=autocast,
+            title=title,
         )
     if processes == 1:
         return features

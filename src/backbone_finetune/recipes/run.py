@@ -205,6 +205,7 @@ def claim(settings: TrainSettings, task: Task, accelerator: Accelerator) -> Loop
             FeatureCache(unfinished / "features-train", fingerprints[0]),
             FeatureCache(unfinished / "features-test", fingerprints[1]),
         ),
+        autocast_features=settings.mixed_precision != "no",
     )
 
 

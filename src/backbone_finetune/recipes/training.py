@@ -37,7 +37,8 @@ class Loop:
 
     A step sees ``batch_size`` pictures, on however many processes and in ``accumulation`` parts one after another:
     these two change where the memory goes and not what is learnt. A checkpoint is written into ``checkpoints`` after
-    each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, test).
+    each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, test), and are computed
+    under bf16 autocast where the device gains from it, but for ``autocast_features=False``.
 
     >>> Loop(Accelerator(cpu=True)).batch_size
     32
@@ -52,6 +53,7 @@ class Loop:
     # features takes under a millisecond, so that a checkpoint of some 10 ms costs it about 1 %.
     checkpoint_steps: int = 1000
     caches: tuple[FeatureCache, FeatureCache] | None = None
+    autocast_features: bool = True
     show_progress: bool = True
 
     @property
@@ -136,7 +138,13 @@ def in_phase(
             titles = ("features, train", "features, test") if loop.shows else (None, None)
             train, test = (
                 gather_features(
-                    model, data, batch_size=loop.batch_size, accelerator=accelerator, cache=cache, title=title
+                    model,
+                    data,
+                    batch_size=loop.batch_size,
+                    accelerator=accelerator,
+                    cache=cache,
+                    autocast=loop.autocast_features,
+                    title=title,
                 )
                 for data, cache, title in zip((train, test), loop.caches or (None, None), titles, strict=True)
             )
@@ -152,7 +160,9 @@ def in_phase(
                 "a step",
                 flush=True,
             )
-        prepared, optimizer = prepare(accelerator, module, torch.optim.AdamW([dict(group) for group in groups]))
+        prepared, optimizer = prepare(
+            accelerator, module, torch.optim.AdamW([dict(group) for group in groups])
+        )
         steps = len(epoch_batches(count(train), loop.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
         yield Stage(copied, module, prepared, optimizer, schedule, changed, train, test)
