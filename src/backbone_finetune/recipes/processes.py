@@ -64,12 +64,16 @@ def make_accelerator(device: torch.device, *, mixed_precision: str | None = None
 def prepare(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Prepare a module and its optimizer for one phase; after `release`, the next phase can prepare anew."""
+    """Prepare a module and its optimizer for one phase; after `release`, the next phase can prepare anew.
+
+    Where no loss is scaled, accelerate's wrapper around the optimizer is left out. It adds nothing there but, in
+    accelerate 1.15, two searches of the import path in each step, which take as long as a classifier's own step.
+    """
     with warnings.catch_warnings():
         # torch 2.14 has another name for it, which 2.9 and accelerate do not know.
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
         prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
-    return prepared, prepared_optimizer
+    return prepared, prepared_optimizer if accelerator.scaler is not None else prepared_optimizer.optimizer
 
 
 def release(accelerator: Accelerator, prepared: nn.Module) -> None:

@@ -161,7 +161,7 @@ def in_phase(
                 flush=True,
             )
         prepared, optimizer = prepare(
-            accelerator, module, torch.optim.AdamW([dict(group) for group in groups])
+            accelerator, module, torch.optim.AdamW([dict(group) for group in groups], fused=True)
         )
         steps = len(epoch_batches(count(train), loop.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
