@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
@@ -30,42 +28,12 @@ from measure import (
 from networks import NUM_CLASSES, build_network, check_names, picture_size
 from peer_methods import METHODS, make_blueprint
 from peers import Batch, PeerRow, compare_methods
-from results import Row, describe, ratio_of, table, write_text
+from results import Row, ratio_of
+from target_report import Target, TargetReport, write_targets
 from variants import Precision, Trainer, Variant, count_saved, prove_equal, variants_of
 from wrapper_overhead import compare_forward
 
 DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224", "convnext_atto")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One ratio and what it may be at most; `noise` is the same ratio of a row measured against itself."""
-
-    model: str
-    what: str
-    at_most: float
-    ratio: Interval | None = None
-    noise: Interval | None = None
-    remark: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.ratio is None:
-            return "not measured"
-        if self.ratio.median <= self.at_most:
-            return "met"
-        # A target is missed when the ratio is above it by more than chance: when its whole interval is.
-        return "missed" if self.ratio.low > self.at_most else "within the noise"
-
-
-@dataclass
-class TargetReport:
-    """All that one command measured."""
-
-    environment: dict[str, Fact]
-    command: str
-    settings: dict[str, Fact]
-    targets: list[Target] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,18 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with no_garbage_collection():
             for target in measure_targets(options.models, setup):
-                report.targets.append(target)
-                print(
-                    f"{target.verdict:>16}  {target.model}: {target.what}: {target.ratio or target.remark}", flush=True
-                )
+                report.add(target)
     except KeyboardInterrupt:
         interrupted = True
-    write_text(options.output / "targets.json", json.dumps(asdict(report), indent=1) + "\n")
-    write_text(options.output / "targets.md", as_markdown(report))
+    write_targets(report, options.output / "targets")
     print(f"written to {options.output}: targets.json, targets.md")
     if interrupted:
         return 130
-    return 1 if any(target.verdict == "missed" for target in report.targets) else 0
+    return 1 if report.missed else 0
 
 
 def measure_targets(models: Sequence[str], setup: Setup) -> Iterator[Target]:
@@ -249,23 +213,6 @@ def predicted(deeper: Row, shallower: Row) -> str:
     if not deeper.backward_flops or not shallower.backward_flops:
         return ""
     return f"FLOPs predict {deeper.backward_flops / shallower.backward_flops:.3f}"
-
-
-def as_markdown(report: TargetReport) -> str:
-    """Give the report as a page to read."""
-    lines = []
-    for target in report.targets:
-        name = f"{target.model}: {target.what}"
-        measured = [str(target.ratio or ""), str(target.noise or "")]
-        lines.append([name, f"{target.at_most:.3g}", *measured, target.verdict, target.remark])
-    header = ["", "at most", "measured", "A/A", "verdict", ""]
-    return "\n".join(["# Targets\n", describe(report), table(header, lines), "", _HOW_TO_READ])
-
-
-_HOW_TO_READ = """\
-Each ratio is the median of the ratios within a pass, with its 95 % bootstrap interval. `missed`: the whole interval is
-above the limit; `within the noise`: the median is above it, the interval is not.
-"""
 
 
 if __name__ == "__main__":

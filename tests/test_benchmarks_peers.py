@@ -19,6 +19,7 @@ import backward_time
 import measure
 import peer_methods
 import peers
+import target_report
 import targets
 
 
@@ -120,7 +121,7 @@ def test_a_network_whose_classifier_is_no_single_layer_is_refused() -> None:
     ],
 )
 def test_a_verdict_says_what_its_ratio_says(ratio: measure.Interval | None, verdict: str) -> None:
-    assert targets.Target("net", "ours / theirs", 1.0, ratio).verdict == verdict
+    assert target_report.Target("net", "ours / theirs", 1.0, ratio).verdict == verdict
 
 
 def _setup() -> backward_time.Setup:
@@ -174,9 +175,9 @@ def test_half_precision_is_measured_where_there_are_instructions(
 
 
 def test_the_report_shows_each_verdict() -> None:
-    report = targets.TargetReport({"torch": "2"}, "python benchmarks/targets.py", {})
-    met = targets.Target("net", "ours / theirs", 0.6, measure.Interval(0.5, 0.4, 0.6))
+    report = target_report.TargetReport({"torch": "2"}, "python benchmarks/targets.py", {})
+    met = target_report.Target("net", "ours / theirs", 0.6, measure.Interval(0.5, 0.4, 0.6))
     report.targets = [met, replace(met, at_most=0.3)]
-    page = targets.as_markdown(report)
+    page = target_report.as_markdown(report)
     assert "0.500 [0.400, 0.600]" in page
     assert [line.count("missed") for line in page.splitlines() if line.startswith("| net")] == [0, 1]
