@@ -1,0 +1,142 @@
+"""What it saves to run a frozen backbone once, what the cache costs, and what is learnt in the same time.
+
+python benchmarks/feature_cache.py --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from cache_plots import draw_cache
+from cache_size import judge_memory, judge_size
+from cached_heads import judge_epochs, judge_heads, make_head_task, time_epochs, time_heads
+from cached_training import Samples, judge_runs, make_task, time_runs
+from command_line import add_shared_options, positive, settle_device
+from environment import describe_command, describe_environment
+from measure import Clock, clock_for, no_garbage_collection
+from networks import check_names
+from results import describe, median, write_text
+from target_report import Target, TargetReport, target_table
+from torch.utils.data import DataLoader
+from transfer import Outcome, Plan, compare_methods, describe_outcomes
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes import FeatureCache, extract_features
+
+
+@dataclass
+class CacheReport(TargetReport):
+    """All that one command measured: every sample by what was timed, and how each way to train did on each split."""
+
+    milliseconds: dict[str, list[float]] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every target, and return 0; 1 where one was missed, 130 after Ctrl-C, which keeps what was measured."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_shared_options(parser, output="runs/feature_cache", default_batch_size="32")
+    add = parser.add_argument
+    add("--model", default="tf_efficientnet_lite0", metavar="NAME", help="default: %(default)s")
+    add("--pictures", type=positive, default=256, metavar="N", help="to train on (default: %(default)s)")
+    add("--epochs", type=positive, default=20, metavar="N", help="of each run (default: %(default)s)")
+    add("--features", type=positive, default=2048, metavar="N", help="for the heads' own times (default: %(default)s)")
+    add("--seeds", type=int, default=3, metavar="N", help="splits of the clipart; 0 leaves accuracy out (default: 3)")
+    add("--fine-tuning-epochs", type=positive, default=5, metavar="N", help="after the head's (default: %(default)s)")
+    options = parser.parse_args(given)
+    try:
+        check_names([options.model])
+        device = settle_device(options)
+    except ValueError as error:
+        parser.error(str(error))
+    settings = {
+        name: getattr(options, name)
+        for name in ("model", "pictures", "image_size", "epochs", "features", "repeats", "seeds", "fine_tuning_epochs")
+    }
+    settings["batch_size"] = options.batch_size = options.batch_size or 32
+    report = CacheReport(describe_environment(device), describe_command("feature_cache.py", given), settings)
+    try:
+        with no_garbage_collection():
+            for target in measure(report, options, device, clock_for(device)):
+                report.add(target)
+        plan = Plan(batch_size=options.batch_size, fine_tuning_epochs=options.fine_tuning_epochs)
+        for outcome in compare_methods(options.seeds, plan, device):
+            report.outcomes.append(outcome)
+            print(f"{outcome.accuracy:16.3f}  {outcome.method}, split {outcome.seed}", flush=True)
+    except KeyboardInterrupt:
+        report.interrupted = True
+        print("interrupted: writing what was measured until then", file=sys.stderr)
+    write_cache_report(report, options.output / "feature_cache")
+    print(f"written to {options.output}: feature_cache.json, .md and .png")
+    if report.interrupted:
+        return 130
+    return 1 if report.missed else 0
+
+
+def measure(report: CacheReport, options: argparse.Namespace, device: torch.device, clock: Clock) -> Iterator[Target]:
+    """Take every time, as soon as it is there into the report, and yield the targets."""
+    size = (options.batch_size, options.epochs, device)
+    task = make_task(options.model, options.pictures, options.image_size, *size)
+    samples = Samples(report.milliseconds)
+    time_runs(task, options.repeats or options.epochs, clock, samples)
+    yield from judge_runs(task, samples)
+
+    model = FineTuneModel.from_timm(options.model, num_classes=2).freeze_backbone()
+    with TemporaryDirectory() as folder:
+        cache = FeatureCache(Path(folder, "features"), "random")
+        features = extract_features(model, DataLoader(task.train, options.batch_size), device=device, cache=cache)
+        on_disk = sum(path.stat().st_size for path in cache.folder.iterdir())
+    vectors = features.tensors[0]
+    yield judge_size(options.model, len(vectors), vectors.nbytes, on_disk)
+    yield judge_memory()
+
+    head_task = make_head_task(options.model, options.features, vectors.shape[1], *size)
+    time_epochs(head_task, options.repeats or 2 * options.epochs, clock, samples)
+    yield from judge_epochs(head_task, samples)
+    time_heads(head_task, options.repeats or 6, clock, samples)
+    recipe = samples.milliseconds["the article's recipe"]
+    yield from judge_heads(head_task, samples, options.epochs * median(recipe))
+
+
+def write_cache_report(report: CacheReport, stem: Path) -> None:
+    """Write `stem`.json with every sample, `stem`.md to read, and `stem`.png."""
+    write_text(stem.with_suffix(".json"), json.dumps(asdict(report), indent=1) + "\n")
+    write_text(stem.with_suffix(".md"), as_markdown(report))
+    draw_cache(report.milliseconds, report.outcomes, report.settings, report.environment, stem.with_suffix(".png"))
+
+
+def as_markdown(report: CacheReport) -> str:
+    """Give the report as a page to read."""
+    parts = ["# A frozen backbone runs once\n", describe(report)]
+    if report.interrupted:
+        parts.append("**Interrupted: this is what was measured until then.**\n")
+    parts += [target_table(report.targets), _HOW_IT_WAS_TIMED]
+    if report.outcomes:
+        parts += ["## What is learnt\n", describe_outcomes(report.outcomes), _HOW_IT_WAS_LEARNT]
+    return "\n".join(parts)
+
+
+_HOW_IT_WAS_TIMED = """\
+All train on the same random pictures in memory, by turns. Ours: features into a cache on disk, then all epochs, with a
+test after each, as `backbone-finetune train` does it; in bf16 means as the device likes it by itself. A peer's turn is
+one epoch, so that its turns together are its whole run.
+"""
+
+_HOW_IT_WAS_LEARNT = """\
+The packaged clipart (ten classes) at 96 pixels and EfficientNet-Lite0 with its ImageNet weights; mean and standard
+deviation over splits, each method on the same ones. The first pair trains for equal epochs, the second for equal time,
+rounded up for plain fine-tuning. What chooses rates chooses them on validation pictures, taken from the training ones.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

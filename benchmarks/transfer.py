@@ -1,0 +1,245 @@
+"""What is learnt in the same time: real pictures, real ImageNet weights, four ways to train, several splits."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+
+import torch
+from cached_heads import LEARNING_RATES, WEIGHT_DECAYS
+from results import table
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes import Loop, Phase, extract_features, fine_tune, fit_heads, make_accelerator
+from backbone_finetune.recipes.model_file import build_transform
+from backbone_finetune.recipes.packaged import load_packaged_network
+from backbone_finetune.recipes.pictures import PictureDataset, PictureFolder, find_pictures, split
+from backbone_finetune.recipes.run import CLIPART
+
+RECIPE, BEST_HEAD = "the article's recipe", "best of 32 heads on cached features"
+LP_FT, PLAIN = "LP-FT: head first, then everything", "plain fine-tuning"
+# Each pair is compared at equal cost: the first two train for as many epochs, the other two for as long.
+PAIRS = ((BEST_HEAD, RECIPE), (LP_FT, PLAIN))
+TEST_SHARE, VALIDATION_SHARE = 0.3, 0.2
+FINE_TUNING_RATES = (1e-4, 3e-4, 1e-3)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One way to train, on one split: accuracy on its test pictures, 0 to 1, seconds, and the rate it chose."""
+
+    method: str
+    seed: int
+    accuracy: float
+    seconds: float
+    epochs: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One split. What chooses a rate chooses it on `validation`; the test pictures are looked at once, in the end."""
+
+    fit: TensorDataset  # (N, 3, H, W) and (N,)
+    validation: TensorDataset
+    both: TensorDataset
+    test: TensorDataset
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long: epochs of the frozen classifier, and of what follows it in LP-FT."""
+
+    batch_size: int = 32
+    frozen_epochs: int = 20
+    fine_tuning_epochs: int = 5
+    image_size: int = 96
+
+
+def compare_methods(seeds: int, plan: Plan, device: torch.device) -> Iterator[Outcome]:
+    """Train in all four ways on as many splits of the packaged clipart as there are seeds."""
+    network = load_packaged_network()
+    configuration = resolve_model_data_config(network, args={"input_size": (3, plan.image_size, plan.image_size)})  # type: ignore[no-untyped-call]
+    dataset = PictureDataset(folder := find_pictures(CLIPART), build_transform(configuration))
+    # Decoded once: all methods see the same tensors, and none waits for the disk.
+    pictures = torch.stack([dataset[index][0] for index in tqdm(range(len(dataset)), desc="pictures", leave=False)])
+    for seed in range(seeds):
+        drawn = draw_split(folder, pictures, seed)
+        torch.manual_seed(seed)
+        for train in (train_recipe, train_best_head, train_head_first_and_plainly):
+            yield from train(copy.deepcopy(network), drawn, seed, plan, device)
+
+
+def draw_split(folder: PictureFolder, pictures: Tensor, seed: int) -> Pictures:
+    """Hold out test pictures of each class, and of the rest some to choose rates by."""
+    position = {path: index for index, path in enumerate(folder.paths)}
+
+    def take(part: PictureFolder) -> TensorDataset:
+        return TensorDataset(pictures[[position[path] for path in part.paths]], torch.tensor(part.targets))
+
+    both, test = split(folder, test_share=TEST_SHARE, seed=seed)
+    fit, validation = split(both, test_share=VALIDATION_SHARE, seed=seed)
+    return Pictures(take(fit), take(validation), take(both), take(test), len(folder.class_names))
+
+
+def train_recipe(
+    network: nn.Module, pictures: Pictures, seed: int, plan: Plan, device: torch.device
+) -> Iterator[Outcome]:
+    """Train as the article does: names, `requires_grad`, Adam at 0.001, and `model.train()` for all of it."""
+    network.reset_classifier(pictures.num_classes)  # type: ignore[operator]
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad = "classifier" in name
+    network.to(device)
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-3)
+    start = time.monotonic()
+    for _ in range(plan.frozen_epochs):
+        network.train()
+        for inputs, targets in DataLoader(pictures.both, plan.batch_size, shuffle=True):
+            optimizer.zero_grad()
+            cross_entropy(network(inputs.to(device)), targets.to(device)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    seconds = time.monotonic() - start
+    accuracy = accuracy_of(network, pictures.test, plan.batch_size, device)
+    yield Outcome(RECIPE, seed, accuracy, seconds, plan.frozen_epochs, 1e-3)
+
+
+def train_best_head(
+    network: nn.Module, pictures: Pictures, seed: int, plan: Plan, device: torch.device
+) -> Iterator[Outcome]:
+    """Choose among 32 heads on the validation pictures, then train one as chosen on those too, as the recipe does."""
+    model = FineTuneModel.from_timm(network, num_classes=pictures.num_classes).freeze_backbone()
+    first = copy.deepcopy(model.classifier)
+    start = time.monotonic()
+    fit, validation, both = (
+        extract_features(model, DataLoader(part, plan.batch_size), device=device)
+        for part in (pictures.fit, pictures.validation, pictures.both)
+    )
+    best = fit_heads(
+        model.classifier,
+        fit,
+        validation,
+        learning_rates=LEARNING_RATES,
+        weight_decays=WEIGHT_DECAYS,
+        epochs=plan.frozen_epochs,
+        batch_size=plan.batch_size,
+        device=device,
+        show_progress=False,
+    )[0]
+    model.classifier.load_state_dict(first.state_dict())
+    fit_heads(
+        model.classifier,
+        both,
+        validation,
+        learning_rates=[best.lr],
+        weight_decays=[best.weight_decay],
+        epochs=plan.frozen_epochs,
+        batch_size=plan.batch_size,
+        device=device,
+        show_progress=False,
+    )
+    seconds = time.monotonic() - start
+    accuracy = accuracy_of(model, pictures.test, plan.batch_size, device)
+    yield Outcome(BEST_HEAD, seed, accuracy, seconds, plan.frozen_epochs, best.lr)
+
+
+def train_head_first_and_plainly(
+    network: nn.Module, pictures: Pictures, seed: int, plan: Plan, device: torch.device
+) -> Iterator[Outcome]:
+    """Train head first, then everything; and everything at once for as many epochs as the same time allows.
+
+    Each at all of the rates, one for the whole network as in Kumar et al. 2022, the best on validation kept.
+    """
+    loop = Loop(make_accelerator(device), batch_size=plan.batch_size, seed=seed, show_progress=False)
+    model = FineTuneModel.from_timm(network, num_classes=pictures.num_classes)
+    tried: dict[str, list[tuple[float, Outcome]]] = {LP_FT: [], PLAIN: []}
+    for rate in FINE_TUNING_RATES:
+        everything = Phase(
+            epochs=plan.fine_tuning_epochs,
+            trainable_groups=len(model.layer_groups),
+            lr=rate,
+            backbone_lr=rate,
+            cosine=True,
+        )
+        head_first, plain = copy.deepcopy(model), copy.deepcopy(model)
+        frozen_seconds = seconds_of(head_first, pictures, [Phase(epochs=plan.frozen_epochs)], loop)
+        seconds = frozen_seconds + (unfrozen_seconds := seconds_of(head_first, pictures, [everything], loop))
+        # The other gets the time of the head's epochs as well, rounded up to one whole epoch more.
+        epochs = plan.fine_tuning_epochs + math.ceil(plan.fine_tuning_epochs * frozen_seconds / unfrozen_seconds)
+        plain_seconds = seconds_of(plain, pictures, [replace(everything, epochs=epochs)], loop)
+        for method, trained, spent, count in (
+            (LP_FT, head_first, seconds, plan.frozen_epochs + plan.fine_tuning_epochs),
+            (PLAIN, plain, plain_seconds, epochs),
+        ):
+            on_validation, on_test = (
+                accuracy_of(trained, data, plan.batch_size, device) for data in (pictures.validation, pictures.test)
+            )
+            tried[method].append((on_validation, Outcome(method, seed, on_test, spent, count, rate)))
+    for outcomes in tried.values():
+        yield max(outcomes, key=itemgetter(0))[1]
+
+
+def seconds_of(model: FineTuneModel, pictures: Pictures, phases: Sequence[Phase], loop: Loop) -> float:
+    """Train a model, and say how long it took."""
+    start = time.monotonic()
+    fine_tune(model, pictures.fit, pictures.validation, phases, loop)
+    return time.monotonic() - start
+
+
+def accuracy_of(module: nn.Module, data: TensorDataset, batch_size: int, device: torch.device) -> float:
+    """Give the share of pictures whose largest logit is their target."""
+    module.eval()
+    with torch.no_grad():
+        right = [
+            module(inputs.to(device)).argmax(-1).cpu() == targets for inputs, targets in DataLoader(data, batch_size)
+        ]
+    return torch.cat(right).double().mean().item()
+
+
+def describe_outcomes(outcomes: Sequence[Outcome]) -> str:
+    """Lay out the methods by pair, with the verdict on each pair."""
+    parts = []
+    for challenger, champion in PAIRS:
+        rows = [[method, *_row(outcomes, method)] for method in (challenger, champion)]
+        parts.append(table(["", "test accuracy", "by seed", "seconds", "epochs", "rates"], rows))
+        parts.append(f"\n{challenger} {judge(outcomes, challenger, champion)} {champion}.\n")
+    return "\n".join(parts)
+
+
+def judge(outcomes: Sequence[Outcome], challenger: str, champion: str) -> str:
+    """Say by how much one method beats another on the same splits, or that it does not."""
+    ours, theirs = (
+        {outcome.seed: outcome.accuracy for outcome in outcomes if outcome.method == method}
+        for method in (challenger, champion)
+    )
+    gains = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    if not gains:
+        return "was not compared with"
+    wins = sum(gain > 0 for gain in gains)
+    verdict = "beats" if statistics.mean(gains) > 0 else "does not beat"
+    return f"({statistics.mean(gains):+.3f} on average, {wins} of {len(gains)} splits won) {verdict}"
+
+
+def _row(outcomes: Sequence[Outcome], method: str) -> list[str]:
+    own = [outcome for outcome in outcomes if outcome.method == method]
+    if not own:
+        return ["", "", "", "", ""]
+    accuracies = [outcome.accuracy for outcome in own]
+    spread = f" ± {statistics.stdev(accuracies):.3f}" if len(own) > 1 else ""
+    return [
+        f"{statistics.mean(accuracies):.3f}{spread}",
+        ", ".join(f"{accuracy:.3f}" for accuracy in accuracies),
+        f"{statistics.mean(outcome.seconds for outcome in own):.1f}",
+        ", ".join(str(epochs) for epochs in dict.fromkeys(outcome.epochs for outcome in own)),
+        ", ".join(f"{outcome.rate:g}" for outcome in own),
+    ]
