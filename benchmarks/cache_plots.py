@@ -80,7 +80,7 @@ def _draw_bars(axes: Any, bars: Mapping[str, float], ours: Sequence[str] = ()) -
     colours = [_OURS if label in ours or label.startswith("ours") else _THEIRS for label in bars]
     drawn = axes.bar(range(len(bars)), [elapsed / 1e3 for elapsed in bars.values()], color=colours)
     axes.bar_label(drawn, [f"{elapsed / 1e3:,.3g} s" for elapsed in bars.values()], fontsize=8)
-    axes.set_xticks(range(len(bars)), [label.replace(" ", "\n", 1) for label in bars])
+    axes.set_xticks(range(len(bars)), [label.replace(" ", "\n") for label in bars])
     axes.tick_params(axis="x", labelsize=7)
     if bars:
         axes.set_yscale("log")

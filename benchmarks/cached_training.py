@@ -87,10 +87,7 @@ def time_in_turns(
 
 
 def time_runs(task: Task, turns: int, clock: Clock, samples: Samples) -> None:
-    """Time, turn by turn: a whole run of ours, one pass of the backbone, and an epoch of each peer.
-
-    With as many turns as epochs each peer's turns together are its whole run.
-    """
+    """Time, turn by turn: a whole run of ours, one pass of the backbone, and the next epoch of each peer's run."""
     image_size = task.train.tensors[0].shape[-1]
     _, arguments = picture_size(task.model, image_size)
     blueprint = make_blueprint(task.model, NUM_CLASSES, image_size, arguments)

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_shared_options(parser, output="runs/feature_cache", default_batch_size="32")
     add = parser.add_argument
     add("--model", default="tf_efficientnet_lite0", metavar="NAME", help="default: %(default)s")
-    add("--pictures", type=positive, default=256, metavar="N", help="to train on (default: %(default)s)")
+    add("--pictures", type=positive, default=512, metavar="N", help="to train on (default: %(default)s)")
     add("--epochs", type=positive, default=20, metavar="N", help="of each run (default: %(default)s)")
     add("--features", type=positive, default=2048, metavar="N", help="for the heads' own times (default: %(default)s)")
     add("--seeds", type=int, default=3, metavar="N", help="splits of the clipart; 0 leaves accuracy out (default: 3)")
@@ -87,7 +87,7 @@ def measure(report: CacheReport, options: argparse.Namespace, device: torch.devi
     size = (options.batch_size, options.epochs, device)
     task = make_task(options.model, options.pictures, options.image_size, *size)
     samples = Samples(report.milliseconds)
-    time_runs(task, options.repeats or options.epochs, clock, samples)
+    time_runs(task, options.repeats or 10, clock, samples)
     yield from judge_runs(task, samples)
 
     model = FineTuneModel.from_timm(options.model, num_classes=2).freeze_backbone()
@@ -128,7 +128,7 @@ def as_markdown(report: CacheReport) -> str:
 _HOW_IT_WAS_TIMED = """\
 All train on the same random pictures in memory, by turns. Ours: features into a cache on disk, then all epochs, with a
 test after each, as `backbone-finetune train` does it; in bf16 means as the device likes it by itself. A peer's turn is
-one epoch, so that its turns together are its whole run.
+one epoch of its run, and the ratio to its whole run is that to as many such epochs.
 """
 
 _HOW_IT_WAS_LEARNT = """\

@@ -1,0 +1,235 @@
+"""`feature_cache.py`: every row is there, what it compares is what it says, and what it watches can be seen to grow."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+# The benchmarks are scripts, which find each other through the folder that they stand in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import cache_size
+import cached_heads
+import cached_training
+import feature_cache
+import measure
+import transfer
+
+CPU = torch.device("cpu")
+CLOCK = measure.WallClock()
+SMALL = ["--device", "cpu", "--threads", "1", "--model", "test_resnet", "--image-size", "32", "--seeds", "0"]
+SMALL += ["--pictures", "8", "--features", "16", "--batch-size", "4", "--epochs", "2", "--repeats", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _global_settings() -> Iterator[None]:
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build the caches whose memory is watched in this process, and small."""
+    monkeypatch.setattr(cache_size, "build_apart", cache_size.build)
+    monkeypatch.setattr(cache_size.judge_memory, "__defaults__", (40, 80))
+
+
+@pytest.fixture
+def peers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let fastai and Lightning be missing, also where they are installed."""
+    monkeypatch.setattr(
+        cached_training, "installed_version", lambda package: None if package in {"fastai", "lightning"} else "1"
+    )
+
+
+@pytest.mark.usefixtures("no_processes", "peers_missing")
+def test_a_small_run_writes_every_row(tmp_path: Path) -> None:
+    assert feature_cache.main([*SMALL, "--output", str(tmp_path)]) in {0, 1}  # so small a run misses its targets
+    content = json.loads((tmp_path / "feature_cache.json").read_text())
+    assert content["command"].startswith("python benchmarks/feature_cache.py --device cpu")
+    assert content["environment"]["torch"] == torch.__version__.partition("+")[0]
+    taken = content["milliseconds"]
+    expected = {"ours, float32", "one pass, float32", "one pass again", "the article's recipe", "heads together"}
+    assert expected | {"cached epoch", "plain epoch", "heads one by one"} <= set(taken)
+    assert all(len(samples) == 2 and min(samples) > 0 for samples in taken.values())
+    by_name = {target["what"]: target for target in content["targets"]}
+    assert len(by_name) == len(content["targets"]) == 2 + 2 * 3 + 2 + 1 + 1
+    for what, target in by_name.items():
+        if "fastai" in what or "Lightning" in what:
+            assert target["ratio"] is None
+            assert "is not installed" in target["remark"]
+    recipe = by_name["2 epochs, ours, float32 / the article's recipe"]["ratio"]["median"]
+    pairs = zip(taken["ours, float32"], taken["the article's recipe"], strict=True)
+    assert recipe == pytest.approx(sum(own / (2 * epoch) for own, epoch in pairs) / 2)
+    page = (tmp_path / "feature_cache.md").read_text()
+    assert all(what in page for what in by_name)
+    with Image.open(tmp_path / "feature_cache.png") as picture:
+        assert len(picture.convert("L").getcolors()) > 10
+
+
+@pytest.mark.usefixtures("no_processes", "peers_missing")
+def test_ctrl_c_keeps_the_turns_that_were_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = measure.take_turns
+
+    def interrupted(*arguments: Any) -> Iterator[Any]:
+        yield next(turns(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cached_training, "take_turns", interrupted)
+    assert feature_cache.main([*SMALL, "--output", str(tmp_path)]) == 130
+    content = json.loads((tmp_path / "feature_cache.json").read_text())
+    assert content["interrupted"]
+    assert len(content["milliseconds"]["ours, float32"]) == 1
+    assert (tmp_path / "feature_cache.png").stat().st_size > 0
+
+
+def test_an_unknown_architecture_is_a_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        feature_cache.main(["--model", "resnet5000"])
+    assert "--models resnet5000: timm" in capsys.readouterr().err
+
+
+def test_ours_sees_each_picture_once_and_the_recipe_in_every_epoch() -> None:
+    task = cached_training.make_task("test_resnet", 8, 32, 4, 3, CPU)
+    blueprint = cached_training.make_blueprint("test_resnet", 10, 32, {})
+    model = cached_training.FineTuneModel.from_timm(copy.deepcopy(blueprint.network)).freeze_backbone()
+    seen: list[torch.dtype] = []
+    model.backbone.conv1.register_forward_hook(
+        lambda _module, _inputs, output: seen.extend([output.dtype] * len(output))
+    )
+    before = model.classifier.weight.detach().clone()
+    cached_training.run_ours(model, task, own_way=False)
+    assert seen == [torch.float32] * (8 + 4)  # and the test's batch, once
+    assert not torch.equal(before, model.classifier.weight)
+    seen.clear()
+    cached_training.run_backbone(model, task, own_way=False)
+    assert len(seen) == 8 + 4
+
+    method = next(method for method in cached_training.METHODS if method.label == "the article's recipe")
+    kept: list[nn.Module] = []
+
+    def freeze(network: nn.Module) -> nn.Module:
+        kept.append(method.freeze(blueprint, network))
+        return kept[0]
+
+    epoch = cached_training.epoch_of(method, blueprint.network, freeze, task)
+    kept[0].conv1.register_forward_hook(lambda _module, _inputs, output: seen.extend([output.dtype] * len(output)))  # type: ignore[operator, union-attr]
+    statistics = kept[0].bn1.running_mean.clone()  # type: ignore[operator, union-attr]
+    seen.clear()
+    epoch()
+    epoch()
+    assert len(seen) == 2 * 8
+    assert not torch.equal(kept[0].bn1.running_mean, statistics)  # type: ignore[arg-type, union-attr]
+
+
+@pytest.mark.usefixtures("peers_missing")
+def test_each_row_runs_in_the_precision_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, bool]] = []
+    for name in ("run_ours", "run_backbone"):
+        monkeypatch.setattr(cached_training, name, lambda model, task, own_way, name=name: ran.append((name, own_way)))
+    monkeypatch.setattr(cached_training, "autocast_dtype", lambda backbone, device: torch.bfloat16)
+    monkeypatch.setattr(cached_training, "warm_up", lambda *_, **__: 0)
+    samples = cached_training.Samples()
+    cached_training.time_runs(cached_training.make_task("test_resnet", 4, 32, 4, 1, CPU), 1, CLOCK, samples)
+    named = ["ours, float32", "one pass, float32", "ours, bf16", "one pass, bf16", "one pass again"]
+    assert list(samples.milliseconds)[:5] == named
+    assert ran == [
+        ("run_ours", False),
+        ("run_backbone", False),
+        ("run_ours", True),
+        ("run_backbone", True),
+        ("run_backbone", False),
+    ]
+
+
+def test_an_epoch_on_the_cache_is_an_epoch_of_the_product() -> None:
+    task = cached_heads.make_head_task("net", 16, 6, 4, 2, CPU)
+    assert torch.equal(task.cached.tensors[0], task.in_memory.tensors[0])
+    samples = cached_training.Samples()
+    cached_heads.time_epochs(task, 2, CLOCK, samples)
+    assert {len(taken) for taken in samples.milliseconds.values()} == {2}
+    (target,) = cached_heads.judge_epochs(task, samples)
+    assert target.at_most == 1.05
+    assert target.ratio is not None
+
+
+def test_the_heads_together_are_the_heads_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = cached_heads.make_head_task("net", 8, 6, 4, 2, CPU)
+    made: list[tuple[float, float]] = []
+    plain = cached_heads.PlainHead
+
+    def counted(task: cached_heads.HeadTask, lr: float, weight_decay: float) -> cached_heads.PlainHead:
+        made.append((lr, weight_decay))
+        return plain(task, lr, weight_decay)
+
+    monkeypatch.setattr(cached_heads, "PlainHead", counted)
+    cached_heads.train_one_by_one(task)
+    assert len(set(made)) == cached_heads.HEADS == 32
+    samples = cached_training.Samples({"heads together": [1.0, 1.0], "heads one by one": [4.0, 2.0]})
+    (target,) = cached_heads.judge_heads(task, samples, 3000.0)
+    assert target.ratio is not None
+    assert (target.ratio.median, target.verdict) == (0.375, "within the noise")
+    assert "32 times 3.0 s" in target.remark
+
+
+def test_memory_that_grows_with_the_pictures_is_seen() -> None:
+    few, many = (cache_size.build(count, on_disk=False) for count in (100, 1500))
+    assert many["memory"] - few["memory"] > 0.5 * (many["features"] - few["features"])
+    on_disk = cache_size.build(1500, on_disk=True)
+    assert on_disk["memory"] < 0.5 * many["memory"]
+    assert 1 <= on_disk["files"] / on_disk["features"] < 1.01
+
+
+def test_four_ways_to_train_on_one_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "FINE_TUNING_RATES", (1e-3,))
+    plan = transfer.Plan(frozen_epochs=1, fine_tuning_epochs=1, image_size=32)
+    outcomes = list(transfer.compare_methods(1, plan, CPU))
+    assert [outcome.method for outcome in outcomes] == [
+        transfer.RECIPE,
+        transfer.BEST_HEAD,
+        transfer.LP_FT,
+        transfer.PLAIN,
+    ]
+    assert all(0.1 < outcome.accuracy < 1 and outcome.seconds > 0 for outcome in outcomes)
+    *_, head_first, plain = outcomes
+    assert head_first.epochs == 2
+    assert plain.epochs >= 2  # the time of the head's epoch counts for it
+    page = transfer.describe_outcomes(outcomes)
+    assert all(outcome.method in page for outcome in outcomes)
+
+
+def test_no_picture_is_on_two_sides_of_a_split() -> None:
+    folder = transfer.find_pictures(transfer.CLIPART)
+    numbered = torch.arange(len(folder.paths), dtype=torch.float32)
+    drawn = transfer.draw_split(folder, numbered, seed=1)
+    fit, validation, both, test = (
+        set(part.tensors[0].tolist()) for part in (drawn.fit, drawn.validation, drawn.both, drawn.test)
+    )
+    assert fit | validation == both
+    assert both | test == set(numbered.tolist())
+    assert not fit & validation
+    assert not both & test
+    targets = torch.tensor(folder.targets)
+    assert torch.equal(targets[drawn.test.tensors[0].long()], drawn.test.tensors[1])
+
+
+def test_a_verdict_on_two_methods_says_what_their_splits_say() -> None:
+    def outcomes(method: str, *accuracies: float) -> list[transfer.Outcome]:
+        return [transfer.Outcome(method, seed, value, 1.0, 1, 0.1) for seed, value in enumerate(accuracies)]
+
+    mixed = outcomes("new", 0.5, 0.9) + outcomes("old", 0.6, 0.6)
+    assert transfer.judge(mixed, "new", "old") == "(+0.100 on average, 1 of 2 splits won) beats"
+    assert transfer.judge(mixed, "old", "new").endswith("does not beat")
+    assert transfer.judge(mixed, "new", "absent") == "was not compared with"
