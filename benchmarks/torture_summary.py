@@ -84,10 +84,10 @@ def as_markdown(cases: list[Case], header: str) -> str:
     circumstances = list(dict.fromkeys(case.circumstance for case in cases))
     outcomes = Counter(case.outcome for case in cases)
     optimizers = ", ".join(dict.fromkeys(case.optimizer for case in cases))
-    reasons: dict[str, set[str]] = defaultdict(set)
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
     for case in cases:
         if case.outcome != "passed":
-            reasons[f"{case.outcome}: {case.reason}"].add(f"{case.family} ({case.circumstance})")
+            reasons[f"{case.outcome}: {case.reason}"][f"{case.family} ({case.circumstance})"] += 1
     lines = [
         "# Frozen stands still, whatever the loop does",
         "",
@@ -99,7 +99,7 @@ def as_markdown(cases: list[Case], header: str) -> str:
         "`tests/torture.py`. A case passes when after three steps all that is frozen is bit for bit what it was, and "
         "all that should train has moved and has a finite gradient.",
         "",
-        *(f"- {reason}: {len(who)}: {', '.join(sorted(who))}" for reason, who in sorted(reasons.items())),
+        *(f"- {reason}: {_count(who)}: {', '.join(sorted(who))}" for reason, who in sorted(reasons.items())),
         "",
         f"| family | {' | '.join(circumstances)} |",
         f"|---|{'--:|' * len(circumstances)}",
@@ -109,6 +109,10 @@ def as_markdown(cases: list[Case], header: str) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _count(who: Counter[str]) -> str:
+    return f"{who.total()} case{'s' * (who.total() > 1)}"
 
 
 def _cell(cases: list[Case]) -> str:
