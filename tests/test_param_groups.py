@@ -119,9 +119,29 @@ def test_optimizers_take_the_groups() -> None:
     torch.optim.SGD(model.param_groups(lr=0.5), momentum=0.9).load_state_dict(state)
 
 
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_rates_given_as_tensors_are_those_given_as_numbers(layer_decay: float | None, shape: tuple[int, ...]) -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    keywords: dict[str, Any] = {"weight_decay": 0.05, "layer_decay": layer_decay}
+    expected = model.param_groups(lr=0.5, backbone_lr=0.25, **keywords)
+    lr, backbone_lr = torch.full(shape, 0.5), torch.full(shape, 0.25)
+    groups = model.param_groups(lr=lr, backbone_lr=backbone_lr, **keywords)
+    assert [group["lr"].item() for group in groups] == [group["lr"] for group in expected]
+    assert [group["param_names"] for group in groups] == [group["param_names"] for group in expected]
+    for group in groups:
+        group["lr"].zero_()  # as a scheduler does it
+        assert [other["lr"].item() == 0 for other in groups].count(True) == 1
+        group["lr"].fill_(1.0)
+    assert (lr.item(), backbone_lr.item()) == (0.5, 0.25)
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
+        ({"lr": torch.ones(2)}, r"lr is a tensor of shape \(2,\); pass one finite number, 0 or more, as a float or"),
+        ({"lr": torch.tensor(-1.0)}, r"lr=tensor\(-1\.\); pass a finite number, 0 or more"),
+        ({"lr": 0.1, "backbone_lr": torch.empty(0)}, r"backbone_lr is a tensor of shape \(0,\)"),
         ({"lr": -0.1}, r"lr=-0\.1; pass a finite number, 0 or more"),
         ({"lr": 0.1, "backbone_lr": -1.0}, r"backbone_lr=-1\.0"),
         ({"lr": 0.1, "weight_decay": -1.0}, r"weight_decay=-1\.0"),
@@ -132,7 +152,7 @@ def test_optimizers_take_the_groups() -> None:
         ({"lr": 0.1, "weight_decay": None}, "weight_decay=None"),
     ],
 )
-def test_impossible_rates_are_refused(keywords: dict[str, float], message: str) -> None:
+def test_impossible_rates_are_refused(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).param_groups(**keywords)
 

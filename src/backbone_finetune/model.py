@@ -261,9 +261,9 @@ class FineTuneModel(nn.Module):
 
     def param_groups(
         self,
-        lr: float,
+        lr: float | torch.Tensor,
         *,
-        backbone_lr: float | None = None,
+        backbone_lr: float | torch.Tensor | None = None,
         weight_decay: float = 0.0,
         layer_decay: float | None = None,
         include_frozen: bool = False,

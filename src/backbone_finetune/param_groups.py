@@ -15,8 +15,8 @@ def build_param_groups(
     backbone: Iterable[tuple[str, nn.Parameter]],
     classifier: Iterable[tuple[str, nn.Parameter]],
     *,
-    lr: float,
-    backbone_lr: float | None,
+    lr: float | torch.Tensor,
+    backbone_lr: float | torch.Tensor | None,
     weight_decay: float,
     layer_decay: float | None,
     depths: Mapping[str, int],
@@ -35,10 +35,11 @@ def build_param_groups(
     [('backbone.0', 0.05, 0.05), ('backbone.0.no_decay', 0.05, 0.0),
      ('classifier', 0.1, 0.05), ('classifier.no_decay', 0.1, 0.0)]
 
-    Each group has `name`, absolute `lr`, `weight_decay`, `params` (tensors) and `param_names`. Biases, 1-d weights
-    and what matches `no_weight_decay` (backbone names, fnmatch patterns as in timm) do not decay. With `layer_decay`
-    a backbone parameter at depth d learns at rate * layer_decay ** (classifier_depth - d), as in BEiT and
-    `timm.optim.param_groups_layer_decay`. Raises ValueError when nothing trains or a rate is negative.
+    Each group has `name`, absolute `lr` (a tensor of its own where it is given as one), `weight_decay`, `params`
+    (tensors) and `param_names`. Biases, 1-d weights and what matches `no_weight_decay` (backbone names, fnmatch
+    patterns as in timm) do not decay. With `layer_decay` a backbone parameter at depth d learns at rate * layer_decay
+    ** (classifier_depth - d), as in BEiT and `timm.optim.param_groups_layer_decay`. Raises ValueError when nothing
+    trains or a rate is negative.
     """
     _refuse_impossible_rates(lr=lr, backbone_lr=backbone_lr, weight_decay=weight_decay, layer_decay=layer_decay)
     groups: dict[str, dict[str, Any]] = {}
@@ -54,15 +55,16 @@ def build_param_groups(
             title, rate = part, part_lr
             if layer_decay is not None and part == "backbone":
                 title += f".{depths[name]}"
-                rate *= layer_decay ** (classifier_depth - depths[name])
+                rate = rate * layer_decay ** (classifier_depth - depths[name])
             if weight_decay > 0 and not decays:
                 title += ".no_decay"
-            group = groups.setdefault(
-                title,
-                {"name": title, "lr": rate, "weight_decay": weight_decay * decays, "params": [], "param_names": []},
-            )
-            group["params"].append(parameter)
-            group["param_names"].append(f"{part}.{name}")
+            if title not in groups:
+                # A tensor of its own for each group: optimizers and schedulers change it in place.
+                rate = rate.clone() if isinstance(rate, torch.Tensor) else rate
+                groups[title] = {"name": title, "lr": rate, "weight_decay": weight_decay * decays}
+                groups[title] |= {"params": [], "param_names": []}
+            groups[title]["params"].append(parameter)
+            groups[title]["param_names"].append(f"{part}.{name}")
     if not groups:
         raise ValueError(
             "param_groups: nothing trains, so there is nothing to optimize; unfreeze something first "
@@ -71,9 +73,14 @@ def build_param_groups(
     return list(groups.values())
 
 
-def _refuse_impossible_rates(**rates: float | None) -> None:
+def _refuse_impossible_rates(**rates: float | torch.Tensor | None) -> None:
     for name, rate in rates.items():
         if rate is None and name in {"backbone_lr", "layer_decay"}:
             continue
+        if isinstance(rate, torch.Tensor) and rate.numel() != 1:
+            raise ValueError(
+                f"param_groups: {name} is a tensor of shape {tuple(rate.shape)}; pass one finite number, 0 or more, as "
+                "a float or as a tensor that holds it alone."
+            )
         if not isinstance(rate, (Real, torch.Tensor)) or not 0 <= rate < float("inf"):
             raise ValueError(f"param_groups: {name}={rate!r}; pass a finite number, 0 or more.")
