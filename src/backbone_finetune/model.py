@@ -15,7 +15,8 @@ from .layer_groups import LayerGroup, as_layer_groups, find_layer_groups, layer_
 from .param_groups import build_param_groups
 from .report import describe_by_group, describe_by_name
 from .splitting import CutProof, SequentialWayBack, Split, WayBack, split_module
-from .timm_splitting import count_classes, split_timm
+from .timm_classifiers import count_classes
+from .timm_splitting import split_timm
 
 
 class FineTuneModel(nn.Module):
