@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm_families import FAMILIES
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
@@ -263,7 +264,28 @@ def test_the_way_back_leaves_the_random_state_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_head_that_the_network_cannot_hold_does_not_go_back() -> None:
-    model = FineTuneModel.from_timm("levit_128s", num_classes=3)
-    with pytest.raises(ValueError, match="to_module: LevitDistilled has more in its classifier than one linear layer"):
+KEEP = "keep the FineTuneModel"
+START_FROM_ITS_OWN = KEEP + r", or start from the network's own classifier \(num_classes and classifier left out\)"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("levit", START_FROM_ITS_OWN),
+        ("repvit", START_FROM_ITS_OWN),
+        ("crossvit", KEEP),
+        ("efficientvim", KEEP),
+        ("volo", KEEP),
+    ],
+)
+def test_a_head_that_the_network_cannot_hold_does_not_go_back(name: str, remedy: str) -> None:
+    network = FAMILIES[name].build()
+    model = FineTuneModel.from_timm(network, num_classes=3)
+    before = snapshot(network)
+    message = rf"to_module: {type(network).__name__} has more in its classifier than one linear layer .*; {remedy}\.$"
+    with pytest.raises(ValueError, match=message):
         model.to_module()
+    assert_untouched(network, before)
+    if remedy == KEEP:  # what is not advised would be refused
+        with pytest.raises(ValueError, match=r"pass num_classes=\.\.\."):
+            FineTuneModel.from_timm(FAMILIES[name].build())

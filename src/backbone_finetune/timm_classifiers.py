@@ -10,7 +10,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from .probing import assert_same, quiet, shadow
+from .probing import assert_same, meta_shadow, quiet, shadow
 from .splitting import copy_along
 
 
@@ -77,10 +77,11 @@ class TimmWayBack(NamedTuple):
         if isinstance(classifier, DropoutClassifier):  # it acts in training alone, and is no part of a timm network
             classifier = classifier.classifier
         if not self.is_one_layer and plain_names != self.own_names:
+            own = ", or start from the network's own classifier (num_classes and classifier left out)"
             raise ValueError(
                 f"to_module: {type(backbone).__name__} has more in its classifier than one linear layer "
                 f"({', '.join(sorted(self.own_names))}) and cannot hold this {type(classifier).__name__}; keep the "
-                "FineTuneModel, or start from the network's own classifier (num_classes and classifier left out)."
+                f"FineTuneModel{own if _keeps_its_own(backbone) else ''}."
             )
         network: Any = backbone
         for path in self.paths:
@@ -123,6 +124,13 @@ def count_classes(classifier: nn.Module) -> int | None:
 
 
 def find_way_back(headed: Any, headless: nn.Module) -> TimmWayBack:
+    """Find where the classifier stands, by what a network has more than the same one without it.
+
+    >>> import timm
+    >>> network = timm.create_model("test_resnet")
+    >>> find_way_back(network, timm.create_model("test_resnet", num_classes=0)).paths
+    ('fc',)
+    """
     own_names = _parameter_names(headed) - _parameter_names(headless)
     path = _common_module(own_names)
     if path:
@@ -135,7 +143,15 @@ def find_way_back(headed: Any, headless: nn.Module) -> TimmWayBack:
 
 
 def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmWayBack]:
-    """Take a network's own classifier, proved on a probe to be the same function behind the headless network."""
+    """Take a network's own classifier, proved on a probe to be the same function behind the headless network.
+
+    >>> import timm
+    >>> network = timm.create_model("test_resnet")
+    >>> own_classifier(network, timm.create_model("test_resnet", num_classes=0, device="meta"))[0] is network.fc
+    True
+
+    Raises ValueError where it is another function there.
+    """
     kind = type(network).__name__
     remedy = "pass num_classes=... for a fresh linear classifier, or classifier=... for one of your own"
     way_back = find_way_back(network, headless)
@@ -169,6 +185,22 @@ def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmWa
                 f"({str(difference).splitlines()[0]}); {remedy}."
             ) from difference
     return own, way_back
+
+
+def _keeps_its_own(backbone: nn.Module) -> bool:
+    """Say whether the classifier that `reset_classifier` took off could have been kept."""
+    trains = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
+    headed: Any = shadow(backbone)
+    try:
+        with quiet(backbone):
+            headed.reset_classifier(2)
+        own_classifier(headed, meta_shadow(backbone))
+    except ValueError:
+        return False
+    finally:  # efficientvim's method says of a parameter, which the shadow shares, that it trains
+        for parameter, it_trains in trains:
+            parameter.requires_grad_(it_trains)
+    return True
 
 
 def _one_token(entered: torch.Tensor, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -208,7 +240,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def as_linear(layer: nn.Module) -> nn.Module:
-    """A 1x1 convolution as the linear layer that it is on a pooled picture, on the same memory."""
+    """Give a 1x1 convolution as the linear layer that it is on a pooled picture, on the same memory.
+
+    >>> as_linear(nn.Conv2d(4, 2, 1))
+    Linear(in_features=4, out_features=2, bias=True)
+    """
     if not isinstance(layer, nn.Conv2d):
         return layer
     linear = nn.Linear(layer.in_channels, layer.out_channels, bias=layer.bias is not None, device="meta")
@@ -233,9 +269,19 @@ def _parameter_names(module: nn.Module) -> frozenset[str]:
 
 
 def probe(network: nn.Module, device: str | torch.device) -> torch.Tensor:
-    """Two pictures of the size that the network is built for."""
+    """Draw two pictures of the size that a network is built for.
+
+    >>> import timm
+    >>> probe(timm.create_model("test_resnet"), "cpu").shape
+    torch.Size([2, 3, 160, 160])
+    """
     return torch.randn(2, *get_model_input_config(network)["input_size"], device=device, dtype=dtype_of(network))
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
+    """Give the precision that a network computes in.
+
+    >>> dtype_of(nn.Linear(2, 2).half())
+    torch.float16
+    """
     return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
