@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+
+POSITION_TABLES = ("rope", "shared_rel_pos")  # eva's rope_mixed, vit_srelpos
 
 
 def as_markdown(rows: Sequence[Row], environment: dict[str, Any]) -> str:
@@ -51,6 +54,10 @@ def _totals(rows: Sequence[Row], family_count: int) -> list[str]:
     inexact = [v["keep_difference"] / v["logits_spread"] for v in compared if v["keep_difference"]]
     counts = Counter(row["grouped_by"] for row in wrapped)
     sizes = [len(row["layer_groups"]) for row in wrapped]
+    stay = [row for row in wrapped if row["round_trip_refused"] and not row["kept"]]
+    own_only = [row for row in wrapped if row["round_trip_refused"] and row["kept"]]
+    one_norm = [row for row in wrapped if ends_in_norms(row["name"], row["layer_groups"][-1])]
+    one_table = [row for row in wrapped if row["layer_groups"][-1] in POSITION_TABLES]
     not_prefix = sum(bool(row["walked_through"]) for row in wrapped)
     return [
         f"- **{len(wrapped)}** of {len(rows)} architectures in {family_count} families wrap with `num_classes=...`; "
@@ -65,11 +72,16 @@ def _totals(rows: Sequence[Row], family_count: int) -> list[str]:
         f"- `to_module()` gives timm's own network again, all names and logits equal, for "
         f"**{sum(not row['round_trip_refused'] for row in wrapped)}** with a fresh linear classifier, and for every "
         f"kept one that was run: {sum(v['keep_round_trip'] == 'equal' for v in compared)} of "
-        f"{sum(v['keep_round_trip'] is not None for v in compared)}.",
+        f"{sum(v['keep_round_trip'] is not None for v in compared)}. The other {len(stay) + len(own_only)} have more "
+        f"than a linear layer for a head: **{len(own_only)}** of them keep their own and go back with it alone; "
+        f"**{len(stay)}** ({_by_family(stay)}) can't keep it, and do not go back.",
         f"- Layer groups: {min(sizes, default=0)} to {max(sizes, default=0)}, most often "
         f"{max(set(sizes), key=sizes.count, default=0)}; found by "
         + ", ".join(f"`{name}` for {count}" for name, count in counts.most_common())
         + ".",
+        f"- The last layer group is a norm and nothing else for **{len(one_norm)}** in {len({row['family'] for row in one_norm})} "
+        f"families ({_by_family(one_norm, rows)}), and a table of positions that all blocks share for "
+        f"{len(one_table)} ({_by_family(one_table, rows)}): `trainable_groups=1` trains that alone.",
         f"- The first k groups are a prefix of the computation, whatever k, for {len(wrapped) - not_prefix}; "
         f"for the other {not_prefix} freezing is as right, and saves less.",
         f"- {sum(row['running_statistics'] > 0 for row in wrapped)} hold running statistics; "
@@ -84,10 +96,27 @@ def _refusals(rows: Iterable[Row], what: str, key: str) -> list[str]:
             by_reason.setdefault(_without_kind(row[key]), []).append(row)
     lines = []
     for reason, members in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        counts = Counter(row["family"] for row in members)
-        listed = ", ".join(f"{family} {count}" for family, count in counts.most_common())
-        lines.append(f"- {what}: {len(members)} ({listed}): {reason}")
+        lines.append(f"- {what}: {len(members)} ({_by_family(members)}): {reason}")
     return lines
+
+
+def ends_in_norms(architecture: str, layer_group: str) -> bool:
+    """Say whether a last layer group, which is named after its module, has norms in it and nothing else.
+
+    By name; that the names say so was compared on the meta device for all of timm 1.0.31.
+    """
+    is_called_norm = re.fullmatch(r"norm\d*|fc_norm|norm_pre", layer_group.rpartition(".")[2]) is not None
+    return is_called_norm or architecture == "samvit_base_patch16_224"  # without a convolution in its `neck`
+
+
+def _by_family(members: Iterable[Row], everything: Iterable[Row] = ()) -> str:
+    """Count by family, of how many where `everything` is given."""
+    all_of = Counter(row["family"] for row in everything)
+    counts = Counter(row["family"] for row in members)
+    return ", ".join(
+        f"{family} {count}{f' of {all_of[family]}' if family in all_of else ''}"
+        for family, count in counts.most_common()
+    )
 
 
 def _without_kind(reason: str) -> str:

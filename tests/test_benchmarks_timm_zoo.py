@@ -22,6 +22,9 @@ import timm_zoo
 import zoo_record
 from zoo_dependencies import DependencyTrace
 from zoo_examination import examine_structure, examine_values
+from zoo_summary import as_markdown, ends_in_norms
+
+RESULTS = Path(timm_zoo.__file__).parent / "results" / "timm_zoo"
 
 
 class Chain(nn.Module):
@@ -132,3 +135,44 @@ def test_the_command_writes_the_matrix_and_goes_on_where_it_stopped(tmp_path: Pa
     assert "| vision_transformer | 1 | 1 | 1 |" in summary
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo.json", "zoo.md"]
     assert str(tmp_path.parent) not in json.dumps(matrix["architectures"])
+
+
+def test_the_page_is_the_summary_of_the_matrix_and_readme_quotes_it() -> None:
+    matrix = json.loads(RESULTS.with_suffix(".json").read_text(encoding="utf-8"))
+    page = as_markdown(matrix["architectures"], matrix["environment"])
+    assert page == RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    readme = " ".join((RESULTS.parents[2] / "README.md").read_text(encoding="utf-8").split())
+    for of_page, of_readme in (
+        ("for **1260** with a fresh linear classifier", "1260 go back"),
+        ("The other 104 have more", "The other 104 have more than a linear layer"),
+        ("**66** of them keep their own", "66 of them go back with their own"),
+        ("**38** (crossvit 11, volo 11, efficientvim 8, deit 4, pit 4) can't", "the 38 of the families that can't"),
+        ("nothing else for **227** in 24 families", "For 227 architectures in 24 families the last group is a norm"),
+        ("convnext 30 of 31, vision_transformer 27 of", "30 of 31 convnext, 27 vision_transformer"),
+        ("for 8 (eva 6 of 65, vision_transformer_relpos 2 of", "for 8 a table of positions"),
+    ):
+        assert of_page in page
+        assert of_readme in readme
+
+
+@pytest.mark.parametrize(
+    ("name", "ends_in_a_norm"),
+    [
+        ("convnext_atto", True),  # head.norm
+        ("densenet121", True),  # features.norm5
+        ("beit_base_patch16_224", True),  # fc_norm
+        ("poolformer_s12", True),
+        ("samvit_base_patch16_224", True),
+        ("mobilenetv3_large_150d", False),
+        ("mobilenetv4_conv_small", False),  # norm_head is a norm after a convolution
+        ("test_vit", False),
+        ("regnetx_002", False),
+    ],
+)
+def test_what_is_called_a_norm_is_one(name: str, ends_in_a_norm: bool) -> None:
+    with torch.device("meta"):
+        model = FineTuneModel.from_timm(name, num_classes=7)
+    last = model.layer_groups[-1]
+    parameters = dict(model.backbone.named_parameters())
+    assert ends_in_norms(name, last.name) is ends_in_a_norm
+    assert all(parameters[parameter].ndim == 1 for parameter in last.parameter_names) is ends_in_a_norm
