@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
 
 # The benchmarks are scripts, which find each other through the folder that they stand in.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -22,11 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import backward_time
 import measure
 import networks
-import plots
 import results
 import variants
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +31,6 @@ def _global_settings() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = benchmark
-
-
-def _network(name: str, batch_size: int = 2) -> networks.Network:
-    size = None if name in networks.ARTICLE_NETWORKS else 32
-    return networks.build_network(name, batch_size=batch_size, image_size=size, device=CPU)
-
-
-def _variant(network: networks.Network, kind: str) -> variants.Variant:
-    return next(variant for variant in variants.variants_of(network) if variant.kind == kind)
 
 
 def _run(output: Path, *arguments: str) -> int:
@@ -94,142 +80,6 @@ def test_a_small_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "backward_time.png",
     ]
     assert "| unfrozen" in capsys.readouterr().out
-
-
-def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
-    report = _report()
-    results.write_report(report, tmp_path / "again")
-    assert asdict(results.read_report(tmp_path / "again.json")) == asdict(report)
-
-
-def _report() -> results.Report:
-    samples = {"optimizer_ms": [1.0, 1.5], "step_ms": [40.0, 44.0]}
-    unfrozen = results.Row("net", "unfrozen", 2, 8, 32, 900, 2**20, None, 100, [9.0, 9.5], [20.0, 22.0], **samples)
-    rows = [unfrozen, replace(unfrozen, variant="partial", trainable_groups=1, backward_ms=[9.0, 9.9])]
-    rows.append(replace(unfrozen, variant="frozen", trainable_groups=0, backward_ms=[0.002, 0.002]))
-    rows.append(replace(unfrozen, variant="limit", trainable_groups=None, backward_ms=[0.001, 0.001]))
-    report = results.start_report(CPU, "python benchmarks/backward_time.py", {"amp": "off"})
-    report.rows, report.noise = rows, [replace(unfrozen, backward_ms=[22.0, 20.0])]
-    return report
-
-
-def test_ratios_are_taken_pass_by_pass() -> None:
-    report = _report()
-    frozen, limit = report.row("net", "frozen"), report.row("net", "limit")
-    assert frozen is not None
-    assert limit is not None
-    assert results.ratio_of(frozen, limit, "backward_ms").median == 2.0
-    page = results.as_markdown(report)
-    # Unfrozen over frozen: 20 and 22 ms over 0.002 ms.
-    assert "10,500 [10,000, 11,000]" in page
-    assert "| top 1 groups train |" in page
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "result.txt"
-    path.write_text("old")
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        results.write_file(path, fail)
-    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("result.txt", "old")]
-
-
-def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "result.txt"
-    path.write_text("old")
-    with path.open() as reader:
-        results.write_text(path, "new")
-        assert reader.read() == "old"  # moved into place beside the old file, not written into it
-    assert path.read_text() == "new"
-
-
-def test_a_scale_is_logarithmic_where_bars_are_far_apart() -> None:
-    figure = Figure()
-    near, far = figure.subplots(1, 2)
-    plots.draw_bars(far, _report(), "net", "backward_ms", "backward")
-    plots.draw_bars(near, _report(), "net", "step_ms", "step")
-    assert (far.get_yscale(), near.get_yscale()) == ("log", "linear")
-
-
-@pytest.mark.parametrize("kind", ["unfrozen", "partial", "frozen", "limit"])
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
-def test_right_variants_are_proved(name: str, kind: str) -> None:
-    network = _network(name)
-    variants.prove_equal(_variant(network, kind), network)
-
-
-def _other_logits(network: networks.Network, variant: variants.Variant) -> variants.Variant:
-    return replace(variant, logits=lambda: variant.logits() * 1.05)
-
-
-def _statistics_that_move(network: networks.Network, variant: variants.Variant) -> variants.Variant:
-    def enter() -> None:
-        variant.enter()
-        # What a trainer's own train() does to a backbone that was frozen by requires_grad alone.
-        for module in network.model.modules():
-            module.training = True
-
-    def logits() -> Tensor:
-        # The features come from before the statistics move, so that the buffers alone tell.
-        network.model.backbone.eval()
-        answer = variant.logits()
-        nn.Module.train(network.model.backbone, True)
-        with torch.no_grad():
-            network.model.backbone(network.images)
-        return answer
-
-    return replace(variant, enter=enter, logits=logits)
-
-
-def _another_gradient(network: networks.Network, variant: variants.Variant) -> variants.Variant:
-    def logits() -> Tensor:
-        answer = variant.logits()
-        if answer.requires_grad:
-            answer.register_hook(lambda gradient: gradient * 2)  # type: ignore[no-untyped-call]
-        return answer
-
-    return replace(variant, logits=logits)
-
-
-def _nothing_frozen(network: networks.Network, variant: variants.Variant) -> variants.Variant:
-    def logits() -> Tensor:
-        network.model.backbone.get_parameter("conv1.0.weight").requires_grad_(True)
-        return variant.logits()
-
-    return replace(variant, logits=logits)
-
-
-def _no_graph(network: networks.Network, variant: variants.Variant) -> variants.Variant:
-    return replace(variant, logits=lambda: variant.logits().detach())
-
-
-def _not_a_number(network: networks.Network, variant: variants.Variant) -> variants.Variant:
-    return replace(variant, logits=lambda: variant.logits() * float("nan"))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "complaint"),
-    [
-        (_other_logits, "logits: off by"),
-        (_not_a_number, "logits: off by nan"),
-        (_statistics_that_move, r"\d+ buffers of frozen layers moved: backbone.conv1.1.running_mean"),
-        (_another_gradient, r"gradient of classifier.\w+: off by"),
-        (_no_graph, "nothing trains: the logits have no graph"),
-        (_nothing_frozen, "a gradient where none belongs, .*: backbone.conv1.0.weight"),
-    ],
-)
-def test_a_wrong_variant_is_refused(
-    spoil: Callable[[networks.Network, variants.Variant], variants.Variant], complaint: str
-) -> None:
-    network = _network("test_resnet")
-    right = _variant(network, "frozen")
-    with pytest.raises(variants.WrongVariantError, match=complaint):
-        variants.prove_equal(spoil(network, right), network)
-    variants.prove_equal(right, network)
 
 
 def test_a_wrong_fast_row_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
