@@ -20,15 +20,13 @@ from measure import (
     Clock,
     StepTimes,
     TrainingStep,
-    at_largest_batch,
     clock_for,
-    count_saved_bytes,
     no_garbage_collection,
-    peak_memory,
     take_turns,
     time_step,
     warm_up,
 )
+from memory import at_largest_batch, count_saved_bytes, peak_memory
 from networks import ARTICLE_NETWORKS, Network, build_network, check_names
 from plots import draw_report
 from results import Report, Row, model_table, start_report, write_report

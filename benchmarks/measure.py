@@ -13,14 +13,13 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -235,49 +234,3 @@ def interquartile_range(samples: Sequence[float]) -> float:
         return 0.0
     first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
     return third - first
-
-
-def count_saved_bytes(forward: Callable[[], object], parameters: Iterable[nn.Parameter]) -> int:
-    """Count the bytes that a forward keeps alive for its backward: each storage once and whole, parameters left out.
-
-    A storage counts whole, as a small view keeps all of it alive.
-    """
-    parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    # Holding the storages keeps their addresses from being used again, so an address tells them apart.
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameter_storages:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Return the most bytes allocated on the device during a call; None on a CPU, where torch does not count them."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
-
-
-def at_largest_batch(measure: Callable[[int], Result], batch_size: int, say: Callable[[str], object]) -> Result:
-    """Measure at `batch_size`, halved as long as the device runs out of memory; `say` tells the user."""
-    while True:
-        try:
-            return measure(batch_size)
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-        # Outside the handler: inside it the traceback still holds the tensors that did not fit.
-        batch_size //= 2
-        say(f"out of memory: going on with batch size {batch_size}")
-        gc.collect()
-        torch.accelerator.empty_cache()

@@ -20,13 +20,13 @@ from measure import (
     StepTimes,
     TrainingStep,
     clock_for,
-    count_saved_bytes,
     no_garbage_collection,
     paired_ratio,
     take_turns,
     time_step,
     warm_up,
 )
+from memory import count_saved_bytes
 from networks import NUM_CLASSES, check_names, picture_size
 from peer_methods import METHODS, Blueprint, Method, make_blueprint
 from results import Sampled, describe, mebibytes, spread, table, write_text

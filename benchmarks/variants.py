@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from measure import TrainingStep, count_saved_bytes
+from measure import TrainingStep
+from memory import count_saved_bytes
 from networks import Network
 from torch import Tensor, nn
 from torch.nn import functional

@@ -161,56 +161,6 @@ def test_warm_up_ends_on_a_machine_that_never_settles() -> None:
     assert measure.warm_up(lambda: None, _ScriptedClock(*[0.9**n for n in range(99)]), at_most=6) == 6
 
 
-def test_saved_bytes_of_a_linear_head_are_exact() -> None:
-    head, features, labels = nn.Linear(32, 10), torch.randn(8, 32), torch.zeros(8, dtype=torch.int64)
-
-    def forward() -> Tensor:
-        return nn.functional.cross_entropy(head(features), labels)
-
-    # The features for the weight's gradient; for the loss the log-softmax (8, 10), the labels and its total weight ().
-    assert measure.count_saved_bytes(forward, head.parameters()) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4
-
-    features.requires_grad_(True)  # now backward needs the weight as well, which is alive anyway
-    assert measure.count_saved_bytes(forward, head.parameters()) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4
-    assert measure.count_saved_bytes(forward, []) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4 + 10 * 32 * 4
-
-
-def test_saved_bytes_count_a_storage_once_and_whole() -> None:
-    tokens = torch.randn(2, 100, 16)
-    head, other = nn.Linear(16, 4), nn.Linear(16, 4)
-
-    def view() -> Tensor:
-        return nn.functional.linear(tokens[:, 0], head.weight)
-
-    def twice() -> Tensor:
-        return view() + nn.functional.linear(tokens[:, 1], other.weight)
-
-    parameters = [*head.parameters(), *other.parameters()]
-    assert measure.count_saved_bytes(view, parameters) == tokens.numel() * 4
-    assert measure.count_saved_bytes(twice, parameters) == tokens.numel() * 4
-    assert measure.count_saved_bytes(lambda: head(tokens[:, 0].clone()), parameters) == 2 * 16 * 4
-
-
-def test_memory_runs_out_until_the_batch_fits() -> None:
-    said: list[str] = []
-
-    def fit(batch_size: int) -> int:
-        if batch_size > 3:
-            raise torch.OutOfMemoryError
-        return batch_size
-
-    assert measure.at_largest_batch(fit, 13, said.append) == 3
-    assert said == ["out of memory: going on with batch size 6", "out of memory: going on with batch size 3"]
-
-
-def test_a_single_picture_that_does_not_fit_is_an_error() -> None:
-    def never_fit(batch_size: int) -> None:
-        raise torch.OutOfMemoryError(f"batch of {batch_size}")
-
-    with pytest.raises(torch.OutOfMemoryError, match="batch of 1"):
-        measure.at_largest_batch(never_fit, 2, lambda text: None)
-
-
 class _Device:
     """A stand-in for a GPU: work is queued by the host and done in order, at the device's own pace."""
 
@@ -282,7 +232,6 @@ def test_a_missing_device_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_cpu_has_the_hosts_clock_and_no_cache_to_flush() -> None:
     cpu = torch.device("cpu")
     assert isinstance(measure.clock_for(cpu), measure.WallClock)
-    assert measure.peak_memory(lambda: None, cpu) is None
     with pytest.raises(ValueError, match="flush_l2: only a CUDA device has the cache that this clears, not cpu"):
         measure.clock_for(cpu, flush_l2=True)
 
@@ -295,6 +244,3 @@ def test_a_gpu_is_timed_by_its_own_events() -> None:
     small, large = (torch.randn(n, n, device=device) for n in (64, 4096))
     measure.warm_up(lambda: large @ large, clock)
     assert clock.time(lambda: large @ large)[1] > clock.time(lambda: small @ small)[1] > 0
-    peak = measure.peak_memory(lambda: large @ large, device)
-    assert peak is not None
-    assert peak >= 2 * large.nbytes

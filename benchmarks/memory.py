@@ -1,0 +1,73 @@
+"""What a step keeps in memory, counted exactly, and what to do when a device has not enough of it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+Result = TypeVar("Result")
+# What torch says when memory has run out elsewhere than in its own allocator, which raises OutOfMemoryError.
+_OUT_OF_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+
+
+def count_saved_bytes(forward: Callable[[], object], parameters: Iterable[nn.Parameter]) -> int:
+    """Count the bytes that a forward keeps alive for its backward: each storage once and whole, parameters left out.
+
+    A storage counts whole, as a small view keeps all of it alive.
+    """
+    parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    # Holding the storages keeps their addresses from being used again, so an address tells them apart.
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameter_storages:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Return the most bytes allocated on the device during a call; None on a CPU, where torch does not count them."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory has run out, in any of the forms that torch gives it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def at_largest_batch(measure: Callable[[int], Result], batch_size: int, say: Callable[[str], object]) -> Result:
+    """Measure at `batch_size`, halved as long as the device runs out of memory; `say` tells the user."""
+    while True:
+        try:
+            return measure(batch_size)
+        except RuntimeError as error:
+            if batch_size == 1 or not is_out_of_memory(error):
+                raise
+        # Outside the handler: inside it the traceback still holds the tensors that did not fit.
+        batch_size //= 2
+        say(f"out of memory: going on with batch size {batch_size}")
+        gc.collect()
+        torch.accelerator.empty_cache()

@@ -1,0 +1,155 @@
+"""Bytes are counted exactly, and memory that runs out makes the batch smaller."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+# The benchmarks are scripts, which find each other through the folder that they stand in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import memory
+
+
+def test_saved_bytes_of_a_linear_head_are_exact() -> None:
+    head, features, labels = nn.Linear(32, 10), torch.randn(8, 32), torch.zeros(8, dtype=torch.int64)
+
+    def forward() -> Tensor:
+        return nn.functional.cross_entropy(head(features), labels)
+
+    # The features for the weight's gradient; for the loss the log-softmax (8, 10), the labels and its total weight ().
+    assert memory.count_saved_bytes(forward, head.parameters()) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4
+
+    features.requires_grad_(True)  # now backward needs the weight as well, which is alive anyway
+    assert memory.count_saved_bytes(forward, head.parameters()) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4
+    assert memory.count_saved_bytes(forward, []) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4 + 10 * 32 * 4
+
+
+def test_saved_bytes_count_a_storage_once_and_whole() -> None:
+    tokens = torch.randn(2, 100, 16)
+    head, other = nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def view() -> Tensor:
+        return nn.functional.linear(tokens[:, 0], head.weight)
+
+    def twice() -> Tensor:
+        return view() + nn.functional.linear(tokens[:, 1], other.weight)
+
+    parameters = [*head.parameters(), *other.parameters()]
+    assert memory.count_saved_bytes(view, parameters) == tokens.numel() * 4
+    assert memory.count_saved_bytes(twice, parameters) == tokens.numel() * 4
+    assert memory.count_saved_bytes(lambda: head(tokens[:, 0].clone()), parameters) == 2 * 16 * 4
+
+
+def test_memory_runs_out_until_the_batch_fits() -> None:
+    said: list[str] = []
+
+    def fit(batch_size: int) -> int:
+        if batch_size > 3:
+            raise torch.OutOfMemoryError
+        return batch_size
+
+    assert memory.at_largest_batch(fit, 13, said.append) == 3
+    assert said == ["out of memory: going on with batch size 6", "out of memory: going on with batch size 3"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_memory_runs_out_in_several_forms(error: RuntimeError) -> None:
+    tried: list[int] = []
+
+    def fit(batch_size: int) -> int:
+        tried.append(batch_size)
+        if batch_size > 2:
+            raise error
+        return batch_size
+
+    assert memory.at_largest_batch(fit, 4, lambda text: None) == 2
+    assert tried == [4, 2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        ValueError("CUDA error: out of memory"),
+    ],
+)
+def test_another_error_is_no_reason_for_a_smaller_batch(error: Exception) -> None:
+    tried: list[int] = []
+
+    def fail(batch_size: int) -> None:
+        tried.append(batch_size)
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        memory.at_largest_batch(fail, 4, lambda text: None)
+    assert tried == [4]
+
+
+def test_a_single_picture_that_does_not_fit_is_an_error() -> None:
+    def never_fit(batch_size: int) -> None:
+        raise torch.OutOfMemoryError(f"batch of {batch_size}")
+
+    with pytest.raises(torch.OutOfMemoryError, match="batch of 1"):
+        memory.at_largest_batch(never_fit, 2, lambda text: None)
+
+
+class _CountedBytes:
+    """A stand-in for `torch.cuda`: what is in use now, and the most that was since the last reset."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.most = 0
+
+    def use(self, count: int) -> None:
+        self.now += count
+        self.most = max(self.most, self.now)
+
+    def synchronize(self, device: torch.device) -> None: ...
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        self.most = self.now
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        return self.most
+
+
+def test_a_peak_is_that_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _CountedBytes()
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, getattr(device, name))
+    device.use(900)  # what came before, and is no longer there
+    device.use(-800)
+
+    def call() -> None:
+        device.use(50)
+        device.use(-50)
+
+    assert memory.peak_memory(call, torch.device("cuda")) == 150
+
+
+def test_a_cpu_counts_no_peak() -> None:
+    assert memory.peak_memory(lambda: None, torch.device("cpu")) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_counts_the_peak() -> None:
+    large = torch.randn(4096, 4096, device="cuda")
+    peak = memory.peak_memory(lambda: large @ large, large.device)
+    assert peak is not None
+    assert peak >= 2 * large.nbytes
