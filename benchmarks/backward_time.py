@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from command_line import add_shared_options, repeats_on, settle_device
+from command_line import add_models_option, add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command
 from measure import (
     Clock,
@@ -22,6 +22,7 @@ from measure import (
     TrainingStep,
     clock_for,
     no_garbage_collection,
+    resolve_device,
     take_turns,
     time_step,
     warm_up,
@@ -101,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/backward_time", default_batch_size="8 on a CPU, 64 on a GPU")
-    parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
+    add_models_option(parser, DEFAULT_MODELS)
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast to this type")
     parser.add_argument("--channels-last", action="store_true", help="store weights and pictures channels last")
     parser.add_argument("--compile", action="store_true", help="run the network through torch.compile")
@@ -111,13 +112,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def prepare(options: argparse.Namespace) -> Setup:
     """Settle what must stand before the first clock runs."""
+    clock = clock_for(resolve_device(options.device), flush_l2=options.flush_l2)
     device = settle_device(options)
     if options.compile:
         # One graph for each depth of freezing: at dynamo's default limit a deep network would fall back to eager.
         torch._dynamo.config.recompile_limit = 256
     return Setup(
         device=device,
-        clock=clock_for(device, flush_l2=options.flush_l2),
+        clock=clock,
         batch_size=options.batch_size or DEFAULT_BATCH_SIZE[device.type],
         image_size=options.image_size,
         precision=options.amp,

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from measure import resolve_device
+
+_IMAGE_SIZE = (
+    "side of the pictures (default: each network's own; the article's networks take theirs, 64, whatever is said)"
+)
 
 
 def add_shared_options(parser: argparse.ArgumentParser, *, output: str, default_batch_size: str = "8") -> None:
     """Add device, sizes, repeats, threads and output."""
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--batch-size", type=positive, help=f"pictures in a batch (default: {default_batch_size})")
-    parser.add_argument("--image-size", type=positive, help="side of the pictures (default: each network's own)")
+    parser.add_argument("--image-size", type=positive, help=_IMAGE_SIZE)
     parser.add_argument("--repeats", type=positive, help="samples of each number (default: 10 on a CPU, 50 on a GPU)")
     parser.add_argument("--threads", type=positive, help="threads on a CPU (default: torch's own choice)")
     parser.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="default: %(default)s")
+
+
+def add_models_option(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """Add the names of the networks to measure."""
+    parser.add_argument("--models", nargs="+", action=_EachOnce, default=list(default), metavar="NAME")
+
+
+class _EachOnce(argparse.Action):
+    """Keeps the first of equal values: a network measured twice would have its rows mixed, as they go by name."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
 
 
 def positive(text: str) -> int:
@@ -28,11 +49,25 @@ def positive(text: str) -> int:
 
 
 def settle_device(options: argparse.Namespace) -> torch.device:
-    """Find the device, fix the threads, let cuDNN choose its algorithms during warm-up; ValueError if it is missing."""
+    """Find the device, fix the threads, let cuDNN choose its algorithms during warm-up, and try the output folder.
+
+    ValueError where the device is missing or the folder cannot be written: before anything is measured in vain.
+    """
     device = resolve_device(options.device)
+    make_writable(options.output)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.backends.cudnn.benchmark = True
     return device
+
+
+def make_writable(folder: Path) -> None:
+    """Create a folder and write into it, as results will be; ValueError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {folder}: {error.strerror}; pass a folder that can be written.") from error
 
 
 def repeats_on(device: torch.device, options: argparse.Namespace) -> int:

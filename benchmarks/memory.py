@@ -53,9 +53,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that memory has run out, in any of the forms that torch gives it."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def at_largest_batch(measure: Callable[[int], Result], batch_size: int, say: Callable[[str], object]) -> Result:

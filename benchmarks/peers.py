@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
-from command_line import add_shared_options, repeats_on, settle_device
+from command_line import add_models_option, add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command, describe_environment, installed_version
 from measure import (
     StepTimes,
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/peers")
-    parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
+    add_models_option(parser, DEFAULT_MODELS)
     options = parser.parse_args(given)
     try:
         check_names(options.models)

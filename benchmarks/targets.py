@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from backward_time import Setup, measure_at_batch
-from command_line import add_shared_options, repeats_on, settle_device
+from command_line import add_models_option, add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command, describe_environment
 from measure import (
     Interval,
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/targets")
-    parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
+    add_models_option(parser, DEFAULT_MODELS)
     options = parser.parse_args(given)
     try:
         check_names(options.models)

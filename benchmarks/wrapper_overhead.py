@@ -17,7 +17,7 @@ from functools import partial
 
 import timm
 import torch
-from command_line import add_shared_options, repeats_on, settle_device
+from command_line import add_models_option, add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command, describe_environment
 from measure import (
     Clock,
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/wrapper_overhead")
-    parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
+    add_models_option(parser, DEFAULT_MODELS)
     parser.add_argument("--ladder", nargs="*", choices=list(LADDERS), default=list(LADDERS), help="families to grow")
     options = parser.parse_args(given)
     try:

@@ -1,0 +1,84 @@
+"""The options that the benchmarks share: each does what it says, before the first clock runs."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# The benchmarks are scripts, which find each other through the folder that they stand in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import backward_time
+import command_line
+import feature_cache
+import peers
+import targets
+import wrapper_overhead
+
+
+@pytest.fixture(autouse=True)
+def _global_settings() -> Iterator[None]:
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def _options(tmp_path: Path, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command_line.add_shared_options(parser, output=str(tmp_path))
+    command_line.add_models_option(parser, ["resnet18"])
+    return parser.parse_args(["--device", "cpu", *arguments])
+
+
+def test_threads_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    command_line.settle_device(_options(tmp_path, "--threads", "2"))
+    assert torch.get_num_threads() == 2
+    command_line.settle_device(_options(tmp_path))
+    assert torch.get_num_threads() == 2  # whatever they were
+
+
+def test_cudnn_chooses_its_algorithms_during_warm_up(tmp_path: Path) -> None:
+    torch.backends.cudnn.benchmark = False
+    command_line.settle_device(_options(tmp_path))
+    assert torch.backends.cudnn.benchmark
+
+
+def test_a_model_named_twice_is_measured_once(tmp_path: Path) -> None:
+    assert _options(tmp_path, "--models", "b", "a", "b").models == ["b", "a"]
+    assert _options(tmp_path).models == ["resnet18"]
+
+
+@pytest.mark.parametrize(
+    "main", [backward_time.main, feature_cache.main, peers.main, targets.main, wrapper_overhead.main]
+)
+def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--device", "cpu", "--output", str(file / "folder")])
+    assert f"--output {file}/folder: Not a directory; pass a folder that can be written." in capsys.readouterr().err
+
+
+def test_a_folder_that_is_there_but_closed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(dir: Path) -> None:  # noqa: A002  by its name in tempfile; root, who may run this, writes everywhere
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+    monkeypatch.setattr(command_line, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=f"--output {tmp_path}: Permission denied; pass a folder that can be written"):
+        command_line.settle_device(_options(tmp_path))
+
+
+def test_the_trial_leaves_nothing_behind(tmp_path: Path) -> None:
+    command_line.settle_device(_options(tmp_path, "--output", str(tmp_path / "new" / "folder")))
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["new", "new/folder"]
