@@ -27,16 +27,15 @@ from measure import (
     time_step,
     warm_up,
 )
-from memory import at_largest_batch, count_saved_bytes, peak_memory
+from memory import at_largest_batch, count_saved_bytes, is_out_of_memory, peak_memory
 from networks import ARTICLE_NETWORKS, Network, build_network, check_names
 from plots import draw_report
-from results import Report, Row, model_table, start_report, write_report
+from results import Report, Row, model_table, reason_of, start_report, write_report
 from tqdm import tqdm
 from variants import (
     Precision,
     Trainer,
     Variant,
-    WrongVariantError,
     count_backward_flops,
     prove_equal,
     variants_of,
@@ -68,7 +67,7 @@ class Setup:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and return 0; 1 where a variant was refused, 130 after Ctrl-C."""
+    """Measure, and return 0; 1 where a model or a variant was refused, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser()
     options = parser.parse_args(given)
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if report.interrupted:
         print(f"interrupted: what was measured until then is in {options.output}", file=sys.stderr)
         return 130
-    print(f"written to {options.output}: backward_time.json, .csv, .md, .png")
+    print(f"written to {options.output}: backward_time.json, .csv, .md{', .png' if report.rows else ''}")
     return 1 if report.refused else 0
 
 
@@ -137,8 +136,18 @@ def save(report: Report, folder: Path) -> None:
 
 
 def measure_model(name: str, setup: Setup, report: Report) -> None:
-    """Add one model's rows to a report, at the largest batch that fits."""
-    added = at_largest_batch(lambda batch_size: measure_at_batch(name, setup, batch_size), setup.batch_size, tqdm.write)
+    """Add one model's rows to a report, at the largest batch that fits; a model that cannot run, as refused."""
+    tried = [setup.batch_size]
+
+    def measure(batch_size: int) -> Measured:
+        tried.append(batch_size)
+        return measure_at_batch(name, setup, batch_size)
+
+    try:
+        added = at_largest_batch(measure, setup.batch_size, lambda text: tqdm.write(f"{name}: {text}"))
+    except Exception as error:  # whatever keeps one network from running goes on record, and the others go on
+        added = Measured([], [], [])
+        added.refuse(name, "all", f"{reason_of(error)} (batch size {tried[-1]})")
     report.rows += added.rows
     report.noise += added.noise
     report.refused += added.refused
@@ -154,6 +163,11 @@ class Measured:
     refused: list[dict[str, Fact]]
     interrupted: bool = False
 
+    def refuse(self, model: str, variant: str, reason: str) -> None:
+        """Record what cannot be measured, and say so."""
+        tqdm.write(f"{model}, {variant}: refused, no row: {reason}")
+        self.refused.append({"model": model, "variant": variant, "reason": reason})
+
 
 def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
     """Prove and time all variants of a model; on Ctrl-C keep the passes that are complete."""
@@ -168,13 +182,9 @@ def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
     proved: list[tuple[Variant, Row]] = []
     variants = variants_of(network, compiled=setup.compiled)
     for variant in tqdm(variants, desc=f"{name}: checks", leave=False, disable=None):
-        try:
-            prove_equal(variant, network, setup.precision)
-        except WrongVariantError as error:
-            tqdm.write(f"{name}, {variant.label}: refused, no row: {error}")
-            measured.refused.append({"model": name, "variant": variant.label, "reason": str(error)})
-            continue
-        proved.append((variant, inspect(variant, network, setup)))
+        row = check(variant, network, setup, measured)
+        if row is not None:
+            proved.append((variant, row))
     # The ends of the curve are measured twice in each pass: what differs between the two is noise.
     again = [
         (variant, inspect(variant, network, setup)) for variant, _ in proved if variant.kind in ("unfrozen", "frozen")
@@ -199,6 +209,18 @@ def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
     measured.rows = [row for _, row in proved if row.step_ms]
     measured.noise = [row for _, row in again if row.step_ms]
     return measured
+
+
+def check(variant: Variant, network: Network, setup: Setup, measured: Measured) -> Row | None:
+    """Prove a variant and begin its row; None, and it is refused, where it is wrong or cannot run."""
+    try:
+        prove_equal(variant, network, setup.precision)
+        return inspect(variant, network, setup)
+    except Exception as error:  # a BatchNorm that trains wants two pictures, a frozen one does not: others may run
+        if is_out_of_memory(error):
+            raise
+        measured.refuse(network.name, variant.label, reason_of(error))
+        return None
 
 
 def inspect(variant: Variant, network: Network, setup: Setup) -> Row:

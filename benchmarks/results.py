@@ -90,6 +90,11 @@ def start_report(device: torch.device, command: str, settings: dict[str, Fact]) 
     return Report(describe_environment(device), command, settings)
 
 
+def reason_of(error: Exception) -> str:
+    """Give an error as one line, for the row of what it kept from being measured."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].strip()
+
+
 def read_report(path: Path) -> Report:
     """Read what `write_report` wrote as JSON."""
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,10 @@ def test_a_wrong_fast_row_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [row.variant for row in report.rows] == ["unfrozen", "frozen", "limit"]
     assert [entry["variant"] for entry in report.refused] == ["2 trainable groups", "1 trainable groups"]
     assert all("a gradient where none belongs" in str(entry["reason"]) for entry in report.refused)
-    assert "Refused: ConvModel, 1 trainable groups: a gradient" in (tmp_path / "backward_time.md").read_text()
+    assert (
+        "Refused: ConvModel, 1 trainable groups: WrongVariantError: a gradient"
+        in (tmp_path / "backward_time.md").read_text()
+    )
 
 
 def test_ctrl_c_keeps_what_was_measured(
@@ -128,15 +131,85 @@ def test_ctrl_c_before_the_first_sample_keeps_earlier_models(tmp_path: Path, mon
     assert results.read_report(tmp_path / "backward_time.json").models() == ["ConvModel"]
 
 
-def test_out_of_memory_halves_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _memory_for(largest: int) -> Callable[..., networks.Network]:
+    """A device on which a batch of `largest` ConvModels fits."""
+
     def build(name: str, *, batch_size: int, **arguments: Any) -> networks.Network:
-        if batch_size > 1:
-            raise torch.OutOfMemoryError
+        if batch_size > largest and name == "ConvModel":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return networks.build_network(name, batch_size=batch_size, **arguments)
 
-    monkeypatch.setattr(backward_time, "build_network", build)
+    return build
+
+
+def test_out_of_memory_halves_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backward_time, "build_network", _memory_for(1))
     assert _run(tmp_path, "--models", "ConvModel") == 0
     assert {row.batch_size for row in results.read_report(tmp_path / "backward_time.json").rows} == {1}
+    assert "ConvModel: out of memory: going on with batch size 1" in capsys.readouterr().out
+
+
+def test_out_of_memory_in_a_variant_is_not_the_variants_own_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prove(variant: variants.Variant, network: networks.Network, precision: variants.Precision) -> None:
+        if variant.kind == "unfrozen" and len(network.images) > 1:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(backward_time, "prove_equal", prove)
+    assert _run(tmp_path, "--models", "ConvModel") == 0
+    report = results.read_report(tmp_path / "backward_time.json")
+    assert [row.batch_size for row in report.rows] == [1] * 5
+
+
+def test_a_model_that_does_not_fit_is_refused_and_the_next_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backward_time, "build_network", _memory_for(0))
+    assert _run(tmp_path, "--models", "ConvModel", "test_vit", "--image-size", "32") == 1
+    report = results.read_report(tmp_path / "backward_time.json")
+    assert report.models() == ["test_vit"]
+    reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. (batch size 1)"
+    assert report.refused == [{"model": "ConvModel", "variant": "all", "reason": reason}]
+
+
+def test_a_model_that_cannot_be_built_is_refused_and_the_next_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(name: str, **arguments: Any) -> networks.Network:
+        if name == "test_vit":
+            raise ValueError("test_vit: it has no classifier.\nThe second line is for a terminal.")
+        return networks.build_network(name, **arguments)
+
+    monkeypatch.setattr(backward_time, "build_network", build)
+    assert _run(tmp_path, "--models", "test_vit", "ConvModel") == 1
+    report = results.read_report(tmp_path / "backward_time.json")
+    assert report.models() == ["ConvModel"]
+    reason = "ValueError: test_vit: it has no classifier. (batch size 2)"
+    assert report.refused == [{"model": "test_vit", "variant": "all", "reason": reason}]
+    assert f"Refused: test_vit, all: {reason}" in (tmp_path / "backward_time.md").read_text()
+
+
+def test_a_run_of_which_nothing_can_be_measured_has_files_that_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(tmp_path, "--models", "test_vit", "--image-size", "30") == 1
+    report = results.read_report(tmp_path / "backward_time.json")
+    assert not report.rows
+    assert {entry["model"] for entry in report.refused} == {"test_vit"}
+    assert "backward_time.png" not in [path.name for path in tmp_path.iterdir()]
+    assert ".md\n" in capsys.readouterr().out
+
+
+def test_a_variant_that_cannot_run_leaves_the_others_their_rows(tmp_path: Path) -> None:
+    small = ["--models", "test_resnet", "--image-size", "32", "--batch-size", "1"]
+    assert _run(tmp_path, *small) == 1
+    report = results.read_report(tmp_path / "backward_time.json")
+    assert [row.variant for row in report.rows][-2:] == ["frozen", "limit"]
+    assert report.refused[0]["variant"] == "unfrozen"
+    assert "Expected more than 1 value per channel when training" in str(report.refused[0]["reason"])
 
 
 @pytest.mark.parametrize(
