@@ -30,6 +30,7 @@ from measure import (
 from memory import at_largest_batch, count_saved_bytes, is_out_of_memory, peak_memory
 from networks import ARTICLE_NETWORKS, Network, build_network, check_names
 from plots import draw_report
+from proof import prove_equal
 from results import Report, Row, model_table, reason_of, start_report, write_report
 from tqdm import tqdm
 from variants import (
@@ -37,7 +38,6 @@ from variants import (
     Trainer,
     Variant,
     count_backward_flops,
-    prove_equal,
     variants_of,
 )
 

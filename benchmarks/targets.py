@@ -28,9 +28,10 @@ from measure import (
 from networks import NUM_CLASSES, build_network, check_names, picture_size
 from peer_methods import METHODS, make_blueprint
 from peers import Batch, PeerRow, compare_methods
+from proof import prove_equal
 from results import Row, ratio_of
 from target_report import Target, TargetReport, write_targets
-from variants import Precision, Trainer, Variant, count_saved, prove_equal, variants_of
+from variants import Precision, Trainer, Variant, count_saved, variants_of
 from wrapper_overhead import compare_forward
 
 DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224", "convnext_atto")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -239,12 +240,26 @@ def test_bad_input_is_a_clear_error(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--amp", "bf16", "--channels-last"], ["--amp", "fp16"]])
-def test_precision_and_memory_format(tmp_path: Path, arguments: list[str]) -> None:
-    assert _run(tmp_path, "--models", "test_resnet", "--image-size", "32", "--repeats", "1", *arguments) == 0
-    report = results.read_report(tmp_path / "backward_time.json")
-    assert report.settings["amp"] == arguments[1]
-    assert report.row("test_resnet", "frozen") is not None
+def test_the_command_runs_as_a_script(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "backward_time.py"
+    small = ["--device", "cpu", "--threads", "1", "--models", "test_vit", "--image-size", "32", "--batch-size", "2"]
+    answer = subprocess.run(
+        [sys.executable, str(script), *small, "--repeats", "2", "--output", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "written to out: backward_time.json, .csv, .md, .png" in answer.stdout
+    report = results.read_report(tmp_path / "out" / "backward_time.json")
+    assert [row.variant for row in report.rows][-2:] == ["frozen", "limit"]
+    assert all(len(row.step_ms) == 2 for row in report.rows)
+    assert report.command.startswith("python benchmarks/backward_time.py --device cpu")
+    assert "| A/A frozen" in (tmp_path / "out" / "backward_time.md").read_text()
+    assert len((tmp_path / "out" / "backward_time.csv").read_text().splitlines()) == 1 + len(report.rows)
+    with Image.open(tmp_path / "out" / "backward_time.png") as picture:
+        assert picture.convert("L").getextrema() == (0, 255)
 
 
 @pytest.mark.cuda

@@ -1,11 +1,14 @@
-"""`variants.py`: right variants are proved, wrong ones are refused, each by what is wrong with it."""
+"""`variants.py` and `proof.py`: right variants are proved, wrong ones are refused, each by what is wrong with it."""
 
 from __future__ import annotations
 
+import copy
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +18,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import networks
+import proof
 import variants
+
+from backbone_finetune import FineTuneModel
 
 CPU = torch.device("cpu")
 
@@ -40,7 +46,7 @@ def _variant(network: networks.Network, kind: str) -> variants.Variant:
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
 def test_right_variants_are_proved(name: str, kind: str) -> None:
     network = _network(name)
-    variants.prove_equal(_variant(network, kind), network)
+    proof.prove_equal(_variant(network, kind), network)
 
 
 def _other_logits(network: networks.Network, variant: variants.Variant) -> variants.Variant:
@@ -108,6 +114,107 @@ def test_a_wrong_variant_is_refused(
 ) -> None:
     network = _network("test_resnet")
     right = _variant(network, "frozen")
-    with pytest.raises(variants.WrongVariantError, match=complaint):
-        variants.prove_equal(spoil(network, right), network)
-    variants.prove_equal(right, network)
+    with pytest.raises(proof.WrongVariantError, match=complaint):
+        proof.prove_equal(spoil(network, right), network)
+    proof.prove_equal(right, network)
+
+
+def test_the_copy_that_proves_is_gone_before_the_variant_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = _network("test_resnet")
+    copies: list[weakref.ref[nn.Parameter]] = []
+    alive: list[bool] = []
+
+    def deepcopy(model: FineTuneModel) -> FineTuneModel:
+        answer = copy.deepcopy(model)
+        copies.extend(weakref.ref(parameter) for parameter in answer.parameters())
+        return answer
+
+    def logits() -> Tensor:
+        alive.extend(reference() is not None for reference in copies)
+        return right.logits()
+
+    right = _variant(network, "frozen")
+    monkeypatch.setattr(proof, "copy", SimpleNamespace(deepcopy=deepcopy))
+    proof.prove_equal(replace(right, logits=logits), network)
+    assert len(alive) == len(list(network.model.parameters()))
+    assert not any(alive)
+
+
+def _network_with_dropout() -> networks.Network:
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 32), nn.Dropout(0.2), nn.ReLU())
+    model = FineTuneModel(backbone, nn.Sequential(nn.Dropout(0.2), nn.Linear(32, 10)))
+    return networks.Network("dropout", model, torch.randn(4, 3, 8, 8), torch.arange(4))
+
+
+def test_a_compiled_network_with_dropout_is_proved() -> None:
+    network = _network_with_dropout()
+    compiled = variants.variants_of(network, compiled=True)
+    assert [variant.kind for variant in compiled][-2:] == ["frozen", "limit"]
+    for variant in compiled:
+        proof.prove_equal(variant, network)
+    # By torch's own random numbers, or there would be nothing to prove: compiled code draws others.
+    with pytest.raises(proof.WrongVariantError, match="logits: off by"):
+        proof.prove_equal(replace(compiled[0], proof_logits=None), network)
+
+
+class _Compiler:
+    """A stand-in for `torch.compile`: records what runs through it, and gives its results `times` what they were."""
+
+    def __init__(self, times: float = 1.0) -> None:
+        self.times = times
+        self.ran: list[nn.Module] = []
+
+    def __call__(self, module: nn.Module, options: object = None) -> Callable[[Tensor], Tensor]:
+        def run(images: Tensor) -> Tensor:
+            self.ran.append(module)
+            answer: Tensor = module(images) * self.times
+            return answer
+
+        return run
+
+
+@pytest.mark.parametrize("build", [_network_with_dropout, lambda: _network("test_resnet")])
+def test_a_wrong_compiled_variant_is_refused(
+    monkeypatch: pytest.MonkeyPatch, build: Callable[[], networks.Network]
+) -> None:
+    monkeypatch.setattr(torch, "compile", _Compiler(1.05))
+    network = build()
+    for variant in variants.variants_of(network, compiled=True):
+        with pytest.raises(proof.WrongVariantError, match="off by"):
+            proof.prove_equal(variant, network)
+
+
+def test_the_limits_classifier_is_compiled_as_the_others_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = _Compiler()
+    monkeypatch.setattr(torch, "compile", compiler)
+    network = _network("test_resnet")
+    model = network.model
+    ran = {}
+    for variant in variants.variants_of(network, compiled=True):
+        compiler.ran.clear()
+        variant.enter()
+        variant.logits()
+        ran[variant.kind] = list(compiler.ran)
+    assert ran == {
+        "unfrozen": [model],
+        "partial": [model],
+        "frozen": [model],
+        "limit": [model.backbone, model.classifier],
+    }
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_step_runs_in_the_precision_asked_for(precision: variants.Precision, dtype: torch.dtype) -> None:
+    network = _network("test_resnet")
+    right = _variant(network, "frozen")
+    dtypes: list[torch.dtype] = []
+
+    def logits() -> Tensor:
+        answer = right.logits()
+        dtypes.append(answer.dtype)
+        return answer
+
+    spied = replace(right, logits=logits)
+    variants.Trainer(network, precision).step_of(spied).run()
+    proof.prove_equal(spied, network, precision)
+    assert dtypes == [dtype, dtype]

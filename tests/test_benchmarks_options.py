@@ -1,0 +1,117 @@
+"""`backward_time.py`: each option does what it says to what is timed."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+# The benchmarks are scripts, which find each other through the folder that they stand in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import backward_time
+import measure
+import networks
+import results
+
+
+@pytest.fixture(autouse=True)
+def _global_settings() -> Iterator[None]:
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.set_num_threads(1)  # threads that wait for a busy machine would make small networks slow
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def _run(output: Path, *arguments: str) -> int:
+    small = ["--device", "cpu", "--batch-size", "2", "--repeats", "3", "--threads", "1"]
+    return backward_time.main([*small, "--output", str(output), *arguments])
+
+
+class _Spy:
+    """Builds networks that note what runs through them."""
+
+    def __init__(self) -> None:
+        self.logits: set[torch.dtype] = set()
+        self.channels_last: set[bool] = set()
+
+    def build(self, name: str, **arguments: Any) -> networks.Network:
+        network = networks.build_network(name, **arguments)
+        network.model.classifier.register_forward_hook(lambda layer, given, output: self.logits.add(output.dtype))
+        network.model.backbone.get_submodule("conv1.0").register_forward_hook(self.note_format)
+        return network
+
+    def note_format(self, layer: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
+        for tensor in (*given, *layer.parameters()):
+            self.channels_last.add(tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "logits", "channels_last"),
+    [
+        ([], torch.float32, False),
+        (["--channels-last"], torch.float32, True),
+        (["--amp", "bf16", "--channels-last"], torch.bfloat16, True),
+        (["--amp", "fp16"], torch.float16, False),
+    ],
+)
+def test_precision_and_memory_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], logits: torch.dtype, channels_last: bool
+) -> None:
+    spy = _Spy()
+    monkeypatch.setattr(backward_time, "build_network", spy.build)
+    assert _run(tmp_path, "--models", "test_resnet", "--image-size", "32", "--repeats", "1", *arguments) == 0
+    report = results.read_report(tmp_path / "backward_time.json")
+    assert report.settings["amp"] == (arguments[1] if "--amp" in arguments else "off")
+    assert report.settings["channels_last"] == channels_last
+    assert report.row("test_resnet", "frozen") is not None
+    assert spy.logits == {logits}
+    assert spy.channels_last == {channels_last}
+
+
+def test_compile_compiles_all_that_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[nn.Module] = []
+
+    def compile_in_name(module: nn.Module, options: object = None) -> Callable[[Tensor], Tensor]:
+        def run(images: Tensor) -> Tensor:
+            ran.append(module)
+            answer: Tensor = module(images)
+            return answer
+
+        return run
+
+    def visit(step: measure.TrainingStep, clock: measure.Clock, bar: object) -> measure.StepTimes:
+        ran.clear()
+        times = measure.time_step(step, clock)
+        assert ran, "timed without the compiler"
+        return times
+
+    monkeypatch.setattr(torch, "compile", compile_in_name)
+    monkeypatch.setattr(backward_time, "visit", visit)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        assert _run(tmp_path, "--models", "ConvModel", "--compile") == 0
+        assert torch._dynamo.config.recompile_limit == 256
+    report = results.read_report(tmp_path / "backward_time.json")
+    assert report.settings["compile"] is True
+    assert [row.backward_flops for row in report.rows] == [None] * 5
+
+
+def test_no_garbage_is_collected_inside_a_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collecting: list[bool] = []
+
+    def visit(step: measure.TrainingStep, clock: measure.Clock, bar: object) -> measure.StepTimes:
+        collecting.append(gc.isenabled())
+        return measure.StepTimes(1.0, 2.0, 3.0, 6.0)
+
+    monkeypatch.setattr(backward_time, "visit", visit)
+    assert gc.isenabled()
+    assert _run(tmp_path, "--models", "ConvModel") == 0
+    assert not any(collecting)
+    assert gc.isenabled()
