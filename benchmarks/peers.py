@@ -9,62 +9,36 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 from command_line import add_models_option, add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command, describe_environment, installed_version
 from measure import (
+    Clock,
     StepTimes,
     TrainingStep,
     clock_for,
     no_garbage_collection,
-    paired_ratio,
     take_turns,
     time_step,
     warm_up,
 )
-from memory import count_saved_bytes
+from memory import at_largest_batch, count_saved_bytes, is_out_of_memory
 from networks import NUM_CLASSES, check_names, picture_size
 from peer_methods import METHODS, Blueprint, Method, make_blueprint
-from results import Sampled, describe, mebibytes, spread, table, write_text
+from peer_report import EVERY_METHOD, LIMIT, OURS, PeerReport, PeerRow, as_markdown, model_table
+from proof import compare
+from results import reason_of, write_text
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 from variants import own_storage, training_step
 
 DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224")
-LIMIT = "limit: no_grad backbone, bare head"
-
-
-@dataclass
-class PeerRow(Sampled):
-    """One method on one network; an `error` in place of numbers where it cannot do the case."""
-
-    model: str
-    method: str
-    version: str | None
-    note: str = ""
-    error: str | None = None
-    trainable_parameters: int | None = None
-    saved_bytes: int | None = None
-    moved: dict[str, list[str]] = field(default_factory=dict)  # "parameters", "buffers", "gone": names in the backbone
-    forward_ms: list[float] = field(default_factory=list)
-    backward_ms: list[float] = field(default_factory=list)
-    optimizer_ms: list[float] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)
-
-
-@dataclass
-class PeerReport:
-    """All that one command measured."""
-
-    environment: dict[str, Fact]
-    command: str
-    settings: dict[str, Fact]
-    rows: list[PeerRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -80,7 +54,10 @@ class Batch:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every method on every model; Ctrl-C keeps what was measured."""
+    """Measure every method on every model, and return 0; 1 where a network, ours or the limit failed, 130 after Ctrl-C.
+
+    What another library cannot do is a result, which its row tells, and no failure of the command.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/peers")
@@ -97,71 +74,139 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = PeerReport(describe_environment(device), describe_command("peers.py", given), settings)
     interrupted = False
     for name in options.models:
-        size, arguments_of_size = picture_size(name, options.image_size)
-        blueprint = make_blueprint(name, NUM_CLASSES, size[-1], arguments_of_size)
-        batch = Batch(
-            torch.randn(batch_size, *size, device=device), torch.randint(NUM_CLASSES, (batch_size,), device=device)
-        )
         rows: list[PeerRow] = []
         try:
-            compare_methods(blueprint, batch, METHODS, repeats, rows)
+            measure_network(name, options.image_size, device, batch_size, repeats, rows)
         except KeyboardInterrupt:
             interrupted = True
+        except Exception as error:  # whatever keeps one network from running goes on record, and the others go on
+            rows = [PeerRow(name, EVERY_METHOD, installed_version("timm"), error=reason_of(error))]
         report.rows += rows
         write_text(options.output / "peers.json", json.dumps(asdict(report), indent=1) + "\n")
         write_text(options.output / "peers.md", as_markdown(report))
-        print(f"\n{name}\n{model_table(rows)}\n", flush=True)
+        if rows:
+            print(f"\n{name}\n{model_table(rows)}\n", flush=True)
         if interrupted:
             print(f"interrupted: what was measured until then is in {options.output}", file=sys.stderr)
             return 130
     print(f"written to {options.output}: peers.json, peers.md")
-    return 0
+    return 1 if any(row.error for row in report.rows if row.method in (EVERY_METHOD, OURS, LIMIT)) else 0
+
+
+def measure_network(  # noqa: PLR0917  all that a measurement is made of
+    name: str, image_size: int | None, device: torch.device, batch_size: int, repeats: int, rows: list[PeerRow]
+) -> None:
+    """Fill `rows` with every method on one network, at the largest batch that fits with all of them in memory."""
+    size, arguments = picture_size(name, image_size)
+    blueprint = make_blueprint(name, NUM_CLASSES, size[-1], arguments)
+
+    def attempt(count: int) -> None:
+        rows.clear()
+        images = torch.randn(count, *size, device=device)
+        batch = Batch(images, torch.randint(NUM_CLASSES, (count,), device=device))
+        compare_methods(blueprint, batch, METHODS, repeats, rows)
+
+    at_largest_batch(attempt, batch_size, lambda text: tqdm.write(f"{name}: {text}"))
 
 
 def compare_methods(
     blueprint: Blueprint, batch: Batch, methods: Sequence[Method], repeats: int, rows: list[PeerRow]
 ) -> None:
-    """Fill `rows`: one for each method, and one for the limit; a method that fails keeps its row, with its reason."""
-    steps: list[TrainingStep] = []
-    timed: list[PeerRow] = []
+    """Fill `rows`: one for each method, and one for the limit; a method that fails keeps its row, with its reason.
+
+    Memory that runs out is raised: with all methods in it, it is not one method's own failure.
+    """
+    network = copy.deepcopy(blueprint.network).to(batch.images.device)
+    expected = logits_in_eval(network, batch)
+    del network
+    contenders: list[Contender] = []
     for method in methods:
         row = PeerRow(blueprint.name, method.label, installed_version(method.package), method.note)
         rows.append(row)
-        try:
-            steps.append(prepare(blueprint, batch, method, row))
-        except Exception as error:  # whatever a library cannot do is a result: it goes into its row
-            row.error = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        timed.append(row)
+        enter_contest(row, partial(prepare, blueprint, batch, method, row, expected), contenders)
     limit = PeerRow(blueprint.name, LIMIT, installed_version("torch"))
     rows.append(limit)
-    timed.append(limit)
-    steps.append(prepare_limit(blueprint, batch, limit))
+    enter_contest(limit, partial(prepare_limit, blueprint, batch, limit, expected), contenders)
+    for row in rows:
+        row.batch_size = len(batch.images)
     clock = clock_for(batch.images.device)
+    with no_garbage_collection():
+        while contenders and not time_in_turns(contenders, repeats, clock, title=blueprint.name):
+            # The turns of the one that failed fell into the others' passes: they start again without it.
+            contenders = [contender for contender in contenders if contender.row.error is None]
+            for row in rows:
+                row.clear()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method that takes turns, and the row that it fills."""
+
+    row: PeerRow
+    step: TrainingStep
+
+
+class MethodFailedError(Exception):
+    """A method cannot go on; its row says why."""
+
+
+@contextmanager
+def failures_go_into(row: PeerRow) -> Iterator[None]:
+    """Put what a library cannot do into its row, which makes it a result, and raise MethodFailedError."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        row.error = reason_of(error)
+        raise MethodFailedError(row.method) from error
+
+
+def enter_contest(row: PeerRow, make_step: Callable[[], TrainingStep], contenders: list[Contender]) -> None:
+    """Add a method to those that take turns, unless its row says why it cannot."""
+    with suppress(MethodFailedError), failures_go_into(row):
+        contenders.append(Contender(row, make_step()))
+
+
+def time_in_turns(contenders: Sequence[Contender], repeats: int, clock: Clock, *, title: str) -> bool:
+    """Warm all up, then fill their rows in turns; False as soon as one fails, whose row then says why."""
     with (
-        no_garbage_collection(),
-        tqdm(total=repeats * len(steps), desc=blueprint.name, leave=False, disable=None) as bar,
+        suppress(MethodFailedError),
+        tqdm(total=repeats * len(contenders), desc=title, leave=False, disable=None) as bar,
     ):
-        for step in steps:
-            warm_up(step.run, clock)
+        for contender in contenders:
+            with failures_go_into(contender.row):
+                warm_up(contender.step.run, clock)
 
-        def visit(step: TrainingStep) -> StepTimes:
+        def visit(contender: Contender) -> StepTimes:
             bar.update()
-            return time_step(step, clock)
+            with failures_go_into(contender.row):
+                return time_step(contender.step, clock)
 
-        for turn in take_turns([partial(visit, step) for step in steps], repeats):
-            for row, times in zip(timed, turn, strict=True):
-                row.add(times)
+        for turn in take_turns([partial(visit, contender) for contender in contenders], repeats):
+            for contender, times in zip(contenders, turn, strict=True):
+                contender.row.add(times)
+        return True
+    return False
 
 
-def prepare(blueprint: Blueprint, batch: Batch, method: Method, row: PeerRow) -> TrainingStep:
-    """Freeze a fresh copy, see what three real steps move, and make the step to time."""
+def logits_in_eval(module: nn.Module, batch: Batch) -> Tensor:
+    """Logits in eval mode, where no method may differ: in train mode some mean to."""
+    module.eval()
+    with torch.no_grad():
+        return module(batch.images)  # type: ignore[no-any-return]
+
+
+def prepare(blueprint: Blueprint, batch: Batch, method: Method, row: PeerRow, expected: Tensor) -> TrainingStep:
+    """Freeze a fresh copy, prove it the same network, see what three real steps move, and make the step to time."""
     before = {
         name: tensor.clone()
         for name, tensor in blueprint.network.state_dict().items()
         if not name.startswith(f"{blueprint.classifier}.")
     }
     module = freeze_copy(blueprint, batch, method)
+    compare("logits in eval mode", logits_in_eval(module, batch), expected)
+    module.train()
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(3):
         optimizer.zero_grad(set_to_none=True)
@@ -183,10 +228,12 @@ def freeze_copy(blueprint: Blueprint, batch: Batch, method: Method) -> nn.Module
     return module
 
 
-def prepare_limit(blueprint: Blueprint, batch: Batch, row: PeerRow) -> TrainingStep:
+def prepare_limit(blueprint: Blueprint, batch: Batch, row: PeerRow, expected: Tensor) -> TrainingStep:
     """Make the step that no way of freezing can beat: eval backbone under `no_grad`, and the bare classifier on it."""
-    backbone, classifier = blueprint.split(copy.deepcopy(blueprint.network)).to(batch.images.device)
-    backbone.eval()
+    module = blueprint.split(copy.deepcopy(blueprint.network)).to(batch.images.device)
+    compare("logits in eval mode", logits_in_eval(module, batch), expected)
+    backbone, classifier = module
+    classifier.train()
 
     def loss() -> Tensor:
         with torch.no_grad():
@@ -211,50 +258,6 @@ def what_moved(
         elif not torch.equal(now.cpu(), tensor):
             moved["parameters" if name in parameters else "buffers"].append(name)
     return moved
-
-
-def as_markdown(report: PeerReport) -> str:
-    """Give the report as a page to read."""
-    by_model: dict[str, list[PeerRow]] = {}
-    for row in report.rows:
-        by_model.setdefault(row.model, []).append(row)
-    tables = [f"## {model}\n\n{model_table(rows)}\n" for model, rows in by_model.items()]
-    return "\n".join(["# The same network, frozen by each library\n", describe(report), *tables, _HOW_TO_READ])
-
-
-_HOW_TO_READ = """\
-Milliseconds are median ± interquartile range, taken in turns on the same pictures. `step / ours` is the median of the
-ratios within a pass, with its 95 % bootstrap interval. The last column compares all of the backbone with what it was,
-bit for bit, after three steps of AdamW in train mode: a library that leaves normalisation layers trainable by default
-moves them because it means to.
-"""
-
-
-def model_table(rows: Sequence[PeerRow]) -> str:
-    """Lay out the rows of one model."""
-    own = next((row for row in rows if row.method == "ours" and row.step_ms), None)
-    header = ["", "version", "forward ms", "backward ms", "step ms", "step / ours", "saved MiB", "trainable"]
-    header.append("backbone after 3 steps")
-    return table(header, [_line(row, own) for row in rows])
-
-
-def _line(row: PeerRow, own: PeerRow | None) -> list[str]:
-    line = [row.method, row.version or ("this checkout" if row.method == "ours" else "not installed")]
-    if not row.step_ms:
-        return [*line, *[""] * 6, row.error or "not timed"]
-    line += [spread(row.forward_ms), spread(row.backward_ms), spread(row.step_ms)]
-    line.append(str(paired_ratio(row.step_ms, own.step_ms)) if own is not None and own is not row else "")
-    line += [mebibytes(row.saved_bytes), f"{row.trainable_parameters:,}", _verdict(row)]
-    return line
-
-
-def _verdict(row: PeerRow) -> str:
-    if row.method == LIMIT:
-        return ""  # not a way to freeze, and not tried for three steps
-    moved = [f"{len(names)} {what} moved" for what, names in row.moved.items() if names and what != "gone"]
-    moved += [f"{len(row.moved['gone'])} buffers gone"] if row.moved.get("gone") else []
-    verdict = ", ".join(moved) or "the same, bit for bit"
-    return f"{verdict} ({row.note})" if row.note else verdict
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def _logits_and_gradients(
     model.zero_grad(set_to_none=True)
 
 
-def compare(what: str, value: Tensor | None, expected: Tensor | None, precision: Precision) -> None:
+def compare(what: str, value: Tensor | None, expected: Tensor | None, precision: Precision = "off") -> None:
     """Raise WrongVariantError where a value is further from the expected one than the precision explains."""
     if value is None or expected is None:
         if value is expected:

@@ -31,6 +31,11 @@ class Sampled:
         self.optimizer_ms.append(times.optimizer)
         self.step_ms.append(times.step)
 
+    def clear(self) -> None:
+        """Forget all samples."""
+        for samples in (self.forward_ms, self.backward_ms, self.optimizer_ms, self.step_ms):
+            samples.clear()
+
 
 @dataclass
 class Row(Sampled):

@@ -27,7 +27,8 @@ from measure import (
 )
 from networks import NUM_CLASSES, build_network, check_names, picture_size
 from peer_methods import METHODS, make_blueprint
-from peers import Batch, PeerRow, compare_methods
+from peer_report import PeerRow
+from peers import Batch, compare_methods
 from proof import prove_equal
 from results import Row, ratio_of
 from target_report import Target, TargetReport, write_targets

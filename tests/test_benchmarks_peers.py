@@ -1,11 +1,10 @@
-"""`peers.py` and `targets.py`: no row is dropped, what moved is named, and a verdict says what its ratio says."""
+"""`peers.py`: no row is dropped, a wrong one has no times, and what moved is named."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,10 @@ from torch import nn
 # The benchmarks are scripts, which find each other through the folder that they stand in.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import backward_time
 import measure
 import peer_methods
+import peer_report
 import peers
-import target_report
-import targets
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +50,7 @@ def test_what_each_method_moves_is_named() -> None:
             peer_methods.ours,
         )
     ]
-    rows: list[peers.PeerRow] = []
+    rows: list[peer_report.PeerRow] = []
     peers.compare_methods(_blueprint(), _batch(), methods, 2, rows)
     unfrozen, recipe, timm_freeze, ours, limit = rows
     assert unfrozen.moved["parameters"]
@@ -71,7 +68,7 @@ def test_what_each_method_moves_is_named() -> None:
     assert unfrozen.saved_bytes is not None
     assert ours.saved_bytes < unfrozen.saved_bytes
     assert all(len(row.step_ms) == len(row.backward_ms) == 2 for row in rows)
-    table = peers.model_table(rows)
+    table = peer_report.model_table(rows)
     assert "the same, bit for bit" in table
     assert f"{len(recipe.moved['buffers'])} buffers moved" in table
 
@@ -81,7 +78,7 @@ def _cannot(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
 
 
 def test_a_method_that_cannot_do_a_case_keeps_its_row() -> None:
-    rows: list[peers.PeerRow] = []
+    rows: list[peer_report.PeerRow] = []
     methods = [peer_methods.Method("rare", _cannot, "no-such-package"), _method(peer_methods.ours)]
     peers.compare_methods(_blueprint(), _batch(), methods, 1, rows)
     assert [(row.method, row.error) for row in rows[:2]] == [
@@ -89,7 +86,7 @@ def test_a_method_that_cannot_do_a_case_keeps_its_row() -> None:
         ("ours", None),
     ]
     assert not rows[0].step_ms
-    first_line = peers.model_table(rows).splitlines()[2]
+    first_line = peer_report.model_table(rows).splitlines()[2]
     assert "not installed" in first_line
     assert "No module named 'rare'" in first_line
 
@@ -99,7 +96,7 @@ def test_the_command_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixt
     assert peers.main([*small, "--models", "test_resnet", "--output", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "peers.json").read_text())
     assert [row["method"] for row in content["rows"]] == [method.label for method in peer_methods.METHODS] + [
-        peers.LIMIT
+        peer_report.LIMIT
     ]
     assert all(row["error"] or row["step_ms"] for row in content["rows"])
     assert content["command"] in (tmp_path / "peers.md").read_text()
@@ -111,73 +108,140 @@ def test_a_network_whose_classifier_is_no_single_layer_is_refused() -> None:
         peer_methods.make_blueprint("levit_128s", 10, 224, {})
 
 
-@pytest.mark.parametrize(
-    ("ratio", "verdict"),
-    [
-        (measure.Interval(0.9, 0.8, 1.2), "met"),
-        (measure.Interval(1.1, 0.9, 1.2), "within the noise"),
-        (measure.Interval(1.2, 1.1, 1.3), "missed"),
-        (None, "not measured"),
-    ],
-)
-def test_a_verdict_says_what_its_ratio_says(ratio: measure.Interval | None, verdict: str) -> None:
-    assert target_report.Target("net", "ours / theirs", 1.0, ratio).verdict == verdict
+def _small(output: Path, *arguments: str) -> list[str]:
+    small = ["--device", "cpu", "--threads", "1", "--batch-size", "2", "--image-size", "32", "--repeats", "2"]
+    return [*small, "--output", str(output), *arguments]
 
 
-def _setup() -> backward_time.Setup:
-    return backward_time.Setup(
-        device=torch.device("cpu"),
-        clock=measure.WallClock(),
-        batch_size=2,
-        image_size=32,
-        precision="off",
-        channels_last=False,
-        compiled=False,
-        repeats=2,
-    )
+def _rows(folder: Path) -> list[dict[str, object]]:
+    content: dict[str, list[dict[str, object]]] = json.loads((folder / "peers.json").read_text())
+    return content["rows"]
 
 
-def test_the_frozen_network_keeps_as_much_as_the_bare_head() -> None:
-    backward, step, saved = targets.against_the_limit("test_vit", _setup())
-    assert saved.ratio == measure.Interval(1.0, 1.0, 1.0)
-    assert saved.verdict == "met"
-    assert backward.ratio is not None
-    assert step.noise is not None
+@pytest.fixture
+def _ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "METHODS", [_method(peer_methods.ours)])
 
 
-def test_depths_are_compared_pair_by_pair() -> None:
-    compared = list(targets.falls_with_depth("test_resnet", _setup()))
-    assert [target.what for target in compared][-1] == "backward, top 0 groups train / top 1"
-    assert len(compared) == 5
-    assert all(target.at_most >= 1 and "FLOPs predict 0." in target.remark for target in compared)
+@pytest.mark.usefixtures("_ours_alone")
+def test_a_network_that_cannot_be_compared_has_a_row_and_the_next_is_measured(tmp_path: Path) -> None:
+    assert peers.main(_small(tmp_path, "--models", "levit_128s", "test_resnet")) == 1
+    refused, *measured = _rows(tmp_path)
+    assert (refused["model"], refused["method"]) == ("levit_128s", "every method")
+    assert str(refused["error"]).startswith("ValueError: levit_128s: its classifier is (")
+    assert [row["method"] for row in measured] == ["ours", peer_report.LIMIT]
+    assert all(row["step_ms"] for row in measured)
+    assert "every method" in (tmp_path / "peers.md").read_text()
 
 
-def test_a_method_that_is_not_there_is_said_not_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    methods = [
-        peer_methods.Method("rare", _cannot, "no-such-package"),
-        _method(peer_methods.article_recipe),
-        _method(peer_methods.ours),
-    ]
-    monkeypatch.setattr(targets, "METHODS", methods)
-    recipe, rare = targets.against_methods("test_resnet", {"the article's recipe": 1e3, "rare": 1.0}, _setup())
-    assert recipe.verdict == "met"
-    assert (rare.verdict, rare.remark) == ("not measured", "ModuleNotFoundError: No module named 'rare'")
+def _double(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
+    network.requires_grad_(False)
+    network.get_submodule(blueprint.classifier).requires_grad_(True)
+    with torch.no_grad():
+        network.get_parameter("conv1.0.weight").mul_(2)
+        network.get_buffer("conv1.1.running_mean").add_(1)
+    return network
 
 
-@pytest.mark.parametrize("instructions", [True, False])
-def test_half_precision_is_measured_where_there_are_instructions(
-    monkeypatch: pytest.MonkeyPatch, instructions: bool
+def test_a_method_that_computes_something_else_has_its_reason_in_place_of_times() -> None:
+    rows: list[peer_report.PeerRow] = []
+    methods = [peer_methods.Method("fast and wrong", _double, "torch"), _method(peer_methods.ours)]
+    peers.compare_methods(_blueprint(), _batch(), methods, 1, rows)
+    wrong, ours, _ = rows
+    assert wrong.error is not None
+    assert wrong.error.startswith("WrongVariantError: logits in eval mode: off by")
+    assert not wrong.step_ms
+    assert ours.error is None
+    assert len(ours.step_ms) == 1
+
+
+class _FailsLater(nn.Module):
+    """Runs in eval mode and so many times in train mode, then raises."""
+
+    def __init__(self, network: nn.Module, times: int, error: Exception) -> None:
+        super().__init__()
+        self.network = network
+        self.times = times
+        self.error = error
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.times -= self.training
+        if self.times < 0:
+            raise self.error
+        logits: torch.Tensor = self.network(images)
+        return logits
+
+
+def _fails_after(times: int, error: Exception) -> peer_methods.Method:
+    def freeze(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
+        return _FailsLater(network, times, error)
+
+    return peer_methods.Method("late", freeze, "torch", "network.")
+
+
+# Three steps for what moves, with one copy; one forward for bytes and three or more to warm up, with another.
+@pytest.mark.parametrize("times", [3, 60])
+def test_a_method_that_fails_later_leaves_the_others_their_rows(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    monkeypatch.setattr(peers, "warm_up", lambda call, clock, **limits: [call() for _ in range(3)])
+    rows: list[peer_report.PeerRow] = []
+    methods = [_method(peer_methods.ours), _fails_after(times, ValueError("too often"))]
+    peers.compare_methods(_blueprint(), _batch(), methods, 40, rows)
+    ours, late, limit = rows
+    assert late.error == "ValueError: too often"
+    assert not late.step_ms
+    assert len(ours.step_ms) == len(limit.backward_ms) == 40
+    assert ours.error is limit.error is None
+
+
+@pytest.mark.parametrize("times", [0, 3, 5])
+def test_memory_that_runs_out_is_not_one_methods_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], times: int
 ) -> None:
-    monkeypatch.setattr(targets, "has_bf16_instructions", lambda device: instructions)
-    target = targets.half_precision("test_resnet", _setup())
-    assert (target.ratio is not None) == instructions
-    assert instructions == ("no bf16 instructions" not in target.remark)
+    def freeze(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
+        module = _FailsLater(network, times, torch.OutOfMemoryError("CUDA out of memory."))
+        module.register_forward_pre_hook(lambda layer, given: _fit(module, given[0]))
+        return module
+
+    def _fit(module: _FailsLater, images: torch.Tensor) -> None:
+        if len(images) == 1:
+            module.times = 9  # a smaller batch fits
+
+    methods = [_method(peer_methods.ours), peer_methods.Method("late", freeze, "torch", "network.")]
+    monkeypatch.setattr(peers, "METHODS", methods)
+    # A picture of its own statistics: test_vit has no BatchNorm, which needs two.
+    assert peers.main(_small(tmp_path, "--models", "test_vit")) == 0
+    rows = _rows(tmp_path)
+    assert [(row["method"], row["error"]) for row in rows] == [
+        ("ours", None),
+        ("late", None),
+        (peer_report.LIMIT, None),
+    ]
+    assert [row["batch_size"] for row in rows] == [1, 1, 1]
+    assert "test_vit: out of memory: going on with batch size 1" in capsys.readouterr().out
 
 
-def test_the_report_shows_each_verdict() -> None:
-    report = target_report.TargetReport({"torch": "2"}, "python benchmarks/targets.py", {})
-    met = target_report.Target("net", "ours / theirs", 0.6, measure.Interval(0.5, 0.4, 0.6))
-    report.targets = [met, replace(met, at_most=0.3)]
-    page = target_report.as_markdown(report)
-    assert "0.500 [0.400, 0.600]" in page
-    assert [line.count("missed") for line in page.splitlines() if line.startswith("| net")] == [0, 1]
+@pytest.mark.usefixtures("_ours_alone")
+def test_ctrl_c_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = 2 + 1  # a pass over ours and the limit, and a part
+
+    def interrupt(step: measure.TrainingStep, clock: measure.Clock) -> measure.StepTimes:
+        nonlocal times
+        times -= 1
+        if times < 0:
+            raise KeyboardInterrupt
+        return measure.StepTimes(1.0, 2.0, 3.0, 6.0)
+
+    monkeypatch.setattr(peers, "time_step", interrupt)
+    assert peers.main(_small(tmp_path, "--models", "test_vit", "test_resnet")) == 130
+    assert [(row["model"], row["step_ms"]) for row in _rows(tmp_path)] == [("test_vit", [6.0])] * 2
+    assert f"interrupted: what was measured until then is in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_copy_trains_as_a_trainer_leaves_it() -> None:
+    def leave_in_eval(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
+        return network.eval()
+
+    method = peer_methods.Method("in eval", leave_in_eval, "torch")
+    assert all(module.training for module in peers.freeze_copy(_blueprint(), _batch(), method).modules())

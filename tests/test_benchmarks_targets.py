@@ -1,0 +1,109 @@
+"""`targets.py`: a verdict says what its ratio says, and no target is lost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+# The benchmarks are scripts, which find each other through the folder that they stand in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import backward_time
+import measure
+import peer_methods
+import target_report
+import targets
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _method(freeze: Callable[[peer_methods.Blueprint, nn.Module], nn.Module]) -> peer_methods.Method:
+    return next(method for method in peer_methods.METHODS if method.freeze is freeze)
+
+
+def _cannot(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
+    raise ModuleNotFoundError("No module named 'rare'")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [
+        (measure.Interval(0.9, 0.8, 1.2), "met"),
+        (measure.Interval(1.1, 0.9, 1.2), "within the noise"),
+        (measure.Interval(1.2, 1.1, 1.3), "missed"),
+        (None, "not measured"),
+    ],
+)
+def test_a_verdict_says_what_its_ratio_says(ratio: measure.Interval | None, verdict: str) -> None:
+    assert target_report.Target("net", "ours / theirs", 1.0, ratio).verdict == verdict
+
+
+def _setup() -> backward_time.Setup:
+    return backward_time.Setup(
+        device=torch.device("cpu"),
+        clock=measure.WallClock(),
+        batch_size=2,
+        image_size=32,
+        precision="off",
+        channels_last=False,
+        compiled=False,
+        repeats=2,
+    )
+
+
+def test_the_frozen_network_keeps_as_much_as_the_bare_head() -> None:
+    backward, step, saved = targets.against_the_limit("test_vit", _setup())
+    assert saved.ratio == measure.Interval(1.0, 1.0, 1.0)
+    assert saved.verdict == "met"
+    assert backward.ratio is not None
+    assert step.noise is not None
+
+
+def test_depths_are_compared_pair_by_pair() -> None:
+    compared = list(targets.falls_with_depth("test_resnet", _setup()))
+    assert [target.what for target in compared][-1] == "backward, top 0 groups train / top 1"
+    assert len(compared) == 5
+    assert all(target.at_most >= 1 and "FLOPs predict 0." in target.remark for target in compared)
+
+
+def test_a_method_that_is_not_there_is_said_not_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = [
+        peer_methods.Method("rare", _cannot, "no-such-package"),
+        _method(peer_methods.article_recipe),
+        _method(peer_methods.ours),
+    ]
+    monkeypatch.setattr(targets, "METHODS", methods)
+    recipe, rare = targets.against_methods("test_resnet", {"the article's recipe": 1e3, "rare": 1.0}, _setup())
+    assert recipe.verdict == "met"
+    assert (rare.verdict, rare.remark) == ("not measured", "ModuleNotFoundError: No module named 'rare'")
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+def test_half_precision_is_measured_where_there_are_instructions(
+    monkeypatch: pytest.MonkeyPatch, instructions: bool
+) -> None:
+    monkeypatch.setattr(targets, "has_bf16_instructions", lambda device: instructions)
+    target = targets.half_precision("test_resnet", _setup())
+    assert (target.ratio is not None) == instructions
+    assert instructions == ("no bf16 instructions" not in target.remark)
+
+
+def test_the_report_shows_each_verdict() -> None:
+    report = target_report.TargetReport({"torch": "2"}, "python benchmarks/targets.py", {})
+    met = target_report.Target("net", "ours / theirs", 0.6, measure.Interval(0.5, 0.4, 0.6))
+    report.targets = [met, replace(met, at_most=0.3)]
+    page = target_report.as_markdown(report)
+    assert "0.500 [0.400, 0.600]" in page
+    assert [line.count("missed") for line in page.splitlines() if line.startswith("| net")] == [0, 1]
