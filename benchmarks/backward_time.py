@@ -21,6 +21,7 @@ from measure import (
     StepTimes,
     TrainingStep,
     clock_for,
+    least_warm_up,
     no_garbage_collection,
     resolve_device,
     take_turns,
@@ -199,7 +200,7 @@ def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
         ):
             for step in steps:
                 bar.set_postfix_str("warming up")
-                settle(step, setup.clock)
+                settle(step, setup)
             bar.set_postfix_str("")
             for times in take_turns([partial(visit, step, setup.clock, bar) for step in steps], setup.repeats):
                 for (_, row), taken in zip(timed, times, strict=True):
@@ -247,10 +248,10 @@ def inspect(variant: Variant, network: Network, setup: Setup) -> Row:
     )
 
 
-def settle(step: TrainingStep, clock: Clock) -> None:
+def settle(step: TrainingStep, setup: Setup) -> None:
     """Warm a variant up until its whole step no longer gets faster."""
     step.enter()
-    warm_up(step.run, clock)
+    warm_up(step.run, setup.clock, at_least_ms=least_warm_up(setup.device))
     step.clear_gradients()
 
 

@@ -88,11 +88,15 @@ def clock_for(device: torch.device, *, flush_l2: bool = False) -> Clock:
         if flush_l2:
             raise ValueError(f"flush_l2: only a CUDA device has the cache that this clears, not {device}.")
         return WallClock()
-    flush = None
+    flush: Callable[[], None] | None = None
     if flush_l2:
         # Twice the cache, as one pass over exactly its size may leave some of the old lines in place.
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        flush = torch.empty(size, dtype=torch.uint8, device=device).zero_
+
+        def flush() -> None:
+            # Gone when it is done, so that it is not counted as memory of what is measured.
+            torch.empty(size, dtype=torch.uint8, device=device).zero_()
+
     return EventClock(
         lambda: torch.cuda.Event(enable_timing=True),  # type: ignore[no-untyped-call]
         lambda: torch.cuda.synchronize(device),
@@ -156,20 +160,27 @@ def time_step(step: TrainingStep, clock: Clock) -> StepTimes:
     return StepTimes(forward, backward, optimizer, whole)
 
 
-def warm_up(call: Callable[[], object], clock: Clock, *, at_most: int = 20) -> int:
+def warm_up(call: Callable[[], object], clock: Clock, *, at_most: int = 20, at_least_ms: float = 0.0) -> int:
     """Call until two calls in a row were no faster than the best before them; return how many calls it took.
 
     Compilation, cuDNN's search for algorithms, allocator growth, clock ramps: all show as calls that still get faster.
+    A ramp takes longer than three short calls, so that `at_least_ms` of them are made, more than `at_most` if need be.
     """
     best = float("inf")
-    steady = 0
-    for count in range(1, at_most + 1):
+    steady = count = 0
+    spent = 0.0
+    while (steady < 2 and count < at_most) or spent < at_least_ms:
         _, elapsed = clock.time(call)
+        count += 1
+        spent += elapsed
         steady = steady + 1 if elapsed >= 0.95 * best else 0
         best = min(best, elapsed)
-        if steady == 2:
-            return count
-    return at_most
+    return count
+
+
+def least_warm_up(device: torch.device) -> float:
+    """Milliseconds of work after which a device runs at its pace: a GPU raises its clock rate by and by."""
+    return 200.0 if device.type == "cuda" else 20.0
 
 
 def take_turns(visits: Sequence[Callable[[], Result]], repeats: int) -> Iterator[tuple[Result, ...]]:
@@ -198,15 +209,22 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+# Of fewer, chance alone leaves the whole sample on one side of the median in more than 5 % of all runs: 2 / 2^n.
+FEWEST_PASSES = 6
+
+
 @dataclass(frozen=True)
 class Interval:
-    """A median with the bounds of its 95 % bootstrap interval."""
+    """A median with the bounds of its 95 % bootstrap interval, and from how many passes; None where it is exact."""
 
     median: float
     low: float
     high: float
+    passes: int | None = None
 
     def __str__(self) -> str:
+        if self.passes is not None and self.passes < FEWEST_PASSES:
+            return f"{_three_figures(self.median)} [too few passes]"
         return f"{_three_figures(self.median)} [{_three_figures(self.low)}, {_three_figures(self.high)}]"
 
 
@@ -225,7 +243,7 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, re
     picks = torch.randint(len(ratios), (resamples, len(ratios)), generator=generator)
     medians = ratios[picks].quantile(0.5, dim=1)
     low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(ratios.quantile(0.5).item(), low, high)
+    return Interval(ratios.quantile(0.5).item(), low, high, len(ratios))
 
 
 def interquartile_range(samples: Sequence[float]) -> float:

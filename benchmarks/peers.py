@@ -18,10 +18,10 @@ import torch
 from command_line import add_models_option, add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command, describe_environment, installed_version
 from measure import (
-    Clock,
     StepTimes,
     TrainingStep,
     clock_for,
+    least_warm_up,
     no_garbage_collection,
     take_turns,
     time_step,
@@ -129,9 +129,8 @@ def compare_methods(
     enter_contest(limit, partial(prepare_limit, blueprint, batch, limit, expected), contenders)
     for row in rows:
         row.batch_size = len(batch.images)
-    clock = clock_for(batch.images.device)
     with no_garbage_collection():
-        while contenders and not time_in_turns(contenders, repeats, clock, title=blueprint.name):
+        while contenders and not time_in_turns(contenders, repeats, batch.images.device, title=blueprint.name):
             # The turns of the one that failed fell into the others' passes: they start again without it.
             contenders = [contender for contender in contenders if contender.row.error is None]
             for row in rows:
@@ -168,15 +167,16 @@ def enter_contest(row: PeerRow, make_step: Callable[[], TrainingStep], contender
         contenders.append(Contender(row, make_step()))
 
 
-def time_in_turns(contenders: Sequence[Contender], repeats: int, clock: Clock, *, title: str) -> bool:
+def time_in_turns(contenders: Sequence[Contender], repeats: int, device: torch.device, *, title: str) -> bool:
     """Warm all up, then fill their rows in turns; False as soon as one fails, whose row then says why."""
+    clock = clock_for(device)
     with (
         suppress(MethodFailedError),
         tqdm(total=repeats * len(contenders), desc=title, leave=False, disable=None) as bar,
     ):
         for contender in contenders:
             with failures_go_into(contender.row):
-                warm_up(contender.step.run, clock)
+                warm_up(contender.step.run, clock, at_least_ms=least_warm_up(device))
 
         def visit(contender: Contender) -> StepTimes:
             bar.update()

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from environment import Fact
-from measure import Interval
+from measure import Interval, paired_ratio
 from results import describe, table, write_text
 
 
 @dataclass(frozen=True)
+class Paired:
+    """Samples of two pieces of work in milliseconds: those at the same place come from the same pass."""
+
+    numerator: Sequence[float]
+    denominator: Sequence[float]
+
+    @property
+    def ratio(self) -> Interval:
+        return paired_ratio(self.numerator, self.denominator)
+
+
+@dataclass(frozen=True)
 class Target:
-    """One ratio and what it may be at most; `noise` is the same ratio of a row measured against itself."""
+    """One ratio and what it may be at most; `noise` is the same ratio of a row measured against itself.
+
+    `samples` and `noise_samples` are what the two were taken from, so that they can be checked again.
+    """
 
     model: str
     what: str
@@ -22,6 +37,8 @@ class Target:
     ratio: Interval | None = None
     noise: Interval | None = None
     remark: str = ""
+    samples: Paired | None = None
+    noise_samples: Paired | None = None
 
     @property
     def verdict(self) -> str:
@@ -33,6 +50,13 @@ class Target:
         return "missed" if self.ratio.low > self.at_most else "within the noise"
 
 
+def compared(
+    model: str, what: str, at_most: float, samples: Paired, noise: Paired | None = None, *, remark: str = ""
+) -> Target:
+    """Make the target of a ratio of samples, which it keeps."""
+    return Target(model, what, at_most, samples.ratio, noise.ratio if noise else None, remark, samples, noise)
+
+
 @dataclass
 class TargetReport:
     """All that one command measured."""
@@ -41,6 +65,12 @@ class TargetReport:
     command: str
     settings: dict[str, Fact]
     targets: list[Target] = field(default_factory=list)
+    refused: list[dict[str, Fact]] = field(default_factory=list)
+
+    def refuse(self, model: str, what: str, reason: str) -> None:
+        """Record what could not be measured, and say so."""
+        self.refused.append({"model": model, "what": what, "reason": reason})
+        print(f"{'refused':>16}  {model}: {what}: {reason}", flush=True)
 
     def add(self, target: Target) -> None:
         """Add a target, and say what became of it."""
@@ -61,7 +91,8 @@ def write_targets(report: TargetReport, stem: Path) -> None:
 
 def as_markdown(report: TargetReport) -> str:
     """Give the report as a page to read."""
-    return "\n".join(["# Targets\n", describe(report), target_table(report.targets)])
+    refused = [f"Refused: {entry['model']}, {entry['what']}: {entry['reason']}\n" for entry in report.refused]
+    return "\n".join(["# Targets\n", describe(report), target_table(report.targets), *refused])
 
 
 def target_table(targets: Iterable[Target]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,9 +19,9 @@ from environment import Fact, describe_command, describe_environment
 from measure import (
     Interval,
     clock_for,
+    least_warm_up,
     milliseconds_of,
     no_garbage_collection,
-    paired_ratio,
     take_turns,
     time_step,
     warm_up,
@@ -30,8 +31,8 @@ from peer_methods import METHODS, make_blueprint
 from peer_report import PeerRow
 from peers import Batch, compare_methods
 from proof import prove_equal
-from results import Row, ratio_of
-from target_report import Target, TargetReport, write_targets
+from results import Row, reason_of
+from target_report import Paired, Target, TargetReport, compared, write_targets
 from variants import Precision, Trainer, Variant, count_saved, variants_of
 from wrapper_overhead import compare_forward
 
@@ -39,7 +40,7 @@ DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224", 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every target, and return 0; 1 where one was missed, 130 after Ctrl-C."""
+    """Measure every target, and return 0; 1 where one was missed or could not be measured, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/targets")
@@ -66,30 +67,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted = False
     try:
         with no_garbage_collection():
-            for target in measure_targets(options.models, setup):
-                report.add(target)
+            for question in list_questions(options.models, setup):
+                answer(question, report, lambda: write_targets(report, options.output / "targets"))
     except KeyboardInterrupt:
         interrupted = True
     write_targets(report, options.output / "targets")
     print(f"written to {options.output}: targets.json, targets.md")
     if interrupted:
         return 130
-    return 1 if report.missed else 0
+    return 1 if report.missed or report.refused else 0
 
 
-def measure_targets(models: Sequence[str], setup: Setup) -> Iterator[Target]:
-    """Measure one target after the other."""
+@dataclass(frozen=True)
+class Question:
+    """What is asked of one model; `measure` gives one target or more."""
+
+    model: str
+    what: str
+    measure: Callable[[], Iterable[Target]]
+
+
+def list_questions(models: Sequence[str], setup: Setup) -> Iterator[Question]:
+    """List what is asked, in the order in which it is measured."""
     for name in models:
-        yield from against_the_limit(name, setup)
-        yield wrapper_forward(name, setup)
+        yield Question(name, "against the limit", partial(against_the_limit, name, setup))
+        yield Question(name, "the wrapper's forward", partial(wrapper_forward, name, setup))
     if "tf_efficientnet_lite0" in models:
-        yield from against_methods("tf_efficientnet_lite0", {"the article's recipe": 0.70}, setup)
+        name, limits = "tf_efficientnet_lite0", {"the article's recipe": 0.70}
+        yield Question(name, "against other methods", partial(against_methods, name, limits, setup))
     if "resnet18" in models:
         limits = {"Lightning freeze, train_bn=True": 0.60, "fastai Learner.freeze": 0.60}
-        yield from against_methods("resnet18", limits, setup)
-        yield half_precision("resnet18", setup)
+        yield Question("resnet18", "against other methods", partial(against_methods, "resnet18", limits, setup))
+        yield Question("resnet18", "in half precision", partial(half_precision, "resnet18", setup))
     for name in models:
-        yield from falls_with_depth(name, setup)
+        yield Question(name, "depth by depth", partial(falls_with_depth, name, setup))
+
+
+def answer(question: Question, report: TargetReport, save: Callable[[], object]) -> None:
+    """Add a question's targets to a report, saved after each; a wrong variant, or one that cannot run, as refused."""
+    try:
+        for target in question.measure():
+            report.add(target)
+            save()
+    except Exception as error:  # whatever keeps one question from its answer goes on record, and the others go on
+        report.refuse(question.model, question.what, reason_of(error))
+        save()
 
 
 def against_the_limit(name: str, setup: Setup) -> Iterator[Target]:
@@ -105,7 +127,7 @@ def against_the_limit(name: str, setup: Setup) -> Iterator[Target]:
         ("frozen step / (no_grad eval forward + bare head's step)", "step_ms", 1.02),
     ):
         own, bare, again = (samples[clock] for samples in rows)
-        yield Target(name, what, at_most, paired_ratio(own, bare), paired_ratio(again, own))
+        yield compared(name, what, at_most, Paired(own, bare), Paired(again, own))
     ratio = saved[0] / saved[1]
     remark = f"{saved[0]:,} of {saved[1]:,} bytes"
     yield Target(
@@ -118,7 +140,7 @@ def time_variants(variants: Sequence[Variant], setup: Setup, trainer: Trainer) -
     steps = [trainer.step_of(variant) for variant in variants]
     for step in steps:
         step.enter()
-        warm_up(step.run, setup.clock)
+        warm_up(step.run, setup.clock, at_least_ms=least_warm_up(setup.device))
     turns = list(take_turns([partial(time_step, step, setup.clock) for step in steps], setup.repeats))
     return [
         {"backward_ms": [times.backward for times in column], "step_ms": [times.step for times in column]}
@@ -126,7 +148,7 @@ def time_variants(variants: Sequence[Variant], setup: Setup, trainer: Trainer) -
     ]
 
 
-def wrapper_forward(name: str, setup: Setup) -> Target:
+def wrapper_forward(name: str, setup: Setup) -> Iterator[Target]:
     """Compare the wrapped forward with the bare timm model's."""
     comparison = compare_forward(
         name,
@@ -135,9 +157,8 @@ def wrapper_forward(name: str, setup: Setup) -> Target:
         device=setup.device,
         repeats=setup.repeats,
     )
-    ratio = paired_ratio(comparison.wrapped_ms, comparison.bare_ms)
-    noise = paired_ratio(comparison.again_ms, comparison.bare_ms)
-    return Target(name, "wrapped forward / bare timm forward", 1.01, ratio, noise)
+    samples, noise = (Paired(ms, comparison.bare_ms) for ms in (comparison.wrapped_ms, comparison.again_ms))
+    yield compared(name, "wrapped forward / bare timm forward", 1.01, samples, noise)
 
 
 def against_methods(name: str, limits: dict[str, float], setup: Setup) -> Iterator[Target]:
@@ -149,23 +170,26 @@ def against_methods(name: str, limits: dict[str, float], setup: Setup) -> Iterat
         torch.randint(NUM_CLASSES, (setup.batch_size,), device=setup.device),
     )
     rows: list[PeerRow] = []
-    compared = [method for method in METHODS if method.label in (*limits, "ours")]
-    compare_methods(blueprint, batch, compared, setup.repeats, rows)
+    methods = [method for method in METHODS if method.label in (*limits, "ours")]
+    compare_methods(blueprint, batch, methods, setup.repeats, rows)
     by_label = {row.method: row for row in rows}
+    if by_label["ours"].error is not None:
+        raise RuntimeError(f"ours: {by_label['ours'].error}")
     for label, at_most in limits.items():
         what = f"step, ours / {label}"
         other = by_label[label]
         if other.error is not None:
             yield Target(name, what, at_most, remark=other.error)
         else:
-            yield Target(name, what, at_most, paired_ratio(by_label["ours"].step_ms, other.step_ms))
+            yield compared(name, what, at_most, Paired(by_label["ours"].step_ms, other.step_ms))
 
 
-def half_precision(name: str, setup: Setup) -> Target:
+def half_precision(name: str, setup: Setup) -> Iterator[Target]:
     """Compare a frozen step in bf16 and channels last with one in float32."""
     what = "frozen step, bf16 and channels last / float32"
     if not has_bf16_instructions(setup.device):
-        return Target(name, what, 0.5, remark="this processor has no bf16 instructions: bf16 is emulated, and slower")
+        yield Target(name, what, 0.5, remark="this processor has no bf16 instructions: bf16 is emulated, and slower")
+        return
     samples: list[Callable[[], float]] = []
     choices: tuple[tuple[Precision, torch.memory_format], ...] = (
         ("bf16", torch.channels_last),
@@ -182,10 +206,10 @@ def half_precision(name: str, setup: Setup) -> Target:
         frozen = variants_of(network)[-2]
         prove_equal(frozen, network, precision)
         step = Trainer(network, precision).step_of(frozen)
-        warm_up(step.run, setup.clock)
+        warm_up(step.run, setup.clock, at_least_ms=least_warm_up(setup.device))
         samples.append(partial(milliseconds_of, step.run, setup.clock))
     turns = list(take_turns(samples, setup.repeats))
-    return Target(name, what, 0.5, paired_ratio([turn[0] for turn in turns], [turn[1] for turn in turns]))
+    yield compared(name, what, 0.5, Paired([turn[0] for turn in turns], [turn[1] for turn in turns]))
 
 
 def has_bf16_instructions(device: torch.device) -> bool:
@@ -202,12 +226,14 @@ def falls_with_depth(name: str, setup: Setup) -> Iterator[Target]:
     if measured.interrupted:
         raise KeyboardInterrupt
     rows = [row for row in measured.rows if row.trainable_groups is not None]
-    noise = next(ratio_of(again, rows[0], "backward_ms") for again in measured.noise if again.variant == "unfrozen")
+    noise = next(
+        Paired(again.backward_ms, rows[0].backward_ms) for again in measured.noise if again.variant == "unfrozen"
+    )
     for shallower, deeper in itertools.pairwise(rows):
         what = f"backward, top {deeper.trainable_groups} groups train / top {shallower.trainable_groups}"
-        ratio = ratio_of(deeper, shallower, "backward_ms")
-        # The spread of a row against itself is what a step that saves nothing may show.
-        yield Target(name, what, max(1.0, noise.high), ratio, noise, predicted(deeper, shallower))
+        # At most 1, and no noise on top: that a ratio's whole interval must be above makes allowance for it already.
+        samples = Paired(deeper.backward_ms, shallower.backward_ms)
+        yield compared(name, what, 1.0, samples, noise, remark=predicted(deeper, shallower))
 
 
 def predicted(deeper: Row, shallower: Row) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,7 +119,25 @@ def test_the_interval_of_an_a_against_a_ratio_contains_1() -> None:
         drifts = [1 + repetition / 10 for repetition in range(20)]
         ratio = measure.paired_ratio([noisy(d) for d in drifts], [noisy(d) for d in drifts], resamples=500)
         covered += ratio.low <= 1 <= ratio.high
-    assert covered >= 88  # of a 95 % interval, less what a hundred trials leave to chance
+    # Of a 95 % interval, give or take what a hundred trials leave to chance; always would be too wide.
+    assert 88 <= covered <= 99
+
+
+def test_an_interval_leaves_out_the_tails() -> None:
+    samples = [float(place) for place in range(1, 22)]
+    ratio = measure.paired_ratio(samples, [1.0] * 21)
+    # The median of 21 lies between the 6th and the 16th with 97 %, by the binomial distribution.
+    assert (ratio.low, ratio.median, ratio.high) == pytest.approx((6, 11, 16), abs=1)
+    # The extremes of four thousand draws lie further out.
+    assert ratio.high - ratio.low <= 11
+
+
+@pytest.mark.parametrize(("passes", "text"), [(5, "2.000 [too few passes]"), (6, "2.000 [2.000, 2.000]")])
+def test_an_interval_needs_passes(passes: int, text: str) -> None:
+    ratio = measure.paired_ratio([2.0] * passes, [1.0] * passes)
+    assert str(ratio) == text
+    assert (ratio.low, ratio.high) == (2.0, 2.0)
+    assert str(measure.Interval(1.0, 1.0, 1.0)) == "1.000 [1.000, 1.000]"  # counted, not timed
 
 
 def test_a_machine_that_slows_down_does_not_change_a_paired_ratio() -> None:
@@ -155,6 +175,11 @@ class _ScriptedClock:
 def test_warm_up_ends_when_calls_no_longer_get_faster(elapsed: list[float], calls: int) -> None:
     done: list[int] = []
     assert measure.warm_up(lambda: done.append(1), _ScriptedClock(*elapsed)) == calls == len(done)
+
+
+def test_warm_up_of_short_calls_takes_a_least_time() -> None:
+    assert measure.warm_up(lambda: None, _ScriptedClock(*[1.0] * 99), at_least_ms=50) == 50
+    assert measure.least_warm_up(torch.device("cuda")) > measure.least_warm_up(torch.device("cpu")) > 0
 
 
 def test_warm_up_ends_on_a_machine_that_never_settles() -> None:
@@ -211,6 +236,24 @@ def test_an_event_clock_times_the_call_alone() -> None:
     assert elapsed == 7
     # The flush is queued before the device is waited for, so that it is over when the first event is recorded.
     assert device.log == ["idle", "earlier", "flush", "idle", "call"]
+
+
+def test_what_flushes_the_cache_is_gone_when_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _Device()
+    buffers: list[weakref.ref[Tensor]] = []
+
+    def empty(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        buffer = torch.ones(size, dtype=dtype)
+        buffers.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: device.new_event())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: device.synchronize())
+    monkeypatch.setattr(torch, "empty", empty)
+    clock = measure.clock_for(torch.device("cuda"), flush_l2=True)
+    alive, _ = clock.time(lambda: [buffer() is not None for buffer in buffers])
+    assert alive == [False]
 
 
 def test_an_event_clock_without_a_flush() -> None:

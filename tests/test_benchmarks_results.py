@@ -26,13 +26,15 @@ def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def _report() -> results.Report:
-    samples = {"optimizer_ms": [1.0, 1.5], "step_ms": [40.0, 44.0]}
-    unfrozen = results.Row("net", "unfrozen", 2, 8, 32, 900, 2**20, None, 100, [9.0, 9.5], [20.0, 22.0], **samples)
-    rows = [unfrozen, replace(unfrozen, variant="partial", trainable_groups=1, backward_ms=[9.0, 9.9])]
-    rows.append(replace(unfrozen, variant="frozen", trainable_groups=0, backward_ms=[0.002, 0.002]))
-    rows.append(replace(unfrozen, variant="limit", trainable_groups=None, backward_ms=[0.001, 0.001]))
+    samples = {"optimizer_ms": [1.0, 1.5] * 3, "step_ms": [40.0, 44.0] * 3}
+    unfrozen = results.Row(
+        "net", "unfrozen", 2, 8, 32, 900, 2**20, None, 100, [9.0, 9.5] * 3, [20.0, 22.0] * 3, **samples
+    )
+    rows = [unfrozen, replace(unfrozen, variant="partial", trainable_groups=1, backward_ms=[9.0, 9.9] * 3)]
+    rows.append(replace(unfrozen, variant="frozen", trainable_groups=0, backward_ms=[0.002] * 6))
+    rows.append(replace(unfrozen, variant="limit", trainable_groups=None, backward_ms=[0.001] * 6))
     report = results.start_report(CPU, "python benchmarks/backward_time.py", {"amp": "off"})
-    report.rows, report.noise = rows, [replace(unfrozen, backward_ms=[22.0, 20.0])]
+    report.rows, report.noise = rows, [replace(unfrozen, backward_ms=[22.0, 20.0] * 3)]
     return report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import backward_time
 import measure
 import peer_methods
+import proof
+import results
 import target_report
 import targets
 
@@ -75,7 +78,7 @@ def test_depths_are_compared_pair_by_pair() -> None:
     compared = list(targets.falls_with_depth("test_resnet", _setup()))
     assert [target.what for target in compared][-1] == "backward, top 0 groups train / top 1"
     assert len(compared) == 5
-    assert all(target.at_most >= 1 and "FLOPs predict 0." in target.remark for target in compared)
+    assert all(target.at_most == 1 and "FLOPs predict 0." in target.remark for target in compared)
 
 
 def test_a_method_that_is_not_there_is_said_not_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +98,7 @@ def test_half_precision_is_measured_where_there_are_instructions(
     monkeypatch: pytest.MonkeyPatch, instructions: bool
 ) -> None:
     monkeypatch.setattr(targets, "has_bf16_instructions", lambda device: instructions)
-    target = targets.half_precision("test_resnet", _setup())
+    (target,) = targets.half_precision("test_resnet", _setup())
     assert (target.ratio is not None) == instructions
     assert instructions == ("no bf16 instructions" not in target.remark)
 
@@ -107,3 +110,83 @@ def test_the_report_shows_each_verdict() -> None:
     page = target_report.as_markdown(report)
     assert "0.500 [0.400, 0.600]" in page
     assert [line.count("missed") for line in page.splitlines() if line.startswith("| net")] == [0, 1]
+
+
+def _missed(model: str = "net") -> target_report.Target:
+    return target_report.compared(model, "ours / theirs", 0.5, target_report.Paired([2.0] * 6, [1.0] * 6))
+
+
+def test_a_ratio_keeps_what_it_was_taken_from() -> None:
+    (wrapped,) = targets.wrapper_forward("test_vit", _setup())
+    for ratio, samples in ((wrapped.ratio, wrapped.samples), (wrapped.noise, wrapped.noise_samples)):
+        assert samples is not None
+        assert len(samples.numerator) == 2
+        assert ratio == measure.paired_ratio(samples.numerator, samples.denominator)
+
+
+def test_a_deeper_freeze_that_costs_more_is_missed_whatever_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(variant: str, groups: int, backward: list[float]) -> results.Row:
+        return results.Row("net", variant, groups, 2, 32, 1, 1, None, None, backward_ms=backward)
+
+    rows = [row("unfrozen", 1, [10.0] * 8), row("frozen", 0, [11.0] * 8)]
+    again = [row("unfrozen", 1, [8.0, 12.0] * 4)]
+    monkeypatch.setattr(targets, "measure_at_batch", lambda *given: backward_time.Measured(rows, again, []))
+    (target,) = targets.falls_with_depth("net", _setup())
+    assert target.noise is not None
+    assert target.noise.high > 1.1
+    assert target.verdict == "missed"
+
+
+def _run(folder: Path, monkeypatch: pytest.MonkeyPatch, *answers: Callable[[], Iterator[target_report.Target]]) -> int:
+    questions = [targets.Question(f"net{place}", "a question", answer) for place, answer in enumerate(answers)]
+    monkeypatch.setattr(targets, "list_questions", lambda models, setup: questions)
+    return targets.main(["--device", "cpu", "--threads", "1", "--output", str(folder)])
+
+
+def _saved(folder: Path) -> dict[str, list[dict[str, object]]]:
+    content: dict[str, list[dict[str, object]]] = json.loads((folder / "targets.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize(("at_most", "code"), [(0.5, 1), (3.0, 0)])
+def test_a_missed_target_ends_the_command_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_most: float, code: int
+) -> None:
+    assert _run(tmp_path, monkeypatch, lambda: iter([replace(_missed(), at_most=at_most)])) == code
+    (saved,) = _saved(tmp_path)["targets"]
+    assert saved["samples"] == {"numerator": [2.0] * 6, "denominator": [1.0] * 6}
+
+
+def test_ctrl_c_keeps_each_target_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> Iterator[target_report.Target]:
+        yield _missed("first")
+        assert [target["model"] for target in _saved(tmp_path)["targets"]] == ["first"], "saved as soon as it is there"
+        yield _missed("second")
+        raise KeyboardInterrupt
+
+    assert _run(tmp_path, monkeypatch, interrupted) == 130
+    assert [target["model"] for target in _saved(tmp_path)["targets"]] == ["first", "second"]
+
+
+def test_a_question_without_an_answer_leaves_the_others_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> Iterator[target_report.Target]:
+        raise proof.WrongVariantError("logits: off by 1")
+
+    right = [replace(_missed(), at_most=3.0)]
+    assert _run(tmp_path, monkeypatch, wrong, lambda: iter(right)) == 1
+    content = _saved(tmp_path)
+    reason = "WrongVariantError: logits: off by 1"
+    assert content["refused"] == [{"model": "net0", "what": "a question", "reason": reason}]
+    assert len(content["targets"]) == 1
+    assert f"Refused: net0, a question: {reason}" in (tmp_path / "targets.md").read_text()
+
+
+def test_what_is_asked_of_which_model() -> None:
+    asked = [(question.model, question.what) for question in targets.list_questions(["resnet18", "test_vit"], _setup())]
+    every = {"against the limit", "the wrapper's forward", "depth by depth"}
+    assert {what for model, what in asked if model == "test_vit"} == every
+    assert {what for model, what in asked if model == "resnet18"} == {
+        *every,
+        "against other methods",
+        "in half precision",
+    }
