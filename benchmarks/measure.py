@@ -239,11 +239,17 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, re
             f"paired_ratio: {len(numerator)} and {len(denominator)} samples; pass as many of each, and one at least."
         )
     ratios = torch.tensor(numerator, dtype=torch.float64) / torch.tensor(denominator, dtype=torch.float64)
+    return interval_of_median(ratios.tolist(), resamples=resamples)
+
+
+def interval_of_median(samples: Sequence[float], *, resamples: int = 4000) -> Interval:
+    """Median of samples, one from each pass, with its 95 % bootstrap interval over passes."""
+    values = torch.tensor(samples, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)  # the same samples give the same interval, whoever asks
-    picks = torch.randint(len(ratios), (resamples, len(ratios)), generator=generator)
-    medians = ratios[picks].quantile(0.5, dim=1)
+    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    medians = values[picks].quantile(0.5, dim=1)
     low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(ratios.quantile(0.5).item(), low, high, len(ratios))
+    return Interval(values.quantile(0.5).item(), low, high, len(values))
 
 
 def interquartile_range(samples: Sequence[float]) -> float:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,12 +15,15 @@ from functools import partial
 
 import timm
 import torch
+from call_growth import LADDERS, CallTime, calls_table, time_calls
 from command_line import add_models_option, add_shared_options, repeats_on, settle_device
 from environment import Fact, describe_command, describe_environment
 from measure import (
     Clock,
+    EventClock,
     WallClock,
     clock_for,
+    least_warm_up,
     milliseconds_of,
     no_garbage_collection,
     paired_ratio,
@@ -32,24 +33,11 @@ from measure import (
 from networks import NUM_CLASSES, check_names, picture_size
 from results import describe, spread, table, write_text
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 
 DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224", "convnext_atto")
-# Families whose members differ in depth, up to the largest that timm has: built without weights, on the meta device.
-LADDERS = {
-    "ResNet": ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnetv2_152x4_bit"),
-    "ViT": (
-        "vit_base_patch16_224",
-        "vit_large_patch16_224",
-        "vit_huge_patch14_224",
-        "vit_giant_patch14_224",
-        "vit_gigantic_patch14_224",
-    ),
-}
-LINEAR_GROWTH = 1.1  # an exponent above 1 by no more than a noisy machine explains
 
 
 @dataclass
@@ -61,18 +49,6 @@ class Comparison:
     wrapped_ms: list[float]
     bare_ms: list[float]
     again_ms: list[float]
-
-
-@dataclass(frozen=True)
-class CallTime:
-    """Milliseconds of one call of the wrapper on one network."""
-
-    family: str
-    model: str
-    call: str
-    parameter_tensors: int
-    parameters: int
-    milliseconds: float
 
 
 @dataclass
@@ -110,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 forward = compare_forward(name, batch_size=batch_size, image_size=size, device=device, repeats=repeats)
                 report.comparisons += [forward, compare_construction(name, repeats=repeats)]
             for family in options.ladder:
-                for name in tqdm(LADDERS[family], desc=family, disable=None):
-                    report.calls += time_calls(family, name)
+                print(f"{family}: the wrapper's own calls", file=sys.stderr)
+                time_calls(family, LADDERS[family], repeats, report.calls)
     except KeyboardInterrupt:
         print("interrupted: writing what was measured until then", file=sys.stderr)
         return 130
@@ -151,40 +127,12 @@ def compare(  # noqa: PLR0917  all that a comparison is made of
 ) -> Comparison:
     """Warm up, then time wrapped, bare and bare again in turns."""
     calls = (wrapped, bare, bare)
+    least_ms = least_warm_up(torch.device("cuda" if isinstance(clock, EventClock) else "cpu"))
     for call in calls:
-        warm_up(call, clock)
+        warm_up(call, clock, at_least_ms=least_ms)
     turns = list(take_turns([partial(milliseconds_of, call, clock) for call in calls], repeats))
     samples = [list(column) for column in zip(*turns, strict=True)]
     return Comparison(model, what, *samples)
-
-
-def time_calls(family: str, name: str) -> list[CallTime]:
-    """Time the wrapper's own calls on a network without weights, which they do not touch."""
-    with torch.device("meta"):
-        model = FineTuneModel.from_timm(name, num_classes=NUM_CLASSES)
-    calls: dict[str, Callable[[], object]] = {
-        "freeze_backbone()": model.freeze_backbone,
-        "unfreeze_backbone()": model.unfreeze_backbone,
-        "param_groups(lr)": partial(model.unfreeze_backbone().param_groups, lr=1e-3),
-        "param_groups(lr, layer_decay)": partial(model.param_groups, lr=1e-3, layer_decay=0.75),
-        "train()": model.train,
-    }
-    tensors = list(model.parameters())
-    times = []
-    for label, call in calls.items():
-        model.unfreeze_backbone()
-        measured = Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.3)
-        count = sum(tensor.numel() for tensor in tensors)
-        times.append(CallTime(family, name, label, len(tensors), count, measured.median * 1e3))
-    return times
-
-
-def growth(times: Sequence[CallTime]) -> float:
-    """Exponent by which a call's time grows with the number of parameter tensors: 1 is linear."""
-    slope, _ = statistics.linear_regression(
-        [math.log(time.parameter_tensors) for time in times], [math.log(time.milliseconds) for time in times]
-    )
-    return slope
 
 
 def as_markdown(report: OverheadReport) -> str:
@@ -196,25 +144,11 @@ def as_markdown(report: OverheadReport) -> str:
         lines[-1].append(str(paired_ratio(comparison.again_ms, comparison.bare_ms)))
     header = ["", "wrapped ms", "bare timm ms", "wrapped / bare", "A/A: bare / bare"]
     parts = ["# What the wrapper costs\n", describe(report), "## Beside bare timm\n", table(header, lines), ""]
-    for family in dict.fromkeys(time.family for time in report.calls):
-        parts += [f"## Its own calls: {family}, on the meta device\n", _calls_table(report, family), ""]
+    timed = [time for time in report.calls if time.milliseconds]
+    for family in dict.fromkeys(time.family for time in timed):
+        own = [time for time in timed if time.family == family]
+        parts += [f"## Its own calls: {family}, on the meta device\n", calls_table(own), ""]
     return "\n".join(parts)
-
-
-def _calls_table(report: OverheadReport, family: str) -> str:
-    times = [time for time in report.calls if time.family == family]
-    calls = list(dict.fromkeys(time.call for time in times))
-    lines = []
-    for name in dict.fromkeys(time.model for time in times):
-        own = {time.call: time for time in times if time.model == name}
-        first = next(iter(own.values()))
-        lines.append([name, str(first.parameter_tensors), f"{first.parameters / 1e6:,.0f} M"])
-        lines[-1] += [f"{own[call].milliseconds:.3g} ms" for call in calls]
-    if len(lines) > 1:
-        exponents = [growth([time for time in times if time.call == call]) for call in calls]
-        verdicts = [f"{exponent:.2f}{'' if exponent <= LINEAR_GROWTH else ' (not linear)'}" for exponent in exponents]
-        lines.append(["growth exponent (1 = linear)", "", "", *verdicts])
-    return table(["", "tensors", "parameters", *calls], lines)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 # The benchmarks are scripts, which find each other through the folder that they stand in.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import call_growth
 import wrapper_overhead
+from measure import WallClock
 
 
 @pytest.fixture(autouse=True)
@@ -40,22 +46,74 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         "param_groups(lr, layer_decay)",
         "train()",
     }
-    assert all(time["milliseconds"] > 0 for time in content["calls"])
+    assert all(len(time["milliseconds"]) == 3 and min(time["milliseconds"]) > 0 for time in content["calls"])
     page = (tmp_path / "wrapper_overhead.md").read_text()
     assert "growth exponent" in page
     assert page in capsys.readouterr().out
 
 
+def _times(exponent: float, noise: float = 0.0) -> list[call_growth.CallTime]:
+    generator = random.Random(0)
+
+    def sample(size: int) -> float:
+        return 0.01 * size**exponent * generator.lognormvariate(0, noise)
+
+    return [
+        call_growth.CallTime("ViT", f"vit{size}", "train()", size, size, [sample(size) for _ in range(10)])
+        for size in (100, 200, 400)
+    ]
+
+
 @pytest.mark.parametrize("exponent", [1, 2])
 def test_growth_is_the_exponent(exponent: int) -> None:
-    times = [wrapper_overhead.CallTime("ViT", f"vit{n}", "train()", n, n, 0.01 * n**exponent) for n in (100, 200, 400)]
-    assert wrapper_overhead.growth(times) == pytest.approx(exponent)
+    times = _times(exponent)
+    assert call_growth.growth(times).median == pytest.approx(exponent)
     report = wrapper_overhead.OverheadReport({}, "python", {}, calls=times)
     assert ("(not linear)" in wrapper_overhead.as_markdown(report)) == (exponent > 1)
 
 
+def test_noise_is_not_called_growth() -> None:
+    times = _times(1.11, noise=0.2)
+    assert call_growth.growth(times).median > call_growth.LINEAR_GROWTH
+    assert "(not linear)" not in call_growth.calls_table(times)
+
+
+class _Shifted(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(images)
+        return logits + 1
+
+
+def test_a_wrapper_that_computes_something_else_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrapper_overhead, "FineTuneModel", SimpleNamespace(from_timm=_Shifted))
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        wrapper_overhead.compare_forward(
+            "test_resnet", batch_size=2, image_size=32, device=torch.device("cpu"), repeats=1
+        )
+
+
+def test_each_call_is_timed_under_its_own_name() -> None:
+    called: list[str] = []
+
+    def call(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            called.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    compared = wrapper_overhead.compare("net", "forward", call("wrapped", 0.03), call("bare", 0.001), WallClock(), 3)
+    assert min(compared.wrapped_ms) >= 30
+    assert max(min(compared.bare_ms), min(compared.again_ms)) < 30
+    assert called[-9:] == ["wrapped", "bare", "bare", "bare", "bare", "wrapped", "wrapped", "bare", "bare"]
+
+
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(family: str, name: str) -> list[wrapper_overhead.CallTime]:
+    def interrupt(family: str, names: object, repeats: int, times: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(wrapper_overhead, "time_calls", interrupt)
