@@ -79,9 +79,10 @@ def _totals(rows: Sequence[Row], family_count: int) -> list[str]:
         f"{max(set(sizes), key=sizes.count, default=0)}; found by "
         + ", ".join(f"`{name}` for {count}" for name, count in counts.most_common())
         + ".",
-        f"- The last layer group is a norm and nothing else for **{len(one_norm)}** in {len({row['family'] for row in one_norm})} "
-        f"families ({_by_family(one_norm, rows)}), and a table of positions that all blocks share for "
-        f"{len(one_table)} ({_by_family(one_table, rows)}): `trainable_groups=1` trains that alone.",
+        f"- The last layer group is a norm and nothing else for **{len(one_norm)}** in "
+        f"{len({row['family'] for row in one_norm})} families ({_by_family(one_norm, rows)}), and a table of "
+        f"positions that all blocks share for {len(one_table)} "
+        f"({_by_family(one_table, rows)}): `trainable_groups=1` trains that alone.",
         f"- The first k groups are a prefix of the computation, whatever k, for {len(wrapped) - not_prefix}; "
         f"for the other {not_prefix} freezing is as right, and saves less.",
         f"- {sum(row['running_statistics'] > 0 for row in wrapped)} hold running statistics; "
