@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -174,10 +176,9 @@ def test_no_load_leaves_stale_attention_biases(name: str) -> None:
     def load_what_a_file_holds(tensors: dict[str, Tensor]) -> None:
         load_tensors(model, tensors)
 
-    def load_behind_our_back(tensors: dict[str, Tensor]) -> None:
+    def load_into_the_backbone(tensors: dict[str, Tensor]) -> None:
         prefix = "backbone."
         model.backbone.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        model.train(model.training)  # this load alone asks for it
 
     # The frozen backbone is in eval, and caching, in both modes of the model.
     for load, mode in (
@@ -185,7 +186,8 @@ def test_no_load_leaves_stale_attention_biases(name: str) -> None:
         (model.load_state_dict, True),
         (load_from_outside, True),
         (load_what_a_file_holds, False),
-        (load_behind_our_back, False),
+        (load_into_the_backbone, False),
+        (load_into_the_backbone, True),
     ):
         model.load_state_dict(original)
         model.train(mode)
@@ -194,6 +196,69 @@ def test_no_load_leaves_stale_attention_biases(name: str) -> None:
             load(weights)
             assert (model.training, model.backbone.training) == (mode, False)
             torch.testing.assert_close(model(pictures), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_forget_at_a_load_as_well(copied: Callable[[FineTuneModel], FineTuneModel]) -> None:
+    model, pictures = caching_model("levit")
+    twin = copied(model.eval())
+    with torch.no_grad():
+        before = twin(pictures)
+        twin.backbone.load_state_dict({name: 2 * tensor for name, tensor in twin.backbone.state_dict().items()})
+        loaded = twin(pictures)
+        torch.testing.assert_close(loaded, twin.train().eval()(pictures))
+    assert not torch.allclose(loaded, before)
+
+
+def test_a_compiled_model_forgets_at_a_load_as_well() -> None:
+    model, pictures = caching_model("levit")
+    compiled = torch.compile(model.eval(), backend="aot_eager")
+    with torch.no_grad():
+        before = compiled(pictures)
+        torch.testing.assert_close(before, model(pictures))
+        model.backbone.load_state_dict({name: 2 * t for name, t in model.backbone.state_dict().items()})
+        torch.testing.assert_close(compiled(pictures), model(pictures))
+    assert not torch.allclose(compiled(pictures), before)
+
+
+class Doubled(nn.Linear):
+    """A classifier that keeps what it computed in eval from its weight, until it hears `train()`."""
+
+    cache: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Doubled:
+        self.cache = None
+        super().train(mode)
+        return self
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training or self.cache is None:
+            self.cache = 2 * self.weight.detach()
+        return nn.functional.linear(features, self.cache)
+
+
+def test_a_classifier_forgets_at_a_load_as_well() -> None:
+    model = FineTuneModel(nn.Linear(2, 2), Doubled(2, 2)).eval()
+    inputs = torch.randn(3, 2)
+    before = model(inputs)
+    model.load_state_dict(
+        {name: 2 * tensor if "classifier" in name else tensor for name, tensor in model.state_dict().items()}
+    )
+    torch.testing.assert_close(model(inputs), 2 * before)
+
+
+def test_only_the_model_and_its_backbone_have_the_hook() -> None:
+    def hooked(network: nn.Module) -> list[str]:
+        return [path for path, module in network.named_modules() if module._load_state_dict_post_hooks]
+
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    timms = FineTuneModel.from_timm(timm.create_model("test_resnet"), num_classes=3)
+    for model in (FineTuneModel.from_module(network, network[1]), timms, FineTuneModel(timms.backbone, nn.Identity())):
+        assert hooked(model) == ["", "backbone"]
+        assert len(model.backbone._load_state_dict_post_hooks) == 1
+    assert hooked(network) == []
+    assert hooked(timms.to_module()) == []
+    assert hooked(timms) == ["", "backbone"]
 
 
 def test_a_load_leaves_modes_and_gradients_as_they_were() -> None:

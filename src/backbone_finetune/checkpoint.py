@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open  # it comes with timm
 from safetensors.torch import save_file
 from torch import nn
 
+from .modes import forget_caches
+
 _FORMAT = {"format": "backbone-finetune", "format_version": "1"}
 
 
@@ -157,13 +159,10 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises ValueError for missing, unexpected or misshapen tensors.
     """
     check_fit(model, tensors)
-    modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad():
         for name, tensor in distinct_tensors(model).items():
             tensor.copy_(tensors[name])
-    model.train()  # attention biases that levit and its like cached in eval are forgotten when they hear this
-    for module, training in modes:
-        module.training = training
+    forget_caches(model)
 
 
 def distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

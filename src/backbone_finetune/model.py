@@ -12,6 +12,7 @@ from torch import nn
 from . import freezing
 from .distributed import active_wrapper, refuse_unfrozen_since, reshard
 from .layer_groups import LayerGroup, as_layer_groups, find_layer_groups, layer_depths
+from .modes import forget_at_load, forget_no_more
 from .param_groups import build_param_groups
 from .report import describe_by_group, describe_by_name
 from .splitting import CutProof, SequentialWayBack, Split, WayBack, split_module
@@ -61,6 +62,9 @@ class FineTuneModel(nn.Module):
         self._proof: CutProof | None = None
         self._never_trained: frozenset[str] = frozenset()
         self._own_classes: int | None = None
+        # On the backbone too, which may be loaded into by itself.
+        forget_at_load(self)
+        forget_at_load(backbone)
 
     @classmethod
     def from_timm(
@@ -160,7 +164,9 @@ class FineTuneModel(nn.Module):
         `FineTuneModel(backbone, classifier)` gives an `nn.Sequential`. Dropout that `drop_rate` put before the
         classifier is left out. Raises ValueError where the network cannot hold the classifier.
         """
-        return self._way_back.join(self.backbone, self.classifier)
+        plain = self._way_back.join(self.backbone, self.classifier)
+        forget_no_more(plain)
+        return plain
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
@@ -251,14 +257,6 @@ class FineTuneModel(nn.Module):
             module.train(False)
         freezing.drop_frozen_gradients(self)
         return self
-
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        # The attention biases that levit and its like cached would be stale; they forget them when they hear a mode.
-        modes = [(module, module.training) for module in self.modules()]
-        super().train(self.training)
-        for module, mode in modes:
-            module.training = mode
-        super()._load_from_state_dict(*arguments, **keywords)
 
     def param_groups(
         self,

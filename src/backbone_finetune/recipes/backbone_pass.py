@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from backbone_finetune.modes import modes_given_back
+
 __all__ = ["autocast_dtype", "backbone_batches", "in_eval", "trains"]
 
 
@@ -41,14 +43,9 @@ def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | N
 @contextmanager
 def in_eval(module: nn.Module) -> Iterator[None]:
     """Hold a module in eval, and give each of its submodules its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
+    with modes_given_back(module):
+        module.eval()
         yield
-    finally:
-        module.train()  # what levit and its like cached in eval is forgotten when they hear this
-        for part, training in modes:
-            part.training = training
 
 
 def backbone_batches(

@@ -10,6 +10,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from backbone_finetune.modes import forget_caches
+
 from .processes import run_on_main, whole
 from .progress import Checkpoint, Progress, newest_checkpoint
 from .randomness import random_state, restore_random_state
@@ -122,10 +124,7 @@ def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()  # attention biases that levit and its like cached in eval are forgotten when they hear this
-    for module, training in modes:
-        module.training = training
+    forget_caches(model)
 
 
 def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:

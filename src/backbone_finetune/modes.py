@@ -1,0 +1,65 @@
+"""Modes given back as they were, and what modules cached in eval forgotten on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def modes_given_back(module: nn.Module) -> Iterator[None]:
+    """Change modes inside: at the end each submodule has its own again, and its caches are forgotten.
+
+    >>> layer = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    >>> with modes_given_back(layer):
+    ...     _ = layer.eval()
+    >>> [part.training for part in layer]
+    [True, False]
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        module.train()  # attention biases that levit and its like cached in eval are forgotten when they hear this
+        for part, training in modes:
+            part.training = training
+
+
+def forget_caches(module: nn.Module, *_: Any) -> None:
+    """Forget what modules computed from their weights in eval, and leave modes as they are.
+
+    >>> forget_caches(nn.Linear(2, 2))
+
+    It takes a second argument so that it can be a hook of `load_state_dict`.
+    """
+    with modes_given_back(module):
+        pass
+
+
+def forget_at_load(module: nn.Module) -> None:
+    """Let a module forget caches whenever a state dict is loaded into it, or into a module that it is in.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> forget_at_load(layer)
+    >>> forget_caches in layer._load_state_dict_post_hooks.values()
+    True
+    """
+    if forget_caches not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(forget_caches)  # type: ignore[no-untyped-call]
+
+
+def forget_no_more(module: nn.Module) -> None:
+    """Take back `forget_at_load`.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> forget_at_load(layer)
+    >>> forget_no_more(layer)
+    >>> len(layer._load_state_dict_post_hooks)
+    0
+    """
+    for key, hook in list(module._load_state_dict_post_hooks.items()):
+        if hook is forget_caches:
+            del module._load_state_dict_post_hooks[key]
