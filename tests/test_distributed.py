@@ -109,6 +109,14 @@ def test_a_swap_that_keeps_the_count_is_refused(group_of_one: None) -> None:
         wrapped(PICTURES)
 
 
+def test_a_backbone_that_is_wrapped_is_refused(group_of_one: None) -> None:
+    wrapped = DistributedDataParallel(nn.Linear(4, 4))
+    with pytest.raises(
+        ValueError, match=r"backbone is wrapped in .*; pass the network itself \(its \.module\), and wrap"
+    ):
+        FineTuneModel(wrapped, nn.Linear(4, 2))
+
+
 def test_without_gradients_nothing_can_drift(group_of_one: None) -> None:
     model = frozen_model()
     wrapped = DistributedDataParallel(model)

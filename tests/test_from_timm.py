@@ -164,6 +164,11 @@ def test_construction_leaves_the_random_state_as_timm_would() -> None:
         (("resnet19",), {"num_classes": 3}, r"resnet19: .* has no such architecture; the nearest names are .*resnet1"),
         (("resnet18.a9",), {"num_classes": 3}, r"resnet18 has no weights tagged 'a9'; its tags are .*a1_in1k"),
         (("resnet18", 3), {"classifier": nn.Linear(512, 3)}, "num_classes and classifier were both given"),
+        (("",), {"num_classes": 3}, r"from_timm: model=''; pass the name of an architecture"),
+        (("resnet18", 3), {"drop_rate": 1.5}, r"drop_rate=1\.5; pass a number from 0 to 1"),
+        (("resnet18", 3), {"drop_rate": -0.1}, r"drop_rate=-0\.1; pass a number from 0 to 1"),
+        (("resnet18", 3), {"drop_rate": "0.1"}, r"drop_rate='0\.1'; pass a number from 0 to 1"),
+        (("resnet18", 3), {"drop_rate": True}, "drop_rate=True; pass a number from 0 to 1"),
         (("resnet18", 0), {}, "num_classes=0; pass a whole number from 1"),
         (("resnet18", 3), {"features_only": True}, "features_only=True gives maps"),
         (("resnet18", 3), {"global_pool": ""}, "global_pool='' leaves the features unpooled"),
@@ -230,6 +235,8 @@ def test_a_fresh_classifier_is_of_the_networks_own_type() -> None:
 
 
 def test_a_function_that_gives_no_module_is_refused() -> None:
+    with pytest.raises(TypeError, match="from_timm: model=None; pass the name of an architecture"):
+        FineTuneModel.from_timm(None, num_classes=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="classifier=5; pass a module, or a function"):
         FineTuneModel.from_timm("resnet18", classifier=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"classifier\(512\) gave a int"):

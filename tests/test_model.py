@@ -170,6 +170,41 @@ def test_a_parameter_in_both_parts_is_refused() -> None:
         FineTuneModel(nn.Sequential(layer), layer)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet18", nn.Linear(4, 2)), r"FineTuneModel: backbone='resnet18'; pass .*Module \(by name: .*from_timm"),
+        ((nn.Linear(4, 4), None), r"FineTuneModel: classifier=None; pass a torch\.nn\.Module\."),
+    ],
+)
+def test_what_is_no_module_is_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        FineTuneModel(*arguments)
+    with pytest.raises(TypeError, match="from_module: network=None; pass a torch"):
+        FineTuneModel.from_module(None, nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_classifier_of_the_wrong_width_is_refused_on_a_timm_backbone() -> None:
+    backbone = timm.create_model("mobilenetv3_small_050", num_classes=0)
+    with pytest.raises(
+        ValueError, match=r"takes 288 features, and MobileNetV3 gives 1024; .*head_hidden_size \(1024\)"
+    ):
+        FineTuneModel(backbone, nn.Linear(backbone.num_features, 3))
+    assert FineTuneModel(backbone, nn.Linear(1024, 3)).num_features == 1024
+    projected = timm.create_model("test_resnet", num_classes=0)
+    projected.fc = nn.Linear(projected.head_hidden_size, 8)  # it does not say so in head_hidden_size
+    assert FineTuneModel(projected, nn.Linear(8, 3))(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("build", [FineTuneModel, FineTuneModel.from_module])
+def test_a_network_that_is_compiled_is_refused(build: Any) -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"is compiled, .*; pass the network itself, .*: freeze, wrap, compile"):
+        build(torch.compile(network, backend="eager"), network[1])
+    with pytest.raises(ValueError, match="from_timm: the network is compiled"):
+        FineTuneModel.from_timm(torch.compile(timm.create_model("test_resnet"), backend="eager"), num_classes=3)
+
+
 def test_copies_and_pickles_like_any_module() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     for model in (

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import freezing
+from .arguments import check_module, check_shares_nothing, check_width
 from .distributed import active_wrapper, refuse_unfrozen_since, reshard
 from .layer_groups import LayerGroup, as_layer_groups, find_layer_groups, layer_depths
 from .modes import forget_at_load, forget_no_more
@@ -34,7 +35,8 @@ class FineTuneModel(nn.Module):
     returns (B, num_classes) or whatever it likes. A parameter is frozen when its `requires_grad` is False, and
     nothing else records it. `layer_groups` are LayerGroups or submodules of the backbone, input to output; left out,
     they are found. With `norm_eval` (mmpretrain's name) the backbone's running statistics stay fixed even where its
-    weights train. Raises ValueError for a parameter that both parts share.
+    weights train. Raises TypeError for what is no module, and ValueError for a parameter that both parts share, a
+    linear classifier of the wrong width on a timm backbone, or a part that is compiled or wrapped already.
     """
 
     backbone: nn.Module
@@ -50,7 +52,10 @@ class FineTuneModel(nn.Module):
         norm_eval: bool = False,
     ) -> None:
         super().__init__()
-        _refuse_shared_parameters(backbone, classifier)
+        check_module(backbone, "backbone", "FineTuneModel")
+        check_module(classifier, "classifier", "FineTuneModel")
+        check_shares_nothing(backbone, classifier)
+        check_width(backbone, classifier)
         self.backbone = backbone
         self.classifier = classifier
         self.training = backbone.training  # so that freezing a network that came in eval does not wake it
@@ -125,6 +130,7 @@ class FineTuneModel(nn.Module):
         an `example_input` (a tuple for several) or else at the first forward in each mode, when the network
         computes on after its classifier.
         """
+        check_module(module, "network", "from_module")
         split = split_module(module, classifier, new_classifier=new_classifier, example_input=example_input)
         return cls._from_split(split, layer_groups, norm_eval)
 
@@ -389,13 +395,3 @@ def _without_the_rest(features: Any) -> Any:
 
 def _exempt_names(backbone: nn.Module) -> set[str]:
     return set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]
-
-
-def _refuse_shared_parameters(backbone: nn.Module, classifier: nn.Module) -> None:
-    inside = {id(parameter): name for name, parameter in backbone.named_parameters()}
-    for name, parameter in classifier.named_parameters():
-        if id(parameter) in inside:
-            raise ValueError(
-                f"FineTuneModel: backbone.{inside[id(parameter)]} and classifier.{name} are one parameter, which "
-                "cannot be frozen and trained at once; give the classifier its own, e.g. copy.deepcopy(classifier)."
-            )

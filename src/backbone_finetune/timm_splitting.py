@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .architectures import check_architecture
+from .arguments import check_drop_rate, check_network
 from .probing import meta_shadow, quiet, refuse_misfit, shadow
 from .splitting import Split
 from .timm_classifiers import DropoutClassifier, TimmWayBack, as_linear, dtype_of, find_way_back, own_classifier, probe
@@ -44,6 +45,8 @@ def split_timm(
                 "one."
             )
         num_classes = operator.index(num_classes)
+    check_drop_rate(drop_rate)
+    check_network(model)
     if isinstance(model, str):
         network = _create(model, num_classes, pretrained, drop_rate, create_model_kwargs)
     else:

@@ -1,0 +1,106 @@
+"""What is given to FineTuneModel, checked before anything is built of it."""
+
+from __future__ import annotations
+
+import sys
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .probing import meta_shadow, quiet
+from .timm_classifiers import probe
+
+
+def check_module(module: object, name: str, origin: str) -> None:
+    """Raise TypeError for what is no module, and ValueError for one that is compiled or wrapped for many processes.
+
+    >>> check_module("resnet18", "backbone", "FineTuneModel")
+    Traceback (most recent call last):
+    ...
+    TypeError: FineTuneModel: backbone='resnet18'; pass a torch.nn.Module (by name: FineTuneModel.from_timm(...)).
+    """
+    if not isinstance(module, nn.Module):
+        by_name = " (by name: FineTuneModel.from_timm(...))" if isinstance(module, str) else ""
+        raise TypeError(f"{origin}: {name}={module!r}; pass a torch.nn.Module{by_name}.")
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # nothing is compiled where it was never imported
+    if compiler is not None and isinstance(module, compiler.OptimizedModule):
+        raise ValueError(
+            f"{origin}: the {name} is compiled, and its layer groups can't be told; pass the network itself, and "
+            "compile the FineTuneModel: freeze, wrap, compile."
+        )
+    if isinstance(module, DistributedDataParallel):
+        raise ValueError(
+            f"{origin}: the {name} is wrapped in DistributedDataParallel; pass the network itself (its .module), and "
+            "wrap the FineTuneModel: freeze, wrap, compile."
+        )
+
+
+def check_network(model: object) -> None:
+    """Raise TypeError for what is neither the name of an architecture nor a network, and ValueError for no name.
+
+    >>> check_network(None)
+    Traceback (most recent call last):
+    ...
+    TypeError: from_timm: model=None; pass the name of an architecture (timm.list_models()) or a timm network.
+    """
+    if model == "" or not isinstance(model, (str, nn.Module)):
+        raise (ValueError if isinstance(model, str) else TypeError)(
+            f"from_timm: model={model!r}; pass the name of an architecture (timm.list_models()) or a timm network."
+        )
+    if isinstance(model, nn.Module):
+        check_module(model, "network", "from_timm")
+
+
+def check_shares_nothing(backbone: nn.Module, classifier: nn.Module) -> None:
+    """Raise ValueError for a parameter that both parts share.
+
+    >>> check_shares_nothing(nn.Linear(2, 2), nn.Linear(2, 2))
+    """
+    inside = {id(parameter): name for name, parameter in backbone.named_parameters()}
+    for name, parameter in classifier.named_parameters():
+        if id(parameter) in inside:
+            raise ValueError(
+                f"FineTuneModel: backbone.{inside[id(parameter)]} and classifier.{name} are one parameter, which "
+                "cannot be frozen and trained at once; give the classifier its own, e.g. copy.deepcopy(classifier)."
+            )
+
+
+def check_width(backbone: nn.Module, classifier: nn.Module) -> None:
+    """Raise ValueError for a linear classifier that a timm backbone does not fit, where both say their width.
+
+    >>> import timm
+    >>> check_width(timm.create_model("test_resnet", num_classes=0), nn.Linear(3, 2))
+    Traceback (most recent call last):
+    ...
+    ValueError: FineTuneModel: the classifier takes 3 features, and ResNet gives 192; ...
+    """
+    said = getattr(backbone, "head_hidden_size", None)
+    if not isinstance(classifier, nn.Linear) or not isinstance(said, int) or classifier.in_features == said:
+        return
+    # A backbone that the user has changed may give something else than it says, so that it is asked.
+    try:
+        with quiet(backbone):
+            features = meta_shadow(backbone)(probe(backbone, "meta"))
+    except RuntimeError:  # some operator knows no shapes without values: the first forward tells
+        return
+    if isinstance(features, torch.Tensor) and features.ndim == 2 and features.shape[1] != classifier.in_features:
+        raise ValueError(
+            f"FineTuneModel: the classifier takes {classifier.in_features} features, and {type(backbone).__name__} "
+            f"gives {features.shape[1]}; build it as nn.Linear({features.shape[1]}, num_classes), from timm's "
+            f"backbone.head_hidden_size ({said})."
+        )
+
+
+def check_drop_rate(drop_rate: object) -> None:
+    """Raise ValueError for what is no share of the features.
+
+    >>> check_drop_rate(1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: from_timm: drop_rate=1.5; pass a number from 0 to 1, or leave it out.
+    """
+    is_number = isinstance(drop_rate, (int, float)) and not isinstance(drop_rate, bool)
+    if drop_rate is not None and not (is_number and 0 <= cast(float, drop_rate) <= 1):
+        raise ValueError(f"from_timm: drop_rate={drop_rate!r}; pass a number from 0 to 1, or leave it out.")
