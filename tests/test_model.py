@@ -160,7 +160,7 @@ def test_a_count_out_of_range_names_the_groups(count: int) -> None:
 @pytest.mark.parametrize("count", ["2", 1.0, True, None])
 def test_a_count_that_is_no_integer_is_refused(count: Any) -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
-    with pytest.raises(TypeError, match="pass a whole number, 0 to 5"):
+    with pytest.raises(TypeError, match=r"has 5 layer groups \(stem, layer1, .*\); pass a whole number, 0 to 5\."):
         model.freeze_backbone(trainable_groups=count)
 
 
@@ -203,6 +203,23 @@ def test_a_network_that_is_compiled_is_refused(build: Any) -> None:
         build(torch.compile(network, backend="eager"), network[1])
     with pytest.raises(ValueError, match="from_timm: the network is compiled"):
         FineTuneModel.from_timm(torch.compile(timm.create_model("test_resnet"), backend="eager"), num_classes=3)
+
+
+def test_a_backbone_with_other_parameters_than_it_was_built_with_is_refused() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    model.backbone.layer1.extra = nn.Linear(2, 2)
+    got = r"has got 2 parameters \(layer1\.extra\.weight, layer1\.extra\.bias\) since .*; build it anew"
+    for call in (model.freeze_backbone, model.unfreeze_backbone, model.print_trainable_parameters):
+        with pytest.raises(ValueError, match=got):
+            call()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    again = FineTuneModel(model.backbone, model.classifier).freeze_backbone()
+    assert not any(parameter.requires_grad for parameter in again.backbone.parameters())
+    model.backbone.layer1 = nn.Identity()
+    model.backbone.conv1 = nn.Identity()
+    with pytest.raises(ValueError, match=r"has lost \d+ parameters \(conv1\..* and \d+ more\) since"):
+        model.freeze_backbone()
+    assert model.train().training
 
 
 def test_copies_and_pickles_like_any_module() -> None:

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from .layer_groups import LayerGroup
+from .layer_groups import LayerGroup, check_layer_groups
 
 
 def set_trainable_groups(
@@ -25,19 +25,20 @@ def set_trainable_groups(
     [False, False, True, True]
 
     Parameters named in `never_trained` stay frozen in any group. Raises TypeError or ValueError for a
-    `trainable_groups` that is no whole number of groups.
+    `trainable_groups` that is no whole number of groups, and ValueError where the backbone has other parameters than
+    its groups.
     """
-    if isinstance(trainable_groups, bool) or not hasattr(trainable_groups, "__index__"):
-        raise TypeError(f"trainable_groups={trainable_groups!r}: pass a whole number, 0 to {len(layer_groups)}.")
-    trainable_groups = operator.index(trainable_groups)
-    if not 0 <= trainable_groups <= len(layer_groups):
+    is_whole = not isinstance(trainable_groups, bool) and hasattr(trainable_groups, "__index__")
+    if not is_whole or not 0 <= operator.index(trainable_groups) <= len(layer_groups):
         names = ", ".join(group.name for group in layer_groups)
-        raise ValueError(
-            f"trainable_groups={trainable_groups}: the backbone has {len(layer_groups)} layer groups "
-            f"({names or 'none, as it has no parameters'}); pass 0 to {len(layer_groups)}."
+        raise (ValueError if is_whole else TypeError)(
+            f"trainable_groups={trainable_groups!r}: the backbone has {len(layer_groups)} layer groups "
+            f"({names or 'none, as it has no parameters'}); pass {'' if is_whole else 'a whole number, '}0 to "
+            f"{len(layer_groups)}."
         )
+    trainable_groups = operator.index(trainable_groups)
     first_trainable = len(layer_groups) - trainable_groups
-    parameters = dict(backbone.named_parameters())
+    parameters = check_layer_groups(backbone, layer_groups)
     off = set(never_trained)
     for position, group in enumerate(layer_groups):
         for name in group.parameter_names:
@@ -62,7 +63,7 @@ def frozen_modules(
     """
     parameters = dict(backbone.named_parameters())
     first_group = layer_groups[0].parameter_names if layer_groups else ()
-    stem_trains = not layer_groups or any(parameters[name].requires_grad for name in first_group)
+    stem_trains = not layer_groups or any(parameters[name].requires_grad for name in first_group if name in parameters)
     everything = list(model.parameters())
     if everything and not any(parameter.requires_grad for parameter in everything):
         yield from model.children()

@@ -100,6 +100,33 @@ def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module]
     return tuple(groups)
 
 
+def check_layer_groups(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> dict[str, nn.Parameter]:
+    """Give the parameters of a backbone by name; raise ValueError unless they are those of its layer groups.
+
+    >>> backbone = nn.Sequential(nn.Linear(2, 2))
+    >>> groups = find_layer_groups(backbone)
+    >>> backbone[0] = nn.Linear(2, 2, bias=False)
+    >>> check_layer_groups(backbone, groups)
+    Traceback (most recent call last):
+    ...
+    ValueError: layer groups: the backbone has lost 1 parameter (0.bias) since its FineTuneModel was built; ...
+    """
+    parameters = dict(backbone.named_parameters())
+    grouped = {name for group in layer_groups for name in group.parameter_names}
+    changes = {"lost": [name for group in layer_groups for name in group.parameter_names if name not in parameters]}
+    changes["got"] = [name for name in parameters if name not in grouped]
+    if found := [
+        f"{verb} {len(names)} parameter{'s' * (len(names) > 1)} ({_shortened(names)})"
+        for verb, names in changes.items()
+        if names
+    ]:
+        raise ValueError(
+            f"layer groups: the backbone has {' and '.join(found)} since its FineTuneModel was built; build it anew, "
+            "FineTuneModel(model.backbone, model.classifier), where layer_groups=[...] says which group each is in."
+        )
+    return parameters
+
+
 def layer_depths(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> tuple[dict[str, int], int]:
     """Give the depth of each backbone parameter and of the classifier that stands on it, counted from the input.
 

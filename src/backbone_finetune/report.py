@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from .layer_groups import LayerGroup
+from .layer_groups import LayerGroup, check_layer_groups
 
 
 def describe_by_group(backbone: nn.Module, classifier: nn.Module, layer_groups: Sequence[LayerGroup]) -> str:
@@ -20,7 +20,7 @@ def describe_by_group(backbone: nn.Module, classifier: nn.Module, layer_groups: 
     trainable parameters: 9 of 15 (60.00%)
     """
     modules = dict(backbone.named_modules())
-    parameters = dict(backbone.named_parameters())
+    parameters = check_layer_groups(backbone, layer_groups)
     rows = [("group", "parameters", "state", "mode")]
     for group in layer_groups:
         own = [parameters[name] for name in group.parameter_names]
