@@ -12,9 +12,11 @@ import torch
 from picture_folders import COLOURS, make_folder, make_picture
 
 from backbone_finetune.recipes import run as run_module
+from backbone_finetune.recipes import task as task_module
 from backbone_finetune.recipes.model_file import load_trained_model
 from backbone_finetune.recipes.output import MODEL_FILE, make_output_folder, replacing
 from backbone_finetune.recipes.phases import Phase
+from backbone_finetune.recipes.pictures import find_pictures, split
 from backbone_finetune.recipes.prediction import predict
 from backbone_finetune.recipes.run import TrainSettings, train
 from backbone_finetune.recipes.timing import BackwardTimes
@@ -48,8 +50,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **keywords: object) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(run_module, "load_network", fail)
-    monkeypatch.setattr(run_module, "leave_out_broken_pictures", fail)
+    monkeypatch.setattr(task_module, "load_network", fail)
+    monkeypatch.setattr(task_module, "leave_out_broken_pictures", fail)
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, torch.bfloat16), ("no", torch.float32)])
@@ -114,7 +116,7 @@ def test_a_run_writes_its_model_its_metrics_and_its_curves(
 @pytest.mark.usefixtures("no_timing")
 def test_the_written_model_predicts_as_it_was_tested(settings: dict[str, Any]) -> None:
     metrics = train(TrainSettings(**{**settings, "phases": (Phase(epochs=2, lr=0.01),)}))
-    _, test = run_module.split(run_module.find_pictures(settings["pictures"]), test_share=0.3, seed=0)
+    _, test = split(find_pictures(settings["pictures"]), test_share=0.3, seed=0)
     loaded = load_trained_model(settings["output"] / MODEL_FILE)
     predictions = [prediction.classes[0][0] for prediction in predict(loaded, test.paths, top_k=1)]
     expected = [path.parent.name for path in test.paths]
@@ -273,7 +275,7 @@ def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:
     flexible = FineTuneModel.from_timm("test_resnet", num_classes=2)
     fixed = FineTuneModel.from_timm("test_vit", num_classes=2)
     size = {
-        (name, pictures is None): run_module.choose_data_config(model, TrainSettings(pictures=pictures))["input_size"]
+        (name, pictures is None): task_module.choose_data_config(model, TrainSettings(pictures=pictures))["input_size"]
         for name, model in (("flexible", flexible), ("fixed", fixed))
         for pictures in (None, Path("mine"))
     }
