@@ -6,12 +6,16 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy
+import psutil
 import pytest
 import torch
 from picture_folders import make_folder
@@ -19,6 +23,7 @@ from safetensors import safe_open
 
 from backbone_finetune import cli
 from backbone_finetune.recipes import run as run_module
+from backbone_finetune.recipes.folder_lock import LOCK_FILE, holding, refuse_if_held
 from backbone_finetune.recipes.output import MODEL_FILE, RUN_FILE, UNFINISHED, claim_output_folder
 from backbone_finetune.recipes.progress import Checkpoint, EpochResult, Progress, newest_checkpoint, write_checkpoint
 from backbone_finetune.recipes.randomness import own_randomness, random_state, restore_random_state
@@ -145,6 +150,8 @@ def test_an_unfinished_run_is_gone_on_with_only_by_the_same_arguments(tmp_path: 
 def test_a_run_that_replaces_a_finished_one_can_be_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / MODEL_FILE).write_text("the first model")
     (tmp_path / RUN_FILE).write_text(json.dumps(RECORD))
+    with pytest.raises(FileExistsError, match="already holds a finished model"):
+        claim_output_folder(tmp_path, RECORD, overwrite=False)
     # The same arguments, but that run is finished: it begins anew.
     assert not claim_output_folder(tmp_path, RECORD, overwrite=True)
     assert claim_output_folder(tmp_path, RECORD, overwrite=True)
@@ -197,3 +204,94 @@ def test_ctrl_c_leaves_a_run_that_goes_on(
     assert "resuming at epoch 3, step 0" in printed.out
     assert "epoch 1/2" not in printed.err
     assert (tmp_path / "run" / MODEL_FILE).exists()
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet"]
+    command += ["--output", str(tmp_path / "run"), "--overwrite"]
+    with holding(tmp_path / "run" / UNFINISHED, name="run"):
+        (tmp_path / "run" / UNFINISHED / "checkpoints").mkdir()
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err == (
+            f"backbone-finetune: error: another process (pid {os.getpid()}) is training in {tmp_path / 'run'}; "
+            "wait for it or stop it\n"
+        )
+        with pytest.raises(FileExistsError, match=r"another process \(pid \d+\) is training in run; wait for it"):
+            holding(tmp_path / "run" / UNFINISHED, name="run").__enter__()
+        assert (tmp_path / "run" / UNFINISHED / "checkpoints").is_dir()
+    (tmp_path / "run" / UNFINISHED / "checkpoints").rmdir()
+    with holding(tmp_path / "run" / UNFINISHED, name="run"):
+        pass
+    assert not (tmp_path / "run" / UNFINISHED).exists()
+
+
+def test_a_run_holds_its_folder_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--epochs", "1"]
+
+    def look(*arguments: object, **keywords: object) -> None:
+        refuse_if_held(tmp_path / "run" / UNFINISHED, name="run")
+
+    monkeypatch.setattr(run_module, "random_backbone_accuracy", look)
+    assert cli.main([*command, "--output", str(tmp_path / "run")]) == 2
+    look()
+
+
+def test_without_locks_of_the_system_the_process_that_is_named_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with subprocess.Popen([sys.executable, "--version"], stdout=subprocess.DEVNULL) as ended:
+        pass
+    for process, host, holds in (
+        (ended.pid, socket.gethostname(), False),
+        (os.getppid(), socket.gethostname(), True),
+        (ended.pid, "elsewhere", True),
+    ):
+        (tmp_path / LOCK_FILE).write_text(f"{process} {host}\n")
+        where = "" if host == socket.gethostname() else " on elsewhere"
+        with pytest.raises(FileExistsError, match=rf"pid {process}{where}\)") if holds else nullcontext():
+            refuse_if_held(tmp_path, name="run")
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")
+def test_workers_that_outlive_their_launcher_keep_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--epochs", "1000000"]
+    command += ["--output", str(run)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log.txt"
+    with (
+        log.open("w") as printed,
+        subprocess.Popen(
+            [*launcher, "-m", "backbone_finetune.cli", *command], env=environment, stdout=printed, stderr=printed
+        ) as process,
+    ):
+        try:
+            wait_for(lambda: list(run.glob(f"{UNFINISHED}/checkpoints/step-*")), log)
+            workers = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.kill()
+    try:
+        assert cli.main(command) == 2
+        line = capsys.readouterr().err
+        found = re.search(r"another process \(pid (\d+)\) is training in", line)
+        assert found is not None, line
+        assert int(found[1]) in {worker.pid for worker in workers if worker.is_running()}
+    finally:
+        for worker in workers:
+            worker.kill()
+    psutil.wait_procs(workers, timeout=30)
+    refuse_if_held(run / UNFINISHED, name="run")  # nothing stale is left of them
+
+
+def wait_for(condition: Callable[[], object], log: Path) -> None:
+    until = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.1)

@@ -9,12 +9,16 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from .feature_store import digest_file
+from .folder_lock import LOCK_FILE
+
 __all__ = [
     "MODEL_FILE",
     "RUN_FILE",
     "UNFINISHED",
     "check_output_folder",
     "claim_output_folder",
+    "clear",
     "make_output_folder",
     "replacing",
 ]
@@ -23,8 +27,10 @@ __all__ = [
 MODEL_FILE = "model.safetensors"
 # Written first: what run it is.
 RUN_FILE = "run.json"
-# Checkpoints and features of a run that is under way; gone when it is finished.
+# Checkpoints and features of a run that is under way, and its lock; gone when it is finished.
 UNFINISHED = "unfinished"
+# In there, the digest of the finished model that it will replace.
+REPLACED = "replaces"
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
@@ -106,7 +112,8 @@ def sync(path: Path) -> None:
 def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> bool:
     """Take a folder for the run that ``record`` describes: returns whether this very run was begun there before.
 
-    The record becomes ``run.json``. An unfinished run of the same record is gone on with; another is in the way.
+    The record becomes ``run.json``. An unfinished run of the same record is gone on with; another is in the way. The
+    caller holds ``unfinished`` in it (`folder_lock.holding`).
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as parent:
@@ -118,13 +125,13 @@ def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: b
     FileExistsError: ... holds an unfinished run of other arguments (seed: 0 there, 1 here); ...
 
     Raises:
-        FileExistsError: an unfinished run of other arguments is there, and ``overwrite`` is false.
+        FileExistsError: a finished model, or an unfinished run of other arguments, and ``overwrite`` is false.
         OSError: the folder can't be made or written to.
     """
     make_output_folder(folder)
+    check_output_folder(folder, overwrite=overwrite)
     begun = folder / RUN_FILE
-    is_unfinished = begun.exists() and ((folder / UNFINISHED).is_dir() or not (folder / MODEL_FILE).exists())
-    if is_unfinished:
+    if begun.exists() and (not (folder / MODEL_FILE).exists() or replaces_model(folder)):
         differences = find_differences(read_record(begun), json.loads(json.dumps(record)))
         if not differences:
             return True
@@ -134,12 +141,30 @@ def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: b
                 f"{folder} holds an unfinished run of other arguments ({'; '.join(differences[:3])}{more}); give the "
                 "same ones to go on with it, --overwrite to replace it, or another folder with --output"
             )
-    # First the folder: where it is, a model in the output folder is of an earlier run, which this one will replace.
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-    (folder / UNFINISHED).mkdir()
+    clear(folder / UNFINISHED)
+    # First what is replaced: a model that is another one than this is the run's own, and the run is finished.
+    if (folder / MODEL_FILE).exists():
+        with replacing(folder / UNFINISHED / REPLACED) as temporary:
+            temporary.write_text(digest_file(folder / MODEL_FILE))
     with replacing(begun) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
     return False
+
+
+def replaces_model(folder: Path) -> bool:
+    """Say whether an unfinished run is there that began when the model was there which is there now."""
+    replaced = folder / UNFINISHED / REPLACED
+    return replaced.exists() and replaced.read_text() == digest_file(folder / MODEL_FILE)
+
+
+def clear(folder: Path) -> None:
+    """Empty a folder, but for its lock; make it where there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
 
 
 def read_record(path: Path) -> Any:

@@ -1,10 +1,10 @@
 """What ``backbone-finetune train`` does, from a folder of pictures to a model file and the record of its training."""
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .features import FeatureCache
 from .fingerprints import backbone_fingerprint, data_fingerprint
+from .folder_lock import holding
 from .metrics import Metrics, describe
 from .model_file import TrainedModel, save_trained_changes, save_trained_model
-from .output import MODEL_FILE, RUN_FILE, UNFINISHED, claim_output_folder, replacing
+from .output import MODEL_FILE, RUN_FILE, UNFINISHED, claim_output_folder, clear, make_output_folder, replacing
 from .pictures import PictureDataset
 from .processes import find_device, make_accelerator, run_on_main
 from .progress import EpochResult
@@ -46,7 +47,7 @@ def train(settings: TrainSettings) -> Metrics:
     FileNotFoundError: no such folder: there is no such folder; ...
 
     Raises:
-        FileExistsError: the output folder already holds a finished model, or another run.
+        FileExistsError: the output folder already holds a finished model, or another run, or one that is under way.
         FileNotFoundError: the pictures or the checkpoint are not there.
         ModuleNotFoundError: matplotlib or the packaged weights are not installed.
         ValueError: the settings or the pictures are not fit for training; the message says how to make them so.
@@ -54,10 +55,10 @@ def train(settings: TrainSettings) -> Metrics:
     start = time.monotonic()
     accelerator = make_accelerator(find_device(settings.device), mixed_precision=settings.mixed_precision)
     draw_curves = import_draw_curves()
-    with own_randomness():
+    with own_randomness(), ExitStack() as held:
         seed_everything(settings.seed)
         task = make_task(settings, accelerator)
-        loop = claim(settings, task, accelerator)
+        loop = claim(settings, task, accelerator, held)
         if accelerator.is_main_process:
             announce(task, accelerator.device)
         try:
@@ -66,26 +67,29 @@ def train(settings: TrainSettings) -> Metrics:
             if accelerator.is_main_process:
                 print(f"stopped; {settings.output} keeps what is done: the same command goes on", file=sys.stderr)
             raise
-    if accelerator.is_main_process:
-        print(describe(metrics))
-        with replacing(settings.output / "curves.png") as temporary:
-            draw_curves(metrics.history, metrics.references(), temporary)
-        with replacing(settings.output / "metrics.json") as temporary:
-            temporary.write_text(json.dumps(asdict(metrics), indent=2) + "\n")
-        trained = TrainedModel(task.model, task.architecture, metrics.class_names, task.data_config)
-        if task.base is None:
-            save_trained_model(trained, settings.output / MODEL_FILE, record=asdict(metrics))
-        else:
-            save_trained_changes(trained, task.base, settings.output / MODEL_FILE, record=asdict(metrics))
-        shutil.rmtree(settings.output / UNFINISHED)
-        names = (RUN_FILE, "curves.png", "metrics.json", MODEL_FILE)
-        print(f"\nwrote {', '.join(str(settings.output / name) for name in names)}")
+        if accelerator.is_main_process:
+            print(describe(metrics))
+            with replacing(settings.output / "curves.png") as temporary:
+                draw_curves(metrics.history, metrics.references(), temporary)
+            with replacing(settings.output / "metrics.json") as temporary:
+                temporary.write_text(json.dumps(asdict(metrics), indent=2) + "\n")
+            trained = TrainedModel(task.model, task.architecture, metrics.class_names, task.data_config)
+            if task.base is None:
+                save_trained_model(trained, settings.output / MODEL_FILE, record=asdict(metrics))
+            else:
+                save_trained_changes(trained, task.base, settings.output / MODEL_FILE, record=asdict(metrics))
+            clear(settings.output / UNFINISHED)
+            names = (RUN_FILE, "curves.png", "metrics.json", MODEL_FILE)
+            print(f"\nwrote {', '.join(str(settings.output / name) for name in names)}")
     accelerator.end_training()
     return metrics
 
 
-def claim(settings: TrainSettings, task: Task, accelerator: Accelerator) -> Loop:
-    """Write down what run this is, or see that it is the one that was begun; returns the loop that keeps it there."""
+def claim(settings: TrainSettings, task: Task, accelerator: Accelerator, held: ExitStack) -> Loop:
+    """Write down what run this is, or see that it is the one that was begun; returns the loop that keeps it there.
+
+    The main process holds the folder for as long as ``held`` is open.
+    """
     fingerprints = run_on_main(accelerator, lambda: (data_fingerprint(task.train), data_fingerprint(task.test)))
     record = {
         "arguments": {
@@ -98,8 +102,14 @@ def claim(settings: TrainSettings, task: Task, accelerator: Accelerator) -> Loop
         "test_pictures": {"count": len(task.test), "digest": fingerprints[1]},
         "backbone_digest": backbone_fingerprint(task.model.backbone),
     }
-    run_on_main(accelerator, lambda: claim_output_folder(settings.output, record, overwrite=settings.overwrite))
     unfinished = settings.output / UNFINISHED
+
+    def take() -> None:
+        make_output_folder(settings.output)
+        held.enter_context(holding(unfinished, name=str(settings.output)))
+        claim_output_folder(settings.output, record, overwrite=settings.overwrite)
+
+    run_on_main(accelerator, take)
     return Loop(
         accelerator,
         batch_size=settings.batch_size,

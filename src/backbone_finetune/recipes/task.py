@@ -10,9 +10,10 @@ from timm.data.config import resolve_model_data_config
 from backbone_finetune import FineTuneModel
 
 from .base_weights import BaseWeights, base_source, remember_base
+from .folder_lock import refuse_if_held
 from .model_file import build_transform
 from .networks import load_network
-from .output import check_output_folder
+from .output import UNFINISHED, check_output_folder
 from .phases import Phase
 from .pictures import PictureDataset, PictureFolder, find_pictures, leave_out_broken_pictures, split
 from .processes import run_on_main
@@ -107,6 +108,7 @@ def find_classes(settings: TrainSettings) -> PictureFolder:
     10
     """
     check_output_folder(settings.output, overwrite=settings.overwrite)
+    refuse_if_held(settings.output / UNFINISHED, name=str(settings.output))
     return find_pictures(settings.pictures or CLIPART)
 
 
