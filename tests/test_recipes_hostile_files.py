@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import socket
 import struct
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from picture_folders import COLOURS
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import model_file
+from backbone_finetune.recipes import inspection, model_file
+from backbone_finetune.recipes.inspection import inspect_file
 from backbone_finetune.recipes.model_file import TrainedModel, load_trained_model, save_trained_model
 
 FILES = 1000
@@ -48,6 +50,7 @@ def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return built[key]
 
     monkeypatch.setattr(model_file, "build_model", build_once)
+    monkeypatch.setattr(inspection, "build_model", build_once)
 
 
 @pytest.fixture
@@ -150,17 +153,27 @@ def replace_in_header(part: str, field: str, value: object) -> Tamper:
     return tamper
 
 
-def load_or_refuse(path: Path) -> bool:
-    """Load a file, or get the one kind of error that may come, in one line that names the file."""
+def try_or_refuse(function: Callable[[Path], object], path: Path) -> str | None:
+    """Read a file, or get the one kind of error that may come, in one line that names the file: None, or that line."""
     try:
-        load_trained_model(path)
+        function(path)
     except ValueError as error:
         message = str(error)
         assert message.startswith(str(path))
         assert len(message) < 2000
         assert "\n" not in message
-        return False
-    return True
+        return message
+    return None
+
+
+def load_or_refuse(path: Path) -> bool:
+    """Load a file, or get its error; `inspect` refuses what can't be loaded before tensors are read, too."""
+    inspected, loaded = try_or_refuse(inspect_file, path), try_or_refuse(load_trained_model, path)
+    if inspected is None:
+        assert loaded is None or "not finite" in loaded or "on top of" in loaded
+    else:
+        assert loaded is not None or "takes no picture" in inspected
+    return loaded is None
 
 
 @pytest.mark.usefixtures("built_once", "nothing_reached")
@@ -237,6 +250,45 @@ def test_each_ill_has_its_own_message(content: bytes, tmp_path: Path, tamper: Ta
     path.write_bytes(tamper(content))
     with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
         load_trained_model(path)
+
+
+def swap_classes(content: bytes) -> bytes:
+    header, tensors = unpack(content)
+    header["classifier.weight"]["shape"].reverse()
+    return pack(header, tensors)
+
+
+def add_tensor(content: bytes) -> bytes:
+    header, tensors = unpack(content)
+    header["extra"] = {"dtype": "U8", "shape": [4], "data_offsets": [len(tensors), len(tensors) + 4]}
+    return pack(header, tensors + b"more")
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (swap_classes, r"classifier.weight has shape \(\d+, 3\), not \(3, \d+\)"),
+        (add_tensor, "extra is unexpected"),
+        (lambda c: replace_entry(c, "class_names", json.dumps([*map(str, range(1_000_000))])), r"has shape \(3, \d+\)"),
+        (lambda c: replace_entry(c, "architecture", "vit_giant_patch14_224"), "vit_giant_patch14_224 as timm"),
+    ],
+)
+def test_inspect_refuses_what_does_not_fit(
+    content: bytes, tmp_path: Path, tamper: Callable[[bytes], bytes], message: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(tamper(content))
+    for function in (inspect_file, load_trained_model):
+        assert re.search(message, try_or_refuse(function, path) or "it was taken")
+
+
+def test_inspect_refuses_an_input_size_that_the_network_does_not_take(tmp_path: Path) -> None:
+    model = FineTuneModel.from_timm("vit_tiny_patch16_224", num_classes=3)
+    config = {**timm.data.resolve_model_data_config(model), "input_size": (3, 96, 96)}
+    path = tmp_path / "model.safetensors"
+    save_trained_model(TrainedModel(model, "vit_tiny_patch16_224", tuple(COLOURS), config), path, record={})
+    with pytest.raises(ValueError, match=r"model\.safetensors: vit_tiny_patch16_224 takes no picture of 3 x 96 x 96, "):
+        inspect_file(path)
 
 
 def test_nothing_large_is_built_before_it_is_compared(content: bytes, tmp_path: Path) -> None:

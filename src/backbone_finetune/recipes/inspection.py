@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.architectures import check_architecture
+from backbone_finetune.checkpoint import peek_checkpoint
 
-from .model_file import build_model, describe_file, freeze_as
+from .model_description import ModelDescription
+from .model_file import build_model, check_layouts, describe_file, freeze_as
 
 __all__ = ["count_operations", "inspect", "inspect_file"]
 
@@ -49,7 +51,7 @@ def inspect(architecture: str) -> str:
 def inspect_file(path: Path) -> str:
     """Describe the model of a file: its classes, its layer groups and cost, and what of it is frozen.
 
-    Built on the meta device, from the file's metadata alone.
+    Built on the meta device, from the file's metadata and the layouts of its tensors, none of which is read.
 
     >>> inspect_file(Path("nowhere.safetensors"))
     Traceback (most recent call last):
@@ -58,28 +60,56 @@ def inspect_file(path: Path) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated or foreign.
+        ValueError: it is truncated or foreign, or does not fit the network that it names.
     """
-    description = describe_file(path)
+    layouts, metadata = peek_checkpoint(path)
+    description = describe_file(path, metadata)
     try:
+        check_layouts(description, layouts, is_complete="base" not in metadata)
         with torch.device("meta"):
             model = build_model(description)
         freeze_as(model, description)
+        states = say_states(model)
+        table = tabulate_for_picture(model, description, states)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    parameters = dict(model.backbone.named_parameters())
-    states = {
-        group.name: say_state([parameters[name] for name in group.parameter_names]) for group in model.layer_groups
-    }
-    states["classifier"] = say_state(list(model.classifier.parameters()))
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     names = description.class_names
     return "\n".join(
         [
             f"{path}: {len(names):,} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})",
             "written with " + ", ".join(f"{name} {version}" for name, version in description.versions.items()),
-            *tabulate(model, description.architecture, description.data_config["input_size"], states, "state"),
+            *table,
         ]
     )
+
+
+def tabulate_for_picture(model: FineTuneModel, description: ModelDescription, states: dict[str, str]) -> list[str]:
+    """Tabulate the model of a file, whose input size may be one that its network does not take.
+
+    Raises:
+        ValueError: it does not.
+    """
+    size = description.data_config["input_size"]
+    try:
+        return tabulate(model, description.architecture, size, states, "state")
+    except Exception as error:  # what a network says of a picture of another size can be anything
+        raise ValueError(
+            f"{description.architecture} takes no picture of {' x '.join(map(str, size))}, which the file names as its "
+            f"input_size ({str(error)[:200]})"
+        ) from error
+
+
+def say_states(model: FineTuneModel) -> dict[str, str]:
+    """Say of each layer group, and of the classifier, what of it trains.
+
+    >>> say_states(FineTuneModel(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)).freeze_backbone())
+    {'0': 'frozen', 'classifier': 'trainable'}
+    """
+    parameters = dict(model.backbone.named_parameters())
+    states = {
+        group.name: say_state([parameters[name] for name in group.parameter_names]) for group in model.layer_groups
+    }
+    return {**states, "classifier": say_state(list(model.classifier.parameters()))}
 
 
 def say_state(parameters: list[nn.Parameter]) -> str:
