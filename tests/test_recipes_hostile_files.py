@@ -17,12 +17,14 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from picture_folders import COLOURS
+from picture_folders import COLOURS, make_picture
+from PIL import Image
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import inspection, model_file
 from backbone_finetune.recipes.inspection import inspect_file
 from backbone_finetune.recipes.model_file import TrainedModel, load_trained_model, save_trained_model
+from backbone_finetune.recipes.prediction import predict
 
 FILES = 1000
 
@@ -240,6 +242,10 @@ def with_config(content: bytes, **entries: object) -> bytes:
         (lambda c: replace_entry(c, "format", "pt"), "not one of backbone-finetune"),
         (lambda c: with_config(c, input_size=[3, 10**9, 10**9]), "input_size: .*; expected 3 colours"),
         (lambda c: with_config(c, crop_pct=1e-9), "crop_pct: 1e-09; expected a number from 0.1"),
+        (
+            lambda c: with_config(c, input_size=[3, 4096, 4096], crop_pct=0.1),
+            "crop_pct: 0.1 of an input_size of .* makes pictures of 40,960 pixels; expected 4,096 at most",
+        ),
         (lambda c: with_config(c, mean=[float("nan")] * 3), "mean: .*; expected a number for each"),
         (lambda c: with_config(c, std=[0, 0, 0]), "std: .*; expected a number above 0"),
         (lambda c: c[:-4] + struct.pack("<f", float("nan")), "holds values that are not finite"),
@@ -323,3 +329,27 @@ def test_tables_that_no_tensor_accounts_for_are_refused(
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"would compute tables of 4,294,\d+,\d+ bytes beside its tensors"):
         load_trained_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.usefixtures("nothing_reached")
+def test_an_elongated_picture_is_not_resized_to_gigabytes(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(with_config(content, input_size=[3, 4096, 4096], crop_pct=1.0))
+    trained = load_trained_model(path)
+    pictures = [make_picture(tmp_path / f"{width}.png", (0, 0, 0), size=(width, 2)) for width in (18, 200)]
+    for prediction in predict(trained, pictures):
+        assert prediction.error is not None
+        assert prediction.error.startswith(f"{prediction.path}: {prediction.path.stem} x 2 pixels; ")
+        assert prediction.error.endswith("at most 1 to 8.0 is allowed")
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise MemoryError
+
+    square = make_picture(tmp_path / "square.png", (0, 0, 0))
+    for part in ("resize", "convert"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, part, fail)
+            (prediction,) = predict(trained, [square])
+        assert prediction.error == f"{square}: takes more memory than there is"

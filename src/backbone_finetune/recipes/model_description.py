@@ -142,6 +142,11 @@ def parse_data_config(text: str) -> dict[str, Any]:
         raise ValueError(f"data_config: {text[:80]}; expected {', '.join(DATA_CONFIG)}")
     for name, (is_allowed, expected) in DATA_CONFIG.items():
         checked(entries[name], is_allowed, name, expected)
+    if max(entries["input_size"]) / entries["crop_pct"] > LARGEST_SIDE:
+        raise ValueError(
+            f"crop_pct: {entries['crop_pct']} of an input_size of {entries['input_size']} makes pictures of "
+            f"{max(entries['input_size']) / entries['crop_pct']:,.0f} pixels; expected {LARGEST_SIDE:,} at most"
+        )
     return {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
 
 

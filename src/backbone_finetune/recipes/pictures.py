@@ -96,6 +96,8 @@ def read_picture(path: Path) -> Image.Image:
                 return picture.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
+    except MemoryError:
+        raise ValueError(f"{path}: takes more memory than there is") from None
     except Exception as error:  # what Pillow says of a damaged file can be anything, struct.error and KeyError included
         # Pillow repeats the path in some of its messages
         reason = str(error).replace(f" {str(path)!r}", "")

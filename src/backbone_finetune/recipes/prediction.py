@@ -2,11 +2,12 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,6 +18,9 @@ from .output import replacing
 from .pictures import read_picture
 
 __all__ = ["Prediction", "predict", "writing_csv", "writing_json"]
+
+# Of a resized picture: half a gigabyte. The largest networks of timm come nowhere near it.
+MOST_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
@@ -51,27 +55,46 @@ def predict(
     >>> sorted(name for name, probability in prediction.classes)
     ['cat', 'dog']
     """
-    transform = build_transform(trained.data_config)
+    transform, elongated = build_transform(trained.data_config), most_elongated(trained.data_config)
     trained.model.eval()
     remaining = iter(pictures)
     while batch := list(islice(remaining, batch_size)):
-        outcomes = [read_input(path, transform) for path in batch]
+        outcomes = [read_input(path, transform, elongated) for path in batch]
         inputs = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
         answers = iter(classify(trained, torch.stack(inputs), top_k) if inputs else ())
         for path, outcome in zip(batch, outcomes, strict=True):
             yield Prediction(path, error=outcome) if isinstance(outcome, str) else Prediction(path, next(answers))
 
 
-def read_input(path: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor | str:
-    """Read a picture as a model takes it, ``(3, H, W)``; or say why it can't be read.
+def read_input(path: Path, transform: Callable[[Image.Image], Tensor], elongated: float) -> Tensor | str:
+    """Read a picture as a model takes it, ``(3, H, W)``; or say why it can't be, or is too elongated to be.
 
-    >>> read_input(Path("nowhere.jpg"), lambda picture: torch.zeros(3, 8, 8))
+    >>> read_input(Path("nowhere.jpg"), lambda picture: torch.zeros(3, 8, 8), 100)
     'nowhere.jpg: there is no such file'
     """
     try:
-        return transform(read_picture(path))
+        picture = read_picture(path)
+        if max(picture.size) > elongated * min(picture.size):
+            return (
+                f"{path}: {picture.width} x {picture.height} pixels; as large as this model takes pictures, at most "
+                f"1 to {elongated:.1f} is allowed"
+            )
+        return transform(picture)
     except (ValueError, OSError) as error:
         return str(error)
+    except MemoryError:
+        return f"{path}: takes more memory than there is"
+
+
+def most_elongated(data_config: Mapping[str, Any]) -> float:
+    """Say how many times as long as wide a picture may be: its shorter side becomes the input's, before it is cropped.
+
+    >>> most_elongated({"input_size": (3, 224, 224), "crop_pct": 0.875}) > 1000
+    True
+    >>> most_elongated({"input_size": (3, 4096, 4096), "crop_pct": 1.0})
+    8.0
+    """
+    return float(MOST_PIXELS / (max(data_config["input_size"]) / data_config["crop_pct"]) ** 2)
 
 
 @torch.no_grad()
