@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from training_worker import Shaken, make_model, make_pictures
 
+from backbone_finetune.recipes import training
 from backbone_finetune.recipes.phases import Phase
 from backbone_finetune.recipes.processes import make_accelerator
 from backbone_finetune.recipes.training import Loop, evaluate, fine_tune
@@ -53,9 +54,28 @@ def main(folder: str, device: str = "cpu") -> None:
         told[f"{name} test"] = evaluate(model, make_pictures(7), batch_size=3, accelerator=accelerator)
         if accelerator.is_main_process:
             save_file(model.cpu().state_dict(), Path(folder, f"{name}.safetensors"))
+    average_by_hand(folder, accelerator)
     if accelerator.is_main_process:
         Path(folder, "told.json").write_text(json.dumps(told))
     accelerator.end_training()
+
+
+def average_by_hand(folder: str, accelerator: Any) -> None:
+    """Train one epoch, and write what each process had in its buffers before they were averaged, and after it."""
+    model, before = make_model(dropout=0.0), []
+
+    def recorded(stage: Any, accelerator: Any) -> None:
+        before.append({name: buffer.clone() for name, buffer in stage.model.named_buffers()})
+        average(stage, accelerator)
+
+    average, training.average_statistics = training.average_statistics, recorded
+    loop = Loop(accelerator, batch_size=4, show_progress=False)
+    fine_tune(model, make_pictures(23), make_pictures(7), [Phase(epochs=1, trainable_groups=1, lr=0.02)], loop)
+    training.average_statistics = average
+    Path(folder, "buffers").mkdir(exist_ok=True)
+    for when, buffers in (("before", before[-1]), ("after", dict(model.named_buffers()))):
+        save_file(buffers, Path(folder, "buffers", f"{when}-{accelerator.process_index}.safetensors"))
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -83,9 +83,23 @@ def test_where_statistics_train_two_processes_learn_as_well_as_one(one: Any, pri
 
 
 @needs_gloo
+def test_statistics_are_the_mean_of_what_each_process_gathered(printed_by_two: tuple[str, Path]) -> None:
+    folder = printed_by_two[1] / "buffers"
+    (before, other), (after, other_after) = (
+        [load_file(folder / f"{when}-{process}.safetensors") for process in (0, 1)] for when in ("before", "after")
+    )
+    for part in ("mean", "var"):
+        name = f"backbone.last.1.running_{part}"
+        assert not torch.allclose(before[name], other[name])
+        torch.testing.assert_close(after[name], (before[name] + other[name]) / 2)
+        assert torch.equal(before[f"backbone.stem.1.running_{part}"], after[f"backbone.stem.1.running_{part}"])
+    assert all(torch.equal(after[name], other_after[name]) for name in after)
+
+
+@needs_gloo
 def test_only_one_of_them_speaks_and_says_how_much_they_send(printed_by_two: tuple[str, Path]) -> None:
     lines = [line for line in printed_by_two[0].splitlines() if line.startswith("2 processes: ")]
-    assert len(lines) == 5
+    assert len(lines) == 5  # the last training shows nothing
     head = (16 * 3 + 3) * 4
     assert lines[0] == lines[1] == f"2 processes: each gives {head} bytes of gradients a step"
     assert lines[3] == f"2 processes: each gives {head + (8 * 16 * 9 + 16 + 2 * 16) * 4:,} bytes of gradients a step"
