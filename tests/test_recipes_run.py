@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from picture_folders import COLOURS, make_folder, make_picture
+from recorded_files import record_files
 
 from backbone_finetune.recipes import run as run_module
 from backbone_finetune.recipes import task as task_module
@@ -267,6 +269,16 @@ def test_half_a_file_never_takes_the_place_of_a_whole_one(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match="no space left"):
         write_half()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("metrics.json", "whole")]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are named there")
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = record_files(monkeypatch)
+    with replacing(tmp_path / "metrics.json") as temporary:
+        temporary.write_text("whole")
+        assert events == []
+    name = temporary.name
+    assert events == [f"sync {name}", f"move {name} metrics.json", f"sync {tmp_path.name}"]
 
 
 def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:

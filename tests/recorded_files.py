@@ -1,0 +1,26 @@
+"""What is synced to the disk and what is moved into place, in the order in which it is asked for."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def record_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record every sync, by the name that the file or folder has, and every move; each is done as well."""
+    events: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        do_sync(descriptor)
+
+    def move(source: Any, target: Any) -> None:
+        events.append(f"move {Path(source).name} {Path(target).name}")
+        do_move(source, target)
+
+    do_sync, do_move = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", move)
+    monkeypatch.setattr(os, "replace", move)
+    return events
