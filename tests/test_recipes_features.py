@@ -17,6 +17,7 @@ import psutil
 import pytest
 import timm
 import torch
+from recorded_files import record_files
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
@@ -499,6 +500,46 @@ def test_a_folder_of_other_files_is_refused_before_any_work(tmp_path: Path) -> N
     with pytest.raises(FileExistsError, match=r"holds other files than cached features"):
         build_store(tmp_path, [], {})
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_folder_in_the_place_of_a_slot_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "slot-9.bin").mkdir()
+    (tmp_path / "slot-9.bin" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"holds other files than cached features \(slot-9\.bin\)"):
+        extract(make_model(), FeatureCache(tmp_path, "data"))
+    assert (tmp_path / "slot-9.bin" / "thesis.tex").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links take privileges elsewhere")
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_cache_may_be_a_link(tmp_path: Path, is_there: bool) -> None:
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "train").symlink_to(tmp_path / "disk" / "real")
+    (tmp_path / "disk").mkdir()
+    if is_there:
+        (tmp_path / "disk" / "real").mkdir()
+    model = make_model()
+    for data in ("these", "others"):
+        cache = FeatureCache(tmp_path / "links" / "train", data)
+        extract(model, cache)
+        passes = Passes(model)
+        extract(model, cache)
+        assert passes.count == 0
+        assert (tmp_path / "links" / "train").is_symlink()
+        assert (tmp_path / "disk" / "real" / MANIFEST).is_file()
+    assert [path.name for path in (tmp_path / "links").iterdir()] == ["train"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are named there")
+def test_a_cache_is_on_the_disk_before_it_moves_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = FeatureCache(tmp_path / "train", "data")
+    events = record_files(monkeypatch)
+    extract(make_model(), cache)
+    new = temporary_name(cache.folder, os.getpid()).name
+    moved = events.index(f"move {new} train")
+    assert events[:moved] == ["sync slot-0.bin", "sync slot-1.bin", f"sync {MANIFEST}", f"sync {new}"]
+    assert events[moved + 1 :] == [f"sync {tmp_path.name}"]
 
 
 def test_an_error_while_building_leaves_the_older_cache_and_nothing_else(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def build_store(
         FileExistsError: the folder holds other files than a store's.
     """
     refuse_other_files(folder)
+    folder = folder.resolve()  # what a link points to is replaced, and not the link
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     temporary = temporary_name(folder, os.getpid())
@@ -242,7 +243,7 @@ def refuse_other_files(folder: Path) -> None:
     others = sorted(
         path.name
         for path in folder.iterdir()
-        if path.name != MANIFEST and not (path.name.startswith("slot-") and path.suffix == ".bin")
+        if not (path.is_file() and (path.name == MANIFEST or (path.name.startswith("slot-") and path.suffix == ".bin")))
     )
     if others:
         raise FileExistsError(
