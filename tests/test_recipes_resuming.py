@@ -12,7 +12,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy
 import psutil
@@ -27,6 +30,7 @@ from backbone_finetune.recipes.folder_lock import LOCK_FILE, holding, refuse_if_
 from backbone_finetune.recipes.output import MODEL_FILE, RUN_FILE, UNFINISHED, claim_output_folder
 from backbone_finetune.recipes.progress import Checkpoint, EpochResult, Progress, newest_checkpoint, write_checkpoint
 from backbone_finetune.recipes.randomness import own_randomness, random_state, restore_random_state
+from backbone_finetune.recipes.resuming import resume, take_down
 
 WORKER = Path(__file__).with_name("training_worker.py")
 SIGKILLED = -9
@@ -58,9 +62,12 @@ def assert_undisturbed(folder: Path, codes: list[int]) -> None:
     for run in (folder / "disturbed", *folder.glob("finished-*")):
         assert_same_outcome(folder / "quiet" / "weights.safetensors", run / "weights.safetensors")
         # What was written down as finished is not done again, and every process but the first says where it goes on.
-        told = [int(line) for line in (run / "epochs.txt").read_text().split()]
-        assert told == sorted(told)
-        resumed = re.findall(r"resuming at (epoch \d+, step \d+)", (run / "log.txt").read_text())
+        told = [tuple(map(int, line.split())) for line in (run / "epochs.txt").read_text().splitlines()]
+        assert all(one < other for one, other in pairwise(told)), told
+        resumed = [
+            (int(epoch), int(step))
+            for epoch, step in re.findall(r"resuming at epoch (\d+), step (\d+)", (run / "log.txt").read_text())
+        ]
         assert resumed == sorted(resumed)
     assert not list(folder.glob("*/run/unfinished"))
 
@@ -163,6 +170,33 @@ def test_a_damaged_record_is_another_run(tmp_path: Path) -> None:
     (tmp_path / RUN_FILE).write_text("{")
     with pytest.raises(FileExistsError, match=r"run\.json: \"not readable\" there, none here"):
         claim_output_folder(tmp_path, RECORD, overwrite=False)
+
+
+class Scaler:
+    """What is asked of torch's GradScaler, which the CPU has no use for."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.scale = state["scale"]
+
+
+def test_the_scale_of_the_loss_is_restored(tmp_path: Path) -> None:
+    def accelerator(scaler: Scaler | None) -> Any:
+        return SimpleNamespace(scaler=scaler, num_processes=1, process_index=0, is_main_process=True)
+
+    layer, scaler = torch.nn.Linear(2, 1), Scaler(1.0)
+    write_checkpoint(tmp_path, take_down(Progress(), layer, set(), None, accelerator=accelerator(Scaler(1024.0))))
+    saved = newest_checkpoint(tmp_path)
+    assert saved is not None
+    optimizer = torch.optim.SGD(layer.parameters())
+    resume(saved, optimizer, accelerator(scaler))
+    assert scaler.scale == 1024.0
+    resume(saved, optimizer, accelerator(None))  # on the CPU, which has none
 
 
 def test_every_random_generator_is_restored() -> None:

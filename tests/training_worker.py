@@ -123,13 +123,13 @@ def die_after(events: int) -> None:
 
 
 def train_in(folder: Path, kind: str) -> None:
-    """Train what `kind` says, and leave weights.safetensors and, line by line, how many epochs were written down."""
+    """Train what `kind` says, and leave weights.safetensors and, line by line, the epochs and steps that were kept."""
     write = training.write_checkpoint
 
     def write_and_tell(where: Path, checkpoint: Any) -> None:
         write(where, checkpoint)
         with (folder / "epochs.txt").open("a") as told:
-            told.write(f"{len(checkpoint.progress.history)}\n")
+            told.write(f"{len(checkpoint.progress.history)} {checkpoint.progress.step}\n")
 
     training.write_checkpoint = write_and_tell
     if kind == "command":
