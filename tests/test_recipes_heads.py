@@ -316,3 +316,35 @@ def test_dropout_is_off_under_lbfgs() -> None:
     fit_lbfgs(plain, make_features(), weight_decay=0.1, device=CPU)
     assert fit_lbfgs(dropping, make_features(), weight_decay=0.1, device=CPU).converged
     assert torch.equal(dropping[1].weight, plain.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs = 0: expected a whole number from 1"),
+        ({"batch_size": 0}, "batch_size = 0: expected a whole number from 1"),
+        ({"validation": TensorDataset(torch.zeros(0, 6))}, r"len\(validation\) = 0: expected one picture or more"),
+        ({"train": TensorDataset(torch.zeros(0, 6))}, r"len\(train\) = 0: expected one picture or more"),
+    ],
+)
+def test_heads_refuse_what_cannot_train(settings: dict[str, Any], message: str) -> None:
+    train = settings.pop("train", make_features())
+    with pytest.raises(ValueError, match=message):
+        fit(nn.Linear(6, 3), train, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_decay": -1.0}, r"weight_decay = -1\.0: expected a number from 0"),
+        ({"weight_decay": math.nan}, "weight_decay = nan: expected a number from 0"),
+        ({"tolerance": -1e-5}, "tolerance = -1e-05: expected a number from 0"),
+        ({"max_iterations": 0}, "max_iterations = 0: expected a whole number from 1"),
+        ({"chunk_size": 0}, "chunk_size = 0: expected a whole number from 1"),
+        ({"features": TensorDataset(torch.zeros(0, 6))}, r"len\(features\) = 0: expected one picture or more"),
+    ],
+)
+def test_lbfgs_refuses_what_cannot_train(settings: dict[str, Any], message: str) -> None:
+    features = settings.pop("features", make_features())
+    with pytest.raises(ValueError, match=message):
+        fit_lbfgs(nn.Linear(6, 3), features, device=CPU, **settings)

@@ -92,6 +92,11 @@ def test_an_unfit_entry_is_refused(entries: dict[str, Any], message: str) -> Non
         Phase(**entries)
 
 
+def test_a_folder_of_phases_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no file; pass a TOML file with \[\[phases\]\] tables"):
+        read_phases(tmp_path)
+
+
 def rates(phase: Phase, steps_per_epoch: int) -> list[list[float]]:
     layer = nn.Linear(2, 2)
     groups = [{"params": [layer.weight], "lr": 1.0}, {"params": [layer.bias], "lr": 0.1}]

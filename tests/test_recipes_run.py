@@ -233,6 +233,22 @@ def test_wrong_settings_leave_nothing_behind(settings: dict[str, Any], changes: 
     assert not settings["output"].exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phases": ()}, r"phases = \(\): expected one Phase or more"),
+        ({"batch_size": 0}, "batch_size = 0: expected a whole number from 1"),
+        ({"accumulation": 0}, "accumulation = 0: expected a whole number from 1"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps = 0: expected a whole number from 1"),
+        ({"seed": 2**63}, f"seed = {2**63}: expected a whole number from 0, below"),
+        ({"mixed_precision": "fp8"}, "mixed_precision = 'fp8': expected no, fp16 or bf16"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(**changes)
+
+
 @pytest.mark.usefixtures("no_work")
 def test_without_matplotlib_it_says_how_to_install_it_before_any_work(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch

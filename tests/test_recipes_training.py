@@ -277,3 +277,21 @@ def test_mixed_precision_leaves_no_trace_in_the_model() -> None:
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "accumulation", "checkpoint_steps"])
+def test_a_loop_refuses_what_it_cannot_do(name: str) -> None:
+    for value in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=rf"{name} = {value}: expected a whole number from 1"):
+            Loop(ACCELERATOR, **{name: value})
+    with pytest.raises(ValueError, match="seed = -1: expected a whole number from 0"):
+        Loop(ACCELERATOR, seed=-1)
+
+
+def test_no_phases_and_no_pictures_are_refused() -> None:
+    none: Any = TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0))
+    with pytest.raises(ValueError, match=r"phases = \[\]: expected one Phase or more"):
+        fine_tune(make_model(), make_pictures(), make_pictures(), [], Loop(ACCELERATOR))
+    for data, name in ((none, "train"), (make_pictures(), "test")):
+        with pytest.raises(ValueError, match=rf"len\({name}\) = 0: expected one picture or more"):
+            fine_tune(make_model(), data, none, [Phase()], Loop(ACCELERATOR))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from backbone_finetune.param_groups import build_param_groups
 
+from .checking import expect, is_whole
 from .features import feature_batches
 
 __all__ = ["HeadResult", "decaying_names", "fit_heads"]
@@ -129,8 +130,13 @@ def fit_heads(
     classifier gets a tuple. On data of one picture more than full batches, that one sits the epoch out.
 
     Raises:
-        ValueError: no rates or impossible ones, nothing in the classifier trains, or every head diverged.
+        ValueError: no rates or impossible ones, no epochs, no data, nothing in the classifier trains, or every head
+            diverged.
     """
+    expect("epochs", epochs, "a whole number from 1", is_whole(epochs, least=1))
+    expect("batch_size", batch_size, "a whole number from 1", is_whole(batch_size, least=1))
+    expect("len(train)", len(train), "one picture or more", len(train) > 0)
+    expect("len(validation)", len(validation), "one picture or more", len(validation) > 0)
     rates = list(product(learning_rates, weight_decays))
     if not rates or not all(0 <= rate < math.inf for pair in rates for rate in pair):
         raise ValueError(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+from .checking import expect, is_number, is_whole
 from .features import feature_batches
 from .heads import decaying_names, to_device
 
@@ -53,8 +54,14 @@ def fit_lbfgs(
     classifier runs in eval: dropout is off, running statistics stay. It goes to ``device``, and keeps its modes.
 
     Raises:
-        ValueError: nothing in the classifier trains, or the objective is not finite.
+        ValueError: an argument is out of range, there are no features, nothing in the classifier trains, or the
+            objective is not finite.
     """
+    expect("len(features)", len(features), "one picture or more", len(features) > 0)
+    expect("weight_decay", weight_decay, "a number from 0", is_number(weight_decay) and weight_decay >= 0)
+    expect("tolerance", tolerance, "a number from 0", is_number(tolerance) and tolerance >= 0)
+    expect("max_iterations", max_iterations, "a whole number from 1", is_whole(max_iterations, least=1))
+    expect("chunk_size", chunk_size, "a whole number from 1", is_whole(chunk_size, least=1))
     decaying = decaying_names(classifier)
     classifier.to(device)
     trained = {name: parameter for name, parameter in classifier.named_parameters() if parameter.requires_grad}

@@ -1,6 +1,5 @@
 """Phases: a training run is a list of them, each with its own share of the network that trains, and its own rates."""
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,6 +10,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+from .checking import expect, is_number, is_whole
 
 __all__ = ["Phase", "read_phases"]
 
@@ -43,41 +44,20 @@ class Phase:
 
     def __post_init__(self) -> None:
         """See that each entry is of its kind and in its range."""
-        expect(self, "epochs", "a whole number from 1", is_whole(self.epochs) and self.epochs >= 1)
-        whole_groups = is_whole(self.trainable_groups) and self.trainable_groups >= 0
-        expect(self, "trainable_groups", "a whole number from 0", whole_groups)
-        expect(self, "lr", "a number above 0", is_number(self.lr) and self.lr > 0)
-        expect(self, "backbone_lr", "a number above 0", is_number(self.backbone_lr) and self.backbone_lr > 0)
+        self.expect("epochs", "a whole number from 1", is_whole(self.epochs, least=1))
+        self.expect("trainable_groups", "a whole number from 0", is_whole(self.trainable_groups))
+        self.expect("lr", "a number above 0", is_number(self.lr) and self.lr > 0)
+        self.expect("backbone_lr", "a number above 0", is_number(self.backbone_lr) and self.backbone_lr > 0)
         falls = self.layer_decay is None or (is_number(self.layer_decay) and 0 < self.layer_decay <= 1)
-        expect(self, "layer_decay", "a number above 0, up to 1", falls)
-        expect(self, "weight_decay", "a number from 0", is_number(self.weight_decay) and self.weight_decay >= 0)
+        self.expect("layer_decay", "a number above 0, up to 1", falls)
+        self.expect("weight_decay", "a number from 0", is_number(self.weight_decay) and self.weight_decay >= 0)
         rises = is_number(self.warmup_epochs) and 0 <= self.warmup_epochs <= self.epochs
-        expect(self, "warmup_epochs", f"a number from 0 to its {self.epochs} epochs", rises)
-        expect(self, "cosine", "true or false", isinstance(self.cosine, bool))
+        self.expect("warmup_epochs", f"a number from 0 to its {self.epochs} epochs", rises)
+        self.expect("cosine", "true or false", isinstance(self.cosine, bool))
 
-
-def expect(phase: Phase, name: str, expected: str, fulfilled: bool) -> None:
-    """Raise ValueError, naming an entry of a phase and what came, unless it is as expected."""
-    if not fulfilled:
-        raise ValueError(f"{name} = {getattr(phase, name)!r}: expected {expected}")
-
-
-def is_whole(value: object) -> bool:
-    """Say whether a value is a whole number.
-
-    >>> is_whole(3), is_whole(True), is_whole(3.0)
-    (True, False, False)
-    """
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Say whether a value is a finite number.
-
-    >>> is_number(1e-3), is_number(True), is_number(math.nan), is_number("1")
-    (True, False, False, False)
-    """
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    def expect(self, name: str, expected: str, fulfilled: bool) -> None:
+        """Raise ValueError, naming an entry and what came, unless it is as expected."""
+        expect(name, getattr(self, name), expected, fulfilled)
 
 
 def read_phases(path: Path) -> tuple[Phase, ...]:
@@ -92,8 +72,10 @@ def read_phases(path: Path) -> tuple[Phase, ...]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no TOML, has no phases, or a phase has an unknown or unfit entry.
+        ValueError: it is no file or no TOML, has no phases, or a phase has an unknown or unfit entry.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; pass a TOML file with [[phases]] tables")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

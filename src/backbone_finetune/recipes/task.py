@@ -10,6 +10,7 @@ from timm.data.config import resolve_model_data_config
 from backbone_finetune import FineTuneModel
 
 from .base_weights import BaseWeights, base_source, remember_base
+from .checking import expect, is_whole
 from .folder_lock import refuse_if_held
 from .model_file import build_transform
 from .networks import load_network
@@ -55,6 +56,16 @@ class TrainSettings:
     output: Path = Path("fine-tuned")
     trainable_only: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """See that there is a phase, and that each number is in its range."""
+        expect("phases", self.phases, "one Phase or more", len(self.phases) > 0)
+        for name in ("batch_size", "accumulation", "checkpoint_steps"):
+            value = getattr(self, name)
+            expect(name, value, "a whole number from 1", is_whole(value, least=1))
+        expect("seed", self.seed, "a whole number from 0, below 2**63", is_whole(self.seed) and self.seed < 2**63)
+        precisions = (None, "no", "fp16", "bf16")
+        expect("mixed_precision", self.mixed_precision, "no, fp16 or bf16", self.mixed_precision in precisions)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from backbone_finetune import FineTuneModel
 
 from .backbone_pass import trains
 from .batches import Share, epoch_batches, load_shares, share_of
+from .checking import expect, is_whole
 from .features import FeatureCache
 from .phase_data import gather_features, repeats
 from .phases import Phase
@@ -55,6 +56,13 @@ class Loop:
     caches: tuple[FeatureCache, FeatureCache] | None = None
     autocast_features: bool = True
     show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        """See that each number is in its range."""
+        for name in ("batch_size", "accumulation", "checkpoint_steps"):
+            value = getattr(self, name)
+            expect(name, value, "a whole number from 1", is_whole(value, least=1))
+        expect("seed", self.seed, "a whole number from 0", is_whole(self.seed))
 
     @property
     def shows(self) -> bool:
@@ -100,8 +108,11 @@ def fine_tune(
 
     Raises:
         AssertionError: a frozen parameter or buffer changed.
-        ValueError: nothing trains, or there are no pictures.
+        ValueError: there are no phases or no pictures, or nothing trains.
     """
+    expect("phases", phases, "one Phase or more", len(phases) > 0)
+    for name, data in (("train", train), ("test", test)):
+        expect(f"len({name})", count(data), "one picture or more", count(data) > 0)
     begun, saved = (False, None) if loop.checkpoints is None else open_checkpoints(loop.checkpoints, loop.accelerator)
     progress, changed = Progress(), set[str]()
     if saved is not None:
