@@ -234,6 +234,11 @@ def with_config(content: bytes, **entries: object) -> bytes:
         (lambda c: replace_entry(c, "class_names", "[" * 100_000), "class_names: .*expected JSON"),
         (lambda c: replace_entry(c, "class_names", json.dumps([*map(str, range(100_000))])), "has shape .*100000"),
         (
+            lambda c: replace_entry(c, "class_names", json.dumps(["cat\x1b[2J", "dog", "cow"])),
+            r"class_names: 'cat\\x1b\[2J' has control characters",
+        ),
+        (lambda c: replace_entry(c, "versions", json.dumps({"\x1b[2J": 1})), "versions: .*expected no control"),
+        (
             lambda c: replace_entry(c, "freeze_state", '{"norm_eval": 1, "trainable": []}'),
             "norm_eval: 1; expected true",
         ),

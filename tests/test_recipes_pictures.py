@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_a_single_class_is_refused(tmp_path: Path) -> None:
     make_picture(tmp_path / "cat" / "1.png", (0, 0, 0))
     with pytest.raises(ValueError, match=r"has one class only \(cat\); .*two classes or more"):
+        find_pictures(tmp_path)
+
+
+def test_a_class_with_control_characters_is_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    make_picture(tmp_path / "cat\x1b[2J" / "1.png", (0, 0, 0))
+    with pytest.raises(ValueError, match=r"cat\\x1b\[2J' has control characters in its name; rename it"):
         find_pictures(tmp_path)
 
 
@@ -167,6 +175,20 @@ def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
     picture.save(tmp_path / "picture.png")
     read = read_picture(tmp_path / "picture.png")
     assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+def test_sixteen_bits_in_the_other_order_of_bytes_keep_their_shades(tmp_path: Path) -> None:
+    Image.frombytes("I;16B", (3, 1), bytes((0, 0, 128, 0, 255, 255))).save(tmp_path / "picture.tiff")
+    assert (tmp_path / "picture.tiff").read_bytes().startswith(b"MM")
+    read = read_picture(tmp_path / "picture.tiff")
+    assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"pipe\.png: not a readable picture \(it is no file\)"):
+        read_picture(tmp_path / "pipe.png")
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

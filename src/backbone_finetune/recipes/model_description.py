@@ -1,6 +1,7 @@
 """What a model file says about its model, as text and back; nothing of a file is believed before it is checked."""
 
 import json
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -77,6 +78,8 @@ def parse_metadata(metadata: Mapping[str, str]) -> ModelDescription:
     check_architecture(architecture)
     freeze_state = parse_object(metadata, "freeze_state", {"norm_eval": False, "trainable": []})
     versions = parse_object(metadata, "versions", {})
+    if any(has_control_characters(f"{name}{version}") for name, version in versions.items()):
+        raise ValueError(f"versions: {shortened(versions)}; expected no control characters")
     if set(freeze_state) != {"norm_eval", "trainable"}:
         raise ValueError(f"freeze_state: {shortened(freeze_state)}; expected norm_eval and trainable")
     return ModelDescription(
@@ -115,14 +118,25 @@ def parse_class_names(text: str) -> tuple[str, ...]:
     ('cat', 'dog')
 
     Raises:
-        ValueError: they are not a list of two different names or more.
+        ValueError: they are not a list of two different names or more, without control characters.
     """
     names = parse_json("class_names", text)
     if not (is_list_of_names(names) and len(names) > 1):
         raise ValueError(f"class_names: {text[:80]}; expected a list of two names or more")
+    if unfit := [name for name in names if has_control_characters(name)]:
+        raise ValueError(f"class_names: {unfit[0][:80]!r} has control characters, which a terminal would act on")
     if len(set(names)) < len(names):
         raise ValueError(f"class_names: {text[:80]}; two classes have one name")
     return tuple(names)
+
+
+def has_control_characters(text: str) -> bool:
+    r"""Say whether a text has characters that move a terminal's cursor, colour it or end a line.
+
+    >>> has_control_characters("chat noir"), has_control_characters("cat\x1b[2J")
+    (False, True)
+    """
+    return any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in text)
 
 
 def parse_data_config(text: str) -> dict[str, Any]:

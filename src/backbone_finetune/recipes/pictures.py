@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .model_description import has_control_characters
+
 __all__ = [
     "PictureDataset",
     "PictureFolder",
@@ -76,6 +78,8 @@ def read_picture(path: Path) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a picture, or not a whole one; the message names it.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise ValueError(f"{path}: not a readable picture (it is no file)")
     try:
         with warnings.catch_warnings():
             # What Pillow remarks on damaged metadata of a picture that it reads all the same is of no use here.
@@ -87,7 +91,8 @@ def read_picture(path: Path) -> Image.Image:
                     raise ValueError(f"{file.width} x {file.height} pixels; at most 1 to {MOST_ELONGATED} is allowed")
                 picture = ImageOps.exif_transpose(file)
                 if picture.mode.startswith("I;16"):  # converted as it is, all above 255 of 65,535 would be white
-                    picture = picture.point(lambda value: value / 256).convert("L")
+                    # By way of 32 bits, as Pillow computes on 16 in the one order of bytes only.
+                    picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
                 if picture.mode in {"I", "F"}:
                     raise ValueError("its 32-bit values have no known range; save it with 8 or 16 bits")
                 if picture.has_transparency_data:
@@ -135,7 +140,8 @@ def find_pictures(root: Path) -> PictureFolder:
     Raises:
         FileNotFoundError: there is no such folder.
         NotADirectoryError: it is a file.
-        ValueError: it has fewer than two class folders, or one of them holds no picture.
+        ValueError: it has fewer than two class folders, or one of them holds no picture or has a name that no terminal
+            should be given.
     """
     expected = "expected a folder with a sub-folder of pictures per class"
     if not root.exists():
@@ -144,6 +150,8 @@ def find_pictures(root: Path) -> PictureFolder:
         raise NotADirectoryError(f"{root} is a file; {expected}")
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     folders.sort()
+    if named := [path for path in folders if has_control_characters(path.name)]:
+        raise ValueError(f"class folder {str(named[0])!r} has control characters in its name; rename it")
     if not folders:
         raise ValueError(f"{root} has no sub-folders; {expected}")
     if len(folders) == 1:
