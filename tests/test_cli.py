@@ -290,6 +290,20 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
     assert capsys.readouterr().err == "backbone-finetune: interrupted\n"
 
 
+def test_an_error_gives_a_terminal_nothing_to_act_on(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(settings: object) -> None:
+        raise ValueError("a name: \x1b[2Jcat")
+
+    monkeypatch.setattr(cli, "train", refuse)
+    assert fail("train") == "a name: \N{REPLACEMENT CHARACTER}[2Jcat"
+
+
+def test_one_file_for_csv_and_json_is_refused(tmp_path: Path, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = fail("predict", "model.safetensors", "tom.jpg", "--csv", "answers", "--json", tmp_path / "answers")
+    assert line == "--csv and --json are both answers; give each a file of its own"
+
+
 def test_an_error_of_many_lines_is_one_line(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(settings: object) -> None:
         raise ValueError("it does not fit:\n\tone\n\ttwo")

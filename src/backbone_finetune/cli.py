@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         if os.environ.get("RANK", "0") == "0":  # of many processes that torchrun started, one speaks
-            print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", " ".join(str(error).split()))
+            print(f"{PROGRAM}: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
@@ -244,6 +246,8 @@ def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
 
 def run_predict(options: argparse.Namespace) -> int:
     """Carry out `predict`: a line for each picture, and status 2 when one could not be read."""
+    if options.csv is not None and options.json is not None and options.csv.resolve() == options.json.resolve():
+        raise ValueError(f"--csv and --json are both {options.csv}; give each a file of its own")
     paths = list_pictures(options.pictures)
     trained = load_trained_model(options.model, base=options.base)
     unreadable = 0
