@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from .feature_store import digest_file
-from .folder_lock import LOCK_FILE
+from .folder_lock import LOCK_FILE, holding
 
 __all__ = [
     "MODEL_FILE",
@@ -20,6 +20,7 @@ __all__ = [
     "claim_output_folder",
     "clear",
     "make_output_folder",
+    "remove_leftover",
     "replacing",
 ]
 
@@ -55,6 +56,16 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
         raise FileExistsError(
             f"{folder} already holds a finished model; pass --overwrite to replace it, or another folder with --output"
         )
+
+
+def remove_leftover(folder: Path) -> None:
+    """Remove what a run has left that was killed when its model was written, and nothing else was left to do."""
+    unfinished = folder / UNFINISHED
+    if not (unfinished.is_dir() and (folder / MODEL_FILE).exists()):
+        return
+    with holding(unfinished, name=str(folder)):
+        if not replaces_model(folder):
+            clear(unfinished)
 
 
 def make_output_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from .checking import expect, is_whole
 from .folder_lock import refuse_if_held
 from .model_file import build_transform
 from .networks import load_network
-from .output import UNFINISHED, check_output_folder
+from .output import UNFINISHED, check_output_folder, remove_leftover
 from .phases import Phase
 from .pictures import PictureDataset, PictureFolder, find_pictures, leave_out_broken_pictures, split
 from .processes import run_on_main
@@ -113,11 +113,12 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
 
 
 def find_classes(settings: TrainSettings) -> PictureFolder:
-    """Look, and touch nothing: may this run write where it wants to, and what classes are there?
+    """Look, and touch nothing but what a killed run left: may this one write where it wants to, and what classes?
 
     >>> len(find_classes(TrainSettings(output=Path("no such folder"))).class_names)
     10
     """
+    remove_leftover(settings.output)
     check_output_folder(settings.output, overwrite=settings.overwrite)
     refuse_if_held(settings.output / UNFINISHED, name=str(settings.output))
     return find_pictures(settings.pictures or CLIPART)
