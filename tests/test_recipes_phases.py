@@ -13,7 +13,7 @@ from torch import nn
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.phases import Phase, read_phases
-from backbone_finetune.recipes.training import make_schedule
+from backbone_finetune.recipes.schedules import make_schedule
 
 
 def write(folder: Path, text: str) -> Path:

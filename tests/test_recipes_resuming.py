@@ -27,7 +27,7 @@ from safetensors import safe_open
 from backbone_finetune import cli
 from backbone_finetune.recipes import run as run_module
 from backbone_finetune.recipes.folder_lock import LOCK_FILE, holding, refuse_if_held
-from backbone_finetune.recipes.output import MODEL_FILE, RUN_FILE, UNFINISHED, claim_output_folder
+from backbone_finetune.recipes.output import MODEL_FILE, RUN_FILE, UNFINISHED, claim_output_folder, remove_leftover
 from backbone_finetune.recipes.progress import Checkpoint, EpochResult, Progress, newest_checkpoint, write_checkpoint
 from backbone_finetune.recipes.randomness import own_randomness, random_state, restore_random_state
 from backbone_finetune.recipes.resuming import resume, take_down
@@ -76,7 +76,8 @@ def assert_undisturbed(folder: Path, codes: list[int]) -> None:
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     kinds = run_and_kill(tmp_path, kills=5, seed=0)
     assert sum(codes.count(SIGKILLED) for codes in kinds.values()) >= 8
-    assert any("resuming at epoch" in log.read_text() for log in tmp_path.glob("command/*/log.txt"))
+    logs = [log.read_text() for log in tmp_path.glob("command/*/log.txt")]
+    assert any(re.search("resuming at epoch|its training was finished", log) for log in logs)
     for kind, codes in kinds.items():
         assert_undisturbed(tmp_path / kind, codes)
 
@@ -165,6 +166,35 @@ def test_a_run_that_replaces_a_finished_one_can_be_gone_on_with(tmp_path: Path) 
     assert (tmp_path / MODEL_FILE).read_text() == "the first model"
 
 
+def test_what_a_run_left_that_was_killed_at_its_very_end_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class KilledError(Exception):
+        """In the place of SIGKILL."""
+
+    def die(folder: Path) -> None:
+        raise KilledError
+
+    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--epochs", "1"]
+    command += ["--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "clear", die)
+        with pytest.raises(KilledError):
+            cli.main(command)
+    assert (tmp_path / "run" / UNFINISHED / "checkpoints").is_dir()
+    assert cli.main(command) == 2
+    assert "already holds a finished model" in capsys.readouterr().err
+    assert not (tmp_path / "run" / UNFINISHED).exists()
+
+
+def test_what_a_run_needs_that_will_replace_a_model_stays(tmp_path: Path) -> None:
+    (tmp_path / MODEL_FILE).write_text("the first model")
+    claim_output_folder(tmp_path, RECORD, overwrite=True)
+    (tmp_path / UNFINISHED / "checkpoints").mkdir()
+    remove_leftover(tmp_path)
+    assert (tmp_path / UNFINISHED / "checkpoints").is_dir()
+
+
 def test_a_damaged_record_is_another_run(tmp_path: Path) -> None:
     claim_output_folder(tmp_path, RECORD, overwrite=False)
     (tmp_path / RUN_FILE).write_text("{")
@@ -235,7 +265,8 @@ def test_ctrl_c_leaves_a_run_that_goes_on(
     assert "(phases 1 epochs: 2 there, 3 here)" in capfd.readouterr().err
     assert cli.main(command) == 0
     printed = capfd.readouterr()
-    assert "resuming at epoch 3, step 0" in printed.out
+    assert "its training was finished; going on with the rest" in printed.out
+    assert "resuming at" not in printed.out
     assert "epoch 1/2" not in printed.err
     assert (tmp_path / "run" / MODEL_FILE).exists()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.features import FeatureCache
 from backbone_finetune.recipes.phases import Phase
 from backbone_finetune.recipes.processes import make_accelerator
 from backbone_finetune.recipes.training import Loop, evaluate, fine_tune
@@ -254,6 +255,23 @@ def test_phases_go_on_where_the_one_before_ended_and_each_moves_its_own_layers()
     assert {name for name in changed(before, model) if name.startswith("backbone.stem")} == set()
     assert "backbone.last.0.weight" in changed(before, model)
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+
+
+def test_features_of_the_backbone_before_it_trained_are_replaced_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = [Phase(epochs=1), Phase(epochs=1, trainable_groups=1), Phase(epochs=1)]
+    caches = (FeatureCache(tmp_path / "train", "these"), FeatureCache(tmp_path / "test", "those"))
+    loop = Loop(ACCELERATOR, caches=caches, show_progress=False)
+    last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 16))
+    model = FineTuneModel(nn.Sequential(nn.Conv2d(3, 8, 3), last), nn.Linear(16, 3))
+    passes: list[None] = []
+    model.backbone.register_forward_hook(lambda *_: passes.append(None))
+    fine_tune(model, make_pictures(), make_pictures(12), phases, loop)
+    assert len(passes) == 2 + 2 + 2
+    fine_tune(model, make_pictures(), make_pictures(12), [Phase(epochs=1)], loop)
+    assert len(passes) == 6  # the features that are kept are those of the backbone as it is in the end
+    assert capsys.readouterr().err == ""
 
 
 def test_mixed_precision_leaves_no_trace_in_the_model() -> None:

@@ -15,7 +15,15 @@ import psutil
 import torch
 from torch import Tensor
 
-__all__ = ["UnusableStoreError", "build_store", "map_store", "open_store", "refuse_other_files", "write_store"]
+__all__ = [
+    "UnusableStoreError",
+    "build_store",
+    "map_store",
+    "open_store",
+    "refuse_other_files",
+    "remove_store",
+    "write_store",
+]
 
 MANIFEST = "manifest.json"
 FORMAT = "backbone-finetune features 1"
@@ -250,6 +258,17 @@ def refuse_other_files(folder: Path) -> None:
             f"{folder} holds other files than cached features ({', '.join(others[:3])}); "
             "pass a folder of its own for the cache"
         )
+
+
+def remove_store(folder: Path) -> None:
+    """Remove a store, if there is one, and nothing else.
+
+    Raises:
+        FileExistsError: the folder holds other files.
+    """
+    refuse_other_files(folder)
+    for path in folder.iterdir() if folder.exists() else ():
+        path.unlink(missing_ok=True)
 
 
 def move_into_place(built: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from backbone_finetune import FineTuneModel
 
+from .feature_store import remove_store
 from .features import FeatureCache, extract_features
 from .fingerprints import is_deterministic
 from .randomness import own_randomness
@@ -38,10 +39,12 @@ def gather_features(
     cache: FeatureCache | None = None,
     autocast: bool = True,
     title: str | None = None,
+    moved: bool = False,
 ) -> TensorDataset:
     """Run a frozen backbone once over a dataset: each process over its part, and all of them get all features.
 
-    See `extract_features`; this adds the processes, and draws nothing from any random generator.
+    See `extract_features`; this adds the processes, and draws nothing from any random generator. A cache of a backbone
+    that has ``moved`` since then, as it should, is replaced without a word.
 
     >>> model = FineTuneModel(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).freeze_backbone()
     >>> pictures = TensorDataset(torch.ones(3, 3), torch.tensor([0, 1, 1]))
@@ -58,6 +61,8 @@ def gather_features(
             part = f"{accelerator.process_index}-of-{processes}"
             folder, fingerprint = Path(f"{cache.folder}-{part}"), f"{cache.data_fingerprint} {part}"
             cache = FeatureCache(folder, fingerprint, memory_share=cache.memory_share)
+    if cache is not None and moved:
+        remove_store(cache.folder)
     with own_randomness():
         features = extract_features(
             model,

@@ -1,6 +1,7 @@
 """The training loop: phase after phase, on features where the backbone is frozen, on pictures where it is not."""
 
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,9 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from timm.scheduler.step_lr import StepLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
@@ -28,6 +27,7 @@ from .phases import Phase
 from .processes import communicated_bytes, prepare, release, whole
 from .progress import EpochResult, Progress, write_checkpoint
 from .resuming import load_by_name, open_checkpoints, resume, take_down
+from .schedules import make_schedule
 
 __all__ = ["EpochResult", "Loop", "evaluate", "fine_tune"]
 
@@ -120,11 +120,14 @@ def fine_tune(
         changed.update(saved.model)
         load_by_name(model, saved.model)
     if begun and loop.shows:
-        print(f"resuming at {progress.describe()}", flush=True)
+        done = progress.phase == len(phases)
+        print("its training was finished; going on with the rest" if done else f"resuming at {progress.describe()}")
+        sys.stdout.flush()
     total = sum(phase.epochs for phase in phases)
+    moved = False
     while progress.phase < len(phases):
         phase = phases[progress.phase]
-        with in_phase(model, train, test, phase=phase, changed=changed, loop=loop) as stage:
+        with in_phase(model, train, test, phase=phase, changed=changed, loop=loop, moved=moved) as stage:
             if saved is not None:
                 resume(saved, stage.optimizer, loop.accelerator)
                 saved = None
@@ -132,14 +135,25 @@ def fine_tune(
                 train_epoch(stage, phase, progress, loop, title=f"epoch {len(progress.history) + 1}/{total}")
                 if progress.epoch == 0:  # the next phase's
                     break
+            moved = moved or trains(model.backbone)
     return progress.history
 
 
 @contextmanager
 def in_phase(
-    model: FineTuneModel, train: Dataset[Any], test: Dataset[Any], *, phase: Phase, changed: set[str], loop: Loop
+    model: FineTuneModel,
+    train: Dataset[Any],
+    test: Dataset[Any],
+    *,
+    phase: Phase,
+    changed: set[str],
+    loop: Loop,
+    moved: bool,
 ) -> Iterator[Stage]:
-    """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move."""
+    """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move.
+
+    Where the backbone has ``moved`` in an earlier phase, the features that are kept are known to be of no use.
+    """
     accelerator = loop.accelerator
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
     changed.update(model.state_dict().keys() - model.frozen_fingerprint().keys())
@@ -156,6 +170,7 @@ def in_phase(
                     cache=cache,
                     autocast=loop.autocast_features,
                     title=title,
+                    moved=moved,
                 )
                 for data, cache, title in zip((train, test), loop.caches or (None, None), titles, strict=True)
             )
@@ -259,26 +274,6 @@ def evaluate(module: nn.Module, data: Dataset[Any], *, batch_size: int, accelera
         answers = module(*(tensor.to(accelerator.device) for tensor in inputs)).argmax(-1)[: share.own]
         correct += (answers == targets[: share.own].to(accelerator.device)).sum()
     return int(accelerator.reduce(correct)) / count(data)
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, phase: Phase, steps_per_epoch: int) -> Scheduler:
-    """Make the schedule of a phase's rates, step by step: they are a function of the step's number alone.
-
-    >>> optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-    >>> schedule, rates = make_schedule(optimizer, Phase(epochs=4, warmup_epochs=1, cosine=True), 2), []
-    >>> for step in range(1, 9):
-    ...     schedule.step_update(step)
-    ...     rates.append(round(optimizer.param_groups[0]["lr"], 2))
-    >>> rates
-    [0.5, 1.0, 0.95, 0.81, 0.61, 0.39, 0.19, 0.05]
-    """
-    steps, warmup = phase.epochs * steps_per_epoch, round(phase.warmup_epochs * steps_per_epoch)
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper around it
-    if phase.cosine:  # one step longer than there are, so that the last one still learns
-        return CosineLRScheduler(
-            inner, steps - warmup + 1, warmup_t=warmup, warmup_lr_init=0, warmup_prefix=True, t_in_epochs=False
-        )
-    return StepLRScheduler(inner, steps + 1, decay_rate=1, warmup_t=warmup, warmup_lr_init=0, t_in_epochs=False)
 
 
 def average_statistics(stage: Stage, accelerator: Accelerator) -> None:
