@@ -123,13 +123,43 @@ def data_parallel() -> None:
 def fully_sharded() -> None:
     """FSDP2, wrapped once: it follows what is frozen by itself."""
 
-    def shard(model: FineTuneModel) -> nn.Module:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for stage in (model.backbone.layer3, model.backbone.layer4, model):
-            fully_shard(stage, mesh=mesh)
-        return model
-
     train_phases("test_resnet", shard, sharded=True)
+
+
+def shard(model: FineTuneModel) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for stage in (model.backbone.layer3, model.backbone.layer4, model):
+        fully_shard(stage, mesh=mesh)
+    return model
+
+
+def after_a_forward_without_gradients() -> None:
+    """FSDP2's root shows whole parameters then, and what is said or asked of these is lost at the next step."""
+    model = build("test_resnet")
+    shard(model)
+    pictures, labels = (own_share(tensor) for tensor in batch(0))
+
+    def forward_without_gradients() -> None:
+        with torch.no_grad():
+            model(pictures)
+        assert not isinstance(model.backbone.bn1.weight, DTensor)
+
+    backward(model, pictures, labels)
+    stem = model.backbone.bn1.weight
+    assert isinstance(stem, DTensor)
+    assert stem.grad is not None
+    model.backbone.bn1.requires_grad_(False)  # by hand, so that the next train() drops its gradient
+    forward_without_gradients()
+    model.train()
+    assert stem.grad is None
+
+    fingerprint = model.freeze_backbone(trainable_groups=1).frozen_fingerprint()
+    forward_without_gradients()
+    assert model.frozen_fingerprint() == fingerprint
+
+    forward_without_gradients()
+    groups = model.param_groups(lr=0.1, include_frozen=True)
+    assert all(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
 
 
 def drift() -> None:
@@ -149,7 +179,9 @@ def drift() -> None:
     backward(DistributedDataParallel(model), pictures, labels)
 
 
-SCENARIOS = {function.__name__: function for function in (data_parallel, fully_sharded, drift)}
+SCENARIOS = {
+    function.__name__: function for function in (data_parallel, fully_sharded, after_a_forward_without_gradients, drift)
+}
 
 
 def main(scenario: str, rank: str, world_size: str, store_file: str) -> None:

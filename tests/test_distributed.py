@@ -22,7 +22,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 SECONDS = 300
 
 
-@pytest.mark.parametrize("scenario", ["data_parallel", "fully_sharded", "drift"])
+@pytest.mark.parametrize("scenario", ["data_parallel", "fully_sharded", "after_a_forward_without_gradients", "drift"])
 def test_two_processes(scenario: str, tmp_path: Path) -> None:
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     processes = []
@@ -169,3 +169,11 @@ def test_compiled_around_or_within_the_wrapper(group_of_one: None) -> None:
         model.freeze_backbone(trainable_groups=1)
         with pytest.raises(RuntimeError, match="Wrap again"):
             wrapped(PICTURES)
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler.*")
+def test_one_graph_within_the_wrapper_is_refused_with_the_reason(group_of_one: None) -> None:
+    torch.compiler.reset()
+    wrapped = DistributedDataParallel(torch.compile(frozen_model(), backend="aot_eager", fullgraph=True))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="what trains is compared at each forward within"):
+        wrapped(PICTURES)

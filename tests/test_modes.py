@@ -117,6 +117,14 @@ def test_eval_reaches_everything(trainable_groups: int) -> None:
     assert torch.equal(model(inputs), model(inputs))
 
 
+def test_chance_without_parameters_is_off_where_all_is_frozen() -> None:
+    model = FineTuneModel(nn.Linear(8, 8), nn.Dropout()).train().freeze_backbone()
+    inputs = torch.randn(4, 8)
+    assert not model.classifier.training
+    assert torch.equal(model(inputs), model(inputs))
+    assert model.unfreeze_backbone().classifier.training
+
+
 def test_an_outer_module_cannot_wake_what_is_frozen() -> None:
     model = three_blocks().freeze_backbone(trainable_groups=1)
     nn.ModuleDict({"network": model}).eval().train()

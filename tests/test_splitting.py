@@ -212,3 +212,24 @@ def test_two_modules_go_back_to_a_sequential() -> None:
     plain = FineTuneModel(backbone, classifier).to_module()
     assert isinstance(plain, nn.Sequential)
     assert list(plain) == [backbone, classifier]
+
+
+class Counts(nn.Module):
+    """Counts its forwards, in eval too: (B, 4) -> (B, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.forwards += 1
+        return inputs
+
+
+def test_a_probe_leaves_a_buffer_that_every_forward_writes_as_it_found_it() -> None:
+    network = nn.Sequential(Counts(), nn.Linear(4, 2))
+    FineTuneModel.from_module(network, network[1], example_input=torch.zeros(1, 4))
+    assert network[0].forwards == 0
+    classifier = nn.Sequential(Counts(), nn.Linear(4, 2))
+    FineTuneModel.from_module(network, network[1], new_classifier=classifier, example_input=torch.zeros(1, 4))
+    assert classifier[0].forwards == 0
