@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from backbone_finetune import FineTuneModel
+from backbone_finetune.freezing import digest
 
 
 class Tables(nn.Module):
@@ -73,6 +74,29 @@ def test_minus_zero_and_nan_are_bits_like_any_other() -> None:
         model.backbone[0].weight.neg_()
 
 
+def test_dtype_and_shape_count_though_the_bits_are_the_same() -> None:
+    zeros = torch.zeros(4)
+    others = (torch.zeros(4, dtype=torch.int32), torch.zeros(2, 2), torch.zeros(1, 4))
+    assert len({digest(tensor) for tensor in (zeros, *others)}) == 4
+
+
+def values_of(sparse: Tensor) -> Tensor:
+    return sparse._values() if sparse.layout == torch.sparse_coo else sparse.values()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_sparse_buffer_counts(layout: torch.layout) -> None:
+    model = small_model()
+    model.backbone.register_buffer("graph", torch.eye(3).to_sparse(layout=layout))
+    with model.assert_frozen():
+        pass
+    with pytest.raises(AssertionError, match=r"backbone\.graph: a buffer"), model.assert_frozen():
+        model.backbone.graph = torch.eye(3).roll(1, 0).to_sparse(layout=layout)
+    with pytest.raises(AssertionError, match=r"backbone\.graph: a buffer"), model.assert_frozen():
+        values_of(model.backbone.graph)[1] = 2.0
+
+
 def test_training_passes_and_what_trains_is_free_to_move() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
@@ -99,6 +123,7 @@ def test_the_error_goes_by_layer_group_and_names_the_cause() -> None:
     assert list(by_group) == ["layer1", "layer3", "layer4"]
     assert "layer1.0.conv1.weight: written to, by an optimizer" in by_group["layer1"]
     assert "more: a running statistic, moved by a forward" in by_group["layer3"]
+    assert by_group["layer3"].endswith(", or by a load")
     assert "layer4.0.conv1.weight: unfrozen inside" in by_group["layer4"]
 
 

@@ -134,11 +134,17 @@ def digest(tensor: torch.Tensor) -> str:
     """
     to_local = getattr(tensor, "to_local", None)
     local = cast(torch.Tensor, to_local()) if to_local is not None else tensor
-    # One tensor at a time leaves the device, and on the CPU its own memory is read: no second copy of the model.
-    octets = local.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     hashed = hashlib.sha256(f"{local.dtype} {tuple(local.shape)} ".encode())
-    hashed.update(octets.data)
+    for part in (local,) if local.layout == torch.strided else _parts_of_sparse(local):
+        # One tensor at a time leaves the device, and on the CPU its own memory is read: no second copy of the model.
+        bits = part.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        hashed.update(bits.data)
     return hashed.hexdigest()
+
+
+def _parts_of_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    in_coordinates = tensor.detach() if tensor.layout == torch.sparse_coo else tensor.detach().to_sparse()
+    return in_coordinates._indices(), in_coordinates._values()
 
 
 def describe_changes(
@@ -161,7 +167,8 @@ def describe_changes(
             cause = "no longer in the model, since a module was replaced"
         elif name.rpartition(".")[2].startswith(("running_", "num_batches_tracked")):
             cause = (
-                "a running statistic, moved by a forward with its module in train mode; call the model's own train()"
+                "a running statistic, moved by a forward with its module in train mode (call the model's own train()), "
+                "or by a load"
             )
         elif name not in parameters:
             cause = "a buffer, written by a load or a forward (some fill a table in their first forward)"
