@@ -57,7 +57,7 @@ def test_train_takes_a_folder_and_every_option(tmp_path: Path, capfd: pytest.Cap
     options = (
         f"--model test_resnet --checkpoint {tmp_path / 'weights.pth'} --epochs 1 --seed 7 --trainable-groups 1 "
         f"--lr 0.01 --backbone-lr 0.002 --weight-decay 0.1 --batch-size 4 --device cpu --output {output} "
-        "--accumulation 2 --checkpoint-steps 3"
+        "--accumulation 2 --checkpoint-steps 3 --layer-decay 0.75 --warmup-epochs 0.5 --cosine"
     )
     assert cli.main(["train", str(pictures), *options.split()]) == 0
     metrics = json.loads((output / "metrics.json").read_text())
@@ -67,10 +67,10 @@ def test_train_takes_a_folder_and_every_option(tmp_path: Path, capfd: pytest.Cap
             "trainable_groups": 1,
             "lr": 0.01,
             "backbone_lr": 0.002,
-            "layer_decay": None,
+            "layer_decay": 0.75,
             "weight_decay": 0.1,
-            "warmup_epochs": 0.0,
-            "cosine": False,
+            "warmup_epochs": 0.5,
+            "cosine": True,
         }
     ]
     assert (metrics["seed"], metrics["batch_size"]) == (7, 4)
@@ -268,6 +268,10 @@ def test_a_truncated_model_is_refused(trained: Path, tmp_path: Path, fail: Fail)
         ("train --lr 0", "argument --lr: '0': expected a number above 0"),
         ("train --lr nan", "argument --lr: 'nan': expected a number above 0"),
         ("train --backbone-lr inf", "argument --backbone-lr: 'inf': expected a number above 0"),
+        ("train --layer-decay 1.5", "argument --layer-decay: '1.5': expected a number above 0, up to 1"),
+        ("train --warmup-epochs -1", "argument --warmup-epochs: '-1': expected a number from 0"),
+        ("train --epochs 1 --warmup-epochs 2", "warmup_epochs = 2.0: expected a number from 0 to its 1 epochs"),
+        ("train --cosine --phases p.toml", "--cosine and --phases p.toml were both given; write it into the file's"),
         ("train --weight-decay -1", "argument --weight-decay: '-1': expected a number from 0"),
         ("train --pretrained --checkpoint w.pth", "argument --checkpoint: not allowed with argument --pretrained"),
         ("train --modle resnet18", "unrecognized arguments: --modle"),

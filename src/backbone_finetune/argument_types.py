@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["natural_number", "non_negative_number", "positive_integer", "positive_number"]
+__all__ = ["natural_number", "non_negative_number", "positive_integer", "positive_number", "share_above_zero"]
 
 NumberT = TypeVar("NumberT", int, float)
 
@@ -44,6 +44,15 @@ def non_negative_number(text: str) -> float:
     0.0
     """
     return checked(text, float, "a number from 0", lambda value: 0 <= value < math.inf)
+
+
+def share_above_zero(text: str) -> float:
+    """Read a number above 0, up to 1.
+
+    >>> share_above_zero("0.75")
+    0.75
+    """
+    return checked(text, float, "a number above 0, up to 1", lambda value: 0 < value <= 1)
 
 
 def checked(text: str, read: Callable[[str], NumberT], expected: str, is_allowed: Callable[[NumberT], bool]) -> NumberT:

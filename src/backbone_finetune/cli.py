@@ -6,10 +6,11 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from .argument_types import natural_number, non_negative_number, positive_integer, positive_number
+from .argument_types import natural_number, non_negative_number, positive_integer, positive_number, share_above_zero
 from .recipes.evaluation import describe_evaluation, evaluate_folder, write_evaluation
 from .recipes.inspection import inspect, inspect_file
 from .recipes.model_file import load_trained_model
@@ -96,10 +97,14 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         ("--trainable-groups", natural_number, "N", "layer groups of the backbone that train too, from the output; "),
         ("--lr", positive_number, "RATE", ""),
         ("--backbone-lr", positive_number, "RATE", ""),
+        ("--layer-decay", share_above_zero, "SHARE", "of each layer's rate that the one before it gets; "),
         ("--weight-decay", non_negative_number, "W", ""),
+        ("--warmup-epochs", non_negative_number, "N", "in which the rates rise from 0, or a fraction of one; "),
     ):
         default = getattr(defaults, option.removeprefix("--").replace("-", "_"))
-        one_phase.add_argument(option, type=read, metavar=metavar, help=f"{text}default: {default}")
+        shown = "none" if default is None else default
+        one_phase.add_argument(option, type=read, metavar=metavar, help=f"{text}default: {shown}")
+    one_phase.add_argument("--cosine", action="store_true", default=None, help="let the rates fall to 0 at the end")
     add("--seed", type=natural_number, default=settings.seed, metavar="S", help="default: %(default)s")
     add(
         "--batch-size",
@@ -234,7 +239,7 @@ def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
     Raises:
         ValueError: there are both.
     """
-    names = ("epochs", "trainable_groups", "lr", "backbone_lr", "weight_decay")
+    names = [field.name for field in fields(Phase)]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.phases is None:
         return (Phase(**given),)
