@@ -6,7 +6,8 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from .recipes.phases import Phase, read_phases
 from .recipes.pictures import list_pictures
 from .recipes.prediction import predict, writing_csv, writing_json
 from .recipes.run import TrainSettings, train
+from .recipes.run_record import read_run
 
 __all__ = ["main"]
 
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     try:
-        status: int = options.run(options)
+        status: int = options.run_command(options)
         sys.stdout.flush()
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if isinstance(error, BrokenPipeError):  # `... | head` has read enough
@@ -83,15 +85,21 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "classes), above EfficientNet-Lite0 with packaged ImageNet weights; nothing is downloaded. A run that was "
         "stopped goes on where it was when the same command is given again."
     )
-    add = parser.add_argument
+    # No defaults here: what was not given must not be in the way of --phases and --run.
+    add, switch = parser.add_argument, partial(parser.add_argument, action="store_true", default=None)
     add("pictures", nargs="?", type=Path, metavar="PATH", help="a folder with a sub-folder of pictures per class")
-    add("--model", metavar="NAME", help="any architecture of timm (default: tf_efficientnet_lite0, packaged weights)")
+    add(
+        "--model",
+        dest="architecture",
+        metavar="NAME",
+        help="any architecture of timm (default: tf_efficientnet_lite0, packaged weights)",
+    )
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights, from the hub")
+    text = "timm's pretrained weights, from the hub"
+    weights.add_argument("--pretrained", action="store_true", default=None, help=text)
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file")
     add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table each, for several phases")
     one_phase = parser.add_argument_group("one phase (what --phases says of several)")
-    # No defaults here: what was not given must not be in the way of --phases.
     for option, read, metavar, text in (
         ("--epochs", positive_integer, "N", ""),
         ("--trainable-groups", natural_number, "N", "layer groups of the backbone that train too, from the output; "),
@@ -105,38 +113,25 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         shown = "none" if default is None else default
         one_phase.add_argument(option, type=read, metavar=metavar, help=f"{text}default: {shown}")
     one_phase.add_argument("--cosine", action="store_true", default=None, help="let the rates fall to 0 at the end")
-    add("--seed", type=natural_number, default=settings.seed, metavar="S", help="default: %(default)s")
-    add(
-        "--batch-size",
-        type=positive_integer,
-        default=settings.batch_size,
-        metavar="N",
-        help="pictures in a step, on all processes together (default: %(default)s)",
-    )
-    add(
-        "--accumulation",
-        type=positive_integer,
-        default=settings.accumulation,
-        metavar="N",
-        help="parts of a batch, one after another, where it is too large for the memory (default: %(default)s)",
-    )
+    add("--run", type=Path, metavar="FILE", help="a run.json: do that run again, into another folder")
+    for option, read, metavar, text in (
+        ("--seed", natural_number, "S", ""),
+        ("--batch-size", positive_integer, "N", "pictures in a step, on all processes together; "),
+        ("--accumulation", positive_integer, "N", "parts of a batch, where it is too large for the memory; "),
+        ("--checkpoint-steps", positive_integer, "N", "write a checkpoint so often, and after each epoch; "),
+    ):
+        default = getattr(settings, option.removeprefix("--").replace("-", "_"))
+        add(option, type=read, metavar=metavar, help=f"{text}default: {default}")
+    add("--output", type=Path, metavar="DIR", help=f"default: {settings.output}")
+    add("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, ... (default: {settings.device})")
     add(
         "--mixed-precision",
         choices=("no", "fp16", "bf16"),
         help="default: the launcher's, or no; unless no is given, features are in bf16 where that is faster",
     )
-    add(
-        "--checkpoint-steps",
-        type=positive_integer,
-        default=settings.checkpoint_steps,
-        metavar="N",
-        help="write a checkpoint every N steps, and after each epoch (default: %(default)s)",
-    )
-    add("--output", type=Path, default=settings.output, metavar="DIR", help="default: %(default)s")
-    add("--trainable-only", action="store_true", help="write only what training changed; loading then takes the base")
-    add("--overwrite", action="store_true", help="replace a finished model, or another run, in the output folder")
-    add("--device", default=settings.device, help="cpu, cuda, cuda:1, ... (default: %(default)s)")
-    parser.set_defaults(run=run_train)
+    switch("--trainable-only", help="write only what training changed; loading then takes the base")
+    switch("--overwrite", help="replace a finished model, or another run, in the output folder")
+    parser.set_defaults(run_command=run_train)
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +149,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     add("--csv", type=Path, metavar="FILE", help="write the answers to a CSV file as well")
     add("--json", type=Path, metavar="FILE", help="write the answers to a JSON file as well")
     add_batch_size(parser)
-    parser.set_defaults(run=run_predict)
+    parser.set_defaults(run_command=run_predict)
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +171,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="where evaluation.json and confusion.png go (default: %(default)s)",
     )
     add_batch_size(parser)
-    parser.set_defaults(run=run_evaluate)
+    parser.set_defaults(run_command=run_evaluate)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -204,29 +199,29 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
         "architecture of timm, or of a trained model and what of it is frozen. Nothing is downloaded."
     )
     parser.add_argument("network", metavar="NAME|MODEL", help="an architecture, or the model.safetensors of `train`")
-    parser.set_defaults(run=run_inspect)
+    parser.set_defaults(run_command=run_inspect)
 
 
 def run_train(options: argparse.Namespace) -> int:
-    """Carry out `train`."""
-    train(
-        TrainSettings(
-            pictures=options.pictures,
-            architecture=options.model,
-            pretrained=options.pretrained,
-            checkpoint=options.checkpoint,
-            phases=choose_phases(options),
-            batch_size=options.batch_size,
-            accumulation=options.accumulation,
-            seed=options.seed,
-            checkpoint_steps=options.checkpoint_steps,
-            mixed_precision=options.mixed_precision,
-            output=options.output,
-            trainable_only=options.trainable_only,
-            overwrite=options.overwrite,
-            device=options.device,
-        )
-    )
+    """Carry out `train`.
+
+    Raises:
+        ValueError: there is a run to repeat, and something that it says itself.
+    """
+    names = [field.name for field in fields(TrainSettings)]
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    if options.run is None:
+        train(TrainSettings(**{**given, "phases": choose_phases(options)}))
+        return 0
+    for name in dict.fromkeys((*names, *(field.name for field in fields(Phase)))):
+        if name not in {"output", "overwrite", "device"} and getattr(options, name, None) is not None:
+            option = {"pictures": "PATH", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
+            raise ValueError(
+                f"{option} and --run {options.run} were both given; the file says all but --output, --overwrite and "
+                "--device"
+            )
+    settings, recorded = read_run(options.run)
+    train(replace(settings, **given), recorded=recorded)
     return 0
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from .features import FeatureCache
-from .fingerprints import backbone_fingerprint, data_fingerprint
+from .fingerprints import data_fingerprint
 from .folder_lock import holding
 from .metrics import Metrics, describe
 from .model_file import TrainedModel, save_trained_changes, save_trained_model
@@ -23,6 +24,7 @@ from .processes import find_device, make_accelerator, run_on_main
 from .progress import EpochResult
 from .randomness import own_randomness, seed_everything
 from .reference import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
+from .run_record import compare_runs, record_run
 from .task import CLIPART, Task, TrainSettings, make_task
 from .timing import measure_backward
 from .training import Loop, fine_tune
@@ -33,13 +35,14 @@ __all__ = ["CLIPART", "TrainSettings", "train"]
 TIMED_BATCH_SIZE = 16
 
 
-def train(settings: TrainSettings) -> Metrics:
+def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None) -> Metrics:
     """Fine-tune a model, hold it against chance, a random backbone and raw pixels, and write all of it down.
 
     It prints what it does. Into ``settings.output`` go ``run.json``, first, ``curves.png``, ``metrics.json`` and, last,
     ``model.safetensors``. What can be wrong with the settings or the pictures is found out before the training, and an
     earlier model there stays until the new one takes its place. A run that was stopped, in whatever way, goes on where
-    it was when it is given the same settings again.
+    it was when it is given the same settings again. Where they are those of a ``recorded`` run (`read_run`), what is
+    not as it was then is said.
 
     >>> train(TrainSettings(pictures=Path("no such folder")))
     Traceback (most recent call last):
@@ -58,7 +61,7 @@ def train(settings: TrainSettings) -> Metrics:
     with own_randomness(), ExitStack() as held:
         seed_everything(settings.seed)
         task = make_task(settings, accelerator)
-        loop = claim(settings, task, accelerator, held)
+        loop = claim(settings, task, accelerator, held, recorded)
         if accelerator.is_main_process:
             announce(task, accelerator.device)
         try:
@@ -85,32 +88,22 @@ def train(settings: TrainSettings) -> Metrics:
     return metrics
 
 
-def claim(settings: TrainSettings, task: Task, accelerator: Accelerator, held: ExitStack) -> Loop:
+def claim(
+    settings: TrainSettings,
+    task: Task,
+    accelerator: Accelerator,
+    held: ExitStack,
+    recorded: Mapping[str, Any] | None,
+) -> Loop:
     """Write down what run this is, or see that it is the one that was begun; returns the loop that keeps it there.
 
-    The main process holds the folder for as long as ``held`` is open.
+    The main process holds the folder for as long as ``held`` is open. What differs from a run that was ``recorded``
+    and is given again is said on stderr.
     """
     fingerprints = run_on_main(accelerator, lambda: (data_fingerprint(task.train), data_fingerprint(task.test)))
-    record = {
-        "arguments": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(settings).items()
-            if name not in {"output", "overwrite"}  # the folder may be moved; overwriting is how it began
-        },
-        "versions": installed_versions(),
-        "train_pictures": {"count": len(task.train), "digest": fingerprints[0]},
-        "test_pictures": {"count": len(task.test), "digest": fingerprints[1]},
-        "backbone_digest": backbone_fingerprint(task.model.backbone),
-    }
     unfinished = settings.output / UNFINISHED
 
-    def take() -> None:
-        make_output_folder(settings.output)
-        held.enter_context(holding(unfinished, name=str(settings.output)))
-        claim_output_folder(settings.output, record, overwrite=settings.overwrite)
-
-    run_on_main(accelerator, take)
-    return Loop(
+    loop = Loop(
         accelerator,
         batch_size=settings.batch_size,
         accumulation=settings.accumulation,
@@ -121,8 +114,23 @@ def claim(settings: TrainSettings, task: Task, accelerator: Accelerator, held: E
             FeatureCache(unfinished / "features-train", fingerprints[0]),
             FeatureCache(unfinished / "features-test", fingerprints[1]),
         ),
-        autocast_features=settings.mixed_precision != "no",
+        autocast_features=settings.mixed_precision != "no"
+        if settings.autocast_features is None
+        else settings.autocast_features,
     )
+    record = record_run(settings, task, loop, fingerprints)
+    differences = [] if recorded is None else compare_runs(recorded, record)
+    if differences and accelerator.is_main_process:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        print(f"not quite the run that was recorded: {'; '.join(differences[:3])}{more}", file=sys.stderr)
+
+    def take() -> None:
+        make_output_folder(settings.output)
+        held.enter_context(holding(unfinished, name=str(settings.output)))
+        claim_output_folder(settings.output, record, overwrite=settings.overwrite)
+
+    run_on_main(accelerator, take)
+    return loop
 
 
 def announce(task: Task, device: torch.device) -> None:

@@ -36,7 +36,8 @@ class TrainSettings:
     ``pictures`` is a folder with a sub-folder per class. ``architecture`` is a name of timm; its weights are random
     unless they come from the hub (``pretrained``) or from a file (``checkpoint``). A step sees ``batch_size``
     pictures, on all processes together, in ``accumulation`` parts one after another. With ``trainable_only`` the model
-    file holds what training changed, and loads on top of these weights alone.
+    file holds what training changed, and loads on top of these weights alone. ``autocast_features`` says whether a
+    frozen backbone computes in bf16 where that is faster: left alone, unless ``mixed_precision`` is "no".
 
     >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output
     PosixPath('fine-tuned')
@@ -52,6 +53,7 @@ class TrainSettings:
     seed: int = 0
     checkpoint_steps: int = Loop.checkpoint_steps
     mixed_precision: str | None = None
+    autocast_features: bool | None = None
     device: str = "cpu"
     output: Path = Path("fine-tuned")
     trainable_only: bool = False

@@ -1,0 +1,114 @@
+"""run.json: a run is done again by it, with the same weights; what is none is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from picture_folders import COLOURS, make_folder, make_picture
+from safetensors.torch import load_file
+
+from backbone_finetune import cli
+
+Fail = Callable[..., str]
+PHASES = "[[phases]]\nepochs = 1\n[[phases]]\nepochs = 1\ntrainable_groups = 1"
+
+
+@pytest.fixture
+def fail(capfd: pytest.CaptureFixture[str]) -> Fail:
+    """Run a command that is a mistake: status 2, and one line on stderr, which is returned."""
+
+    def run(*arguments: object) -> str:
+        assert cli.main([str(argument) for argument in arguments]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        return line.removeprefix("backbone-finetune: error: ")
+
+    return run
+
+
+def test_a_run_is_done_again_by_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(tmp_path / "here" / "pictures")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), "weights.pth")
+    (tmp_path / "here" / "phases.toml").write_text(PHASES)
+    options = "--model test_resnet --checkpoint weights.pth --phases phases.toml --seed 3 --batch-size 4 --output first"
+    assert cli.main(["train", "pictures", *options.split()]) == 0
+    monkeypatch.chdir(tmp_path / "there")
+    first, second = tmp_path / "here" / "first", tmp_path / "there" / "second"
+    capfd.readouterr()
+    assert cli.main(["train", "--run", str(first / "run.json"), "--output", "second"]) == 0
+    assert "not quite the run" not in capfd.readouterr().err
+    weights, again = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
+    record = json.loads((first / "run.json").read_text())
+    assert json.loads((second / "run.json").read_text()) == record
+    assert record["arguments"]["mixed_precision"] == "no"
+    assert record["arguments"]["checkpoint"] == str(tmp_path / "here" / "weights.pth")
+
+    make_picture(tmp_path / "here" / "pictures" / "red" / "more.png", COLOURS["red"])
+    assert cli.main(["train", "--run", str(first / "run.json"), "--output", "third"]) == 0
+    assert "not quite the run that was recorded: train_pictures count: 12 there, 13 here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("others", "option"),
+    [
+        ("pictures", "PATH"),
+        ("--model resnet18", "--model"),
+        ("--seed 0", "--seed"),
+        ("--epochs 3", "--epochs"),
+        ("--phases p.toml", "--phases"),
+        ("--pretrained", "--pretrained"),
+        ("--trainable-only", "--trainable-only"),
+    ],
+)
+def test_a_run_is_done_again_with_nothing_else(fail: Fail, others: str, option: str) -> None:
+    line = fail("train", "--run", "run.json", *others.split(), "--output", "again", "--overwrite", "--device", "cpu")
+    assert line == (
+        f"{option} and --run run.json were both given; the file says all but --output, --overwrite and --device"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "run.json: not JSON ("),
+        ("[" * 100_000, "run.json: not JSON ("),
+        ("[]", "run.json: no arguments in it; pass the run.json that"),
+        ('{"arguments": {}}', "run.json: 'accumulation' is missing; pass"),
+        ({"more": 1}, "run.json: 'more' is unknown; pass"),
+        ({"pretrained": 1}, "run.json: pretrained = 1: expected true or false"),
+        ({"phases": [{"epochs": 0}]}, "run.json, phase 1: epochs = 0: expected a whole number from 1"),
+        ({"phases": []}, "run.json: phases = (): expected one Phase or more"),
+        ({"checkpoint": 3}, "run.json: checkpoint = 3: expected a text or null"),
+        ({"batch_size": 0}, "run.json: batch_size = 0: expected a whole number from 1"),
+    ],
+)
+def test_a_record_that_is_none_is_refused(tmp_path: Path, fail: Fail, content: Any, message: str) -> None:
+    arguments = {
+        "pictures": None,
+        "architecture": None,
+        "pretrained": False,
+        "checkpoint": None,
+        "phases": [{}],
+        "batch_size": 1,
+        "accumulation": 1,
+        "seed": 0,
+        "checkpoint_steps": 1,
+        "mixed_precision": "no",
+        "autocast_features": False,
+        "device": "cpu",
+        "trainable_only": False,
+    }
+    text = content if isinstance(content, str) else json.dumps({"arguments": {**arguments, **content}})
+    (tmp_path / "run.json").write_text(text)
+    assert message in fail("train", "--run", tmp_path / "run.json", "--output", tmp_path / "run")
