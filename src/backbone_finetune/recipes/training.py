@@ -148,7 +148,7 @@ def in_phase(
     phase: Phase,
     changed: set[str],
     loop: Loop,
-    moved: bool,
+    moved: bool = False,
 ) -> Iterator[Stage]:
     """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move.
 
