@@ -13,7 +13,6 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.architectures import check_architecture
 from backbone_finetune.checkpoint import peek_checkpoint
 
-from .model_description import ModelDescription
 from .model_file import build_model, check_layouts, describe_file, freeze_as
 
 __all__ = ["count_operations", "inspect", "inspect_file"]
@@ -69,8 +68,9 @@ def inspect_file(path: Path) -> str:
         with torch.device("meta"):
             model = build_model(description)
         freeze_as(model, description)
-        states = say_states(model)
-        table = tabulate_for_picture(model, description, states)
+        table = tabulate(
+            model, description.architecture, description.data_config["input_size"], say_states(model), "state"
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     names = description.class_names
@@ -81,22 +81,6 @@ def inspect_file(path: Path) -> str:
             *table,
         ]
     )
-
-
-def tabulate_for_picture(model: FineTuneModel, description: ModelDescription, states: dict[str, str]) -> list[str]:
-    """Tabulate the model of a file, whose input size may be one that its network does not take.
-
-    Raises:
-        ValueError: it does not.
-    """
-    size = description.data_config["input_size"]
-    try:
-        return tabulate(model, description.architecture, size, states, "state")
-    except Exception as error:  # what a network says of a picture of another size can be anything
-        raise ValueError(
-            f"{description.architecture} takes no picture of {' x '.join(map(str, size))}, which the file names as its "
-            f"input_size ({str(error)[:200]})"
-        ) from error
 
 
 def say_states(model: FineTuneModel) -> dict[str, str]:

@@ -231,7 +231,8 @@ def check_layouts(
     Returns, where the file need not be complete, what of the backbone it leaves to its base, on the meta device.
 
     Raises:
-        ValueError: they do not fit, or the network would take much memory that the tensors do not account for.
+        ValueError: they do not fit, the network would take much memory that the tensors do not account for, or it takes
+            no pictures of the size that the file names.
     """
     with torch.device("meta"):
         model = build_model(description)
@@ -249,7 +250,21 @@ def check_layouts(
             f"{description.architecture} with {dict(description.arguments)} would compute tables of {beside:,} bytes "
             f"beside its tensors; at most {MOST_BYTES_BESIDE:,} are allowed"
         )
+    refuse_input_size(model, description)
     return {} if is_complete else missing
+
+
+def refuse_input_size(model: FineTuneModel, description: ModelDescription) -> None:
+    """Raise ValueError unless a network, built on the meta device, takes pictures of the size that its file names."""
+    size = description.data_config["input_size"]
+    try:
+        with torch.no_grad():
+            model.eval()(torch.empty(1, *size, device="meta"))
+    except Exception as error:  # what a network says of a picture of another size can be anything
+        raise ValueError(
+            f"{description.architecture} takes no picture of {' x '.join(map(str, size))}, which the file names as its "
+            f"input_size ({str(error)[:200]})"
+        ) from error
 
 
 def refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
