@@ -13,7 +13,7 @@ import torch
 from environment import installed_version
 from measure import Clock, Interval, milliseconds_of, paired_ratio, take_turns, warm_up
 from networks import NUM_CLASSES, picture_size
-from peer_methods import METHODS, Method, make_blueprint
+from peer_methods import METHODS, Blueprint, Method, make_blueprint
 from target_report import Target
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -38,6 +38,7 @@ class Task:
     """A network, and the pictures that every method trains on: random ones, as their content changes no cost."""
 
     model: str
+    blueprint: Blueprint
     train: TensorDataset  # (N, 3, H, W) and (N,)
     test: TensorDataset
     batch_size: int
@@ -56,8 +57,12 @@ class Samples:
 def make_task(  # noqa: PLR0917  all that a task is made of
     model: str, pictures: int, image_size: int | None, batch_size: int, epochs: int, device: torch.device
 ) -> Task:
-    """Draw random pictures, and as many more for one batch of a test, which only ours looks at."""
-    size, _ = picture_size(model, image_size)
+    """Build the network, and draw random pictures, with as many more for one batch of a test, which only ours looks at.
+
+    ValueError where the network's classifier is not one layer, which is what the peers leave trainable.
+    """
+    size, arguments = picture_size(model, image_size)
+    blueprint = make_blueprint(model, NUM_CLASSES, size[-1], arguments)
     generator = torch.Generator().manual_seed(0)
     train, test = (
         TensorDataset(
@@ -65,7 +70,7 @@ def make_task(  # noqa: PLR0917  all that a task is made of
         )
         for count in (pictures, batch_size)
     )
-    return Task(model, train, test, batch_size, epochs, device)
+    return Task(model, blueprint, train, test, batch_size, epochs, device)
 
 
 def time_in_turns(
@@ -88,9 +93,7 @@ def time_in_turns(
 
 def time_runs(task: Task, turns: int, clock: Clock, samples: Samples) -> None:
     """Time, turn by turn: a whole run of ours, one pass of the backbone, and the next epoch of each peer's run."""
-    image_size = task.train.tensors[0].shape[-1]
-    _, arguments = picture_size(task.model, image_size)
-    blueprint = make_blueprint(task.model, NUM_CLASSES, image_size, arguments)
+    blueprint = task.blueprint
     calls: dict[str, Callable[[], object]] = {}
     for precision in precisions(task, blueprint.network):
         model = FineTuneModel.from_timm(copy.deepcopy(blueprint.network)).freeze_backbone()
@@ -161,8 +164,8 @@ def judge_runs(task: Task, samples: Samples) -> Iterator[Target]:
         if f"ours, {precision}" not in taken:
             yield Target(task.model, what, CACHED_OF_ONE_PASS, remark="this device has no bf16 instructions")
             continue
-        own = taken[f"ours, {precision}"]
-        yield Target(task.model, what, CACHED_OF_ONE_PASS, paired_ratio(own, taken[f"one pass, {precision}"]), noise)
+        ratio = paired_ratio(taken[f"ours, {precision}"], taken[f"one pass, {precision}"])
+        yield Target(task.model, what, CACHED_OF_ONE_PASS, ratio, noise if precision == "float32" else None)
     for label, (at_most, at_most_own_way) in PEERS.items():
         for precision, limit in (("float32", at_most), ("bf16", at_most_own_way)):
             what = f"{task.epochs} epochs, ours, {precision} / {label}"

@@ -6,6 +6,7 @@ python benchmarks/feature_cache.py --threads 1
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from cache_plots import draw_cache
 from cache_size import judge_memory, judge_size
 from cached_heads import judge_epochs, judge_heads, make_head_task, time_epochs, time_heads
-from cached_training import Samples, judge_runs, make_task, time_runs
+from cached_training import Samples, Task, judge_runs, make_task, time_runs
 from command_line import add_shared_options, positive, settle_device
 from environment import describe_command, describe_environment
 from measure import Clock, clock_for, no_garbage_collection
@@ -56,50 +56,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_names([options.model])
         device = settle_device(options)
+        options.batch_size = options.batch_size or 32
+        size = (options.batch_size, options.epochs, device)
+        task = make_task(options.model, options.pictures, options.image_size, *size)
     except ValueError as error:
         parser.error(str(error))
     settings = {
         name: getattr(options, name)
         for name in ("model", "pictures", "image_size", "epochs", "features", "repeats", "seeds", "fine_tuning_epochs")
     }
-    settings["batch_size"] = options.batch_size = options.batch_size or 32
+    settings["batch_size"] = options.batch_size
     report = CacheReport(describe_environment(device), describe_command("feature_cache.py", given), settings)
     try:
         with no_garbage_collection():
-            for target in measure(report, options, device, clock_for(device)):
+            for target in measure(report, task, options, clock_for(device)):
                 report.add(target)
-        plan = Plan(batch_size=options.batch_size, fine_tuning_epochs=options.fine_tuning_epochs)
+        plan = Plan(options.batch_size, options.epochs, options.fine_tuning_epochs)
         for outcome in compare_methods(options.seeds, plan, device):
             report.outcomes.append(outcome)
             print(f"{outcome.accuracy:16.3f}  {outcome.method}, split {outcome.seed}", flush=True)
     except KeyboardInterrupt:
         report.interrupted = True
         print("interrupted: writing what was measured until then", file=sys.stderr)
-    write_cache_report(report, options.output / "feature_cache")
+    finally:  # whatever stops it, what was measured until then is worth its time
+        write_cache_report(report, options.output / "feature_cache")
     print(f"written to {options.output}: feature_cache.json, .md and .png")
     if report.interrupted:
         return 130
     return 1 if report.missed else 0
 
 
-def measure(report: CacheReport, options: argparse.Namespace, device: torch.device, clock: Clock) -> Iterator[Target]:
+def measure(report: CacheReport, task: Task, options: argparse.Namespace, clock: Clock) -> Iterator[Target]:
     """Take every time, as soon as it is there into the report, and yield the targets."""
-    size = (options.batch_size, options.epochs, device)
-    task = make_task(options.model, options.pictures, options.image_size, *size)
     samples = Samples(report.milliseconds)
-    time_runs(task, options.repeats or 10, clock, samples)
+    time_runs(task, options.repeats or 6, clock, samples)
     yield from judge_runs(task, samples)
 
-    model = FineTuneModel.from_timm(options.model, num_classes=2).freeze_backbone()
+    model = FineTuneModel.from_timm(copy.deepcopy(task.blueprint.network)).freeze_backbone()
     with TemporaryDirectory() as folder:
         cache = FeatureCache(Path(folder, "features"), "random")
-        features = extract_features(model, DataLoader(task.train, options.batch_size), device=device, cache=cache)
+        features = extract_features(model, DataLoader(task.train, task.batch_size), device=task.device, cache=cache)
         on_disk = sum(path.stat().st_size for path in cache.folder.iterdir())
     vectors = features.tensors[0]
     yield judge_size(options.model, len(vectors), vectors.nbytes, on_disk)
     yield judge_memory()
 
-    head_task = make_head_task(options.model, options.features, vectors.shape[1], *size)
+    head_task = make_head_task(
+        options.model, options.features, vectors.shape[1], task.batch_size, task.epochs, task.device
+    )
     time_epochs(head_task, options.repeats or 2 * options.epochs, clock, samples)
     yield from judge_epochs(head_task, samples)
     time_heads(head_task, options.repeats or 6, clock, samples)
@@ -128,7 +132,8 @@ def as_markdown(report: CacheReport) -> str:
 _HOW_IT_WAS_TIMED = """\
 All train on the same random pictures in memory, by turns. Ours: features into a cache on disk, then all epochs, with a
 test after each, as `backbone-finetune train` does it; in bf16 means as the device likes it by itself. A peer's turn is
-one epoch of its run, and the ratio to its whole run is that to as many such epochs.
+one epoch of its run, and the ratio to its whole run is that to as many such epochs. Both loops over ready features use
+the same fused AdamW.
 """
 
 _HOW_IT_WAS_LEARNT = """\

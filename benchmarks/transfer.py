@@ -48,7 +48,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Pictures:
-    """One split. What chooses a rate chooses it on `validation`; the test pictures are looked at once, in the end."""
+    """One split. What chooses a rate chooses it on `validation`; nothing is chosen by the test pictures."""
 
     fit: TensorDataset  # (N, 3, H, W) and (N,)
     validation: TensorDataset
@@ -226,7 +226,7 @@ def judge(outcomes: Sequence[Outcome], challenger: str, champion: str) -> str:
     if not gains:
         return "was not compared with"
     wins = sum(gain > 0 for gain in gains)
-    verdict = "beats" if statistics.mean(gains) > 0 else "does not beat"
+    verdict = "beats" if statistics.mean(gains) > 0 and wins > len(gains) / 2 else "does not beat"
     return f"({statistics.mean(gains):+.3f} on average, {wins} of {len(gains)} splits won) {verdict}"
 
 

@@ -95,15 +95,31 @@ def test_ctrl_c_keeps_the_turns_that_were_whole(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "feature_cache.png").stat().st_size > 0
 
 
-def test_an_unknown_architecture_is_a_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("peers_missing")
+def test_an_error_late_in_a_run_loses_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no more memory to watch")
+
+    monkeypatch.setattr(feature_cache, "judge_memory", fail)
+    with pytest.raises(RuntimeError, match="no more memory to watch"):
+        feature_cache.main([*SMALL, "--output", str(tmp_path)])
+    content = json.loads((tmp_path / "feature_cache.json").read_text())
+    assert len(content["milliseconds"]["ours, float32"]) == 2
+    assert len(content["targets"]) == 2 + 2 * 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [("resnet5000", "--models resnet5000: timm"), ("levit_128s", "levit_128s: its classifier is")]
+)
+def test_an_unfit_architecture_is_a_clear_error(model: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        feature_cache.main(["--model", "resnet5000"])
-    assert "--models resnet5000: timm" in capsys.readouterr().err
+        feature_cache.main(["--model", model])
+    assert message in capsys.readouterr().err
 
 
 def test_ours_sees_each_picture_once_and_the_recipe_in_every_epoch() -> None:
     task = cached_training.make_task("test_resnet", 8, 32, 4, 3, CPU)
-    blueprint = cached_training.make_blueprint("test_resnet", 10, 32, {})
+    blueprint = task.blueprint
     model = cached_training.FineTuneModel.from_timm(copy.deepcopy(blueprint.network)).freeze_backbone()
     seen: list[torch.dtype] = []
     model.backbone.conv1.register_forward_hook(
@@ -229,7 +245,8 @@ def test_a_verdict_on_two_methods_says_what_their_splits_say() -> None:
     def outcomes(method: str, *accuracies: float) -> list[transfer.Outcome]:
         return [transfer.Outcome(method, seed, value, 1.0, 1, 0.1) for seed, value in enumerate(accuracies)]
 
-    mixed = outcomes("new", 0.5, 0.9) + outcomes("old", 0.6, 0.6)
-    assert transfer.judge(mixed, "new", "old") == "(+0.100 on average, 1 of 2 splits won) beats"
+    mixed = outcomes("new", 0.5, 0.9, 0.7) + outcomes("old", 0.6, 0.6, 0.6)
+    assert transfer.judge(mixed, "new", "old") == "(+0.100 on average, 2 of 3 splits won) beats"
+    assert transfer.judge(outcomes("lucky", 0.5, 0.5, 0.9) + mixed, "lucky", "old").endswith("does not beat")
     assert transfer.judge(mixed, "old", "new").endswith("does not beat")
     assert transfer.judge(mixed, "new", "absent") == "was not compared with"

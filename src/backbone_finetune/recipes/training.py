@@ -135,7 +135,7 @@ def fine_tune(
                 train_epoch(stage, phase, progress, loop, title=f"epoch {len(progress.history) + 1}/{total}")
                 if progress.epoch == 0:  # the next phase's
                     break
-            moved = moved or trains(model.backbone)
+            moved = trains(model.backbone)
     return progress.history
 
 
@@ -237,8 +237,9 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
     """
     accelerator = loop.accelerator
     # Parts of two pictures at least, which BatchNorm needs to train.
-    parts = share.split(min(loop.accumulation, max(len(share) // 2, 1)))
-    sums = torch.zeros(2, device=accelerator.device)
+    count_of_parts = min(loop.accumulation, max(len(share) // 2, 1))
+    parts = share.split(count_of_parts) if count_of_parts > 1 else [share]
+    sums: list[Tensor] = []
     stage.optimizer.zero_grad()
     start = 0
     for number, part in enumerate(parts, start=1):
@@ -249,9 +250,9 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
             loss = cross_entropy(logits, targets[: part.own], reduction="sum")
             accelerator.backward(loss * (accelerator.num_processes / batch_size))
         right = (logits.detach().argmax(-1) == targets[: part.own]).sum()
-        sums += torch.stack((loss.detach().float(), right.float()))
+        sums.append(torch.stack((loss.detach(), right)))
     stage.optimizer.step()
-    return sums
+    return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
 
 @torch.no_grad()
