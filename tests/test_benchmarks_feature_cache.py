@@ -197,7 +197,7 @@ def test_the_heads_together_are_the_heads_one_by_one(monkeypatch: pytest.MonkeyP
     (target,) = cached_heads.judge_heads(task, samples, 3000.0)
     assert target.ratio is not None
     assert (target.ratio.median, target.verdict) == (0.375, "within the noise")
-    assert "32 times 3.0 s" in target.remark
+    assert "32 x 3.0 s" in target.remark
 
 
 def test_memory_that_grows_with_the_pictures_is_seen() -> None:

@@ -355,3 +355,15 @@ def test_the_main_job_with_no_arguments(
     assert cli.main(["predict", "fine-tuned/model.safetensors", *map(str, pictures)]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert sum(": bird " in line for line in lines) >= 12
+
+
+def test_no_name_of_a_picture_moves_a_terminals_cursor(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_picture(tmp_path / "good\x1b[2J.png", COLOURS["red"])
+    (tmp_path / "broken\x1b[2J.png").write_bytes(b"no picture")
+    assert cli.main(["predict", str(trained), str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    assert "good\N{REPLACEMENT CHARACTER}[2J.png" in printed.out
+    assert "broken\N{REPLACEMENT CHARACTER}[2J.png" in printed.err

@@ -196,6 +196,16 @@ def test_a_classifier_of_the_wrong_width_is_refused_on_a_timm_backbone() -> None
     assert FineTuneModel(projected, nn.Linear(8, 3))(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
+def test_a_timm_backbone_may_take_more_than_pictures() -> None:
+    class WithMore(timm.models.ResNet):
+        def forward(self, pictures: Tensor, more: Tensor) -> Tensor:
+            return torch.cat([super().forward(pictures), more], dim=1)
+
+    backbone = WithMore(timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=0)
+    model = FineTuneModel(backbone, nn.Linear(515, 2)).freeze_backbone()
+    assert model(torch.randn(2, 3, 32, 32), torch.randn(2, 3)).shape == (2, 2)
+
+
 @pytest.mark.parametrize("build", [FineTuneModel, FineTuneModel.from_module])
 def test_a_network_that_is_compiled_is_refused(build: Any) -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))

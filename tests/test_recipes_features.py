@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import FeatureCache, extract_features, feature_batches
+from backbone_finetune.recipes import (
+    FeatureCache,
+    Loop,
+    Phase,
+    extract_features,
+    feature_batches,
+    fine_tune,
+    make_accelerator,
+)
 from backbone_finetune.recipes.backbone_pass import autocast_dtype
 from backbone_finetune.recipes.feature_store import MANIFEST, build_store, temporary_name
 
@@ -716,3 +724,16 @@ def test_batches_of_features_are_indexed_at_once(tmp_path: Path) -> None:
 
     seconds = [min(epoch(loader) for _ in range(3)) for loader in (feature_batches(mapped, 64), DataLoader(data, 64))]
     assert seconds[0] < seconds[1] / 2
+
+
+def test_features_of_a_frozen_phase_serve_the_next_frozen_one(tmp_path: Path) -> None:
+    model, pictures = make_model(), make_pictures(6)
+    passes = Passes(model)
+    caches = (FeatureCache(tmp_path / "train", "train"), FeatureCache(tmp_path / "test", "test"))
+    loop = Loop(make_accelerator(CPU), batch_size=6, caches=caches, show_progress=False)
+    head, deeper = Phase(epochs=1), Phase(epochs=1, trainable_groups=1)
+    fine_tune(model, pictures, pictures, [head, deeper], loop)
+    before = passes.count
+    fine_tune(model, pictures, pictures, [deeper, head, head, head], loop)
+    # One step and one look at the test in the deeper phase; train and test once more for all the frozen ones.
+    assert passes.count - before == 1 + 1 + 2

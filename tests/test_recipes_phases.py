@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from picture_folders import make_folder
@@ -13,7 +16,9 @@ from torch import nn
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.phases import Phase, read_phases
+from backbone_finetune.recipes.processes import make_accelerator
 from backbone_finetune.recipes.schedules import make_schedule
+from backbone_finetune.recipes.training import Loop
 
 
 def write(folder: Path, text: str) -> Path:
@@ -134,3 +139,10 @@ def test_the_command_takes_phases_or_one_phase(tmp_path: Path, capsys: pytest.Ca
         f"backbone-finetune: error: --backbone-lr and --phases {path} were both given; write it into the file's phases"
     )
     assert capsys.readouterr().err.strip() == line
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    phase = Phase(epochs=np.int64(3), lr=np.float32(0.5), warmup_epochs=np.float64(0.5))
+    assert json.loads(json.dumps(asdict(phase)))["epochs"] == 3
+    assert (type(phase.epochs), type(phase.lr), phase.lr) == (int, float, 0.5)
+    assert Loop(make_accelerator(torch.device("cpu")), batch_size=np.int64(4)).batch_size == 4

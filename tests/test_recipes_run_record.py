@@ -54,6 +54,15 @@ def test_a_run_is_done_again_by_its_record(
     assert record["arguments"]["mixed_precision"] == "no"
     assert record["arguments"]["checkpoint"] == str(tmp_path / "here" / "weights.pth")
 
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        record["arguments"]["autocast_features"] = True
+        (tmp_path / "elsewhere.json").write_text(json.dumps(record))
+        assert cli.main(["train", "--run", str(tmp_path / "elsewhere.json"), "--output", "plain"]) == 0
+        assert "not quite the run that was recorded: autocast_features: true there, false here" in (
+            capfd.readouterr().err
+        )
+
     make_picture(tmp_path / "here" / "pictures" / "red" / "more.png", COLOURS["red"])
     assert cli.main(["train", "--run", str(first / "run.json"), "--output", "third"]) == 0
     assert "not quite the run that was recorded: train_pictures count: 12 there, 13 here" in capfd.readouterr().err

@@ -83,7 +83,7 @@ def check_width(backbone: nn.Module, classifier: nn.Module) -> None:
     try:
         with quiet(backbone):
             features = meta_shadow(backbone)(probe(backbone, "meta"))
-    except RuntimeError:  # some operator knows no shapes without values: the first forward tells
+    except Exception:  # it may take more than pictures, or have no shapes without values: the first forward tells
         return
     if isinstance(features, torch.Tensor) and features.ndim == 2 and features.shape[1] != classifier.in_features:
         raise ValueError(

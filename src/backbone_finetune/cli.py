@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from typing import NoReturn
 from .argument_types import natural_number, non_negative_number, positive_integer, positive_number, share_above_zero
 from .recipes.evaluation import describe_evaluation, evaluate_folder, write_evaluation
 from .recipes.inspection import inspect, inspect_file
+from .recipes.model_description import printable
 from .recipes.model_file import load_trained_model
 from .recipes.phases import Phase, read_phases
 from .recipes.pictures import list_pictures
@@ -53,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         if os.environ.get("RANK", "0") == "0":  # of many processes that torchrun started, one speaks
-            line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", " ".join(str(error).split()))
-            print(f"{PROGRAM}: error: {line}", file=sys.stderr)
+            print(f"{PROGRAM}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
@@ -261,9 +260,10 @@ def run_predict(options: argparse.Namespace) -> int:
             for write in writers:
                 write(prediction)
             if prediction.error is None:
-                print(f"{prediction.path}: {', '.join(f'{name} {share:.1%}' for name, share in prediction.classes)}")
+                answers = ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
+                print(printable(f"{prediction.path}: {answers}"))
             else:
-                print(f"{PROGRAM}: skipped: {prediction.error}", file=sys.stderr)
+                print(printable(f"{PROGRAM}: skipped: {prediction.error}"), file=sys.stderr)
                 unreadable += 1
     if unreadable:
         raise ValueError(f"{unreadable} of {len(paths)} pictures could not be read")
@@ -276,7 +276,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         load_trained_model(options.model, base=options.base), options.pictures, batch_size=options.batch_size
     )
     for message in evaluation.skipped_pictures:
-        print(f"{PROGRAM}: skipped: {message}", file=sys.stderr)
+        print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
     print(describe_evaluation(evaluation))
     print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output)))}")
     return 0

@@ -1,6 +1,7 @@
 """What an argument must be: the checks of settings and calls, and the error when one is something else."""
 
 import math
+from numbers import Integral, Real
 
 __all__ = ["expect", "is_number", "is_whole"]
 
@@ -23,7 +24,7 @@ def is_whole(value: object, *, least: int = 0) -> bool:
     >>> is_whole(3), is_whole(True), is_whole(3.0), is_whole(0, least=1)
     (True, False, False, False)
     """
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def is_number(value: object) -> bool:
@@ -32,4 +33,4 @@ def is_number(value: object) -> bool:
     >>> is_number(1e-3), is_number(True), is_number(math.nan), is_number("1")
     (True, False, False, False)
     """
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -139,6 +139,15 @@ def has_control_characters(text: str) -> bool:
     return any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in text)
 
 
+def printable(text: str) -> str:
+    r"""Give a text with a sign in place of each character that a terminal would act on.
+
+    >>> printable("cat\x1b[2J.jpg")
+    'cat�[2J.jpg'
+    """
+    return "".join("\N{REPLACEMENT CHARACTER}" if has_control_characters(c) else c for c in text)
+
+
 def parse_data_config(text: str) -> dict[str, Any]:
     """Read timm's data config of a file's metadata.
 

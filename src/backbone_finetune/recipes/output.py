@@ -92,7 +92,8 @@ def make_output_folder(folder: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write to; when the block ends without an error, the file takes the place of ``path``.
 
-    A reader sees the old file or the new one, whole, whenever it looks.
+    A reader sees the old file or the new one, whole, whenever it looks. A link stays, and what it leads to is replaced;
+    a pipe or a terminal can't be replaced, and is written to.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -101,6 +102,10 @@ def replacing(path: Path) -> Iterator[Path]:
     ...     [path.name for path in Path(folder).iterdir()]
     ['metrics.json']
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary

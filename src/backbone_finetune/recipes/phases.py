@@ -44,6 +44,9 @@ class Phase:
 
     def __post_init__(self) -> None:
         """See that each entry is of its kind and in its range."""
+        for field in fields(self):
+            if hasattr(value := getattr(self, field.name), "item"):  # a number of NumPy's, which JSON does not know
+                object.__setattr__(self, field.name, value.item())
         self.expect("epochs", "a whole number from 1", is_whole(self.epochs, least=1))
         self.expect("trainable_groups", "a whole number from 0", is_whole(self.trainable_groups))
         self.expect("lr", "a number above 0", is_number(self.lr) and self.lr > 0)

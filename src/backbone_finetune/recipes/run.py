@@ -17,6 +17,7 @@ from .features import FeatureCache
 from .fingerprints import data_fingerprint
 from .folder_lock import holding
 from .metrics import Metrics, describe
+from .model_description import printable
 from .model_file import TrainedModel, save_trained_changes, save_trained_model
 from .output import MODEL_FILE, RUN_FILE, UNFINISHED, claim_output_folder, clear, make_output_folder, replacing
 from .pictures import PictureDataset
@@ -136,7 +137,7 @@ def claim(
 def announce(task: Task, device: torch.device) -> None:
     """Print what is trained on what."""
     for message in task.skipped:
-        print(f"skipped: {message}", file=sys.stderr)
+        print(printable(f"skipped: {message}"), file=sys.stderr)
     folder, counts = task.train.folder, (len(task.train), len(task.test))
     print(
         f"pictures: {sum(counts)} in {len(folder.class_names)} classes from {folder.root}\n"

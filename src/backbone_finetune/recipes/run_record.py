@@ -44,13 +44,18 @@ def record_run(settings: TrainSettings, task: Task, loop: Loop, fingerprints: tu
 
 
 def compare_runs(recorded: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """Name what a run that is given again does not have as it was: its versions, its pictures or its backbone.
+    """Name what a run that is given again does not have as it was: versions, pictures, backbone, or a precision.
 
     >>> compare_runs({"backbone_digest": "a"}, {"backbone_digest": "b"})
     ['backbone_digest: "a" there, "b" here']
     """
-    then, now = ({name: part for name, part in run.items() if name != "arguments"} for run in (recorded, record))
-    return find_differences(then, now)
+
+    def compared(run: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = run.get("arguments", {})
+        precisions = {name: arguments[name] for name in ("mixed_precision", "autocast_features") if name in arguments}
+        return {**{name: part for name, part in run.items() if name != "arguments"}, **precisions}
+
+    return find_differences(compared(recorded), compared(record))
 
 
 def read_run(path: Path) -> tuple[TrainSettings, dict[str, Any]]:
