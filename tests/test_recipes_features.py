@@ -717,10 +717,10 @@ def test_batches_of_features_are_indexed_at_once(tmp_path: Path) -> None:
     )
 
     def epoch(batches: Any) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in batches:
             pass
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds = [min(epoch(loader) for _ in range(3)) for loader in (feature_batches(mapped, 64), DataLoader(data, 64))]
     assert seconds[0] < seconds[1] / 2

@@ -59,12 +59,12 @@ def test_the_random_backbone_is_random_and_frozen(monkeypatch: pytest.MonkeyPatc
 
 
 class SlowForward(nn.Module):
-    """A backbone whose forward takes 50 ms, its backward 20 ms where its weight trains, else none."""
+    """A backbone whose forward takes 200 ms, its backward 20 ms where its weight trains, else none."""
 
     class Pause(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, inputs: Tensor) -> Tensor:
-            time.sleep(0.05)
+            time.sleep(0.2)
             return inputs.clone()
 
         @staticmethod
@@ -84,9 +84,10 @@ class SlowForward(nn.Module):
 def test_only_the_backward_pass_is_timed() -> None:
     model = FineTuneModel(SlowForward(), nn.Linear(8, 2)).freeze_backbone()
     times = measure_backward(model, torch.randn(6, 4), torch.zeros(6, dtype=torch.long), rounds=3)
-    assert 20 < times.unfrozen < 45
-    assert 0 < times.classifier_alone < 10
-    assert 0 < times.frozen < 10
+    # Far apart, so that a busy machine, on which a sleep takes longer, tells them apart all the same.
+    assert 20 <= times.unfrozen < 150
+    assert 0 < times.classifier_alone < 20
+    assert 0 < times.frozen < 20
     assert times.batch_size == 6
 
 
