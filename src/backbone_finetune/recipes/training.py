@@ -246,10 +246,13 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
         *inputs, targets = (tensor[start : start + len(part)].to(accelerator.device) for tensor in loaded)
         start += len(part)
         with nullcontext() if number == len(parts) else accelerator.no_sync(stage.prepared):
-            logits = stage.prepared(*inputs)[: part.own]
-            loss = cross_entropy(logits, targets[: part.own], reduction="sum")
-            accelerator.backward(loss * (accelerator.num_processes / batch_size))
-        right = (logits.detach().argmax(-1) == targets[: part.own]).sum()
+            logits = stage.prepared(*inputs)
+            if part.own < len(part):  # others' pictures, seen once more
+                logits, targets = logits[: part.own], targets[: part.own]
+            loss = cross_entropy(logits, targets, reduction="sum")
+            # The factor of the mean is where the backward begins, and costs no product of its own.
+            accelerator.backward(loss, gradient=loss.new_tensor(accelerator.num_processes / batch_size))
+        right = (logits.detach().argmax(-1) == targets).sum()
         sums.append(torch.stack((loss.detach(), right)))
     stage.optimizer.step()
     return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
