@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from environment import installed_version
@@ -144,15 +145,18 @@ def epoch_of(
     module = freeze(copy.deepcopy(network)).to(task.device)
     optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-3)
     loader = DataLoader(task.train, task.batch_size, shuffle=True)
+    return partial(train_plainly, module, optimizer, loader, task.device)
 
-    def epoch() -> None:
-        module.train()
-        for pictures, targets in loader:
-            optimizer.zero_grad()
-            cross_entropy(module(pictures.to(task.device)), targets.to(task.device)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
 
-    return epoch
+def train_plainly(
+    module: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader[Any], device: torch.device
+) -> None:
+    """Train an epoch as everyone writes it, all of the module in train mode."""
+    module.train()
+    for pictures, targets in loader:
+        optimizer.zero_grad()
+        cross_entropy(module(pictures.to(device)), targets.to(device)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
 
 
 def judge_runs(task: Task, samples: Samples) -> Iterator[Target]:

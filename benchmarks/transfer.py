@@ -12,10 +12,10 @@ from operator import itemgetter
 
 import torch
 from cached_heads import LEARNING_RATES, WEIGHT_DECAYS
+from cached_training import train_plainly
 from results import table
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
@@ -102,13 +102,10 @@ def train_recipe(
         parameter.requires_grad = "classifier" in name
     network.to(device)
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-3)
+    loader = DataLoader(pictures.both, plan.batch_size, shuffle=True)
     start = time.monotonic()
     for _ in range(plan.frozen_epochs):
-        network.train()
-        for inputs, targets in DataLoader(pictures.both, plan.batch_size, shuffle=True):
-            optimizer.zero_grad()
-            cross_entropy(network(inputs.to(device)), targets.to(device)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        train_plainly(network, optimizer, loader, device)
     seconds = time.monotonic() - start
     accuracy = accuracy_of(network, pictures.test, plan.batch_size, device)
     yield Outcome(RECIPE, seed, accuracy, seconds, plan.frozen_epochs, 1e-3)

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from backbone_finetune.checkpoint import distinct_tensors
 from backbone_finetune.modes import forget_caches
 
 from .processes import run_on_main, whole
@@ -125,9 +126,3 @@ def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
     forget_caches(model)
-
-
-def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name the tensors of a model, tied ones once."""
-    by_tensor = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if by_tensor[id(tensor)] == name}
