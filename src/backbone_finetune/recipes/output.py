@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from .feature_store import digest_file
+from .feature_store import digest_file, sync_folder
 from .folder_lock import LOCK_FILE, holding
 
 __all__ = [
@@ -111,13 +111,13 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Have a file, or what is in a folder, on the disk and not only on its way there."""
+    """Have a file on the disk and not only on its way there."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
