@@ -110,6 +110,20 @@ def test_training_on_features_is_training_above_the_frozen_backbone(accumulation
     assert [result.test_accuracy for result in history] == [result.test_accuracy for result in expected]
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_gradient_is_that_of_the_mean_loss(accumulation: int) -> None:
+    """Seen where it arrives: AdamW's weights alone would not tell a sum from a mean."""
+    model = FineTuneModel(nn.Flatten(), nn.Linear(4, 3))
+    inputs, targets = torch.randn(7, 4), torch.arange(7) % 3
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model(inputs), targets), [model.classifier.weight])
+    parts: list[Tensor] = []
+    model.classifier.weight.register_hook(lambda gradient: parts.append(gradient.clone()))
+    data = TensorDataset(inputs, targets)
+    run(model, data, data, epochs=1, accumulation=accumulation)
+    assert len(parts) == accumulation
+    torch.testing.assert_close(torch.stack(parts).sum(0), expected)
+
+
 def test_each_step_takes_the_gradient_of_its_own_batch() -> None:
     """One batch an epoch, so that the order does not count: AdamW by hand ends at the same weights."""
     torch.manual_seed(3)
