@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,32 @@ def test_what_was_released_can_be_prepared_again() -> None:
         release(accelerator, prepared)
         assert set(vars(layer)) == set(vars(nn.Linear(2, 2)))
         assert layer.forward == forward
+
+
+@pytest.mark.parametrize("kept_out", [False, True])
+def test_a_release_on_a_cpu_lets_go_without_a_full_collection(kept_out: bool) -> None:
+    """Other garbage stays for a later collection; what a caller keeps out of any stays out."""
+    accelerator = make_accelerator(torch.device("cpu"))
+    layer = nn.Linear(2, 2)
+    prepared, optimizer = prepare(accelerator, layer, torch.optim.SGD(layer.parameters()))
+    held = weakref.ref(optimizer)
+    garbage = nn.Linear(2, 2)
+    garbage.itself = [garbage]
+    collected = weakref.ref(garbage)
+    gc.collect()
+    gc.disable()
+    try:
+        if kept_out:
+            gc.freeze()
+        del optimizer, garbage
+        release(accelerator, prepared)
+        assert accelerator._models == accelerator._optimizers == []
+        assert collected() is not None
+        assert (gc.get_freeze_count() > 0) == kept_out
+        gc.unfreeze()
+        gc.collect()
+        assert held() is None
+        assert collected() is None
+    finally:
+        gc.unfreeze()
+        gc.enable()

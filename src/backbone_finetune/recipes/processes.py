@@ -1,7 +1,9 @@
 """What several processes need beyond one: one voice, one decision, and the whole of what is in parts."""
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -91,7 +93,28 @@ def release(accelerator: Accelerator, prepared: nn.Module) -> None:
         vars(part).pop("_is_accelerate_prepared", None)  # with it, the next prepare would do nothing
     if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
         del module.forward  # put there for autocast, and left as its class has it
-    accelerator.free_memory()
+    # It collects all garbage too, so that a GPU's memory comes back. A CPU's does so without, and twenty epochs on
+    # features take less time than a search of all that torch and timm have loaded.
+    with nothing_collected() if accelerator.device.type == "cpu" else nullcontext():
+        accelerator.free_memory()
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Keep what lives out of any garbage collection in the block; what the caller had kept out stays so.
+
+    >>> with nothing_collected():
+    ...     gc.collect()
+    0
+    """
+    if gc.get_freeze_count():  # thawing would thaw the caller's too
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
