@@ -6,32 +6,21 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from PIL import Image
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import backward_time
 import measure
 import networks
+import pytest
 import results
+import torch
 import variants
+from PIL import Image
 
-
-@pytest.fixture(autouse=True)
-def _global_settings() -> Iterator[None]:
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    torch.set_num_threads(1)  # threads that wait for a busy machine would make small networks slow
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _run(output: Path, *arguments: str) -> int:

@@ -5,31 +5,19 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
-import torch
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import backward_time
 import command_line
 import feature_cache
 import peers
+import pytest
 import targets
+import torch
 import wrapper_overhead
 
-
-@pytest.fixture(autouse=True)
-def _global_settings() -> Iterator[None]:
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _options(tmp_path: Path, *arguments: str) -> argparse.Namespace:

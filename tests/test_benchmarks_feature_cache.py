@@ -4,39 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
-import torch
-from PIL import Image
-from torch import nn
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import cache_size
 import cached_heads
 import cached_training
 import feature_cache
 import measure
+import pytest
+import torch
 import transfer
+from PIL import Image
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 CLOCK = measure.WallClock()
 SMALL = ["--device", "cpu", "--threads", "1", "--model", "test_resnet", "--image-size", "32", "--seeds", "0"]
 SMALL += ["--pictures", "8", "--features", "16", "--batch-size", "4", "--epochs", "2", "--repeats", "2"]
-
-
-@pytest.fixture(autouse=True)
-def _global_settings() -> Iterator[None]:
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
 
 
 @pytest.fixture

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
+import measure
 import pytest
 import torch
 from torch import Tensor, nn
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import measure
 
 
 def test_a_known_sleep_is_measured_right() -> None:

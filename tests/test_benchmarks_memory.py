@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import memory
 import pytest
 import torch
 from torch import Tensor, nn
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import memory
 
 
 def test_saved_bytes_of_a_linear_head_are_exact() -> None:

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import gc
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
-import torch
-from torch import Tensor, nn
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import backward_time
 import measure
 import networks
+import pytest
 import results
+import torch
+from torch import Tensor, nn
 
-
-@pytest.fixture(autouse=True)
-def _global_settings() -> Iterator[None]:
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    torch.set_num_threads(1)  # threads that wait for a busy machine would make small networks slow
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _run(output: Path, *arguments: str) -> int:

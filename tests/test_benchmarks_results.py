@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import plots
 import pytest
+import results
 import torch
 from matplotlib.figure import Figure
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import plots
-import results
 
 CPU = torch.device("cpu")
 

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-
-import pytest
-import torch
-from torch import nn
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import backward_time
 import measure
 import peer_methods
 import proof
+import pytest
 import results
 import target_report
 import targets
+import torch
+from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _method(freeze: Callable[[peer_methods.Blueprint, nn.Module], nn.Module]) -> peer_methods.Method:

@@ -10,19 +10,15 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
-from torch import Tensor, nn
-
-from backbone_finetune import FineTuneModel
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import timm_zoo
+import torch
 import zoo_record
+from torch import Tensor, nn
 from zoo_dependencies import DependencyTrace
 from zoo_examination import examine_structure, examine_values
 from zoo_summary import as_markdown, ends_in_norms
+
+from backbone_finetune import FineTuneModel
 
 RESULTS = Path(timm_zoo.__file__).parent / "results" / "timm_zoo"
 

@@ -6,10 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import torture_summary
 
 REPORT = """<?xml version="1.0" encoding="utf-8"?>

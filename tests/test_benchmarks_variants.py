@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-import torch
-from torch import Tensor, nn
-
-# The benchmarks are scripts, which find each other through the folder that they stand in.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import networks
 import proof
+import pytest
+import torch
 import variants
+from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for a busy machine would make small networks slow
-    yield
-    torch.set_num_threads(threads)
 
 
 def _network(name: str) -> networks.Network:
