@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from measure import Interval, interval_of_median, take_turns
@@ -16,15 +17,41 @@ from torch.utils.benchmark import Timer
 
 from backbone_finetune import FineTuneModel
 
-# Families whose members differ in depth, up to the largest that timm has: built without weights, on the meta device.
+
+class Rung(NamedTuple):
+    """A network of a ladder: timm's architecture of that name, or one that is deeper than any that timm names."""
+
+    architecture: str
+    depth: int | None = None
+
+    def __str__(self) -> str:
+        return self.architecture if self.depth is None else f"{self.architecture}, depth {self.depth}"
+
+    def build(self) -> FineTuneModel:
+        """Build it without weights, which the calls do not touch."""
+        arguments: dict[str, Any] = {} if self.depth is None else {"depth": self.depth}
+        with torch.device("meta"):
+            return FineTuneModel.from_timm(self.architecture, num_classes=NUM_CLASSES, **arguments)
+
+
+# Up to the largest that timm has. Those ViTs differ by no more than four in their tensors, too little to tell a power
+# from the processor's caches, which the small ones fit and the large do not: so on to ten times as many.
 LADDERS = {
-    "ResNet": ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnetv2_152x4_bit"),
+    "ResNet": (
+        Rung("resnet18"),
+        Rung("resnet34"),
+        Rung("resnet50"),
+        Rung("resnet101"),
+        Rung("resnet152"),
+        Rung("resnetv2_152x4_bit"),
+    ),
     "ViT": (
-        "vit_base_patch16_224",
-        "vit_large_patch16_224",
-        "vit_huge_patch14_224",
-        "vit_giant_patch14_224",
-        "vit_gigantic_patch14_224",
+        Rung("vit_base_patch16_224"),
+        Rung("vit_large_patch16_224"),
+        Rung("vit_huge_patch14_224"),
+        Rung("vit_giant_patch14_224"),
+        Rung("vit_gigantic_patch14_224"),
+        *(Rung("vit_gigantic_patch14_224", depth) for depth in (96, 192, 384)),
     ),
 }
 LINEAR_GROWTH = 1.1  # a little above 1: small networks leave a call's constant cost to be seen
@@ -43,21 +70,19 @@ class CallTime:
     milliseconds: list[float] = field(default_factory=list)
 
 
-def time_calls(family: str, names: Sequence[str], repeats: int, times: list[CallTime]) -> None:
+def time_calls(family: str, ladder: Sequence[Rung], repeats: int, times: list[CallTime]) -> None:
     """Time the wrapper's own calls on a family in turns, into `times`: an interruption leaves all whole passes there.
 
     By turns, as a machine that slows down would otherwise show as growth.
     """
     own: list[CallTime] = []
     visits: list[Callable[[], float]] = []
-    for name in names:
-        # Without weights, which the calls do not touch.
-        with torch.device("meta"):
-            model = FineTuneModel.from_timm(name, num_classes=NUM_CLASSES)
+    for rung in ladder:
+        model = rung.build()
         tensors = list(model.parameters())
         count = sum(tensor.numel() for tensor in tensors)
         for label, call in calls_of(model).items():
-            own.append(CallTime(family, name, label, len(tensors), count))
+            own.append(CallTime(family, str(rung), label, len(tensors), count))
             visits.append(sampler(model, call))
     times += own
     for turn in take_turns(visits, repeats):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from backbone_finetune import __version__
+
 Fact = str | int | float | bool | None
 
 
@@ -30,8 +32,9 @@ def describe_environment(device: torch.device) -> dict[str, Fact]:
         "device": str(device),
         "python": platform.python_version(),
     }
-    for package in ("torch", "timm", "backbone-finetune"):
+    for package in ("torch", "timm"):
         facts[package] = installed_version(package)
+    facts["backbone-finetune"] = __version__  # of the code that runs, which may not be what is installed
     if device.type == "cuda":
         facts["device_name"] = torch.cuda.get_device_name(device)
         facts["driver"] = _nvidia_driver()
@@ -49,7 +52,7 @@ def describe_command(script: str, arguments: list[str]) -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed package, None where it is not installed (this one may run from its source folder)."""
+    """Version of an installed package, None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

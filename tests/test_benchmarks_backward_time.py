@@ -20,6 +20,8 @@ import torch
 import variants
 from PIL import Image
 
+import backbone_finetune
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -33,6 +35,7 @@ def test_a_small_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     content = json.loads((tmp_path / "backward_time.json").read_text())
     assert content["environment"]["threads"] == 1
     assert content["environment"]["torch"] == torch.__version__.partition("+")[0]
+    assert content["environment"]["backbone-finetune"] == backbone_finetune.__version__
     assert content["command"].startswith("python benchmarks/backward_time.py --device cpu")
     rows = [row for row in content["rows"] if row["model"] == "ConvModel"]
     assert [(row["variant"], row["trainable_groups"]) for row in rows] == [

@@ -16,11 +16,12 @@ import wrapper_overhead
 from measure import WallClock
 from torch import nn
 
+RUNG = call_growth.Rung
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(wrapper_overhead, "LADDERS", {"ViT": ("test_vit", "test_vit2")})
+    monkeypatch.setattr(wrapper_overhead, "LADDERS", {"ViT": (RUNG("test_vit"), RUNG("test_vit", 12))})
     small = ["--device", "cpu", "--threads", "1", "--batch-size", "2", "--image-size", "32", "--repeats", "3"]
     small += ["--models", "test_resnet", "--output", str(tmp_path)]
     assert wrapper_overhead.main([*small, "--ladder", "ViT"]) == 0
@@ -34,6 +35,10 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         "param_groups(lr)",
         "param_groups(lr, layer_decay)",
         "train()",
+    }
+    assert {time["model"]: time["parameter_tensors"] for time in content["calls"]} == {
+        "test_vit": 80,
+        "test_vit, depth 12": 152,
     }
     assert all(len(time["milliseconds"]) == 3 and min(time["milliseconds"]) > 0 for time in content["calls"])
     page = (tmp_path / "wrapper_overhead.md").read_text()
@@ -102,7 +107,7 @@ def test_each_call_is_timed_under_its_own_name() -> None:
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(family: str, names: object, repeats: int, times: object) -> None:
+    def interrupt(family: str, ladder: object, repeats: int, times: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(wrapper_overhead, "time_calls", interrupt)
