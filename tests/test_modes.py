@@ -188,6 +188,11 @@ def test_no_load_leaves_stale_attention_biases(name: str) -> None:
         prefix = "backbone."
         model.backbone.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
+    def load_into_its_parts(tensors: dict[str, Tensor]) -> None:
+        for path, part in model.backbone.named_children():
+            prefix = f"backbone.{path}."
+            part.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
     # The frozen backbone is in eval, and caching, in both modes of the model.
     for load, mode in (
         (model.load_state_dict, False),
@@ -196,6 +201,7 @@ def test_no_load_leaves_stale_attention_biases(name: str) -> None:
         (load_what_a_file_holds, False),
         (load_into_the_backbone, False),
         (load_into_the_backbone, True),
+        (load_into_its_parts, True),
     ):
         model.load_state_dict(original)
         model.train(mode)
@@ -204,6 +210,21 @@ def test_no_load_leaves_stale_attention_biases(name: str) -> None:
             load(weights)
             assert (model.training, model.backbone.training) == (mode, False)
             torch.testing.assert_close(model(pictures), expected)
+
+
+def test_a_load_into_the_plain_network_leaves_none_either() -> None:
+    model, pictures = caching_model("tiny_vit")
+    network = model.to_module()
+    weights = {
+        name: 30 * torch.randn_like(tensor) if "attention_biases" in name else tensor
+        for name, tensor in network.state_dict().items()
+    }
+    with torch.no_grad():
+        before = model.eval()(pictures)
+        network.load_state_dict(weights)
+        after = model(pictures)
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, model.train().eval()(pictures))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -255,18 +276,20 @@ def test_a_classifier_forgets_at_a_load_as_well() -> None:
     torch.testing.assert_close(model(inputs), 2 * before)
 
 
-def test_only_the_model_and_its_backbone_have_the_hook() -> None:
+def test_only_what_may_keep_a_cache_has_the_hook() -> None:
     def hooked(network: nn.Module) -> list[str]:
         return [path for path, module in network.named_modules() if module._load_state_dict_post_hooks]
 
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    timms = FineTuneModel.from_timm(timm.create_model("test_resnet"), num_classes=3)
-    for model in (FineTuneModel.from_module(network, network[1]), timms, FineTuneModel(timms.backbone, nn.Identity())):
-        assert hooked(model) == ["", "backbone"]
-        assert len(model.backbone._load_state_dict_post_hooks) == 1
+    assert hooked(FineTuneModel.from_module(network, network[1])) == [""]
     assert hooked(network) == []
-    assert hooked(timms.to_module()) == []
-    assert hooked(timms) == ["", "backbone"]
+    model, _ = caching_model("levit")
+    attentions = [path for path, module in model.named_modules() if hasattr(module, "attention_bias_cache")]
+    assert len(attentions) > 1
+    assert hooked(model) == ["", *attentions]
+    again = FineTuneModel(model.backbone, nn.Identity())
+    assert hooked(again) == ["", *attentions]
+    assert all(len(again.get_submodule(path)._load_state_dict_post_hooks) == 1 for path in attentions)
 
 
 def test_a_load_leaves_modes_and_gradients_as_they_were() -> None:

@@ -13,7 +13,7 @@ from . import freezing
 from .arguments import check_module, check_shares_nothing, check_width
 from .distributed import active_wrapper, refuse_unfrozen_since, reshard
 from .layer_groups import LayerGroup, as_layer_groups, find_layer_groups, layer_depths
-from .modes import forget_at_load, forget_no_more
+from .modes import forget_at_load
 from .param_groups import build_param_groups
 from .report import describe_by_group, describe_by_name
 from .splitting import CutProof, SequentialWayBack, Split, WayBack, split_module
@@ -67,9 +67,7 @@ class FineTuneModel(nn.Module):
         self._proof: CutProof | None = None
         self._never_trained: frozenset[str] = frozenset()
         self._own_classes: int | None = None
-        # On the backbone too, which may be loaded into by itself.
         forget_at_load(self)
-        forget_at_load(backbone)
 
     @classmethod
     def from_timm(
@@ -170,9 +168,7 @@ class FineTuneModel(nn.Module):
         `FineTuneModel(backbone, classifier)` gives an `nn.Sequential`. Dropout that `drop_rate` put before the
         classifier is left out. Raises ValueError where the network cannot hold the classifier.
         """
-        plain = self._way_back.join(self.backbone, self.classifier)
-        forget_no_more(plain)
-        return plain
+        return self._way_back.join(self.backbone, self.classifier)
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:

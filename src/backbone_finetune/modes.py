@@ -40,26 +40,16 @@ def forget_caches(module: nn.Module, *_: Any) -> None:
 
 
 def forget_at_load(module: nn.Module) -> None:
-    """Let a module forget caches whenever a state dict is loaded into it, or into a module that it is in.
+    """Let each part that does something of its own in `train()` forget caches when a state dict is loaded into it.
 
-    >>> layer = nn.Linear(2, 2)
+    >>> layer = nn.MultiheadAttention(2, 1)
     >>> forget_at_load(layer)
     >>> forget_caches in layer._load_state_dict_post_hooks.values()
-    True
+    False
+
+    The hook stands on those parts themselves, so it holds whichever module the load begins at: the model, a stage of
+    its backbone, a module that the model is in, or the plain network that shares the parts.
     """
-    if forget_caches not in module._load_state_dict_post_hooks.values():
-        module.register_load_state_dict_post_hook(forget_caches)  # type: ignore[no-untyped-call]
-
-
-def forget_no_more(module: nn.Module) -> None:
-    """Take back `forget_at_load`.
-
-    >>> layer = nn.Linear(2, 2)
-    >>> forget_at_load(layer)
-    >>> forget_no_more(layer)
-    >>> len(layer._load_state_dict_post_hooks)
-    0
-    """
-    for key, hook in list(module._load_state_dict_post_hooks.items()):
-        if hook is forget_caches:
-            del module._load_state_dict_post_hooks[key]
+    for part in module.modules():
+        if type(part).train is not nn.Module.train and forget_caches not in part._load_state_dict_post_hooks.values():
+            part.register_load_state_dict_post_hook(forget_caches)  # type: ignore[no-untyped-call]
