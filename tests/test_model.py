@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -219,7 +220,15 @@ def test_a_backbone_with_other_parameters_than_it_was_built_with_is_refused() ->
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
     model.backbone.layer1.extra = nn.Linear(2, 2)
     got = r"has got 2 parameters \(layer1\.extra\.weight, layer1\.extra\.bias\) since .*; build it anew"
-    for call in (model.freeze_backbone, model.unfreeze_backbone, model.print_trainable_parameters):
+    for call in (
+        model.freeze_backbone,
+        model.unfreeze_backbone,
+        model.print_trainable_parameters,
+        model.group_matcher,
+        partial(model.group_matcher, coarse=True),
+        partial(model.param_groups, lr=0.1),
+        partial(model.param_groups, lr=0.1, layer_decay=0.5),
+    ):
         with pytest.raises(ValueError, match=got):
             call()
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -249,6 +258,16 @@ def test_num_features_and_num_classes() -> None:
     model = FineTuneModel.from_timm("mobilenetv3_small_050", num_classes=7)
     assert (model.num_features, model.num_classes) == (1024, 7)  # num_features of the bare network says 288
     assert FineTuneModel(nn.Flatten(), nn.ReLU()).num_features is None
+    with_a_head = timm.create_model("test_resnet", num_classes=20)
+    assert FineTuneModel(with_a_head, nn.Linear(20, 3)).num_features == 20
+    assert FineTuneModel(with_a_head, nn.Sequential(nn.ReLU(), nn.Linear(20, 3))).num_features is None
+
+
+def test_a_lazy_classifier_takes_what_the_backbone_gives() -> None:
+    model = FineTuneModel.from_timm("test_resnet", classifier=nn.LazyLinear(3)).freeze_backbone()
+    assert model.num_features == 96
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert model.classifier.in_features == 96
     assert FineTuneModel.from_timm("test_resnet").num_classes == 1000
 
 

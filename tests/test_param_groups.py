@@ -70,7 +70,7 @@ def test_layer_decay_is_timms_on_the_whole_network(name: str, trainable_groups: 
     }
     expected = {parameter_name: scales[p] for parameter_name, p in network.named_parameters()}
     model = FineTuneModel.from_timm(network)
-    if trainable_groups is not None:  # timm itself counts wrong when some are frozen: timm #2691
+    if trainable_groups is not None:
         model.freeze_backbone(trainable_groups=trainable_groups)
     rates = by_name(model.param_groups(lr=0.2, backbone_lr=0.1, weight_decay=0.05, layer_decay=0.7))
     assert rates

@@ -77,8 +77,8 @@ def check_width(backbone: nn.Module, classifier: nn.Module) -> None:
     ValueError: FineTuneModel: the classifier takes 3 features, and ResNet gives 96; ...
     """
     said = getattr(backbone, "head_hidden_size", None)
-    if not isinstance(classifier, nn.Linear) or not isinstance(said, int) or classifier.in_features == said:
-        return
+    if not isinstance(classifier, nn.Linear) or not isinstance(said, int) or classifier.in_features in {0, said}:
+        return  # 0 is a lazy one's, which takes what it is given
     # A backbone that the user has changed may give something else than it says, so that it is asked.
     try:
         with quiet(backbone):

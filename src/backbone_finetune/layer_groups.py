@@ -137,8 +137,10 @@ def layer_depths(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> tup
     (0, 8, 9)
 
     Follows `timm.optim.param_groups_layer_decay` on the network with its classifier: timm's fine layers, the
-    classifier last. A network without a `group_matcher` counts its layer groups instead.
+    classifier last. A network without a `group_matcher` counts its layer groups instead. Raises ValueError where the
+    backbone got or lost parameters since it was grouped.
     """
+    check_layer_groups(backbone, layer_groups)
     aliases = _names_of_each_parameter(backbone)
     if not hasattr(backbone, "group_matcher"):
         depths = {name: depth for depth, group in enumerate(layer_groups) for name in group.parameter_names}

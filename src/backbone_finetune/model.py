@@ -12,7 +12,7 @@ from torch import nn
 from . import freezing
 from .arguments import check_module, check_shares_nothing, check_width
 from .distributed import active_wrapper, refuse_unfrozen_since, reshard
-from .layer_groups import LayerGroup, as_layer_groups, find_layer_groups, layer_depths
+from .layer_groups import LayerGroup, as_layer_groups, check_layer_groups, find_layer_groups, layer_depths
 from .modes import forget_at_load
 from .param_groups import build_param_groups
 from .report import describe_by_group, describe_by_name
@@ -203,8 +203,10 @@ class FineTuneModel(nn.Module):
         >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).num_features
         4
         """
-        width = getattr(self.backbone, "head_hidden_size", getattr(self.classifier, "in_features", None))
-        return width if isinstance(width, int) else None
+        width = getattr(self.classifier, "in_features", 0)  # 0 where it is lazy
+        if not width and not getattr(self.backbone, "num_classes", 0):  # without a head of its own, which comes last
+            width = getattr(self.backbone, "head_hidden_size", None)
+        return width if width and isinstance(width, int) else None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn gradient checkpointing of the backbone on or off, where the backbone has it.
@@ -281,7 +283,7 @@ class FineTuneModel(nn.Module):
         `group_matcher` (metaformer, pit, csatv2: timm takes each parameter for a layer), by layer group. Biases, 1-d
         weights and what the backbone's `no_weight_decay()` names do not decay. With `include_frozen` the groups are
         the same whatever is frozen, so that one optimizer lives through every unfreezing. Raises ValueError when
-        nothing trains or a rate is negative.
+        nothing trains, a rate is negative, or the backbone got or lost parameters since the model was built.
         """
         reshard(self)
         depths, classifier_depth = layer_depths(self.backbone, self._layer_groups)
@@ -313,6 +315,7 @@ class FineTuneModel(nn.Module):
         4
         """
         if coarse:
+            check_layer_groups(self.backbone, self._layer_groups)
             depths = {name: i for i, group in enumerate(self._layer_groups) for name in group.parameter_names}
             classifier_depth = len(self._layer_groups)
         else:
