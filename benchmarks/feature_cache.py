@@ -131,9 +131,10 @@ def as_markdown(report: CacheReport) -> str:
 
 _HOW_IT_WAS_TIMED = """\
 All train on the same random pictures in memory, by turns. Ours: features into a cache on disk, then all epochs, with a
-test after each, as `backbone-finetune train` does it; in bf16 means as the device likes it by itself. A peer's turn is
-one epoch of its run, and the ratio to its whole run is that to as many such epochs. Both loops over ready features use
-the same fused AdamW.
+test after each, as `backbone-finetune train` does it; in bf16 means as the device likes it by itself. A peer freezes as
+its library does by default and trains in float32 in a plain loop, without what its trainer would add. Its turn is one
+epoch of its run, and the ratio to its whole run is that to as many such epochs. Both loops over ready features use the
+same fused AdamW.
 """
 
 _HOW_IT_WAS_LEARNT = """\
