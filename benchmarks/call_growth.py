@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import cProfile
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from measure import Interval, interval_of_median, take_turns
@@ -17,41 +17,15 @@ from torch.utils.benchmark import Timer
 
 from backbone_finetune import FineTuneModel
 
-
-class Rung(NamedTuple):
-    """A network of a ladder: timm's architecture of that name, or one that is deeper than any that timm names."""
-
-    architecture: str
-    depth: int | None = None
-
-    def __str__(self) -> str:
-        return self.architecture if self.depth is None else f"{self.architecture}, depth {self.depth}"
-
-    def build(self) -> FineTuneModel:
-        """Build it without weights, which the calls do not touch."""
-        arguments: dict[str, Any] = {} if self.depth is None else {"depth": self.depth}
-        with torch.device("meta"):
-            return FineTuneModel.from_timm(self.architecture, num_classes=NUM_CLASSES, **arguments)
-
-
-# Up to the largest that timm has. Those ViTs differ by no more than four in their tensors, too little to tell a power
-# from the processor's caches, which the small ones fit and the large do not: so on to ten times as many.
+# Families whose members differ in depth, up to the largest that timm has: built without weights, on the meta device.
 LADDERS = {
-    "ResNet": (
-        Rung("resnet18"),
-        Rung("resnet34"),
-        Rung("resnet50"),
-        Rung("resnet101"),
-        Rung("resnet152"),
-        Rung("resnetv2_152x4_bit"),
-    ),
+    "ResNet": ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnetv2_152x4_bit"),
     "ViT": (
-        Rung("vit_base_patch16_224"),
-        Rung("vit_large_patch16_224"),
-        Rung("vit_huge_patch14_224"),
-        Rung("vit_giant_patch14_224"),
-        Rung("vit_gigantic_patch14_224"),
-        *(Rung("vit_gigantic_patch14_224", depth) for depth in (96, 192, 384)),
+        "vit_base_patch16_224",
+        "vit_large_patch16_224",
+        "vit_huge_patch14_224",
+        "vit_giant_patch14_224",
+        "vit_gigantic_patch14_224",
     ),
 }
 LINEAR_GROWTH = 1.1  # a little above 1: small networks leave a call's constant cost to be seen
@@ -60,29 +34,35 @@ SAMPLE_SECONDS = 0.03
 
 @dataclass(frozen=True)
 class CallTime:
-    """Milliseconds of one call of the wrapper on one network; those at the same place come from the same pass."""
+    """Milliseconds of one call of the wrapper on one network; those at the same place come from the same pass.
+
+    `function_calls` are those that it makes, of Python's and of C's: what it does, however long the memory takes.
+    """
 
     family: str
     model: str
     call: str
     parameter_tensors: int
     parameters: int
+    function_calls: int
     milliseconds: list[float] = field(default_factory=list)
 
 
-def time_calls(family: str, ladder: Sequence[Rung], repeats: int, times: list[CallTime]) -> None:
+def time_calls(family: str, names: Sequence[str], repeats: int, times: list[CallTime]) -> None:
     """Time the wrapper's own calls on a family in turns, into `times`: an interruption leaves all whole passes there.
 
     By turns, as a machine that slows down would otherwise show as growth.
     """
     own: list[CallTime] = []
     visits: list[Callable[[], float]] = []
-    for rung in ladder:
-        model = rung.build()
+    for name in names:
+        # Without weights, which the calls do not touch.
+        with torch.device("meta"):
+            model = FineTuneModel.from_timm(name, num_classes=NUM_CLASSES)
         tensors = list(model.parameters())
         count = sum(tensor.numel() for tensor in tensors)
         for label, call in calls_of(model).items():
-            own.append(CallTime(family, str(rung), label, len(tensors), count))
+            own.append(CallTime(family, name, label, len(tensors), count, count_function_calls(model, call)))
             visits.append(sampler(model, call))
     times += own
     for turn in take_turns(visits, repeats):
@@ -101,6 +81,14 @@ def calls_of(model: FineTuneModel) -> dict[str, Callable[[], object]]:
     }
 
 
+def count_function_calls(model: FineTuneModel, call: Callable[[], object]) -> int:
+    """Count the functions that a call calls, directly and below."""
+    model.unfreeze_backbone()
+    profile = cProfile.Profile()
+    profile.runcall(call)
+    return sum(entry.callcount for entry in profile.getstats())
+
+
 def sampler(model: FineTuneModel, call: Callable[[], object]) -> Callable[[], float]:
     """Make what takes one sample of a call, in milliseconds: the mean of as many as fill SAMPLE_SECONDS."""
     timer = Timer("call()", globals={"call": call})
@@ -116,14 +104,22 @@ def sampler(model: FineTuneModel, call: Callable[[], object]) -> Callable[[], fl
 
 def growth(times: Sequence[CallTime]) -> Interval:
     """Exponent by which a call's time grows with the number of parameter tensors: 1 is linear. A fit for each pass."""
-    sizes = [math.log(time.parameter_tensors) for time in times]
     passes = zip(*(time.milliseconds for time in times), strict=True)
-    slopes = [statistics.linear_regression(sizes, [math.log(ms) for ms in taken]).slope for taken in passes]
-    return interval_of_median(slopes)
+    return interval_of_median([_exponent(times, taken) for taken in passes])
+
+
+def growth_of_function_calls(times: Sequence[CallTime]) -> float:
+    """Exponent by which the functions that a call calls grow with the number of parameter tensors: 1 is linear."""
+    return _exponent(times, [time.function_calls for time in times])
+
+
+def _exponent(times: Sequence[CallTime], measured: Sequence[float]) -> float:
+    sizes = [math.log(time.parameter_tensors) for time in times]
+    return statistics.linear_regression(sizes, [math.log(value) for value in measured]).slope
 
 
 def calls_table(times: Sequence[CallTime]) -> str:
-    """Lay out a family's calls, and how they grow: not linear where more than chance says so."""
+    """Lay out a family's calls, and how they grow: in what they do, and in the time that it takes."""
     calls = list(dict.fromkeys(time.call for time in times))
     lines = []
     for name in dict.fromkeys(time.model for time in times):
@@ -132,7 +128,9 @@ def calls_table(times: Sequence[CallTime]) -> str:
         lines.append([name, str(first.parameter_tensors), f"{first.parameters / 1e6:,.0f} M"])
         lines[-1] += [f"{median(own[call].milliseconds):.3g} ms" for call in calls]
     if len(lines) > 1:
-        exponents = [growth([time for time in times if time.call == call]) for call in calls]
-        verdicts = [f"{exponent}{' (not linear)' if exponent.low > LINEAR_GROWTH else ''}" for exponent in exponents]
-        lines.append(["growth exponent (1 = linear)", "", "", *verdicts])
+        own_times = [[time for time in times if time.call == call] for call in calls]
+        exponents = [growth_of_function_calls(its_times) for its_times in own_times]
+        verdicts = [f"{exponent:.3f}{' (not linear)' if exponent > LINEAR_GROWTH else ''}" for exponent in exponents]
+        lines.append(["growth of functions called (1 = linear)", "", "", *verdicts])
+        lines.append(["growth of time", "", "", *(str(growth(its_times)) for its_times in own_times)])
     return table(["", "tensors", "parameters", *calls], lines)

@@ -148,7 +148,15 @@ def as_markdown(report: OverheadReport) -> str:
     for family in dict.fromkeys(time.family for time in timed):
         own = [time for time in timed if time.family == family]
         parts += [f"## Its own calls: {family}, on the meta device\n", calls_table(own), ""]
+    if timed:
+        parts.append(_HOW_IT_GROWS)
     return "\n".join(parts)
+
+
+_HOW_IT_GROWS = """\
+Growth is the exponent over a family's parameter tensors. The functions that a call calls, of Python and of C, are
+counted, and say how its work grows; its time has the processor's caches in it as well, which large networks outgrow.
+"""
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,13 @@ import wrapper_overhead
 from measure import WallClock
 from torch import nn
 
-RUNG = call_growth.Rung
+from backbone_finetune import FineTuneModel
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(wrapper_overhead, "LADDERS", {"ViT": (RUNG("test_vit"), RUNG("test_vit", 12))})
+    monkeypatch.setattr(wrapper_overhead, "LADDERS", {"ViT": ("test_vit", "test_vit2")})
     small = ["--device", "cpu", "--threads", "1", "--batch-size", "2", "--image-size", "32", "--repeats", "3"]
     small += ["--models", "test_resnet", "--output", str(tmp_path)]
     assert wrapper_overhead.main([*small, "--ladder", "ViT"]) == 0
@@ -36,40 +36,36 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         "param_groups(lr, layer_decay)",
         "train()",
     }
-    assert {time["model"]: time["parameter_tensors"] for time in content["calls"]} == {
-        "test_vit": 80,
-        "test_vit, depth 12": 152,
-    }
+    assert {time["model"] for time in content["calls"]} == {"test_vit", "test_vit2"}
+    assert all(time["function_calls"] > time["parameter_tensors"] for time in content["calls"])
     assert all(len(time["milliseconds"]) == 3 and min(time["milliseconds"]) > 0 for time in content["calls"])
     page = (tmp_path / "wrapper_overhead.md").read_text()
-    assert "growth exponent" in page
+    assert "growth of functions called" in page
     assert page in capsys.readouterr().out
-
-
-def _times(exponent: float, noise: float = 0.0) -> list[call_growth.CallTime]:
-    generator = random.Random(0)
-
-    def sample(size: int) -> float:
-        return 0.01 * size**exponent * generator.lognormvariate(0, noise)
-
-    return [
-        call_growth.CallTime("ViT", f"vit{size}", "train()", size, size, [sample(size) for _ in range(10)])
-        for size in (100, 200, 400)
-    ]
 
 
 @pytest.mark.parametrize("exponent", [1, 2])
 def test_growth_is_the_exponent(exponent: int) -> None:
-    times = _times(exponent)
-    assert call_growth.growth(times).median == pytest.approx(exponent)
+    times = [
+        call_growth.CallTime("ViT", f"vit{size}", "train()", size, size, size**exponent, [0.01 * size**3] * 10)
+        for size in (100, 200, 400)
+    ]
+    assert call_growth.growth(times).median == pytest.approx(3)
+    assert call_growth.growth_of_function_calls(times) == pytest.approx(exponent)
     report = wrapper_overhead.OverheadReport({}, "python", {}, calls=times)
     assert ("(not linear)" in wrapper_overhead.as_markdown(report)) == (exponent > 1)
 
 
-def test_noise_is_not_called_growth() -> None:
-    times = _times(1.11, noise=0.2)
-    assert call_growth.growth(times).median > call_growth.LINEAR_GROWTH
-    assert "(not linear)" not in call_growth.calls_table(times)
+def test_what_the_wrapper_does_grows_with_the_tensors_and_no_faster() -> None:
+    with torch.device("meta"):
+        shallow, deep = (FineTuneModel.from_timm("test_vit", num_classes=3, depth=depth) for depth in (12, 96))
+    tensors = [len(list(model.parameters())) for model in (shallow, deep)]
+    for label, call in call_growth.calls_of(shallow).items():
+        calls = [
+            call_growth.count_function_calls(shallow, call),
+            call_growth.count_function_calls(deep, call_growth.calls_of(deep)[label]),
+        ]
+        assert calls[1] / calls[0] <= 1.02 * tensors[1] / tensors[0], label
 
 
 class _Shifted(nn.Module):
@@ -107,7 +103,7 @@ def test_each_call_is_timed_under_its_own_name() -> None:
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(family: str, ladder: object, repeats: int, times: object) -> None:
+    def interrupt(family: str, names: object, repeats: int, times: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(wrapper_overhead, "time_calls", interrupt)
