@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torchvision.datasets.vision import StandardTransform  # it comes with timm
 
 from backbone_finetune import FineTuneModel
 
@@ -18,15 +19,39 @@ from .randomness import own_randomness
 __all__ = ["gather_features", "repeats"]
 
 GATHERED_ROWS = 4096
+# What torchvision's datasets, and most others, call what they do to a picture and its target.
+TRANSFORMS = ("transform", "transforms", "target_transform")
 
 
 def repeats(data: Dataset[Any]) -> bool:
-    """Say whether a dataset shows the same in every epoch: it has no transform, or one known to draw nothing.
+    """Say whether a dataset is known to show the same in every epoch.
 
-    >>> repeats(TensorDataset(torch.ones(1)))
-    True
+    >>> repeats(TensorDataset(torch.ones(1))), repeats(Subset([(torch.rand, 0)], [0]))
+    (True, True)
+
+    A dataset tells by ``transform`` (``transforms``, ``target_transform``): None, or one of torchvision or timm that is
+    known to draw nothing. Tensors, lists and tuples need not tell; a dataset of other datasets shows what they show.
+    Any other, a class of your own that has no such attribute, may draw in its ``__getitem__``, and counts as random.
     """
-    transform = getattr(data, "transform", None)
+    stated = [getattr(data, name) for name in TRANSFORMS if hasattr(data, name)]
+    if not all(draws_nothing(transform) for transform in stated):
+        return False
+    if isinstance(data, Subset) and not repeats(data.dataset):
+        return False
+    if isinstance(data, ConcatDataset) and not all(repeats(part) for part in data.datasets):
+        return False
+    # A subclass may do anything in __getitem__, as one of Subset that has a transform of its own does.
+    return bool(stated) or type(data) in {TensorDataset, Subset, ConcatDataset, list, tuple}
+
+
+def draws_nothing(transform: Any) -> bool:
+    """Say whether what a dataset names as a transform is none, or known to give the same each time.
+
+    >>> draws_nothing(None), draws_nothing(torch.rand_like)
+    (True, False)
+    """
+    if type(transform) is StandardTransform:  # what torchvision's datasets make of their two others
+        return draws_nothing(transform.transform) and draws_nothing(transform.target_transform)
     return transform is None or is_deterministic(transform)
 
 

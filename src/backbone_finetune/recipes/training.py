@@ -94,8 +94,10 @@ def fine_tune(
     """Train a model in phases, and prove for each that what is frozen in it did not move.
 
     In a phase whose backbone is frozen, it runs once over the pictures and the classifier trains on its features,
-    unless a dataset's ``transform`` is random; otherwise the whole model runs in every step. AdamW and its schedule
-    begin anew with each phase. The test data is looked at and never learnt from, nor chosen by.
+    where both datasets are known to show the same each time: tensors, lists, and datasets whose ``transform`` is None
+    or a deterministic one of torchvision or timm, in a Subset or ConcatDataset too. A dataset of your own says so by
+    ``transform = None``. Otherwise the whole model runs in every step. AdamW and its schedule begin anew with each
+    phase. The test data is looked at and never learnt from, nor chosen by.
 
     >>> model = FineTuneModel(nn.Linear(2, 3), nn.Linear(3, 2))
     >>> pictures = torch.utils.data.TensorDataset(torch.eye(2), torch.tensor([0, 1]))
