@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
 from backbone_finetune import FineTuneModel
@@ -19,10 +19,13 @@ from backbone_finetune import FineTuneModel
 from .backbone_pass import autocast_dtype, backbone_batches, in_eval, trains
 from .feature_store import UnusableStoreError, build_store, map_store, open_store, refuse_other_files, write_store
 from .fingerprints import backbone_fingerprint
+from .object_description import UndescribableError
 
 __all__ = ["FeatureCache", "extract_features", "feature_batches"]
 
 MEMORY_SHARE = 0.25
+# Written beside features of a backbone that has no fingerprint: they are never asked for, and no fingerprint is this.
+NOT_COMPARABLE = "not comparable"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,6 @@ def extract_features(
     would above the backbone, but without its cost. Where the backbone returns a tuple of tensors, each (B, ...) of
     any shape and dtype, so do the pictures of the dataset: its ``tensors`` are ``(*features, targets)``, on the CPU.
 
-    >>> from torch import nn
     >>> model = FineTuneModel(nn.Linear(3, 4), nn.Linear(4, 2)).freeze_backbone()
     >>> pictures = TensorDataset(torch.ones(3, 3), torch.tensor([0, 1, 1]))
     >>> dataset = extract_features(model, DataLoader(pictures, batch_size=2), device=torch.device("cpu"))
@@ -66,8 +68,9 @@ def extract_features(
     ((3, 4), tensor([0, 1, 1]))
 
     With a ``cache`` they are kept on disk, and used again when backbone, data, precision and versions are the same
-    and every bit is as it was written; otherwise a line on stderr says why they are computed again. Without one they
-    are in memory, or from a quarter of it on in a temporary folder. With a ``title`` there is a progress bar.
+    and every bit is as it was written; otherwise a line on stderr says why they are computed again, each time where
+    the backbone holds what can't be compared with another process's, as a lock. Without a cache they are in memory, or
+    from a quarter of it on in a temporary folder. With a ``title`` there is a progress bar.
 
     The model goes to ``device`` and stays there; its modes are left as they were. On CUDA, and on a CPU with bf16
     instructions, a float32 backbone runs under bf16 autocast, and what comes out in bf16 is widened to float32 again,
@@ -91,21 +94,35 @@ def extract_features(
             return TensorDataset(
                 *gather(backbone_batches(model.backbone, loader, device, narrow, title), count(loader))
             )
+    kept, fingerprints = open_cache(cache, model.backbone, narrow, count(loader))
+    if kept is None:
+        with in_eval(model.backbone):
+            batches = backbone_batches(model.backbone, loader, device, narrow, title)
+            kept = build_store(cache.folder, uniform(batches), fingerprints)
+    return TensorDataset(*settle(kept, cache.memory_share))
+
+
+def open_cache(
+    cache: FeatureCache, backbone: nn.Module, narrow: torch.dtype | None, total: int | None
+) -> tuple[tuple[Tensor, ...] | None, dict[str, str]]:
+    """Map the features that are kept, where they can be trusted; gives these or None, and what they must be made of.
+
+    Where there are some that can't be trusted, or none ever will, a line on stderr says why.
+    """
     fingerprints = {
-        "backbone": backbone_fingerprint(model.backbone),
+        "backbone": NOT_COMPARABLE,
         "pictures or transform": cache.data_fingerprint,
         "precision": str(narrow),
         "versions": f"torch {torch.__version__}, timm {timm.__version__}",
     }
     try:
-        mapped = open_store(cache.folder, fingerprints, count=count(loader))
-    except (FileNotFoundError, UnusableStoreError) as fault:
-        if isinstance(fault, UnusableStoreError):
-            print(f"features in {cache.folder}: {fault}; computing them again", file=sys.stderr)
-        with in_eval(model.backbone):
-            batches = backbone_batches(model.backbone, loader, device, narrow, title)
-            mapped = build_store(cache.folder, uniform(batches), fingerprints)
-    return TensorDataset(*settle(mapped, cache.memory_share))
+        fingerprints["backbone"] = backbone_fingerprint(backbone)
+        return open_store(cache.folder, fingerprints, count=total), fingerprints
+    except (UndescribableError, UnusableStoreError) as fault:
+        print(f"features in {cache.folder}: {fault}; computing them again", file=sys.stderr)
+    except FileNotFoundError:
+        pass  # the first time: nothing to tell
+    return None, fingerprints
 
 
 def feature_batches(

@@ -5,7 +5,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from os.path import relpath
-from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import PIL
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from torchvision import transforms  # it comes with timm
 
 from backbone_finetune import __version__
-from backbone_finetune.freezing import digest, frozen_tensors
 
 from .feature_store import digest_file
+from .object_description import Describer, UndescribableError
 from .pictures import PictureDataset
 
 __all__ = ["backbone_fingerprint", "data_fingerprint", "is_deterministic"]
@@ -115,79 +114,27 @@ def describe_transform(transform: Any) -> Any:
 
 
 def backbone_fingerprint(backbone: nn.Module) -> str:
-    """Digest a frozen backbone: its parameters and buffers to the bit, and what its modules are and do.
+    """Digest a backbone: its parameters and buffers to the bit, and what its modules are and do.
 
     >>> backbone_fingerprint(nn.AvgPool2d(2)) == backbone_fingerprint(nn.AvgPool2d(2))
     True
     >>> backbone_fingerprint(nn.AvgPool2d(2)) == backbone_fingerprint(nn.AvgPool2d(2, stride=1))
     False
 
-    Of each module its class counts, its methods' code (a `forward` that was edited is another one) and its
-    attributes that are numbers, texts, tensors or functions. What a hook does, or a function that a method calls, is
-    not seen.
+    Of each module all attributes count, and its class with those that it inherits: the code of methods (a `forward`
+    that was edited is another one), properties and the like, their default arguments and what they close over, and
+    class attributes. An object counts by its class and what pickle would keep of it. Not seen are hooks, global names
+    that a method looks up (functions that it calls, constants of its file), and, for which versions stand, what is
+    torch's, NumPy's and Python's own and no module.
+
+    Raises:
+        UndescribableError: it holds an object that can't be compared with one in another process; the message names it.
     """
-    tensors = {name: digest(tensor) for name, tensor in frozen_tensors(backbone, [backbone]).items()}
-    modules = [(name, describe_module(module)) for name, module in backbone.named_modules()]
-    classes = {type(module) for module in backbone.modules()}
-    code = sorted(f"{class_.__module__}.{class_.__qualname__} {describe_code_of(class_)}" for class_ in classes)
-    return digest_text([tensors, modules, code])
-
-
-def describe_module(module: nn.Module) -> Any:
-    """Write down the class, the printed arguments and the attributes of one module, without its children."""
-    described = {name: describe_attribute(value) for name, value in vars(module).items() if name != "training"}
-    attributes = {name: value for name, value in described.items() if value is not None}
-    return [f"{type(module).__module__}.{type(module).__qualname__}", module.extra_repr(), attributes]
-
-
-def describe_attribute(value: object) -> Any:
-    """Write down a number, a text, a tensor or a function that a module holds; None for all else.
-
-    >>> describe_attribute(0.1), describe_attribute(nn.functional.relu)[0], describe_attribute(nn.Identity())
-    ('0.1', 'torch.nn.functional.relu', None)
-    """
-    if isinstance(value, Tensor):
-        return digest(value)
-    if isinstance(value, FunctionType):
-        return [f"{value.__module__}.{value.__qualname__}", describe_code(value.__code__)]
-    if isinstance(value, BuiltinFunctionType):
-        return value.__qualname__
-    return repr(value) if is_plain(value) else None
-
-
-def is_plain(value: object) -> bool:
-    """Say whether the ``repr`` of a value says all about it, in every process alike.
-
-    >>> is_plain(0.1), is_plain((2, "avg")), is_plain({1, 2}), is_plain(nn.Identity())
-    (True, True, False, False)
-    """
-    if isinstance(value, tuple | list):
-        return all(is_plain(entry) for entry in value)
-    return value is None or type(value) in {bool, int, float, complex, str}
-
-
-def describe_code_of(class_: type) -> Any:
-    """Write down the bytecode of a module class's own methods, up to where torch's take over."""
-    own = class_.__mro__[: class_.__mro__.index(nn.Module)]
-    return [
-        (name, describe_code(value.__code__))
-        for parent in own
-        for name, value in vars(parent).items()
-        if isinstance(value, FunctionType)
-    ]
-
-
-def describe_code(code: CodeType) -> Any:
-    """Write down what a function does, but not where it is written."""
-    constants = [
-        describe_code(constant)
-        if isinstance(constant, CodeType)
-        else sorted(map(repr, constant))  # the order of a set differs between processes
-        if isinstance(constant, frozenset)
-        else repr(constant)
-        for constant in code.co_consts
-    ]
-    return [code.co_code.hex(), code.co_names, code.co_varnames, constants]
+    try:
+        described = Describer().describe(backbone)
+    except RecursionError as error:
+        raise UndescribableError("the backbone holds objects too deep within others") from error
+    return digest_text(described)
 
 
 def digest_text(value: object) -> str:
