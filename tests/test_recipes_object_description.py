@@ -179,7 +179,7 @@ def test_a_compiled_function_is_what_it_compiles() -> None:
 
 
 @pytest.mark.parametrize(
-    "held", [threading.Lock(), [{"deep": threading.Lock()}], (entry for entry in ()), Options(1.0)]
+    "held", [threading.Lock(), [{"deep": threading.Lock()}], (entry for entry in ()), Options(1.0, threading.Lock())]
 )
 def test_what_cannot_be_compared_makes_features_be_computed_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], held: Any
