@@ -302,6 +302,26 @@ def test_an_error_gives_a_terminal_nothing_to_act_on(fail: Fail, monkeypatch: py
     assert fail("train") == "a name: \N{REPLACEMENT CHARACTER}[2Jcat"
 
 
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [
+        ({"RANK": "1"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_only_a_process_beside_others_leaves_its_error_to_them(
+    environment: dict[str, str], speaks: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["predict", "no such model", "tom.jpg"]) == 2
+    assert ("no such model: no such file" in capsys.readouterr().err) == speaks
+
+
 def test_one_file_for_csv_and_json_is_refused(tmp_path: Path, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     line = fail("predict", "model.safetensors", "tom.jpg", "--csv", "answers", "--json", tmp_path / "answers")
