@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +13,15 @@ from .feature_store import digest_file, sync_folder
 from .folder_lock import LOCK_FILE, holding
 
 __all__ = [
+    "CURVES_FILE",
+    "METRICS_FILE",
     "MODEL_FILE",
     "RUN_FILE",
     "UNFINISHED",
     "check_output_folder",
     "claim_output_folder",
     "clear",
+    "find_others",
     "make_output_folder",
     "remove_leftover",
     "replacing",
@@ -28,14 +31,23 @@ __all__ = [
 MODEL_FILE = "model.safetensors"
 # Written first: what run it is.
 RUN_FILE = "run.json"
+METRICS_FILE, CURVES_FILE = "metrics.json", "curves.png"
 # Checkpoints and features of a run that is under way, and its lock; gone when it is finished.
 UNFINISHED = "unfinished"
 # In there, the digest of the finished model that it will replace.
 REPLACED = "replaces"
+DAMAGED = {RUN_FILE: "not readable"}
+# All that may be in there: what stands before run.json is written, and what comes after it. Folders end in a slash.
+FIRST = re.compile(rf"{LOCK_FILE}|{REPLACED}|\.{REPLACED}\.\d+")
+LATER = re.compile(
+    r"checkpoints/(step-\d+\.safetensors|\.step-\d+\.safetensors\.\d+)?"
+    r"|(features-(train|test)(-\d+-of-\d+)?|\.features-(train|test)(-\d+-of-\d+)?\.(new|old)\.[^/]+\.\d+)/"
+    r"(manifest\.json|slot-\d+\.bin)?"
+)
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
-    """Check, and touch nothing, that a run may write into a folder: that it holds no finished model.
+    """Check, and touch nothing, that a run may write into a folder: that it loses nobody's files there.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as parent:
@@ -48,20 +60,84 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
     FileExistsError: ... already holds a finished model; ...
 
     Raises:
-        FileExistsError: it holds a finished model and ``overwrite`` is false, or it is a file.
+        FileExistsError: it is a file, or holds in ``unfinished`` what no run writes there; or ``overwrite`` is false,
+            and it holds a finished model, or, where no run was begun, anything by a name that a run writes.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; pass a folder with --output")
-    if (folder / MODEL_FILE).exists() and not overwrite:
+    if others := find_others(folder):
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise FileExistsError(
+            f"{folder} holds what no run writes there and none deletes ({', '.join(others[:3])}{more}); move it away, "
+            "or pass another folder with --output"
+        )
+    if overwrite:
+        return
+    names = [name for name in (RUN_FILE, METRICS_FILE, CURVES_FILE, MODEL_FILE) if os.path.lexists(folder / name)]
+    if any(not FIRST.fullmatch(name) for _, name in walk(folder / UNFINISHED)):
+        names.append(f"{UNFINISHED}/")
+    if names not in ([], [MODEL_FILE]) and not is_begun(folder):
+        raise FileExistsError(
+            f"{folder} holds {', '.join(names)}, and no run was begun there (no {RUN_FILE} of one); pass another "
+            "folder with --output, or --overwrite to replace them"
+        )
+    if MODEL_FILE in names:
         raise FileExistsError(
             f"{folder} already holds a finished model; pass --overwrite to replace it, or another folder with --output"
         )
 
 
+def find_others(folder: Path) -> list[str]:
+    """Name what is in the way of a run in a folder, and not a run's: in ``unfinished``, or a folder named as a file.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as run:
+    ...     Path(run, "unfinished", "checkpoints").mkdir(parents=True)
+    ...     _ = Path(run, "unfinished", "thesis.txt").write_text("chapter one")
+    ...     find_others(Path(run))
+    ['unfinished/thesis.txt']
+    """
+    names = (RUN_FILE, METRICS_FILE, CURVES_FILE, MODEL_FILE)
+    others = [f"{name}/" for name in names if (folder / name).is_dir()]
+    unfinished = folder / UNFINISHED
+    if unfinished.is_symlink() or unfinished.is_file():
+        return [*others, UNFINISHED]
+    return others + sorted(f"{UNFINISHED}/{name}" for path, name in walk(unfinished) if not is_ours(path, name))
+
+
+def walk(unfinished: Path) -> Iterator[tuple[Path, str]]:
+    """Give all that is in the folder of an unfinished run, innermost first, with its name in there."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # gone meanwhile, as another run may work there
+            raise error
+
+    for parent, folders, files in os.walk(unfinished, topdown=False, onerror=refuse):
+        for names, end in ((files, ""), (folders, "/")):
+            for name in names:
+                path = Path(parent, name)
+                yield path, path.relative_to(unfinished).as_posix() + end
+
+
+def is_ours(path: Path, name: str) -> bool:
+    """Say whether something in the folder of an unfinished run, as `walk` names it, is of a kind that runs write."""
+    return not path.is_symlink() and (FIRST.fullmatch(name) or LATER.fullmatch(name)) is not None
+
+
+def is_begun(folder: Path) -> bool:
+    """Say whether the ``run.json`` in a folder is that of a run, or may have been, damaged as it is."""
+    if not (folder / RUN_FILE).is_file():
+        return False
+    record = read_record(folder / RUN_FILE)
+    return isinstance(record, dict) and (
+        record == DAMAGED or all(isinstance(record.get(part), dict) for part in ("arguments", "versions"))
+    )
+
+
 def remove_leftover(folder: Path) -> None:
     """Remove what a run has left that was killed when its model was written, and nothing else was left to do."""
     unfinished = folder / UNFINISHED
-    if not (unfinished.is_dir() and (folder / MODEL_FILE).exists()):
+    if not (unfinished.is_dir() and (folder / MODEL_FILE).exists() and is_begun(folder)) or find_others(folder):
         return
     with holding(unfinished, name=str(folder)):
         if not replaces_model(folder):
@@ -132,16 +208,16 @@ def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: b
     caller holds ``unfinished`` in it (`folder_lock.holding`).
 
     >>> from tempfile import TemporaryDirectory
+    >>> first, second = ({"arguments": {"seed": seed}, "versions": {}} for seed in (0, 1))
     >>> with TemporaryDirectory() as parent:
-    ...     run = Path(parent, "run")
-    ...     print(*(claim_output_folder(run, {"arguments": {"seed": 0}}, overwrite=False) for _ in range(2)))
-    ...     claim_output_folder(run, {"arguments": {"seed": 1}}, overwrite=False)
+    ...     print(*(claim_output_folder(Path(parent, "run"), first, overwrite=False) for _ in range(2)))
+    ...     claim_output_folder(Path(parent, "run"), second, overwrite=False)
     Traceback (most recent call last):
     ...
     FileExistsError: ... holds an unfinished run of other arguments (seed: 0 there, 1 here); ...
 
     Raises:
-        FileExistsError: a finished model, or an unfinished run of other arguments, and ``overwrite`` is false.
+        FileExistsError: an unfinished run of other arguments, and ``overwrite`` is false; or as `check_output_folder`.
         OSError: the folder can't be made or written to.
     """
     make_output_folder(folder)
@@ -173,22 +249,33 @@ def replaces_model(folder: Path) -> bool:
     return replaced.exists() and replaced.read_text() == digest_file(folder / MODEL_FILE)
 
 
-def clear(folder: Path) -> None:
-    """Empty a folder, but for its lock; make it where there is none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK_FILE:
+def clear(unfinished: Path) -> None:
+    """Empty the folder of an unfinished run, but for its lock and what no run writes there; make it if there is none.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     for name in ("lock", "replaces", "thesis.txt"):
+    ...         _ = Path(folder, name).write_text("")
+    ...     clear(Path(folder))
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['lock', 'thesis.txt']
+    """
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for path, name in walk(unfinished):
+        if name == LOCK_FILE or not is_ours(path, name):
+            continue
+        if not name.endswith("/"):
             path.unlink()
+        elif not any(path.iterdir()):
+            path.rmdir()
 
 
 def read_record(path: Path) -> Any:
     """Read a ``run.json``; one that is damaged is like no other."""
     try:
         return json.loads(path.read_text())
-    except ValueError:
-        return {RUN_FILE: "not readable"}
+    except (ValueError, RecursionError):
+        return DAMAGED
 
 
 def find_differences(there: Any, here: Any, place: str = "") -> list[str]:

@@ -19,7 +19,18 @@ from .folder_lock import holding
 from .metrics import Metrics, describe
 from .model_description import printable
 from .model_file import TrainedModel, save_trained_changes, save_trained_model
-from .output import MODEL_FILE, RUN_FILE, UNFINISHED, claim_output_folder, clear, make_output_folder, replacing
+from .output import (
+    CURVES_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    RUN_FILE,
+    UNFINISHED,
+    claim_output_folder,
+    clear,
+    find_others,
+    make_output_folder,
+    replacing,
+)
 from .pictures import PictureDataset
 from .processes import find_device, make_accelerator, run_on_main
 from .progress import EpochResult
@@ -51,7 +62,8 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     FileNotFoundError: no such folder: there is no such folder; ...
 
     Raises:
-        FileExistsError: the output folder already holds a finished model, or another run, or one that is under way.
+        FileExistsError: the output folder holds a finished model, another run, one that is under way, or what is not
+            a run's and would be lost.
         FileNotFoundError: the pictures or the checkpoint are not there.
         ModuleNotFoundError: matplotlib or the packaged weights are not installed.
         ValueError: the settings or the pictures are not fit for training; the message says how to make them so.
@@ -73,9 +85,9 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
             raise
         if accelerator.is_main_process:
             print(describe(metrics))
-            with replacing(settings.output / "curves.png") as temporary:
+            with replacing(settings.output / CURVES_FILE) as temporary:
                 draw_curves(metrics.history, metrics.references(), temporary)
-            with replacing(settings.output / "metrics.json") as temporary:
+            with replacing(settings.output / METRICS_FILE) as temporary:
                 temporary.write_text(json.dumps(asdict(metrics), indent=2) + "\n")
             trained = TrainedModel(task.model, task.architecture, metrics.class_names, task.data_config)
             if task.base is None:
@@ -83,7 +95,9 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
             else:
                 save_trained_changes(trained, task.base, settings.output / MODEL_FILE, record=asdict(metrics))
             clear(settings.output / UNFINISHED)
-            names = (RUN_FILE, "curves.png", "metrics.json", MODEL_FILE)
+            if others := find_others(settings.output):  # put there while it trained
+                print(printable(f"left as they are: {', '.join(others)} in {settings.output}"), file=sys.stderr)
+            names = (RUN_FILE, CURVES_FILE, METRICS_FILE, MODEL_FILE)
             print(f"\nwrote {', '.join(str(settings.output / name) for name in names)}")
     accelerator.end_training()
     return metrics
