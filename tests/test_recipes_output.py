@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,6 +135,47 @@ def test_a_run_that_was_killed_before_it_said_what_it_is_goes_on(tmp_path: Path,
     check_output_folder(tmp_path, overwrite=False)
     assert not claim_output_folder(tmp_path, RECORD, overwrite=False)
     assert claim_output_folder(tmp_path, RECORD, overwrite=False)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_killed_run_had_begun_to_write_goes(tmp_path: Path, overwrite: bool) -> None:
+    claim_output_folder(tmp_path, RECORD, overwrite=False)
+    put(tmp_path, *(f".{name}.4194301" for name in (MODEL_FILE, "metrics.json", "curves.png", RUN_FILE)))
+    mine = {".model.safetensors.bak", f"{MODEL_FILE}.123", ".notes.txt.123", ".modelXsafetensors.123"}
+    put(tmp_path, *mine, f".{MODEL_FILE}.5/mine.txt")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match="an unfinished run of other arguments"):
+        claim_output_folder(tmp_path, {**RECORD, "arguments": {"seed": 1}}, overwrite=False)
+    assert tree(tmp_path) == before
+    record = {**RECORD, "arguments": {"seed": int(overwrite)}}
+    assert claim_output_folder(tmp_path, record, overwrite=overwrite) != overwrite
+    assert {path.name for path in tmp_path.iterdir()} == {RUN_FILE, UNFINISHED, f".{MODEL_FILE}.5", *mine}
+
+
+def test_a_model_that_was_killed_in_its_last_moment_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(Exception):
+        """In the place of SIGKILL, after which nothing is removed."""
+
+    def die(source: Path, target: Path) -> None:
+        if Path(target).name == MODEL_FILE:
+            Path(source).with_suffix(".4194301").write_bytes(Path(source).read_bytes())  # of a process that is gone
+            raise KilledError
+        move(source, target)
+
+    times = BackwardTimes(unfrozen=100.0, frozen=1.0, classifier_alone=0.5, batch_size=8)
+    monkeypatch.setattr(run_module, "measure_backward", lambda *arguments: times)
+    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--epochs", "1"]
+    command += ["--output", str(tmp_path / "run")]
+    move = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(KilledError):
+            cli.main(command)
+    assert (tmp_path / "run" / f".{MODEL_FILE}.4194301").exists()
+    assert cli.main(command) == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {MODEL_FILE, RUN_FILE, "metrics.json", "curves.png"}
 
 
 def test_overwriting_replaces_the_names_of_a_run(tmp_path: Path) -> None:

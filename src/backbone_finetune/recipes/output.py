@@ -32,6 +32,9 @@ MODEL_FILE = "model.safetensors"
 # Written first: what run it is.
 RUN_FILE = "run.json"
 METRICS_FILE, CURVES_FILE = "metrics.json", "curves.png"
+FILES = (RUN_FILE, METRICS_FILE, CURVES_FILE, MODEL_FILE)
+# What each is written as, by `replacing` and by `save_checkpoint`, before it takes its place.
+TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.\d+")
 # Checkpoints and features of a run that is under way, and its lock; gone when it is finished.
 UNFINISHED = "unfinished"
 # In there, the digest of the finished model that it will replace.
@@ -73,7 +76,7 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
         )
     if overwrite:
         return
-    names = [name for name in (RUN_FILE, METRICS_FILE, CURVES_FILE, MODEL_FILE) if os.path.lexists(folder / name)]
+    names = [name for name in FILES if os.path.lexists(folder / name)]
     if any(not FIRST.fullmatch(name) for _, name in walk(folder / UNFINISHED)):
         names.append(f"{UNFINISHED}/")
     if names not in ([], [MODEL_FILE]) and not is_begun(folder):
@@ -97,8 +100,7 @@ def find_others(folder: Path) -> list[str]:
     ...     find_others(Path(run))
     ['unfinished/thesis.txt']
     """
-    names = (RUN_FILE, METRICS_FILE, CURVES_FILE, MODEL_FILE)
-    others = [f"{name}/" for name in names if (folder / name).is_dir()]
+    others = [f"{name}/" for name in FILES if (folder / name).is_dir()]
     unfinished = folder / UNFINISHED
     if unfinished.is_symlink() or unfinished.is_file():
         return [*others, UNFINISHED]
@@ -222,17 +224,19 @@ def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: b
     """
     make_output_folder(folder)
     check_output_folder(folder, overwrite=overwrite)
-    begun = folder / RUN_FILE
+    begun, goes_on = folder / RUN_FILE, False
     if begun.exists() and (not (folder / MODEL_FILE).exists() or replaces_model(folder)):
         differences = find_differences(read_record(begun), json.loads(json.dumps(record)))
-        if not differences:
-            return True
-        if not overwrite:
+        goes_on = not differences
+        if differences and not overwrite:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise FileExistsError(
                 f"{folder} holds an unfinished run of other arguments ({'; '.join(differences[:3])}{more}); give the "
                 "same ones to go on with it, --overwrite to replace it, or another folder with --output"
             )
+    remove_temporaries(folder)
+    if goes_on:
+        return True
     clear(folder / UNFINISHED)
     # First what is replaced: a model that is another one than this is the run's own, and the run is finished.
     if (folder / MODEL_FILE).exists():
@@ -241,6 +245,13 @@ def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: b
     with replacing(begun) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
     return False
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a run that was killed had begun to write, perhaps as large as the model: none writes there now."""
+    for path in folder.iterdir():
+        if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def replaces_model(folder: Path) -> bool:
