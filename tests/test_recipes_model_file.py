@@ -15,7 +15,6 @@ from torch import nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_checkpoint
-from backbone_finetune.recipes import base_weights
 from backbone_finetune.recipes.base_weights import BaseSource, BaseWeights, base_source, remember_base
 from backbone_finetune.recipes.model_file import (
     TrainedModel,
@@ -25,7 +24,6 @@ from backbone_finetune.recipes.model_file import (
     save_trained_changes,
     save_trained_model,
 )
-from backbone_finetune.recipes.networks import load_checkpoint_network
 from backbone_finetune.recipes.packaged import load_packaged_network
 from backbone_finetune.recipes.pictures import read_picture
 from backbone_finetune.recipes.prediction import predict
@@ -153,23 +151,6 @@ def test_changes_on_the_packaged_weights_find_them(tmp_path: Path) -> None:
     assert (tmp_path / "head.safetensors").stat().st_size < 20_000
     loaded = load_trained_model(tmp_path / "head.safetensors").model.state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
-
-
-def test_changes_on_the_hubs_weights_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base_path = tmp_path / "base.pth"
-    model = FineTuneModel.from_timm(save_base(base_path), num_classes=3).freeze_backbone()
-    source = base_source("test_resnet", pretrained=True, checkpoint=None)
-    base = remember_base(model, source, "timm's pretrained weights")
-    save_trained_changes(replace(make_trained(), model=model), base, tmp_path / "head.safetensors", record={})
-    asked: list[str] = []
-
-    def fetch(architecture: str) -> nn.Module:
-        asked.append(architecture)
-        return load_checkpoint_network(architecture, base_path)
-
-    monkeypatch.setattr(base_weights, "load_pretrained_network", fetch)
-    load_trained_model(tmp_path / "head.safetensors")
-    assert asked == ["test_resnet"]
 
 
 def test_random_weights_are_no_base() -> None:

@@ -181,7 +181,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--base",
         type=Path,
         metavar="FILE",
-        help="the weights that a model of --trainable-only was trained on, where they were from a file",
+        help="the weights that a model of --trainable-only was trained on, where they are not found by themselves",
     )
 
 

@@ -3,7 +3,7 @@
 import enum
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from backbone_finetune.checkpoint import distinct_tensors
 from backbone_finetune.freezing import digest
 
 from .model_description import ModelDescription, checked
-from .networks import load_checkpoint_network, load_pretrained_network
+from .networks import find_cached_weights, load_checkpoint_network
 from .packaged import ARCHITECTURE as PACKAGED_ARCHITECTURE
 from .packaged import load_packaged_network
 
@@ -23,7 +23,7 @@ __all__ = ["BaseSource", "BaseWeights", "base_source", "describe_base", "digest_
 
 
 class BaseSource(enum.Enum):
-    """Where base weights can be found again: in the installed package, on timm's hub, or in a file that the user has.
+    """Where base weights can be found again: in the package, in the cache of timm's hub, or in a file of the user's.
 
     >>> BaseSource("package")
     <BaseSource.PACKAGE: 'package'>
@@ -117,24 +117,25 @@ def describe_base(base: BaseWeights, kept: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_base(
-    description: ModelDescription, about: Mapping[str, Any], missing: Collection[str], path: Path | None
+    description: ModelDescription, about: Mapping[str, Any], missing: Mapping[str, Tensor], path: Path | None
 ) -> dict[str, Tensor]:
     """Find the base weights that a file of changes leaves out, and see that they are the very ones: tensors by name.
 
-    ``about`` is what `describe_base` said. They come from the weights file at ``path`` where one is given, else from
-    the package or from timm's hub.
+    ``about`` is what `describe_base` said, ``missing`` what is left out, on the meta device. The weights come from the
+    file at ``path`` where one is given, else from the package, or from where timm's hub has left them on this machine;
+    nothing is downloaded.
 
     >>> about = describe_base(BaseWeights(BaseSource.FILE, "weights from tom.pth", {}), {})
-    >>> find_base(ModelDescription("test_resnet", ("cat", "dog"), {}), about, ["backbone.conv1.weight"], None)
+    >>> find_base(ModelDescription("test_resnet", ("cat", "dog"), {}), about, {}, None)
     Traceback (most recent call last):
     ...
     ValueError: it holds only what training changed, on top of test_resnet with weights from tom.pth; give that ...
 
     Raises:
-        ValueError: they are others, or nobody gave the file that it takes, or that is not one of this architecture.
+        ValueError: they are others or not on this machine, or nobody gave the file that it takes, or that is not one of
+            this architecture.
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: the package is not installed.
-        OSError: the hub can't be reached.
     """
     for name in ("source", "words", "fingerprint"):
         checked(about.get(name), lambda value: isinstance(value, str), f"base, {name}", "text")
@@ -142,7 +143,7 @@ def find_base(
     source = BaseSource(checked(about["source"], lambda value: value in sources, "base, source", ", ".join(sources)))
     wanted = f"{description.architecture} with {about['words'][:200]}"
     model = FineTuneModel.from_timm(
-        load_base_network(description, source, wanted, path), num_classes=len(description.class_names)
+        load_base_network(description, source, wanted, missing, path), num_classes=len(description.class_names)
     )
     tensors = backbone_tensors(model)
     rest = {name: tensors[name] for name in missing if name in tensors}
@@ -156,14 +157,25 @@ def find_base(
     return rest
 
 
-def load_base_network(description: ModelDescription, source: BaseSource, wanted: str, path: Path | None) -> nn.Module:
+def load_base_network(
+    description: ModelDescription, source: BaseSource, wanted: str, missing: Mapping[str, Tensor], path: Path | None
+) -> nn.Module:
     """Load the network that a base is made of; raises as `find_base` does."""
     # The dropout before the classifier is no part of the backbone.
     arguments = {name: value for name, value in description.arguments.items() if name != "drop_rate"}
+    if path is None and source is BaseSource.HUB:
+        # The file says whose weights to take, and it may be a stranger's: what it says starts no download.
+        path = find_cached_weights(description.architecture)
+        if path is None:
+            raise ValueError(
+                f"it holds only what training changed, on top of {wanted}, which are not in the cache of timm's hub on "
+                "this machine, and a model file starts no download; fetch them with "
+                f"timm.create_model({description.architecture!r}, pretrained=True) in Python, or give their weights "
+                "file (--base FILE; base=Path(...) in Python)"
+            )
     if path is not None:
+        refuse_too_small(path, wanted, missing)
         return load_checkpoint_network(description.architecture, path, **arguments)
-    if source is BaseSource.HUB:
-        return load_pretrained_network(description.architecture, **arguments)
     if source is BaseSource.PACKAGE and description.architecture == PACKAGED_ARCHITECTURE:
         return load_packaged_network(**arguments)
     # A path that a file names is not opened: who wrote it may not choose what is read here.
@@ -171,3 +183,23 @@ def load_base_network(description: ModelDescription, source: BaseSource, wanted:
         f"it holds only what training changed, on top of {wanted}; give that weights file "
         "(--base FILE; base=Path(...) in Python)"
     )
+
+
+def refuse_too_small(path: Path, wanted: str, missing: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a file can't hold so many numbers, before memory is taken for a network that has them.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "base.pth").write_bytes(bytes(99))
+    ...     refuse_too_small(Path(folder, "base.pth"), "resnet18 with weights", {"weight": Tensor(100)})
+    Traceback (most recent call last):
+    ...
+    ValueError: ...base.pth: its 99 bytes can't hold the 100 numbers of resnet18 with weights; ...
+    """
+    numbers = sum(tensor.numel() for tensor in missing.values())
+    # A number takes a byte at least.
+    if path.is_file() and (size := path.stat().st_size) < numbers:
+        raise ValueError(
+            f"{path}: its {size:,} bytes can't hold the {numbers:,} numbers of {wanted}; "
+            "give the weights file that the model was trained on (--base FILE; base=Path(...) in Python)"
+        )

@@ -129,12 +129,13 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
     """Read a file of `save_trained_model` or `save_trained_changes`, and build its model again, on the CPU, in eval.
 
     See `save_trained_model` for an example. Parameters are frozen as they were. Changes alone need their base weights:
-    those of the package and of timm's hub are found, others are read from the weights file ``base``.
+    those of the package, and of timm's hub where they are in its cache on this machine, are found; others are read from
+    the weights file ``base``. Nothing is downloaded.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, foreign, or does not fit the network that it names, or its base is another one.
-        OSError: timm's hub, where the base is from, can't be reached.
+        ValueError: it is truncated, foreign, or does not fit the network that it names, or its base is another one or
+            not on this machine.
     """
     layouts, metadata = peek_checkpoint(path)
     description = describe_file(path, metadata)

@@ -3,8 +3,11 @@
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from urllib.parse import urlparse
 
 import timm
+import torch
+from huggingface_hub import try_to_load_from_cache  # it comes with timm
 from timm.models import PretrainedCfg, load_state_dict
 from torch import nn
 
@@ -13,7 +16,10 @@ from backbone_finetune.architectures import check_architecture
 from .packaged import ARCHITECTURE as PACKAGED_ARCHITECTURE
 from .packaged import load_packaged_network
 
-__all__ = ["load_checkpoint_network", "load_network", "load_pretrained_network"]
+__all__ = ["find_cached_weights", "load_checkpoint_network", "load_network", "load_pretrained_network"]
+
+# What timm calls a weights file on the hub, unless its registry says otherwise; it looks for the first one first.
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_network(
@@ -67,6 +73,29 @@ def load_pretrained_network(architecture: str, **arguments: Any) -> nn.Module:
             f"{architecture}: its pretrained weights could not be fetched ({error}); "
             "with a weights file on disk, pass --checkpoint FILE instead of --pretrained"
         ) from error
+
+
+def find_cached_weights(architecture: str) -> Path | None:
+    """Find timm's pretrained weights of an architecture where an earlier download left them; nothing is fetched.
+
+    >>> find_cached_weights("cs3darknet_s") is None  # nobody has published any
+    True
+    """
+    source = timm.get_pretrained_cfg(architecture)
+    if source is None:
+        return None
+    if source.hf_hub_id:
+        repository, _, revision = source.hf_hub_id.partition("@")
+        for name in (source.hf_hub_filename,) if source.hf_hub_filename else HUB_FILES:
+            found = try_to_load_from_cache(repository, name, revision=revision or None)
+            if isinstance(found, str):  # else None, or the mark of a file that the hub is known not to have
+                return Path(found)
+        return None
+    if not source.url:
+        return None
+    name = Path(urlparse(source.url).path).name if isinstance(source.url, str) else source.url[1]
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    return path if path.is_file() else None
 
 
 def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> nn.Module:

@@ -1,0 +1,144 @@
+"""The base of a file of changes: found on this machine, or an error; a file is no reason to download or to allocate."""
+
+from __future__ import annotations
+
+import json
+import resource
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from picture_folders import COLOURS
+from safetensors.torch import save_file
+from torch import nn
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.checkpoint import read_checkpoint, save_tensors
+from backbone_finetune.recipes import base_weights
+from backbone_finetune.recipes.base_weights import base_source, remember_base
+from backbone_finetune.recipes.model_file import TrainedModel, load_trained_model, save_trained_changes
+from backbone_finetune.recipes.networks import find_cached_weights, load_pretrained_network
+
+HUGE = "vit_huge_patch14_clip_224.laion2b"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, and no way out of this machine."""
+
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise AssertionError(f"it reached out: {arguments}")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    return tmp_path / "hub"
+
+
+def fill_cache(cache: Path, architecture: str, tensors: Mapping[str, torch.Tensor], name: str) -> Path:
+    """Put weights where huggingface_hub leaves what it has downloaded."""
+    repository = cache / f"models--{timm.get_pretrained_cfg(architecture).hf_hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    path = repository / "snapshots" / ("0" * 40) / name
+    path.parent.mkdir(parents=True)
+    if name.endswith(".safetensors"):
+        save_file(dict(tensors), path)
+    else:
+        torch.save(dict(tensors), path)
+    return path
+
+
+def save_changes(path: Path, network: nn.Module, architecture: str) -> FineTuneModel:
+    """Write the file of a classifier that was trained on the hub's weights, and give the whole model."""
+    model = FineTuneModel.from_timm(network, num_classes=3).freeze_backbone()
+    base = remember_base(
+        model, base_source(architecture, pretrained=True, checkpoint=None), "timm's pretrained weights"
+    )
+    config = timm.data.resolve_model_data_config(model)
+    save_trained_changes(TrainedModel(model, architecture, tuple(COLOURS), config), base, path, record={})
+    return model
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit"])
+def test_weights_in_the_hubs_cache_are_found(
+    hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, name: str
+) -> None:
+    cached = fill_cache(hub_cache, architecture, timm.create_model(architecture).state_dict(), name)
+    assert find_cached_weights(architecture) == cached
+    with monkeypatch.context() as patch:  # as `train --pretrained` takes them
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        network = load_pretrained_network(architecture)
+    model = save_changes(tmp_path / "head.safetensors", network, architecture)
+    loaded = load_trained_model(tmp_path / "head.safetensors").model.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_in_torchs_cache_are_found(hub_cache: Path, tmp_path: Path) -> None:
+    architecture = "vit_huge_patch16_gap_448.in1k_ijepa"
+    assert find_cached_weights(architecture) is None
+    path = tmp_path / "torch" / "checkpoints" / "IN1K-vit.h.16-448px-300e.pth.tar"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert find_cached_weights(architecture) == path
+
+
+def test_weights_that_are_not_in_the_cache_are_not_fetched(hub_cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    model = save_changes(path, timm.create_model("test_resnet"), "test_resnet")
+    says = (
+        r"head\.safetensors: it holds only what training changed, on top of test_resnet with timm's pretrained "
+        r"weights, which are not in the cache .*; fetch them with timm\.create_model\('test_resnet', pretrained=True\)"
+    )
+    with pytest.raises(ValueError, match=says):
+        load_trained_model(path)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth is another base"):
+        load_trained_model(path, base=tmp_path / "other.pth")
+    backbone = {name.partition(".")[2]: tensor for name, tensor in model.state_dict().items() if "backbone" in name}
+    torch.save(backbone, tmp_path / "base.pth")
+    load_trained_model(path, base=tmp_path / "base.pth")
+
+
+def write_hostile_file(path: Path) -> None:
+    """Write a few kilobytes that name a network of 2.5 gigabytes, and the hub for its weights."""
+    network = timm.create_model("test_vit")
+    save_changes(path, network, "test_vit")
+    tensors, metadata = read_checkpoint(path)
+    with torch.device("meta"):
+        huge = FineTuneModel.from_timm(HUGE, num_classes=3)
+    tensors = {"classifier.weight": torch.zeros(3, huge.num_features), "classifier.bias": torch.zeros(3)}
+    config = json.loads(metadata["data_config"]) | {"input_size": [3, 224, 224]}
+    freeze_state = json.dumps({"norm_eval": False, "trainable": []})
+    changed = {"architecture": HUGE, "data_config": json.dumps(config), "freeze_state": freeze_state}
+    save_tensors(tensors, path, {**metadata, **changed})
+    assert path.stat().st_size < 50_000
+
+
+def test_a_small_file_takes_no_memory_and_no_network(
+    hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, base = tmp_path / "head.safetensors", tmp_path / "base.pth"
+    write_hostile_file(path)
+    torch.save(timm.create_model("test_vit").state_dict(), base)
+
+    def build(*arguments: Any, **keywords: Any) -> nn.Module:
+        raise AssertionError(f"it was built: {arguments}")
+
+    monkeypatch.setattr(base_weights, "load_checkpoint_network", build)
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=rf"on top of {HUGE} .*not in the cache of timm's hub"):
+        load_trained_model(path)
+    with pytest.raises(ValueError, match=rf"base\.pth: its [\d,]+ bytes can't hold the 63\d,\d+,\d+ numbers of {HUGE}"):
+        load_trained_model(path, base=base)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    assert time.process_time() - start < 10
