@@ -238,6 +238,10 @@ def with_config(content: bytes, **entries: object) -> bytes:
             lambda c: replace_entry(c, "class_names", json.dumps(["cat\x1b[2J", "dog", "cow"])),
             r"class_names: 'cat\\x1b\[2J' has control characters",
         ),
+        (
+            lambda c: replace_entry(c, "class_names", json.dumps(["cat\ud800", "dog", "cow"])),
+            r"class_names: 'cat\\ud800' is no text, nor bytes",
+        ),
         (lambda c: replace_entry(c, "versions", json.dumps({"\x1b[2J": 1})), "versions: .*expected no control"),
         (
             lambda c: replace_entry(c, "freeze_state", '{"norm_eval": 1, "trainable": []}'),

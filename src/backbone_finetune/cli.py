@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["predict", "no such model", "tom.jpg"])
     2
     """
+    print_any_name()
     options = build_parser().parse_args(arguments)
     try:
         status: int = options.run_command(options)
@@ -60,6 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
     return status
+
+
+def print_any_name() -> None:
+    """Have stdout and stderr write as an escape what their encoding has no bytes for, from now on.
+
+    The name of a picture or class may be bytes that are no text, or in letters that the terminal has not; one such
+    name must not cost the answers for all that come after it.
+
+    >>> print_any_name()
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what else a caller put there takes any text, or is theirs to mend
+            stream.reconfigure(errors="backslashreplace")
 
 
 def build_parser() -> Parser:

@@ -145,6 +145,8 @@ def describe_evaluation(evaluation: Evaluation) -> str:
 def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
     """Write ``evaluation.json`` and ``confusion.png`` into a folder, which is made where there is none.
 
+    A byte of a name that is no text is escaped in JSON as in `writing_json`.
+
     >>> from tempfile import TemporaryDirectory
     >>> cat, dog = (ClassScore(name, 1, 1, 1, 1.0, 1.0) for name in ("cat", "dog"))
     >>> with TemporaryDirectory() as folder:
@@ -162,6 +164,8 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
     numbers, picture = folder / "evaluation.json", folder / "confusion.png"
     with replacing(numbers) as temporary:
         temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+    # The bytes of a name that are no text can't be drawn.
+    names = [score.name.encode(errors="backslashreplace").decode() for score in evaluation.classes]
     with replacing(picture) as temporary:
-        draw_confusion(evaluation.confusion, [score.name for score in evaluation.classes], temporary)
+        draw_confusion(evaluation.confusion, names, temporary)
     return numbers, picture

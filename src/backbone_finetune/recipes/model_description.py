@@ -118,16 +118,34 @@ def parse_class_names(text: str) -> tuple[str, ...]:
     ('cat', 'dog')
 
     Raises:
-        ValueError: they are not a list of two different names or more, without control characters.
+        ValueError: they are not a list of two different names or more, without control characters, each of which a
+            folder can have.
     """
     names = parse_json("class_names", text)
     if not (is_list_of_names(names) and len(names) > 1):
         raise ValueError(f"class_names: {text[:80]}; expected a list of two names or more")
     if unfit := [name for name in names if has_control_characters(name)]:
         raise ValueError(f"class_names: {unfit[0][:80]!r} has control characters, which a terminal would act on")
+    if strange := [name for name in names if not is_file_name(name)]:
+        raise ValueError(
+            f"class_names: {strange[0][:80]!r} is no text, nor bytes as Python knows those of a file's name"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"class_names: {text[:80]}; two classes have one name")
     return tuple(names)
+
+
+def is_file_name(text: str) -> bool:
+    r"""Say whether a text can be a file's name: bytes that are no text are in it as U+DC80 to U+DCFF, by `os.fsdecode`.
+
+    >>> is_file_name("chat noir"), is_file_name("c\udcff"), is_file_name("c\ud800")
+    (True, True, False)
+    """
+    try:
+        text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def has_control_characters(text: str) -> bool:

@@ -113,6 +113,8 @@ def classify(trained: TrainedModel, inputs: Tensor, top_k: int) -> list[tuple[tu
 def writing_csv(path: Path, top_k: int) -> Iterator[Callable[[Prediction], None]]:
     """Give a function that adds a prediction to a CSV file, a row each; the file is there when the block has ended.
 
+    It is in UTF-8; a byte of a name that is no text goes out as it is.
+
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     with writing_csv(Path(folder, "answers.csv"), top_k=1) as write:
@@ -120,7 +122,6 @@ def writing_csv(path: Path, top_k: int) -> Iterator[Callable[[Prediction], None]
     ...     Path(folder, "answers.csv").read_text().splitlines()
     ['picture,class_1,probability_1,error', 'tom.jpg,cat,0.9,']
     """
-    # An undecodable byte of a file name goes out as the byte that it was.
     with (
         replacing(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
@@ -138,7 +139,9 @@ def writing_csv(path: Path, top_k: int) -> Iterator[Callable[[Prediction], None]
 
 @contextmanager
 def writing_json(path: Path) -> Iterator[Callable[[Prediction], None]]:
-    """Give a function that adds a prediction to a JSON file, which holds a list of them when the block has ended.
+    r"""Give a function that adds a prediction to a JSON file, which holds a list of them when the block has ended.
+
+    A byte of a name that is no text goes out as Python knows it, ``\udcff`` for 255: ``os.fsencode`` gives it back.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
