@@ -251,21 +251,29 @@ def check_layouts(
             f"{description.architecture} with {dict(description.arguments)} would compute tables of {beside:,} bytes "
             f"beside its tensors; at most {MOST_BYTES_BESIDE:,} are allowed"
         )
-    refuse_input_size(model, description)
+    size = description.data_config["input_size"]
+    if problem := find_size_problem(model, size):
+        raise ValueError(
+            f"{description.architecture} takes no picture of {' x '.join(map(str, size))}, which the file names as its "
+            f"input_size ({problem})"
+        )
     return {} if is_complete else missing
 
 
-def refuse_input_size(model: FineTuneModel, description: ModelDescription) -> None:
-    """Raise ValueError unless a network, built on the meta device, takes pictures of the size that its file names."""
-    size = description.data_config["input_size"]
+def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str | None:
+    """Say why a network, built on the meta device, takes no picture of a size (channels, height, width); or None.
+
+    >>> with torch.device("meta"):
+    ...     model = FineTuneModel.from_timm("vit_tiny_patch16_224", num_classes=2)
+    >>> find_size_problem(model, (3, 224, 224)) is None, find_size_problem(model, (3, 96, 96))
+    (True, "Input height (96) doesn't match model (224).")
+    """
     try:
         with torch.no_grad():
             model.eval()(torch.empty(1, *size, device="meta"))
-    except Exception as error:  # what a network says of a picture of another size can be anything
-        raise ValueError(
-            f"{description.architecture} takes no picture of {' x '.join(map(str, size))}, which the file names as its "
-            f"input_size ({str(error)[:200]})"
-        ) from error
+    except Exception as error:  # what a network says of a picture of another size can be anything, or nothing
+        return str(error)[:200] or type(error).__name__
+    return None
 
 
 def refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:

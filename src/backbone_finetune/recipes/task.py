@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from timm.data.config import resolve_model_data_config
 
@@ -12,7 +13,7 @@ from backbone_finetune import FineTuneModel
 from .base_weights import BaseWeights, base_source, remember_base
 from .checking import expect, is_whole
 from .folder_lock import refuse_if_held
-from .model_file import build_transform
+from .model_file import build_transform, find_size_problem
 from .networks import load_network
 from .output import UNFINISHED, check_output_folder, remove_leftover
 from .phases import Phase
@@ -105,7 +106,7 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     for phase in reversed(settings.phases):  # all are tried; in the end it is as in the first
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if source is not None else None
-    data_config = choose_data_config(model, settings)
+    data_config = choose_fitting_config(model, architecture, settings)
     transform = build_transform(data_config)
     folder, skipped = run_on_main(accelerator, lambda: leave_out_broken_pictures(found))
     train_data, test_data = (
@@ -136,3 +137,27 @@ def choose_data_config(model: FineTuneModel, settings: TrainSettings) -> dict[st
     wanted = {"input_size": CLIPART_INPUT_SIZE} if small else {}
     config: dict[str, Any] = resolve_model_data_config(model, args=wanted)  # type: ignore[no-untyped-call]
     return config
+
+
+def choose_fitting_config(model: FineTuneModel, architecture: str, settings: TrainSettings) -> dict[str, Any]:
+    """Take the data config of `choose_data_config`, or timm's own where the network takes no picture so small.
+
+    >>> model = FineTuneModel.from_timm("halonet26t", num_classes=10)
+    >>> choose_fitting_config(model, "halonet26t", TrainSettings())["input_size"]
+    (3, 256, 256)
+
+    Raises:
+        ValueError: it takes none of timm's own size either.
+    """
+    with torch.device("meta"):  # no weight is looked at, and no pass through the network itself costs time
+        twin = FineTuneModel.from_timm(architecture, num_classes=2)
+    config = choose_data_config(model, settings)
+    if find_size_problem(twin, config["input_size"]) is None:
+        return config
+    own: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    if problem := find_size_problem(twin, own["input_size"]):
+        raise ValueError(
+            f"{architecture} takes no picture of {' x '.join(map(str, own['input_size']))}, which timm names as its "
+            f"input size ({problem}); choose another --model"
+        )
+    return own
