@@ -191,6 +191,24 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         read_picture(tmp_path / "pipe.png")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
+def test_a_pipe_and_a_link_to_nothing_are_named_and_left_out(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    os.mkfifo(tmp_path / "red" / "pipe.jpg")
+    (tmp_path / "red" / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "red" / "loop.jpg").symlink_to(tmp_path / "red" / "loop.jpg")
+    (tmp_path / "red" / "folder.jpg").mkdir()
+    found = find_pictures(tmp_path)
+    whole, broken = leave_out_broken_pictures(found)
+    assert len(whole.paths) == 18
+    assert list(broken) == [
+        f"{tmp_path / 'red' / 'link.jpg'}: a link that leads nowhere",
+        f"{tmp_path / 'red' / 'loop.jpg'}: a link that leads nowhere",
+        f"{tmp_path / 'red' / 'pipe.jpg'}: not a readable picture (it is no file)",
+    ]
+    assert set(list_pictures([tmp_path / "red"])) == {path for path in found.paths if path.parent.name == "red"}
+
+
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_values_without_a_range_are_refused(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (5, 4)).save(tmp_path / "picture.tiff")

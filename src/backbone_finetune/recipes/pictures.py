@@ -78,6 +78,8 @@ def read_picture(path: Path) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a picture, or not a whole one; the message names it.
     """
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path}: a link that leads nowhere")
     if path.exists() and not path.is_file():  # a pipe would be waited for without end
         raise ValueError(f"{path}: not a readable picture (it is no file)")
     try:
@@ -173,6 +175,8 @@ def find_pictures(root: Path) -> PictureFolder:
 def pictures_below(folder: Path) -> list[Path]:
     """List the pictures in a folder and in those below it, sorted; hidden files and folders are passed over.
 
+    Names count: a link that leads nowhere, or a pipe, is in the list, so that whoever reads it names it with the broken.
+
     >>> pictures_below(Path("no such folder"))
     []
     """
@@ -180,7 +184,7 @@ def pictures_below(folder: Path) -> list[Path]:
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in PICTURE_EXTENSIONS
-        and path.is_file()
+        and not path.is_dir()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
