@@ -175,7 +175,7 @@ def find_pictures(root: Path) -> PictureFolder:
 def pictures_below(folder: Path) -> list[Path]:
     """List the pictures in a folder and in those below it, sorted; hidden files and folders are passed over.
 
-    Names count: a link that leads nowhere, or a pipe, is in the list, so that whoever reads it names it with the broken.
+    Names count: a link that leads nowhere, or a pipe, is in the list, so that whoever reads it names it.
 
     >>> pictures_below(Path("no such folder"))
     []
