@@ -294,6 +294,17 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
     assert capsys.readouterr().err == "backbone-finetune: interrupted\n"
 
 
+def test_an_interrupt_before_any_command_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupt)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "backbone-finetune: interrupted\n"
+
+
 def test_an_error_gives_a_terminal_nothing_to_act_on(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(settings: object) -> None:
         raise ValueError("a name: \x1b[2Jcat")

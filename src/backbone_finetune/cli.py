@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2
     """
     print_any_name()
-    options = build_parser().parse_args(arguments)
     try:
+        options = build_parser().parse_args(arguments)
         status: int = options.run_command(options)
         sys.stdout.flush()
     except (ValueError, OSError, ModuleNotFoundError) as error:
