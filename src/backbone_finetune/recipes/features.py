@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import timm
@@ -24,8 +25,6 @@ from .object_description import UndescribableError
 __all__ = ["FeatureCache", "extract_features", "feature_batches"]
 
 MEMORY_SHARE = 0.25
-# Written beside features of a backbone that has no fingerprint: they are never asked for, and no fingerprint is this.
-NOT_COMPARABLE = "not comparable"
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,10 @@ def extract_features(
         ValueError: part of the backbone trains; the loader shuffles, drops pictures or has none; or what it or the
             backbone gives is no batch of tensors of one shape.
     """
-    if trains(model.backbone):
-        raise ValueError("features of a backbone that trains change with every step; call freeze_backbone() first")
     refuse_other_orders(loader)
     if cache is not None:
         refuse_other_files(cache.folder)
-    model.to(device)
-    narrow = autocast_dtype(model.backbone, device) if autocast else None
+    narrow = ready_backbone(model, device, autocast=autocast)
     if cache is None:
         with in_eval(model.backbone):
             return TensorDataset(
@@ -102,6 +98,18 @@ def extract_features(
     return TensorDataset(*settle(kept, cache.memory_share))
 
 
+def ready_backbone(model: FineTuneModel, device: torch.device, *, autocast: bool) -> torch.dtype | None:
+    """Move a model to where its features are computed; gives the dtype of autocast there, None for its own precision.
+
+    Raises:
+        ValueError: part of the backbone trains.
+    """
+    if trains(model.backbone):
+        raise ValueError("features of a backbone that trains change with every step; call freeze_backbone() first")
+    model.to(device)
+    return autocast_dtype(model.backbone, device) if autocast else None
+
+
 def open_cache(
     cache: FeatureCache, backbone: nn.Module, narrow: torch.dtype | None, total: int | None
 ) -> tuple[tuple[Tensor, ...] | None, dict[str, str]]:
@@ -110,7 +118,8 @@ def open_cache(
     Where there are some that can't be trusted, or none ever will, a line on stderr says why.
     """
     fingerprints = {
-        "backbone": NOT_COMPARABLE,
+        # Until it has a fingerprint, one that no other features have.
+        "backbone": f"not comparable, {uuid4()}",
         "pictures or transform": cache.data_fingerprint,
         "precision": str(narrow),
         "versions": f"torch {torch.__version__}, timm {timm.__version__}",
@@ -187,19 +196,21 @@ def uniform(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...
         raise ValueError("the loader has no pictures")
 
 
-def gather(batches: Iterable[tuple[Tensor, ...]], total: int | None) -> tuple[Tensor, ...]:
-    """Collect batches in memory, or where they would take too large a share of it, in a temporary folder."""
+def gather(
+    batches: Iterable[tuple[Tensor, ...]], total: int | None, memory_share: float = MEMORY_SHARE
+) -> tuple[Tensor, ...]:
+    """Collect batches in memory, or where they would take more than a share of it, in a temporary folder."""
     batches = uniform(batches)
     first = next(batches)
     batches = chain([first], batches)
-    if total is not None and fits(total * size_of(first) // len(first[0]), MEMORY_SHARE):
+    if total is not None and fits(total * size_of(first) // len(first[0]), memory_share):
         return fill(batches, first, total)
     if total is not None:
         print(f"features: too large for memory; on disk under {gettempdir()} (TMPDIR names another)", file=sys.stderr)
     with TemporaryDirectory(prefix="features-", ignore_cleanup_errors=True) as folder:
         write_store(Path(folder), batches, {})
         # The files go now, and what is mapped of them with the last tensor: even a killed process leaves nothing.
-        return settle(map_store(Path(folder)), MEMORY_SHARE)
+        return settle(map_store(Path(folder)), memory_share)
 
 
 def fill(batches: Iterable[tuple[Tensor, ...]], first: tuple[Tensor, ...], total: int) -> tuple[Tensor, ...]:

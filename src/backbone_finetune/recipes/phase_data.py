@@ -1,11 +1,8 @@
 """What a phase trains on: pictures, or, where the backbone is frozen and shows the same each time, its features."""
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets.vision import StandardTransform  # it comes with timm
 
@@ -15,10 +12,10 @@ from .feature_store import remove_store
 from .features import FeatureCache, extract_features
 from .fingerprints import is_deterministic
 from .randomness import own_randomness
+from .shared_features import share_features
 
 __all__ = ["gather_features", "repeats"]
 
-GATHERED_ROWS = 4096
 # What torchvision's datasets, and most others, call what they do to a picture and its target.
 TRANSFORMS = ("transform", "transforms", "target_transform")
 
@@ -26,6 +23,7 @@ TRANSFORMS = ("transform", "transforms", "target_transform")
 def repeats(data: Dataset[Any]) -> bool:
     """Say whether a dataset is known to show the same in every epoch.
 
+    >>> import torch
     >>> repeats(TensorDataset(torch.ones(1))), repeats(Subset([(torch.rand, 0)], [0]))
     (True, True)
 
@@ -47,6 +45,7 @@ def repeats(data: Dataset[Any]) -> bool:
 def draws_nothing(transform: Any) -> bool:
     """Say whether what a dataset names as a transform is none, or known to give the same each time.
 
+    >>> import torch
     >>> draws_nothing(None), draws_nothing(torch.rand_like)
     (True, False)
     """
@@ -71,25 +70,32 @@ def gather_features(
     See `extract_features`; this adds the processes, and draws nothing from any random generator. A cache of a backbone
     that has ``moved`` since then, as it should, is replaced without a word.
 
+    The main process writes and trusts the cache, batch by batch as the others compute it, and they map its files where
+    they see them; one on a machine that does not gets a copy, in memory or in a temporary folder. The memory share of a
+    cache is that of all processes together. An error of one is raised on all of them.
+
+    >>> import torch
     >>> model = FineTuneModel(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).freeze_backbone()
     >>> pictures = TensorDataset(torch.ones(3, 3), torch.tensor([0, 1, 1]))
     >>> features = gather_features(model, pictures, batch_size=2, accelerator=Accelerator(cpu=True))
     >>> [tuple(tensor.shape) for tensor in features.tensors]
     [(3, 4), (3,)]
     """
-    count, processes = len(data), accelerator.num_processes  # type: ignore[arg-type]  # a Dataset of no declared length
-    if processes > 1:
-        # Every process takes as many pictures, the first ones once more where they do not come out even.
-        positions = torch.arange(accelerator.process_index, -(-count // processes) * processes, processes) % count
-        data = Subset(data, positions.tolist())
-        if cache is not None:
-            part = f"{accelerator.process_index}-of-{processes}"
-            folder, fingerprint = Path(f"{cache.folder}-{part}"), f"{cache.data_fingerprint} {part}"
-            cache = FeatureCache(folder, fingerprint, memory_share=cache.memory_share)
-    if cache is not None and moved:
-        remove_store(cache.folder)
     with own_randomness():
-        features = extract_features(
+        if accelerator.num_processes > 1:
+            return share_features(
+                model,
+                data,
+                batch_size=batch_size,
+                accelerator=accelerator,
+                cache=cache,
+                autocast=autocast,
+                title=title,
+                moved=moved,
+            )
+        if cache is not None and moved:
+            remove_store(cache.folder)
+        return extract_features(
             model,
             DataLoader(data, batch_size),
             device=accelerator.device,
@@ -97,20 +103,3 @@ def gather_features(
             autocast=autocast,
             title=title,
         )
-    if processes == 1:
-        return features
-    return TensorDataset(*(gather_rows(tensor, accelerator)[:count] for tensor in features.tensors))
-
-
-def gather_rows(tensor: Tensor, accelerator: Accelerator) -> Tensor:
-    """Gather what every process has of a dataset, dealt out one by one, and put it back in order.
-
-    >>> gather_rows(torch.arange(3), Accelerator(cpu=True))
-    tensor([0, 1, 2])
-    """
-    whole: list[Tensor] = []
-    for rows in torch.split(tensor, GATHERED_ROWS):
-        gathered = accelerator.gather(rows.to(accelerator.device)).cpu()
-        dealt = gathered.unflatten(0, (accelerator.num_processes, len(rows))).transpose(0, 1)
-        whole.append(dealt.flatten(0, 1))
-    return torch.cat(whole)

@@ -1,0 +1,120 @@
+"""What torchrun starts for test_recipes_shared_features.py: python gathering_worker.py FOLDER, on two processes.
+
+Each process writes what it found, as FOLDER/told-0.json and told-1.json: how its memory grew while features were
+gathered, whether they are what the backbone computes, and what became of errors that only one of the processes met.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from cache_size import watching_memory
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes import FeatureCache, feature_store, make_accelerator
+from backbone_finetune.recipes.phase_data import gather_features
+
+WIDTH = 1 << 14
+COUNT = 1025  # of 64 KiB each: 64 MiB, and no even shares
+
+
+class Drawn(Dataset[tuple[Tensor, int]]):
+    """Pictures that are drawn when they are asked for; one of them, if `broken`, can't be."""
+
+    def __init__(self, count: int = COUNT, broken: int | None = None, error: type[Exception] = ValueError) -> None:
+        self.count, self.broken, self.error = count, broken, error
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == self.broken:
+            raise self.error(f"picture {index} is broken")
+        return torch.tensor([float(index), 1.0]), index
+
+
+class Widened(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("row", torch.arange(float(WIDTH)))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return pictures[:, :1] + self.row
+
+
+def is_whole(features: Tensor, targets: Tensor) -> bool:
+    """Look at little pieces, which take no memory."""
+    expected = torch.arange(len(targets))
+    return torch.equal(targets, expected) and all(
+        torch.equal(features[:, column], expected + float(column)) for column in (0, 1, WIDTH - 1)
+    )
+
+
+def main(folder: str) -> None:
+    accelerator = make_accelerator(torch.device("cpu"))
+    index = accelerator.process_index
+    model = FineTuneModel(Widened(), nn.Linear(WIDTH, 2))
+    seen: list[int] = []
+    model.backbone.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    told: dict[str, Any] = {}
+
+    def gather(name: str, data: Any, where: Path | None, share: float = 0.0) -> None:
+        cache = None if where is None else FeatureCache(where, "pictures", memory_share=share)
+        seen.clear()
+        with watching_memory() as peak:
+            dataset = gather_features(model, data, batch_size=4, accelerator=accelerator, cache=cache)
+        told[name] = {"grown": peak[0] / 2**20, "seen": sum(seen), "count": len(dataset)}
+        told[name]["whole"] = is_whole(*dataset.tensors)
+
+    def fail(name: str, gathering: Callable[[], None]) -> None:
+        try:
+            gathering()
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+
+    # The first one loads what later ones need.
+    gather("few", Drawn(33), Path(folder, "few"))
+    gather("built", Drawn(), Path(folder, "all"))
+    gather("kept", Drawn(), Path(folder, "all"))
+    gather("copied", Drawn(99), Path(folder, f"of machine {index}"))
+    gather("in memory", Drawn(), None)
+    fail("broken", lambda: gather("", Drawn(broken=501), Path(folder, "broken")))
+    fail("broken in memory", lambda: gather("", Drawn(broken=501), None))
+    fail("of another kind", lambda: gather("", Drawn(broken=500, error=KeyError), Path(folder, "broken")))
+    with failing_writes(accelerator.is_main_process):
+        fail("unwritten", lambda: gather("", Drawn(), Path(folder, "broken")))
+    if accelerator.is_main_process:
+        Path(folder, "thesis.tex").touch()
+    fail("refused", lambda: gather("", Drawn(), Path(folder)))
+    gather("afterwards", Drawn(33), Path(folder, "few"))
+    Path(folder, f"told-{index}.json").write_text(json.dumps(told))
+    accelerator.end_training()
+
+
+@contextmanager
+def failing_writes(fails: bool) -> Any:
+    """Fail on one process at the second batch that it writes, as a full disk would."""
+    append, written = feature_store.SlotWriter.append, []
+
+    def fail(self: Any, batch: Tensor) -> None:
+        written.append(None)
+        if fails and len(written) > 3:
+            raise OSError("the disk is full")
+        append(self, batch)
+
+    feature_store.SlotWriter.append = fail  # type: ignore[method-assign]
+    yield
+    feature_store.SlotWriter.append = append  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
