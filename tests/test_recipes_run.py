@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from picture_folders import COLOURS, make_folder, make_picture
 from recorded_files import record_files
 
+from backbone_finetune import cli
 from backbone_finetune.recipes import run as run_module
 from backbone_finetune.recipes import task as task_module
+from backbone_finetune.recipes.checking import DivergedError
 from backbone_finetune.recipes.model_file import load_trained_model
 from backbone_finetune.recipes.output import MODEL_FILE, make_output_folder, replacing
 from backbone_finetune.recipes.phases import Phase
@@ -138,6 +141,48 @@ def test_the_model_is_written_last(settings: dict[str, Any], monkeypatch: pytest
     monkeypatch.setattr(run_module, "save_trained_model", record)
     train(TrainSettings(**settings))
     assert seen == [FILES - {MODEL_FILE} | {"unfinished"}]
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_a_run_that_diverges_is_no_success(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = settings["output"]
+    command = ["train", str(settings["pictures"]), "--model", "test_resnet", "--epochs", "2", "--output", str(output)]
+    for _ in range(2):  # the same command again says the same
+        assert cli.main([*command, "--lr", "1e38"]) == 2
+        assert re.fullmatch(
+            r"backbone-finetune: error: the training diverged at lr = 1e\+38: .* became (nan|inf|infinite or nan) in "
+            r"epoch [12]; pass a lower --lr \(in Python: Phase\(lr=\.\.\.\)\); .*first keeps this run: "
+            "--overwrite replaces it, or pass another folder with --output",
+            capsys.readouterr().err.splitlines()[-1],
+        )
+        assert names_in(output) == {"run.json", "unfinished"}
+    assert cli.main([*command, "--lr", "0.01"]) == 2
+    assert "(phases 1 lr: 1e+38 there, 0.01 here)" in capsys.readouterr().err
+    assert cli.main([*command, "--lr", "0.01", "--overwrite"]) == 0
+    assert names_in(output) == FILES
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_what_a_model_is_held_against_may_diverge(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge(*arguments: object, **keywords: object) -> float:
+        raise DivergedError("the loss became nan in epoch 1", test_accuracy=0.25)
+
+    monkeypatch.setattr(run_module, "raw_pixel_accuracy", diverge)
+    assert train(TrainSettings(**settings)).raw_pixels == 0.25
+    assert "raw pixels: the loss became nan in epoch 1; its accuracy is that of then\n" in capsys.readouterr().err
+    assert names_in(settings["output"]) == FILES
+
+
+@pytest.mark.usefixtures("no_timing")
+def test_what_is_written_is_json(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "raw_pixel_accuracy", lambda *arguments, **keywords: float("nan"))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        train(TrainSettings(**settings))
+    assert not names_in(settings["output"]) & {"metrics.json", MODEL_FILE}
 
 
 def test_layer_groups_can_train_too(settings: dict[str, Any]) -> None:

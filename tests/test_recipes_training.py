@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.checking import DivergedError
 from backbone_finetune.recipes.features import FeatureCache
 from backbone_finetune.recipes.phases import Phase
 from backbone_finetune.recipes.processes import make_accelerator
+from backbone_finetune.recipes.progress import newest_checkpoint
 from backbone_finetune.recipes.training import Loop, evaluate, fine_tune
 
 ACCELERATOR = make_accelerator(torch.device("cpu"))
@@ -327,3 +329,52 @@ def test_no_phases_and_no_pictures_are_refused() -> None:
     for data, name in ((none, "train"), (make_pictures(), "test")):
         with pytest.raises(ValueError, match=rf"len\({name}\) = 0: expected one picture or more"):
             fine_tune(make_model(), data, none, [Phase()], Loop(ACCELERATOR))
+
+
+def one_batch() -> Any:
+    return make_pictures(8)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "phase", "epoch", "said"),
+    [
+        (TensorDataset(one_batch().tensors[0] * torch.nan, one_batch().tensors[1]), {}, 1, "the loss became nan"),
+        # One step in each epoch: AdamW's first one leaves weights of 10 times lr, which the decay multiplies by lr.
+        (one_batch(), {"lr": 1e37}, 2, ".* became (nan|inf|infinite or nan)"),
+        (make_pictures(), {"lr": 1e37}, 1, ".* became (nan|inf|infinite or nan)"),  # between two of its checkpoints
+        (one_batch(), {"lr": 1e38}, 1, "a weight or a running statistic became infinite or nan"),
+        # A variance that overflows makes all its outputs 0, and the loss stays as it is.
+        (
+            TensorDataset(one_batch().tensors[0] * 1e25, one_batch().tensors[1]),
+            {"trainable_groups": 1},
+            1,
+            "a weight or a running statistic became infinite or nan",
+        ),
+    ],
+)
+def test_a_training_that_diverges_says_when(
+    tmp_path: Path, pictures: Any, phase: dict[str, Any], epoch: int, said: str
+) -> None:
+    loop = Loop(ACCELERATOR, batch_size=8, checkpoints=tmp_path, checkpoint_steps=1, show_progress=False)
+    for _ in range(2):  # the second time from the last checkpoint before it
+        model = make_model()
+        with pytest.raises(
+            DivergedError,
+            match=rf"^the training diverged at lr = .*: {said} in epoch {epoch}; pass a lower --lr \(in Python",
+        ) as diverged:
+            fine_tune(model, pictures, make_pictures(12), [Phase(**{"epochs": 3, **phase})], loop)
+        assert 0 <= diverged.value.test_accuracy <= 1
+        saved = newest_checkpoint(tmp_path)
+        assert saved is None or len(saved.progress.history) == epoch - 1
+        assert saved is None or all(tensor.isfinite().all() for tensor in saved.model.values())
+        assert not ACCELERATOR._models
+        assert "_is_accelerate_prepared" not in vars(model) | vars(model.classifier)
+
+
+def test_a_loss_that_is_not_finite_is_enough() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([3e38, -3e38, -3e38]))
+    with pytest.raises(DivergedError, match="the loss became inf in epoch 1"):
+        run(model)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

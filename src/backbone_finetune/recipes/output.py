@@ -226,7 +226,7 @@ def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: b
     check_output_folder(folder, overwrite=overwrite)
     begun, goes_on = folder / RUN_FILE, False
     if begun.exists() and (not (folder / MODEL_FILE).exists() or replaces_model(folder)):
-        differences = find_differences(read_record(begun), json.loads(json.dumps(record)))
+        differences = find_differences(read_record(begun), json.loads(json.dumps(record, allow_nan=False)))
         goes_on = not differences
         if differences and not overwrite:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -243,7 +243,7 @@ def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: b
         with replacing(folder / UNFINISHED / REPLACED) as temporary:
             temporary.write_text(digest_file(folder / MODEL_FILE))
     with replacing(begun) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     return False
 
 

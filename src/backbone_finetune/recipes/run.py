@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .checking import DivergedError
 from .features import FeatureCache
 from .fingerprints import data_fingerprint
 from .folder_lock import holding
@@ -64,6 +65,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     Raises:
         FileExistsError: the output folder holds a finished model, another run, one that is under way, or what is not
             a run's and would be lost.
+        DivergedError: the loss or the weights are not finite after an epoch; a ValueError. No model is written.
         FileNotFoundError: the pictures or the checkpoint are not there.
         ModuleNotFoundError: matplotlib or the packaged weights are not installed.
         ValueError: the settings or the pictures are not fit for training; the message says how to make them so.
@@ -83,12 +85,15 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
             if accelerator.is_main_process:
                 print(f"stopped; {settings.output} keeps what is done: the same command goes on", file=sys.stderr)
             raise
+        except DivergedError as error:
+            hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
+            raise DivergedError(f"{error}; {hint}", test_accuracy=error.test_accuracy) from error
         if accelerator.is_main_process:
             print(describe(metrics))
             with replacing(settings.output / CURVES_FILE) as temporary:
                 draw_curves(metrics.history, metrics.references(), temporary)
             with replacing(settings.output / METRICS_FILE) as temporary:
-                temporary.write_text(json.dumps(asdict(metrics), indent=2) + "\n")
+                temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False) + "\n")
             trained = TrainedModel(task.model, task.architecture, metrics.class_names, task.data_config)
             if task.base is None:
                 save_trained_model(trained, settings.output / MODEL_FILE, record=asdict(metrics))
@@ -173,10 +178,18 @@ def train_and_compare(settings: TrainSettings, task: Task, loop: Loop, *, start:
     # As long as the model itself, with the first phase's rates, and always frozen.
     phase = replace(settings.phases[0], epochs=len(history), trainable_groups=0)
     aside = replace(loop, checkpoints=None, caches=None, show_progress=False)
-    random_backbone = random_backbone_accuracy(
-        task.architecture, len(class_names), task.train, task.test, phase=phase, loop=aside
+    random_backbone = compare(
+        "random backbone",
+        lambda: random_backbone_accuracy(
+            task.architecture, len(class_names), task.train, task.test, phase=phase, loop=aside
+        ),
+        loop,
     )
-    raw_pixels = raw_pixel_accuracy(len(class_names), task.train, task.test, phase=phase, loop=aside)
+    raw_pixels = compare(
+        "raw pixels",
+        lambda: raw_pixel_accuracy(len(class_names), task.train, task.test, phase=phase, loop=aside),
+        loop,
+    )
     return Metrics(
         test_accuracy=history[-1].test_accuracy,
         chance=chance_accuracy(task.train.folder.targets, task.test.folder.targets),
@@ -201,6 +214,20 @@ def train_and_compare(settings: TrainSettings, task: Task, loop: Loop, *, start:
         seconds=round(time.monotonic() - start, 1),
         versions=installed_versions(),
     )
+
+
+def compare(name: str, accuracy: Callable[[], float], loop: Loop) -> float:
+    """Give the accuracy of what a model is held against; that it diverged is said, and no reason to lose the model.
+
+    >>> compare("chance", lambda: 0.1, Loop(Accelerator(cpu=True)))
+    0.1
+    """
+    try:
+        return accuracy()
+    except DivergedError as error:
+        if loop.shows:
+            print(f"{name}: {error}; its accuracy is that of then", file=sys.stderr)
+        return error.test_accuracy
 
 
 def import_draw_curves() -> Callable[[Sequence[EpochResult], Mapping[str, float], Path], None]:

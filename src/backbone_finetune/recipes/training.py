@@ -1,6 +1,7 @@
 """The training loop: phase after phase, on features where the backbone is frozen, on pictures where it is not."""
 
 import copy
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,7 @@ from backbone_finetune import FineTuneModel
 
 from .backbone_pass import trains
 from .batches import Share, epoch_batches, load_shares, share_of
-from .checking import expect, is_whole
+from .checking import DivergedError, count_not_finite, expect, is_whole
 from .features import FeatureCache
 from .phase_data import gather_features, repeats
 from .phases import Phase
@@ -110,6 +111,7 @@ def fine_tune(
 
     Raises:
         AssertionError: a frozen parameter or buffer changed.
+        DivergedError: an epoch's loss, or what it trained, is not finite; a ValueError.
         ValueError: there are no phases or no pictures, or nothing trains.
     """
     expect("phases", phases, "one Phase or more", len(phases) > 0)
@@ -193,14 +195,16 @@ def in_phase(
         )
         steps = len(epoch_batches(count(train), loop.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
-        yield Stage(copied, module, prepared, optimizer, schedule, changed, train, test)
-        release(accelerator, prepared)
+        try:
+            yield Stage(copied, module, prepared, optimizer, schedule, changed, train, test)
+        finally:  # who catches the error may train the model again
+            release(accelerator, prepared)
         if copied is not model:
             load_by_name(model, {name: whole(tensor) for name, tensor in copied.state_dict().items()})
 
 
 def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: Loop, *, title: str) -> None:
-    """Train what is left of an epoch, evaluate, and write down where the run stands."""
+    """Train what is left of an epoch, evaluate, and write down where the run stands; raises as `fine_tune`."""
     accelerator = loop.accelerator
     process, processes = accelerator.process_index, accelerator.num_processes
     batches = epoch_batches(count(stage.train), loop.batch_size, seed=loop.seed, epoch=len(progress.history) + 1)
@@ -217,10 +221,10 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: Loop, *, t
             progress.steps += 1
             bar.update()
             if progress.steps % loop.checkpoint_steps == 0 and progress.step < len(batches):
-                progress.loss_sum, progress.correct = accelerator.reduce(sums.clone()).tolist()
+                progress.loss_sum, progress.correct = fetch_sums(stage, sums, phase, progress, loop)
                 keep(stage, progress, loop)
         seen = sum(len(batch) for batch in batches)
-        loss_sum, correct = accelerator.reduce(sums).tolist()
+        loss_sum, correct = fetch_sums(stage, sums, phase, progress, loop)
         average_statistics(stage, accelerator)
         accuracy = evaluate(
             accelerator.unwrap_model(stage.prepared), stage.test, batch_size=loop.batch_size, accelerator=accelerator
@@ -229,6 +233,31 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: Loop, *, t
     result = EpochResult(len(progress.history) + 1, loss_sum / seen, correct / seen, accuracy)
     progress.finish_epoch(result, last_of_phase=progress.epoch + 1 == phase.epochs)
     keep(stage, progress, loop)
+
+
+def fetch_sums(stage: Stage, sums: Tensor, phase: Phase, progress: Progress, loop: Loop) -> tuple[float, float]:
+    """Fetch the sum of losses and the count of right answers of all processes together, ``(2,)`` on each.
+
+    Raises:
+        DivergedError: the losses, or what trains, are not finite: no checkpoint is to hold that, to go on with.
+    """
+    accelerator = loop.accelerator
+    # On features only the classifier's: to name all of a large backbone's tensors takes as long as several steps.
+    state = stage.module.state_dict(prefix="" if stage.module is stage.model else "classifier.")
+    trained = (tensor for name, tensor in state.items() if name in stage.changed)
+    faults = count_not_finite(trained, accelerator.device)
+    loss_sum, correct, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
+    if math.isfinite(loss_sum) and not_finite == 0:
+        return loss_sum, correct
+    fault = "a weight or a running statistic" if math.isfinite(loss_sum) else "the loss"
+    value = "infinite or nan" if math.isfinite(loss_sum) else str(loss_sum)
+    raise DivergedError(
+        f"the training diverged at lr = {phase.lr}: {fault} became {value} in epoch {len(progress.history) + 1}; pass "
+        "a lower --lr (in Python: Phase(lr=...))",
+        test_accuracy=evaluate(
+            accelerator.unwrap_model(stage.prepared), stage.test, batch_size=loop.batch_size, accelerator=accelerator
+        ),
+    )
 
 
 def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_size: int, loop: Loop) -> Tensor:
