@@ -111,6 +111,7 @@ def test_a_run_writes_its_model_its_metrics_and_its_curves(
     printed = capsys.readouterr()
     assert "classifier         291  trainable  train" in printed.out
     assert "12 to train, 6 to test, 1 broken ones skipped" in printed.out
+    assert "\nskipped          1 broken picture, named above\n\nwrote " in printed.out
     for name in ("test accuracy", "chance", "random backbone", "raw pixels", "backward"):
         assert f"\n{name}  " in printed.out
     assert all(str(output / name) in printed.out for name in FILES)

@@ -63,6 +63,7 @@ def describe(metrics: Metrics) -> str:
     def decimals(value: float) -> str:
         return f"{value:.3f}".removeprefix("0")
 
+    skipped = len(metrics.skipped_pictures)
     return "\n".join(
         (
             f"test accuracy    {decimals(share)}  of {metrics.test_pictures} pictures, "
@@ -73,5 +74,6 @@ def describe(metrics: Metrics) -> str:
             f"raw pixels       {decimals(metrics.raw_pixels)}  the same classifier on 32 x 32 pixels",
             f"backward         {times.frozen:.2f} ms {frozen}, {times.unfrozen:.1f} ms unfrozen, "
             f"{times.classifier_alone:.2f} ms the classifier alone ({times.batch_size} pictures, {metrics.device})",
+            *([f"skipped          {skipped} broken picture{'s' * (skipped > 1)}, named above"] if skipped else []),
         )
     )
