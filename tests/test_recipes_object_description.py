@@ -6,6 +6,7 @@ import enum
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -108,6 +109,21 @@ def holding(build: Callable[[float], Any]) -> Callable[[float], nn.Module]:
     return lambda scale: Base(build(scale))
 
 
+def using_one_of_two(scale: float) -> nn.Module:
+    """Hold two objects, one of them in a list, and use the one or the other."""
+    model = Base([torch.zeros(2)])
+    model.other = torch.ones(2)
+    model.used = model.held[0] if scale == 1.0 else model.other
+    return model
+
+
+def within_each_other(scale: float) -> Any:
+    inner: list[Any] = []
+    outer = [inner]
+    inner.append(outer if scale == 1.0 else inner)
+    return outer
+
+
 def cyclic(scale: float) -> Any:
     entries: list[Any] = [scale]
     entries.append((entries, Options(scale, entries)))
@@ -122,6 +138,7 @@ def cyclic(scale: float) -> Any:
         with_closure,
         with_class_attribute,
         with_mixin,
+        using_one_of_two,
         *(
             pytest.param(with_method_of_kind(kind), id=kind.__name__)
             for kind in (property, staticmethod, classmethod, functools.cached_property, functools.lru_cache)
@@ -149,6 +166,8 @@ def cyclic(scale: float) -> Any:
                 "object with slots": Slotted,
                 "enumeration": Colour,
                 "cycle": cyclic,
+                "cycle of lists": within_each_other,
+                "pattern": lambda scale: re.compile(str(scale)),
                 "builtin": lambda scale: abs if scale == 1.0 else divmod,
                 "graph": lambda scale: torch.fx.symbolic_trace(with_closure(scale)),
             }.items()
@@ -197,6 +216,47 @@ def test_what_cannot_be_compared_makes_features_be_computed_again(
     assert len(lines) == 2
     assert all(line.startswith(f"features in {tmp_path / 'features'}: held") for line in lines)
     assert lines[1].endswith("; computing them again")
+
+
+class Lazy(Base):
+    @functools.cached_property
+    def table(self) -> Tensor:
+        return torch.ones(3)
+
+
+class Cached:
+    @functools.cached_property
+    def table(self) -> Tensor:
+        return torch.ones(3)
+
+
+class Flags(enum.Flag):
+    A = 1
+    B = 2
+
+
+def test_what_was_worked_out_since_is_not_seen() -> None:
+    model = Lazy([Cached(), Flags.A])
+    before = backbone_fingerprint(model)
+    assert model.table is model.table
+    assert model.held[0].table is model.held[0].table
+    assert Flags.A | Flags.B
+    assert backbone_fingerprint(model) == before
+
+
+def test_a_forward_leaves_the_fingerprint_as_it_was() -> None:
+    """Neither what is proved by then of a cut network, nor the attention biases that levit caches in eval, count."""
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    levit = timm_families.FAMILIES["levit"]
+    for model, pictures in (
+        (FineTuneModel.from_module(network, network[1]), torch.ones(2, 3)),
+        (FineTuneModel.from_timm(levit.architecture, num_classes=2, **levit.keywords), levit.pictures()),
+    ):
+        before = backbone_fingerprint(model.backbone)
+        with torch.no_grad():
+            model.eval()(pictures)
+        assert backbone_fingerprint(model.backbone) == before
+        assert not model.backbone.training
 
 
 def test_what_is_too_deep_cannot_be_compared() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision import transforms  # it comes with timm
 
 from backbone_finetune import __version__
+from backbone_finetune.modes import forget_caches
 
 from .feature_store import digest_file
 from .object_description import Describer, UndescribableError
@@ -130,6 +131,7 @@ def backbone_fingerprint(backbone: nn.Module) -> str:
     Raises:
         UndescribableError: it holds an object that can't be compared with one in another process; the message names it.
     """
+    forget_caches(backbone)  # as levit's in eval: worked out from what counts already
     try:
         described = Describer().describe(backbone)
     except RecursionError as error:

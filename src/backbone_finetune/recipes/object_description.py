@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import (
     BuiltinFunctionType,
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone_finetune.freezing import digest
+from backbone_finetune.splitting import CutProof
 
 __all__ = ["Describer", "UndescribableError"]
 
@@ -37,6 +38,8 @@ OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
 # timm's configurations hold where weights come from, too; where they are now, the weights themselves tell.
 CONFIGURATIONS = {"pretrained_cfg", "default_cfg"}
 ORIGINS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
+# Python's own about a class: what it was asked for, and which flags have been put together.
+BOOKKEEPING = {"_abc_impl", "_value2member_map_"}
 WRITTEN_IN_C = (GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType)
 
 
@@ -63,6 +66,8 @@ class Describer:
     def __init__(self) -> None:
         # By identity. What was seen is kept, since the identity of what is gone may be that of something new.
         self.seen: dict[int, tuple[object, Any]] = {}
+        self.numbers = 0  # given out so far, each once
+        self.depth = 0  # of containers within containers
         self.path: list[str] = []
 
     def describe(self, value: Any) -> Any:
@@ -78,7 +83,8 @@ class Describer:
             return self.seen[id(value)][1]
         if kind in BY_CONTENT:
             return BY_CONTENT[kind](self, value)
-        number = self.remember(value, ["seen", len(self.seen)])
+        number = self.remember(value, ["seen", self.numbers])
+        self.numbers += 1
         return [*number, self.describe_object(value)]
 
     def describe_object(self, value: Any) -> Any:
@@ -119,8 +125,10 @@ class Describer:
         entries = [list(item) for item in value.items()] if isinstance(value, dict) else value
         if type(value) is tuple:  # it can't be within itself but by way of something else
             return ["tuple", self.describe_all(entries)]
-        self.remember(value, ["within itself", len(self.path)])
+        self.remember(value, ["within itself", self.depth])
+        self.depth += 1
         described = [self.describe_all(entry) for entry in entries] if type(value) is dict else self.describe_all(value)
+        self.depth -= 1
         del self.seen[id(value)]
         return [type(value).__name__, described]
 
@@ -130,6 +138,7 @@ class Describer:
         for entry in value:
             apart = Describer()  # so that no number depends on the order in which entries came
             apart.seen, apart.path = dict(self.seen), self.path
+            apart.numbers, apart.depth = self.numbers, self.depth
             described.append(apart.describe(entry))
         return [type(value).__name__, sorted(described, key=json.dumps)]
 
@@ -168,7 +177,7 @@ class Describer:
 
     def describe_module(self, module: nn.Module) -> Any:
         """Write down a module: its class, its parts and its attributes, but no hooks, and not whether it trains."""
-        own = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
+        own = {name: value for name, value in stated(module, vars(module)) if name not in OF_EVERY_MODULE}
         for name in CONFIGURATIONS & own.keys():
             if isinstance(own[name], dict):
                 own[name] = {key: value for key, value in own[name].items() if key not in ORIGINS}
@@ -190,8 +199,9 @@ class Describer:
         Raises:
             UndescribableError: it can't be pickled.
         """
+        reduce = copyreg.dispatch_table.get(type(value))
         try:
-            reduced = value.__reduce_ex__(4)
+            reduced = value.__reduce_ex__(4) if reduce is None else reduce(value)
         except Exception as error:  # what a class says of itself can be anything
             raise UndescribableError(
                 f"{'.'.join(self.path)} is a {type(value).__qualname__}, of which nothing can be said that holds in "
@@ -203,8 +213,8 @@ class Describer:
         if function is copyreg.__newobj__ and arguments:  # type: ignore[attr-defined]  # pickle's own, not in typeshed
             function, arguments = arguments[0], arguments[1:]
         described = [self.describe(type(value)), self.describe(function), self.describe(tuple(arguments))]
-        if isinstance(state, dict) and all(isinstance(name, str) for name in state):
-            described.append(self.describe_names(state.items()))
+        if state is None or (isinstance(state, dict) and all(isinstance(name, str) for name in state)):
+            described.append(self.describe_names(stated(value, state or {})))
         else:
             described.append(self.describe(state))
         described.append(self.describe(None if entries is None else list(entries)))
@@ -221,6 +231,17 @@ def is_versioned(class_: type) -> bool:
     return class_.__module__.partition(".")[0] in VERSIONED
 
 
+def stated(value: object, attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Give the attributes of an object but for what it worked out from the others: its cached properties.
+
+    >>> list(stated(Describer(), {"depth": 0}))
+    [('depth', 0)]
+    """
+    for name, attribute in attributes.items():
+        if not isinstance(getattr(type(value), name, None), functools.cached_property):
+            yield name, attribute
+
+
 def computing(class_: type) -> Iterator[tuple[str, Any]]:
     """Give the attributes of a class that can take part in a computation: not its documentation and bookkeeping.
 
@@ -229,7 +250,7 @@ def computing(class_: type) -> Iterator[tuple[str, Any]]:
     """
     for name, value in vars(class_).items():
         is_special = name.startswith("__") and name.endswith("__")
-        if name != "_abc_impl" and not (is_special and not callable(getattr(value, "__func__", value))):
+        if name not in BOOKKEEPING and not (is_special and not callable(getattr(value, "__func__", value))):
             yield name, value
 
 
@@ -298,6 +319,7 @@ BY_IDENTITY: dict[type, Callable[[Describer, Any], Any]] = {
 }
 BY_KIND: dict[type, Callable[[Describer, Any], Any]] = {
     Tensor: lambda _, value: ["tensor", digest(value)],
+    CutProof: lambda _, value: ["cut", value.path],  # and not what has been proved so far
     type: Describer.describe_class,
     nn.Module: Describer.describe_module,
     ModuleType: lambda _, value: ["module", value.__name__],
