@@ -91,6 +91,8 @@ def main(folder: str) -> None:
     fail("of another kind", lambda: gather("", Drawn(broken=500, error=KeyError), Path(folder, "broken")))
     with failing_writes(accelerator.is_main_process):
         fail("unwritten", lambda: gather("", Drawn(), Path(folder, "broken")))
+    with failing_writes(not accelerator.is_main_process):
+        fail("uncopied", lambda: gather("", Drawn(), Path(folder, f"broken, of machine {index}")))
     if accelerator.is_main_process:
         Path(folder, "thesis.tex").touch()
     fail("refused", lambda: gather("", Drawn(), Path(folder)))

@@ -170,7 +170,7 @@ def keep_once(
                 f"has there ({reasons[0]}) and take a copy; a folder that all machines share saves it",
                 file=sys.stderr,
             )
-        copied = broadcast_rows(kept, told[0][0], count, accelerator)
+        copied = broadcast_rows(kept, told[0][0], count, exchange)
         with exchange.together():
             if kept is None:
                 return gather(copied, count, memory_share)
@@ -182,15 +182,17 @@ def broadcast_rows(
     kept: tuple[Tensor, ...] | None,
     slots: list[tuple[torch.dtype, tuple[int, ...]]],
     count: int,
-    accelerator: Accelerator,
+    exchange: Exchange,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Give on every process what the main process has, little by little.
 
-    >>> [(rows,)] = broadcast_rows((torch.arange(2),), [(torch.int64, ())], 2, Accelerator(cpu=True))
+    >>> [(rows,)] = broadcast_rows((torch.arange(2),), [(torch.int64, ())], 2, Exchange(Accelerator(cpu=True)))
     >>> rows
     tensor([0, 1])
     """
+    accelerator = exchange.accelerator
     for start in range(0, count, COPIED_ROWS):
+        exchange.tell(None)  # or hear that one could not keep the last ones
         end = min(start + COPIED_ROWS, count)
         rows = [
             kept[index][start:end].to(accelerator.device)
