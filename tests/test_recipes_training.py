@@ -371,6 +371,27 @@ def test_a_training_that_diverges_says_when(
         assert "_is_accelerate_prepared" not in vars(model) | vars(model.classifier)
 
 
+class Masked(nn.Module):
+    """Keeps a mask in its state dict that is infinite from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs @ self.mask.softmax(-1))
+
+
+def test_what_is_infinite_from_the_start_has_not_diverged() -> None:
+    data = TensorDataset(torch.randn(8, 4), torch.arange(8) % 2)
+    model = FineTuneModel(Masked(), nn.Linear(4, 2))
+    loop = Loop(ACCELERATOR, batch_size=4, show_progress=False)
+    assert len(fine_tune(model, data, data, [Phase(epochs=1, trainable_groups=1)], loop)) == 1
+    with pytest.raises(DivergedError):
+        fine_tune(model, data, data, [Phase(epochs=1, trainable_groups=1, lr=1e38, backbone_lr=1e38)], loop)
+
+
 def test_a_loss_that_is_not_finite_is_enough() -> None:
     model = make_model()
     with torch.no_grad():

@@ -83,6 +83,13 @@ class Stage:
     changed: set[str]
     train: Dataset[Any]
     test: Dataset[Any]
+    not_finite: Tensor | float = 0.0  # tensors that were not when the phase began, as a mask of -inf
+
+    def count_not_finite(self, device: torch.device) -> Tensor:
+        """Count the tensors that train and are not finite, of this process: ``()``, fetched by nobody yet."""
+        # On features only the classifier's: to name all of a large backbone's tensors takes as long as several steps.
+        state = self.module.state_dict(prefix="" if self.module is self.model else "classifier.")
+        return count_not_finite((tensor for name, tensor in state.items() if name in self.changed), device)
 
 
 def fine_tune(
@@ -195,8 +202,10 @@ def in_phase(
         )
         steps = len(epoch_batches(count(train), loop.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
+        stage = Stage(copied, module, prepared, optimizer, schedule, changed, train, test)
+        stage.not_finite = stage.count_not_finite(accelerator.device)
         try:
-            yield Stage(copied, module, prepared, optimizer, schedule, changed, train, test)
+            yield stage
         finally:  # who catches the error may train the model again
             release(accelerator, prepared)
         if copied is not model:
@@ -242,12 +251,9 @@ def fetch_sums(stage: Stage, sums: Tensor, phase: Phase, progress: Progress, loo
         DivergedError: the losses, or what trains, are not finite: no checkpoint is to hold that, to go on with.
     """
     accelerator = loop.accelerator
-    # On features only the classifier's: to name all of a large backbone's tensors takes as long as several steps.
-    state = stage.module.state_dict(prefix="" if stage.module is stage.model else "classifier.")
-    trained = (tensor for name, tensor in state.items() if name in stage.changed)
-    faults = count_not_finite(trained, accelerator.device)
+    faults = stage.count_not_finite(accelerator.device) - stage.not_finite
     loss_sum, correct, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
-    if math.isfinite(loss_sum) and not_finite == 0:
+    if math.isfinite(loss_sum) and not_finite <= 0:
         return loss_sum, correct
     fault = "a weight or a running statistic" if math.isfinite(loss_sum) else "the loss"
     value = "infinite or nan" if math.isfinite(loss_sum) else str(loss_sum)
