@@ -232,3 +232,17 @@ def test_names_are_known_to_the_letter(tmp_path: Path, name: str, known: bool) -
     assert (find_others(tmp_path) == []) == known
     clear(tmp_path / UNFINISHED)
     assert (tmp_path / UNFINISHED / name).exists() != known
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "checkpoints/.DS_Store", "Thumbs.db", ".nfs000000000012ab34"])
+def test_what_a_file_manager_or_a_file_system_leaves_is_in_nobodys_way(tmp_path: Path, name: str) -> None:
+    put(tmp_path, f"{UNFINISHED}/{name}")
+    assert find_others(tmp_path) == []
+    clear(tmp_path / UNFINISHED)
+    assert (tmp_path / UNFINISHED / name).exists()
+
+
+def test_a_link_that_leads_nowhere_is_no_folder_to_write_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError, match=r"link is a link that leads nowhere; pass a folder with --output"):
+        check_output_folder(tmp_path / "link", overwrite=True)

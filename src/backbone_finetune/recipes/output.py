@@ -48,6 +48,9 @@ LATER = re.compile(
     r"(manifest\.json|slot-\d+\.bin)?"
 )
 
+# What file managers put into any folder, and NFS in the place of a file that is still open.
+OF_THE_SYSTEM = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+")
+
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
     """Check, and touch nothing, that a run may write into a folder: that it loses nobody's files there.
@@ -66,8 +69,9 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
         FileExistsError: it is a file, or holds in ``unfinished`` what no run writes there; or ``overwrite`` is false,
             and it holds a finished model, or, where no run was begun, anything by a name that a run writes.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; pass a folder with --output")
+    if os.path.lexists(folder) and not folder.is_dir():
+        kind = "a file" if folder.exists() else "a link that leads nowhere"
+        raise FileExistsError(f"{folder} is {kind}; pass a folder with --output")
     if others := find_others(folder):
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise FileExistsError(
@@ -108,7 +112,7 @@ def find_others(folder: Path) -> list[str]:
 
 
 def walk(unfinished: Path) -> Iterator[tuple[Path, str]]:
-    """Give all that is in the folder of an unfinished run, innermost first, with its name in there."""
+    """Give what is in the folder of an unfinished run, innermost first, by its name in there; not the system's own."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # gone meanwhile, as another run may work there
@@ -116,7 +120,7 @@ def walk(unfinished: Path) -> Iterator[tuple[Path, str]]:
 
     for parent, folders, files in os.walk(unfinished, topdown=False, onerror=refuse):
         for names, end in ((files, ""), (folders, "/")):
-            for name in names:
+            for name in (name for name in names if not OF_THE_SYSTEM.fullmatch(name)):
                 path = Path(parent, name)
                 yield path, path.relative_to(unfinished).as_posix() + end
 
