@@ -66,11 +66,26 @@ class NoisyTensors(TensorDataset):
         return tuple(tensor + torch.rand(1) for tensor in super().__getitem__(index))
 
 
+class Around(Dataset[Any]):
+    """Draws, around a dataset that says of itself that it does not, and for which it speaks in all else."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dataset, name)
+
+    def __getitem__(self, index: int) -> Any:
+        picture, target = self.dataset[index]
+        return picture + torch.rand(1), target
+
+
 @pytest.mark.parametrize(
     "data",
     [
         Shaken(),
         Own(),
+        Around(Still()),
         Subset(Shaken(), [0, 1]),
         random_split(Shaken(), [2, 2])[0],
         ConcatDataset([TENSORS, Shaken()]),

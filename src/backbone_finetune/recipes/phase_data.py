@@ -1,5 +1,6 @@
 """What a phase trains on: pictures, or, where the backbone is frozen and shows the same each time, its features."""
 
+from inspect import getattr_static
 from typing import Any
 
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ __all__ = ["gather_features", "repeats"]
 
 # What torchvision's datasets, and most others, call what they do to a picture and its target.
 TRANSFORMS = ("transform", "transforms", "target_transform")
+MISSING = object()
 
 
 def repeats(data: Dataset[Any]) -> bool:
@@ -31,7 +33,8 @@ def repeats(data: Dataset[Any]) -> bool:
     known to draw nothing. Tensors, lists and tuples need not tell; a dataset of other datasets shows what they show.
     Any other, a class of your own that has no such attribute, may draw in its ``__getitem__``, and counts as random.
     """
-    stated = [getattr(data, name) for name in TRANSFORMS if hasattr(data, name)]
+    # Its own, and not what it hands on from a dataset that it stands around.
+    stated = [getattr(data, name) for name in TRANSFORMS if getattr_static(data, name, MISSING) is not MISSING]
     if not all(draws_nothing(transform) for transform in stated):
         return False
     if isinstance(data, Subset) and not repeats(data.dataset):
