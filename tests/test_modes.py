@@ -276,6 +276,18 @@ def test_a_classifier_forgets_at_a_load_as_well() -> None:
     torch.testing.assert_close(model(inputs), 2 * before)
 
 
+class Strict(nn.Linear):
+    def train(self, mode: bool) -> Strict:  # type: ignore[override]
+        super().train(mode)
+        return self
+
+
+def test_a_part_whose_train_takes_its_mode_in_any_case_can_be_loaded_into() -> None:
+    model = FineTuneModel(nn.Sequential(Strict(2, 2)), nn.Linear(2, 2))
+    model.load_state_dict(model.state_dict())
+    assert model.backbone[0].training
+
+
 def test_only_what_may_keep_a_cache_has_the_hook() -> None:
     def hooked(network: nn.Module) -> list[str]:
         return [path for path, module in network.named_modules() if module._load_state_dict_post_hooks]

@@ -166,7 +166,9 @@ class FineTuneModel(nn.Module):
         ('ResNet', Linear(in_features=512, out_features=10, bias=True))
 
         `FineTuneModel(backbone, classifier)` gives an `nn.Sequential`. Dropout that `drop_rate` put before the
-        classifier is left out. Raises ValueError where the network cannot hold the classifier.
+        classifier is left out. Parts that cache what they compute in eval, as levit's attention does, keep the hook by
+        which they forget that at a load, so that one into the plain network does not leave the model stale. Raises
+        ValueError where the network cannot hold the classifier.
         """
         return self._way_back.join(self.backbone, self.classifier)
 

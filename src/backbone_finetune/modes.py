@@ -23,7 +23,7 @@ def modes_given_back(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        module.train()  # attention biases that levit and its like cached in eval are forgotten when they hear this
+        module.train(True)  # attention biases that levit and its like cached in eval are forgotten when they hear this
         for part, training in modes:
             part.training = training
 
