@@ -222,6 +222,8 @@ def test_all_that_a_run_writes_there_is_known(
         ("checkpoints/.step-000000010.safetensors.123", True),
         ("checkpoints/step-000000010.safetensors/mine.txt", False),
         ("checkpoints/.step-mine", False),
+        ("checkpoints/.tmprzsFOP", True),
+        ("checkpoints/.tmp-mine", False),
         ("features-mine/slot-0.bin", False),
         (".features-train.backup/slot-0.bin", False),
         ("checkpoints.txt", False),

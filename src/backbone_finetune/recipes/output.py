@@ -43,7 +43,7 @@ DAMAGED = {RUN_FILE: "not readable"}
 # All that may be in there: what stands before run.json is written, and what comes after it. Folders end in a slash.
 FIRST = re.compile(rf"{LOCK_FILE}|{REPLACED}|\.{REPLACED}\.\d+")
 LATER = re.compile(
-    r"checkpoints/(step-\d+\.safetensors|\.step-\d+\.safetensors\.\d+)?"
+    r"checkpoints/(step-\d+\.safetensors|\.step-\d+\.safetensors\.\d+|\.tmp[A-Za-z0-9]{6})?"  # the last is safetensors'
     r"|(features-(train|test)(-\d+-of-\d+)?|\.features-(train|test)(-\d+-of-\d+)?\.(new|old)\.[^/]+\.\d+)/"
     r"(manifest\.json|slot-\d+\.bin)?"
 )
