@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from timm.data.config import resolve_model_data_config
 
 from backbone_finetune import FineTuneModel
+from backbone_finetune.probing import meta_shadow
 
 from .base_weights import BaseWeights, base_source, remember_base
 from .checking import expect, is_whole
@@ -149,8 +149,7 @@ def choose_fitting_config(model: FineTuneModel, architecture: str, settings: Tra
     Raises:
         ValueError: it takes none of timm's own size either.
     """
-    with torch.device("meta"):  # no weight is looked at, and no pass through the network itself costs time
-        twin = FineTuneModel.from_timm(architecture, num_classes=2)
+    twin = meta_shadow(model)  # no weight is looked at, and no pass through the network itself costs time
     config = choose_data_config(model, settings)
     if find_size_problem(twin, config["input_size"]) is None:
         return config
