@@ -114,11 +114,12 @@ class Describer:
 
     def describe_names(self, named: Iterable[tuple[str, Any]]) -> list[Any]:
         """Write down named values in the order of their names; that in which they were set tells nothing."""
-        described = []
-        for name, value in sorted(named, key=lambda pair: pair[0]):
-            with self.within(name):
-                described.append([name, self.describe(value)])
-        return described
+        return [self.describe_named(name, value) for name, value in sorted(named, key=lambda pair: pair[0])]
+
+    def describe_named(self, name: str, value: Any) -> Any:
+        """Write down a value with the name that what holds it gives it."""
+        with self.within(name):
+            return [name, self.describe(value)]
 
     def describe_container(self, value: Any) -> Any:
         """Write down a tuple, list or dict by its entries, in their order."""
@@ -185,13 +186,8 @@ class Describer:
         return [
             self.describe(type(module)),
             self.describe_names(own.items()),
-            [[name, self.describe_part(name, part)] for name, part in parts],
+            [self.describe_named(name, part) for name, part in parts],
         ]
-
-    def describe_part(self, name: str, part: Any) -> Any:
-        """Write down a part of a module, in the place that its module gives it."""
-        with self.within(name):
-            return self.describe(part)
 
     def describe_pickle(self, value: Any) -> Any:
         """Write down an object of another kind by its class and by what pickle would keep of it.

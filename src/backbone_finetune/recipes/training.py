@@ -255,10 +255,11 @@ def fetch_sums(stage: Stage, sums: Tensor, phase: Phase, progress: Progress, loo
     loss_sum, correct, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
     if math.isfinite(loss_sum) and not_finite <= 0:
         return loss_sum, correct
-    fault = "a weight or a running statistic" if math.isfinite(loss_sum) else "the loss"
-    value = "infinite or nan" if math.isfinite(loss_sum) else str(loss_sum)
+    fault = f"the loss became {loss_sum}"
+    if math.isfinite(loss_sum):
+        fault = "a weight or a running statistic became infinite or nan"
     raise DivergedError(
-        f"the training diverged at lr = {phase.lr}: {fault} became {value} in epoch {len(progress.history) + 1}; pass "
+        f"the training diverged at lr = {phase.lr}: {fault} in epoch {len(progress.history) + 1}; pass "
         "a lower --lr (in Python: Phase(lr=...))",
         test_accuracy=evaluate(
             accelerator.unwrap_model(stage.prepared), stage.test, batch_size=loop.batch_size, accelerator=accelerator
