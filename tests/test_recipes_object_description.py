@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from backbone_finetune import FineTuneModel
 from backbone_finetune.modes import modes_given_back
 from backbone_finetune.recipes import FeatureCache, extract_features
+from backbone_finetune.recipes.features import open_cache
 from backbone_finetune.recipes.fingerprints import backbone_fingerprint
 from backbone_finetune.recipes.object_description import Describer, UndescribableError
 
@@ -257,6 +258,13 @@ def test_a_forward_leaves_the_fingerprint_as_it_was() -> None:
             model.eval()(pictures)
         assert backbone_fingerprint(model.backbone) == before
         assert not model.backbone.training
+
+
+def test_features_of_a_backbone_that_cannot_be_compared_are_never_those_of_another(tmp_path: Path) -> None:
+    """A process that does not see the main one's folder must not take what stands in its own from an earlier run."""
+    cache = FeatureCache(tmp_path / "features", "data")
+    first, second = (open_cache(cache, Base(threading.Lock()), None, None)[1]["backbone"] for _ in range(2))
+    assert first != second
 
 
 def test_what_is_too_deep_cannot_be_compared() -> None:
