@@ -1,4 +1,4 @@
-"""Shared by every test: the same seed, and for the benchmarks one thread, with the settings put back after."""
+"""Shared by every test: the same seed, and for what is timed one thread, with the settings put back after."""
 
 from collections.abc import Iterator
 

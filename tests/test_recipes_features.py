@@ -710,6 +710,7 @@ def test_batches_of_features_are_those_of_a_shuffling_loader() -> None:
     assert torch.equal(in_order, torch.arange(11))
 
 
+@pytest.mark.usefixtures("one_thread")  # the time of a process is that of all its threads, those that wait too
 def test_batches_of_features_are_indexed_at_once(tmp_path: Path) -> None:
     data: Any = TensorDataset(torch.randn(6_000, 64), torch.arange(6_000))
     mapped = extract_features(
