@@ -13,7 +13,7 @@ from zoo_record import Structure, Values, first_sentence
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.freezing import keeps_running_statistics
-from backbone_finetune.probing import assert_same
+from backbone_finetune.splitting.copies import assert_same
 
 CLASSES = 7
 # Not below 64: at a stride of 32 one pixel would be left, and one pixel is its own mean, whoever takes the mean.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.modes import modes_given_back
+from backbone_finetune.eval_caches import modes_given_back
 from backbone_finetune.recipes import FeatureCache, extract_features
 from backbone_finetune.recipes.features import open_cache
 from backbone_finetune.recipes.fingerprints import backbone_fingerprint

@@ -12,7 +12,7 @@ from timm_families import FAMILIES, SMALL, Family
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.timm_classifiers import DistilledClassifier
+from backbone_finetune.splitting.timm_head import DistilledClassifier
 
 CLASSES = 7
 # One head for each branch or stage; an auxiliary head; a head on a token of its own.

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open  # it comes with timm
 from safetensors.torch import save_file
 from torch import nn
 
-from .modes import forget_caches
+from .eval_caches import forget_caches
 
 _FORMAT = {"format": "backbone-finetune", "format_version": "1"}
 

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from . import freezing
-from .arguments import check_module, check_shares_nothing, check_width
 from .distributed import active_wrapper, refuse_unfrozen_since, reshard
+from .eval_caches import forget_at_load
 from .layer_groups import LayerGroup, as_layer_groups, check_layer_groups, find_layer_groups, layer_depths
-from .modes import forget_at_load
 from .param_groups import build_param_groups
-from .report import describe_by_group, describe_by_name
-from .splitting import CutProof, SequentialWayBack, Split, WayBack, split_module
-from .timm_classifiers import count_classes
-from .timm_splitting import split_timm
+from .splitting.custom import CutProof, SequentialWayBack, Split, WayBack, split_module
+from .splitting.timm_head import count_classes
+from .splitting.timm_network import split_timm
+from .summary import describe_by_group, describe_by_name
+from .validation import check_module, check_shares_nothing, check_width
 
 
 class FineTuneModel(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from backbone_finetune.modes import modes_given_back
+from backbone_finetune.eval_caches import modes_given_back
 
 __all__ = ["autocast_dtype", "backbone_batches", "in_eval", "trains"]
 

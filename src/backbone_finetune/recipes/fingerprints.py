@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import transforms  # it comes with timm
 
 from backbone_finetune import __version__
-from backbone_finetune.modes import forget_caches
+from backbone_finetune.eval_caches import forget_caches
 
 from .feature_store import digest_file
 from .object_description import Describer, UndescribableError

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone_finetune.freezing import digest
-from backbone_finetune.splitting import CutProof
+from backbone_finetune.splitting.custom import CutProof
 
 __all__ = ["Describer", "UndescribableError"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from backbone_finetune.checkpoint import distinct_tensors
-from backbone_finetune.modes import forget_caches
+from backbone_finetune.eval_caches import forget_caches
 
 from .processes import run_on_main, whole
 from .progress import Checkpoint, Progress, newest_checkpoint

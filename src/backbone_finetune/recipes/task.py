@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from timm.data.config import resolve_model_data_config
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.probing import meta_shadow
+from backbone_finetune.splitting.copies import meta_shadow
 
 from .base_weights import BaseWeights, base_source, remember_base
 from .checking import expect, is_whole

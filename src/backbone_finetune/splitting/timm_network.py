@@ -10,11 +10,11 @@ import timm
 import torch
 from torch import nn
 
-from .architectures import check_architecture
-from .arguments import check_drop_rate, check_network
-from .probing import meta_shadow, quiet, refuse_misfit, shadow
-from .splitting import Split
-from .timm_classifiers import DropoutClassifier, TimmWayBack, as_linear, dtype_of, find_way_back, own_classifier, probe
+from ..architectures import check_architecture
+from ..validation import check_drop_rate, check_network
+from .copies import meta_shadow, quiet, refuse_misfit, shadow
+from .custom import Split
+from .timm_head import DropoutClassifier, TimmWayBack, as_linear, dtype_of, find_way_back, own_classifier, probe
 
 _WRITE_IT = "wrap it yourself: FineTuneModel(backbone, classifier), with pooling at the end of the backbone"
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .probing import meta_shadow, quiet
-from .timm_classifiers import probe
+from .splitting.copies import meta_shadow, quiet
+from .splitting.timm_head import probe
 
 
 def check_module(module: object, name: str, origin: str) -> None:

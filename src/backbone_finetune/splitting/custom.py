@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import nn
 
-from .probing import quiet, refuse_misfit, shadow
+from .copies import quiet, refuse_misfit, shadow
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

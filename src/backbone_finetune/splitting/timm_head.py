@@ -10,8 +10,8 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from .probing import assert_same, meta_shadow, quiet, shadow
-from .splitting import copy_along
+from .copies import assert_same, meta_shadow, quiet, shadow
+from .custom import copy_along
 
 
 class DistilledClassifier(nn.Module):
