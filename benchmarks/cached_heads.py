@@ -28,8 +28,8 @@ from backbone_finetune.recipes import (
     fit_heads,
     make_accelerator,
 )
-from backbone_finetune.recipes.progress import Progress
-from backbone_finetune.recipes.training import in_phase, train_epoch
+from backbone_finetune.recipes.training.checkpoints import Progress
+from backbone_finetune.recipes.training.loop import in_phase, train_epoch
 
 LEARNING_RATES = tuple(1e-4 * 2**step for step in range(8))
 WEIGHT_DECAYS = (0.0, 0.01, 0.1, 0.3)

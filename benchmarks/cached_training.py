@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import FeatureCache, Loop, Phase, fine_tune, make_accelerator
-from backbone_finetune.recipes.backbone_pass import autocast_dtype, backbone_batches, in_eval
+from backbone_finetune.recipes.features.backbone_pass import autocast_dtype, backbone_batches, in_eval
 
 # What ours is held against, and the most that ours may cost of it: in float32, and as its device likes it best.
 PEERS = {

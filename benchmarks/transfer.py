@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Loop, Phase, extract_features, fine_tune, fit_heads, make_accelerator
-from backbone_finetune.recipes.model_file import build_transform
-from backbone_finetune.recipes.packaged import load_packaged_network
-from backbone_finetune.recipes.pictures import PictureDataset, PictureFolder, find_pictures, split
-from backbone_finetune.recipes.run import CLIPART
+from backbone_finetune.recipes.commands.train import CLIPART
+from backbone_finetune.recipes.data.images import PictureDataset, PictureFolder, find_pictures, split
+from backbone_finetune.recipes.models.file import build_transform
+from backbone_finetune.recipes.models.packaged import load_packaged_network
 
 RECIPE, BEST_HEAD = "the article's recipe", "best of 32 heads on cached features"
 LP_FT, PLAIN = "LP-FT: head first, then everything", "plain fine-tuning"

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from training_worker import Shaken, make_model, make_pictures
 
-from backbone_finetune.recipes import training
-from backbone_finetune.recipes.phases import Phase
-from backbone_finetune.recipes.processes import make_accelerator
-from backbone_finetune.recipes.training import Loop, evaluate, fine_tune
+from backbone_finetune.recipes.training import loop as training
+from backbone_finetune.recipes.training.loop import Loop, evaluate, fine_tune
+from backbone_finetune.recipes.training.phases import Phase
+from backbone_finetune.recipes.training.processes import make_accelerator
 
 
 class Still(Shaken):

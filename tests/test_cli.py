@@ -16,7 +16,7 @@ import torch
 from picture_folders import COLOURS, make_folder, make_picture
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.run import CLIPART
+from backbone_finetune.recipes.commands.train import CLIPART
 
 Fail = Callable[..., str]
 

@@ -13,7 +13,7 @@ import pytest
 from picture_folders import COLOURS, make_picture
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.model_file import describe_file
+from backbone_finetune.recipes.models.file import describe_file
 
 RAW = os.fsdecode(b"c\xff")
 NAMES = ("Größe", RAW)

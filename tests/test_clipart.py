@@ -31,7 +31,7 @@ def _find_clipart() -> Path:
     specification = importlib.util.find_spec("backbone_finetune")
     assert specification is not None
     assert specification.submodule_search_locations
-    return Path(specification.submodule_search_locations[0], "recipes", "clipart")
+    return Path(specification.submodule_search_locations[0], "recipes", "data", "clipart")
 
 
 def _load_rebuild() -> ModuleType:

@@ -20,10 +20,10 @@ from torch import nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_tensors
-from backbone_finetune.recipes import base_weights
-from backbone_finetune.recipes.base_weights import base_source, remember_base
-from backbone_finetune.recipes.model_file import TrainedModel, load_trained_model, save_trained_changes
-from backbone_finetune.recipes.networks import find_cached_weights, load_pretrained_network
+from backbone_finetune.recipes.models import changes as base_weights
+from backbone_finetune.recipes.models.changes import base_source, remember_base
+from backbone_finetune.recipes.models.file import TrainedModel, load_trained_model, save_trained_changes
+from backbone_finetune.recipes.models.weights import find_cached_weights, load_pretrained_network
 
 HUGE = "vit_huge_patch14_clip_224.laion2b"
 

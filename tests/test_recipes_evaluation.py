@@ -12,8 +12,8 @@ from picture_folders import COLOURS, make_folder, make_picture
 from torch import nn
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.evaluation import describe_evaluation, evaluate_folder, write_evaluation
-from backbone_finetune.recipes.model_file import TrainedModel
+from backbone_finetune.recipes.commands.evaluate import describe_evaluation, evaluate_folder, write_evaluation
+from backbone_finetune.recipes.models.file import TrainedModel
 
 
 class BrightestColour(nn.Module):

@@ -31,8 +31,8 @@ from backbone_finetune.recipes import (
     fine_tune,
     make_accelerator,
 )
-from backbone_finetune.recipes.backbone_pass import autocast_dtype
-from backbone_finetune.recipes.feature_store import MANIFEST, build_store, temporary_name
+from backbone_finetune.recipes.features.backbone_pass import autocast_dtype
+from backbone_finetune.recipes.features.cache import MANIFEST, build_store, temporary_name
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio, TrimBorder
 from torchvision import transforms
 
 from backbone_finetune.recipes import data_fingerprint, is_deterministic
-from backbone_finetune.recipes.pictures import PictureDataset, find_pictures
+from backbone_finetune.recipes.data.images import PictureDataset, find_pictures
 
 
 def make_dataset(root: Path, transform: Any = None) -> PictureDataset:

@@ -22,10 +22,11 @@ from picture_folders import COLOURS, make_picture
 from PIL import Image
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import inspection, model_file
-from backbone_finetune.recipes.inspection import inspect_file
-from backbone_finetune.recipes.model_file import TrainedModel, load_trained_model, save_trained_model
-from backbone_finetune.recipes.prediction import predict
+from backbone_finetune.recipes.commands import inspect as inspection
+from backbone_finetune.recipes.commands.inspect import inspect_file
+from backbone_finetune.recipes.commands.predict import predict
+from backbone_finetune.recipes.models import file as model_file
+from backbone_finetune.recipes.models.file import TrainedModel, load_trained_model, save_trained_model
 
 FILES = 1000
 

@@ -15,8 +15,10 @@ from torch import nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_checkpoint
-from backbone_finetune.recipes.base_weights import BaseSource, BaseWeights, base_source, remember_base
-from backbone_finetune.recipes.model_file import (
+from backbone_finetune.recipes.commands.predict import predict
+from backbone_finetune.recipes.data.images import read_picture
+from backbone_finetune.recipes.models.changes import BaseSource, BaseWeights, base_source, remember_base
+from backbone_finetune.recipes.models.file import (
     TrainedModel,
     build_transform,
     describe_file,
@@ -24,9 +26,7 @@ from backbone_finetune.recipes.model_file import (
     save_trained_changes,
     save_trained_model,
 )
-from backbone_finetune.recipes.packaged import load_packaged_network
-from backbone_finetune.recipes.pictures import read_picture
-from backbone_finetune.recipes.prediction import predict
+from backbone_finetune.recipes.models.packaged import load_packaged_network
 
 
 def make_trained() -> TrainedModel:

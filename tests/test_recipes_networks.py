@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from backbone_finetune.recipes import packaged
-from backbone_finetune.recipes.networks import load_checkpoint_network, load_network, load_pretrained_network
+from backbone_finetune.recipes.models import packaged
+from backbone_finetune.recipes.models.weights import load_checkpoint_network, load_network, load_pretrained_network
 
 
 def write_weights(path: Path, architecture: str = "test_resnet", **arguments: Any) -> dict[str, Tensor]:

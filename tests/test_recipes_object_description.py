@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from backbone_finetune import FineTuneModel
 from backbone_finetune.eval_caches import modes_given_back
 from backbone_finetune.recipes import FeatureCache, extract_features
-from backbone_finetune.recipes.features import open_cache
-from backbone_finetune.recipes.fingerprints import backbone_fingerprint
-from backbone_finetune.recipes.object_description import Describer, UndescribableError
+from backbone_finetune.recipes.data.fingerprint import backbone_fingerprint
+from backbone_finetune.recipes.features.extract import open_cache
+from backbone_finetune.recipes.features.object_description import Describer, UndescribableError
 
 CPU = torch.device("cpu")
 # With a recurrent layer's weak references, tables filled in a forward, partials, named tuples and configurations.

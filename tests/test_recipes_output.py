@@ -11,9 +11,9 @@ import pytest
 from picture_folders import make_folder
 
 from backbone_finetune import cli
-from backbone_finetune.recipes import run as run_module
-from backbone_finetune.recipes import task as task_module
-from backbone_finetune.recipes.output import (
+from backbone_finetune.recipes.commands import setup as task_module
+from backbone_finetune.recipes.commands import train as run_module
+from backbone_finetune.recipes.commands.run_folder import (
     MODEL_FILE,
     RUN_FILE,
     UNFINISHED,
@@ -23,7 +23,7 @@ from backbone_finetune.recipes.output import (
     find_others,
     remove_leftover,
 )
-from backbone_finetune.recipes.timing import BackwardTimes
+from backbone_finetune.recipes.commands.timing import BackwardTimes
 
 Train = Callable[..., str]
 RECORD = {"arguments": {"seed": 0}, "versions": {"torch": "2.9"}}

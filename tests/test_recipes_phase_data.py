@@ -16,8 +16,8 @@ from torchvision.datasets import ImageFolder
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Loop, Phase, fine_tune, make_accelerator
-from backbone_finetune.recipes.phase_data import repeats
-from backbone_finetune.recipes.pictures import PictureDataset, find_pictures
+from backbone_finetune.recipes.data.images import PictureDataset, find_pictures
+from backbone_finetune.recipes.features.phase_data import repeats
 
 STILL: Any = create_transform(8)
 RANDOM: Any = create_transform(8, is_training=True)

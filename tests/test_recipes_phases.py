@@ -15,10 +15,10 @@ from picture_folders import make_folder
 from torch import nn
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.phases import Phase, read_phases
-from backbone_finetune.recipes.processes import make_accelerator
-from backbone_finetune.recipes.schedules import make_schedule
-from backbone_finetune.recipes.training import Loop
+from backbone_finetune.recipes.training.loop import Loop
+from backbone_finetune.recipes.training.phases import Phase, read_phases
+from backbone_finetune.recipes.training.processes import make_accelerator
+from backbone_finetune.recipes.training.schedules import make_schedule
 
 
 def write(folder: Path, text: str) -> Path:

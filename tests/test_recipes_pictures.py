@@ -14,7 +14,7 @@ from picture_folders import make_folder, make_picture
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from backbone_finetune.recipes.pictures import (
+from backbone_finetune.recipes.data.images import (
     PictureDataset,
     PictureFolder,
     find_pictures,

@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.batches import epoch_batches, share_of
-from backbone_finetune.recipes.processes import communicated_bytes, make_accelerator, prepare, release
+from backbone_finetune.recipes.training.batches import epoch_batches, share_of
+from backbone_finetune.recipes.training.processes import communicated_bytes, make_accelerator, prepare, release
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 

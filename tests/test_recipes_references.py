@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import reference
-from backbone_finetune.recipes.phases import Phase
-from backbone_finetune.recipes.processes import make_accelerator
-from backbone_finetune.recipes.reference import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
-from backbone_finetune.recipes.timing import measure_backward
-from backbone_finetune.recipes.training import Loop
+from backbone_finetune.recipes.commands import baselines as reference
+from backbone_finetune.recipes.commands.baselines import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
+from backbone_finetune.recipes.commands.timing import measure_backward
+from backbone_finetune.recipes.training.loop import Loop
+from backbone_finetune.recipes.training.phases import Phase
+from backbone_finetune.recipes.training.processes import make_accelerator
 
 LOOP = Loop(make_accelerator(torch.device("cpu")), show_progress=False)
 

@@ -25,12 +25,24 @@ from picture_folders import make_folder
 from safetensors import safe_open
 
 from backbone_finetune import cli
-from backbone_finetune.recipes import run as run_module
-from backbone_finetune.recipes.folder_lock import LOCK_FILE, holding, refuse_if_held
-from backbone_finetune.recipes.output import MODEL_FILE, RUN_FILE, UNFINISHED, claim_output_folder, remove_leftover
-from backbone_finetune.recipes.progress import Checkpoint, EpochResult, Progress, newest_checkpoint, write_checkpoint
-from backbone_finetune.recipes.randomness import own_randomness, random_state, restore_random_state
-from backbone_finetune.recipes.resuming import resume, take_down
+from backbone_finetune.recipes.commands import train as run_module
+from backbone_finetune.recipes.commands.folder_lock import LOCK_FILE, holding, refuse_if_held
+from backbone_finetune.recipes.commands.run_folder import (
+    MODEL_FILE,
+    RUN_FILE,
+    UNFINISHED,
+    claim_output_folder,
+    remove_leftover,
+)
+from backbone_finetune.recipes.rng import own_randomness, random_state, restore_random_state
+from backbone_finetune.recipes.training.checkpoints import (
+    Checkpoint,
+    EpochResult,
+    Progress,
+    newest_checkpoint,
+    write_checkpoint,
+)
+from backbone_finetune.recipes.training.resuming import resume, take_down
 
 WORKER = Path(__file__).with_name("training_worker.py")
 SIGKILLED = -9

@@ -15,17 +15,17 @@ from picture_folders import COLOURS, make_folder, make_picture
 from recorded_files import record_files
 
 from backbone_finetune import cli
-from backbone_finetune.recipes import run as run_module
-from backbone_finetune.recipes import task as task_module
 from backbone_finetune.recipes.checking import DivergedError
-from backbone_finetune.recipes.model_file import load_trained_model
-from backbone_finetune.recipes.output import MODEL_FILE, make_output_folder, replacing
-from backbone_finetune.recipes.phases import Phase
-from backbone_finetune.recipes.pictures import find_pictures, split
-from backbone_finetune.recipes.prediction import predict
-from backbone_finetune.recipes.run import TrainSettings, train
-from backbone_finetune.recipes.timing import BackwardTimes
-from backbone_finetune.recipes.training import fine_tune
+from backbone_finetune.recipes.commands import setup as task_module
+from backbone_finetune.recipes.commands import train as run_module
+from backbone_finetune.recipes.commands.predict import predict
+from backbone_finetune.recipes.commands.run_folder import MODEL_FILE, make_output_folder, replacing
+from backbone_finetune.recipes.commands.timing import BackwardTimes
+from backbone_finetune.recipes.commands.train import TrainSettings, train
+from backbone_finetune.recipes.data.images import find_pictures, split
+from backbone_finetune.recipes.models.file import load_trained_model
+from backbone_finetune.recipes.training.loop import fine_tune
+from backbone_finetune.recipes.training.phases import Phase
 
 FILES = {"curves.png", "metrics.json", "model.safetensors", "run.json"}
 
@@ -299,7 +299,7 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str
 def test_without_matplotlib_it_says_how_to_install_it_before_any_work(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "backbone_finetune.recipes.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "backbone_finetune.recipes.commands.plots", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -313,7 +313,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypat
     def fail(*arguments: object, **keywords: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("backbone_finetune.recipes.output.TemporaryFile", fail)
+    monkeypatch.setattr("backbone_finetune.recipes.commands.run_folder.TemporaryFile", fail)
     with pytest.raises(
         PermissionError, match=r"run can't be written to \(read-only\); pass another folder with --output"
     ):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from backbone_finetune.recipes import task as task_module
-from backbone_finetune.recipes.processes import make_accelerator
-from backbone_finetune.recipes.run import train
-from backbone_finetune.recipes.task import TrainSettings, make_task
+from backbone_finetune.recipes.commands import setup as task_module
+from backbone_finetune.recipes.commands.setup import TrainSettings, make_task
+from backbone_finetune.recipes.commands.train import train
+from backbone_finetune.recipes.training.processes import make_accelerator
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.checking import DivergedError
-from backbone_finetune.recipes.features import FeatureCache
-from backbone_finetune.recipes.phases import Phase
-from backbone_finetune.recipes.processes import make_accelerator
-from backbone_finetune.recipes.progress import newest_checkpoint
-from backbone_finetune.recipes.training import Loop, evaluate, fine_tune
+from backbone_finetune.recipes.features.extract import FeatureCache
+from backbone_finetune.recipes.training.checkpoints import newest_checkpoint
+from backbone_finetune.recipes.training.loop import Loop, evaluate, fine_tune
+from backbone_finetune.recipes.training.phases import Phase
+from backbone_finetune.recipes.training.processes import make_accelerator
 
 ACCELERATOR = make_accelerator(torch.device("cpu"))
 
@@ -296,7 +296,7 @@ def test_mixed_precision_leaves_no_trace_in_the_model() -> None:
         from test_recipes_training import make_model, make_pictures, Phase, Loop, fine_tune
         from accelerate.state import AcceleratorState
         AcceleratorState._reset_state(True)
-        from backbone_finetune.recipes.processes import make_accelerator
+        from backbone_finetune.recipes.training.processes import make_accelerator
         accelerator = make_accelerator(torch.device("cpu"), mixed_precision="bf16")
         model = make_model()
         seen = []

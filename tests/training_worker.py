@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel, cli
-from backbone_finetune.recipes import output, training
-from backbone_finetune.recipes import run as run_module
-from backbone_finetune.recipes.features import FeatureCache
-from backbone_finetune.recipes.phases import Phase
-from backbone_finetune.recipes.processes import make_accelerator
-from backbone_finetune.recipes.randomness import seed_everything
-from backbone_finetune.recipes.timing import BackwardTimes
-from backbone_finetune.recipes.training import EpochResult, Loop, fine_tune
+from backbone_finetune.recipes.commands import run_folder as output
+from backbone_finetune.recipes.commands import train as run_module
+from backbone_finetune.recipes.commands.timing import BackwardTimes
+from backbone_finetune.recipes.features.extract import FeatureCache
+from backbone_finetune.recipes.rng import seed_everything
+from backbone_finetune.recipes.training import loop as training
+from backbone_finetune.recipes.training.loop import EpochResult, Loop, fine_tune
+from backbone_finetune.recipes.training.phases import Phase
+from backbone_finetune.recipes.training.processes import make_accelerator
 
 PHASES = (
     Phase(epochs=3, lr=0.01, cosine=True),

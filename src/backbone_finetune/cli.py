@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from .argument_types import natural_number, non_negative_number, positive_integer, positive_number, share_above_zero
-from .recipes.evaluation import describe_evaluation, evaluate_folder, write_evaluation
-from .recipes.inspection import inspect, inspect_file
-from .recipes.model_description import printable
-from .recipes.model_file import load_trained_model
-from .recipes.phases import Phase, read_phases
-from .recipes.pictures import list_pictures
-from .recipes.prediction import predict, writing_csv, writing_json
-from .recipes.run import TrainSettings, train
-from .recipes.run_record import read_run
+from .recipes.commands.evaluate import describe_evaluation, evaluate_folder, write_evaluation
+from .recipes.commands.inspect import inspect, inspect_file
+from .recipes.commands.predict import predict, writing_csv, writing_json
+from .recipes.commands.run_record import read_run
+from .recipes.commands.train import TrainSettings, train
+from .recipes.data.images import list_pictures
+from .recipes.models.file import load_trained_model
+from .recipes.models.metadata import printable
+from .recipes.training.phases import Phase, read_phases
 
 __all__ = ["main"]
 

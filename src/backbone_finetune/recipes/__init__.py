@@ -3,16 +3,16 @@
 The recipes stand on the core and may use more than torch and timm; the core knows nothing of them.
 """
 
-from .features import FeatureCache, extract_features, feature_batches
-from .fingerprints import data_fingerprint, is_deterministic
-from .heads import HeadResult, fit_heads
-from .inspection import inspect
-from .lbfgs import LbfgsResult, fit_lbfgs
-from .phases import Phase, read_phases
-from .prediction import predict
-from .processes import make_accelerator
-from .run import TrainSettings, train
-from .training import Loop, fine_tune
+from .commands.inspect import inspect
+from .commands.predict import predict
+from .commands.train import TrainSettings, train
+from .data.fingerprint import data_fingerprint, is_deterministic
+from .features.extract import FeatureCache, extract_features, feature_batches
+from .heads.grid import HeadResult, fit_heads
+from .heads.lbfgs import LbfgsResult, fit_lbfgs
+from .training.loop import Loop, fine_tune
+from .training.phases import Phase, read_phases
+from .training.processes import make_accelerator
 
 __all__ = [
     "FeatureCache",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backbone_finetune.freezing import digest
 
-from .output import replacing
+from ..commands.run_folder import replacing
 
 __all__ = ["Checkpoint", "EpochResult", "Progress", "newest_checkpoint", "write_checkpoint"]
 

@@ -10,20 +10,20 @@ from timm.data.config import resolve_model_data_config
 from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.copies import meta_shadow
 
-from .base_weights import BaseWeights, base_source, remember_base
-from .checking import expect, is_whole
+from ..checking import expect, is_whole
+from ..data.images import PictureDataset, PictureFolder, find_pictures, leave_out_broken_pictures, split
+from ..models.changes import BaseWeights, base_source, remember_base
+from ..models.file import build_transform, find_size_problem
+from ..models.weights import load_network
+from ..training.loop import Loop
+from ..training.phases import Phase
+from ..training.processes import run_on_main
 from .folder_lock import refuse_if_held
-from .model_file import build_transform, find_size_problem
-from .networks import load_network
-from .output import UNFINISHED, check_output_folder, remove_leftover
-from .phases import Phase
-from .pictures import PictureDataset, PictureFolder, find_pictures, leave_out_broken_pictures, split
-from .processes import run_on_main
-from .training import Loop
+from .run_folder import UNFINISHED, check_output_folder, remove_leftover
 
 __all__ = ["CLIPART", "Task", "TrainSettings", "make_task"]
 
-CLIPART = Path(__file__).parent / "clipart" / "pictures"
+CLIPART = Path(__file__).parents[1] / "data" / "clipart" / "pictures"
 # The clipart is stored at 64 pixels. Five-fold cross-validation on its training pictures alone gave .66 at 96 pixels,
 # .69 at 128 and .73 at 160, for 2 and 4 times the time; a first look at a library had better be quick.
 CLIPART_INPUT_SIZE = (3, 96, 96)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .model_file import TrainedModel
-from .output import make_output_folder, replacing
-from .pictures import find_pictures
-from .prediction import predict
+from ..data.images import find_pictures
+from ..models.file import TrainedModel
+from .predict import predict
+from .run_folder import make_output_folder, replacing
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "write_evaluation"]
 

@@ -49,7 +49,7 @@ class UndescribableError(ValueError):
     >>> raise UndescribableError("lock is a lock")
     Traceback (most recent call last):
     ...
-    backbone_finetune.recipes.object_description.UndescribableError: lock is a lock
+    backbone_finetune.recipes.features.object_description.UndescribableError: lock is a lock
     """
 
 

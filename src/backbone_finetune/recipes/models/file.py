@@ -27,8 +27,8 @@ from backbone_finetune.checkpoint import (
     save_tensors,
 )
 
-from .base_weights import BaseWeights, describe_base, digest_tensors, find_base
-from .model_description import ModelDescription, parse_metadata, parse_object, write_metadata
+from .changes import BaseWeights, describe_base, digest_tensors, find_base
+from .metadata import ModelDescription, parse_metadata, parse_object, write_metadata
 from .versions import installed_versions
 
 __all__ = [
@@ -103,7 +103,7 @@ def save_trained_changes(trained: TrainedModel, base: BaseWeights, path: Path, *
     The fingerprint of the rest goes with it, so that the file loads onto this very base and no other.
 
     >>> from tempfile import TemporaryDirectory
-    >>> from backbone_finetune.recipes.base_weights import BaseSource, remember_base
+    >>> from backbone_finetune.recipes.models.changes import BaseSource, remember_base
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
     >>> base = remember_base(model, BaseSource.FILE, "weights from resnet.pth")  # before the training
     >>> trained = TrainedModel(model, "test_resnet", ("cat", "dog"), timm.data.resolve_model_data_config(model))

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .model_file import TrainedModel, build_transform
-from .output import replacing
-from .pictures import read_picture
+from ..data.images import read_picture
+from ..models.file import TrainedModel, build_transform
+from .run_folder import replacing
 
 __all__ = ["Prediction", "predict", "writing_csv", "writing_json"]
 

@@ -36,7 +36,7 @@ class UnusableStoreError(ValueError):
     >>> raise UnusableStoreError("slot-0.bin is truncated")
     Traceback (most recent call last):
     ...
-    backbone_finetune.recipes.feature_store.UnusableStoreError: slot-0.bin is truncated
+    backbone_finetune.recipes.features.cache.UnusableStoreError: slot-0.bin is truncated
     """
 
 

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from backbone_finetune.checkpoint import distinct_tensors
 from backbone_finetune.eval_caches import forget_caches
 
+from ..rng import random_state, restore_random_state
+from .checkpoints import Checkpoint, Progress, newest_checkpoint
 from .processes import run_on_main, whole
-from .progress import Checkpoint, Progress, newest_checkpoint
-from .randomness import random_state, restore_random_state
 
 __all__ = ["load_by_name", "open_checkpoints", "resume", "take_down"]
 

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .phases import Phase
-from .progress import EpochResult
+from ..training.checkpoints import EpochResult
+from ..training.phases import Phase
 from .timing import BackwardTimes
 
 __all__ = ["Metrics", "describe"]

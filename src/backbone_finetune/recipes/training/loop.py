@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 
-from .backbone_pass import trains
+from ..checking import DivergedError, count_not_finite, expect, is_whole
+from ..features.backbone_pass import trains
+from ..features.extract import FeatureCache
+from ..features.phase_data import gather_features, repeats
 from .batches import Share, epoch_batches, load_shares, share_of
-from .checking import DivergedError, count_not_finite, expect, is_whole
-from .features import FeatureCache
-from .phase_data import gather_features, repeats
+from .checkpoints import EpochResult, Progress, write_checkpoint
 from .phases import Phase
 from .processes import communicated_bytes, prepare, release, whole
-from .progress import EpochResult, Progress, write_checkpoint
 from .resuming import load_by_name, open_checkpoints, resume, take_down
 from .schedules import make_schedule
 

@@ -11,7 +11,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from .checking import expect, is_number, is_whole
+from ..checking import expect, is_number, is_whole
 
 __all__ = ["Phase", "read_phases"]
 

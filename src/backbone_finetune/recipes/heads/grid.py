@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from backbone_finetune.param_groups import build_param_groups
 
-from .checking import expect, is_whole
-from .features import feature_batches
+from ..checking import expect, is_whole
+from ..features.extract import feature_batches
 
 __all__ = ["HeadResult", "decaying_names", "fit_heads"]
 

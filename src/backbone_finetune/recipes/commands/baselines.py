@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
 
-from .phases import Phase
-from .training import Loop, fine_tune
+from ..training.loop import Loop, fine_tune
+from ..training.phases import Phase
 
 __all__ = ["chance_accuracy", "random_backbone_accuracy", "raw_pixel_accuracy"]
 

@@ -9,10 +9,10 @@ from torchvision.datasets.vision import StandardTransform  # it comes with timm
 
 from backbone_finetune import FineTuneModel
 
-from .feature_store import remove_store
-from .features import FeatureCache, extract_features
-from .fingerprints import is_deterministic
-from .randomness import own_randomness
+from ..data.fingerprint import is_deterministic
+from ..rng import own_randomness
+from .cache import remove_store
+from .extract import FeatureCache, extract_features
 from .shared_features import share_features
 
 __all__ = ["gather_features", "repeats"]

@@ -13,14 +13,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .checking import DivergedError
-from .features import FeatureCache
-from .fingerprints import data_fingerprint
+from ..checking import DivergedError
+from ..data.fingerprint import data_fingerprint
+from ..data.images import PictureDataset
+from ..features.extract import FeatureCache
+from ..models.file import TrainedModel, save_trained_changes, save_trained_model
+from ..models.metadata import printable
+from ..models.versions import installed_versions
+from ..rng import own_randomness, seed_everything
+from ..training.checkpoints import EpochResult
+from ..training.loop import Loop, fine_tune
+from ..training.processes import find_device, make_accelerator, run_on_main
+from .baselines import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
 from .folder_lock import holding
 from .metrics import Metrics, describe
-from .model_description import printable
-from .model_file import TrainedModel, save_trained_changes, save_trained_model
-from .output import (
+from .run_folder import (
     CURVES_FILE,
     METRICS_FILE,
     MODEL_FILE,
@@ -32,16 +39,9 @@ from .output import (
     make_output_folder,
     replacing,
 )
-from .pictures import PictureDataset
-from .processes import find_device, make_accelerator, run_on_main
-from .progress import EpochResult
-from .randomness import own_randomness, seed_everything
-from .reference import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
 from .run_record import compare_runs, record_run
-from .task import CLIPART, Task, TrainSettings, make_task
+from .setup import CLIPART, Task, TrainSettings, make_task
 from .timing import measure_backward
-from .training import Loop, fine_tune
-from .versions import installed_versions
 
 __all__ = ["CLIPART", "TrainSettings", "train"]
 

@@ -17,9 +17,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from backbone_finetune import FineTuneModel
 
+from ..data.fingerprint import backbone_fingerprint
 from .backbone_pass import autocast_dtype, backbone_batches, in_eval, trains
-from .feature_store import UnusableStoreError, build_store, map_store, open_store, refuse_other_files, write_store
-from .fingerprints import backbone_fingerprint
+from .cache import UnusableStoreError, build_store, map_store, open_store, refuse_other_files, write_store
 from .object_description import UndescribableError
 
 __all__ = ["FeatureCache", "extract_features", "feature_batches"]

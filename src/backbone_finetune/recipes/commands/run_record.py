@@ -6,13 +6,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from .backbone_pass import autocast_dtype
-from .fingerprints import backbone_fingerprint
-from .output import find_differences
-from .phases import parse_phase
-from .task import Task, TrainSettings
-from .training import Loop
-from .versions import installed_versions
+from ..data.fingerprint import backbone_fingerprint
+from ..features.backbone_pass import autocast_dtype
+from ..models.versions import installed_versions
+from ..training.loop import Loop
+from ..training.phases import parse_phase
+from .run_folder import find_differences
+from .setup import Task, TrainSettings
 
 __all__ = ["compare_runs", "read_run", "record_run"]
 

@@ -15,9 +15,9 @@ from torchvision import transforms  # it comes with timm
 from backbone_finetune import __version__
 from backbone_finetune.eval_caches import forget_caches
 
-from .feature_store import digest_file
-from .object_description import Describer, UndescribableError
-from .pictures import PictureDataset
+from ..features.cache import digest_file
+from ..features.object_description import Describer, UndescribableError
+from .images import PictureDataset
 
 __all__ = ["backbone_fingerprint", "data_fingerprint", "is_deterministic"]
 
@@ -69,7 +69,7 @@ def data_fingerprint(dataset: PictureDataset) -> str:
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
     >>> from timm.data import create_transform
-    >>> from backbone_finetune.recipes.pictures import PictureFolder
+    >>> from backbone_finetune.recipes.data.images import PictureFolder
     >>> with TemporaryDirectory() as folder:
     ...     picture = Path(folder, "1.png")
     ...     PIL.Image.new("RGB", (4, 4)).save(picture)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from .checking import expect, is_number, is_whole
-from .features import feature_batches
-from .heads import decaying_names, to_device
+from ..checking import expect, is_number, is_whole
+from ..features.extract import feature_batches
+from .grid import decaying_names, to_device
 
 __all__ = ["LbfgsResult", "fit_lbfgs"]
 

@@ -13,7 +13,7 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.architectures import check_architecture
 from backbone_finetune.checkpoint import peek_checkpoint
 
-from .model_file import build_model, check_layouts, describe_file, freeze_as
+from ..models.file import build_model, check_layouts, describe_file, freeze_as
 
 __all__ = ["count_operations", "inspect", "inspect_file"]
 

@@ -14,10 +14,10 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import distinct_tensors
 from backbone_finetune.freezing import digest
 
-from .model_description import ModelDescription, checked
-from .networks import find_cached_weights, load_checkpoint_network
+from .metadata import ModelDescription, checked
 from .packaged import ARCHITECTURE as PACKAGED_ARCHITECTURE
 from .packaged import load_packaged_network
+from .weights import find_cached_weights, load_checkpoint_network
 
 __all__ = ["BaseSource", "BaseWeights", "base_source", "describe_base", "digest_tensors", "find_base", "remember_base"]
 

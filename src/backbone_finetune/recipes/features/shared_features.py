@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from backbone_finetune import FineTuneModel
 
 from .backbone_pass import backbone_batches, in_eval
-from .feature_store import UnusableStoreError, build_store, open_store, refuse_other_files, remove_store
-from .features import MEMORY_SHARE, FeatureCache, gather, open_cache, ready_backbone, settle, uniform
+from .cache import UnusableStoreError, build_store, open_store, refuse_other_files, remove_store
+from .extract import MEMORY_SHARE, FeatureCache, gather, open_cache, ready_backbone, settle, uniform
 
 __all__ = ["Exchange", "share_features"]
 

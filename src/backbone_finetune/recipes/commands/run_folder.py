@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from .feature_store import digest_file, sync_folder
+from ..features.cache import digest_file, sync_folder
 from .folder_lock import LOCK_FILE, holding
 
 __all__ = [
