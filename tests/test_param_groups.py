@@ -75,7 +75,7 @@ def test_layer_decay_is_timms_on_the_whole_network(name: str, trainable_groups: 
     rates = by_name(model.param_groups(lr=0.2, backbone_lr=0.1, weight_decay=0.05, layer_decay=0.7))
     assert rates
     for parameter_name, (rate, _) in rates.items():
-        plain = model._way_back.plain_name(parameter_name)
+        plain = model._reassembly.original_name(parameter_name)
         base = 0.2 if parameter_name.startswith("classifier.") else 0.1
         assert rate == pytest.approx(base * expected[plain]), parameter_name
 

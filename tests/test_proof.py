@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.freezing import digest
+from backbone_finetune.verification import digest
 
 
 class Tables(nn.Module):

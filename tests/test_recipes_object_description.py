@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.eval_caches import modes_given_back
+from backbone_finetune.eval_caches import preserve_modes
 from backbone_finetune.recipes import FeatureCache, extract_features
 from backbone_finetune.recipes.data.fingerprint import backbone_fingerprint
 from backbone_finetune.recipes.features.extract import open_cache
@@ -313,6 +313,6 @@ def test_a_pass_leaves_the_fingerprint_as_it_was(name: str) -> None:
     family = next(family for family in timm_families.FAMILIES.values() if family.architecture == name)
     model = family.build()
     before = backbone_fingerprint(model)
-    with modes_given_back(model), torch.no_grad():
+    with preserve_modes(model), torch.no_grad():
         model.eval()(family.pictures())
     assert backbone_fingerprint(model) == before

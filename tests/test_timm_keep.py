@@ -81,7 +81,7 @@ def test_own_classifier_is_the_same_function_or_refused(name: str) -> None:
         assert_as_before(network, before)
         return
     model = FineTuneModel.from_timm(network)
-    paths: tuple[str, ...] = model._way_back.paths  # type: ignore[attr-defined]
+    paths: tuple[str, ...] = model._reassembly.paths  # type: ignore[attr-defined]
     assert_as_before(network, before, except_below=paths)
 
     exactly = not any(isinstance(plain.get_submodule(path), nn.Conv2d) for path in paths)
@@ -93,7 +93,7 @@ def test_own_classifier_is_the_same_function_or_refused(name: str) -> None:
         outcomes[-1].square().sum().backward()
     assert_close(*outcomes, exactly=exactly)
     gradients = {
-        model._way_back.plain_name(own_name): parameter.grad for own_name, parameter in model.named_parameters()
+        model._reassembly.original_name(own_name): parameter.grad for own_name, parameter in model.named_parameters()
     }
     for own_name, parameter in plain.named_parameters():
         gradient = gradients.pop(own_name)
@@ -252,7 +252,7 @@ def test_a_probe_leaves_caches_and_modes_as_it_found_them(name: str, mode: bool)
     network.train(mode)
     before = snapshot(network)
     model = FineTuneModel.from_timm(network)
-    assert_as_before(network, before, except_below=model._way_back.paths)  # type: ignore[attr-defined]
+    assert_as_before(network, before, except_below=model._reassembly.paths)  # type: ignore[attr-defined]
 
 
 def test_a_convolution_and_a_linear_layer_are_the_same_but_for_rounding() -> None:

@@ -217,8 +217,8 @@ def test_rates_are_timms_on_the_plain_network(fresh: Fresh) -> None:
     model, theirs = fresh.model, fresh.theirs
     groups = model.param_groups(1.0, weight_decay=0.05, layer_decay=0.75)
     ours = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["param_names"]}
-    never_trained = {f"backbone.{name}" for name in fresh_never_trained(model)}
-    assert ours.keys() == {name for name, _ in model.named_parameters()} - never_trained
+    unused_parameters = {f"backbone.{name}" for name in fresh_never_trained(model)}
+    assert ours.keys() == {name for name, _ in model.named_parameters()} - unused_parameters
     if fresh.family in WITHOUT_MATCHER:
         for depth, group in enumerate(reversed(model.layer_groups), start=1):
             rates = [ours[f"backbone.{name}"][0] for name in group.parameter_names]

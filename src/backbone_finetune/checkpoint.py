@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open  # it comes with timm
 from safetensors.torch import save_file
 from torch import nn
 
-from .eval_caches import forget_caches
+from .eval_caches import clear_caches
 
 _FORMAT = {"format": "backbone-finetune", "format_version": "1"}
 
@@ -162,7 +162,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in distinct_tensors(model).items():
             tensor.copy_(tensors[name])
-    forget_caches(model)
+    clear_caches(model)
 
 
 def distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -26,12 +26,12 @@ def active_wrapper() -> DistributedDataParallel | None:
 @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
     reason="what trains is compared at each forward within DistributedDataParallel"
 )
-def refuse_unfrozen_since(wrapper: DistributedDataParallel) -> None:
+def check_unfrozen_since(wrapper: DistributedDataParallel) -> None:
     """Raise RuntimeError when parameters train that were frozen when they were wrapped.
 
     >>> wrapper = active_wrapper()
     >>> if wrapper is not None and torch.is_grad_enabled():
-    ...     refuse_unfrozen_since(wrapper)
+    ...     check_unfrozen_since(wrapper)
 
     DistributedDataParallel averages the gradients of the parameters that train when it wraps them, and never looks
     again: the others would take each process's own gradients, and the replicas drift apart.

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import freezing
-from .distributed import active_wrapper, refuse_unfrozen_since, reshard
-from .eval_caches import forget_at_load
+from . import freezing, verification
+from .distributed import active_wrapper, check_unfrozen_since, reshard
+from .eval_caches import clear_caches_on_load
 from .layer_groups import LayerGroup, as_layer_groups, check_layer_groups, find_layer_groups, layer_depths
 from .param_groups import build_param_groups
-from .splitting.custom import CutProof, SequentialWayBack, Split, WayBack, split_module
-from .splitting.timm_head import count_classes
-from .splitting.timm_network import split_timm
+from .splitting import CutProof, Reassembly, SequentialReassembly, Split, count_classes, split_module, split_timm
+from .splitting.copies import check_width
 from .summary import describe_by_group, describe_by_name
-from .validation import check_module, check_shares_nothing, check_width
+from .validation import check_module, check_shares_nothing
 
 
 class FineTuneModel(nn.Module):
@@ -63,11 +62,11 @@ class FineTuneModel(nn.Module):
         self._layer_groups = (
             find_layer_groups(backbone) if layer_groups is None else as_layer_groups(backbone, layer_groups)
         )
-        self._way_back: WayBack = SequentialWayBack()
+        self._reassembly: Reassembly = SequentialReassembly()
         self._proof: CutProof | None = None
-        self._never_trained: frozenset[str] = frozenset()
+        self._unused_parameters: frozenset[str] = frozenset()
         self._own_classes: int | None = None
-        forget_at_load(self)
+        clear_caches_on_load(self)
 
     @classmethod
     def from_timm(
@@ -137,16 +136,16 @@ class FineTuneModel(nn.Module):
         cls, split: Split, layer_groups: Sequence[LayerGroup | nn.Module] | None, norm_eval: bool
     ) -> FineTuneModel:
         model = cls(split.backbone, split.classifier, layer_groups=layer_groups, norm_eval=norm_eval)
-        model._way_back = split.way_back
+        model._reassembly = split.reassembly
         model._proof = split.proof
-        model._never_trained = split.never_trained
+        model._unused_parameters = split.unused_parameters
         model._own_classes = split.own_classes
         return model
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Compute features, then classify them."""
         if (wrapper := active_wrapper()) is not None and torch.is_grad_enabled():
-            refuse_unfrozen_since(wrapper)
+            check_unfrozen_since(wrapper)
         # A compiler proves each graph that it traces: were it to read what is proved so far, it would guard on that.
         if self._proof is not None and (
             torch.compiler.is_compiling() or self.backbone.training in self._proof.unproved
@@ -156,7 +155,7 @@ class FineTuneModel(nn.Module):
             self._proof.finish(features, training=self.backbone.training)
         else:
             features = self.backbone(*inputs, **kwargs)
-        return self.classifier(_without_the_rest(features))
+        return self.classifier(_detach_from_storage(features))
 
     def to_module(self) -> nn.Module:
         """Give the plain network again, with the trained classifier in place; it shares the parameters.
@@ -170,7 +169,7 @@ class FineTuneModel(nn.Module):
         which they forget that at a load, so that one into the plain network does not leave the model stale. Raises
         ValueError where the network cannot hold the classifier.
         """
-        return self._way_back.join(self.backbone, self.classifier)
+        return self._reassembly.reassemble(self.backbone, self.classifier)
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
@@ -237,7 +236,7 @@ class FineTuneModel(nn.Module):
         It takes effect at once on `requires_grad`, modes and gradients. Raises ValueError for a count out of range.
         """
         reshard(self)
-        freezing.set_trainable_groups(self.backbone, self._layer_groups, trainable_groups, self._never_trained)
+        freezing.set_trainable_groups(self.backbone, self._layer_groups, trainable_groups, self._unused_parameters)
         return self.train(self.training)
 
     def unfreeze_backbone(self) -> FineTuneModel:
@@ -334,7 +333,7 @@ class FineTuneModel(nn.Module):
         trainable parameters: 9 of 15 (60.00%)
         """
         if by_name:
-            named = ((self._way_back.plain_name(name), parameter) for name, parameter in self.named_parameters())
+            named = ((self._reassembly.original_name(name), parameter) for name, parameter in self.named_parameters())
             print(describe_by_name(named))
         else:
             print(describe_by_group(self.backbone, self.classifier, self._layer_groups))
@@ -348,8 +347,8 @@ class FineTuneModel(nn.Module):
         Buffers count where their module belongs in eval. A DTensor counts by its local shard.
         """
         reshard(self)
-        tensors = freezing.frozen_tensors(self, self._frozen_modules())
-        return {name: freezing.digest(tensor) for name, tensor in tensors.items()}
+        tensors = verification.frozen_tensors(self, self._frozen_modules())
+        return {name: verification.digest(tensor) for name, tensor in tensors.items()}
 
     @contextmanager
     def assert_frozen(self) -> Iterator[None]:
@@ -367,18 +366,18 @@ class FineTuneModel(nn.Module):
         yield
         reshard(self)
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers(remove_duplicate=False))}
-        after = {name: freezing.digest(tensors[name]) for name in before if name in tensors}
+        after = {name: verification.digest(tensors[name]) for name in before if name in tensors}
         unfrozen = {name for name in frozen_names & tensors.keys() if tensors[name].requires_grad}
         changed = unfrozen | {name for name, was in before.items() if after.get(name) != was}
         if changed:
-            causes = freezing.describe_changes(changed, after.keys(), frozen_names, unfrozen, self._layer_groups)
+            causes = verification.describe_changes(changed, after.keys(), frozen_names, unfrozen, self._layer_groups)
             raise AssertionError(f"assert_frozen: {len(changed)} of {len(before)} frozen tensors changed.\n{causes}")
 
     def _frozen_modules(self) -> list[nn.Module]:
         return list(freezing.frozen_modules(self, self.backbone, self._layer_groups, norm_eval=self.norm_eval))
 
 
-def _without_the_rest(features: Any) -> Any:
+def _detach_from_storage(features: Any) -> Any:
     """Free the features from a larger tensor that they are a view of, where only the classifier needs a gradient.
 
     A ViT's `x[:, 0]` would keep every token alive until the backward pass.

@@ -41,7 +41,7 @@ def build_param_groups(
     ** (classifier_depth - d), as in BEiT and `timm.optim.param_groups_layer_decay`. Raises ValueError when nothing
     trains or a rate is negative.
     """
-    _refuse_impossible_rates(lr=lr, backbone_lr=backbone_lr, weight_decay=weight_decay, layer_decay=layer_decay)
+    _check_rates(lr=lr, backbone_lr=backbone_lr, weight_decay=weight_decay, layer_decay=layer_decay)
     groups: dict[str, dict[str, Any]] = {}
     parts = (("backbone", backbone, lr if backbone_lr is None else backbone_lr), ("classifier", classifier, lr))
     for part, parameters, part_lr in parts:
@@ -73,7 +73,7 @@ def build_param_groups(
     return list(groups.values())
 
 
-def _refuse_impossible_rates(**rates: float | torch.Tensor | None) -> None:
+def _check_rates(**rates: float | torch.Tensor | None) -> None:
     for name, rate in rates.items():
         if rate is None and name in {"backbone_lr", "layer_decay"}:
             continue

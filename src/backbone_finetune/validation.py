@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from typing import cast
 
-import torch
+import timm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-from .splitting.copies import meta_shadow, quiet
-from .splitting.timm_head import probe
 
 
 def check_module(module: object, name: str, origin: str) -> None:
@@ -67,32 +65,6 @@ def check_shares_nothing(backbone: nn.Module, classifier: nn.Module) -> None:
             )
 
 
-def check_width(backbone: nn.Module, classifier: nn.Module) -> None:
-    """Raise ValueError for a linear classifier that a timm backbone does not fit, where both say their width.
-
-    >>> import timm
-    >>> check_width(timm.create_model("test_resnet", num_classes=0), nn.Linear(3, 2))
-    Traceback (most recent call last):
-    ...
-    ValueError: FineTuneModel: the classifier takes 3 features, and ResNet gives 96; ...
-    """
-    said = getattr(backbone, "head_hidden_size", None)
-    if not isinstance(classifier, nn.Linear) or not isinstance(said, int) or classifier.in_features in {0, said}:
-        return  # 0 is a lazy one's, which takes what it is given
-    # A backbone that the user has changed may give something else than it says, so that it is asked.
-    try:
-        with quiet(backbone):
-            features = meta_shadow(backbone)(probe(backbone, "meta"))
-    except Exception:  # it may take more than pictures, or have no shapes without values: the first forward tells
-        return
-    if isinstance(features, torch.Tensor) and features.ndim == 2 and features.shape[1] != classifier.in_features:
-        raise ValueError(
-            f"FineTuneModel: the classifier takes {classifier.in_features} features, and {type(backbone).__name__} "
-            f"gives {features.shape[1]}; build it as nn.Linear({features.shape[1]}, num_classes), from timm's "
-            f"backbone.head_hidden_size ({said})."
-        )
-
-
 def check_drop_rate(drop_rate: object) -> None:
     """Raise ValueError for what is no share of the features.
 
@@ -104,3 +76,25 @@ def check_drop_rate(drop_rate: object) -> None:
     is_number = isinstance(drop_rate, (int, float)) and not isinstance(drop_rate, bool)
     if drop_rate is not None and not (is_number and 0 <= cast(float, drop_rate) <= 1):
         raise ValueError(f"from_timm: drop_rate={drop_rate!r}; pass a number from 0 to 1, or leave it out.")
+
+
+def check_architecture(name: str) -> None:
+    """Raise ValueError unless timm knows an architecture and, where the name has one, its weights tag.
+
+    >>> check_architecture("resnet18.a1_in1k")
+    >>> check_architecture("resnet81")
+    Traceback (most recent call last):
+    ...
+    ValueError: resnet81: timm ... has no such architecture; the nearest names are ...resnet18...
+
+    The message lists the nearest names, or the tags that there are.
+    """
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=5, cutoff=0.5)
+        hint = f"the nearest names are {', '.join(nearest)}" if nearest else "timm.list_models() lists all names"
+        raise ValueError(f"{name}: timm {timm.__version__} has no such architecture; {hint}.")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        known = f"its tags are {', '.join(tags)}" if tags else "it has no pretrained weights"
+        raise ValueError(f"{name}: {architecture} has no weights tagged {tag!r}; {known}.")

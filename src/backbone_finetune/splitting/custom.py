@@ -8,19 +8,19 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import nn
 
-from .copies import quiet, refuse_misfit, shadow
+from .copies import check_classifier_fits, eval_copy, isolated
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-class WayBack(Protocol):
+class Reassembly(Protocol):
     """How a split network becomes the plain one again."""
 
-    def join(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
+    def reassemble(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
         """Build the plain network; it shares the parameters of both parts."""
         ...
 
-    def plain_name(self, name: str) -> str:
+    def original_name(self, name: str) -> str:
         """Translate a parameter name of the FineTuneModel into that of the plain network."""
         ...
 
@@ -30,43 +30,43 @@ class Split(NamedTuple):
 
     backbone: nn.Module
     classifier: nn.Module
-    way_back: WayBack
+    reassembly: Reassembly
     proof: CutProof | None = None
-    never_trained: frozenset[str] = frozenset()
+    unused_parameters: frozenset[str] = frozenset()
     own_classes: int | None = None
 
 
-class SequentialWayBack:
+class SequentialReassembly:
     """The way back for two modules that never were one network.
 
-    >>> SequentialWayBack().join(nn.Flatten(), nn.Linear(4, 2))[1]
+    >>> SequentialReassembly().reassemble(nn.Flatten(), nn.Linear(4, 2))[1]
     Linear(in_features=4, out_features=2, bias=True)
     """
 
-    def join(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
+    def reassemble(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
         """Chain both parts."""
         return nn.Sequential(backbone, classifier)
 
-    def plain_name(self, name: str) -> str:
+    def original_name(self, name: str) -> str:
         """Keep the name, which says more than the index in the chain."""
         return name
 
 
-class SubmoduleWayBack(NamedTuple):
+class SubmoduleReassembly(NamedTuple):
     """The way back for a network whose classifier stood at `path`.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    >>> SubmoduleWayBack("1").join(replace_submodule(net, "1", nn.Identity()), net[1])[1]
+    >>> SubmoduleReassembly("1").reassemble(replace_submodule(net, "1", nn.Identity()), net[1])[1]
     Linear(in_features=4, out_features=2, bias=True)
     """
 
     path: str
 
-    def join(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
+    def reassemble(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
         """Put the classifier where it stood."""
         return replace_submodule(backbone, self.path, classifier)
 
-    def plain_name(self, name: str) -> str:
+    def original_name(self, name: str) -> str:
         """Drop `backbone.`, and name the classifier by its path."""
         part, _, rest = name.partition(".")
         return f"{self.path}.{rest}" if part == "classifier" else rest
@@ -191,17 +191,17 @@ def split_module(
     backbone = replace_submodule(module, path, Cut(proof))
     kept = classifier if new_classifier is None else new_classifier
     if example_input is not None:
-        twin = shadow(backbone)
+        twin = eval_copy(backbone)
         its_cut = twin.get_submodule(path)
         assert isinstance(its_cut, Cut)
         inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-        with quiet(backbone):
+        with isolated(backbone):
             its_cut.proof.start()
             features = twin(*inputs)
             its_cut.proof.finish(features, training=False)
         proof.unproved.discard(False)
-        refuse_misfit(kept, features, "from_module")
-    return Split(backbone, kept, SubmoduleWayBack(path), proof)
+        check_classifier_fits(kept, features, "from_module")
+    return Split(backbone, kept, SubmoduleReassembly(path), proof)
 
 
 def replace_submodule(network: ModuleT, path: str, replacement: nn.Module) -> ModuleT:

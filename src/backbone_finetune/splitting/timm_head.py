@@ -7,58 +7,14 @@ from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
 import torch
-from timm.models import get_model_input_config
 from torch import nn
 
-from .copies import assert_same, meta_shadow, quiet, shadow
+from .copies import assert_same, eval_copy, isolated, meta_copy, probe
 from .custom import copy_along
+from .heads import DistilledClassifier, DropoutClassifier, count_classes
 
 
-class DistilledClassifier(nn.Module):
-    """Two heads on one embedding, as in timm's levit, swiftformer, efficientformer and efficientformer_v2.
-
-    >>> DistilledClassifier(nn.Linear(4, 2), nn.Linear(4, 2))(torch.zeros(8, 4)).shape
-    torch.Size([8, 2])
-
-    Their mean, or both as a tuple when training after `set_distilled_training()`: (B, C) -> (B, num_classes).
-    """
-
-    def __init__(self, head: nn.Module, head_dist: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-        self.head_dist = head_dist
-        self.distilled_training = False
-
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """Return both heads' logits in train mode."""
-        self.distilled_training = enable
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Classify features."""
-        logits, distilled = self.head(features), self.head_dist(features)
-        if self.distilled_training and self.training:
-            return logits, distilled
-        return cast(torch.Tensor, (logits + distilled) / 2)
-
-
-class DropoutClassifier(nn.Module):
-    """A classifier behind dropout, which lives on above a frozen backbone.
-
-    >>> DropoutClassifier(0.2, nn.Linear(4, 2))(torch.zeros(8, 4)).shape
-    torch.Size([8, 2])
-    """
-
-    def __init__(self, drop_rate: float, classifier: nn.Module) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(drop_rate)
-        self.classifier = classifier
-
-    def forward(self, features: torch.Tensor) -> Any:
-        """Drop features, then classify them."""
-        return self.classifier(self.dropout(features))
-
-
-class TimmWayBack(NamedTuple):
+class TimmReassembly(NamedTuple):
     """The way back for a timm network whose classifier stood at `paths`: two where it has two heads.
 
     `own_names` are the parameters that `reset_classifier` takes away. Where they are one layer, the network applies
@@ -71,9 +27,9 @@ class TimmWayBack(NamedTuple):
     is_one_layer: bool
     has_dropout: bool = False
 
-    def join(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
+    def reassemble(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
         """Put the classifier into a copy of the network, in which timm has made the place for it."""
-        plain_names = {self.plain_name(f"classifier.{name}") for name, _ in classifier.named_parameters()}
+        plain_names = {self.original_name(f"classifier.{name}") for name, _ in classifier.named_parameters()}
         if isinstance(classifier, DropoutClassifier):  # it acts in training alone, and is no part of a timm network
             classifier = classifier.classifier
         if not self.is_one_layer and plain_names != self.own_names:
@@ -86,7 +42,7 @@ class TimmWayBack(NamedTuple):
         network: Any = backbone
         for path in self.paths:
             network = copy_along(network, path)
-        with quiet(backbone):
+        with isolated(backbone):
             network.reset_classifier(0 if isinstance(classifier, nn.Identity) else count_classes(classifier) or 1)
         heads = [classifier]
         if isinstance(classifier, DistilledClassifier):
@@ -97,7 +53,7 @@ class TimmWayBack(NamedTuple):
             network.set_submodule(path, _as_convolution(head, place) if isinstance(place, nn.Conv2d) else head)
         return cast(nn.Module, network)
 
-    def plain_name(self, name: str) -> str:
+    def original_name(self, name: str) -> str:
         """Drop `backbone.`, and name the classifier by its path."""
         part, _, rest = name.partition(".")
         if part == "backbone":
@@ -107,42 +63,26 @@ class TimmWayBack(NamedTuple):
         return rest if len(self.paths) > 1 else f"{self.paths[0]}.{rest}"
 
 
-def count_classes(classifier: nn.Module) -> int | None:
-    """Read off how many classes a classifier tells apart, None where it does not say.
-
-    >>> count_classes(nn.Sequential(nn.ReLU(), nn.Linear(4, 3))), count_classes(nn.ReLU())
-    (3, None)
-    """
-    if isinstance(classifier, DropoutClassifier):
-        return count_classes(classifier.classifier)
-    if isinstance(classifier, DistilledClassifier):
-        return count_classes(classifier.head)
-    if isinstance(classifier, nn.Sequential) and len(classifier):
-        return count_classes(classifier[-1])
-    said = getattr(classifier, "num_classes", getattr(classifier, "out_features", None))
-    return said if isinstance(said, int) else None
-
-
-def find_way_back(headed: Any, headless: nn.Module) -> TimmWayBack:
+def locate_head(headed: Any, headless: nn.Module) -> TimmReassembly:
     """Find where the classifier stands, by what a network has more than the same one without it.
 
     >>> import timm
     >>> network = timm.create_model("test_resnet")
-    >>> find_way_back(network, timm.create_model("test_resnet", num_classes=0)).paths
+    >>> locate_head(network, timm.create_model("test_resnet", num_classes=0)).paths
     ('fc',)
     """
     own_names = _parameter_names(headed) - _parameter_names(headless)
     path = _common_module(own_names)
     if path:
         place = headed.get_submodule(path)
-        return TimmWayBack((path,), own_names, is_one_layer=_is_linear(place))
+        return TimmReassembly((path,), own_names, is_one_layer=_is_linear(place))
     heads = headed.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
     paths = (next((path for path, inside in headed.named_modules() if inside is head), "") for head in heads)
-    return TimmWayBack(tuple(paths), own_names, is_one_layer=not own_names)
+    return TimmReassembly(tuple(paths), own_names, is_one_layer=not own_names)
 
 
-def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmWayBack]:
+def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmReassembly]:
     """Take a network's own classifier, proved on a probe to be the same function behind the headless network.
 
     >>> import timm
@@ -154,50 +94,50 @@ def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmWa
     """
     kind = type(network).__name__
     remedy = "pass num_classes=... for a fresh linear classifier, or classifier=... for one of your own"
-    way_back = find_way_back(network, headless)
-    if not way_back.own_names:  # an encoder as timm ships it: its classifier is no layer at all
-        return nn.Identity(), way_back
+    reassembly = locate_head(network, headless)
+    if not reassembly.own_names:  # an encoder as timm ships it: its classifier is no layer at all
+        return nn.Identity(), reassembly
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError(
             f"from_timm: on the meta device no value can prove that {kind} keeps its classifier; {remedy}."
         )
     entered: list[torch.Tensor] = []
-    with quiet(network):
+    with isolated(network):
         pictures = probe(network, next(network.parameters()).device)
-        twin = shadow(network)
-        for path in way_back.paths:
+        twin = eval_copy(network)
+        for path in reassembly.paths:
             twin.get_submodule(path).register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
         logits = twin(pictures)
-        if len(entered) != len(way_back.paths):
+        if len(entered) != len(reassembly.paths):
             raise ValueError(f"from_timm: the classifier of {kind} is not one that takes one feature vector; {remedy}.")
-        headless_twin = shadow(network)
+        headless_twin = eval_copy(network)
         headless_twin.reset_classifier(0)
         features = headless_twin(pictures)
-        own = _take_classifier(network, way_back)
+        own = _take_classifier(network, reassembly)
         try:
             for tensor in entered:
                 assert_same(_one_token(tensor, features, logits), features)
-            assert_same(shadow(own)(features), logits)
+            assert_same(eval_copy(own)(features), logits)
         except (AssertionError, IndexError, RuntimeError) as difference:  # IndexError: a head that wants a map
             raise ValueError(
-                f"from_timm: behind {kind} without its classifier ({', '.join(way_back.paths)}) that classifier is not "
-                f"the same function any more, because a norm or a second head goes with it or more tokens enter it "
+                f"from_timm: behind {kind} without its classifier ({', '.join(reassembly.paths)}) that classifier is "
+                f"not the same function any more, because a norm or a second head goes with it or more tokens enter it "
                 f"({str(difference).splitlines()[0]}); {remedy}."
             ) from difference
-    return own, way_back
+    return own, reassembly
 
 
 def _keeps_its_own(backbone: nn.Module) -> bool:
     """Say whether the classifier that `reset_classifier` took off could have been kept."""
     trains = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
-    headed: Any = shadow(backbone)
+    headed: Any = eval_copy(backbone)
     try:
-        with quiet(backbone):
+        with isolated(backbone):
             headed.reset_classifier(2)
-        own_classifier(headed, meta_shadow(backbone))
+        own_classifier(headed, meta_copy(backbone))
     except ValueError:
         return False
-    finally:  # efficientvim's method says of a parameter, which the shadow shares, that it trains
+    finally:  # efficientvim's method says of a parameter, which the copy shares, that it trains
         for parameter, it_trains in trains:
             parameter.requires_grad_(it_trains)
     return True
@@ -212,9 +152,9 @@ def _one_token(entered: torch.Tensor, features: torch.Tensor, logits: torch.Tens
     return min(entered.unbind(1), key=lambda token: (token - features).abs().max().item())
 
 
-def _take_classifier(network: Any, way_back: TimmWayBack) -> nn.Module:
-    own = [network.get_submodule(path) for path in way_back.paths]
-    if way_back.is_one_layer:
+def _take_classifier(network: Any, reassembly: TimmReassembly) -> nn.Module:
+    own = [network.get_submodule(path) for path in reassembly.paths]
+    if reassembly.is_one_layer:
         return as_linear(own[0])
     # reset_classifier empties some of these in place, so the classifier gets modules of its own on the same tensors.
     tensors = [tensor for module in own for tensor in (*module.parameters(), *module.buffers())]
@@ -266,22 +206,3 @@ def _as_convolution(head: nn.Module, place: nn.Conv2d) -> nn.Module:
 
 def _parameter_names(module: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in module.named_parameters())
-
-
-def probe(network: nn.Module, device: str | torch.device) -> torch.Tensor:
-    """Draw two pictures of the size that a network is built for.
-
-    >>> import timm
-    >>> probe(timm.create_model("test_resnet"), "cpu").shape
-    torch.Size([2, 3, 160, 160])
-    """
-    return torch.randn(2, *get_model_input_config(network)["input_size"], device=device, dtype=dtype_of(network))
-
-
-def dtype_of(network: nn.Module) -> torch.dtype:
-    """Give the precision that a network computes in.
-
-    >>> dtype_of(nn.Linear(2, 2).half())
-    torch.float16
-    """
-    return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())

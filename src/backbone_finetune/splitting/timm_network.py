@@ -10,11 +10,11 @@ import timm
 import torch
 from torch import nn
 
-from ..architectures import check_architecture
-from ..validation import check_drop_rate, check_network
-from .copies import meta_shadow, quiet, refuse_misfit, shadow
+from ..validation import check_architecture, check_drop_rate, check_network
+from .copies import check_classifier_fits, dtype_of, eval_copy, isolated, meta_copy, probe
 from .custom import Split
-from .timm_head import DropoutClassifier, TimmWayBack, as_linear, dtype_of, find_way_back, own_classifier, probe
+from .heads import DropoutClassifier
+from .timm_head import TimmReassembly, as_linear, locate_head, own_classifier
 
 _WRITE_IT = "wrap it yourself: FineTuneModel(backbone, classifier), with pooling at the end of the backbone"
 
@@ -51,38 +51,38 @@ def split_timm(
         network = _create(model, num_classes, pretrained, drop_rate, create_model_kwargs)
     else:
         network = model
-        _refuse_arguments_beside_module(pretrained, drop_rate, create_model_kwargs)
-    _refuse_without_classifier(network)
+        _check_no_arguments_beside_module(pretrained, drop_rate, create_model_kwargs)
+    _check_has_classifier(network)
 
-    headless = meta_shadow(network)
-    never_trained = _turned_off_by_reset(headless)
+    headless = meta_copy(network)
+    unused_parameters = _unused_after_reset(headless)
     width = _measure_width(network, headless)
     chosen: nn.Module
     if num_classes is None and classifier is None:
-        chosen, way_back = own_classifier(network, headless)
+        chosen, reassembly = own_classifier(network, headless)
         own_classes = getattr(network, "num_classes", None)
     else:
-        headed = meta_shadow(network)
+        headed = meta_copy(network)
         headed.reset_classifier(num_classes or 2)
-        way_back = find_way_back(headed, headless)
+        reassembly = locate_head(headed, headless)
         own_classes = None
         if num_classes is not None:
             has_pretrained_one = pretrained and network.pretrained_cfg["num_classes"] == num_classes
             if has_pretrained_one or isinstance(model, nn.Module):
                 network.reset_classifier(num_classes)
-            chosen = _fresh_linear(network, way_back, width, num_classes)
+            chosen = _fresh_linear(network, reassembly, width, num_classes)
         else:
             assert classifier is not None
             chosen = classifier if isinstance(classifier, nn.Module) else _call(classifier, width)
     example = next(network.parameters())
-    refuse_misfit(chosen, torch.zeros(2, width, device=example.device, dtype=example.dtype), "from_timm")
+    check_classifier_fits(chosen, torch.zeros(2, width, device=example.device, dtype=example.dtype), "from_timm")
     network.reset_classifier(0)
     if getattr(network, "distilled_training", False):  # else it gives its features twice; the classifier has the switch
         network.set_distilled_training(False)
     if drop_rate is not None:
         chosen = DropoutClassifier(drop_rate, chosen)
-        way_back = way_back._replace(has_dropout=True)
-    return Split(network, chosen, way_back, never_trained=never_trained, own_classes=own_classes)
+        reassembly = reassembly._replace(has_dropout=True)
+    return Split(network, chosen, reassembly, unused_parameters=unused_parameters, own_classes=own_classes)
 
 
 def _create(
@@ -101,7 +101,7 @@ def _create(
     return timm.create_model(name, pretrained=pretrained, **create_model_kwargs)
 
 
-def _refuse_arguments_beside_module(
+def _check_no_arguments_beside_module(
     pretrained: bool, drop_rate: float | None, create_model_kwargs: dict[str, Any]
 ) -> None:
     beside = [*create_model_kwargs, *["pretrained"] * pretrained, *["drop_rate"] * (drop_rate is not None)]
@@ -113,7 +113,7 @@ def _refuse_arguments_beside_module(
         )
 
 
-def _refuse_without_classifier(network: nn.Module) -> None:
+def _check_has_classifier(network: nn.Module) -> None:
     if not (hasattr(network, "reset_classifier") and hasattr(network, "get_classifier")):
         raise ValueError(
             f"from_timm: {type(network).__name__} has no classifier to take off (no reset_classifier: an encoder, a "
@@ -126,9 +126,9 @@ def _measure_width(network: Any, headless: nn.Module) -> int:
     try:
         features = headless(probe(network, "meta"))
     except RuntimeError:  # some operator knows no shapes without values; its real error, if any, comes from here
-        twin: Any = shadow(network)
+        twin: Any = eval_copy(network)
         twin.reset_classifier(0)
-        with quiet(network):
+        with isolated(network):
             features = twin(probe(network, next(network.parameters()).device))
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
@@ -139,7 +139,7 @@ def _measure_width(network: Any, headless: nn.Module) -> int:
     return features.shape[1]
 
 
-def _turned_off_by_reset(twin: Any) -> frozenset[str]:
+def _unused_after_reset(twin: Any) -> frozenset[str]:
     """Take the classifier off, and see what that freezes, since nothing uses it any more (efficientvim's `weights`)."""
     able = {name for name, p in twin.named_parameters() if p.is_floating_point() or p.is_complex()}
     for name in able:
@@ -148,9 +148,9 @@ def _turned_off_by_reset(twin: Any) -> frozenset[str]:
     return frozenset(name for name, p in twin.named_parameters() if name in able and not p.requires_grad)
 
 
-def _fresh_linear(network: nn.Module, way_back: TimmWayBack, width: int, num_classes: int) -> nn.Module:
-    if way_back.is_one_layer:  # as timm has initialised it
-        return as_linear(network.get_submodule(way_back.paths[0]))
+def _fresh_linear(network: nn.Module, reassembly: TimmReassembly, width: int, num_classes: int) -> nn.Module:
+    if reassembly.is_one_layer:  # as timm has initialised it
+        return as_linear(network.get_submodule(reassembly.paths[0]))
     return nn.Linear(width, num_classes, device=next(network.parameters()).device, dtype=dtype_of(network))
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.architectures import check_architecture
 from backbone_finetune.checkpoint import peek_checkpoint
+from backbone_finetune.validation import check_architecture
 
 from ..models.file import build_model, check_layouts, describe_file, freeze_as
 

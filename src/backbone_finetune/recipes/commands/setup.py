@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from timm.data.config import resolve_model_data_config
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.splitting.copies import meta_shadow
+from backbone_finetune.splitting.copies import meta_copy
 
 from ..checking import expect, is_whole
 from ..data.images import PictureDataset, PictureFolder, find_pictures, leave_out_broken_pictures, split
@@ -149,7 +149,7 @@ def choose_fitting_config(model: FineTuneModel, architecture: str, settings: Tra
     Raises:
         ValueError: it takes none of timm's own size either.
     """
-    twin = meta_shadow(model)  # no weight is looked at, and no pass through the network itself costs time
+    twin = meta_copy(model)  # no weight is looked at, and no pass through the network itself costs time
     config = choose_data_config(model, settings)
     if find_size_problem(twin, config["input_size"]) is None:
         return config

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import transforms  # it comes with timm
 
 from backbone_finetune import __version__
-from backbone_finetune.eval_caches import forget_caches
+from backbone_finetune.eval_caches import clear_caches
 
 from ..features.cache import digest_file
 from ..features.object_description import Describer, UndescribableError
@@ -131,7 +131,7 @@ def backbone_fingerprint(backbone: nn.Module) -> str:
     Raises:
         UndescribableError: it holds an object that can't be compared with one in another process; the message names it.
     """
-    forget_caches(backbone)  # as levit's in eval: worked out from what counts already
+    clear_caches(backbone)  # as levit's in eval: worked out from what counts already
     try:
         described = Describer().describe(backbone)
     except RecursionError as error:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from backbone_finetune.eval_caches import modes_given_back
+from backbone_finetune.eval_caches import preserve_modes
 
 __all__ = ["autocast_dtype", "backbone_batches", "in_eval", "trains"]
 
@@ -43,7 +43,7 @@ def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | N
 @contextmanager
 def in_eval(module: nn.Module) -> Iterator[None]:
     """Hold a module in eval, and give each of its submodules its own mode back."""
-    with modes_given_back(module):
+    with preserve_modes(module):
         module.eval()
         yield
 

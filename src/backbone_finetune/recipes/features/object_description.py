@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbone_finetune.freezing import digest
 from backbone_finetune.splitting.custom import CutProof
+from backbone_finetune.verification import digest
 
 __all__ = ["Describer", "UndescribableError"]
 

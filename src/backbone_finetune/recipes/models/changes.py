@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import distinct_tensors
-from backbone_finetune.freezing import digest
+from backbone_finetune.verification import digest
 
 from .metadata import ModelDescription, checked
 from .packaged import ARCHITECTURE as PACKAGED_ARCHITECTURE

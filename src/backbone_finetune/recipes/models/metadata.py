@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import timm
 
-from backbone_finetune.architectures import check_architecture
+from backbone_finetune.validation import check_architecture
 
 __all__ = ["ModelDescription", "parse_metadata", "write_metadata"]
 

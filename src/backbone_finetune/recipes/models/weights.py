@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache  # it comes with timm
 from timm.models import PretrainedCfg, load_state_dict
 from torch import nn
 
-from backbone_finetune.architectures import check_architecture
+from backbone_finetune.validation import check_architecture
 
 from .packaged import ARCHITECTURE as PACKAGED_ARCHITECTURE
 from .packaged import load_packaged_network

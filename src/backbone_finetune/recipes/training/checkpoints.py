@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from backbone_finetune.freezing import digest
+from backbone_finetune.verification import digest
 
 from ..commands.run_folder import replacing
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from backbone_finetune.checkpoint import distinct_tensors
-from backbone_finetune.eval_caches import forget_caches
+from backbone_finetune.eval_caches import clear_caches
 
 from ..rng import random_state, restore_random_state
 from .checkpoints import Checkpoint, Progress, newest_checkpoint
@@ -125,4 +125,4 @@ def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
-    forget_caches(model)
+    clear_caches(model)
