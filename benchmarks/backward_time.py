@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from command_line import add_models_option, add_shared_options, repeats_on, settle_device
-from environment import Fact, describe_command
-from measure import (
+from harness.environment import Fact, describe_command
+from harness.memory import at_largest_batch, count_saved_bytes, is_out_of_memory, peak_memory
+from harness.options import add_models_option, add_shared_options, repeats_on, settle_device
+from harness.plots import draw_report
+from harness.results import Report, Row, model_table, reason_of, start_report, write_report
+from harness.timing import (
     Clock,
     StepTimes,
     TrainingStep,
@@ -28,19 +31,16 @@ from measure import (
     time_step,
     warm_up,
 )
-from memory import at_largest_batch, count_saved_bytes, is_out_of_memory, peak_memory
-from networks import ARTICLE_NETWORKS, Network, build_network, check_names
-from plots import draw_report
-from proof import prove_equal
-from results import Report, Row, model_table, reason_of, start_report, write_report
-from tqdm import tqdm
-from variants import (
+from subjects.equality import prove_equal
+from subjects.networks import ARTICLE_NETWORKS, Network, build_network, check_names
+from subjects.variants import (
     Precision,
     Trainer,
     Variant,
     count_backward_flops,
     variants_of,
 )
+from tqdm import tqdm
 
 DEFAULT_MODELS = (
     "ConvModel",

@@ -14,18 +14,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cache_plots import draw_cache
-from cache_size import judge_memory, judge_size
-from cached_heads import judge_epochs, judge_heads, make_head_task, time_epochs, time_heads
-from cached_training import Samples, Task, judge_runs, make_task, time_runs
-from command_line import add_shared_options, positive, settle_device
-from environment import describe_command, describe_environment
-from measure import Clock, clock_for, no_garbage_collection
-from networks import check_names
-from results import describe, median, write_text
-from target_report import Target, TargetReport, target_table
+from caching.heads import judge_epochs, judge_heads, make_head_task, time_epochs, time_heads
+from caching.size import judge_memory, judge_size
+from caching.training import Samples, Task, judge_runs, make_task, time_runs
+from caching.transfer import Outcome, Plan, compare_methods, describe_outcomes
+from harness.cache_plots import draw_cache
+from harness.environment import describe_command, describe_environment
+from harness.options import add_shared_options, positive, settle_device
+from harness.ratios import Target, TargetReport, target_table
+from harness.results import describe, median, write_text
+from harness.timing import Clock, clock_for, no_garbage_collection
+from subjects.networks import check_names
 from torch.utils.data import DataLoader
-from transfer import Outcome, Plan, compare_methods, describe_outcomes
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import FeatureCache, extract_features

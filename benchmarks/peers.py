@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from command_line import add_models_option, add_shared_options, repeats_on, settle_device
-from environment import Fact, describe_command, describe_environment, installed_version
-from measure import (
+from harness.environment import Fact, describe_command, describe_environment, installed_version
+from harness.memory import at_largest_batch, count_saved_bytes, is_out_of_memory
+from harness.options import add_models_option, add_shared_options, repeats_on, settle_device
+from harness.results import reason_of, write_text
+from harness.timing import (
     StepTimes,
     TrainingStep,
     clock_for,
@@ -27,16 +29,14 @@ from measure import (
     time_step,
     warm_up,
 )
-from memory import at_largest_batch, count_saved_bytes, is_out_of_memory
-from networks import NUM_CLASSES, check_names, picture_size
-from peer_methods import METHODS, Blueprint, Method, make_blueprint
-from peer_report import EVERY_METHOD, LIMIT, OURS, PeerReport, PeerRow, as_markdown, model_table
-from proof import compare
-from results import reason_of, write_text
+from subjects.equality import compare
+from subjects.networks import NUM_CLASSES, check_names, picture_size
+from subjects.peer_methods import METHODS, Blueprint, Method, make_blueprint
+from subjects.peer_report import EVERY_METHOD, LIMIT, OURS, PeerReport, PeerRow, as_markdown, model_table
+from subjects.variants import own_storage, training_step
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
-from variants import own_storage, training_step
 
 DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224")
 

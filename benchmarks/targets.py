@@ -14,9 +14,11 @@ from functools import partial
 
 import torch
 from backward_time import Setup, measure_at_batch
-from command_line import add_models_option, add_shared_options, repeats_on, settle_device
-from environment import Fact, describe_command, describe_environment
-from measure import (
+from harness.environment import Fact, describe_command, describe_environment
+from harness.options import add_models_option, add_shared_options, repeats_on, settle_device
+from harness.ratios import Paired, Target, TargetReport, compared, write_targets
+from harness.results import Row, reason_of
+from harness.timing import (
     Interval,
     clock_for,
     least_warm_up,
@@ -26,14 +28,12 @@ from measure import (
     time_step,
     warm_up,
 )
-from networks import NUM_CLASSES, build_network, check_names, picture_size
-from peer_methods import METHODS, make_blueprint
-from peer_report import PeerRow
 from peers import Batch, compare_methods
-from proof import prove_equal
-from results import Row, reason_of
-from target_report import Paired, Target, TargetReport, compared, write_targets
-from variants import Precision, Trainer, Variant, count_saved, variants_of
+from subjects.equality import prove_equal
+from subjects.networks import NUM_CLASSES, build_network, check_names, picture_size
+from subjects.peer_methods import METHODS, make_blueprint
+from subjects.peer_report import PeerRow
+from subjects.variants import Precision, Trainer, Variant, count_saved, variants_of
 from wrapper_overhead import compare_forward
 
 DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224", "convnext_atto")

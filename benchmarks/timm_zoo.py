@@ -16,12 +16,12 @@ from pathlib import Path
 
 import timm
 import torch
-from environment import describe_command, describe_environment
-from results import write_text
+from harness.environment import describe_command, describe_environment
+from harness.results import write_text
 from tqdm import tqdm
-from zoo_examination import examine_structure, examine_values
-from zoo_record import Structure, as_row, decide_kept, read_lines, write_line
-from zoo_summary import as_markdown
+from zoo.examination import examine_structure, examine_values
+from zoo.record import Structure, as_row, decide_kept, read_lines, write_line
+from zoo.summary import as_markdown
 
 # From timm's own list of what each of its files defines.
 FAMILIES = {name: family for family in timm.list_modules() for name in timm.list_models(module=family)}

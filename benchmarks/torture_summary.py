@@ -15,8 +15,8 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import torch
-from environment import describe_command, describe_environment
-from results import write_text
+from harness.environment import describe_command, describe_environment
+from harness.results import write_text
 
 TEST = "test_every_family_meets_every_condition"
 PYTEST = "pytest -m slow tests/test_torture.py --junitxml=torture.xml"

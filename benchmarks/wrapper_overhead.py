@@ -15,10 +15,11 @@ from functools import partial
 
 import timm
 import torch
-from call_growth import LADDERS, CallTime, calls_table, time_calls
-from command_line import add_models_option, add_shared_options, repeats_on, settle_device
-from environment import Fact, describe_command, describe_environment
-from measure import (
+from harness.call_growth import LADDERS, CallTime, calls_table, time_calls
+from harness.environment import Fact, describe_command, describe_environment
+from harness.options import add_models_option, add_shared_options, repeats_on, settle_device
+from harness.results import describe, spread, table, write_text
+from harness.timing import (
     Clock,
     EventClock,
     WallClock,
@@ -30,8 +31,7 @@ from measure import (
     take_turns,
     warm_up,
 )
-from networks import NUM_CLASSES, check_names, picture_size
-from results import describe, spread, table, write_text
+from subjects.networks import NUM_CLASSES, check_names, picture_size
 from torch import Tensor, nn
 from tqdm import tqdm
 

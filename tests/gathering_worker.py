@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cache_size import watching_memory
+from caching.size import watching_memory
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import backward_time
-import measure
-import networks
 import pytest
-import results
 import torch
-import variants
+from harness import results, timing
 from PIL import Image
+from subjects import networks, variants
 
 import backbone_finetune
 
@@ -97,12 +95,12 @@ def test_ctrl_c_keeps_what_was_measured(
 ) -> None:
     times = 7 * 2 + 3  # two passes over the seven rows of ConvModel, its two A/A rows among them, and a part
 
-    def visit(step: measure.TrainingStep, clock: measure.Clock, bar: object) -> measure.StepTimes:
+    def visit(step: timing.TrainingStep, clock: timing.Clock, bar: object) -> timing.StepTimes:
         nonlocal times
         times -= 1
         if times < 0:
             raise KeyboardInterrupt
-        return measure.StepTimes(1.0, 2.0, 3.0, 6.0)
+        return timing.StepTimes(1.0, 2.0, 3.0, 6.0)
 
     monkeypatch.setattr(backward_time, "visit", visit)
     assert _run(tmp_path, "--models", "ConvModel", "PretrainedResNet") == 130

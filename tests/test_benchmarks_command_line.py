@@ -9,34 +9,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 import backward_time
-import command_line
 import feature_cache
 import peers
 import pytest
 import targets
 import torch
 import wrapper_overhead
+from harness import options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _options(tmp_path: Path, *arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    command_line.add_shared_options(parser, output=str(tmp_path))
-    command_line.add_models_option(parser, ["resnet18"])
+    options.add_shared_options(parser, output=str(tmp_path))
+    options.add_models_option(parser, ["resnet18"])
     return parser.parse_args(["--device", "cpu", *arguments])
 
 
 def test_threads_are_as_many_as_asked_for(tmp_path: Path) -> None:
-    command_line.settle_device(_options(tmp_path, "--threads", "2"))
+    options.settle_device(_options(tmp_path, "--threads", "2"))
     assert torch.get_num_threads() == 2
-    command_line.settle_device(_options(tmp_path))
+    options.settle_device(_options(tmp_path))
     assert torch.get_num_threads() == 2  # whatever they were
 
 
 def test_cudnn_chooses_its_algorithms_during_warm_up(tmp_path: Path) -> None:
     torch.backends.cudnn.benchmark = False
-    command_line.settle_device(_options(tmp_path))
+    options.settle_device(_options(tmp_path))
     assert torch.backends.cudnn.benchmark
 
 
@@ -62,11 +62,11 @@ def test_a_folder_that_is_there_but_closed_is_an_error(tmp_path: Path, monkeypat
     def refuse(dir: Path) -> None:  # noqa: A002  by its name in tempfile; root, who may run this, writes everywhere
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
 
-    monkeypatch.setattr(command_line, "TemporaryFile", refuse)
+    monkeypatch.setattr(options, "TemporaryFile", refuse)
     with pytest.raises(ValueError, match=f"--output {tmp_path}: Permission denied; pass a folder that can be written"):
-        command_line.settle_device(_options(tmp_path))
+        options.settle_device(_options(tmp_path))
 
 
 def test_the_trial_leaves_nothing_behind(tmp_path: Path) -> None:
-    command_line.settle_device(_options(tmp_path, "--output", str(tmp_path / "new" / "folder")))
+    options.settle_device(_options(tmp_path, "--output", str(tmp_path / "new" / "folder")))
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["new", "new/folder"]

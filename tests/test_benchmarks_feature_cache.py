@@ -8,21 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cache_size
-import cached_heads
-import cached_training
 import feature_cache
-import measure
 import pytest
 import torch
-import transfer
+from caching import heads, size, training, transfer
+from harness import timing
 from PIL import Image
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-CLOCK = measure.WallClock()
+CLOCK = timing.WallClock()
 SMALL = ["--device", "cpu", "--threads", "1", "--model", "test_resnet", "--image-size", "32", "--seeds", "0"]
 SMALL += ["--pictures", "8", "--features", "16", "--batch-size", "4", "--epochs", "2", "--repeats", "2"]
 
@@ -30,15 +27,15 @@ SMALL += ["--pictures", "8", "--features", "16", "--batch-size", "4", "--epochs"
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build the caches whose memory is watched in this process, and small."""
-    monkeypatch.setattr(cache_size, "build_apart", cache_size.build)
-    monkeypatch.setattr(cache_size.judge_memory, "__defaults__", (40, 80))
+    monkeypatch.setattr(size, "build_apart", size.build)
+    monkeypatch.setattr(size.judge_memory, "__defaults__", (40, 80))
 
 
 @pytest.fixture
 def peers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let fastai and Lightning be missing, also where they are installed."""
     monkeypatch.setattr(
-        cached_training, "installed_version", lambda package: None if package in {"fastai", "lightning"} else "1"
+        training, "installed_version", lambda package: None if package in {"fastai", "lightning"} else "1"
     )
 
 
@@ -69,13 +66,13 @@ def test_a_small_run_writes_every_row(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_processes", "peers_missing")
 def test_ctrl_c_keeps_the_turns_that_were_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = measure.take_turns
+    turns = timing.take_turns
 
     def interrupted(*arguments: Any) -> Iterator[Any]:
         yield next(turns(*arguments))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cached_training, "take_turns", interrupted)
+    monkeypatch.setattr(training, "take_turns", interrupted)
     assert feature_cache.main([*SMALL, "--output", str(tmp_path)]) == 130
     content = json.loads((tmp_path / "feature_cache.json").read_text())
     assert content["interrupted"]
@@ -106,29 +103,29 @@ def test_an_unfit_architecture_is_a_clear_error(model: str, message: str, capsys
 
 
 def test_ours_sees_each_picture_once_and_the_recipe_in_every_epoch() -> None:
-    task = cached_training.make_task("test_resnet", 8, 32, 4, 3, CPU)
+    task = training.make_task("test_resnet", 8, 32, 4, 3, CPU)
     blueprint = task.blueprint
-    model = cached_training.FineTuneModel.from_timm(copy.deepcopy(blueprint.network)).freeze_backbone()
+    model = training.FineTuneModel.from_timm(copy.deepcopy(blueprint.network)).freeze_backbone()
     seen: list[torch.dtype] = []
     model.backbone.conv1.register_forward_hook(
         lambda _module, _inputs, output: seen.extend([output.dtype] * len(output))
     )
     before = model.classifier.weight.detach().clone()
-    cached_training.run_ours(model, task, own_way=False)
+    training.run_ours(model, task, own_way=False)
     assert seen == [torch.float32] * (8 + 4)  # and the test's batch, once
     assert not torch.equal(before, model.classifier.weight)
     seen.clear()
-    cached_training.run_backbone(model, task, own_way=False)
+    training.run_backbone(model, task, own_way=False)
     assert len(seen) == 8 + 4
 
-    method = next(method for method in cached_training.METHODS if method.label == "the article's recipe")
+    method = next(method for method in training.METHODS if method.label == "the article's recipe")
     kept: list[nn.Module] = []
 
     def freeze(network: nn.Module) -> nn.Module:
         kept.append(method.freeze(blueprint, network))
         return kept[0]
 
-    epoch = cached_training.epoch_of(method, blueprint.network, freeze, task)
+    epoch = training.epoch_of(method, blueprint.network, freeze, task)
     kept[0].conv1.register_forward_hook(lambda _module, _inputs, output: seen.extend([output.dtype] * len(output)))  # type: ignore[operator, union-attr]
     statistics = kept[0].bn1.running_mean.clone()  # type: ignore[operator, union-attr]
     seen.clear()
@@ -142,11 +139,11 @@ def test_ours_sees_each_picture_once_and_the_recipe_in_every_epoch() -> None:
 def test_each_row_runs_in_the_precision_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, bool]] = []
     for name in ("run_ours", "run_backbone"):
-        monkeypatch.setattr(cached_training, name, lambda model, task, own_way, name=name: ran.append((name, own_way)))
-    monkeypatch.setattr(cached_training, "autocast_dtype", lambda backbone, device: torch.bfloat16)
-    monkeypatch.setattr(cached_training, "warm_up", lambda *_, **__: 0)
-    samples = cached_training.Samples()
-    cached_training.time_runs(cached_training.make_task("test_resnet", 4, 32, 4, 1, CPU), 1, CLOCK, samples)
+        monkeypatch.setattr(training, name, lambda model, task, own_way, name=name: ran.append((name, own_way)))
+    monkeypatch.setattr(training, "autocast_dtype", lambda backbone, device: torch.bfloat16)
+    monkeypatch.setattr(training, "warm_up", lambda *_, **__: 0)
+    samples = training.Samples()
+    training.time_runs(training.make_task("test_resnet", 4, 32, 4, 1, CPU), 1, CLOCK, samples)
     named = ["ours, float32", "one pass, float32", "ours, bf16", "one pass, bf16", "one pass again"]
     assert list(samples.milliseconds)[:5] == named
     assert ran == [
@@ -159,39 +156,39 @@ def test_each_row_runs_in_the_precision_that_it_names(monkeypatch: pytest.Monkey
 
 
 def test_an_epoch_on_the_cache_is_an_epoch_of_the_product() -> None:
-    task = cached_heads.make_head_task("net", 16, 6, 4, 2, CPU)
+    task = heads.make_head_task("net", 16, 6, 4, 2, CPU)
     assert torch.equal(task.cached.tensors[0], task.in_memory.tensors[0])
-    samples = cached_training.Samples()
-    cached_heads.time_epochs(task, 2, CLOCK, samples)
+    samples = training.Samples()
+    heads.time_epochs(task, 2, CLOCK, samples)
     assert {len(taken) for taken in samples.milliseconds.values()} == {2}
-    (target,) = cached_heads.judge_epochs(task, samples)
+    (target,) = heads.judge_epochs(task, samples)
     assert target.at_most == 1.05
     assert target.ratio is not None
 
 
 def test_the_heads_together_are_the_heads_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = cached_heads.make_head_task("net", 8, 6, 4, 2, CPU)
+    task = heads.make_head_task("net", 8, 6, 4, 2, CPU)
     made: list[tuple[float, float]] = []
-    plain = cached_heads.PlainHead
+    plain = heads.PlainHead
 
-    def counted(task: cached_heads.HeadTask, lr: float, weight_decay: float) -> cached_heads.PlainHead:
+    def counted(task: heads.HeadTask, lr: float, weight_decay: float) -> heads.PlainHead:
         made.append((lr, weight_decay))
         return plain(task, lr, weight_decay)
 
-    monkeypatch.setattr(cached_heads, "PlainHead", counted)
-    cached_heads.train_one_by_one(task)
-    assert len(set(made)) == cached_heads.HEADS == 32
-    samples = cached_training.Samples({"heads together": [1.0, 1.0], "heads one by one": [4.0, 2.0]})
-    (target,) = cached_heads.judge_heads(task, samples, 3000.0)
+    monkeypatch.setattr(heads, "PlainHead", counted)
+    heads.train_one_by_one(task)
+    assert len(set(made)) == heads.HEADS == 32
+    samples = training.Samples({"heads together": [1.0, 1.0], "heads one by one": [4.0, 2.0]})
+    (target,) = heads.judge_heads(task, samples, 3000.0)
     assert target.ratio is not None
     assert (target.ratio.median, target.verdict) == (0.375, "within the noise")
     assert "32 x 3.0 s" in target.remark
 
 
 def test_memory_that_grows_with_the_pictures_is_seen() -> None:
-    few, many = (cache_size.build(count, on_disk=False) for count in (100, 1500))
+    few, many = (size.build(count, on_disk=False) for count in (100, 1500))
     assert many["memory"] - few["memory"] > 0.5 * (many["features"] - few["features"])
-    on_disk = cache_size.build(1500, on_disk=True)
+    on_disk = size.build(1500, on_disk=True)
     assert on_disk["memory"] < 0.5 * many["memory"]
     assert 1 <= on_disk["files"] / on_disk["features"] < 1.01
 

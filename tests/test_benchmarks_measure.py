@@ -8,14 +8,14 @@ import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import measure
 import pytest
 import torch
+from harness import timing
 from torch import Tensor, nn
 
 
 def test_a_known_sleep_is_measured_right() -> None:
-    clock = measure.WallClock()
+    clock = timing.WallClock()
     timed = [clock.time(lambda: time.sleep(0.02)) for _ in range(5)]
     assert [result for result, _ in timed] == [None] * 5
     # Never shorter than the sleep; the best of five is free of what else the machine does.
@@ -36,7 +36,7 @@ class _Slow(torch.autograd.Function):
         return gradient
 
 
-def _slow_step(weight: nn.Parameter, events: list[str]) -> measure.TrainingStep:
+def _slow_step(weight: nn.Parameter, events: list[str]) -> timing.TrainingStep:
     def forward() -> Tensor:
         events.append("forward")
         loss: Tensor = _Slow.apply(weight).sum()
@@ -56,7 +56,7 @@ def _slow_step(weight: nn.Parameter, events: list[str]) -> measure.TrainingStep:
         events.append("enter")
         time.sleep(0.04)
 
-    return measure.TrainingStep(enter, forward, update, clear_gradients)
+    return timing.TrainingStep(enter, forward, update, clear_gradients)
 
 
 def test_each_part_of_a_step_has_a_clock_of_its_own() -> None:
@@ -66,7 +66,7 @@ def test_each_part_of_a_step_has_a_clock_of_its_own() -> None:
     times = []
     for _ in range(4):
         weight.grad = torch.ones(1)  # what an earlier step left behind
-        times.append(measure.time_step(step, measure.WallClock()))
+        times.append(timing.time_step(step, timing.WallClock()))
     assert 10 <= min(t.forward for t in times) < 20
     assert 30 <= min(t.backward for t in times) < 40
     assert 20 <= min(t.optimizer for t in times) < 30
@@ -83,7 +83,7 @@ def test_variants_take_turns_a_b_b_a() -> None:
     def visit(name: str) -> Callable[[], str]:
         return lambda: visited.append(name) or name  # type: ignore[func-returns-value]
 
-    passes = list(measure.take_turns([visit("A"), visit("B"), visit("C")], 3))
+    passes = list(timing.take_turns([visit("A"), visit("B"), visit("C")], 3))
     assert visited == ["A", "B", "C", "C", "B", "A", "A", "B", "C"]
     assert passes == [("A", "B", "C")] * 3
 
@@ -96,7 +96,7 @@ def test_an_interrupted_pass_yields_nothing() -> None:
             return answer
         raise KeyboardInterrupt
 
-    turns = measure.take_turns([visit, visit], 5)
+    turns = timing.take_turns([visit, visit], 5)
     assert next(turns) == (1, 2)
     with pytest.raises(KeyboardInterrupt):
         next(turns)
@@ -111,7 +111,7 @@ def test_the_interval_of_an_a_against_a_ratio_contains_1() -> None:
     covered = 0
     for _ in range(100):
         drifts = [1 + repetition / 10 for repetition in range(20)]
-        ratio = measure.paired_ratio([noisy(d) for d in drifts], [noisy(d) for d in drifts], resamples=500)
+        ratio = timing.paired_ratio([noisy(d) for d in drifts], [noisy(d) for d in drifts], resamples=500)
         covered += ratio.low <= 1 <= ratio.high
     # Of a 95 % interval, give or take what a hundred trials leave to chance; always would be too wide.
     assert 88 <= covered <= 99
@@ -119,7 +119,7 @@ def test_the_interval_of_an_a_against_a_ratio_contains_1() -> None:
 
 def test_an_interval_leaves_out_the_tails() -> None:
     samples = [float(place) for place in range(1, 22)]
-    ratio = measure.paired_ratio(samples, [1.0] * 21)
+    ratio = timing.paired_ratio(samples, [1.0] * 21)
     # The median of 21 lies between the 6th and the 16th with 97 %, by the binomial distribution.
     assert (ratio.low, ratio.median, ratio.high) == pytest.approx((6, 11, 16), abs=1)
     # The extremes of four thousand draws lie further out.
@@ -128,15 +128,15 @@ def test_an_interval_leaves_out_the_tails() -> None:
 
 @pytest.mark.parametrize(("passes", "text"), [(5, "2.000 [too few passes]"), (6, "2.000 [2.000, 2.000]")])
 def test_an_interval_needs_passes(passes: int, text: str) -> None:
-    ratio = measure.paired_ratio([2.0] * passes, [1.0] * passes)
+    ratio = timing.paired_ratio([2.0] * passes, [1.0] * passes)
     assert str(ratio) == text
     assert (ratio.low, ratio.high) == (2.0, 2.0)
-    assert str(measure.Interval(1.0, 1.0, 1.0)) == "1.000 [1.000, 1.000]"  # counted, not timed
+    assert str(timing.Interval(1.0, 1.0, 1.0)) == "1.000 [1.000, 1.000]"  # counted, not timed
 
 
 def test_a_machine_that_slows_down_does_not_change_a_paired_ratio() -> None:
     drift = [1 + repetition for repetition in range(12)]
-    ratio = measure.paired_ratio([2.0 * d for d in drift], [1.0 * d for d in drift])
+    ratio = timing.paired_ratio([2.0 * d for d in drift], [1.0 * d for d in drift])
     assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 2.0)
     assert str(ratio) == "2.000 [2.000, 2.000]"
 
@@ -144,12 +144,12 @@ def test_a_machine_that_slows_down_does_not_change_a_paired_ratio() -> None:
 @pytest.mark.parametrize(("numerator", "denominator"), [([1.0], [1.0, 2.0]), ([], [])])
 def test_a_ratio_needs_pairs(numerator: list[float], denominator: list[float]) -> None:
     with pytest.raises(ValueError, match=r"paired_ratio: .* pass as many of each, and one at least"):
-        measure.paired_ratio(numerator, denominator)
+        timing.paired_ratio(numerator, denominator)
 
 
 def test_interquartile_range() -> None:
-    assert measure.interquartile_range([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
-    assert measure.interquartile_range([7.0]) == 0.0
+    assert timing.interquartile_range([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
+    assert timing.interquartile_range([7.0]) == 0.0
 
 
 class _ScriptedClock:
@@ -158,7 +158,7 @@ class _ScriptedClock:
     def __init__(self, *elapsed: float) -> None:
         self.elapsed = list(elapsed)
 
-    def time(self, call: Callable[[], measure.Result]) -> tuple[measure.Result, float]:
+    def time(self, call: Callable[[], timing.Result]) -> tuple[timing.Result, float]:
         return call(), self.elapsed.pop(0)
 
 
@@ -168,16 +168,16 @@ class _ScriptedClock:
 )
 def test_warm_up_ends_when_calls_no_longer_get_faster(elapsed: list[float], calls: int) -> None:
     done: list[int] = []
-    assert measure.warm_up(lambda: done.append(1), _ScriptedClock(*elapsed)) == calls == len(done)
+    assert timing.warm_up(lambda: done.append(1), _ScriptedClock(*elapsed)) == calls == len(done)
 
 
 def test_warm_up_of_short_calls_takes_a_least_time() -> None:
-    assert measure.warm_up(lambda: None, _ScriptedClock(*[1.0] * 99), at_least_ms=50) == 50
-    assert measure.least_warm_up(torch.device("cuda")) > measure.least_warm_up(torch.device("cpu")) > 0
+    assert timing.warm_up(lambda: None, _ScriptedClock(*[1.0] * 99), at_least_ms=50) == 50
+    assert timing.least_warm_up(torch.device("cuda")) > timing.least_warm_up(torch.device("cpu")) > 0
 
 
 def test_warm_up_ends_on_a_machine_that_never_settles() -> None:
-    assert measure.warm_up(lambda: None, _ScriptedClock(*[0.9**n for n in range(99)]), at_most=6) == 6
+    assert timing.warm_up(lambda: None, _ScriptedClock(*[0.9**n for n in range(99)]), at_most=6) == 6
 
 
 class _Device:
@@ -224,7 +224,7 @@ class _Event:
 def test_an_event_clock_times_the_call_alone() -> None:
     device = _Device()
     device.work("earlier", 1000)
-    clock = measure.EventClock(device.new_event, device.synchronize, flush=lambda: device.work("flush", 500))
+    clock = timing.EventClock(device.new_event, device.synchronize, flush=lambda: device.work("flush", 500))
     result, elapsed = clock.time(lambda: device.work("call", 7))
     assert result is None
     assert elapsed == 7
@@ -245,14 +245,14 @@ def test_what_flushes_the_cache_is_gone_when_the_clock_starts(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: device.new_event())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: device.synchronize())
     monkeypatch.setattr(torch, "empty", empty)
-    clock = measure.clock_for(torch.device("cuda"), flush_l2=True)
+    clock = timing.clock_for(torch.device("cuda"), flush_l2=True)
     alive, _ = clock.time(lambda: [buffer() is not None for buffer in buffers])
     assert alive == [False]
 
 
 def test_an_event_clock_without_a_flush() -> None:
     device = _Device()
-    clock = measure.EventClock(device.new_event, device.synchronize)
+    clock = timing.EventClock(device.new_event, device.synchronize)
     assert clock.time(lambda: device.work("call", 3)) == (None, 3)
     assert "flush" not in device.log
 
@@ -260,24 +260,24 @@ def test_an_event_clock_without_a_flush() -> None:
 def test_a_missing_device_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"--device cuda: torch .* sees no CUDA device here; pass --device cpu"):
-        measure.resolve_device("cuda")
-    assert measure.resolve_device("auto") == torch.device("cpu")
+        timing.resolve_device("cuda")
+    assert timing.resolve_device("auto") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert measure.resolve_device("auto") == torch.device("cuda")
+    assert timing.resolve_device("auto") == torch.device("cuda")
 
 
 def test_a_cpu_has_the_hosts_clock_and_no_cache_to_flush() -> None:
     cpu = torch.device("cpu")
-    assert isinstance(measure.clock_for(cpu), measure.WallClock)
+    assert isinstance(timing.clock_for(cpu), timing.WallClock)
     with pytest.raises(ValueError, match="flush_l2: only a CUDA device has the cache that this clears, not cpu"):
-        measure.clock_for(cpu, flush_l2=True)
+        timing.clock_for(cpu, flush_l2=True)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_timed_by_its_own_events() -> None:
     device = torch.device("cuda")
-    clock = measure.clock_for(device, flush_l2=True)
+    clock = timing.clock_for(device, flush_l2=True)
     small, large = (torch.randn(n, n, device=device) for n in (64, 4096))
-    measure.warm_up(lambda: large @ large, clock)
+    timing.warm_up(lambda: large @ large, clock)
     assert clock.time(lambda: large @ large)[1] > clock.time(lambda: small @ small)[1] > 0

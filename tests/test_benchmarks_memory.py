@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import memory
 import pytest
 import torch
+from harness import memory
 from torch import Tensor, nn
 
 

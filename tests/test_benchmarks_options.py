@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import backward_time
-import measure
-import networks
 import pytest
-import results
 import torch
+from harness import results, timing
+from subjects import networks
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,9 +74,9 @@ def test_compile_compiles_all_that_is_timed(tmp_path: Path, monkeypatch: pytest.
 
         return run
 
-    def visit(step: measure.TrainingStep, clock: measure.Clock, bar: object) -> measure.StepTimes:
+    def visit(step: timing.TrainingStep, clock: timing.Clock, bar: object) -> timing.StepTimes:
         ran.clear()
-        times = measure.time_step(step, clock)
+        times = timing.time_step(step, clock)
         assert ran, "timed without the compiler"
         return times
 
@@ -94,9 +93,9 @@ def test_compile_compiles_all_that_is_timed(tmp_path: Path, monkeypatch: pytest.
 def test_no_garbage_is_collected_inside_a_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collecting: list[bool] = []
 
-    def visit(step: measure.TrainingStep, clock: measure.Clock, bar: object) -> measure.StepTimes:
+    def visit(step: timing.TrainingStep, clock: timing.Clock, bar: object) -> timing.StepTimes:
         collecting.append(gc.isenabled())
-        return measure.StepTimes(1.0, 2.0, 3.0, 6.0)
+        return timing.StepTimes(1.0, 2.0, 3.0, 6.0)
 
     monkeypatch.setattr(backward_time, "visit", visit)
     assert gc.isenabled()

@@ -6,12 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import measure
-import peer_methods
-import peer_report
 import peers
 import pytest
 import torch
+from harness import timing
+from subjects import peer_methods, peer_report
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -215,12 +214,12 @@ def test_ctrl_c_keeps_what_was_measured(
 ) -> None:
     times = 2 + 1  # a pass over ours and the limit, and a part
 
-    def interrupt(step: measure.TrainingStep, clock: measure.Clock) -> measure.StepTimes:
+    def interrupt(step: timing.TrainingStep, clock: timing.Clock) -> timing.StepTimes:
         nonlocal times
         times -= 1
         if times < 0:
             raise KeyboardInterrupt
-        return measure.StepTimes(1.0, 2.0, 3.0, 6.0)
+        return timing.StepTimes(1.0, 2.0, 3.0, 6.0)
 
     monkeypatch.setattr(peers, "time_step", interrupt)
     assert peers.main(_small(tmp_path, "--models", "test_vit", "test_resnet")) == 130

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import plots
 import pytest
-import results
 import torch
+from harness import plots, results
 from matplotlib.figure import Figure
 
 CPU = torch.device("cpu")

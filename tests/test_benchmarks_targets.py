@@ -8,14 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import backward_time
-import measure
-import peer_methods
-import proof
 import pytest
-import results
-import target_report
 import targets
 import torch
+from harness import ratios, results, timing
+from subjects import equality, peer_methods
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,20 +29,20 @@ def _cannot(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("ratio", "verdict"),
     [
-        (measure.Interval(0.9, 0.8, 1.2), "met"),
-        (measure.Interval(1.1, 0.9, 1.2), "within the noise"),
-        (measure.Interval(1.2, 1.1, 1.3), "missed"),
+        (timing.Interval(0.9, 0.8, 1.2), "met"),
+        (timing.Interval(1.1, 0.9, 1.2), "within the noise"),
+        (timing.Interval(1.2, 1.1, 1.3), "missed"),
         (None, "not measured"),
     ],
 )
-def test_a_verdict_says_what_its_ratio_says(ratio: measure.Interval | None, verdict: str) -> None:
-    assert target_report.Target("net", "ours / theirs", 1.0, ratio).verdict == verdict
+def test_a_verdict_says_what_its_ratio_says(ratio: timing.Interval | None, verdict: str) -> None:
+    assert ratios.Target("net", "ours / theirs", 1.0, ratio).verdict == verdict
 
 
 def _setup() -> backward_time.Setup:
     return backward_time.Setup(
         device=torch.device("cpu"),
-        clock=measure.WallClock(),
+        clock=timing.WallClock(),
         batch_size=2,
         image_size=32,
         precision="off",
@@ -57,7 +54,7 @@ def _setup() -> backward_time.Setup:
 
 def test_the_frozen_network_keeps_as_much_as_the_bare_head() -> None:
     backward, step, saved = targets.against_the_limit("test_vit", _setup())
-    assert saved.ratio == measure.Interval(1.0, 1.0, 1.0)
+    assert saved.ratio == timing.Interval(1.0, 1.0, 1.0)
     assert saved.verdict == "met"
     assert backward.ratio is not None
     assert step.noise is not None
@@ -93,16 +90,16 @@ def test_half_precision_is_measured_where_there_are_instructions(
 
 
 def test_the_report_shows_each_verdict() -> None:
-    report = target_report.TargetReport({"torch": "2"}, "python benchmarks/targets.py", {})
-    met = target_report.Target("net", "ours / theirs", 0.6, measure.Interval(0.5, 0.4, 0.6))
+    report = ratios.TargetReport({"torch": "2"}, "python benchmarks/targets.py", {})
+    met = ratios.Target("net", "ours / theirs", 0.6, timing.Interval(0.5, 0.4, 0.6))
     report.targets = [met, replace(met, at_most=0.3)]
-    page = target_report.as_markdown(report)
+    page = ratios.as_markdown(report)
     assert "0.500 [0.400, 0.600]" in page
     assert [line.count("missed") for line in page.splitlines() if line.startswith("| net")] == [0, 1]
 
 
-def _missed(model: str = "net") -> target_report.Target:
-    return target_report.compared(model, "ours / theirs", 0.5, target_report.Paired([2.0] * 6, [1.0] * 6))
+def _missed(model: str = "net") -> ratios.Target:
+    return ratios.compared(model, "ours / theirs", 0.5, ratios.Paired([2.0] * 6, [1.0] * 6))
 
 
 def test_a_ratio_keeps_what_it_was_taken_from() -> None:
@@ -110,7 +107,7 @@ def test_a_ratio_keeps_what_it_was_taken_from() -> None:
     for ratio, samples in ((wrapped.ratio, wrapped.samples), (wrapped.noise, wrapped.noise_samples)):
         assert samples is not None
         assert len(samples.numerator) == 2
-        assert ratio == measure.paired_ratio(samples.numerator, samples.denominator)
+        assert ratio == timing.paired_ratio(samples.numerator, samples.denominator)
 
 
 def test_a_deeper_freeze_that_costs_more_is_missed_whatever_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +123,7 @@ def test_a_deeper_freeze_that_costs_more_is_missed_whatever_the_noise(monkeypatc
     assert target.verdict == "missed"
 
 
-def _run(folder: Path, monkeypatch: pytest.MonkeyPatch, *answers: Callable[[], Iterator[target_report.Target]]) -> int:
+def _run(folder: Path, monkeypatch: pytest.MonkeyPatch, *answers: Callable[[], Iterator[ratios.Target]]) -> int:
     questions = [targets.Question(f"net{place}", "a question", answer) for place, answer in enumerate(answers)]
     monkeypatch.setattr(targets, "list_questions", lambda models, setup: questions)
     return targets.main(["--device", "cpu", "--threads", "1", "--output", str(folder)])
@@ -147,7 +144,7 @@ def test_a_missed_target_ends_the_command_with_1(
 
 
 def test_ctrl_c_keeps_each_target_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> Iterator[target_report.Target]:
+    def interrupted() -> Iterator[ratios.Target]:
         yield _missed("first")
         assert [target["model"] for target in _saved(tmp_path)["targets"]] == ["first"], "saved as soon as it is there"
         yield _missed("second")
@@ -158,8 +155,8 @@ def test_ctrl_c_keeps_each_target_before_it(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_question_without_an_answer_leaves_the_others_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong() -> Iterator[target_report.Target]:
-        raise proof.WrongVariantError("logits: off by 1")
+    def wrong() -> Iterator[ratios.Target]:
+        raise equality.WrongVariantError("logits: off by 1")
 
     right = [replace(_missed(), at_most=3.0)]
     assert _run(tmp_path, monkeypatch, wrong, lambda: iter(right)) == 1

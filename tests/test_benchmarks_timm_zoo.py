@@ -12,11 +12,11 @@ import pytest
 import timm
 import timm_zoo
 import torch
-import zoo_record
 from torch import Tensor, nn
-from zoo_dependencies import DependencyTrace
-from zoo_examination import examine_structure, examine_values
-from zoo_summary import as_markdown, ends_in_norms
+from zoo import record
+from zoo.dependencies import DependencyTrace
+from zoo.examination import examine_structure, examine_values
+from zoo.summary import as_markdown, ends_in_norms
 
 from backbone_finetune import FineTuneModel
 
@@ -86,7 +86,7 @@ def test_what_is_said_of_an_architecture(name: str, kept: bool, comes_back: bool
 def test_an_encoder_is_refused_and_decides_nothing() -> None:
     structure = examine_structure("gemma4_vit_167m_enc", "gemma4_vit")
     assert "no classifier to take off" in str(structure.refused)
-    assert zoo_record.decide_kept(structure, {}, []).kept is False
+    assert record.decide_kept(structure, {}, []).kept is False
 
 
 def test_without_values_its_like_decides_and_says_so() -> None:
@@ -94,29 +94,29 @@ def test_without_values_its_like_decides_and_says_so() -> None:
     values = {"test_vit": examine_values(structure)}
     large = replace(structure, name="vit_large")
     alike = ["test_vit", "vit_large"]
-    assert zoo_record.decide_kept(structure, values, alike).proof == "values"
-    kept = zoo_record.decide_kept(large, values, alike)
+    assert record.decide_kept(structure, values, alike).proof == "values"
+    kept = record.decide_kept(large, values, alike)
     assert (kept.kept, kept.proof, kept.like) == (True, "structure", "test_vit")
-    assert zoo_record.decide_kept(large, {}, alike).kept is None
+    assert record.decide_kept(large, {}, alike).kept is None
     # Two that lose the same modules and disagree say nothing of a third.
     values["vit_other"] = replace(values["test_vit"], name="vit_other", keep_refused="differs")
-    assert zoo_record.decide_kept(large, values, [*alike, "vit_other"]).kept is None
+    assert record.decide_kept(large, values, [*alike, "vit_other"]).kept is None
 
 
 def test_a_line_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
     path = tmp_path / "zoo.jsonl"
     structure = examine_structure("test_vit", "vision_transformer")
-    zoo_record.write_line(path, "structure", structure)
+    record.write_line(path, "structure", structure)
     path.write_text(path.read_text(encoding="utf-8") + '{"kind": "struct', encoding="utf-8")
-    assert zoo_record.read_lines(path) == ({"test_vit": structure}, {})
-    zoo_record.write_line(path, "structure", replace(structure, name="another"))
-    assert list(zoo_record.read_lines(path)[0]) == ["test_vit", "another"]
+    assert record.read_lines(path) == ({"test_vit": structure}, {})
+    record.write_line(path, "structure", replace(structure, name="another"))
+    assert list(record.read_lines(path)[0]) == ["test_vit", "another"]
 
 
 def test_the_command_writes_the_matrix_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     started = tmp_path / f"zoo.timm-{timm.__version__}.jsonl"
     done = replace(examine_structure("test_resnet", "resnet"), width=1, parameters=10**9)
-    zoo_record.write_line(started, "structure", done)
+    record.write_line(started, "structure", done)
     command = [sys.executable, timm_zoo.__file__, "test_resnet", "test_vit", "gemma4_vit_167m_enc"]
     subprocess.run([*command, "--output", str(tmp_path / "zoo")], check=True, capture_output=True)
     matrix = json.loads((tmp_path / "zoo.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""`variants.py` and `proof.py`: right variants are proved, wrong ones are refused, each by what is wrong with it."""
+"""`variants.py` and `equality.py`: right variants are proved, wrong ones are refused, each by what is wrong with it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
-import networks
-import proof
 import pytest
 import torch
-import variants
+from subjects import equality, networks, variants
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
@@ -34,7 +32,7 @@ def _variant(network: networks.Network, kind: str) -> variants.Variant:
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
 def test_right_variants_are_proved(name: str, kind: str) -> None:
     network = _network(name)
-    proof.prove_equal(_variant(network, kind), network)
+    equality.prove_equal(_variant(network, kind), network)
 
 
 def _other_logits(network: networks.Network, variant: variants.Variant) -> variants.Variant:
@@ -102,9 +100,9 @@ def test_a_wrong_variant_is_refused(
 ) -> None:
     network = _network("test_resnet")
     right = _variant(network, "frozen")
-    with pytest.raises(proof.WrongVariantError, match=complaint):
-        proof.prove_equal(spoil(network, right), network)
-    proof.prove_equal(right, network)
+    with pytest.raises(equality.WrongVariantError, match=complaint):
+        equality.prove_equal(spoil(network, right), network)
+    equality.prove_equal(right, network)
 
 
 def test_the_copy_that_proves_is_gone_before_the_variant_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +120,8 @@ def test_the_copy_that_proves_is_gone_before_the_variant_runs(monkeypatch: pytes
         return right.logits()
 
     right = _variant(network, "frozen")
-    monkeypatch.setattr(proof, "copy", SimpleNamespace(deepcopy=deepcopy))
-    proof.prove_equal(replace(right, logits=logits), network)
+    monkeypatch.setattr(equality, "copy", SimpleNamespace(deepcopy=deepcopy))
+    equality.prove_equal(replace(right, logits=logits), network)
     assert len(alive) == len(list(network.model.parameters()))
     assert not any(alive)
 
@@ -139,10 +137,10 @@ def test_a_compiled_network_with_dropout_is_proved() -> None:
     compiled = variants.variants_of(network, compiled=True)
     assert [variant.kind for variant in compiled][-2:] == ["frozen", "limit"]
     for variant in compiled:
-        proof.prove_equal(variant, network)
+        equality.prove_equal(variant, network)
     # By torch's own random numbers, or there would be nothing to prove: compiled code draws others.
-    with pytest.raises(proof.WrongVariantError, match="logits: off by"):
-        proof.prove_equal(replace(compiled[0], proof_logits=None), network)
+    with pytest.raises(equality.WrongVariantError, match="logits: off by"):
+        equality.prove_equal(replace(compiled[0], proof_logits=None), network)
 
 
 class _Compiler:
@@ -168,8 +166,8 @@ def test_a_wrong_compiled_variant_is_refused(
     monkeypatch.setattr(torch, "compile", _Compiler(1.05))
     network = build()
     for variant in variants.variants_of(network, compiled=True):
-        with pytest.raises(proof.WrongVariantError, match="off by"):
-            proof.prove_equal(variant, network)
+        with pytest.raises(equality.WrongVariantError, match="off by"):
+            equality.prove_equal(variant, network)
 
 
 def test_the_limits_classifier_is_compiled_as_the_others_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,5 +202,5 @@ def test_a_step_runs_in_the_precision_asked_for(precision: variants.Precision, d
 
     spied = replace(right, logits=logits)
     variants.Trainer(network, precision).step_of(spied).run()
-    proof.prove_equal(spied, network, precision)
+    equality.prove_equal(spied, network, precision)
     assert dtypes == [dtype, dtype]

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import call_growth
 import pytest
 import torch
 import wrapper_overhead
-from measure import WallClock
+from harness import call_growth
+from harness.timing import WallClock
 from torch import nn
 
 from backbone_finetune import FineTuneModel

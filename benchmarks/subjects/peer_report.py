@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from environment import Fact
-from measure import paired_ratio
-from results import Sampled, describe, mebibytes, spread, table
+from harness.environment import Fact
+from harness.results import Sampled, describe, mebibytes, spread, table
+from harness.timing import paired_ratio
 
 LIMIT = "limit: no_grad backbone, bare head"
 OURS = "ours"

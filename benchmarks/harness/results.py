@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from environment import Fact, describe_environment
-from measure import Interval, StepTimes, interquartile_range, paired_ratio
+
+from harness.environment import Fact, describe_environment
+from harness.timing import Interval, StepTimes, interquartile_range, paired_ratio
 
 
 class Sampled:

@@ -8,12 +8,12 @@ import timm
 import torch
 from timm.models import get_model_input_config
 from torch import nn
-from zoo_dependencies import DependencyTrace
-from zoo_record import Structure, Values, first_sentence
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.freezing import keeps_running_statistics
 from backbone_finetune.splitting.copies import assert_same
+from zoo.dependencies import DependencyTrace
+from zoo.record import Structure, Values, first_sentence
 
 CLASSES = 7
 # Not below 64: at a stride of 32 one pixel would be left, and one pixel is its own mean, whoever takes the mean.

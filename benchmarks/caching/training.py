@@ -11,11 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from environment import installed_version
-from measure import Clock, Interval, milliseconds_of, paired_ratio, take_turns, warm_up
-from networks import NUM_CLASSES, picture_size
-from peer_methods import METHODS, Blueprint, Method, make_blueprint
-from target_report import Target
+from harness.environment import installed_version
+from harness.ratios import Target
+from harness.timing import Clock, Interval, milliseconds_of, paired_ratio, take_turns, warm_up
+from subjects.networks import NUM_CLASSES, picture_size
+from subjects.peer_methods import METHODS, Blueprint, Method, make_blueprint
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset

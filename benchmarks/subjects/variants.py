@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from measure import TrainingStep
-from memory import count_saved_bytes
-from networks import Network
+from harness.memory import count_saved_bytes
+from harness.timing import TrainingStep
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
+
+from subjects.networks import Network
 
 Kind = Literal["unfrozen", "partial", "frozen", "limit"]
 Precision = Literal["off", "bf16", "fp16"]

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from environment import Fact
-from measure import Interval, paired_ratio
-from results import describe, table, write_text
+from harness.environment import Fact
+from harness.results import describe, table, write_text
+from harness.timing import Interval, paired_ratio
 
 
 @dataclass(frozen=True)

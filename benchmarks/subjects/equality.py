@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from networks import Network
 from torch import Tensor, nn
 from torch.nn import functional
-from variants import Kind, Precision, Variant, autocast
 
 from backbone_finetune import FineTuneModel
+from subjects.networks import Network
+from subjects.variants import Kind, Precision, Variant, autocast
 
 # Largest difference from the reference, relative to the largest reference value. It tells a wrong network (statistics
 # of the batch in place of the running ones differ by tenths) from kernels that add up in another order; TF32, which

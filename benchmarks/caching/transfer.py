@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 
 import torch
-from cached_heads import LEARNING_RATES, WEIGHT_DECAYS
-from cached_training import train_plainly
-from results import table
+from harness.results import table
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,6 +23,8 @@ from backbone_finetune.recipes.commands.train import CLIPART
 from backbone_finetune.recipes.data.images import PictureDataset, PictureFolder, find_pictures, split
 from backbone_finetune.recipes.models.file import build_transform
 from backbone_finetune.recipes.models.packaged import load_packaged_network
+from caching.heads import LEARNING_RATES, WEIGHT_DECAYS
+from caching.training import train_plainly
 
 RECIPE, BEST_HEAD = "the article's recipe", "best of 32 heads on cached features"
 LP_FT, PLAIN = "LP-FT: head first, then everything", "plain fine-tuning"

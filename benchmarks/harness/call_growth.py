@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from measure import Interval, interval_of_median, take_turns
-from networks import NUM_CLASSES
-from results import median, table
+from subjects.networks import NUM_CLASSES
 from torch.utils.benchmark import Timer
 
 from backbone_finetune import FineTuneModel
+from harness.results import median, table
+from harness.timing import Interval, interval_of_median, take_turns
 
 # Families whose members differ in depth, up to the largest that timm has: built without weights, on the meta device.
 LADDERS = {

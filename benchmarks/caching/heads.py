@@ -10,10 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from cached_training import Samples, time_in_turns
-from measure import Clock, paired_ratio
-from networks import NUM_CLASSES
-from target_report import Target
+from harness.ratios import Target
+from harness.timing import Clock, paired_ratio
+from subjects.networks import NUM_CLASSES
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,6 +29,7 @@ from backbone_finetune.recipes import (
 )
 from backbone_finetune.recipes.training.checkpoints import Progress
 from backbone_finetune.recipes.training.loop import in_phase, train_epoch
+from caching.training import Samples, time_in_turns
 
 LEARNING_RATES = tuple(1e-4 * 2**step for step in range(8))
 WEIGHT_DECAYS = (0.0, 0.01, 0.1, 0.3)

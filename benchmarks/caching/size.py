@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 
 import psutil
 import torch
-from measure import Interval
-from target_report import Target
+from harness.ratios import Target
+from harness.timing import Interval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -80,8 +80,8 @@ def watching_memory() -> Iterator[list[int]]:
 
 def build_apart(count: int, *, on_disk: bool) -> dict[str, int]:
     """Build in a process of its own."""
-    command = [sys.executable, __file__, str(count), *([] if on_disk else ["--in-memory"])]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "caching.size", str(count), *([] if on_disk else ["--in-memory"])]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     built: dict[str, int] = json.loads(answer.stdout)
     return built
 

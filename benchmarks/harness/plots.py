@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from results import Report, Row, median, ratio_of, write_file
+
+from harness.results import Report, Row, median, ratio_of, write_file
 
 _COLOURS = {"unfrozen": "#b0413e", "partial": "#e0a458", "frozen": "#2e6f95"}
 _LIMIT_COLOUR = "#222222"

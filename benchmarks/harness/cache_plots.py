@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cached_training import PEERS
-from environment import Fact
+from caching.training import PEERS
+from caching.transfer import PAIRS, Outcome
 from matplotlib.figure import Figure
-from results import median, write_file
-from transfer import PAIRS, Outcome
+
+from harness.environment import Fact
+from harness.results import median, write_file
 
 _OURS, _THEIRS, _LIMIT = "#2e6f95", "#b0413e", "#222222"
 

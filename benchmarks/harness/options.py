@@ -9,7 +9,8 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from measure import resolve_device
+
+from harness.timing import resolve_device
 
 _IMAGE_SIZE = (
     "side of the pictures (default: each network's own; the article's networks take theirs, 64, whatever is said)"
