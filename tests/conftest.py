@@ -1,6 +1,7 @@
-"""Shared by every test: the same seed, and for what is timed one thread, with the settings put back after."""
+"""Shared by every test: the same seed, and a current folder of its own."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,12 @@ import torch
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command writes or finds in the current folder by default must not be what a user has there."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm_families import FAMILIES, SMALL, Family
+from timm_families import FAMILIES, SMALL, Family, each
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
@@ -67,7 +67,7 @@ def give_values(heads: nn.Module | tuple[nn.Module, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in FAMILIES]
+    "name", [*each(SMALL), *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in SMALL)]
 )
 def test_own_classifier_is_the_same_function_or_refused(name: str) -> None:
     family = FAMILIES[name]

@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
-from timm_families import FAMILIES, SMALL
+from timm_families import FAMILIES, SMALL, each
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
@@ -66,7 +66,7 @@ def build(name: str, device: str = "cpu") -> Fresh:
     return Fresh(name, theirs.eval(), model.eval())
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=each(FAMILIES))
 def fresh(request: pytest.FixtureRequest) -> Fresh:
     """Built once for all of the tests of a family; none of them changes a weight or a buffer of it."""
     return build(request.param, "cpu" if request.param in SMALL else "meta")

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from timm_families import SMALL
+from timm_families import REPRESENTATIVE, SMALL
 from torch import Tensor
 from torture import CIRCUMSTANCES, CONDITIONS, OPTIMIZERS, Condition, settle, supports_checkpointing, torture
 
@@ -15,9 +15,13 @@ from backbone_finetune import FineTuneModel, freezing
 
 # Two conditions for each family. 7 shares no factor with 48, so that each condition comes round.
 SHARE = [
-    (name, CONDITIONS[(7 * (2 * position + turn)) % len(CONDITIONS)])
+    (name, condition)
     for position, name in enumerate(SMALL)
-    for turn in range(2)
+    for condition in (CONDITIONS[(7 * (2 * position + turn)) % len(CONDITIONS)] for turn in range(2))
+]
+IN_TIERS = [
+    pytest.param(name, condition, id=f"{name}-{condition}", marks=() if name in REPRESENTATIVE else pytest.mark.zoo)
+    for name, condition in SHARE
 ]
 
 
@@ -58,7 +62,7 @@ def run(name: str, condition: Condition) -> None:
     torture(copy.deepcopy(model), pictures, condition)
 
 
-@pytest.mark.parametrize(("name", "condition"), SHARE, ids=str)
+@pytest.mark.parametrize(("name", "condition"), IN_TIERS)
 def test_frozen_stands_still_and_the_rest_moves(name: str, condition: Condition) -> None:
     run(name, condition)
 

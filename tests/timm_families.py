@@ -5,8 +5,10 @@ Of byoanet it is not the smallest, whose halo attention wants 256 pixels, but th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import pytest
 import timm
 import torch
 from torch import nn
@@ -144,3 +146,17 @@ FAMILIES = {
 
 # A training step over all of these takes seconds.
 SMALL = {name: family for name, family in FAMILIES.items() if family.million_parameters < 50}
+
+# The quick tier: families that differ in kind. Convolutions with BatchNorm and without, tokens, branches, a head that
+# is a 1x1 convolution or two layers, no matcher, parameters that the reset turns off, caches in eval.
+REPRESENTATIVE = frozenset(
+    [
+        *("convnext", "crossvit", "dla", "efficientnet", "efficientvim", "levit", "metaformer", "mobilenetv3", "nfnet"),
+        *("resnet", "vision_transformer", "xcit"),
+    ]
+)
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, one for each family; those beyond the quick tier are run by `-m zoo`."""
+    return [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.zoo) for name in names]
