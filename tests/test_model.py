@@ -280,8 +280,47 @@ def test_gradient_checkpointing_is_handed_on() -> None:
 
 
 def test_gradient_checkpointing_that_the_backbone_lacks() -> None:
-    with pytest.raises(AttributeError, match="set_grad_checkpointing"):
+    named = r"Flatten has no gradient checkpointing, neither by timm's name .* nor by transformers'"
+    with pytest.raises(AttributeError, match=named):
         FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).set_grad_checkpointing()
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_gradient_checkpointing_by_the_names_of_transformers(name: str) -> None:
+    calls: list[object] = []
+    network = nn.Linear(4, 4)
+    setattr(network, f"{name}_enable", lambda **keywords: calls.append(keywords))
+    setattr(network, f"{name}_disable", lambda: calls.append("off"))
+    model = FineTuneModel(nn.Sequential(network), nn.Linear(4, 2))  # in an adapter, which it needs for its output
+    model.set_grad_checkpointing()
+    model.set_grad_checkpointing(False)
+    # The reentrant kind gives no gradients above a frozen stem.
+    assert calls == [{f"{name}_kwargs": {"use_reentrant": False}}, "off"]
+
+
+def test_gradient_checkpointing_of_a_transformers_network() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Pooled(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+            return self.network(pictures).pooler_output
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    network = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))
+    model = FineTuneModel(Pooled(network), nn.Linear(8, 2))
+    model.set_grad_checkpointing()
+    assert network.is_gradient_checkpointing
+    network.embeddings.requires_grad_(False)
+    model.train()(torch.randn(2, 3, 16, 16)).sum().backward()
+    above = [parameter for name, parameter in network.named_parameters() if "attention" in name]
+    assert above
+    assert all(parameter.grad is not None for parameter in above)
+    model.set_grad_checkpointing(False)
+    assert not network.is_gradient_checkpointing
 
 
 def test_data_config_of_timm_works_on_the_model() -> None:
@@ -289,6 +328,7 @@ def test_data_config_of_timm_works_on_the_model() -> None:
     expected = timm.data.resolve_model_data_config(network)
     model = FineTuneModel.from_timm(network, num_classes=3)
     assert timm.data.resolve_model_data_config(model) == expected
+    assert model.default_cfg == model.pretrained_cfg  # the older name, which timm's ONNX export reads
     assert not hasattr(FineTuneModel(nn.Flatten(), nn.Linear(4, 2)), "pretrained_cfg")
 
 

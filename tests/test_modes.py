@@ -96,6 +96,67 @@ def test_norm_eval_fixes_statistics_where_weights_train() -> None:
     assert "backbone.bn1.running_mean" in model.frozen_fingerprint()
 
 
+class MovingNorm(nn.Module):
+    """A normalisation as people write them who come from Keras: (B, 8) -> (B, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(8))
+        self.activation = nn.PReLU(8)
+        self.register_buffer("moving_mean", torch.zeros(8))
+        self.register_buffer("moving_variance", torch.ones(8))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.moving_mean.lerp_(inputs.mean(0).detach(), 0.1)
+            self.moving_variance.lerp_(inputs.var(0).detach(), 0.1)
+        return self.activation(self.gain * (inputs - self.moving_mean) / self.moving_variance.sqrt())
+
+
+class PicturesOfOneMean(nn.Module):
+    """A whole network that keeps the mean of the pictures: no normalisation that has statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("pixel_mean", torch.zeros(8))
+        self.linear = nn.Linear(8, 8)
+        self.dropout = nn.Dropout()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.dropout(self.linear(inputs - self.pixel_mean))
+
+
+STATISTICS = {
+    "home-made": MovingNorm,
+    "torch's instance norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (4, 2)), nn.InstanceNorm1d(4, affine=True, track_running_stats=True), nn.Flatten()
+    ),
+    "torch's lazy batch norm": nn.LazyBatchNorm1d,
+    "timm's norm with activation": lambda: nn.Sequential(
+        nn.Unflatten(1, (8, 1, 1)), timm.layers.BatchNormAct2d(8, act_layer=nn.PReLU), nn.Flatten()
+    ),
+    "timm's evonorm": lambda: nn.Sequential(nn.Unflatten(1, (8, 1, 1)), timm.layers.EvoNorm2dB0(8), nn.Flatten()),
+}
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_norm_eval_knows_statistics_by_any_name(kind: str) -> None:
+    def moved(*, norm_eval: bool) -> bool:
+        backbone = nn.Sequential(nn.Linear(8, 8), STATISTICS[kind](), PicturesOfOneMean())
+        model = FineTuneModel(backbone, nn.Linear(8, 2), norm_eval=norm_eval)
+        model.eval()(torch.zeros(2, 8))  # a lazy one finds its size
+        model.unfreeze_backbone().train()
+        assert backbone[2].dropout.training
+        before = {name: buffer.clone() for name, buffer in backbone[1].named_buffers()}
+        model(torch.randn(16, 8)).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        assert before
+        return any(not torch.equal(buffer, before[name]) for name, buffer in backbone[1].named_buffers())
+
+    assert moved(norm_eval=False)
+    assert not moved(norm_eval=True)
+
+
 def test_norm_eval_leaves_dropout_and_the_classifier_alone() -> None:
     model = three_blocks(norm_eval=True).train()
     model.classifier.append(nn.BatchNorm1d(2))

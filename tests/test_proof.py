@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from wrapped_tensors import Quantised, quantise
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.verification import digest
+from backbone_finetune.verification import digest, shared_memory
 
 
 class Tables(nn.Module):
@@ -95,6 +96,83 @@ def test_a_sparse_buffer_counts(layout: torch.layout) -> None:
         model.backbone.graph = torch.eye(3).roll(1, 0).to_sparse(layout=layout)
     with pytest.raises(AssertionError, match=r"backbone\.graph: a buffer"), model.assert_frozen():
         values_of(model.backbone.graph)[1] = 2.0
+
+
+WITHOUT_STRIDES = {
+    "nested": lambda value: torch.nested.nested_tensor([torch.full((2,), value), torch.zeros(3)]),
+    "jagged": lambda value: torch.nested.nested_tensor([torch.full((2,), value), torch.zeros(3)], layout=torch.jagged),
+    "mkldnn": lambda value: torch.full((2, 2), value).to_mkldnn(),
+    "wrapped": lambda value: Quantised(torch.full((2,), int(value), dtype=torch.int8), torch.tensor(0.5)),
+    "scale": lambda value: Quantised(torch.ones(2, dtype=torch.int8), torch.tensor(value)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("kind", WITHOUT_STRIDES)
+def test_a_buffer_that_is_made_of_other_tensors_counts(kind: str) -> None:
+    model = small_model()
+    model.backbone.register_buffer("table", WITHOUT_STRIDES[kind](1.0))
+    with model.assert_frozen():
+        pass
+    with pytest.raises(AssertionError, match=r"backbone\.table: a buffer"), model.assert_frozen():
+        model.backbone.table = WITHOUT_STRIDES[kind](2.0)
+
+
+def test_what_has_no_values_counts_by_its_shape() -> None:
+    model = small_model()
+    model.backbone.append(nn.LazyBatchNorm1d(affine=False).eval())
+    model.backbone.register_buffer("table", torch.empty(2, device="meta"))
+    with model.assert_frozen():
+        pass
+    with pytest.raises(AssertionError) as caught, model.assert_frozen():  # noqa: PT012
+        model.backbone.table = torch.empty(3, device="meta")
+        model(torch.zeros(2, 4))
+    for name in ("backbone.table", "backbone.3.running_mean", "backbone.3.running_var"):
+        assert name in str(caught.value)
+
+
+def test_quantised_weights_are_proved_and_stay_frozen() -> None:
+    model = small_model()
+    model.backbone[0].weight = quantise(model.backbone[0].weight)
+    before = model.frozen_fingerprint()
+    model.unfreeze_backbone()
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["backbone.0.weight"]
+    optimizer = torch.optim.AdamW(model.param_groups(lr=0.1, weight_decay=0.1))
+    with model.assert_frozen():
+        model(torch.randn(8, 4)).sum().backward()
+        optimizer.step()
+    model.backbone[0].weight.values[0, 0] += 1
+    after = model.freeze_backbone().frozen_fingerprint()
+    assert before["backbone.0.weight"] != after["backbone.0.weight"]
+
+
+@pytest.mark.parametrize("view", [lambda weight: weight, lambda weight: weight.t(), lambda weight: weight[1:]])
+def test_memory_that_is_shared_with_what_trains_is_named(view: Callable[[Tensor], Tensor]) -> None:
+    model = FineTuneModel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
+    model.backbone[0].weight.data = view(model.backbone[1].weight.data)
+    model.backbone[0].requires_grad_(False)
+    cause = r"0: backbone\.0\.weight: it shares memory with backbone\.1\.weight, which trains"
+    with pytest.raises(AssertionError, match=cause), model.assert_frozen():
+        model.backbone[1].weight.data += 1
+
+
+def test_parameters_that_interleave_in_one_storage_share_no_memory() -> None:
+    whole = torch.zeros(4, 8)
+    left, right = nn.Parameter(whole[:, :4], requires_grad=False), nn.Parameter(whole[:, 4:])
+    assert shared_memory([("left", left), ("right", right)]) == []
+
+
+def test_an_embedding_that_scales_itself_is_named() -> None:
+    model = FineTuneModel(nn.Embedding(3, 4, max_norm=0.1), nn.Linear(4, 2)).freeze_backbone()
+    cause = "weight: scaled down in the forward by the max_norm of its embedding"
+    with pytest.raises(AssertionError, match=cause), model.assert_frozen():
+        model(torch.arange(3))
+
+
+def test_names_of_what_is_frozen_are_those_of_the_fingerprint() -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1)
+    assert model.frozen_names() == set(model.frozen_fingerprint())
+    assert "backbone.bn1.running_mean" in model.frozen_names()
 
 
 def test_training_passes_and_what_trains_is_free_to_move() -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import nn
 
 from .layer_groups import LayerGroup, check_layer_groups
+
+# torch and timm say ``running_mean``, Keras ``moving_variance``; others ``ema_mean``, ``avg_var``, ``std``.
+_STATISTICS = frozenset({"running", "moving", "ema", "avg", "average", "mean", "var", "variance", "std"})
 
 
 def set_trainable_groups(
@@ -43,8 +47,26 @@ def set_trainable_groups(
     for position, group in enumerate(layer_groups):
         for name in group.parameter_names:
             parameter = parameters[name]
-            can_train = name not in off and (parameter.is_floating_point() or parameter.is_complex())
-            parameter.requires_grad_(position >= first_trainable and can_train)
+            parameter.requires_grad_(position >= first_trainable and name not in off and can_train(parameter))
+
+
+def can_train(parameter: torch.Tensor) -> bool:
+    """Say whether a parameter can train: integers have no gradient, and quantised weights get none.
+
+    >>> can_train(torch.zeros(2)), can_train(torch.zeros(2, dtype=torch.int8))
+    (True, False)
+
+    A quantised weight, as torchao's, is a subclass that says it is floating-point, and wraps values of another type.
+    """
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return False
+    if parameter.is_nested or hasattr(parameter, "to_local") or not hasattr(parameter, "__tensor_flatten__"):
+        return True
+    parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+    return any(
+        part is not None and part.dtype == parameter.dtype and part.numel() >= parameter.numel() and can_train(part)
+        for part in parts
+    )
 
 
 def frozen_modules(
@@ -90,8 +112,24 @@ def keeps_running_statistics(module: nn.Module) -> bool:
 
     >>> keeps_running_statistics(nn.BatchNorm1d(2)), keeps_running_statistics(nn.LayerNorm(2))
     (True, False)
+
+    A layer of any library or of a user's own counts when one of its buffers is named for a statistic, and when it has
+    no other layer inside but an activation: a whole network with such a buffer (``pixel_mean``) is no normalisation.
     """
-    return any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
+    is_layer = all(parameter.ndim <= 1 for child in module.children() for parameter in child.parameters())
+    return is_layer and any(
+        buffer is not None and buffer.is_floating_point() and is_statistic(name)
+        for name, buffer in module._buffers.items()
+    )
+
+
+def is_statistic(name: str) -> bool:
+    """Say whether a buffer is named as running statistics are.
+
+    >>> [is_statistic(name) for name in ("running_mean", "moving_variance", "num_batches_tracked", "pos_embed")]
+    [True, True, True, False]
+    """
+    return name == "num_batches_tracked" or not _STATISTICS.isdisjoint(name.lower().split("_"))
 
 
 def drop_frozen_gradients(model: nn.Module) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import freezing, verification
+from . import freezing, grad_checkpointing, verification
 from .distributed import active_wrapper, check_unfrozen_since, reshard
 from .eval_caches import clear_caches_on_load
 from .layer_groups import LayerGroup, as_layer_groups, check_layer_groups, find_layer_groups, layer_depths
@@ -210,11 +210,13 @@ class FineTuneModel(nn.Module):
         return width if width and isinstance(width, int) else None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turn gradient checkpointing of the backbone on or off, where the backbone has it.
+        """Turn gradient checkpointing of the backbone on or off, by timm's or transformers' name for it.
 
         >>> FineTuneModel.from_timm("resnet18", num_classes=10).set_grad_checkpointing()
+
+        Raises AttributeError where the backbone has none.
         """
-        self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
+        grad_checkpointing.set_grad_checkpointing(self.backbone, enable)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -225,6 +227,8 @@ class FineTuneModel(nn.Module):
         """
         configuration: dict[str, Any] = self.backbone.pretrained_cfg  # type: ignore[assignment]
         return configuration
+
+    default_cfg = pretrained_cfg  # the older name, which timm's ONNX export and its test-time pooling read
 
     def freeze_backbone(self, *, trainable_groups: int = 0) -> FineTuneModel:
         """Freeze the backbone but for its last `trainable_groups` layer groups, whatever was frozen before.
@@ -347,11 +351,17 @@ class FineTuneModel(nn.Module):
         Buffers count where their module belongs in eval. A DTensor counts by its local shard.
         """
         reshard(self)
-        tensors = verification.frozen_tensors(self, self._frozen_modules())
-        return {name: verification.digest(tensor) for name, tensor in tensors.items()}
+        return verification.fingerprint(verification.frozen_tensors(self, self._frozen_modules()))
 
-    @contextmanager
-    def assert_frozen(self) -> Iterator[None]:
+    def frozen_names(self) -> set[str]:
+        """Name what `frozen_fingerprint` digests.
+
+        >>> sorted(FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone().frozen_names())
+        ['backbone.bias', 'backbone.weight']
+        """
+        return set(verification.frozen_tensors(self, self._frozen_modules()))
+
+    def assert_frozen(self) -> AbstractContextManager[None]:
         """Raise AssertionError, naming what moved, unless all that is frozen on entry is bit-equal on exit.
 
         >>> model = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone()
@@ -361,17 +371,7 @@ class FineTuneModel(nn.Module):
         ...
         AssertionError: assert_frozen: 1 of 2 frozen tensors changed...
         """
-        before = self.frozen_fingerprint()
-        frozen_names = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        yield
-        reshard(self)
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers(remove_duplicate=False))}
-        after = {name: verification.digest(tensors[name]) for name in before if name in tensors}
-        unfrozen = {name for name in frozen_names & tensors.keys() if tensors[name].requires_grad}
-        changed = unfrozen | {name for name, was in before.items() if after.get(name) != was}
-        if changed:
-            causes = verification.describe_changes(changed, after.keys(), frozen_names, unfrozen, self._layer_groups)
-            raise AssertionError(f"assert_frozen: {len(changed)} of {len(before)} frozen tensors changed.\n{causes}")
+        return verification.assert_unchanged(self, self._frozen_modules, self._layer_groups)
 
     def _frozen_modules(self) -> list[nn.Module]:
         return list(freezing.frozen_modules(self, self.backbone, self._layer_groups, norm_eval=self.norm_eval))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
-from typing import cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from .distributed import reshard
+from .freezing import is_statistic
 from .layer_groups import LayerGroup
 
 
@@ -30,59 +33,166 @@ def frozen_tensors(model: nn.Module, frozen: Iterable[nn.Module]) -> dict[str, t
     return tensors
 
 
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Digest tensors by name.
+
+    >>> list(fingerprint({"weight": torch.zeros(2)}))
+    ['weight']
+    """
+    return {name: digest(tensor) for name, tensor in tensors.items()}
+
+
 def digest(tensor: torch.Tensor) -> str:
     """Digest the exact bits, dtype and shape of a tensor; of a DTensor, those of the local shard.
 
     >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(-torch.zeros(2))
     (True, False)
+
+    A tensor that is made of others (sparse, nested, quantised) counts by these. One without values, on the meta device
+    or of a lazy module, counts by what is known of it.
     """
-    to_local = getattr(tensor, "to_local", None)
-    local = cast(torch.Tensor, to_local()) if to_local is not None else tensor
-    hashed = hashlib.sha256(f"{local.dtype} {tuple(local.shape)} ".encode())
-    for part in (local,) if local.layout == torch.strided else _parts_of_sparse(local):
+    hashed = hashlib.sha256()
+    for part in plain_parts(tensor):
+        if is_lazy(part):
+            hashed.update(b"lazy")
+            continue
+        hashed.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+        if part.is_meta:
+            hashed.update(b"meta")
+            continue
         # One tensor at a time leaves the device, and on the CPU its own memory is read: no second copy of the model.
         bits = part.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         hashed.update(bits.data)
     return hashed.hexdigest()
 
 
-def _parts_of_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    in_coordinates = tensor.detach() if tensor.layout == torch.sparse_coo else tensor.detach().to_sparse()
-    return in_coordinates._indices(), in_coordinates._values()
+def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the strided tensors that hold the values of a tensor, itself where it is one.
+
+    >>> [part.tolist() for part in plain_parts(torch.eye(2).to_sparse())]
+    [[[0, 1], [0, 1]], [1.0, 1.0]]
+
+    Of a DTensor that is the local shard. Other subclasses that wrap tensors, as torchao's, name them by
+    `__tensor_flatten__`.
+    """
+    parts: Iterable[torch.Tensor]
+    if hasattr(tensor, "to_local"):
+        parts = (tensor.to_local(),)
+    elif hasattr(tensor, "__tensor_flatten__"):
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        parts = (part for part in inner if part is not None)
+    elif tensor.is_nested:
+        parts = tensor.detach().unbind()
+    elif tensor.is_mkldnn:
+        parts = (tensor.detach().to_dense(),)
+    elif tensor.layout != torch.strided:
+        in_coordinates = tensor.detach() if tensor.layout == torch.sparse_coo else tensor.detach().to_sparse()
+        parts = (in_coordinates._indices(), in_coordinates._values())
+    else:
+        yield tensor
+        return
+    for part in parts:
+        yield from plain_parts(part)
+
+
+@contextmanager
+def assert_unchanged(
+    model: nn.Module, frozen_modules: Callable[[], Iterable[nn.Module]], layer_groups: Sequence[LayerGroup]
+) -> Iterator[None]:
+    """Raise AssertionError unless all that is frozen on entry is bit-equal on exit, naming what moved and why.
+
+    >>> layer = nn.Linear(2, 2).requires_grad_(False)
+    >>> with assert_unchanged(layer, lambda: [layer], ()):
+    ...     _ = layer(torch.ones(1, 2))
+    """
+    reshard(model)
+    before = fingerprint(frozen_tensors(model, frozen_modules()))
+    frozen_names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    yield
+    reshard(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=False))}
+    after = fingerprint({name: tensors[name] for name in before if name in tensors})
+    unfrozen = {name for name in frozen_names & tensors.keys() if tensors[name].requires_grad}
+    changed = unfrozen | {name for name, was in before.items() if after.get(name) != was}
+    if changed:
+        causes = describe_changes(model, changed, frozen_names, unfrozen, layer_groups)
+        raise AssertionError(f"assert_frozen: {len(changed)} of {len(before)} frozen tensors changed.\n{causes}")
 
 
 def describe_changes(
+    model: nn.Module,
     changed: Iterable[str],
-    present: Collection[str],
     parameters: Collection[str],
     unfrozen: Collection[str],
     layer_groups: Sequence[LayerGroup],
 ) -> str:
     """List by layer group what moved, each with its likely cause.
 
-    >>> print(describe_changes(["backbone.0.w"], ["backbone.0.w"], ["backbone.0.w"], [], [LayerGroup("0", ("0.w",))]))
-    0: backbone.0.w: written to, by an optimizer that held a gradient of it, or by a load
+    >>> model = nn.ModuleDict({"backbone": nn.Linear(2, 2)})
+    >>> print(describe_changes(model, ["backbone.bias"], ["backbone.bias"], [], [LayerGroup("0", ("bias",))]))
+    0: backbone.bias: written to, by an optimizer that held a gradient of it, or by a load
     """
+    sharing = dict(shared_memory(model.named_parameters()))
+    present = {name for name, _ in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False))}
     by_cause: dict[tuple[str, str], list[str]] = {}
     for name in sorted(changed):
+        path, _, attribute = name.rpartition(".")
         if name in unfrozen:
             cause = "unfrozen inside"
         elif name not in present:
             cause = "no longer in the model, since a module was replaced"
-        elif name.rpartition(".")[2].startswith(("running_", "num_batches_tracked")):
+        elif name in sharing:
+            cause = f"it shares memory with {sharing[name]}, which trains; tie them as one parameter, or copy one"
+        elif name in parameters and getattr(model.get_submodule(path), "max_norm", None) is not None:
+            cause = "scaled down in the forward by the max_norm of its embedding; set max_norm to None"
+        elif name in parameters:
+            cause = "written to, by an optimizer that held a gradient of it, or by a load"
+        elif is_statistic(attribute):
             cause = (
                 "a running statistic, moved by a forward with its module in train mode (call the model's own train()), "
                 "or by a load"
             )
-        elif name not in parameters:
-            cause = "a buffer, written by a load or a forward (some fill a table in their first forward)"
         else:
-            cause = "written to, by an optimizer that held a gradient of it, or by a load"
+            cause = "a buffer, written by a load or a forward (some fill a table in their first forward)"
         by_cause.setdefault((_group_of(name, layer_groups), cause), []).append(name)
     return "\n".join(
         f"{group}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {cause}"
         for (group, cause), names in by_cause.items()
     )
+
+
+def shared_memory(parameters: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, str]]:
+    """Pair each frozen parameter whose memory a trainable one shares with that one.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> transposed = nn.Parameter(layer.weight.detach().t(), requires_grad=False)
+    >>> shared_memory([("weight", layer.weight), ("transposed", transposed)])
+    [('transposed', 'weight')]
+    """
+    by_storage: dict[int, list[tuple[str, bool, torch.Tensor]]] = {}
+    for name, parameter in parameters:
+        for part in plain_parts(parameter):
+            if not is_lazy(part) and not part.is_meta and part.numel():
+                in_storage = by_storage.setdefault(part.untyped_storage().data_ptr(), [])
+                in_storage.append((name, parameter.requires_grad, part))
+    pairs: dict[str, str] = {}
+    for in_storage in by_storage.values():
+        for name, trains, part in in_storage:
+            if not trains:
+                others = (other for other, other_trains, its in in_storage if other_trains and _overlap(part, its))
+                if (first := next(others, None)) is not None:
+                    pairs.setdefault(name, first)
+    return list(pairs.items())
+
+
+def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors of one storage surely overlap: two that interleave, as columns of one matrix, do not."""
+    starts = [part.storage_offset() * part.element_size() for part in (first, second)]
+    if starts[0] == starts[1]:
+        return True
+    are_dense = all(torch.ops.aten.is_non_overlapping_and_dense(part) for part in (first, second))
+    ends = [start + part.nbytes for start, part in zip(starts, (first, second), strict=True)]
+    return bool(are_dense and max(starts) < min(ends))
 
 
 def _group_of(name: str, layer_groups: Sequence[LayerGroup]) -> str:

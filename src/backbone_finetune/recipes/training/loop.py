@@ -167,7 +167,7 @@ def in_phase(
     """
     accelerator = loop.accelerator
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
-    changed.update(model.state_dict().keys() - model.frozen_fingerprint().keys())
+    changed.update(model.state_dict().keys() - model.frozen_names())
     with model.assert_frozen():
         on_features = not trains(model.backbone) and repeats(train) and repeats(test)
         if on_features:
@@ -322,7 +322,7 @@ def average_statistics(stage: Stage, accelerator: Accelerator) -> None:
     """Average over the processes what each gathered of its own pictures: running means and variances that train."""
     if accelerator.num_processes == 1:
         return
-    frozen = stage.model.frozen_fingerprint().keys()
+    frozen = stage.model.frozen_names()
     for name, buffer in stage.model.named_buffers():
         if name not in frozen and buffer.is_floating_point():
             buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
