@@ -19,10 +19,11 @@ from backbone_finetune.recipes.checking import DivergedError
 from backbone_finetune.recipes.commands import setup as task_module
 from backbone_finetune.recipes.commands import train as run_module
 from backbone_finetune.recipes.commands.predict import predict
-from backbone_finetune.recipes.commands.run_folder import MODEL_FILE, make_output_folder, replacing
+from backbone_finetune.recipes.commands.run_folder import MODEL_FILE, make_output_folder
 from backbone_finetune.recipes.commands.timing import BackwardTimes
 from backbone_finetune.recipes.commands.train import TrainSettings, train
 from backbone_finetune.recipes.data.images import find_pictures, split
+from backbone_finetune.recipes.files import replacing
 from backbone_finetune.recipes.models.file import load_trained_model
 from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel, cli
-from backbone_finetune.recipes.commands import run_folder as output
+from backbone_finetune.recipes import files
 from backbone_finetune.recipes.commands import train as run_module
 from backbone_finetune.recipes.commands.timing import BackwardTimes
 from backbone_finetune.recipes.features.extract import FeatureCache
@@ -119,7 +119,7 @@ def die_after(events: int) -> None:
         return call
 
     training.train_step = counted(training.train_step)
-    output.sync = counted(output.sync)
+    files.sync_file = counted(files.sync_file)
     os.replace = counted(os.replace)
 
 

@@ -19,7 +19,7 @@ from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.data.images import list_pictures
 from .recipes.models.file import load_trained_model
-from .recipes.models.metadata import printable
+from .recipes.text import printable
 from .recipes.training.phases import Phase, read_phases
 
 __all__ = ["main"]

@@ -7,9 +7,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.images import find_pictures
+from ..files import replacing
 from ..models.file import TrainedModel
 from .predict import predict
-from .run_folder import make_output_folder, replacing
+from .run_folder import make_output_folder
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "write_evaluation"]
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.images import read_picture
+from ..files import replacing
 from ..models.file import TrainedModel, build_transform
-from .run_folder import replacing
 
 __all__ = ["Prediction", "predict", "writing_csv", "writing_json"]
 

@@ -4,12 +4,11 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from ..features.cache import digest_file, sync_folder
+from ..files import digest_file, replacing
 from .folder_lock import LOCK_FILE, holding
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "find_others",
     "make_output_folder",
     "remove_leftover",
-    "replacing",
 ]
 
 # Written last: where it is, the training is finished.
@@ -168,43 +166,6 @@ def make_output_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise type(error)(f"{folder} can't be written to ({error}); pass another folder with --output") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; when the block ends without an error, the file takes the place of ``path``.
-
-    A reader sees the old file or the new one, whole, whenever it looks. A link stays, and what it leads to is replaced;
-    a pipe or a terminal can't be replaced, and is written to.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     with replacing(Path(folder, "metrics.json")) as temporary:
-    ...         _ = temporary.write_text("{}")
-    ...     [path.name for path in Path(folder).iterdir()]
-    ['metrics.json']
-    """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        yield path
-        return
-    path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Have a file on the disk and not only on its way there."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> bool:

@@ -17,10 +17,11 @@ from ..checking import DivergedError
 from ..data.fingerprint import data_fingerprint
 from ..data.images import PictureDataset
 from ..features.extract import FeatureCache
+from ..files import replacing
 from ..models.file import TrainedModel, save_trained_changes, save_trained_model
-from ..models.metadata import printable
 from ..models.versions import installed_versions
 from ..rng import own_randomness, seed_everything
+from ..text import printable
 from ..training.checkpoints import EpochResult
 from ..training.loop import Loop, fine_tune
 from ..training.processes import find_device, make_accelerator, run_on_main
@@ -37,7 +38,6 @@ from .run_folder import (
     clear,
     find_others,
     make_output_folder,
-    replacing,
 )
 from .run_record import compare_runs, record_run
 from .setup import CLIPART, Task, TrainSettings, make_task

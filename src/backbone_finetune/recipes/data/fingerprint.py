@@ -15,8 +15,8 @@ from torchvision import transforms  # it comes with timm
 from backbone_finetune import __version__
 from backbone_finetune.eval_caches import clear_caches
 
-from ..features.cache import digest_file
 from ..features.object_description import Describer, UndescribableError
+from ..files import digest_file
 from .images import PictureDataset
 
 __all__ = ["backbone_fingerprint", "data_fingerprint", "is_deterministic"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..models.metadata import has_control_characters
+from ..text import has_control_characters
 
 __all__ = [
     "PictureDataset",

@@ -15,6 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..files import digest_file, sync_folder
+
 __all__ = [
     "UnusableStoreError",
     "build_store",
@@ -27,7 +29,6 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 FORMAT = "backbone-finetune features 1"
-READ_SIZE = 1 << 22
 
 
 class UnusableStoreError(ValueError):
@@ -217,22 +218,6 @@ def digest_content(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """Digest a file, little by little, however large it is.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     _ = Path(folder, "empty").write_bytes(b"")
-    ...     digest_file(Path(folder, "empty"))[:8]
-    'e3b0c442'
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while octets := file.read(READ_SIZE):
-            digest.update(octets)
-    return digest.hexdigest()
-
-
 def refuse_other_files(folder: Path) -> None:
     """See that a folder, if there is one, holds nothing but a store, which may be replaced.
 
@@ -304,13 +289,3 @@ def remove_leftovers(folder: Path) -> None:
                 continue
             if int(process) == os.getpid() or not psutil.pid_exists(int(process)):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a power cut, where the system can open a folder."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,7 +1,6 @@
 """What a model file says about its model, as text and back; nothing of a file is believed before it is checked."""
 
 import json
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -9,6 +8,8 @@ from typing import Any, TypeVar
 import timm
 
 from backbone_finetune.validation import check_architecture
+
+from ..text import has_control_characters
 
 __all__ = ["ModelDescription", "parse_metadata", "write_metadata"]
 
@@ -146,24 +147,6 @@ def is_file_name(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def has_control_characters(text: str) -> bool:
-    r"""Say whether a text has characters that move a terminal's cursor, colour it or end a line.
-
-    >>> has_control_characters("chat noir"), has_control_characters("cat\x1b[2J")
-    (False, True)
-    """
-    return any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in text)
-
-
-def printable(text: str) -> str:
-    r"""Give a text with a sign in place of each character that a terminal would act on.
-
-    >>> printable("cat\x1b[2J.jpg")
-    'cat�[2J.jpg'
-    """
-    return "".join("\N{REPLACEMENT CHARACTER}" if has_control_characters(c) else c for c in text)
 
 
 def parse_data_config(text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backbone_finetune.verification import digest
 
-from ..commands.run_folder import replacing
+from ..files import replacing
 
 __all__ = ["Checkpoint", "EpochResult", "Progress", "newest_checkpoint", "write_checkpoint"]
 

@@ -1,0 +1,68 @@
+"""Files: written as a whole or not at all, synced to disk, and their digests."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["digest_file", "replacing", "sync_file", "sync_folder"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; when the block ends without an error, the file replaces ``path``.
+
+    A reader always sees a complete file, the old one or the new one. A symbolic link is followed: its target is
+    replaced. A pipe or a terminal cannot be replaced and is written to directly.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     with replacing(Path(folder, "metrics.json")) as temporary:
+    ...         _ = temporary.write_text("{}")
+    ...     [path.name for path in Path(folder).iterdir()]
+    ['metrics.json']
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        sync_file(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk, on systems that can open a folder."""
+    if os.name == "posix":
+        sync_file(folder)
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal; the file is read in blocks.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "empty").write_bytes(b"")
+    ...     digest_file(Path(folder, "empty"))[:8]
+    'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,44 @@
+"""Text for people: safe to print in a terminal, and short."""
+
+import unicodedata
+from collections.abc import Sequence
+
+__all__ = ["has_control_characters", "join_some", "one_line", "printable"]
+
+
+def has_control_characters(text: str) -> bool:
+    r"""Tell whether a text has characters that move a terminal's cursor, colour it or end a line.
+
+    >>> has_control_characters("chat noir"), has_control_characters("cat\x1b[2J")
+    (False, True)
+    """
+    return any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in text)
+
+
+def printable(text: str) -> str:
+    r"""Replace each control character of a text.
+
+    >>> printable("cat\x1b[2J.jpg")
+    'cat�[2J.jpg'
+    """
+    return "".join("\N{REPLACEMENT CHARACTER}" if has_control_characters(c) else c for c in text)
+
+
+def one_line(value: object, *, most: int = 80) -> str:
+    r"""Write a value on one line, cut after ``most`` characters.
+
+    >>> one_line("two\n lines"), one_line([1, 2]), one_line("0123456789", most=5)
+    ('two lines', '[1, 2]', '01234...')
+    """
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def join_some(parts: Sequence[str], *, most: int = 3, separator: str = ", ") -> str:
+    """Join the first parts and count the rest.
+
+    >>> join_some(["a", "b"]), join_some(["a", "b", "c", "d"])
+    ('a, b', 'a, b, c and 1 more')
+    """
+    more = f" and {len(parts) - most} more" if len(parts) > most else ""
+    return separator.join(parts[:most]) + more
