@@ -8,10 +8,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from PIL import Image, ImageChops, ImageStat
+from project import rebuild_clipart as rebuild
 
 CLASSES = {
     "bird",
@@ -34,17 +34,7 @@ def _find_clipart() -> Path:
     return Path(specification.submodule_search_locations[0], "recipes", "data", "clipart")
 
 
-def _load_rebuild() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("clipart_rebuild", CLIPART / "rebuild.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 CLIPART = _find_clipart()
-rebuild = _load_rebuild()
 
 
 def _read_rows() -> list[dict[str, str]]:
@@ -131,7 +121,7 @@ def test_the_readme_gives_the_real_counts() -> None:
     assert f"# Clip art: {counts.total()} small pictures in ten classes" in readme
 
 
-# rebuild.py, on a source tree of the test's own
+# rebuild_clipart.py, on a source tree of the test's own
 
 
 @pytest.fixture
@@ -273,27 +263,31 @@ def test_an_output_with_other_files_is_left_alone(
     assert path.read_text() == "mine"
 
 
-def test_the_script_reads_the_manifest_beside_it(
+def test_the_script_reads_the_manifest_of_the_package(
     tmp_path: Path, source: Path, write_manifest: Callable[..., Path]
 ) -> None:
-    write_manifest(BAR)
-    script = shutil.copy(CLIPART / "rebuild.py", tmp_path)
+    clipart = tmp_path / rebuild.CLIPART.relative_to(Path(rebuild.__file__).parents[2])
+    clipart.mkdir(parents=True)
+    write_manifest(BAR).rename(clipart / "manifest.csv")
+    script = tmp_path / "benchmarks" / "project" / "rebuild_clipart.py"
+    script.parent.mkdir(parents=True)
+    shutil.copy(rebuild.__file__, script)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "error", script, *arguments]
+        command = [sys.executable, "-W", "error", str(script), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=source)
 
     finished = run("--source", str(source))
     assert (finished.returncode, finished.stderr) == (0, "")
-    assert finished.stdout == f"wrote 1 pictures to {tmp_path / 'pictures'}\n"
-    assert (tmp_path / "pictures" / "mammal" / "mammal_001.jpg").is_file()
+    assert finished.stdout == f"wrote 1 pictures to {clipart / 'pictures'}\n"
+    assert (clipart / "pictures" / "mammal" / "mammal_001.jpg").is_file()
 
     assert run("--source", str(source), "--output", str(tmp_path / "other")).returncode == 0
     assert (tmp_path / "other" / "mammal" / "mammal_001.jpg").is_file()
 
     failed = run("--source", str(tmp_path / "nowhere"))
     assert failed.returncode == 1
-    assert failed.stderr.startswith(f"rebuild.py: {tmp_path / 'nowhere' / 'animals' / 'bar.png'}: not there")
+    assert failed.stderr.startswith(f"rebuild_clipart.py: {tmp_path / 'nowhere' / 'animals' / 'bar.png'}: not there")
     assert "Traceback" not in failed.stderr
 
 

@@ -1,6 +1,6 @@
-"""Rebuild ``pictures/`` from ``manifest.csv`` and the Debian package ``openclipart-png``; needs Pillow only.
+"""Rebuild the packaged clipart from its ``manifest.csv`` and the Debian package ``openclipart-png``; needs Pillow only.
 
-Run it as ``python rebuild.py [--source DIR] [--output DIR]``; nothing in the package imports it.
+Run it as ``python benchmarks/project/rebuild_clipart.py [--source DIR] [--output DIR]``.
 """
 
 import argparse
@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageChops
 
-MANIFEST = Path(__file__).resolve().with_name("manifest.csv")
+CLIPART = Path(__file__).resolve().parents[2] / "src" / "backbone_finetune" / "recipes" / "data" / "clipart"
+MANIFEST = CLIPART / "manifest.csv"
 OUTPUT = MANIFEST.with_name("pictures")
 SOURCE = Path("/usr/share/openclipart/png")
 SIDE = 64
@@ -107,12 +108,12 @@ def main() -> None:
     """Read the command line and rebuild."""
     parser = argparse.ArgumentParser(description="Rebuild the clip-art pictures from the Debian package.")
     parser.add_argument("--source", type=Path, default=SOURCE, help="the package's png folder (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write (default: pictures beside this)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         count = rebuild(MANIFEST, arguments.source, arguments.output)
     except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"rebuild.py: {error}")
+        sys.exit(f"rebuild_clipart.py: {error}")
     print(f"wrote {count} pictures to {arguments.output}")
 
 
