@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,6 +141,41 @@ def test_a_model_within_a_larger_wrapped_module(group_of_one: None) -> None:
     model.freeze_backbone(trainable_groups=1)
     with pytest.raises(RuntimeError, match=r": model\.backbone\.layer4"):
         wrapped(PICTURES)
+
+
+class CallsTheParts(nn.Module):
+    """A user's module that calls backbone and classifier itself, and never the model."""
+
+    def __init__(self, model: FineTuneModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.model.classifier(self.model.backbone(pictures))
+
+
+def test_a_module_that_calls_the_parts_itself(group_of_one: None) -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=5).freeze_backbone()
+    wrapped = DistributedDataParallel(CallsTheParts(model))
+    for _ in range(2):
+        wrapped.train()
+        wrapped(PICTURES).sum().backward()
+    model.freeze_backbone(trainable_groups=1)
+    with pytest.raises(RuntimeError, match=r": model\.backbone\.layer4\..*Wrap again"):
+        wrapped(PICTURES)
+    model.freeze_backbone()
+    model.classifier.requires_grad_(False)
+    wrapped = DistributedDataParallel(CallsTheParts(model.unfreeze_backbone()))
+    model.classifier.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r": model\.classifier\.weight"):
+        wrapped(PICTURES)
+    assert len(model.backbone._forward_pre_hooks) == 1
+    copy.deepcopy(model)(PICTURES)
+
+
+def test_one_process_hangs_nothing_on_the_parts() -> None:
+    model = frozen_model().train()
+    assert not model.backbone._forward_pre_hooks
 
 
 def test_what_the_user_told_the_wrapper_to_ignore_is_left_to_the_user(group_of_one: None) -> None:

@@ -374,3 +374,91 @@ def test_a_load_leaves_modes_and_gradients_as_they_were() -> None:
     model.load_state_dict(model.state_dict())
     assert modes == [module.training for module in model.modules()]
     assert model.backbone[0].linear.weight.grad is gradient
+
+
+class Encoder(nn.Module):
+    """A transformer on padded sequences, averaged over what is not padding: (B, T, 8), (B, T) -> (B, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3)
+
+    def forward(self, sequences: Tensor, padding: Tensor) -> Tensor:
+        encoded = self.encoder(sequences, src_key_padding_mask=padding)
+        return encoded.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("frozen_layers", [0, 1, 2, 3])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_frozen_layers_of_a_transformer_take_a_padding_mask(frozen_layers: int) -> None:
+    """torch hands nested tensors from frozen layers in eval to those that train, which refuse them."""
+    model = FineTuneModel(Encoder(), nn.Linear(8, 2))
+    sequences, padding = torch.randn(4, 5, 8), torch.arange(5) >= torch.tensor([[5], [3], [1], [4]])
+    expected = model.unfreeze_backbone()(sequences, padding=padding)
+    expected.sum().backward()
+    layers = model.backbone.encoder.layers
+    gradients = [layer.linear1.weight.grad.clone() for layer in layers]
+    layers[:frozen_layers].requires_grad_(False)
+    for mode in (True, False):
+        model.zero_grad()
+        outputs = model.train(mode)(sequences, padding=padding)
+        torch.testing.assert_close(outputs, expected)
+        outputs.sum().backward()
+        for position, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
+            if position < frozen_layers:
+                assert layer.linear1.weight.grad is None
+            else:
+                torch.testing.assert_close(layer.linear1.weight.grad, gradient)
+        with torch.no_grad():
+            torch.testing.assert_close(model(sequences, padding=padding), expected)
+    assert model.backbone.encoder.use_nested_tensor == (frozen_layers in {0, 3})
+    model.unfreeze_backbone()
+    assert model.backbone.encoder.use_nested_tensor
+
+
+def test_a_transformer_without_nested_tensors_stays_so() -> None:
+    backbone = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2, enable_nested_tensor=False)
+    model = FineTuneModel(backbone, nn.Linear(8, 2))
+    backbone.layers[0].requires_grad_(False)
+    model.train().unfreeze_backbone()
+    assert not backbone.use_nested_tensor
+
+
+class HomeMadeDropout(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.dropout(inputs, 0.5, self.training)
+
+
+SHARED = {"torch's": nn.Dropout, "timm's": lambda: timm.layers.DropPath(0.1), "home-made": HomeMadeDropout}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_one_dropout_in_a_frozen_and_a_trainable_place_is_said(kind: str) -> None:
+    dropout = SHARED[kind]()
+    backbone = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), dropout) for _ in range(3)))
+    model = FineTuneModel(backbone, nn.Linear(8, 2))
+    named = rf"one {type(dropout).__name__} object stands in backbone\.0\.1, which is frozen, and in backbone\.2\.1,"
+    with pytest.warns(UserWarning, match=named):
+        model.freeze_backbone(trainable_groups=1)
+    model.freeze_backbone().unfreeze_backbone()  # it is the same in all its places
+
+
+def test_what_is_shared_and_the_same_in_both_modes_is_not_said() -> None:
+    shared = nn.ModuleList([nn.ReLU(), nn.Dropout(0.0), timm.layers.DropPath(0.0)])
+    backbone = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), *shared) for _ in range(3)))
+    FineTuneModel(backbone, nn.Linear(8, 2)).freeze_backbone(trainable_groups=1)
+
+
+def test_memory_that_is_shared_across_the_frontier_is_refused() -> None:
+    model = FineTuneModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8))
+    model.backbone[0].weight.data = model.backbone[1].weight.data.t()
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    named = r"backbone\.0\.weight would be frozen, and shares memory with backbone\.1\.weight, which trains; tie them"
+    with pytest.raises(ValueError, match=named):
+        model.freeze_backbone(trainable_groups=1)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    model.freeze_backbone()
+    model.classifier.weight.data = model.backbone[1].weight.data
+    with pytest.raises(ValueError, match=r"and shares memory with classifier\.weight"):
+        model.freeze_backbone()

@@ -6,6 +6,7 @@ import sys
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +22,24 @@ def active_wrapper() -> DistributedDataParallel | None:
     """
     # A private attribute, but the compiler reads it for the same end; a test fails if torch drops it.
     return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def check_calls_of(*parts: nn.Module) -> None:
+    """Where there are several processes, let each part look for itself at what was unfrozen when it is called.
+
+    >>> check_calls_of(nn.Linear(2, 2))
+
+    A module around the model may call ``model.backbone`` and ``model.classifier`` and never the model.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for part in parts:
+            if _check_before_forward not in part._forward_pre_hooks.values():
+                part.register_forward_pre_hook(_check_before_forward)
+
+
+def _check_before_forward(module: nn.Module, inputs: object) -> None:
+    if (wrapper := active_wrapper()) is not None and torch.is_grad_enabled():
+        check_unfrozen_since(wrapper)
 
 
 @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import freezing, grad_checkpointing, verification
-from .distributed import active_wrapper, check_unfrozen_since, reshard
+from .distributed import active_wrapper, check_calls_of, check_unfrozen_since, reshard
 from .eval_caches import clear_caches_on_load
 from .layer_groups import LayerGroup, as_layer_groups, check_layer_groups, find_layer_groups, layer_depths
 from .param_groups import build_param_groups
@@ -66,6 +66,7 @@ class FineTuneModel(nn.Module):
         self._proof: CutProof | None = None
         self._unused_parameters: frozenset[str] = frozenset()
         self._own_classes: int | None = None
+        self._padded_encoders: list[nn.TransformerEncoder] = []
         clear_caches_on_load(self)
 
     @classmethod
@@ -237,10 +238,14 @@ class FineTuneModel(nn.Module):
         >>> model.backbone.layer4.training, model.backbone.layer3.training
         (True, False)
 
-        It takes effect at once on `requires_grad`, modes and gradients. Raises ValueError for a count out of range.
+        It takes effect at once on `requires_grad`, modes and gradients. Raises ValueError for a count out of range, and
+        where a frozen parameter shares its memory with one that trains.
         """
         reshard(self)
-        freezing.set_trainable_groups(self.backbone, self._layer_groups, trainable_groups, self._unused_parameters)
+        with freezing.restored_on_error(self):
+            freezing.set_trainable_groups(self.backbone, self._layer_groups, trainable_groups, self._unused_parameters)
+            freezing.check_shares_no_memory(self)
+        freezing.warn_of_shared_modes(self, self._frozen_modules())
         return self.train(self.training)
 
     def unfreeze_backbone(self) -> FineTuneModel:
@@ -265,6 +270,8 @@ class FineTuneModel(nn.Module):
         for module in self._frozen_modules():
             module.train(False)
         freezing.drop_frozen_gradients(self)
+        self._padded_encoders = freezing.padded_encoders(self, self._padded_encoders)
+        check_calls_of(self.backbone, self.classifier)
         return self
 
     def param_groups(
