@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from backbone_finetune.recipes.models import packaged
-from backbone_finetune.recipes.models.weights import load_checkpoint_network, load_network, load_pretrained_network
+from backbone_finetune.recipes.models import weights as weights_module
+from backbone_finetune.recipes.models.weights import load_checkpoint_network, load_network, load_packaged_network
 
 
 def write_weights(path: Path, architecture: str = "test_resnet", **arguments: Any) -> dict[str, Tensor]:
@@ -25,15 +25,20 @@ def write_weights(path: Path, architecture: str = "test_resnet", **arguments: An
     return tensors
 
 
+PACKAGED = Path(importlib.import_module(weights_module.PACKAGE).__file__ or "").parent
+
+
 def install_package(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
     """Let the weights' package be found in a folder, or not at all."""
-    specification = None if folder is None else ModuleSpec(packaged.PACKAGE, None, origin=str(folder / "__init__.py"))
+    specification = (
+        None if folder is None else ModuleSpec(weights_module.PACKAGE, None, origin=str(folder / "__init__.py"))
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: specification)
 
 
 def test_the_packaged_weights_fill_every_tensor() -> None:
     architecture, weights, network = load_network(None)
-    source = list(torch.load(packaged.find_weights_file(), weights_only=True).values())
+    source = list(torch.load(PACKAGED / weights_module.PACKAGED_FILE, weights_only=True).values())
     assert (architecture, weights) == ("tf_efficientnet_lite0", "ImageNet weights from a package")
     assert len(source) == len(network.state_dict()) == 296
     for expected, tensor in zip(source, network.state_dict().values(), strict=True):
@@ -47,11 +52,11 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 
 
 def test_other_packaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = tmp_path / packaged.FILE
+    path = tmp_path / weights_module.PACKAGED_FILE
     path.parent.mkdir()
-    shutil.copy(packaged.find_weights_file(), path)
+    shutil.copy(PACKAGED / weights_module.PACKAGED_FILE, path)
     install_package(monkeypatch, tmp_path)
-    assert packaged.find_weights_file() == path
+    assert load_packaged_network().num_classes == 1000
     with path.open("r+b") as file:
         file.seek(1000)
         file.write(b"\xff")
@@ -64,17 +69,17 @@ def test_other_packaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp
         load_network(None)
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ({}, r"0 tensors cannot be paired with 1"),
-        ({"fc.weight": torch.zeros(3, 2)}, r"fc\.weight \(3, 2\) does not pair with classifier\.weight \(2, 3\)"),
-        ({"fc.running_mean": torch.zeros(2, 3)}, r"fc\.running_mean \(2, 3\) does not pair with classifier\.weight"),
-    ],
-)
-def test_tensors_that_do_not_correspond_are_not_paired(source: dict[str, Tensor], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        packaged.pair_tensors(source, {"classifier.weight": torch.zeros(2, 3)})
+def test_packaged_weights_are_paired_with_the_same_network_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = torch.load(PACKAGED / weights_module.PACKAGED_FILE, weights_only=True)
+    name, *_ = source
+    for changed, message in (
+        ({other: tensor for other, tensor in source.items() if other != name}, "295 tensors cannot be paired with 296"),
+        ({**source, name: torch.zeros(3, 2)}, r"\(3, 2\) does not pair with conv_stem\.weight"),
+        ({f"{other}_": tensor for other, tensor in source.items()}, r"weight_ .* does not pair with conv_stem\.weight"),
+    ):
+        monkeypatch.setattr(torch, "load", lambda *_, changed=changed, **__: changed)
+        with pytest.raises(ValueError, match=message):
+            load_packaged_network()
 
 
 @pytest.mark.parametrize("num_classes", [1000, 7, 0])
@@ -173,7 +178,7 @@ def test_an_unknown_architecture_is_refused_with_the_nearest(tmp_path: Path, arc
 
 def test_an_architecture_without_pretrained_weights_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^cs3darknet_s: timm has no pretrained weights for it; choose another"):
-        load_pretrained_network("cs3darknet_s")
+        load_network("cs3darknet_s", pretrained=True)
 
 
 def test_weights_that_cannot_be_fetched_say_what_else_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +186,7 @@ def test_weights_that_cannot_be_fetched_say_what_else_to_do(monkeypatch: pytest.
         raise OSError("no connection")
 
     monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(OSError, match=r"could not be fetched \(no connection\); .* pass --checkpoint FILE"):
+    with pytest.raises(OSError, match=r"could not be downloaded \(no connection\); .* pass --checkpoint FILE"):
         load_network("resnet18", pretrained=True)
 
 

@@ -22,7 +22,7 @@ from backbone_finetune.recipes import Loop, Phase, extract_features, fine_tune, 
 from backbone_finetune.recipes.commands.train import CLIPART
 from backbone_finetune.recipes.data.images import PictureDataset, PictureFolder, find_pictures, split
 from backbone_finetune.recipes.models.file import build_transform
-from backbone_finetune.recipes.models.packaged import load_packaged_network
+from backbone_finetune.recipes.models.weights import load_packaged_network
 from caching.heads import LEARNING_RATES, WEIGHT_DECAYS
 from caching.training import train_plainly
 

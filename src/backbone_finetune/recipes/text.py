@@ -3,7 +3,9 @@
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["has_control_characters", "join_some", "one_line", "printable"]
+from pydantic import ValidationError
+
+__all__ = ["describe_fault", "has_control_characters", "join_some", "one_line", "printable"]
 
 
 def has_control_characters(text: str) -> bool:
@@ -42,3 +44,21 @@ def join_some(parts: Sequence[str], *, most: int = 3, separator: str = ", ") -> 
     """
     more = f" and {len(parts) - most} more" if len(parts) > most else ""
     return separator.join(parts[:most]) + more
+
+
+def describe_fault(error: ValidationError) -> str:
+    """Write the first fault that pydantic found as one sentence: where it is, what came, and what is allowed.
+
+    >>> from typing import Annotated
+    >>> from pydantic import Field, TypeAdapter
+    >>> try:
+    ...     TypeAdapter(dict[str, Annotated[int, Field(ge=1)]]).validate_python({"epochs": 0})
+    ... except ValidationError as error:
+    ...     describe_fault(error)
+    'epochs = 0: input should be greater than or equal to 1'
+    """
+    fault = error.errors(include_url=False)[0]
+    place = " ".join(part if isinstance(part, str) else str(part + 1) for part in fault["loc"])
+    came = "" if fault["type"] == "missing" else f" = {one_line(repr(fault['input']))}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{place}{came}: {message[:1].lower()}{message[1:]}"

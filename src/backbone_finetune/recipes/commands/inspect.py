@@ -14,6 +14,7 @@ from backbone_finetune.checkpoint import peek_checkpoint
 from backbone_finetune.validation import check_architecture
 
 from ..models.file import build_model, check_layouts, describe_file, freeze_as
+from ..text import one_line
 
 __all__ = ["count_operations", "inspect", "inspect_file"]
 
@@ -64,15 +65,15 @@ def inspect_file(path: Path) -> str:
     layouts, metadata = peek_checkpoint(path)
     description = describe_file(path, metadata)
     try:
-        check_layouts(description, layouts, is_complete="base" not in metadata)
+        check_layouts(description, layouts)
         with torch.device("meta"):
             model = build_model(description)
         freeze_as(model, description)
         table = tabulate(
-            model, description.architecture, description.data_config["input_size"], say_states(model), "state"
+            model, description.architecture, description.data_config.input_size, say_states(model), "state"
         )
     except ValueError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {one_line(error, most=1000)}") from error
     names = description.class_names
     return "\n".join(
         [

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.fingerprint import backbone_fingerprint
 from ..features.backbone_pass import autocast_dtype
-from ..models.versions import installed_versions
+from ..models.metadata import installed_versions
 from ..training.loop import Loop
 from ..training.phases import parse_phase
 from .run_folder import find_differences

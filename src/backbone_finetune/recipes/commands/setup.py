@@ -12,7 +12,7 @@ from backbone_finetune.splitting.copies import meta_copy
 
 from ..checking import expect, is_whole
 from ..data.images import PictureDataset, PictureFolder, find_pictures, leave_out_broken_pictures, split
-from ..models.changes import BaseWeights, base_source, remember_base
+from ..models.changes import BaseWeights, find_source, remember_base
 from ..models.file import build_transform, find_size_problem
 from ..models.weights import load_network
 from ..training.loop import Loop
@@ -94,7 +94,7 @@ class Task:
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     """Find the pictures and build the model; nothing is written, and the main process alone looks at the pictures."""
     source = (
-        base_source(settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint)
+        find_source(settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint)
         if settings.trainable_only
         else None
     )

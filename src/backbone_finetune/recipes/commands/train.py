@@ -19,7 +19,7 @@ from ..data.images import PictureDataset
 from ..features.extract import FeatureCache
 from ..files import replacing
 from ..models.file import TrainedModel, save_trained_changes, save_trained_model
-from ..models.versions import installed_versions
+from ..models.metadata import installed_versions
 from ..rng import own_randomness, seed_everything
 from ..text import printable
 from ..training.checkpoints import EpochResult

@@ -1,205 +1,161 @@
-"""What a network was before it was trained: where its weights came from, and how to know them again."""
+"""What a network was before its training: where its weights came from, and how to recognise them."""
 
-import enum
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+import timm
+from huggingface_hub import try_to_load_from_cache  # it comes with timm
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import distinct_tensors
 from backbone_finetune.verification import digest
 
-from .metadata import ModelDescription, checked
-from .packaged import ARCHITECTURE as PACKAGED_ARCHITECTURE
-from .packaged import load_packaged_network
-from .weights import find_cached_weights, load_checkpoint_network
+from ..text import printable
+from .metadata import BaseReference, ModelDescription
+from .weights import PACKAGED_ARCHITECTURE, load_checkpoint_network, load_packaged_network
 
-__all__ = ["BaseSource", "BaseWeights", "base_source", "describe_base", "digest_tensors", "find_base", "remember_base"]
+__all__ = ["BaseWeights", "digest_backbone", "find_base", "find_source", "refer_to_base", "remember_base"]
 
-
-class BaseSource(enum.Enum):
-    """Where base weights can be found again: in the package, in the cache of timm's hub, or in a file of the user's.
-
-    >>> BaseSource("package")
-    <BaseSource.PACKAGE: 'package'>
-    """
-
-    PACKAGE = "package"
-    HUB = "hub"
-    FILE = "file"
+Source = Literal["package", "hub", "file"]
 
 
 @dataclass(frozen=True)
 class BaseWeights:
     """Where the weights of a backbone came from, for the machine and in words, and a digest of each of its tensors.
 
-    >>> BaseWeights(BaseSource.FILE, "weights from resnet18.pth", {}).source.value
+    >>> BaseWeights("file", "weights from resnet18.pth", {}).source
     'file'
     """
 
-    source: BaseSource
+    source: Source
     words: str
     digests: Mapping[str, str]
 
 
-def base_source(architecture: str | None, *, pretrained: bool, checkpoint: Path | None) -> BaseSource:
-    """Say where `load_network` takes weights from, by its own arguments.
+def find_source(architecture: str | None, *, pretrained: bool, checkpoint: Path | None) -> Source:
+    """Name the source that ``load_network`` takes weights from, given the same arguments.
 
-    >>> base_source(None, pretrained=False, checkpoint=None), base_source("resnet18", pretrained=True, checkpoint=None)
-    (<BaseSource.PACKAGE: 'package'>, <BaseSource.HUB: 'hub'>)
+    >>> find_source(None, pretrained=False, checkpoint=None), find_source("resnet18", pretrained=True, checkpoint=None)
+    ('package', 'hub')
 
     Raises:
-        ValueError: from nowhere: random weights are no base that anyone could build again.
+        ValueError: the weights are random; such a base cannot be built again.
     """
     if pretrained:
-        return BaseSource.HUB
+        return "hub"
     if checkpoint is not None:
-        return BaseSource.FILE
+        return "file"
     if architecture is None:
-        return BaseSource.PACKAGE
+        return "package"
     raise ValueError(
-        f"{architecture} starts from random weights, which nobody could build again below what was trained; "
+        f"{architecture} starts from random weights, which cannot be built again below what was trained; "
         "choose --pretrained or --checkpoint FILE, or leave out --trainable-only"
     )
 
 
-def remember_base(model: FineTuneModel, source: BaseSource, words: str) -> BaseWeights:
-    """Digest a backbone before its training, so that `save_trained_changes` knows afterwards what changed.
+def remember_base(model: FineTuneModel, source: Source, words: str) -> BaseWeights:
+    """Digest a backbone before its training, so that ``save_trained_changes`` can tell what changed.
 
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
-    >>> base = remember_base(model, BaseSource.FILE, "weights from resnet.pth")
+    >>> base = remember_base(model, "file", "weights from resnet.pth")
     >>> len(base.digests) == len(model.backbone.state_dict())
     True
     """
-    return BaseWeights(source, words, digest_tensors(backbone_tensors(model)))
+    return BaseWeights(source, words, digest_backbone(model))
 
 
-def backbone_tensors(model: FineTuneModel) -> dict[str, Tensor]:
-    """Give what a file holds of a model's backbone, by the model's own names.
+def digest_backbone(model: FineTuneModel) -> dict[str, str]:
+    """Digest the bits, dtype and shape of each tensor of a backbone, by the model's own names.
 
-    >>> list(backbone_tensors(FineTuneModel(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))))
+    >>> list(digest_backbone(FineTuneModel(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))))
     ['backbone.weight']
     """
-    return {name: tensor for name, tensor in distinct_tensors(model).items() if name.startswith("backbone.")}
+    return {name: digest(tensor) for name, tensor in _backbone_tensors(model).items()}
 
 
-def digest_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Digest the bits, dtype and shape of each tensor.
-
-    >>> import torch
-    >>> len(digest_tensors({"weight": torch.zeros(2)})["weight"])
-    64
-    """
-    return {name: digest(tensor) for name, tensor in tensors.items()}
+def refer_to_base(base: BaseWeights, kept: Iterable[str]) -> BaseReference:
+    """Name the base that a file of changes needs; ``kept`` are the tensors that training left as they were."""
+    words = printable(base.words.encode(errors="backslashreplace").decode())[:200]
+    return BaseReference(
+        source=base.source, words=words, fingerprint=_fingerprint({name: base.digests[name] for name in kept})
+    )
 
 
-def fingerprint(digests: Mapping[str, str]) -> str:
-    """Digest digests by name: one line that stands for a whole backbone, or for the rest of it that did not change.
+def find_base(description: ModelDescription, missing: Iterable[str], path: Path | None) -> dict[str, Tensor]:
+    """Load the base weights that a file of changes leaves out, and check that they are the right ones.
 
-    >>> fingerprint({"a": "1", "b": "2"}) == fingerprint({"b": "2", "a": "1"})
-    True
-    """
-    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
-
-
-def describe_base(base: BaseWeights, kept: Mapping[str, str]) -> dict[str, str]:
-    """Say, for the metadata of a file, which base it needs: ``kept`` are the digests of what training left as it was.
-
-    >>> sorted(describe_base(BaseWeights(BaseSource.HUB, "timm's pretrained weights", {}), {}))
-    ['fingerprint', 'source', 'words']
-    """
-    return {"source": base.source.value, "words": base.words, "fingerprint": fingerprint(kept)}
-
-
-def find_base(
-    description: ModelDescription, about: Mapping[str, Any], missing: Mapping[str, Tensor], path: Path | None
-) -> dict[str, Tensor]:
-    """Find the base weights that a file of changes leaves out, and see that they are the very ones: tensors by name.
-
-    ``about`` is what `describe_base` said, ``missing`` what is left out, on the meta device. The weights come from the
-    file at ``path`` where one is given, else from the package, or from where timm's hub has left them on this machine;
-    nothing is downloaded.
-
-    >>> about = describe_base(BaseWeights(BaseSource.FILE, "weights from tom.pth", {}), {})
-    >>> find_base(ModelDescription("test_resnet", ("cat", "dog"), {}), about, {}, None)
-    Traceback (most recent call last):
-    ...
-    ValueError: it holds only what training changed, on top of test_resnet with weights from tom.pth; give that ...
+    Args:
+        description: What the file says, with the reference to its base.
+        missing: The names of the tensors that are left out.
+        path: The file of the base weights. None looks in the package and in the cache of the Hugging Face hub on this
+            machine; nothing is downloaded.
 
     Raises:
-        ValueError: they are others or not on this machine, or nobody gave the file that it takes, or that is not one of
-            this architecture.
+        ValueError: they are other weights, not on this machine, or in a file that was not given.
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: the package is not installed.
     """
-    for name in ("source", "words", "fingerprint"):
-        checked(about.get(name), lambda value: isinstance(value, str), f"base, {name}", "text")
-    sources = [source.value for source in BaseSource]
-    source = BaseSource(checked(about["source"], lambda value: value in sources, "base, source", ", ".join(sources)))
-    wanted = f"{description.architecture} with {about['words'][:200]}"
-    model = FineTuneModel.from_timm(
-        load_base_network(description, source, wanted, missing, path), num_classes=len(description.class_names)
-    )
-    tensors = backbone_tensors(model)
+    base = description.base
+    if base is None:
+        raise ValueError("its metadata does not name the base weights that it leaves out")
+    wanted = f"{description.architecture} with {base.words}"
+    network = _load_base_network(description, base, wanted, path)
+    tensors = _backbone_tensors(FineTuneModel.from_timm(network, num_classes=len(description.class_names)))
     rest = {name: tensors[name] for name in missing if name in tensors}
-    found = fingerprint(digest_tensors(rest))
-    if found != about["fingerprint"]:
+    found = _fingerprint({name: digest(tensor) for name, tensor in rest.items()})
+    if found != base.fingerprint:
         raise ValueError(
-            f"it was trained on top of {wanted} (fingerprint {about['fingerprint'][:12]}), and "
+            f"it was trained on top of {wanted} (fingerprint {base.fingerprint[:12]}), and "
             f"{path or 'what is found there now'} is another base ({found[:12]}); "
             "give the weights file that it was trained on (--base FILE; base=Path(...) in Python)"
         )
     return rest
 
 
-def load_base_network(
-    description: ModelDescription, source: BaseSource, wanted: str, missing: Mapping[str, Tensor], path: Path | None
-) -> nn.Module:
-    """Load the network that a base is made of; raises as `find_base` does."""
+def _load_base_network(description: ModelDescription, base: BaseReference, wanted: str, path: Path | None) -> nn.Module:
+    """Load the network that a base is made of."""
     # The dropout before the classifier is no part of the backbone.
-    arguments = {name: value for name, value in description.arguments.items() if name != "drop_rate"}
-    if path is None and source is BaseSource.HUB:
-        # The file says whose weights to take, and it may be a stranger's: what it says starts no download.
-        path = find_cached_weights(description.architecture)
-        if path is None:
-            raise ValueError(
-                f"it holds only what training changed, on top of {wanted}, which are not in the cache of timm's hub on "
-                "this machine, and a model file starts no download; fetch them with "
-                f"timm.create_model({description.architecture!r}, pretrained=True) in Python, or give their weights "
-                "file (--base FILE; base=Path(...) in Python)"
-            )
-    if path is not None:
-        refuse_too_small(path, wanted, missing)
-        return load_checkpoint_network(description.architecture, path, **arguments)
-    if source is BaseSource.PACKAGE and description.architecture == PACKAGED_ARCHITECTURE:
+    arguments = {name: value for name, value in description.given_arguments.items() if name != "drop_rate"}
+    if path is None and base.source == "package" and description.architecture == PACKAGED_ARCHITECTURE:
         return load_packaged_network(**arguments)
-    # A path that a file names is not opened: who wrote it may not choose what is read here.
-    raise ValueError(
-        f"it holds only what training changed, on top of {wanted}; give that weights file "
-        "(--base FILE; base=Path(...) in Python)"
-    )
-
-
-def refuse_too_small(path: Path, wanted: str, missing: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a file can't hold so many numbers, before memory is taken for a network that has them.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     _ = Path(folder, "base.pth").write_bytes(bytes(99))
-    ...     refuse_too_small(Path(folder, "base.pth"), "resnet18 with weights", {"weight": Tensor(100)})
-    Traceback (most recent call last):
-    ...
-    ValueError: ...base.pth: its 99 bytes can't hold the 100 numbers of resnet18 with weights; ...
-    """
-    numbers = sum(tensor.numel() for tensor in missing.values())
-    # A number takes a byte at least.
-    if path.is_file() and (size := path.stat().st_size) < numbers:
-        raise ValueError(
-            f"{path}: its {size:,} bytes can't hold the {numbers:,} numbers of {wanted}; "
-            "give the weights file that the model was trained on (--base FILE; base=Path(...) in Python)"
+    # A file may be a stranger's: it starts no download, and a path that it names is not opened.
+    path = path or (_find_cached_weights(description.architecture) if base.source == "hub" else None)
+    if path is None:
+        hint = (
+            f"they are not in the cache of the hub on this machine, and a model file starts no download; fetch them "
+            f"with timm.create_model({description.architecture!r}, pretrained=True) in Python, or give"
+            if base.source == "hub"
+            else "give"
         )
+        raise ValueError(
+            f"it holds only what training changed, on top of {wanted}; {hint} that weights file "
+            "(--base FILE; base=Path(...) in Python)"
+        )
+    return load_checkpoint_network(description.architecture, path, **arguments)
+
+
+def _find_cached_weights(architecture: str) -> Path | None:
+    """Find timm's pretrained weights where an earlier download from the hub left them."""
+    config = timm.get_pretrained_cfg(architecture)
+    if config is None or not config.hf_hub_id:
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    # timm's own order; its registry may name another file.
+    names = (config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+    found = (try_to_load_from_cache(repository, name, revision=revision or None) for name in names)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _backbone_tensors(model: FineTuneModel) -> dict[str, Tensor]:
+    """Return what a file holds of a model's backbone, by the model's own names."""
+    return {name: tensor for name, tensor in distinct_tensors(model).items() if name.startswith("backbone.")}
+
+
+def _fingerprint(digests: Mapping[str, str]) -> str:
+    """Digest digests by name."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()

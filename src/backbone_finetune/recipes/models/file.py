@@ -27,20 +27,24 @@ from backbone_finetune.checkpoint import (
     save_tensors,
 )
 
-from .changes import BaseWeights, describe_base, digest_tensors, find_base
-from .metadata import ModelDescription, parse_metadata, parse_object, write_metadata
-from .versions import installed_versions
+from ..text import one_line
+from .changes import BaseWeights, digest_backbone, find_base, refer_to_base
+from .metadata import ModelDescription, installed_versions, parse_metadata
 
 __all__ = [
     "TrainedModel",
+    "build_model",
     "build_transform",
+    "check_layouts",
     "describe_file",
+    "find_size_problem",
+    "freeze_as",
     "load_trained_model",
     "save_trained_changes",
     "save_trained_model",
 ]
 
-# Tables that a network computes for itself (masks, positions), which no tensor of the file vouches for.
+# Tables that a network computes for itself (masks, positions), which no tensor of the file accounts for.
 MOST_BYTES_BESIDE = 2**28
 
 
@@ -77,9 +81,12 @@ def build_transform(data_config: Mapping[str, Any]) -> Callable[[Image.Image], T
 
 
 def save_trained_model(trained: TrainedModel, path: Path, *, record: Mapping[str, object]) -> None:
-    """Write a trained model and the record of its training (anything JSON can hold) to a ``.safetensors`` file.
+    """Write a trained model to a ``.safetensors`` file, atomically.
 
-    The file appears whole, or not at all.
+    Args:
+        trained: The model, its classes and its data config.
+        path: Where to write.
+        record: What to keep of its training; anything that JSON can hold.
 
     >>> from tempfile import TemporaryDirectory
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
@@ -90,22 +97,21 @@ def save_trained_model(trained: TrainedModel, path: Path, *, record: Mapping[str
     ('cat', 'dog')
 
     Raises:
-        ValueError: `load_trained_model` could not build it again: another head, another architecture, an argument that
-            a file may not give.
+        ValueError: ``load_trained_model`` could not build it again: another head, another architecture, an argument
+            that a file may not give.
     """
-    metadata = describe_for_file(trained, record)
-    save_tensors(distinct_tensors(trained.model), path, metadata)
+    save_tensors(distinct_tensors(trained.model), path, _make_metadata(trained, record))
 
 
 def save_trained_changes(trained: TrainedModel, base: BaseWeights, path: Path, *, record: Mapping[str, object]) -> None:
-    """Write what training changed and nothing else: the classifier, and what of the backbone has other bits now.
+    """Write only what training changed: the classifier, and the tensors of the backbone that have other bits now.
 
-    The fingerprint of the rest goes with it, so that the file loads onto this very base and no other.
+    The file names its base and carries a fingerprint of it, so that it loads onto this base and no other.
 
     >>> from tempfile import TemporaryDirectory
-    >>> from backbone_finetune.recipes.models.changes import BaseSource, remember_base
+    >>> from backbone_finetune.recipes.models.changes import remember_base
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
-    >>> base = remember_base(model, BaseSource.FILE, "weights from resnet.pth")  # before the training
+    >>> base = remember_base(model, "file", "weights from resnet.pth")  # before the training
     >>> trained = TrainedModel(model, "test_resnet", ("cat", "dog"), timm.data.resolve_model_data_config(model))
     >>> with TemporaryDirectory() as folder:
     ...     save_trained_changes(trained, base, Path(folder, "changes.safetensors"), record={})
@@ -115,22 +121,24 @@ def save_trained_changes(trained: TrainedModel, base: BaseWeights, path: Path, *
     Raises:
         ValueError: as `save_trained_model`, or the base is that of another model.
     """
-    metadata = describe_for_file(trained, record)
-    tensors = distinct_tensors(trained.model)
-    now = digest_tensors({name: tensor for name, tensor in tensors.items() if name.startswith("backbone.")})
+    metadata = _make_metadata(trained, record)
+    now = digest_backbone(trained.model)
     if now.keys() != base.digests.keys():
         raise ValueError("the base is that of another model; pass remember_base(model, ...) of this one")
-    kept = {name: digest for name, digest in now.items() if base.digests[name] == digest}
-    changes = {name: tensor for name, tensor in tensors.items() if name not in kept}
-    save_tensors(changes, path, {**metadata, "base": json.dumps(describe_base(base, kept))})
+    kept = {name for name, digest in now.items() if base.digests[name] == digest}
+    changes = {name: tensor for name, tensor in distinct_tensors(trained.model).items() if name not in kept}
+    save_tensors(changes, path, {**metadata, "base": refer_to_base(base, kept).model_dump_json()})
 
 
 def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
-    """Read a file of `save_trained_model` or `save_trained_changes`, and build its model again, on the CPU, in eval.
+    """Read a model file, and build its model again, on the CPU and in eval mode; see ``save_trained_model``.
 
-    See `save_trained_model` for an example. Parameters are frozen as they were. Changes alone need their base weights:
-    those of the package, and of timm's hub where they are in its cache on this machine, are found; others are read from
-    the weights file ``base``. Nothing is downloaded.
+    Parameters are frozen as they were. Nothing is downloaded.
+
+    Args:
+        path: A file of ``save_trained_model`` or ``save_trained_changes``.
+        base: The base weights of a file of changes. None finds those of the package, and of the Hugging Face hub where
+            they are in its cache on this machine.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -140,23 +148,23 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
     layouts, metadata = peek_checkpoint(path)
     description = describe_file(path, metadata)
     try:
-        missing = check_layouts(description, layouts, is_complete="base" not in metadata)
+        missing = check_layouts(description, layouts)
         if base is not None and not missing:
             raise ValueError(f"it holds the whole model, and takes no base (given: {base})")
-        below = find_base(description, parse_object(metadata, "base", {}), missing, base) if missing else {}
+        below = find_base(description, missing, base) if missing else {}
         tensors, _ = read_checkpoint(path)
-        refuse_not_finite(tensors)
+        _check_finite(tensors)
         model = build_model(description)
         load_tensors(model, {**below, **tensors})
         freeze_as(model, description)
     except ValueError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {one_line(error, most=1000)}") from error
     return TrainedModel(
         model.eval(),
         description.architecture,
         description.class_names,
-        description.data_config,
-        description.arguments,
+        description.data_config.model_dump(),
+        description.given_arguments,
     )
 
 
@@ -176,25 +184,24 @@ def describe_file(path: Path, metadata: Mapping[str, str] | None = None) -> Mode
         return parse_metadata(peek_checkpoint(path)[1] if metadata is None else metadata)
     except ValueError as error:
         raise ValueError(
-            f"{path}: not a model that `backbone-finetune train` wrote; {' '.join(str(error).split())}"
+            f"{path}: not a model that `backbone-finetune train` wrote; {one_line(error, most=1000)}"
         ) from error
 
 
-def describe_for_file(trained: TrainedModel, record: Mapping[str, object]) -> dict[str, str]:
-    """Describe a model as a file's metadata, once it is sure that the model can be built again by that alone."""
-    description = ModelDescription(
-        trained.architecture,
-        trained.class_names,
-        trained.data_config,
-        trained.arguments,
-        trained.model.norm_eval,
-        tuple(name for name, parameter in trained.model.named_parameters() if parameter.requires_grad),
-        installed_versions(),
-        record,
-    )
-    metadata = write_metadata(description)
+def _make_metadata(trained: TrainedModel, record: Mapping[str, object]) -> dict[str, str]:
+    """Describe a model as the metadata of a file, and check that the model can be built again from it."""
+    trainable = [name for name, parameter in trained.model.named_parameters() if parameter.requires_grad]
+    metadata = {
+        "architecture": trained.architecture,
+        "arguments": json.dumps(dict(trained.arguments)),
+        "class_names": json.dumps(trained.class_names),
+        "data_config": json.dumps(dict(trained.data_config)),
+        "freeze_state": json.dumps({"norm_eval": trained.model.norm_eval, "trainable": trainable}),
+        "versions": json.dumps(installed_versions()),
+        "record": json.dumps(record),
+    }
     try:
-        check_layouts(description, distinct_tensors(trained.model), is_complete=True)
+        check_layouts(parse_metadata(metadata), distinct_tensors(trained.model))
     except ValueError as error:
         raise ValueError(f"a file of this model could not be loaded again: {error}") from error
     return metadata
@@ -203,10 +210,6 @@ def describe_for_file(trained: TrainedModel, record: Mapping[str, object]) -> di
 def build_model(description: ModelDescription) -> FineTuneModel:
     """Build the network of a description, with random weights, on the default device.
 
-    >>> config = timm.data.resolve_model_data_config(timm.create_model("test_resnet"))
-    >>> build_model(ModelDescription("test_resnet", ("cat", "dog"), config)).num_classes
-    2
-
     Raises:
         ValueError: timm can't, with these arguments.
     """
@@ -214,22 +217,22 @@ def build_model(description: ModelDescription) -> FineTuneModel:
         return FineTuneModel.from_timm(
             description.architecture,
             num_classes=len(description.class_names),
-            norm_eval=description.norm_eval,
-            **description.arguments,
+            norm_eval=description.freeze_state.norm_eval,
+            **description.given_arguments,
         )
     except Exception as error:  # what an architecture says of an argument that is not for it can be anything
         raise ValueError(
-            f"timm {timm.__version__} can't build {description.architecture} with {dict(description.arguments)} "
-            f"({str(error)[:200]})"
+            f"timm {timm.__version__} can't build {description.architecture} with {description.given_arguments} "
+            f"({one_line(error, most=200)})"
         ) from error
 
 
 def check_layouts(
-    description: ModelDescription, layouts: Mapping[str, Layout | torch.Tensor], *, is_complete: bool
+    description: ModelDescription, layouts: Mapping[str, Layout | torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Compare the layouts of a file's tensors with the network that it names, built without memory.
 
-    Returns, where the file need not be complete, what of the backbone it leaves to its base, on the meta device.
+    Returns the tensors of the backbone that a file of changes leaves to its base, on the meta device.
 
     Raises:
         ValueError: they do not fit, the network would take much memory that the tensors do not account for, or it takes
@@ -241,23 +244,23 @@ def check_layouts(
     missing = {name: tensor for name, tensor in own.items() if name.startswith("backbone.") and name not in layouts}
     wrote = description.versions.get("timm", "?")
     try:
-        check_fit(model, layouts if is_complete else {**layouts, **missing})
+        check_fit(model, layouts if description.base is None else {**layouts, **missing})
     except ValueError as error:
         by = f"as timm {timm.__version__} builds it (the file was written with timm {wrote})"
         raise ValueError(f"{description.architecture} {by}: {error}") from error
     beside = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in own)
     if beside > MOST_BYTES_BESIDE:
         raise ValueError(
-            f"{description.architecture} with {dict(description.arguments)} would compute tables of {beside:,} bytes "
+            f"{description.architecture} with {description.given_arguments} would compute tables of {beside:,} bytes "
             f"beside its tensors; at most {MOST_BYTES_BESIDE:,} are allowed"
         )
-    size = description.data_config["input_size"]
+    size = description.data_config.input_size
     if problem := find_size_problem(model, size):
         raise ValueError(
             f"{description.architecture} takes no picture of {' x '.join(map(str, size))}, which the file names as its "
             f"input_size ({problem})"
         )
-    return {} if is_complete else missing
+    return {} if description.base is None else missing
 
 
 def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str | None:
@@ -276,14 +279,8 @@ def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str |
     return None
 
 
-def refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError for a NaN or an infinity, which every answer of a model would become.
-
-    >>> refuse_not_finite({"weight": torch.tensor([1.0, torch.nan])})
-    Traceback (most recent call last):
-    ...
-    ValueError: weight holds values that are not finite; the training diverged (lower its --lr) or the file is damaged
-    """
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a NaN or an infinity: every answer of the model would be one."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(
@@ -299,9 +296,9 @@ def freeze_as(model: FineTuneModel, description: ModelDescription) -> None:
         ValueError: it has no parameter of that name, or one that can't train.
     """
     parameters = dict(model.named_parameters())
-    for name in description.trainable:
+    for name in description.freeze_state.trainable:
         if name not in parameters or not parameters[name].is_floating_point():
             raise ValueError(f"trainable: {name[:80]!r} is no parameter of {description.architecture}")
-    trainable = set(description.trainable)
+    trainable = set(description.freeze_state.trainable)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable)

