@@ -14,17 +14,26 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from harness.environment import Fact, describe_command
+from harness.cuda import allocation_retries
+from harness.environment import Fact, describe_command, describe_precision, note_end
 from harness.memory import at_largest_batch, count_saved_bytes, is_out_of_memory, peak_memory
-from harness.options import add_models_option, add_shared_options, repeats_on, settle_device
+from harness.options import (
+    add_models_option,
+    add_precision_options,
+    add_shared_options,
+    batch_size_on,
+    repeats_on,
+    settle_device,
+)
 from harness.plots import draw_report
-from harness.results import Report, Row, model_table, reason_of, start_report, write_report
+from harness.results import Report, Row, device_table, model_table, reason_of, start_report, write_report
 from harness.timing import (
     Clock,
     StepTimes,
     TrainingStep,
     clock_for,
     least_warm_up,
+    loop_steps_on,
     no_garbage_collection,
     resolve_device,
     take_turns,
@@ -38,6 +47,7 @@ from subjects.variants import (
     Trainer,
     Variant,
     count_backward_flops,
+    optimizer_name,
     variants_of,
 )
 from tqdm import tqdm
@@ -50,7 +60,6 @@ DEFAULT_MODELS = (
     "convnext_tiny",
     "vit_small_patch16_224",
 )
-DEFAULT_BATCH_SIZE = {"cpu": 8, "cuda": 64}
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Setup:
     channels_last: bool
     compiled: bool
     repeats: int
+    loop_steps: int = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,14 +88,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     settings: dict[str, Fact] = {"amp": setup.precision, "channels_last": setup.channels_last}
-    settings |= {"compile": setup.compiled, "flush_l2": options.flush_l2, "optimizer": "AdamW"}
+    settings |= {"precision": describe_precision(setup.precision, setup.device), "compile": setup.compiled}
+    settings |= {"flush_l2": options.flush_l2, "optimizer": optimizer_name(setup.device)}
     report = start_report(setup.device, describe_command("backward_time.py", given), settings)
     try:
         for name in options.models:
             measure_model(name, setup, report)
+            note_end(report.environment, setup.device)
             save(report, options.output)
             if name in report.models():
                 print(f"\n{name}\n{model_table(report, name)}\n", flush=True)
+                if setup.loop_steps:
+                    print(f"{device_table(report, name)}\n", flush=True)
             if report.interrupted:
                 break
     except KeyboardInterrupt:
@@ -101,10 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_options(parser, output="runs/backward_time", default_batch_size="8 on a CPU, 64 on a GPU")
+    add_shared_options(parser, output="runs/backward_time", batch_size_on_cuda=64)
     add_models_option(parser, DEFAULT_MODELS)
-    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast to this type")
-    parser.add_argument("--channels-last", action="store_true", help="store weights and pictures channels last")
+    add_precision_options(parser)
     parser.add_argument("--compile", action="store_true", help="run the network through torch.compile")
     parser.add_argument("--flush-l2", action="store_true", help="empty a GPU's second-level cache before each clock")
     return parser
@@ -120,12 +133,13 @@ def prepare(options: argparse.Namespace) -> Setup:
     return Setup(
         device=device,
         clock=clock,
-        batch_size=options.batch_size or DEFAULT_BATCH_SIZE[device.type],
+        batch_size=batch_size_on(device, options),
         image_size=options.image_size,
         precision=options.amp,
         channels_last=options.channels_last,
         compiled=options.compile,
         repeats=repeats_on(device, options),
+        loop_steps=loop_steps_on(device),
     )
 
 
@@ -202,9 +216,15 @@ def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
                 bar.set_postfix_str("warming up")
                 settle(step, setup)
             bar.set_postfix_str("")
-            for times in take_turns([partial(visit, step, setup.clock, bar) for step in steps], setup.repeats):
+            visits = [partial(visit, step, setup, bar) for step in steps]
+            retries = allocation_retries(setup.device)
+            for times in take_turns(visits, setup.repeats):
                 for (_, row), taken in zip(timed, times, strict=True):
                     row.add(taken)
+            retries = allocation_retries(setup.device) - retries
+            for step, (_, row) in zip(steps, proved, strict=False):  # the A/A rows, which come last, have the same work
+                row.allocation_retries = retries
+                row.count_kernels(step, setup.device)
     except KeyboardInterrupt:
         measured.interrupted = True
     measured.rows = [row for _, row in proved if row.step_ms]
@@ -242,7 +262,9 @@ def inspect(variant: Variant, network: Network, setup: Setup) -> Row:
         image_size=network.images.shape[-1],
         trainable_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         saved_bytes=saved,
-        peak_bytes=peak,
+        peak_bytes=None if peak is None else peak.allocated,
+        peak_before_bytes=None if peak is None else peak.before,
+        peak_reserved_bytes=None if peak is None else peak.reserved,
         # FlopCounterMode sees operators one by one, which a compiled graph no longer has.
         backward_flops=None if setup.compiled else count_backward_flops(partial(trainer.loss, variant)),
     )
@@ -255,9 +277,9 @@ def settle(step: TrainingStep, setup: Setup) -> None:
     step.clear_gradients()
 
 
-def visit(step: TrainingStep, clock: Clock, bar: tqdm[NoReturn]) -> StepTimes:
+def visit(step: TrainingStep, setup: Setup, bar: tqdm[NoReturn]) -> StepTimes:
     """Take one sample of a variant, and show that it was taken."""
-    times = time_step(step, clock)
+    times = time_step(step, setup.clock, setup.loop_steps)
     bar.update()
     return times
 

@@ -16,13 +16,13 @@ from tempfile import TemporaryDirectory
 
 from caching.heads import judge_epochs, judge_heads, make_head_task, time_epochs, time_heads
 from caching.size import judge_memory, judge_size
-from caching.training import Samples, Task, judge_runs, make_task, time_runs
+from caching.training import PEERS, Samples, Task, judge_runs, make_task, time_runs
 from caching.transfer import Outcome, Plan, compare_methods, describe_outcomes
 from harness.cache_plots import draw_cache
-from harness.environment import describe_command, describe_environment
-from harness.options import add_shared_options, positive, settle_device
+from harness.environment import describe_command, describe_environment, describe_precision, note_end
+from harness.options import add_shared_options, batch_size_on, positive, settle_device
 from harness.ratios import Target, TargetReport, target_table
-from harness.results import describe, median, write_text
+from harness.results import describe, median, table, write_text
 from harness.timing import Clock, clock_for, no_garbage_collection
 from subjects.networks import check_names
 from torch.utils.data import DataLoader
@@ -44,19 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure every target, and return 0; 1 where one was missed, 130 after Ctrl-C, which keeps what was measured."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_options(parser, output="runs/feature_cache", default_batch_size="32")
+    add_shared_options(parser, output="runs/feature_cache", batch_size=32)
     add = parser.add_argument
-    add("--model", default="tf_efficientnet_lite0", metavar="NAME", help="default: %(default)s")
-    add("--pictures", type=positive, default=512, metavar="N", help="to train on (default: %(default)s)")
+    defaults = ("tf_efficientnet_lite0 on a CPU, vit_large_patch16_224 on a GPU", "512 on a CPU, 4096 on a GPU")
+    add("--model", metavar="NAME", help=f"default: {defaults[0]}")
+    add("--pictures", type=positive, metavar="N", help=f"to train on (default: {defaults[1]})")
     add("--epochs", type=positive, default=20, metavar="N", help="of each run (default: %(default)s)")
     add("--features", type=positive, default=2048, metavar="N", help="for the heads' own times (default: %(default)s)")
     add("--seeds", type=int, default=3, metavar="N", help="splits of the clipart; 0 leaves accuracy out (default: 3)")
     add("--fine-tuning-epochs", type=positive, default=5, metavar="N", help="after the head's (default: %(default)s)")
     options = parser.parse_args(given)
     try:
-        check_names([options.model])
         device = settle_device(options)
-        options.batch_size = options.batch_size or 32
+        # Of the CPU's network and pictures a GPU has done its part before the host has begun on its own.
+        model, pictures = ("vit_large_patch16_224", 4096) if device.type == "cuda" else ("tf_efficientnet_lite0", 512)
+        options.model, options.pictures = options.model or model, options.pictures or pictures
+        check_names([options.model])
+        options.batch_size = batch_size_on(device, options)
         size = (options.batch_size, options.epochs, device)
         task = make_task(options.model, options.pictures, options.image_size, *size)
     except ValueError as error:
@@ -65,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name: getattr(options, name)
         for name in ("model", "pictures", "image_size", "epochs", "features", "repeats", "seeds", "fine_tuning_epochs")
     }
-    settings["batch_size"] = options.batch_size
+    settings |= {"batch_size": options.batch_size, "precision": describe_precision("off", device)}
     report = CacheReport(describe_environment(device), describe_command("feature_cache.py", given), settings)
     try:
         with no_garbage_collection():
@@ -79,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.interrupted = True
         print("interrupted: writing what was measured until then", file=sys.stderr)
     finally:  # whatever stops it, what was measured until then is worth its time
+        note_end(report.environment, device)
         write_cache_report(report, options.output / "feature_cache")
     print(f"written to {options.output}: feature_cache.json, .md and .png")
     if report.interrupted:
@@ -123,10 +128,23 @@ def as_markdown(report: CacheReport) -> str:
     parts = ["# A frozen backbone runs once\n", describe(report)]
     if report.interrupted:
         parts.append("**Interrupted: this is what was measured until then.**\n")
-    parts += [target_table(report.targets), _HOW_IT_WAS_TIMED]
+    if "ours, float32" in report.milliseconds:
+        parts += ["## Seconds\n", seconds_table(report), ""]
+    parts += ["## Ratios\n", target_table(report.targets), _HOW_IT_WAS_TIMED]
     if report.outcomes:
         parts += ["## What is learnt\n", describe_outcomes(report.outcomes), _HOW_IT_WAS_LEARNT]
     return "\n".join(parts)
+
+
+def seconds_table(report: CacheReport) -> str:
+    """Lay out what a user waits for: whole runs in seconds, a peer's from the epochs that were timed."""
+    epochs = int(report.settings["epochs"] or 0)
+    taken, lines = report.milliseconds, []
+    for label in ("one pass, float32", "one pass, bf16", "ours, float32", "ours, bf16", *PEERS):
+        if label in taken:
+            count = epochs if label in PEERS else 1
+            lines.append([label, f"{count * median(taken[label]) / 1e3:.3g}"])
+    return table(["", f"seconds, {epochs} epochs of {report.settings['pictures']} pictures"], lines)
 
 
 _HOW_IT_WAS_TIMED = """\

@@ -15,15 +15,30 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from harness.environment import Fact, describe_command, describe_environment, installed_version
+from harness.environment import (
+    Fact,
+    describe_command,
+    describe_environment,
+    describe_precision,
+    installed_version,
+    note_end,
+)
 from harness.memory import at_largest_batch, count_saved_bytes, is_out_of_memory
-from harness.options import add_models_option, add_shared_options, repeats_on, settle_device
+from harness.options import (
+    add_models_option,
+    add_precision_options,
+    add_shared_options,
+    batch_size_on,
+    repeats_on,
+    settle_device,
+)
 from harness.results import reason_of, write_text
 from harness.timing import (
     StepTimes,
     TrainingStep,
     clock_for,
     least_warm_up,
+    loop_steps_on,
     no_garbage_collection,
     take_turns,
     time_step,
@@ -33,7 +48,7 @@ from subjects.equality import compare
 from subjects.networks import NUM_CLASSES, check_names, picture_size
 from subjects.peer_methods import METHODS, Blueprint, Method, make_blueprint
 from subjects.peer_report import EVERY_METHOD, LIMIT, OURS, PeerReport, PeerRow, as_markdown, model_table
-from subjects.variants import own_storage, training_step
+from subjects.variants import Precision, autocast, fused_on, optimizer_name, own_storage, training_step
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -43,14 +58,45 @@ DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224")
 
 @dataclass(frozen=True)
 class Batch:
-    """The pictures and labels that all methods see."""
+    """The pictures and labels that all methods see, in the memory format that their weights are put into as well."""
 
     images: Tensor  # (B, 3, H, W)
     labels: Tensor  # (B,)
+    precision: Precision = "off"
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def loss(self, module: nn.Module) -> Tensor:
-        """Forward and loss, ()."""
-        return functional.cross_entropy(module(self.images), self.labels)
+        """Forward and loss, () in float32."""
+        with autocast(self.images.device, self.precision):
+            logits = module(self.images)
+        return functional.cross_entropy(logits.float(), self.labels)
+
+    def settle(self, module: nn.Module) -> nn.Module:
+        """Put a module where the pictures are, and its weights into their memory format."""
+        return module.to(device=self.images.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    def step_of(self, loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> TrainingStep:
+        """Make the step that is timed."""
+        return training_step(loss, parameters, self.images.device, scaled=self.precision == "fp16")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How all methods are measured."""
+
+    device: torch.device
+    batch_size: int
+    image_size: int | None
+    repeats: int
+    precision: Precision = "off"
+    channels_last: bool = False
+
+    def batch(self, count: int, size: tuple[int, int, int]) -> Batch:
+        """Draw random pictures and labels."""
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        images = torch.randn(count, *size, device=self.device).contiguous(memory_format=memory_format)
+        labels = torch.randint(NUM_CLASSES, (count,), device=self.device)
+        return Batch(images, labels, self.precision, memory_format)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,28 +106,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_options(parser, output="runs/peers")
+    add_shared_options(parser, output="runs/peers", batch_size_on_cuda=128)
     add_models_option(parser, DEFAULT_MODELS)
+    add_precision_options(parser)
     options = parser.parse_args(given)
     try:
         check_names(options.models)
         device = settle_device(options)
     except ValueError as error:
         parser.error(str(error))
-    repeats = repeats_on(device, options)
-    batch_size = options.batch_size or 8
-    settings: dict[str, Fact] = {"batch_size": batch_size, "image_size": options.image_size, "repeats": repeats}
+    conditions = Conditions(
+        device=device,
+        batch_size=batch_size_on(device, options),
+        image_size=options.image_size,
+        repeats=repeats_on(device, options),
+        precision=options.amp,
+        channels_last=options.channels_last,
+    )
+    settings: dict[str, Fact] = {"batch_size": conditions.batch_size, "image_size": conditions.image_size}
+    settings |= {"repeats": conditions.repeats, "precision": describe_precision(conditions.precision, device)}
+    settings |= {"channels_last": conditions.channels_last, "optimizer": optimizer_name(device)}
     report = PeerReport(describe_environment(device), describe_command("peers.py", given), settings)
     interrupted = False
     for name in options.models:
         rows: list[PeerRow] = []
         try:
-            measure_network(name, options.image_size, device, batch_size, repeats, rows)
+            measure_network(name, conditions, rows)
         except KeyboardInterrupt:
             interrupted = True
         except Exception as error:  # whatever keeps one network from running goes on record, and the others go on
             rows = [PeerRow(name, EVERY_METHOD, installed_version("timm"), error=reason_of(error))]
         report.rows += rows
+        note_end(report.environment, device)
         write_text(options.output / "peers.json", json.dumps(asdict(report), indent=1) + "\n")
         write_text(options.output / "peers.md", as_markdown(report))
         if rows:
@@ -93,20 +149,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(row.error for row in report.rows if row.method in (EVERY_METHOD, OURS, LIMIT)) else 0
 
 
-def measure_network(  # noqa: PLR0917  all that a measurement is made of
-    name: str, image_size: int | None, device: torch.device, batch_size: int, repeats: int, rows: list[PeerRow]
-) -> None:
+def measure_network(name: str, conditions: Conditions, rows: list[PeerRow]) -> None:
     """Fill `rows` with every method on one network, at the largest batch that fits with all of them in memory."""
-    size, arguments = picture_size(name, image_size)
+    size, arguments = picture_size(name, conditions.image_size)
     blueprint = make_blueprint(name, NUM_CLASSES, size[-1], arguments)
 
     def attempt(count: int) -> None:
         rows.clear()
-        images = torch.randn(count, *size, device=device)
-        batch = Batch(images, torch.randint(NUM_CLASSES, (count,), device=device))
-        compare_methods(blueprint, batch, METHODS, repeats, rows)
+        compare_methods(blueprint, conditions.batch(count, size), METHODS, conditions.repeats, rows)
 
-    at_largest_batch(attempt, batch_size, lambda text: tqdm.write(f"{name}: {text}"))
+    at_largest_batch(attempt, conditions.batch_size, lambda text: tqdm.write(f"{name}: {text}"))
 
 
 def compare_methods(
@@ -116,7 +168,7 @@ def compare_methods(
 
     Memory that runs out is raised: with all methods in it, it is not one method's own failure.
     """
-    network = copy.deepcopy(blueprint.network).to(batch.images.device)
+    network = batch.settle(copy.deepcopy(blueprint.network))
     expected = logits_in_eval(network, batch)
     del network
     contenders: list[Contender] = []
@@ -174,6 +226,7 @@ def time_in_turns(contenders: Sequence[Contender], repeats: int, device: torch.d
         suppress(MethodFailedError),
         tqdm(total=repeats * len(contenders), desc=title, leave=False, disable=None) as bar,
     ):
+        loop_steps = loop_steps_on(device)
         for contender in contenders:
             with failures_go_into(contender.row):
                 warm_up(contender.step.run, clock, at_least_ms=least_warm_up(device))
@@ -181,11 +234,14 @@ def time_in_turns(contenders: Sequence[Contender], repeats: int, device: torch.d
         def visit(contender: Contender) -> StepTimes:
             bar.update()
             with failures_go_into(contender.row):
-                return time_step(contender.step, clock)
+                return time_step(contender.step, clock, loop_steps)
 
         for turn in take_turns([partial(visit, contender) for contender in contenders], repeats):
             for contender, times in zip(contenders, turn, strict=True):
                 contender.row.add(times)
+        for contender in contenders:
+            with failures_go_into(contender.row):
+                contender.row.count_kernels(contender.step, device)
         return True
     return False
 
@@ -193,7 +249,7 @@ def time_in_turns(contenders: Sequence[Contender], repeats: int, device: torch.d
 def logits_in_eval(module: nn.Module, batch: Batch) -> Tensor:
     """Logits in eval mode, where no method may differ: in train mode some mean to."""
     module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast(batch.images.device, batch.precision):
         return module(batch.images)  # type: ignore[no-any-return]
 
 
@@ -205,9 +261,10 @@ def prepare(blueprint: Blueprint, batch: Batch, method: Method, row: PeerRow, ex
         if not name.startswith(f"{blueprint.classifier}.")
     }
     module = freeze_copy(blueprint, batch, method)
-    compare("logits in eval mode", logits_in_eval(module, batch), expected)
+    compare("logits in eval mode", logits_in_eval(module, batch), expected, batch.precision)
     module.train()
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3, fused=fused_on(batch.images.device))
     for _ in range(3):
         optimizer.zero_grad(set_to_none=True)
         batch.loss(module).backward()  # type: ignore[no-untyped-call]
@@ -218,31 +275,32 @@ def prepare(blueprint: Blueprint, batch: Batch, method: Method, row: PeerRow, ex
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     row.trainable_parameters = sum(parameter.numel() for parameter in parameters)
     row.saved_bytes = count_saved_bytes(partial(batch.loss, module), module.parameters())
-    return training_step(partial(batch.loss, module), parameters, batch.images.device)
+    return batch.step_of(partial(batch.loss, module), parameters)
 
 
 def freeze_copy(blueprint: Blueprint, batch: Batch, method: Method) -> nn.Module:
     """Freeze a copy of the network by a method, and put it in train mode, as trainers do before an epoch."""
     module = method.freeze(blueprint, copy.deepcopy(blueprint.network))
-    module.to(batch.images.device).train()
-    return module
+    return batch.settle(module).train()
 
 
 def prepare_limit(blueprint: Blueprint, batch: Batch, row: PeerRow, expected: Tensor) -> TrainingStep:
     """Make the step that no way of freezing can beat: eval backbone under `no_grad`, and the bare classifier on it."""
-    module = blueprint.split(copy.deepcopy(blueprint.network)).to(batch.images.device)
-    compare("logits in eval mode", logits_in_eval(module, batch), expected)
+    module = batch.settle(blueprint.split(copy.deepcopy(blueprint.network)))
+    compare("logits in eval mode", logits_in_eval(module, batch), expected, batch.precision)
     backbone, classifier = module
     classifier.train()
 
     def loss() -> Tensor:
-        with torch.no_grad():
-            features = own_storage(backbone(batch.images))
-        return functional.cross_entropy(classifier(features), batch.labels)
+        with autocast(batch.images.device, batch.precision):
+            with torch.no_grad():
+                features = own_storage(backbone(batch.images))
+            logits = classifier(features)
+        return functional.cross_entropy(logits.float(), batch.labels)
 
     row.trainable_parameters = sum(parameter.numel() for parameter in classifier.parameters())
     row.saved_bytes = count_saved_bytes(loss, classifier.parameters())
-    return training_step(loss, list(classifier.parameters()), batch.images.device)
+    return batch.step_of(loss, list(classifier.parameters()))
 
 
 def what_moved(

@@ -14,26 +14,28 @@ from functools import partial
 
 import torch
 from backward_time import Setup, measure_at_batch
-from harness.environment import Fact, describe_command, describe_environment
-from harness.options import add_models_option, add_shared_options, repeats_on, settle_device
+from harness import cuda
+from harness.environment import Fact, describe_command, describe_environment, describe_precision, note_end
+from harness.options import add_models_option, add_shared_options, batch_size_on, repeats_on, settle_device
 from harness.ratios import Paired, Target, TargetReport, compared, write_targets
 from harness.results import Row, reason_of
 from harness.timing import (
     Interval,
     clock_for,
     least_warm_up,
+    loop_steps_on,
     milliseconds_of,
     no_garbage_collection,
     take_turns,
     time_step,
     warm_up,
 )
-from peers import Batch, compare_methods
+from peers import Conditions, compare_methods
 from subjects.equality import prove_equal
 from subjects.networks import NUM_CLASSES, build_network, check_names, picture_size
 from subjects.peer_methods import METHODS, make_blueprint
 from subjects.peer_report import PeerRow
-from subjects.variants import Precision, Trainer, Variant, count_saved, variants_of
+from subjects.variants import Precision, Trainer, Variant, count_saved, optimizer_name, variants_of
 from wrapper_overhead import compare_forward
 
 DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224", "convnext_atto")
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure every target, and return 0; 1 where one was missed or could not be measured, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_options(parser, output="runs/targets")
+    add_shared_options(parser, output="runs/targets", batch_size_on_cuda=256)
     add_models_option(parser, DEFAULT_MODELS)
     options = parser.parse_args(given)
     try:
@@ -54,15 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup = Setup(
         device=device,
         clock=clock_for(device),
-        batch_size=options.batch_size or 8,
+        batch_size=batch_size_on(device, options),
         image_size=options.image_size,
         precision="off",
         channels_last=False,
         compiled=False,
         repeats=repeats_on(device, options),
+        loop_steps=loop_steps_on(device),
     )
     settings: dict[str, Fact] = {"batch_size": setup.batch_size, "image_size": setup.image_size}
-    settings["repeats"] = setup.repeats
+    settings |= {"repeats": setup.repeats, "precision": describe_precision("off", device)}
+    settings["optimizer"] = optimizer_name(device)
     report = TargetReport(describe_environment(device), describe_command("targets.py", given), settings)
     interrupted = False
     try:
@@ -71,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 answer(question, report, lambda: write_targets(report, options.output / "targets"))
     except KeyboardInterrupt:
         interrupted = True
+    note_end(report.environment, device)
     write_targets(report, options.output / "targets")
     print(f"written to {options.output}: targets.json, targets.md")
     if interrupted:
@@ -120,14 +125,23 @@ def against_the_limit(name: str, setup: Setup) -> Iterator[Target]:
     *_, frozen, limit = variants_of(network)
     for variant in (frozen, limit):
         prove_equal(variant, network)
-    rows = time_variants([frozen, limit, frozen], setup, Trainer(network))
+    own, bare, again = time_variants([frozen, limit, frozen], setup, Trainer(network))
     saved = [count_saved(variant, network) for variant in (frozen, limit)]
-    for what, clock, at_most in (
-        ("frozen backward / bare head's backward", "backward_ms", 1.05),
-        ("frozen step / (no_grad eval forward + bare head's step)", "step_ms", 1.02),
-    ):
-        own, bare, again = (samples[clock] for samples in rows)
-        yield compared(name, what, at_most, Paired(own, bare), Paired(again, own))
+    yield compared(
+        name,
+        "frozen backward / bare head's backward",
+        1.05,
+        Paired(own.backward_ms, bare.backward_ms),
+        Paired(again.backward_ms, own.backward_ms),
+        remark=launches(own, bare),
+    )
+    yield compared(
+        name,
+        "frozen step / (no_grad eval forward + bare head's step)",
+        1.02,
+        Paired(own.whole_step_ms, bare.whole_step_ms),
+        Paired(again.whole_step_ms, own.whole_step_ms),
+    )
     ratio = saved[0] / saved[1]
     remark = f"{saved[0]:,} of {saved[1]:,} bytes"
     yield Target(
@@ -135,17 +149,27 @@ def against_the_limit(name: str, setup: Setup) -> Iterator[Target]:
     )
 
 
-def time_variants(variants: Sequence[Variant], setup: Setup, trainer: Trainer) -> list[dict[str, list[float]]]:
-    """Time variants in turns, by the name of the clock."""
+def time_variants(variants: Sequence[Variant], setup: Setup, trainer: Trainer) -> list[PeerRow]:
+    """Time variants in turns, and on a GPU count their kernels."""
     steps = [trainer.step_of(variant) for variant in variants]
     for step in steps:
         step.enter()
         warm_up(step.run, setup.clock, at_least_ms=least_warm_up(setup.device))
-    turns = list(take_turns([partial(time_step, step, setup.clock) for step in steps], setup.repeats))
-    return [
-        {"backward_ms": [times.backward for times in column], "step_ms": [times.step for times in column]}
-        for column in zip(*turns, strict=True)
-    ]
+    columns = [PeerRow("", variant.label, None) for variant in variants]
+    visits = [partial(time_step, step, setup.clock, setup.loop_steps) for step in steps]
+    for turn in take_turns(visits, setup.repeats):
+        for column, times in zip(columns, turn, strict=True):
+            column.add(times)
+    for column, step in zip(columns, steps, strict=True):
+        column.count_kernels(step, setup.device)
+    return columns
+
+
+def launches(own: PeerRow, bare: PeerRow) -> str:
+    """Say where two backwards are bound by launches, what the device computes in each."""
+    if "backward" not in own.launch_bound or own.backward_device_ms is None or bare.backward_device_ms is None:
+        return ""
+    return f"launch-bound; kernels alone {own.backward_device_ms:.3g} / {bare.backward_device_ms:.3g} ms"
 
 
 def wrapper_forward(name: str, setup: Setup) -> Iterator[Target]:
@@ -165,10 +189,7 @@ def against_methods(name: str, limits: dict[str, float], setup: Setup) -> Iterat
     """Compare our frozen step with that of other ways to freeze."""
     size, arguments = picture_size(name, setup.image_size)
     blueprint = make_blueprint(name, NUM_CLASSES, size[-1], arguments)
-    batch = Batch(
-        torch.randn(setup.batch_size, *size, device=setup.device),
-        torch.randint(NUM_CLASSES, (setup.batch_size,), device=setup.device),
-    )
+    batch = Conditions(setup.device, setup.batch_size, setup.image_size, setup.repeats).batch(setup.batch_size, size)
     rows: list[PeerRow] = []
     methods = [method for method in METHODS if method.label in (*limits, "ours")]
     compare_methods(blueprint, batch, methods, setup.repeats, rows)
@@ -181,12 +202,12 @@ def against_methods(name: str, limits: dict[str, float], setup: Setup) -> Iterat
         if other.error is not None:
             yield Target(name, what, at_most, remark=other.error)
         else:
-            yield compared(name, what, at_most, Paired(by_label["ours"].step_ms, other.step_ms))
+            yield compared(name, what, at_most, Paired(by_label["ours"].whole_step_ms, other.whole_step_ms))
 
 
 def half_precision(name: str, setup: Setup) -> Iterator[Target]:
     """Compare a frozen step in bf16 and channels last with one in float32."""
-    what = "frozen step, bf16 and channels last / float32"
+    what = f"frozen step, bf16 and channels last / {describe_precision('off', setup.device)}"
     if not has_bf16_instructions(setup.device):
         yield Target(name, what, 0.5, remark="this processor has no bf16 instructions: bf16 is emulated, and slower")
         return
@@ -215,7 +236,7 @@ def half_precision(name: str, setup: Setup) -> Iterator[Target]:
 def has_bf16_instructions(device: torch.device) -> bool:
     """Say whether bf16 runs on the device's own instructions, as torch knows it."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return cuda.has_bf16()
     # torch has no public question for this one.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 

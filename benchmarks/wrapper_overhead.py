@@ -16,8 +16,8 @@ from functools import partial
 import timm
 import torch
 from harness.call_growth import LADDERS, CallTime, calls_table, time_calls
-from harness.environment import Fact, describe_command, describe_environment
-from harness.options import add_models_option, add_shared_options, repeats_on, settle_device
+from harness.environment import Fact, describe_command, describe_environment, describe_precision, note_end
+from harness.options import add_models_option, add_shared_options, batch_size_on, repeats_on, settle_device
 from harness.results import describe, spread, table, write_text
 from harness.timing import (
     Clock,
@@ -76,8 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     repeats = repeats_on(device, options)
-    batch_size = options.batch_size or 8
+    batch_size = batch_size_on(device, options)
     settings: dict[str, Fact] = {"batch_size": batch_size, "image_size": options.image_size, "repeats": repeats}
+    settings["precision"] = describe_precision("off", device)
     report = OverheadReport(describe_environment(device), describe_command("wrapper_overhead.py", given), settings)
     try:
         with no_garbage_collection():
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted: writing what was measured until then", file=sys.stderr)
         return 130
     finally:
+        note_end(report.environment, device)
         write_text(options.output / "wrapper_overhead.json", json.dumps(asdict(report), indent=1) + "\n")
         write_text(options.output / "wrapper_overhead.md", as_markdown(report))
     print(as_markdown(report))

@@ -95,7 +95,7 @@ def test_ctrl_c_keeps_what_was_measured(
 ) -> None:
     times = 7 * 2 + 3  # two passes over the seven rows of ConvModel, its two A/A rows among them, and a part
 
-    def visit(step: timing.TrainingStep, clock: timing.Clock, bar: object) -> timing.StepTimes:
+    def visit(step: timing.TrainingStep, setup: backward_time.Setup, bar: object) -> timing.StepTimes:
         nonlocal times
         times -= 1
         if times < 0:
@@ -258,4 +258,11 @@ def test_a_small_run_on_a_gpu(tmp_path: Path) -> None:
     assert _run(tmp_path, "--device", "cuda", "--flush-l2", "--models", "ConvModel", "test_vit") == 0
     report = results.read_report(tmp_path / "backward_time.json")
     assert report.environment["device_name"] == torch.cuda.get_device_name()
-    assert all(row.peak_bytes for row in report.rows)
+    assert all(row.peak_bytes and row.peak_reserved_bytes for row in report.rows)
+    assert all(len(row.loop_ms) == 3 and row.backward_kernels for row in report.rows)
+    frozen, limit = report.row("ConvModel", "frozen"), report.row("ConvModel", "limit")
+    assert frozen is not None
+    assert limit is not None
+    assert frozen.backward_kernels == limit.backward_kernels
+    assert frozen.launch_bound == ["backward", "step"]
+    assert report.environment["processes_on_card_at_end"]

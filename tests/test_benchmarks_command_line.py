@@ -70,3 +70,9 @@ def test_a_folder_that_is_there_but_closed_is_an_error(tmp_path: Path, monkeypat
 def test_the_trial_leaves_nothing_behind(tmp_path: Path) -> None:
     options.settle_device(_options(tmp_path, "--output", str(tmp_path / "new" / "folder")))
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["new", "new/folder"]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 8), ("cuda", 256)])
+def test_a_batch_is_as_large_as_the_device_needs_unless_said(tmp_path: Path, device: str, expected: int) -> None:
+    assert options.batch_size_on(torch.device(device), _options(tmp_path)) == expected
+    assert options.batch_size_on(torch.device(device), _options(tmp_path, "--batch-size", "3")) == 3

@@ -77,6 +77,19 @@ def test_each_part_of_a_step_has_a_clock_of_its_own() -> None:
     assert weight.grad is None
 
 
+def test_steps_back_to_back_are_one_call_of_the_clock() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    step = timing.TrainingStep(
+        lambda: None, lambda: weight.sum() * 2, lambda: None, lambda: setattr(weight, "grad", None)
+    )
+    times = timing.time_step(step, _ScriptedClock(1.0, 2.0, 3.0, 6.0, 20.0), loop_steps=4)
+    assert times == timing.StepTimes(1.0, 2.0, 3.0, 6.0, loop=5.0)
+    assert weight.grad is None
+    assert timing.time_step(step, _ScriptedClock(1.0, 2.0, 3.0, 6.0)).loop is None
+    assert timing.loop_steps_on(torch.device("cuda")) > 1
+    assert timing.loop_steps_on(torch.device("cpu")) == 0
+
+
 def test_variants_take_turns_a_b_b_a() -> None:
     visited: list[str] = []
 

@@ -74,9 +74,9 @@ def test_compile_compiles_all_that_is_timed(tmp_path: Path, monkeypatch: pytest.
 
         return run
 
-    def visit(step: timing.TrainingStep, clock: timing.Clock, bar: object) -> timing.StepTimes:
+    def visit(step: timing.TrainingStep, setup: backward_time.Setup, bar: object) -> timing.StepTimes:
         ran.clear()
-        times = timing.time_step(step, clock)
+        times = timing.time_step(step, setup.clock)
         assert ran, "timed without the compiler"
         return times
 
@@ -93,7 +93,7 @@ def test_compile_compiles_all_that_is_timed(tmp_path: Path, monkeypatch: pytest.
 def test_no_garbage_is_collected_inside_a_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collecting: list[bool] = []
 
-    def visit(step: timing.TrainingStep, clock: timing.Clock, bar: object) -> timing.StepTimes:
+    def visit(step: timing.TrainingStep, setup: backward_time.Setup, bar: object) -> timing.StepTimes:
         collecting.append(gc.isenabled())
         return timing.StepTimes(1.0, 2.0, 3.0, 6.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peers
 import pytest
@@ -214,7 +215,7 @@ def test_ctrl_c_keeps_what_was_measured(
 ) -> None:
     times = 2 + 1  # a pass over ours and the limit, and a part
 
-    def interrupt(step: timing.TrainingStep, clock: timing.Clock) -> timing.StepTimes:
+    def interrupt(step: timing.TrainingStep, clock: timing.Clock, loop_steps: int) -> timing.StepTimes:
         nonlocal times
         times -= 1
         if times < 0:
@@ -233,3 +234,43 @@ def test_a_copy_trains_as_a_trainer_leaves_it() -> None:
 
     method = peer_methods.Method("in eval", leave_in_eval, "torch")
     assert all(module.training for module in peers.freeze_copy(_blueprint(), _batch(), method).modules())
+
+
+@pytest.mark.usefixtures("_ours_alone")
+@pytest.mark.parametrize(("arguments", "dtype"), [([], torch.float32), (["--amp", "bf16"], torch.bfloat16)])
+def test_methods_run_in_the_precision_and_the_layout_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], dtype: torch.dtype
+) -> None:
+    seen: set[tuple[torch.dtype, bool]] = set()
+    make = peers.make_blueprint
+
+    def spied(*given: Any) -> peer_methods.Blueprint:
+        blueprint = make(*given)
+        blueprint.network.conv1[0].register_forward_hook(note)  # type: ignore[index, union-attr]
+        return blueprint
+
+    def note(layer: nn.Module, given: object, output: torch.Tensor) -> None:
+        weight = layer.get_parameter("weight")
+        if len(output) == 3:  # the wrapper tries a network with fewer pictures, when it is made
+            seen.add((output.dtype, weight.is_contiguous(memory_format=torch.channels_last)))
+
+    monkeypatch.setattr(peers, "make_blueprint", spied)
+    layout = ["--channels-last"] if arguments else []
+    assert peers.main(_small(tmp_path, "--models", "test_resnet", "--batch-size", "3", *arguments, *layout)) == 0
+    assert seen == {(dtype, bool(layout))}
+    settings = json.loads((tmp_path / "peers.json").read_text())["settings"]
+    assert settings["precision"] == ("bf16 autocast" if arguments else "float32")
+
+
+def test_rows_of_a_gpu_are_compared_by_steps_back_to_back() -> None:
+    ours, other = (
+        peer_report.PeerRow("net", method, "1", trainable_parameters=1, saved_bytes=1)
+        for method in (peer_report.OURS, "theirs")
+    )
+    for row, loop in ((ours, 2.0), (other, 6.0)):
+        for _ in range(6):
+            row.add(timing.StepTimes(1.0, 1.0, 1.0, 5.0, loop))
+        row.backward_device_ms, row.step_device_ms = 0.1, loop / 4
+    line = peer_report.model_table([ours, other]).splitlines()[-1]
+    assert "3.000 [3.000, 3.000]" in line
+    assert "1.5 | backward and step |" in line

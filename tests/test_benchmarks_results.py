@@ -19,6 +19,58 @@ def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
     assert asdict(results.read_report(tmp_path / "again.json")) == asdict(report)
 
 
+def test_a_report_from_before_kernels_were_counted_can_be_read() -> None:
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "cpu-2-cores" / "backward_time.json"
+    report = results.read_report(path)
+    assert len(report.rows) > 20
+    assert all(row.step_ms and not row.loop_ms and row.backward_kernels is None for row in report.rows)
+    assert "back to back" not in results.as_markdown(report)
+
+
+def _on_a_gpu() -> results.Report:
+    """As a card would have it: a frozen backward of 20 µs of kernels that takes 150 µs to launch."""
+    report = _report()
+    for row in report.rows:
+        row.loop_ms = [39.0, 41.0] * 3
+        row.backward_kernels, row.backward_device_ms, row.step_kernels, row.step_device_ms = 300, 20.0, 900, 38.0
+        row.peak_before_bytes, row.peak_bytes, row.peak_reserved_bytes = 2**20, 3 * 2**20, 4 * 2**20
+        row.allocation_retries = 0
+    frozen = report.row("net", "frozen")
+    assert frozen is not None
+    frozen.backward_ms, frozen.backward_device_ms, frozen.backward_kernels = [0.15] * 6, 0.02, 6
+    report.settings |= {"precision": "bf16 autocast", "channels_last": True}
+    return report
+
+
+def test_a_row_that_waits_for_the_host_is_called_launch_bound(tmp_path: Path) -> None:
+    report = _on_a_gpu()
+    assert {row.variant: row.launch_bound for row in report.rows} == {
+        "unfrozen": [],
+        "partial": [],
+        "frozen": ["backward"],
+        "limit": [],  # of 20 ms of kernels in 0.001 ms: not bound by launches, whatever else is wrong with it
+    }
+    page = results.as_markdown(report)
+    assert "## net, batch 8 of 32 pixels, bf16 autocast, channels last" in page
+    (line,) = [
+        line for line in page.splitlines() if line.startswith("| frozen") and "launch" not in line and "0.02" in line
+    ]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["frozen", "40 ± 2", "1.000 [1.000, 1.000]", "6", "0.02", "38", "backward", "1", "3", "4"]
+    results.write_report(report, tmp_path / "again")
+    assert asdict(results.read_report(tmp_path / "again.json")) == asdict(report)
+    header, first, *_ = (tmp_path / "again.csv").read_text().splitlines()
+    written = dict(zip(header.split(","), first.split(","), strict=True))
+    assert (written["loop_ms_median"], written["backward_device_ms"]) == ("40", "20.0")
+
+
+def test_memory_that_ran_short_while_a_clock_ran_is_told() -> None:
+    report = _on_a_gpu()
+    assert "freed its cache" not in results.as_markdown(report)
+    report.rows[0].allocation_retries = 2
+    assert "The allocator freed its cache 2 times while this was timed" in results.as_markdown(report)
+
+
 def _report() -> results.Report:
     samples = {"optimizer_ms": [1.0, 1.5] * 3, "step_ms": [40.0, 44.0] * 3}
     unfrozen = results.Row(

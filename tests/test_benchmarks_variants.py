@@ -204,3 +204,20 @@ def test_a_step_runs_in_the_precision_asked_for(precision: variants.Precision, d
     variants.Trainer(network, precision).step_of(spied).run()
     equality.prove_equal(spied, network, precision)
     assert dtypes == [dtype, dtype]
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
+def test_both_sides_train_with_the_optimizer_that_suits_the_device(
+    monkeypatch: pytest.MonkeyPatch, device: str, fused: bool | None
+) -> None:
+    made: list[bool | None] = []
+
+    class Optimizer(torch.optim.AdamW):
+        def __init__(self, parameters: list[nn.Parameter], *, lr: float, fused: bool | None) -> None:
+            made.append(fused)
+            super().__init__(parameters, lr=lr)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: None)
+    variants.training_step(lambda: torch.zeros(()), [nn.Parameter(torch.ones(1))], torch.device(device))
+    assert made == [fused]

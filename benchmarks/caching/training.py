@@ -16,6 +16,7 @@ from harness.ratios import Target
 from harness.timing import Clock, Interval, milliseconds_of, paired_ratio, take_turns, warm_up
 from subjects.networks import NUM_CLASSES, picture_size
 from subjects.peer_methods import METHODS, Blueprint, Method, make_blueprint
+from subjects.variants import fused_on
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -143,7 +144,8 @@ def epoch_of(
 ) -> Callable[[], None]:
     """Freeze a copy of the network by a method; give its next epoch, with Adam at 0.001 as the article has it."""
     module = freeze(copy.deepcopy(network)).to(task.device)
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=1e-3, fused=fused_on(task.device))
     loader = DataLoader(task.train, task.batch_size, shuffle=True)
     return partial(train_plainly, module, optimizer, loader, task.device)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
+from typing import TypeVar
 
 import torch
 from harness.results import table
+from harness.timing import clock_for
+from subjects.variants import fused_on
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,6 +29,7 @@ from backbone_finetune.recipes.models.weights import load_packaged_network
 from caching.heads import LEARNING_RATES, WEIGHT_DECAYS
 from caching.training import train_plainly
 
+Result = TypeVar("Result")
 RECIPE, BEST_HEAD = "the article's recipe", "best of 32 heads on cached features"
 LP_FT, PLAIN = "LP-FT: head first, then everything", "plain fine-tuning"
 # Each pair is compared at equal cost: the first two train for as many epochs, the other two for as long.
@@ -101,12 +105,15 @@ def train_recipe(
     for name, parameter in network.named_parameters():
         parameter.requires_grad = "classifier" in name
     network.to(device)
-    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-3)
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=1e-3, fused=fused_on(device))
     loader = DataLoader(pictures.both, plan.batch_size, shuffle=True)
-    start = time.monotonic()
-    for _ in range(plan.frozen_epochs):
-        train_plainly(network, optimizer, loader, device)
-    seconds = time.monotonic() - start
+
+    def train() -> None:
+        for _ in range(plan.frozen_epochs):
+            train_plainly(network, optimizer, loader, device)
+
+    _, seconds = timed(train, device)
     accuracy = accuracy_of(network, pictures.test, plan.batch_size, device)
     yield Outcome(RECIPE, seed, accuracy, seconds, plan.frozen_epochs, 1e-3)
 
@@ -116,8 +123,14 @@ def train_best_head(
 ) -> Iterator[Outcome]:
     """Choose among 32 heads on the validation pictures, then train one as chosen on those too, as the recipe does."""
     model = FineTuneModel.from_timm(network, num_classes=pictures.num_classes).freeze_backbone()
+    best, seconds = timed(lambda: fit_best_head(model, pictures, plan, device), device)
+    accuracy = accuracy_of(model, pictures.test, plan.batch_size, device)
+    yield Outcome(BEST_HEAD, seed, accuracy, seconds, plan.frozen_epochs, best)
+
+
+def fit_best_head(model: FineTuneModel, pictures: Pictures, plan: Plan, device: torch.device) -> float:
+    """Choose among the heads, fit one as chosen on all training pictures, and return its learning rate."""
     first = copy.deepcopy(model.classifier)
-    start = time.monotonic()
     fit, validation, both = (
         extract_features(model, DataLoader(part, plan.batch_size), device=device)
         for part in (pictures.fit, pictures.validation, pictures.both)
@@ -145,9 +158,7 @@ def train_best_head(
         device=device,
         show_progress=False,
     )
-    seconds = time.monotonic() - start
-    accuracy = accuracy_of(model, pictures.test, plan.batch_size, device)
-    yield Outcome(BEST_HEAD, seed, accuracy, seconds, plan.frozen_epochs, best.lr)
+    return best.lr
 
 
 def train_head_first_and_plainly(
@@ -169,11 +180,15 @@ def train_head_first_and_plainly(
             cosine=True,
         )
         head_first, plain = copy.deepcopy(model), copy.deepcopy(model)
-        frozen_seconds = seconds_of(head_first, pictures, [Phase(epochs=plan.frozen_epochs)], loop)
-        seconds = frozen_seconds + (unfrozen_seconds := seconds_of(head_first, pictures, [everything], loop))
+
+        def seconds_of(trained: FineTuneModel, phase: Phase) -> float:
+            return timed(partial(fine_tune, trained, pictures.fit, pictures.validation, [phase], loop), device)[1]
+
+        frozen_seconds = seconds_of(head_first, Phase(epochs=plan.frozen_epochs))
+        seconds = frozen_seconds + (unfrozen_seconds := seconds_of(head_first, everything))
         # The other gets the time of the head's epochs as well, rounded up to one whole epoch more.
         epochs = plan.fine_tuning_epochs + math.ceil(plan.fine_tuning_epochs * frozen_seconds / unfrozen_seconds)
-        plain_seconds = seconds_of(plain, pictures, [replace(everything, epochs=epochs)], loop)
+        plain_seconds = seconds_of(plain, replace(everything, epochs=epochs))
         for method, trained, spent, count in (
             (LP_FT, head_first, seconds, plan.frozen_epochs + plan.fine_tuning_epochs),
             (PLAIN, plain, plain_seconds, epochs),
@@ -186,11 +201,10 @@ def train_head_first_and_plainly(
         yield max(outcomes, key=itemgetter(0))[1]
 
 
-def seconds_of(model: FineTuneModel, pictures: Pictures, phases: Sequence[Phase], loop: Loop) -> float:
-    """Train a model, and say how long it took."""
-    start = time.monotonic()
-    fine_tune(model, pictures.fit, pictures.validation, phases, loop)
-    return time.monotonic() - start
+def timed(train: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """Train, and give what that returned and its seconds, all that was queued on the device included."""
+    result, milliseconds = clock_for(device).time(train)
+    return result, milliseconds / 1e3
 
 
 def accuracy_of(module: nn.Module, data: TensorDataset, batch_size: int, device: torch.device) -> float:

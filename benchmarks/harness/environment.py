@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from backbone_finetune import __version__
-
-Fact = str | int | float | bool | None
+from harness import cuda
+from harness.cuda import Fact
 
 
 def describe_environment(device: torch.device) -> dict[str, Fact]:
@@ -36,14 +36,24 @@ def describe_environment(device: torch.device) -> dict[str, Fact]:
         facts[package] = installed_version(package)
     facts["backbone-finetune"] = __version__  # of the code that runs, which may not be what is installed
     if device.type == "cuda":
-        facts["device_name"] = torch.cuda.get_device_name(device)
-        facts["driver"] = _nvidia_driver()
-        facts["cuda"] = torch.version.cuda
-        facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-        facts["cudnn_benchmark"] = torch.backends.cudnn.benchmark
-        facts["tf32_convolutions"] = torch.backends.cudnn.allow_tf32
-        facts["tf32_matrix_products"] = torch.backends.cuda.matmul.allow_tf32
+        facts |= cuda.describe_card(device)
     return facts
+
+
+def note_end(environment: dict[str, Fact], device: torch.device) -> None:
+    """Add to an environment what has drifted since: a card that grew hot or slow explains a ratio that did too."""
+    if device.type == "cuda":
+        environment |= cuda.describe_card_at_end(device)
+
+
+def describe_precision(precision: str, device: torch.device) -> str:
+    """Name what a row computes in: `off` is torch's float32, which on a GPU may mean TF32."""
+    if precision != "off":
+        return f"{precision} autocast"
+    if device.type != "cuda":
+        return "float32"
+    convolutions, products = cuda.float32_precision()
+    return f"float32: {convolutions} convolutions, {products} matrix products"
 
 
 def describe_command(script: str, arguments: list[str]) -> str:
@@ -79,13 +89,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _nvidia_driver() -> str | None:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    answer = subprocess.run(
-        [program, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else None

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from harness import cuda
+
 Result = TypeVar("Result")
 # What torch says when memory has run out elsewhere than in its own allocator, which raises OutOfMemoryError.
 _OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    # cuDNN's search for an algorithm drops those whose workspace does not fit, and says this when none is left.
+    "was unable to find an engine to execute this computation",
     "DefaultCPUAllocator: can't allocate memory",
 )
 
@@ -40,15 +45,9 @@ def count_saved_bytes(forward: Callable[[], object], parameters: Iterable[nn.Par
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Return the most bytes allocated on the device during a call; None on a CPU, where torch does not count them."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+def peak_memory(call: Callable[[], object], device: torch.device) -> cuda.PeakMemory | None:
+    """Return the bytes on the device before and during a call; None on a CPU, where torch does not count them."""
+    return cuda.peak_memory(call, device) if device.type == "cuda" else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,14 +17,30 @@ _IMAGE_SIZE = (
 )
 
 
-def add_shared_options(parser: argparse.ArgumentParser, *, output: str, default_batch_size: str = "8") -> None:
-    """Add device, sizes, repeats, threads and output."""
+def add_shared_options(
+    parser: argparse.ArgumentParser, *, output: str, batch_size: int = 8, batch_size_on_cuda: int = 256
+) -> None:
+    """Add device, sizes, repeats, threads and output; a GPU needs a larger batch to have more to do than the host."""
+    parser.set_defaults(default_batch_size={"cpu": batch_size, "cuda": batch_size_on_cuda})
+    sizes = f"pictures in a batch (default: {batch_size} on a CPU, {batch_size_on_cuda} on a GPU)"
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--batch-size", type=positive, help=f"pictures in a batch (default: {default_batch_size})")
+    parser.add_argument("--batch-size", type=positive, help=sizes)
     parser.add_argument("--image-size", type=positive, help=_IMAGE_SIZE)
     parser.add_argument("--repeats", type=positive, help="samples of each number (default: 10 on a CPU, 50 on a GPU)")
     parser.add_argument("--threads", type=positive, help="threads on a CPU (default: torch's own choice)")
     parser.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="default: %(default)s")
+
+
+def add_precision_options(parser: argparse.ArgumentParser) -> None:
+    """Add autocast and the memory format."""
+    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast to this type")
+    parser.add_argument("--channels-last", action="store_true", help="store weights and pictures channels last")
+
+
+def batch_size_on(device: torch.device, options: argparse.Namespace) -> int:
+    """Return how many pictures a batch has: as many as asked for, else what suits the device."""
+    asked: int | None = options.batch_size
+    return asked or int(options.default_batch_size[device.type])
 
 
 def add_models_option(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:

@@ -7,23 +7,33 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from harness.cuda import device_work
 from harness.environment import Fact, describe_environment
-from harness.timing import Interval, StepTimes, interquartile_range, paired_ratio
+from harness.timing import Interval, StepTimes, TrainingStep, interquartile_range, paired_ratio
+
+CLOCKS = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms", "loop_ms")
+# A part whose kernels fill less than this share of its time waits for the host to launch them.
+LAUNCH_BOUND_BELOW = 0.5
 
 
 class Sampled:
-    """A row that keeps every sample of its four clocks."""
+    """A row that keeps every sample of its clocks; `loop_ms`, a step of several back to back, is empty on a CPU."""
 
     forward_ms: list[float]
     backward_ms: list[float]
     optimizer_ms: list[float]
     step_ms: list[float]
+    loop_ms: list[float]
+    backward_kernels: int | None
+    backward_device_ms: float | None
+    step_kernels: int | None
+    step_device_ms: float | None
 
     def add(self, times: StepTimes) -> None:
         """Add the samples of one pass."""
@@ -31,11 +41,45 @@ class Sampled:
         self.backward_ms.append(times.backward)
         self.optimizer_ms.append(times.optimizer)
         self.step_ms.append(times.step)
+        if times.loop is not None:
+            self.loop_ms.append(times.loop)
 
     def clear(self) -> None:
         """Forget all samples."""
-        for samples in (self.forward_ms, self.backward_ms, self.optimizer_ms, self.step_ms):
+        for samples in (self.forward_ms, self.backward_ms, self.optimizer_ms, self.step_ms, self.loop_ms):
             samples.clear()
+
+    def count_kernels(self, step: TrainingStep, device: torch.device) -> None:
+        """Add what the device computes in a backward and in a step, by the profiler; nothing on a CPU."""
+
+        def fresh_backward() -> Callable[[], object]:
+            step.clear_gradients()
+            return step.forward().backward
+
+        step.enter()
+        backward, whole = device_work(fresh_backward, device), device_work(lambda: step.run, device)
+        step.clear_gradients()
+        if backward is not None and whole is not None:
+            self.backward_kernels, self.backward_device_ms = backward.kernels, backward.milliseconds
+            self.step_kernels, self.step_device_ms = whole.kernels, whole.milliseconds
+
+    @property
+    def whole_step_ms(self) -> list[float]:
+        """Samples of a step as a training loop runs it: back to back on a GPU, one by one on a CPU."""
+        return self.loop_ms or self.step_ms
+
+    @property
+    def launch_bound(self) -> list[str]:
+        """Name what waits for the host more than it computes: `backward` alone, `step` back to back."""
+        parts = {
+            "backward": (self.backward_device_ms, self.backward_ms),
+            "step": (self.step_device_ms, self.loop_ms),
+        }
+        return [
+            name
+            for name, (busy, samples) in parts.items()
+            if busy is not None and samples and busy < LAUNCH_BOUND_BELOW * median(samples)
+        ]
 
 
 @dataclass
@@ -55,10 +99,15 @@ class Row(Sampled):
     backward_ms: list[float] = field(default_factory=list)
     optimizer_ms: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
-
-    def without_samples(self) -> Row:
-        """Give a row for a second run of the same work."""
-        return replace(self, forward_ms=[], backward_ms=[], optimizer_ms=[], step_ms=[])
+    # Of a CUDA device alone; files from before these were counted have none of them.
+    loop_ms: list[float] = field(default_factory=list)
+    peak_before_bytes: int | None = None  # allocated before the step whose peak was taken
+    peak_reserved_bytes: int | None = None
+    allocation_retries: int | None = None  # while this model was timed
+    backward_kernels: int | None = None
+    backward_device_ms: float | None = None  # the sum of the kernels, by the profiler
+    step_kernels: int | None = None
+    step_device_ms: float | None = None
 
 
 @dataclass
@@ -134,12 +183,13 @@ def write_report(report: Report, stem: Path) -> None:
 def _as_csv(report: Report) -> str:
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    clocks = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms")
-    facts = [name for name in Row.__dataclass_fields__ if name not in clocks]
-    writer.writerow([*facts, *(f"{clock}_{what}" for clock in clocks for what in ("median", "iqr"))])
+    facts = [name for name in Row.__dataclass_fields__ if name not in CLOCKS]
+    writer.writerow([*facts, *(f"{clock}_{what}" for clock in CLOCKS for what in ("median", "iqr"))])
     for row in report.rows:
-        spreads = ((median(getattr(row, clock)), interquartile_range(getattr(row, clock))) for clock in clocks)
-        writer.writerow([getattr(row, fact) for fact in facts] + [f"{x:.6g}" for pair in spreads for x in pair])
+        spreads: list[str] = []
+        for samples in (getattr(row, clock) for clock in CLOCKS):
+            spreads += [f"{median(samples):.6g}", f"{interquartile_range(samples):.6g}"] if samples else ["", ""]
+        writer.writerow([getattr(row, fact) for fact in facts] + spreads)
     return lines.getvalue()
 
 
@@ -185,34 +235,78 @@ a difference that lies within its interval says nothing. Saved MiB is what the g
 left out.
 """
 
+_HOW_TO_READ_CUDA = """\
+`back to back` is a step's share of several without a wait between them, as a training loop runs them. `kernels` and
+`device ms` are the profiler's: what the device computes, with no launch in it. A part is launch-bound where kernels
+fill less than half of its time: its milliseconds are then the host's, and `device ms` is what to compare. `before MiB`
+was allocated before the step, `peak MiB` is the most allocated in it, `reserved MiB` what was taken from the card.
+"""
+
 
 def as_markdown(report: Report) -> str:
     """Give the report as a page to read."""
     parts = ["# Backward time, frozen against unfrozen\n", describe(report)]
     if report.interrupted:
         parts.append("**Interrupted: these are the samples taken until then.**\n")
-    parts += [f"## {model}\n\n{model_table(report, model)}\n" for model in report.models()]
+    for model in report.models():
+        parts.append(f"## {_title(report, model)}\n\n{model_table(report, model)}\n")
+        parts += [f"{device_table(report, model)}\n"] if _on_a_gpu(report, model) else []
+        retries = report.rows_of(model)[0].allocation_retries
+        if retries:
+            parts.append(f"The allocator freed its cache {retries} times while this was timed: take a smaller batch.\n")
     parts += [f"Refused: {entry['model']}, {entry['variant']}: {entry['reason']}\n" for entry in report.refused]
-    return "\n".join([*parts, _HOW_TO_READ])
+    parts.append(_HOW_TO_READ)
+    if any(_on_a_gpu(report, model) for model in report.models()):
+        parts.append(_HOW_TO_READ_CUDA)
+    return "\n".join(parts)
+
+
+def _title(report: Report, model: str) -> str:
+    row = report.rows_of(model)[0]
+    precision = report.settings.get("precision", "")  # files from before it was named have none
+    layout = "channels last" if report.settings.get("channels_last") else ""
+    facts = [f"batch {row.batch_size} of {row.image_size} pixels", str(precision), layout]
+    return ", ".join([model, *(fact for fact in facts if fact)])
+
+
+def _on_a_gpu(report: Report, model: str) -> bool:
+    return any(row.loop_ms for row in report.rows_of(model))
 
 
 def model_table(report: Report, model: str) -> str:
     """Lay out one model's rows beside the limit and the noise."""
     unfrozen, limit = report.row(model, "unfrozen"), report.row(model, "limit")
     header = ["", "forward ms", "backward ms", "step ms", "backward speed-up", "step speed-up"]
-    header += ["backward, of the limit", "step, of the limit", "saved MiB", "peak MiB"]
+    header += ["backward, of the limit", "step, of the limit", "saved MiB"]
     lines = []
     for row in report.rows_of(model):
-        name = row.variant if row.variant != "partial" else f"top {row.trainable_groups} groups train"
-        lines.append([name, *_times(row)])
+        lines.append([_name(row), *_times(row)])
         lines[-1] += [_ratio(unfrozen, row, "backward_ms"), _ratio(unfrozen, row, "step_ms")]
-        lines[-1] += [_ratio(row, limit, "backward_ms"), _ratio(row, limit, "step_ms")]
-        lines[-1] += [mebibytes(row.saved_bytes), mebibytes(row.peak_bytes)]
+        lines[-1] += [_ratio(row, limit, "backward_ms"), _ratio(row, limit, "step_ms"), mebibytes(row.saved_bytes)]
     for first, again in report.noise_of(model):
         name = f"A/A {again.variant}"
         lines.append([name, *_times(again), _ratio(first, again, "backward_ms"), _ratio(first, again, "step_ms")])
-        lines[-1] += ["", "", "", ""]
+        lines[-1] += ["", "", ""]
     return table(header, lines)
+
+
+def device_table(report: Report, model: str) -> str:
+    """Lay out what only a GPU has: steps back to back, kernels, memory, and what is bound by launches."""
+    unfrozen = report.row(model, "unfrozen")
+    header = ["", "step ms, back to back", "speed-up", "backward kernels", "backward device ms"]
+    header += ["step device ms", "launch-bound", "before MiB", "peak MiB", "reserved MiB"]
+    lines = []
+    for row in report.rows_of(model):
+        lines.append([_name(row), spread(row.loop_ms) if row.loop_ms else "", _ratio(unfrozen, row, "loop_ms")])
+        lines[-1] += ["" if row.backward_kernels is None else str(row.backward_kernels)]
+        lines[-1] += ["" if ms is None else f"{ms:.4g}" for ms in (row.backward_device_ms, row.step_device_ms)]
+        lines[-1].append(" and ".join(row.launch_bound))
+        lines[-1] += [mebibytes(count) for count in (row.peak_before_bytes, row.peak_bytes, row.peak_reserved_bytes)]
+    return table(header, lines)
+
+
+def _name(row: Row) -> str:
+    return row.variant if row.variant != "partial" else f"top {row.trainable_groups} groups train"
 
 
 def _times(row: Row) -> list[str]:

@@ -4,6 +4,7 @@ What is inside a clock and what is not:
 
 - The graph is rebuilt and gradients are set to None before the backward clock starts; `.backward()` alone is inside it.
 - Forward (with the loss), optimizer step and the whole step have clocks of their own.
+- On a GPU, where the host may be the slower one, steps are also timed back to back, as a training loop runs them.
 - Variants take turns, A B B A, in one process on the same tensors, so that a machine that slows down slows them all.
 - Results are medians of paired ratios with a bootstrap interval, beside an A/A row that shows the noise.
 """
@@ -20,6 +21,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from harness import cuda
 
 Result = TypeVar("Result")
 
@@ -53,10 +56,12 @@ class Event(Protocol):
 
 
 class EventClock:
-    """A pair of device events around each call, on an idle device: its own time, with launch gaps, without the host's.
+    """A pair of device events around each call, on an idle device.
 
     The device is idle when the first event is recorded, so no earlier work is counted; it has finished when the pair
-    is read, so no work is missed. `flush` empties the second-level cache before the first event.
+    is read, so no work is missed. Between the two the device waits for the host to launch each kernel: where kernels
+    are shorter than their launches, as in a frozen backward, the interval is the host's time. `cuda.device_work` has
+    the device's alone. `flush` empties the second-level cache before the first event.
     """
 
     def __init__(
@@ -91,24 +96,20 @@ def clock_for(device: torch.device, *, flush_l2: bool = False) -> Clock:
     flush: Callable[[], None] | None = None
     if flush_l2:
         # Twice the cache, as one pass over exactly its size may leave some of the old lines in place.
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        size = 2 * cuda.second_level_cache_bytes(device)
 
         def flush() -> None:
             # Gone when it is done, so that it is not counted as memory of what is measured.
             torch.empty(size, dtype=torch.uint8, device=device).zero_()
 
-    return EventClock(
-        lambda: torch.cuda.Event(enable_timing=True),  # type: ignore[no-untyped-call]
-        lambda: torch.cuda.synchronize(device),
-        flush=flush,
-    )
+    return EventClock(cuda.new_event, lambda: cuda.synchronize(device), flush=flush)
 
 
 def resolve_device(name: str) -> torch.device:
     """Turn `auto`, `cpu` or `cuda` into a device that is there; `auto` is CUDA where torch sees it, else the CPU."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+        name = "cuda" if cuda.is_available() else "cpu"
+    if name == "cuda" and not cuda.is_available():
         raise ValueError(
             f"--device cuda: torch {torch.__version__} sees no CUDA device here; "
             "pass --device cpu, or install a CUDA build of torch and a driver."
@@ -137,16 +138,25 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Milliseconds of one repetition; `step` is a run of its own, not the sum of the other three."""
+    """Milliseconds of one repetition; `step` is a run of its own, not the sum of the other three.
+
+    `loop` is a step's share of several that ran back to back; None where they were not run.
+    """
 
     forward: float
     backward: float
     optimizer: float
     step: float
+    loop: float | None = None
 
 
-def time_step(step: TrainingStep, clock: Clock) -> StepTimes:
-    """Time one repetition of a variant: its parts one by one, then the whole step."""
+def loop_steps_on(device: torch.device) -> int:
+    """Return how many steps to time back to back: none on a CPU, where the host does all the work."""
+    return 10 if device.type == "cuda" else 0
+
+
+def time_step(step: TrainingStep, clock: Clock, loop_steps: int = 0) -> StepTimes:
+    """Time one repetition of a variant: its parts one by one, the whole step, then `loop_steps` steps back to back."""
     step.enter()
     step.clear_gradients()
     loss, forward = clock.time(step.forward)
@@ -155,9 +165,12 @@ def time_step(step: TrainingStep, clock: Clock) -> StepTimes:
     del loss
     step.clear_gradients()
     _, whole = clock.time(step.run)
+    loop = None
+    if loop_steps:
+        loop = milliseconds_of(lambda: [step.run() for _ in range(loop_steps)], clock) / loop_steps
     # The next variant must not find this one's gradients: freeing them would fall into its clock.
     step.clear_gradients()
-    return StepTimes(forward, backward, optimizer, whole)
+    return StepTimes(forward, backward, optimizer, whole, loop)
 
 
 def warm_up(call: Callable[[], object], clock: Clock, *, at_most: int = 20, at_least_ms: float = 0.0) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from harness import cuda
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -100,7 +101,7 @@ def _reference(
 
 
 def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return cuda.random_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @contextmanager
