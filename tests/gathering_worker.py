@@ -28,7 +28,7 @@ COUNT = 1025  # of 64 KiB each: 64 MiB, and no even shares
 
 
 class Drawn(Dataset[tuple[Tensor, int]]):
-    """Pictures that are drawn when they are asked for; one of them, if `broken`, can't be."""
+    """Images that are drawn when they are asked for; one of them, if `broken`, can't be."""
 
     def __init__(self, count: int = COUNT, broken: int | None = None, error: type[Exception] = ValueError) -> None:
         self.count, self.broken, self.error = count, broken, error
@@ -38,7 +38,7 @@ class Drawn(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if index == self.broken:
-            raise self.error(f"picture {index} is broken")
+            raise self.error(f"image {index} is broken")
         return torch.tensor([float(index), 1.0]), index
 
 
@@ -47,8 +47,8 @@ class Widened(nn.Module):
         super().__init__()
         self.register_buffer("row", torch.arange(float(WIDTH)))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return pictures[:, :1] + self.row
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, :1] + self.row
 
 
 def is_whole(features: Tensor, targets: Tensor) -> bool:
@@ -68,7 +68,7 @@ def main(folder: str) -> None:
     told: dict[str, Any] = {}
 
     def gather(name: str, data: Any, where: Path | None, share: float = 0.0) -> None:
-        cache = None if where is None else FeatureCache(where, "pictures", memory_share=share)
+        cache = None if where is None else FeatureCache(where, "images", memory_share=share)
         seen.clear()
         with watching_memory() as peak:
             dataset = gather_features(model, data, batch_size=4, accelerator=accelerator, cache=cache)

@@ -1,7 +1,7 @@
 """What torchrun starts for test_recipes_processes.py: python processes_worker.py FOLDER, on any number of processes.
 
-It trains a frozen phase on cached features, one on pictures with a frozen backbone, and one where BatchNorm trains, and
-the main process writes the weights after each. 23 pictures in batches of 4 leave 3 for the last: no even shares.
+It trains a frozen phase on cached features, one on images with a frozen backbone, and one where BatchNorm trains, and
+the main process writes the weights after each. 23 images in batches of 4 leave 3 for the last: no even shares.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from training_worker import Shaken, make_model, make_pictures
+from training_worker import Shaken, make_images, make_model
 
 from backbone_finetune.recipes.training import loop as training
-from backbone_finetune.recipes.training.loop import Loop, evaluate, fine_tune
+from backbone_finetune.recipes.training.loop import TrainerConfig, evaluate, fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 
@@ -24,34 +24,34 @@ from backbone_finetune.recipes.training.processes import make_accelerator
 class Still(Shaken):
     """A transform that is not known to be deterministic, and is."""
 
-    def shake(self, picture: torch.Tensor) -> torch.Tensor:
-        return picture
+    def shake(self, image: torch.Tensor) -> torch.Tensor:
+        return image
 
 
 def main(folder: str, device: str = "cpu") -> None:
     accelerator = make_accelerator(torch.device(device))
-    pictures: Any = make_pictures(23)
+    images: Any = make_images(23)
     told: dict[str, Any] = {"processes": accelerator.num_processes}
     for name, data, phase, accumulation in (
-        ("cached", pictures, Phase(epochs=3, lr=0.02), 1),
-        ("uncached", Still(pictures), Phase(epochs=2, lr=0.02), 1),
-        ("accumulated", pictures, Phase(epochs=2, lr=0.02), 2),
-        ("statistics", pictures, Phase(epochs=4, trainable_groups=1, lr=0.02, backbone_lr=0.01), 1),
-        ("everything", pictures, Phase(epochs=2, trainable_groups=2, lr=0.02, backbone_lr=0.01), 2),
+        ("cached", images, Phase(epochs=3, lr=0.02), 1),
+        ("uncached", Still(images), Phase(epochs=2, lr=0.02), 1),
+        ("accumulated", images, Phase(epochs=2, lr=0.02), 2),
+        ("statistics", images, Phase(epochs=4, trainable_groups=1, lr=0.02, backbone_lr=0.01), 1),
+        ("everything", images, Phase(epochs=2, trainable_groups=2, lr=0.02, backbone_lr=0.01), 2),
     ):
         model = make_model(dropout=0.0, normalises=name != "everything").freeze_backbone()
         if name == "everything":  # BatchNorm in the stem too would make this one noisy
             model.norm_eval = True
-        loop = Loop(
+        loop = TrainerConfig(
             accelerator,
             batch_size=4,
             accumulation=accumulation,
             checkpoints=Path(folder, name),
             autocast_features=False,  # the cached is compared with the uncached, to rounding
         )
-        history = fine_tune(model, data, make_pictures(7), [phase], loop)
+        history = fine_tune(model, data, make_images(7), [phase], loop)
         told[name] = [result.train_loss for result in history]
-        told[f"{name} test"] = evaluate(model, make_pictures(7), batch_size=3, accelerator=accelerator)
+        told[f"{name} test"] = evaluate(model, make_images(7), batch_size=3, accelerator=accelerator)
         if accelerator.is_main_process:
             save_file(model.cpu().state_dict(), Path(folder, f"{name}.safetensors"))
     average_by_hand(folder, accelerator)
@@ -69,8 +69,8 @@ def average_by_hand(folder: str, accelerator: Any) -> None:
         average(stage, accelerator)
 
     average, training.average_statistics = training.average_statistics, recorded
-    loop = Loop(accelerator, batch_size=4, show_progress=False)
-    fine_tune(model, make_pictures(23), make_pictures(7), [Phase(epochs=1, trainable_groups=1, lr=0.02)], loop)
+    loop = TrainerConfig(accelerator, batch_size=4, show_progress=False)
+    fine_tune(model, make_images(23), make_images(7), [Phase(epochs=1, trainable_groups=1, lr=0.02)], loop)
     training.average_statistics = average
     Path(folder, "buffers").mkdir(exist_ok=True)
     for when, buffers in (("before", before[-1]), ("after", dict(model.named_buffers()))):

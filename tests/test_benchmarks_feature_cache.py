@@ -212,7 +212,7 @@ def test_four_ways_to_train_on_one_split(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_picture_is_on_two_sides_of_a_split() -> None:
-    folder = transfer.find_pictures(transfer.CLIPART)
+    folder = transfer.find_images(transfer.CLIPART)
     numbered = torch.arange(len(folder.paths), dtype=torch.float32)
     drawn = transfer.draw_split(folder, numbered, seed=1)
     fit, validation, both, test = (

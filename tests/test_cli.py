@@ -1,4 +1,4 @@
-"""The command line: a line for each mistake, and the whole main job on the packaged pictures."""
+"""The command line: a line for each mistake, and the whole main job on the packaged images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from picture_folders import COLOURS, make_folder, make_picture
+from image_folders import COLOURS, make_folder, make_image
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.commands.train import CLIPART
@@ -41,17 +41,17 @@ def fail(capsys: pytest.CaptureFixture[str]) -> Fail:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that the command line trained on a folder of pictures, which no test may change."""
+    """A model that the command line trained on a folder of images, which no test may change."""
     folder = tmp_path_factory.mktemp("trained")
-    pictures = str(make_folder(folder / "pictures"))
+    images = str(make_folder(folder / "images"))
     output = folder / "run"
-    arguments = ["train", pictures, "--model", "test_resnet", "--epochs", "2", "--lr", "0.01", "--output", str(output)]
+    arguments = ["train", images, "--model", "test_resnet", "--epochs", "2", "--lr", "0.01", "--output", str(output)]
     assert cli.main(arguments) == 0
     return output / "model.safetensors"
 
 
 def test_train_takes_a_folder_and_every_option(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    pictures = make_folder(tmp_path / "pictures")
+    images = make_folder(tmp_path / "images")
     torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), tmp_path / "weights.pth")
     output = tmp_path / "run"
     options = (
@@ -59,7 +59,7 @@ def test_train_takes_a_folder_and_every_option(tmp_path: Path, capfd: pytest.Cap
         f"--lr 0.01 --backbone-lr 0.002 --weight-decay 0.1 --batch-size 4 --device cpu --output {output} "
         "--accumulation 2 --checkpoint-steps 3 --layer-decay 0.75 --warmup-epochs 0.5 --cosine"
     )
-    assert cli.main(["train", str(pictures), *options.split()]) == 0
+    assert cli.main(["train", str(images), *options.split()]) == 0
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["phases"] == [
         {
@@ -84,11 +84,11 @@ def test_train_takes_a_folder_and_every_option(tmp_path: Path, capfd: pytest.Cap
     assert "epoch 1/1: 100%" in printed.err
 
 
-def test_predict_prints_a_line_for_each_picture(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = [trained.parents[1] / "pictures" / name / "0.png" for name in COLOURS]
-    assert cli.main(["predict", str(trained), *map(str, pictures), "--top-k", "2"]) == 0
+def test_predict_prints_a_line_for_each_image(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [trained.parents[1] / "images" / name / "0.png" for name in COLOURS]
+    assert cli.main(["predict", str(trained), *map(str, images), "--top-k", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for line, path in zip(lines, pictures, strict=True):
+    for line, path in zip(lines, images, strict=True):
         classes = line.removeprefix(f"{path}: ").split(", ")
         assert len(classes) == 2
         assert {text.split()[0] for text in classes} <= set(COLOURS)
@@ -100,22 +100,22 @@ def test_predict_names_what_it_cannot_read_and_goes_on(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.jpg").write_text("a text file")
-    whole = make_picture(tmp_path / "red.png", COLOURS["red"])
+    whole = make_image(tmp_path / "red.png", COLOURS["red"])
     arguments = ["predict", str(trained), str(tmp_path / "text.jpg"), str(tmp_path / "missing.png"), str(whole)]
     assert cli.main(arguments) == 2
     printed = capsys.readouterr()
     assert [line.partition(":")[0] for line in printed.out.splitlines()] == [str(whole)]
     first, second, third = printed.err.splitlines()
-    assert first.startswith(f"backbone-finetune: skipped: {tmp_path / 'text.jpg'}: not a readable picture (")
+    assert first.startswith(f"backbone-finetune: skipped: {tmp_path / 'text.jpg'}: not a readable image (")
     assert second == f"backbone-finetune: skipped: {tmp_path / 'missing.png'}: there is no such file"
-    assert third == "backbone-finetune: error: 2 of 3 pictures could not be read"
+    assert third == "backbone-finetune: error: 2 of 3 images could not be read"
 
 
 def test_predict_walks_folders_and_writes_csv_and_json(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for index in range(3):
-        make_picture(tmp_path / "in" / "deep" / f"{index}.png", COLOURS["red"], seed=index)
+        make_image(tmp_path / "in" / "deep" / f"{index}.png", COLOURS["red"], seed=index)
     (tmp_path / "in" / "broken.jpg").write_bytes(b"")
     files = ("--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json"))
     arguments = ["predict", str(trained), str(tmp_path / "in"), "--top-k", "9", "--batch-size", "2", *files]
@@ -126,7 +126,7 @@ def test_predict_walks_folders_and_writes_csv_and_json(
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     entries = json.loads((tmp_path / "a.json").read_text())
-    assert [row["picture"] for row in rows] == [entry["picture"] for entry in entries] == [str(path) for path in paths]
+    assert [row["image"] for row in rows] == [entry["image"] for entry in entries] == [str(path) for path in paths]
     assert rows[0]["error"] == entries[0]["error"] != ""
     assert (rows[0]["class_1"], entries[0]["classes"]) == ("", [])
     assert rows[1]["class_1"] == entries[1]["classes"][0]["name"]
@@ -138,10 +138,10 @@ def test_predict_walks_folders_and_writes_csv_and_json(
 def test_evaluate_prints_a_table_and_writes_two_files(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = make_folder(tmp_path / "pictures", per_class=2)
-    (pictures / "red" / "broken.png").write_bytes(b"")
+    images = make_folder(tmp_path / "images", per_class=2)
+    (images / "red" / "broken.png").write_bytes(b"")
     output = tmp_path / "out"
-    assert cli.main(["evaluate", str(trained), str(pictures), "--output", str(output)]) == 0
+    assert cli.main(["evaluate", str(trained), str(images), "--output", str(output)]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [[name, "2"] for name in COLOURS]
@@ -149,26 +149,26 @@ def test_evaluate_prints_a_table_and_writes_two_files(
     assert lines[-1] == f"wrote {output / 'evaluation.json'}, {output / 'confusion.png'}"
     skipped = [line for line in printed.err.splitlines() if "skipped: " in line]
     assert len(skipped) == 1
-    assert f"backbone-finetune: skipped: {pictures / 'red' / 'broken.png'}: not a readable picture" in skipped[0]
+    assert f"backbone-finetune: skipped: {images / 'red' / 'broken.png'}: not a readable image" in skipped[0]
 
 
 def test_trainable_only_writes_a_small_file_that_takes_its_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fail: Fail
 ) -> None:
-    pictures = make_folder(tmp_path / "pictures")
+    images = make_folder(tmp_path / "images")
     weights = tmp_path / "weights.pth"
     torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), weights)
     model = tmp_path / "run" / "model.safetensors"
-    train = ["train", str(pictures), "--model", "test_resnet", "--epochs", "1", "--trainable-only"]
+    train = ["train", str(images), "--model", "test_resnet", "--epochs", "1", "--trainable-only"]
     assert "test_resnet starts from random weights" in fail(*train, "--output", model.parent)
     assert cli.main([*train, "--checkpoint", str(weights), "--output", str(model.parent)]) == 0
     assert model.stat().st_size < 10_000
     capsys.readouterr()
-    picture = pictures / "red" / "0.png"
+    image = images / "red" / "0.png"
     assert f"on top of test_resnet with weights from {weights}; give that weights file (--base FILE" in fail(
-        "predict", model, picture
+        "predict", model, image
     )
-    assert cli.main(["predict", str(model), str(picture), "--base", str(weights)]) == 0
+    assert cli.main(["predict", str(model), str(image), "--base", str(weights)]) == 0
 
 
 def test_inspect_says_what_of_a_trained_model_is_frozen(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,43 +202,41 @@ def test_inspect_knows_networks_without_a_classifier(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.splitlines()[-1].startswith("no classifier: `train` can't use it")
 
 
-@pytest.mark.parametrize(
-    "command", ["inspect {}", "train PICTURES --model {}", "train PICTURES --pretrained --model {}"]
-)
+@pytest.mark.parametrize("command", ["inspect {}", "train IMAGES --model {}", "train IMAGES --pretrained --model {}"])
 def test_an_unknown_architecture_is_one_line_with_the_nearest(tmp_path: Path, fail: Fail, command: str) -> None:
-    pictures = make_folder(tmp_path / "pictures")
-    line = fail(*command.format("resnet51").replace("PICTURES", str(pictures)).split())
+    images = make_folder(tmp_path / "images")
+    line = fail(*command.format("resnet51").replace("IMAGES", str(images)).split())
     assert line.startswith(f"resnet51: timm {timm.__version__} has no such architecture; the nearest names are ")
     assert "resnet50" in line
 
 
 def test_each_mistake_is_one_line(tmp_path: Path, fail: Fail) -> None:
-    pictures, output = make_folder(tmp_path / "pictures"), tmp_path / "run"
+    images, output = make_folder(tmp_path / "images"), tmp_path / "run"
     (tmp_path / "empty").mkdir()
-    make_picture(tmp_path / "single" / "cat" / "1.png", (0, 0, 0))
+    make_image(tmp_path / "single" / "cat" / "1.png", (0, 0, 0))
     (tmp_path / "text.pth").write_text("a text file")
     small = ("--model", "test_resnet", "--output", output)
     assert "nowhere: there is no such folder" in fail("train", tmp_path / "nowhere", *small)
     assert "empty has no sub-folders" in fail("train", tmp_path / "empty", *small)
     assert "single has one class only (cat)" in fail("train", tmp_path / "single", *small)
-    assert "trainable_groups=6: the backbone has 5 layer" in fail("train", pictures, *small, "--trainable-groups", 6)
-    assert "device 'tpu': not on this machine" in fail("train", pictures, *small, "--device", "tpu")
+    assert "trainable_groups=6: the backbone has 5 layer" in fail("train", images, *small, "--trainable-groups", 6)
+    assert "device 'tpu': not on this machine" in fail("train", images, *small, "--device", "tpu")
     assert "text.pth: not a readable weights file" in fail(
-        "train", pictures, *small, "--checkpoint", tmp_path / "text.pth"
+        "train", images, *small, "--checkpoint", tmp_path / "text.pth"
     )
-    assert "nowhere.pth: there is no such weights" in fail("train", pictures, *small, "--checkpoint", "nowhere.pth")
+    assert "nowhere.pth: there is no such weights" in fail("train", images, *small, "--checkpoint", "nowhere.pth")
     assert "text.pth: no safetensors file" in fail("predict", tmp_path / "text.pth", "tom.jpg")
     assert "nowhere.safetensors: no such file" in fail("predict", tmp_path / "nowhere.safetensors", "tom.jpg")
     assert "nowhere.safetensors: no such file" in fail("inspect", tmp_path / "nowhere.safetensors")
     assert "text.pth: no safetensors file" in fail("inspect", tmp_path / "text.pth")
-    assert "empty: a folder without pictures" in fail("predict", tmp_path / "nowhere.safetensors", tmp_path / "empty")
+    assert "empty: a folder without images" in fail("predict", tmp_path / "nowhere.safetensors", tmp_path / "empty")
     assert not output.exists()
 
 
 def test_a_finished_model_is_refused(trained: Path, fail: Fail) -> None:
     before = trained.read_bytes()
-    pictures = trained.parents[1] / "pictures"
-    line = fail("train", pictures, "--model", "test_resnet", "--output", trained.parent)
+    images = trained.parents[1] / "images"
+    line = fail("train", images, "--model", "test_resnet", "--output", trained.parent)
     assert line == (
         f"{trained.parent} already holds a finished model; "
         "pass --overwrite to replace it, or another folder with --output"
@@ -275,7 +273,7 @@ def test_a_truncated_model_is_refused(trained: Path, tmp_path: Path, fail: Fail)
         ("train --weight-decay -1", "argument --weight-decay: '-1': expected a number from 0"),
         ("train --pretrained --checkpoint w.pth", "argument --checkpoint: not allowed with argument --pretrained"),
         ("train --modle resnet18", "unrecognized arguments: --modle"),
-        ("predict model.safetensors", "the following arguments are required: PICTURE"),
+        ("predict model.safetensors", "the following arguments are required: IMAGE"),
         ("predict model.safetensors tom.jpg --top-k 0", "argument --top-k: '0': expected a whole number from 1"),
         ("evaluate model.safetensors", "the following arguments are required: DATA"),
         ("inspect", "the following arguments are required: NAME|MODEL"),
@@ -379,20 +377,20 @@ def test_the_main_job_with_no_arguments(
     assert metrics["test_accuracy"] > metrics["raw_pixels"]
     assert metrics["chance"] < 0.25
     assert (metrics["architecture"], len(metrics["class_names"])) == ("tf_efficientnet_lite0", 10)
-    assert metrics["skipped_pictures"] == []
+    assert metrics["skipped_images"] == []
     assert "fine-tuned/model.safetensors" in printed.out
 
-    pictures = sorted((CLIPART / "bird").iterdir())[:20]
-    assert cli.main(["predict", "fine-tuned/model.safetensors", *map(str, pictures)]) == 0
+    images = sorted((CLIPART / "bird").iterdir())[:20]
+    assert cli.main(["predict", "fine-tuned/model.safetensors", *map(str, images)]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert sum(": bird " in line for line in lines) >= 12
 
 
-def test_no_name_of_a_picture_moves_a_terminals_cursor(
+def test_no_name_of_a_image_moves_a_terminals_cursor(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_picture(tmp_path / "good\x1b[2J.png", COLOURS["red"])
-    (tmp_path / "broken\x1b[2J.png").write_bytes(b"no picture")
+    make_image(tmp_path / "good\x1b[2J.png", COLOURS["red"])
+    (tmp_path / "broken\x1b[2J.png").write_bytes(b"no image")
     assert cli.main(["predict", str(trained), str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert "\x1b" not in printed.out + printed.err

@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from picture_folders import COLOURS, make_picture
+from image_folders import COLOURS, make_image
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.models.file import describe_file
@@ -21,13 +21,13 @@ NAMES = ("Größe", RAW)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two classes with such names, trained on pictures whose folder has one too."""
+    """A model of two classes with such names, trained on images whose folder has one too."""
     folder = tmp_path_factory.mktemp("trained")
     for name, colour in zip(NAMES, COLOURS.values(), strict=False):
         for index in range(4):
-            make_picture(folder / "pictures" / name / os.fsdecode(b"n\xff%d.png" % index), colour, seed=index)
+            make_image(folder / "images" / name / os.fsdecode(b"n\xff%d.png" % index), colour, seed=index)
     output = folder / "run"
-    arguments = ["train", str(folder / "pictures"), "--model", "test_resnet", "--epochs", "1", "--output", str(output)]
+    arguments = ["train", str(folder / "images"), "--model", "test_resnet", "--epochs", "1", "--output", str(output)]
     assert cli.main(arguments) == 0
     return output / "model.safetensors"
 
@@ -44,25 +44,25 @@ def print_strictly(encoding: str, *arguments: object) -> bytes:
 
 
 @ENCODINGS
-def test_predict_answers_for_every_picture(trained: Path, tmp_path: Path, encoding: str) -> None:
-    pictures = trained.parents[1] / "pictures"
+def test_predict_answers_for_every_image(trained: Path, tmp_path: Path, encoding: str) -> None:
+    images = trained.parents[1] / "images"
     files = ("--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json"))
-    lines = print_strictly(encoding, "predict", trained, pictures, *files).splitlines()
+    lines = print_strictly(encoding, "predict", trained, images, *files).splitlines()
     assert len(lines) == 8
     assert all(rb"n\udcff" in line and rb"c\udcff " in line for line in lines)
-    expected = sorted(pictures.rglob("*.png"))
+    expected = sorted(images.rglob("*.png"))
     rows = (tmp_path / "a.csv").read_bytes().splitlines()[1:]
     assert [row.split(b",")[0] for row in rows] == [os.fsencode(path) for path in expected]
     assert all({row.split(b",")[1], row.split(b",")[3]} == {os.fsencode(name) for name in NAMES} for row in rows)
     entries = json.loads((tmp_path / "a.json").read_text())
-    assert [Path(entry["picture"]) for entry in entries] == expected
+    assert [Path(entry["image"]) for entry in entries] == expected
     assert all({found["name"] for found in entry["classes"]} == set(NAMES) for entry in entries)
 
 
 @ENCODINGS
 def test_evaluate_and_inspect_take_the_model(trained: Path, tmp_path: Path, encoding: str) -> None:
-    pictures, output = trained.parents[1] / "pictures", tmp_path / "out"
-    assert rb"c\udcff " in print_strictly(encoding, "evaluate", trained, pictures, "--output", output)
+    images, output = trained.parents[1] / "images", tmp_path / "out"
+    assert rb"c\udcff " in print_strictly(encoding, "evaluate", trained, images, "--output", output)
     assert [score["name"] for score in json.loads((output / "evaluation.json").read_text())["classes"]] == list(NAMES)
     assert (output / "confusion.png").stat().st_size > 1000
     assert rb"c\udcff)" in print_strictly(encoding, "inspect", trained)

@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from picture_folders import COLOURS
+from image_folders import COLOURS
 from safetensors.torch import save_file
 from torch import nn
 

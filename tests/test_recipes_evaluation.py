@@ -1,4 +1,4 @@
-"""Evaluation: each picture is counted in its place, and what can't be counted is said."""
+"""Evaluation: each image is counted in its place, and what can't be counted is said."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from picture_folders import COLOURS, make_folder, make_picture
+from image_folders import COLOURS, make_folder, make_image
 from torch import nn
 
 from backbone_finetune import FineTuneModel
@@ -17,10 +17,10 @@ from backbone_finetune.recipes.models.file import TrainedModel
 
 
 class BrightestColour(nn.Module):
-    """Answers the colour that a picture has most of; classes are in the order of the channels, then two more."""
+    """Answers the colour that an image has most of; classes are in the order of the channels, then two more."""
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        means = pictures.mean((2, 3))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        means = images.mean((2, 3))
         return torch.cat([means, torch.full((len(means), 2), -9.0)], 1)
 
 
@@ -34,10 +34,10 @@ def trained() -> TrainedModel:
     return TrainedModel(model, "brightest", ("red", "green", "blue", "pink", "white"), config)
 
 
-def test_each_picture_is_counted_in_its_place(trained: TrainedModel, tmp_path: Path) -> None:
+def test_each_image_is_counted_in_its_place(trained: TrainedModel, tmp_path: Path) -> None:
     folder = make_folder(tmp_path, per_class=4)
-    make_picture(folder / "red" / "really_green.png", COLOURS["green"])
-    make_picture(folder / "pink" / "really_blue.png", COLOURS["blue"])
+    make_image(folder / "red" / "really_green.png", COLOURS["green"])
+    make_image(folder / "pink" / "really_blue.png", COLOURS["blue"])
     evaluation = evaluate_folder(trained, folder, batch_size=3, show_progress=False)
     assert evaluation.confusion == (
         (4, 1, 0, 0, 0),
@@ -46,55 +46,55 @@ def test_each_picture_is_counted_in_its_place(trained: TrainedModel, tmp_path: P
         (0, 0, 1, 0, 0),
         (0, 0, 0, 0, 0),
     )
-    assert (evaluation.accuracy, evaluation.pictures) == (12 / 14, 14)
+    assert (evaluation.accuracy, evaluation.images) == (12 / 14, 14)
     assert [score.precision for score in evaluation.classes] == [1.0, 4 / 5, 4 / 5, None, None]
     assert [score.recall for score in evaluation.classes] == [4 / 5, 1.0, 1.0, 0.0, None]
     assert evaluation.missing_classes == ("white",)
     lines = describe_evaluation(evaluation).splitlines()
     assert lines[1].split() == ["red", "5", "1.000", "0.800"]
     assert lines[5].split() == ["white", "0", "-", "-"]
-    assert lines[6:] == ["accuracy 0.857 of 14 pictures", "without a folder: white"]
+    assert lines[6:] == ["accuracy 0.857 of 14 images", "without a folder: white"]
 
 
-def test_pictures_that_cannot_be_read_are_left_out_and_named(trained: TrainedModel, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_left_out_and_named(trained: TrainedModel, tmp_path: Path) -> None:
     folder = make_folder(tmp_path, per_class=2)
     (folder / "red" / "text.jpg").write_text("a text file")
     (folder / "blue" / "1.png").write_bytes(b"")
     evaluation = evaluate_folder(trained, folder, batch_size=2, show_progress=False)
-    assert (evaluation.accuracy, evaluation.pictures) == (1.0, 5)
-    assert [message.partition(":")[0] for message in evaluation.skipped_pictures] == [
+    assert (evaluation.accuracy, evaluation.images) == (1.0, 5)
+    assert [message.partition(":")[0] for message in evaluation.skipped_images] == [
         str(folder / "blue" / "1.png"),
         str(folder / "red" / "text.jpg"),
     ]
-    assert "skipped: 2 pictures that can't be read" in describe_evaluation(evaluation)
+    assert "skipped: 2 images that can't be read" in describe_evaluation(evaluation)
 
 
 def test_folders_of_other_classes_are_refused_before_any_work(trained: TrainedModel, tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
-    make_picture(folder / "yellow" / "1.png", (200, 200, 0))
+    make_image(folder / "yellow" / "1.png", (200, 200, 0))
     with pytest.raises(ValueError, match=r"yellow: no class of this model, whose classes are red, green, blue, pink"):
         evaluate_folder(trained, folder)
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         evaluate_folder(trained, tmp_path / "nowhere")
 
 
-def test_a_folder_without_a_readable_picture_is_refused(trained: TrainedModel, tmp_path: Path) -> None:
+def test_a_folder_without_a_readable_image_is_refused(trained: TrainedModel, tmp_path: Path) -> None:
     for name in ("red", "blue"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none of its 2 pictures can be read; the first: .*blue/1\.png"):
+    with pytest.raises(ValueError, match=r"none of its 2 images can be read; the first: .*blue/1\.png"):
         evaluate_folder(trained, tmp_path, show_progress=False)
 
 
-def test_it_is_written_for_machines_and_as_a_picture(trained: TrainedModel, tmp_path: Path) -> None:
-    evaluation = evaluate_folder(trained, make_folder(tmp_path / "pictures", per_class=2), show_progress=False)
+def test_it_is_written_for_machines_and_as_a_image(trained: TrainedModel, tmp_path: Path) -> None:
+    evaluation = evaluate_folder(trained, make_folder(tmp_path / "images", per_class=2), show_progress=False)
     write_evaluation(evaluation, tmp_path / "out")
     write_evaluation(evaluation, tmp_path / "out")  # over an earlier one
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["confusion.png", "evaluation.json"]
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["accuracy"] == evaluation.accuracy == 1.0
     assert written["classes"][0] == {
-        "name": "red", "pictures": 2, "called": 2, "right": 2, "precision": 1.0, "recall": 1.0
+        "name": "red", "images": 2, "called": 2, "right": 2, "precision": 1.0, "recall": 1.0
     }  # fmt: skip
     assert written["confusion"][2] == [0, 0, 2, 0, 0]
     assert (tmp_path / "out" / "confusion.png").read_bytes().startswith(b"\x89PNG")

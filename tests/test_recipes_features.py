@@ -24,8 +24,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRa
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import (
     FeatureCache,
-    Loop,
     Phase,
+    TrainerConfig,
     extract_features,
     feature_batches,
     fine_tune,
@@ -37,7 +37,7 @@ from backbone_finetune.recipes.features.cache import MANIFEST, build_store, temp
 CPU = torch.device("cpu")
 
 
-class Pictures(nn.Module):
+class Images(nn.Module):
     """A backbone with statistics and dropout."""
 
     def __init__(self, width: int = 16) -> None:
@@ -45,35 +45,35 @@ class Pictures(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
         self.last = nn.Sequential(nn.Conv2d(8, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.last(self.stem(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.stem(images))
 
 
 class Mixed(nn.Module):
-    """A backbone that gives three tensors per picture, as a step that caches activations at a boundary would."""
+    """A backbone that gives three tensors per image, as a step that caches activations at a boundary would."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scaled = pictures * self.weight
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scaled = images * self.weight
         return scaled.bfloat16(), (scaled.mean((1, 2, 3)) * 10).to(torch.int8), scaled.flatten(1)
 
 
 def make_model(backbone: nn.Module | None = None) -> FineTuneModel:
     torch.manual_seed(1)
-    return FineTuneModel(backbone or Pictures(), nn.Linear(16, 3)).freeze_backbone()
+    return FineTuneModel(backbone or Images(), nn.Linear(16, 3)).freeze_backbone()
 
 
-def make_pictures(count: int = 11) -> Any:
+def make_images(count: int = 11) -> Any:
     generator = torch.Generator().manual_seed(2)
     return TensorDataset(torch.randn(count, 3, 8, 8, generator=generator), torch.arange(count) % 3)
 
 
 def extract(model: FineTuneModel, cache: FeatureCache | None = None, **settings: Any) -> tuple[Tensor, ...]:
     """Exact on every processor, unless a test asks for autocast."""
-    loader = settings.pop("loader", DataLoader(make_pictures(), batch_size=4))
+    loader = settings.pop("loader", DataLoader(make_images(), batch_size=4))
     settings.setdefault("autocast", False)
     return extract_features(model, loader, device=CPU, cache=cache, **settings).tensors
 
@@ -99,7 +99,7 @@ class Passes:
 
 
 def test_features_are_what_the_classifier_sees_in_evaluation() -> None:
-    model, (inputs, targets) = make_model(), make_pictures().tensors
+    model, (inputs, targets) = make_model(), make_images().tensors
     nn.Module.train(model.backbone)  # whatever its modes are
     features, kept = extract(model)
     assert torch.equal(kept, targets)
@@ -110,9 +110,9 @@ def test_features_are_what_the_classifier_sees_in_evaluation() -> None:
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
 def test_features_of_timm_networks_are_those_of_a_forward(name: str) -> None:
     model = FineTuneModel.from_timm(name, num_classes=3).freeze_backbone()
-    pictures = torch.randn(5, 3, *model.pretrained_cfg["input_size"][1:])
-    features, _ = extract(model, loader=DataLoader(TensorDataset(pictures, torch.zeros(5)), batch_size=2))
-    torch.testing.assert_close(features, model.eval().backbone(pictures))
+    images = torch.randn(5, 3, *model.pretrained_cfg["input_size"][1:])
+    features, _ = extract(model, loader=DataLoader(TensorDataset(images, torch.zeros(5)), batch_size=2))
+    torch.testing.assert_close(features, model.eval().backbone(images))
     assert features.untyped_storage().nbytes() == features.nbytes  # a ViT's is a view of all of its tokens
 
 
@@ -124,10 +124,10 @@ class Caching(nn.Module):
         self.weight = nn.Parameter(torch.ones(3 * 8 * 8))
         self.kept: list[Tensor] = []
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         if not self.kept:
             self.kept.append(torch.arange(3.0 * 8 * 8).cos())
-        return pictures.flatten(1) * (self.weight * self.kept[0])
+        return images.flatten(1) * (self.weight * self.kept[0])
 
 
 def test_a_backbone_can_train_afterwards() -> None:
@@ -137,7 +137,7 @@ def test_a_backbone_can_train_afterwards() -> None:
     enabled: list[bool] = []
     extract(model)
     assert not any(enabled)
-    model.unfreeze_backbone().backbone(make_pictures().tensors[0]).sum().backward()
+    model.unfreeze_backbone().backbone(make_images().tensors[0]).sum().backward()
     assert model.backbone.weight.grad is not None
 
 
@@ -180,21 +180,21 @@ def test_a_backbone_that_trains_is_refused(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"shuffle": True, "batch_size": 4}, "the loader draws by RandomSampler; pass one"),
-        ({"drop_last": True, "batch_size": 4}, "the loader drops its last pictures; pass one with drop_last=False"),
+        ({"drop_last": True, "batch_size": 4}, "the loader drops its last images; pass one with drop_last=False"),
         ({"sampler": SubsetRandomSampler([0, 1])}, "the loader draws by SubsetRandomSampler; pass one"),
         ({"sampler": SubsetRandomSampler([0, 1]), "batch_size": None}, "the loader draws by SubsetRandomSampler"),
         ({"batch_sampler": BatchSampler(SubsetRandomSampler([1]), 2, False)}, "draws by SubsetRandomSampler; pass"),
-        ({"batch_sampler": [[2, 1], [0]]}, "the loader draws by list; pass one that gives every picture in"),
+        ({"batch_sampler": [[2, 1], [0]]}, "the loader draws by list; pass one that gives every image in"),
     ],
 )
 def test_a_loader_that_loses_the_order_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        extract(make_model(), loader=DataLoader(make_pictures(), **settings))
+        extract(make_model(), loader=DataLoader(make_images(), **settings))
 
 
 class Stream(IterableDataset[tuple[Tensor, Tensor]]):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(make_pictures())
+        return iter(make_images())
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -203,7 +203,7 @@ def test_a_stream_of_unknown_length_and_whole_batches_give_the_same_features(tmp
     model = make_model()
     expected = extract(model)
     streamed = extract(model, cache, loader=DataLoader(Stream(), batch_size=4))
-    inputs, targets = make_pictures().tensors
+    inputs, targets = make_images().tensors
     batches: Any = [(inputs[:4], targets[:4]), (inputs[4:8], targets[4:8]), (inputs[8:], targets[8:])]
     given_whole = extract(model, loader=DataLoader(batches, batch_size=None))
     for found in (streamed, given_whole):
@@ -211,27 +211,27 @@ def test_a_stream_of_unknown_length_and_whole_batches_give_the_same_features(tmp
 
 
 class Ragged(nn.Module):
-    def forward(self, pictures: Tensor) -> Tensor:
-        return torch.zeros(len(pictures), 3 if len(pictures) == 4 else 5)
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 3 if len(images) == 4 else 5)
 
 
 class Pooled(nn.Module):
-    def forward(self, pictures: Tensor) -> Tensor:
-        return pictures.mean()
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean()
 
 
 class Named(nn.Module):
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        return {"pictures": pictures}
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"images": images}
 
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        (Ragged(), r"a batch holds .*\(5,\).* per picture, the first one .*\(3,\).*one shape and dtype"),
-        (Pooled(), r"the backbone gave a tensor of shape \(\) for 4 pictures; it must give"),
-        (Named(), r"the backbone gave a dict of 1 for 4 pictures; it must give a tensor or a tuple"),
+        (Ragged(), r"a batch holds .*\(5,\).* per image, the first one .*\(3,\).*one shape and dtype"),
+        (Pooled(), r"the backbone gave a tensor of shape \(\) for 4 images; it must give"),
+        (Named(), r"the backbone gave a dict of 1 for 4 images; it must give a tensor or a tuple"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(tmp_path: Path, backbone: nn.Module, message: str, kept: bool) -> None:
@@ -249,7 +249,7 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path, backbone: nn.Module, m
             [torch.zeros(3)],
             r"the loader gave a tensor of shape \(1, 3\); it must give \(inputs, targets\), two tensors",
         ),
-        ([], "the loader has no pictures"),
+        ([], "the loader has no images"),
     ],
 )
 def test_a_loader_of_something_else_is_refused(data: Any, message: str) -> None:
@@ -261,7 +261,7 @@ def test_a_loader_of_something_else_is_refused(data: Any, message: str) -> None:
 def test_a_tuple_of_any_shapes_and_dtypes_is_kept_to_the_bit(tmp_path: Path, memory_share: float) -> None:
     model = make_model(Mixed())
     cache = FeatureCache(tmp_path / "train", "data", memory_share)
-    inputs, targets = make_pictures().tensors
+    inputs, targets = make_images().tensors
     expected = (*model.backbone(inputs), targets)
     for found in (extract(model), extract(model, cache), extract(model, cache)):
         assert [slot.dtype for slot in found] == [torch.bfloat16, torch.int8, torch.float32, torch.int64]
@@ -318,24 +318,24 @@ def test_a_cache_holds_hardly_more_than_its_features(tmp_path: Path) -> None:
 
 
 class Scaled(nn.Module):
-    """Pictures, and an attribute that its `repr` does not show."""
+    """Images, and an attribute that its `repr` does not show."""
 
     def __init__(self, scale: Any) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.pictures = Pictures()
+        self.images = Images()
         self.scale = scale
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        features = self.pictures(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.images(images)
         return self.scale(features) if callable(self.scale) else features * self.scale
 
 
 def edited(class_: type[nn.Module]) -> type[nn.Module]:
     """Give a class of the same name whose forward was edited."""
 
-    def forward(self: Any, pictures: Tensor) -> Tensor:
-        return self.last(self.stem(pictures)) + 1
+    def forward(self: Any, images: Tensor) -> Tensor:
+        return self.last(self.stem(images)) + 1
 
     return type(class_.__name__, (class_,), {"forward": forward, "__qualname__": class_.__qualname__})
 
@@ -358,7 +358,7 @@ def replace_activation(model: FineTuneModel) -> None:
 
 
 def edit_forward(model: FineTuneModel) -> None:
-    model.backbone.__class__ = edited(Pictures)
+    model.backbone.__class__ = edited(Images)
 
 
 @pytest.mark.parametrize("change", [set_weight, set_statistic, set_eps, replace_activation, edit_forward])
@@ -407,15 +407,15 @@ def test_other_data_other_precision_and_other_versions_are_found_out(
         return capsys.readouterr().err.removeprefix(f"features in {folder}: ").removesuffix("; computing them again\n")
 
     extract(model, FeatureCache(folder, "b"))
-    assert said() == "made with other pictures or transform"
+    assert said() == "made with other images or transform"
     with monkeypatch.context() as patched:
         patched.setattr(timm, "__version__", "2.0")
         extract(model, FeatureCache(folder, "b"))
         assert said() == "made with other versions"
-    extract(model, FeatureCache(folder, "b"), loader=DataLoader(make_pictures(7), batch_size=4))
+    extract(model, FeatureCache(folder, "b"), loader=DataLoader(make_images(7), batch_size=4))
     assert said() == "made with other versions"
     extract(model, FeatureCache(folder, "b"))
-    assert said() == "made of 7 pictures, not 11"
+    assert said() == "made of 7 images, not 11"
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     features, _ = extract(model, FeatureCache(folder, "b"), autocast=True)
     assert said() == "made with other precision"
@@ -600,13 +600,13 @@ ANOTHER_PROCESS = """
 
     wide = FineTuneModel(nn.Linear(8, 65536).requires_grad_(False), nn.Linear(65536, 2))
     for count in (32, 1024):
-        extract(wide, Many(count), f"{count} pictures", 16, 0.0)
+        extract(wide, Many(count), f"{count} images", 16, 0.0)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
 
     torch.manual_seed(1)
     model = FineTuneModel.from_timm("test_vit", num_classes=3).freeze_backbone()
-    pictures = TensorDataset(torch.ones(5, 3, 160, 160), torch.arange(5))
-    extract(model, pictures, "whole", 2, 0.25)
+    images = TensorDataset(torch.ones(5, 3, 160, 160), torch.arange(5))
+    extract(model, images, "whole", 2, 0.25)
 
     batches = []
     def stall(*_):
@@ -615,7 +615,7 @@ ANOTHER_PROCESS = """
             print("stalled", flush=True)
             time.sleep(600)
     model.backbone.register_forward_hook(stall)
-    extract(model, pictures, "killed", 2, 0.25)
+    extract(model, images, "killed", 2, 0.25)
 """
 
 
@@ -631,8 +631,8 @@ def test_another_process_its_peak_memory_its_cache_and_what_it_leaves_when_kille
         assert process.stdout.readline() == "stalled\n"
         process.send_signal(signal.SIGKILL)
 
-    # 32 pictures are 8 MiB of features and 1024 are 256 MiB: 248 MiB more, were they in memory at any time.
-    assert (tmp_path / "1024 pictures" / "slot-0.bin").stat().st_size == 256 * 2**20
+    # 32 images are 8 MiB of features and 1024 are 256 MiB: 248 MiB more, were they in memory at any time.
+    assert (tmp_path / "1024 images" / "slot-0.bin").stat().st_size == 256 * 2**20
     assert peaks[1] - peaks[0] < 32
 
     # Hashes of strings and the order of sets differ between processes; a fingerprint must not.
@@ -687,7 +687,7 @@ def test_bf16_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     assert autocast_dtype(model.backbone.bfloat16(), CPU) is None
 
 
-def test_pictures_go_through_convolutions_in_channels_last() -> None:
+def test_images_go_through_convolutions_in_channels_last() -> None:
     model = make_model()
     model.backbone.stem[0].register_forward_pre_hook(lambda _, inputs: strides.append(inputs[0].stride()))
     strides: list[tuple[int, ...]] = []
@@ -728,13 +728,13 @@ def test_batches_of_features_are_indexed_at_once(tmp_path: Path) -> None:
 
 
 def test_features_of_a_frozen_phase_serve_the_next_frozen_one(tmp_path: Path) -> None:
-    model, pictures = make_model(), make_pictures(6)
+    model, images = make_model(), make_images(6)
     passes = Passes(model)
     caches = (FeatureCache(tmp_path / "train", "train"), FeatureCache(tmp_path / "test", "test"))
-    loop = Loop(make_accelerator(CPU), batch_size=6, caches=caches, show_progress=False)
+    loop = TrainerConfig(make_accelerator(CPU), batch_size=6, caches=caches, show_progress=False)
     head, deeper = Phase(epochs=1), Phase(epochs=1, trainable_groups=1)
-    fine_tune(model, pictures, pictures, [head, deeper], loop)
+    fine_tune(model, images, images, [head, deeper], loop)
     before = passes.count
-    fine_tune(model, pictures, pictures, [deeper, head, head, head], loop)
+    fine_tune(model, images, images, [deeper, head, head, head], loop)
     # One step and one look at the test in the deeper phase; train and test once more for all the frozen ones.
     assert passes.count - before == 1 + 1 + 2

@@ -1,4 +1,4 @@
-"""Fingerprints of pictures and transforms: any change that a backbone could see is seen, and nothing else."""
+"""Fingerprints of images and transforms: any change that a backbone could see is seen, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from picture_folders import make_folder, make_picture
+from image_folders import make_folder, make_image
 from timm.data import create_transform
 from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio, TrimBorder
 from torchvision import transforms
 
 from backbone_finetune.recipes import data_fingerprint, is_deterministic
-from backbone_finetune.recipes.data.images import PictureDataset, find_pictures
+from backbone_finetune.recipes.data.images import ImageDataset, find_images
 
 
-def make_dataset(root: Path, transform: Any = None) -> PictureDataset:
-    return PictureDataset(find_pictures(root), transform or create_transform(32))
+def make_dataset(root: Path, transform: Any = None) -> ImageDataset:
+    return ImageDataset(find_images(root), transform or create_transform(32))
 
 
 def swap_two(root: Path) -> None:
@@ -40,7 +40,7 @@ def change_one_byte_and_nothing_else(root: Path) -> None:
 
 
 def add_one(root: Path) -> None:
-    make_picture(root / "blue" / "7.png", (0, 0, 0))
+    make_image(root / "blue" / "7.png", (0, 0, 0))
 
 
 def remove_one(root: Path) -> None:
@@ -48,7 +48,7 @@ def remove_one(root: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [swap_two, change_one_byte_and_nothing_else, add_one, remove_one])
-def test_a_changed_picture_is_always_noticed(tmp_path: Path, change: Callable[[Path], None]) -> None:
+def test_a_changed_image_is_always_noticed(tmp_path: Path, change: Callable[[Path], None]) -> None:
     before = data_fingerprint(make_dataset(make_folder(tmp_path)))
     change(tmp_path)
     assert data_fingerprint(make_dataset(tmp_path)) != before
@@ -60,12 +60,12 @@ def test_other_targets_and_another_order_are_noticed(tmp_path: Path) -> None:
     swapped = replace(folder, targets=(1, *folder.targets[1:]))
     reversed_order = replace(folder, paths=folder.paths[::-1], targets=folder.targets[::-1])
     fingerprints = {
-        data_fingerprint(PictureDataset(each, dataset.transform)) for each in (folder, swapped, reversed_order)
+        data_fingerprint(ImageDataset(each, dataset.transform)) for each in (folder, swapped, reversed_order)
     }
     assert len(fingerprints) == 3
 
 
-def test_where_the_pictures_are_and_when_they_were_written_does_not_count(tmp_path: Path) -> None:
+def test_where_the_images_are_and_when_they_were_written_does_not_count(tmp_path: Path) -> None:
     make_folder(tmp_path / "here")
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     os.utime(tmp_path / "there" / "red" / "0.png", (1, 1))
@@ -112,7 +112,7 @@ class OwnResize(transforms.Resize):
         ResizeKeepRatio((32, 32), random_aspect_prob=0.1),
         ResizeKeepRatio((32, 32), interpolation="random"),
         OwnResize(32),
-        lambda picture: picture,
+        lambda image: image,
         None,
     ],
 )

@@ -323,8 +323,8 @@ def test_dropout_is_off_under_lbfgs() -> None:
     [
         ({"epochs": 0}, "epochs = 0: expected a whole number from 1"),
         ({"batch_size": 0}, "batch_size = 0: expected a whole number from 1"),
-        ({"validation": TensorDataset(torch.zeros(0, 6))}, r"len\(validation\) = 0: expected one picture or more"),
-        ({"train": TensorDataset(torch.zeros(0, 6))}, r"len\(train\) = 0: expected one picture or more"),
+        ({"validation": TensorDataset(torch.zeros(0, 6))}, r"len\(validation\) = 0: expected one image or more"),
+        ({"train": TensorDataset(torch.zeros(0, 6))}, r"len\(train\) = 0: expected one image or more"),
     ],
 )
 def test_heads_refuse_what_cannot_train(settings: dict[str, Any], message: str) -> None:
@@ -341,7 +341,7 @@ def test_heads_refuse_what_cannot_train(settings: dict[str, Any], message: str) 
         ({"tolerance": -1e-5}, "tolerance = -1e-05: expected a number from 0"),
         ({"max_iterations": 0}, "max_iterations = 0: expected a whole number from 1"),
         ({"chunk_size": 0}, "chunk_size = 0: expected a whole number from 1"),
-        ({"features": TensorDataset(torch.zeros(0, 6))}, r"len\(features\) = 0: expected one picture or more"),
+        ({"features": TensorDataset(torch.zeros(0, 6))}, r"len\(features\) = 0: expected one image or more"),
     ],
 )
 def test_lbfgs_refuses_what_cannot_train(settings: dict[str, Any], message: str) -> None:

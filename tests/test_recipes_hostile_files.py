@@ -18,7 +18,7 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from picture_folders import COLOURS, make_picture
+from image_folders import COLOURS, make_image
 from PIL import Image
 
 from backbone_finetune import FineTuneModel
@@ -322,7 +322,7 @@ def test_an_input_size_that_the_network_does_not_take_is_refused_by_all(tmp_path
     config = timm.data.resolve_model_data_config(model)
     path = tmp_path / "model.safetensors"
     trained = TrainedModel(model, "vit_tiny_patch16_224", tuple(COLOURS), {**config, "input_size": (3, 96, 96)})
-    says = "vit_tiny_patch16_224 takes no picture of 3 x 96 x 96, "
+    says = "vit_tiny_patch16_224 takes no image of 3 x 96 x 96, "
     with pytest.raises(ValueError, match=f"could not be loaded again: {says}"):
         save_trained_model(trained, path, record={})
     assert not path.exists()
@@ -368,14 +368,14 @@ def test_tables_that_no_tensor_accounts_for_are_refused(
 
 
 @pytest.mark.usefixtures("nothing_reached")
-def test_an_elongated_picture_is_not_resized_to_gigabytes(
+def test_an_elongated_image_is_not_resized_to_gigabytes(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(with_config(content, input_size=[3, 4096, 4096], crop_pct=1.0))
     trained = load_trained_model(path)
-    pictures = [make_picture(tmp_path / f"{width}.png", (0, 0, 0), size=(width, 2)) for width in (18, 200)]
-    for prediction in predict(trained, pictures):
+    images = [make_image(tmp_path / f"{width}.png", (0, 0, 0), size=(width, 2)) for width in (18, 200)]
+    for prediction in predict(trained, images):
         assert prediction.error is not None
         assert prediction.error.startswith(f"{prediction.path}: {prediction.path.stem} x 2 pixels; ")
         assert prediction.error.endswith("at most 1 to 8.0 is allowed")
@@ -383,7 +383,7 @@ def test_an_elongated_picture_is_not_resized_to_gigabytes(
     def fail(*arguments: object, **keywords: object) -> None:
         raise MemoryError
 
-    square = make_picture(tmp_path / "square.png", (0, 0, 0))
+    square = make_image(tmp_path / "square.png", (0, 0, 0))
     for part in ("resize", "convert"):
         with monkeypatch.context() as patch:
             patch.setattr(Image.Image, part, fail)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from picture_folders import COLOURS, make_picture
+from image_folders import COLOURS, make_image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_checkpoint
 from backbone_finetune.recipes.commands.predict import predict
-from backbone_finetune.recipes.data.images import read_picture
+from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.models.changes import BaseWeights, find_source, remember_base
 from backbone_finetune.recipes.models.file import (
     TrainedModel,
@@ -44,9 +44,9 @@ def test_a_model_comes_back_as_it_was(tmp_path: Path) -> None:
     assert (loaded.architecture, loaded.class_names) == ("test_resnet", tuple(COLOURS))
     assert loaded.data_config == dict(trained.data_config)
     assert not loaded.model.training
-    pictures = torch.randn(2, 3, 64, 48)
+    images = torch.randn(2, 3, 64, 48)
     with torch.no_grad():
-        assert torch.equal(loaded.model(pictures), trained.model.eval()(pictures))
+        assert torch.equal(loaded.model(images), trained.model.eval()(images))
     assert json.loads(read_checkpoint(tmp_path / "model.safetensors")[1]["record"]) == {"seed": 3}
 
 
@@ -64,9 +64,9 @@ def test_arguments_and_freeze_state_come_back(tmp_path: Path) -> None:
     trains = [parameter.requires_grad for parameter in model.parameters()]
     assert [parameter.requires_grad for parameter in loaded.model.parameters()] == trains
     assert 0 < sum(trains) < len(trains)
-    pictures = torch.randn(2, 3, 96, 64)
+    images = torch.randn(2, 3, 96, 64)
     with torch.no_grad():
-        assert torch.equal(loaded.model(pictures), model.eval()(pictures))
+        assert torch.equal(loaded.model(images), model.eval()(images))
     description = describe_file(tmp_path / "model.safetensors")
     assert description.versions["timm"] == timm.__version__
 
@@ -166,13 +166,13 @@ def test_the_base_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_predictions_are_the_likeliest_classes_in_order(tmp_path: Path) -> None:
     trained = make_trained()
-    path = make_picture(tmp_path / "red.png", COLOURS["red"])
+    path = make_image(tmp_path / "red.png", COLOURS["red"])
     missing = tmp_path / "missing.png"
     first, second = predict(trained, [missing, path], top_k=2)
     assert (first.path, first.classes) == (missing, ())
     assert first.error == f"{missing}: there is no such file"
     with torch.no_grad():
-        logits = trained.model.eval()(build_transform(trained.data_config)(read_picture(path))[None])[0]
+        logits = trained.model.eval()(build_transform(trained.data_config)(read_image(path))[None])[0]
     order = logits.argsort(descending=True).tolist()
     assert [name for name, _ in second.classes] == [trained.class_names[index] for index in order[:2]]
     expected = logits.softmax(0)[order[:2]].tolist()

@@ -43,8 +43,8 @@ class Base(nn.Module):
         super().__init__()
         self.held = held
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return pictures.flatten(1) * 2
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) * 2
 
 
 def make(**attributes: Any) -> nn.Module:
@@ -53,25 +53,25 @@ def make(**attributes: Any) -> nn.Module:
 
 
 def with_default(scale: float) -> nn.Module:
-    def forward(self: Any, pictures: Tensor, scale: float = scale) -> Tensor:
-        return pictures.flatten(1) * scale
+    def forward(self: Any, images: Tensor, scale: float = scale) -> Tensor:
+        return images.flatten(1) * scale
 
     return make(forward=forward)
 
 
 def with_keyword_default(scale: float) -> nn.Module:
-    def forward(self: Any, pictures: Tensor, *, scale: float = scale) -> Tensor:
-        return pictures.flatten(1) * scale
+    def forward(self: Any, images: Tensor, *, scale: float = scale) -> Tensor:
+        return images.flatten(1) * scale
 
     return make(forward=forward)
 
 
 def with_closure(scale: float) -> nn.Module:
-    return make(forward=lambda self, pictures: pictures.flatten(1) * scale)
+    return make(forward=lambda self, images: images.flatten(1) * scale)
 
 
 def with_class_attribute(scale: float) -> nn.Module:
-    return make(scale=scale, forward=lambda self, pictures: pictures.flatten(1) * self.scale)
+    return make(scale=scale, forward=lambda self, images: images.flatten(1) * self.scale)
 
 
 def with_method_of_kind(kind: Callable[..., Any]) -> Callable[[float], nn.Module]:
@@ -192,7 +192,7 @@ def test_hooks_and_modes_and_where_weights_came_from_are_not_seen() -> None:
 
 def test_a_compiled_function_is_what_it_compiles() -> None:
     def scaled(scale: float) -> nn.Module:
-        return Base(torch.compile(lambda pictures: pictures * scale))
+        return Base(torch.compile(lambda images: images * scale))
 
     assert backbone_fingerprint(scaled(1.0)) == backbone_fingerprint(scaled(1.0))
     assert backbone_fingerprint(scaled(1.0)) != backbone_fingerprint(scaled(2.0))
@@ -249,13 +249,13 @@ def test_a_forward_leaves_the_fingerprint_as_it_was() -> None:
     """Neither what is proved by then of a cut network, nor the attention biases that levit caches in eval, count."""
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     levit = timm_families.FAMILIES["levit"]
-    for model, pictures in (
+    for model, images in (
         (FineTuneModel.from_module(network, network[1]), torch.ones(2, 3)),
         (FineTuneModel.from_timm(levit.architecture, num_classes=2, **levit.keywords), levit.pictures()),
     ):
         before = backbone_fingerprint(model.backbone)
         with torch.no_grad():
-            model.eval()(pictures)
+            model.eval()(images)
         assert backbone_fingerprint(model.backbone) == before
         assert not model.backbone.training
 

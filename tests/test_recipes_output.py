@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from picture_folders import make_folder
+from image_folders import make_folder
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.commands import setup as task_module
@@ -46,7 +46,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     def run(output: Path, *options: str) -> str:
         before = tree(output)
-        assert cli.main(["train", str(make_folder(tmp_path / "pictures")), *options, "--output", str(output)]) == 2
+        assert cli.main(["train", str(make_folder(tmp_path / "images")), *options, "--output", str(output)]) == 2
         assert tree(output) == before
         (line,) = capsys.readouterr().err.splitlines()
         return line.removeprefix(f"backbone-finetune: error: {output} ")
@@ -166,7 +166,7 @@ def test_a_model_that_was_killed_in_its_last_moment_leaves_nothing(
 
     times = BackwardTimes(unfrozen=100.0, frozen=1.0, classifier_alone=0.5, batch_size=8)
     monkeypatch.setattr(run_module, "measure_backward", lambda *arguments: times)
-    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--epochs", "1"]
+    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1"]
     command += ["--output", str(tmp_path / "run")]
     move = os.replace
     with monkeypatch.context() as patch:
@@ -193,7 +193,7 @@ def test_all_that_a_run_writes_there_is_known(
 ) -> None:
     """It is told from what is not a run's by its name, and goes when the run is finished; what came beside it stays."""
     output, seen = tmp_path / "run", set[str]()
-    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--output", str(output)]
+    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--output", str(output)]
     times = BackwardTimes(unfrozen=100.0, frozen=1.0, classifier_alone=0.5, batch_size=8)
 
     def look(*arguments: object, **keywords: object) -> float:

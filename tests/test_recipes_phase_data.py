@@ -1,4 +1,4 @@
-"""What a frozen phase trains on: features where its pictures are the same in each epoch, else the pictures."""
+"""What a frozen phase trains on: features where its images are the same in each epoch, else the images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from picture_folders import make_folder
+from image_folders import make_folder
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
@@ -15,8 +15,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import Loop, Phase, fine_tune, make_accelerator
-from backbone_finetune.recipes.data.images import PictureDataset, find_pictures
+from backbone_finetune.recipes import Phase, TrainerConfig, fine_tune, make_accelerator
+from backbone_finetune.recipes.data.images import ImageDataset, find_images
 from backbone_finetune.recipes.features.phase_data import repeats
 
 STILL: Any = create_transform(8)
@@ -25,7 +25,7 @@ TENSORS = TensorDataset(torch.ones(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
 
 
 class Own(Dataset[tuple[Tensor, int]]):
-    """Pictures with noise or without; what it says of that, its subclasses say."""
+    """Images with noise or without; what it says of that, its subclasses say."""
 
     noise = 0.0
 
@@ -54,8 +54,8 @@ class Noisy(Subset[Any]):
     """A subclass that draws, as one that has a transform for one part of a split does."""
 
     def __getitem__(self, index: Any) -> Any:
-        picture, target = self.dataset[self.indices[index]]
-        return picture + torch.rand(1), target
+        image, target = self.dataset[self.indices[index]]
+        return image + torch.rand(1), target
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         return [self[index] for index in indices]
@@ -76,8 +76,8 @@ class Around(Dataset[Any]):
         return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> Any:
-        picture, target = self.dataset[index]
-        return picture + torch.rand(1), target
+        image, target = self.dataset[index]
+        return image + torch.rand(1), target
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_what_shows_the_same_each_time_is_known(data: Any) -> None:
     assert repeats(data)
 
 
-def test_datasets_of_picture_folders_go_by_their_transform(tmp_path: Path) -> None:
+def test_datasets_of_image_folders_go_by_their_transform(tmp_path: Path) -> None:
     make_folder(tmp_path, per_class=1)
     for transform, known in ((STILL, True), (RANDOM, False)):
-        assert repeats(PictureDataset(find_pictures(tmp_path), transform)) is known
+        assert repeats(ImageDataset(find_images(tmp_path), transform)) is known
         assert repeats(ImageFolder(str(tmp_path), transform)) is known
     halves = transforms.Compose([transforms.Resize(8), transforms.RandomHorizontalFlip()])
     assert not repeats(ImageFolder(str(tmp_path), STILL, torch.rand_like))  # type: ignore[arg-type]
@@ -134,6 +134,6 @@ def test_a_part_of_a_random_dataset_is_drawn_anew_in_each_epoch(kind: type[Own],
     passes: list[None] = []
     model.backbone.register_forward_hook(lambda *_: passes.append(None))
     train, _ = random_split(kind(), [2, 2])
-    loop = Loop(make_accelerator(torch.device("cpu")), batch_size=2, show_progress=False)
+    loop = TrainerConfig(make_accelerator(torch.device("cpu")), batch_size=2, show_progress=False)
     fine_tune(model, train, TENSORS, [Phase(epochs=3)], loop)
     assert len(passes) == epochs_seen * (1 + 2)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from picture_folders import make_folder
+from image_folders import make_folder
 from torch import nn
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.training.loop import Loop
+from backbone_finetune.recipes.training.loop import TrainerConfig
 from backbone_finetune.recipes.training.phases import Phase, read_phases
 from backbone_finetune.recipes.training.processes import make_accelerator
 from backbone_finetune.recipes.training.schedules import make_schedule
@@ -133,8 +133,8 @@ def test_the_command_takes_phases_or_one_phase(tmp_path: Path, capsys: pytest.Ca
     options = cli.build_parser().parse_args(["train", "--phases", str(path), "--seed", "1"])
     assert cli.choose_phases(options) == (Phase(), Phase(epochs=2, trainable_groups=1))
     assert cli.choose_phases(cli.build_parser().parse_args(["train"])) == (Phase(),)
-    pictures = str(make_folder(tmp_path / "pictures"))
-    assert cli.main(["train", pictures, "--phases", str(path), "--backbone-lr", "1"]) == 2
+    images = str(make_folder(tmp_path / "images"))
+    assert cli.main(["train", images, "--phases", str(path), "--backbone-lr", "1"]) == 2
     line = (
         f"backbone-finetune: error: --backbone-lr and --phases {path} were both given; write it into the file's phases"
     )
@@ -145,4 +145,4 @@ def test_numbers_of_numpy_are_numbers() -> None:
     phase = Phase(epochs=np.int64(3), lr=np.float32(0.5), warmup_epochs=np.float64(0.5))
     assert json.loads(json.dumps(asdict(phase)))["epochs"] == 3
     assert (type(phase.epochs), type(phase.lr), phase.lr) == (int, float, 0.5)
-    assert Loop(make_accelerator(torch.device("cpu")), batch_size=np.int64(4)).batch_size == 4
+    assert TrainerConfig(make_accelerator(torch.device("cpu")), batch_size=np.int64(4)).batch_size == 4

@@ -1,4 +1,4 @@
-"""A folder of pictures: what is found, what is refused, what is left out, what is held out."""
+"""A folder of images: what is found, what is refused, what is left out, what is held out."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from picture_folders import make_folder, make_picture
+from image_folders import make_folder, make_image
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from backbone_finetune.recipes.data.images import (
-    PictureDataset,
-    PictureFolder,
-    find_pictures,
-    leave_out_broken_pictures,
-    list_pictures,
-    read_picture,
+    ImageDataset,
+    LabelledFolder,
+    find_images,
+    leave_out_broken_images,
+    list_images,
+    read_image,
     split,
 )
 
@@ -29,7 +29,7 @@ def test_finds_each_class_in_order_and_passes_over_what_is_hidden(tmp_path: Path
     for name in ("b/2.JPG", "b/1.webp", "a/deeper/1.png", "b/notes.txt", "b/.hidden.png", ".git/1.png", "stray.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    folder = find_pictures(tmp_path)
+    folder = find_images(tmp_path)
     assert folder.class_names == ("a", "b")
     assert [path.relative_to(tmp_path).as_posix() for path in folder.paths] == ["a/deeper/1.png", "b/1.webp", "b/2.JPG"]
     assert folder.targets == (0, 1, 1)
@@ -39,47 +39,47 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"nowhere: there is no such folder; expected a folder with a sub-folder"
     ):
-        find_pictures(tmp_path / "nowhere")
+        find_images(tmp_path / "nowhere")
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match=r"one\.png is a file; expected a folder"):
-        find_pictures(make_picture(tmp_path / "one.png", (0, 0, 0)))
+        find_images(make_image(tmp_path / "one.png", (0, 0, 0)))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"has no sub-folders; expected a folder with a sub-folder of pictures per class"
+        ValueError, match=r"has no sub-folders; expected a folder with a sub-folder of images per class"
     ):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
 def test_a_single_class_is_refused(tmp_path: Path) -> None:
-    make_picture(tmp_path / "cat" / "1.png", (0, 0, 0))
+    make_image(tmp_path / "cat" / "1.png", (0, 0, 0))
     with pytest.raises(ValueError, match=r"has one class only \(cat\); .*two classes or more"):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
 def test_a_class_with_control_characters_is_refused(tmp_path: Path) -> None:
     make_folder(tmp_path)
-    make_picture(tmp_path / "cat\x1b[2J" / "1.png", (0, 0, 0))
+    make_image(tmp_path / "cat\x1b[2J" / "1.png", (0, 0, 0))
     with pytest.raises(ValueError, match=r"cat\\x1b\[2J' has control characters in its name; rename it"):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
-def test_a_class_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
     make_folder(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
     with pytest.raises(
-        ValueError, match=r"class folder .*empty holds no picture \(\.png, .*; add pictures to it, or remove"
+        ValueError, match=r"class folder .*empty holds no image \(\.png, .*; add images to it, or remove"
     ):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
 def broken_files(folder: Path) -> list[Path]:
-    jpg = make_picture(folder / "whole.jpg", (90, 90, 90), size=(64, 64)).read_bytes()
-    png = make_picture(folder / "whole.png", (90, 90, 90), size=(400, 400)).read_bytes()
+    jpg = make_image(folder / "whole.jpg", (90, 90, 90), size=(64, 64)).read_bytes()
+    png = make_image(folder / "whole.png", (90, 90, 90), size=(400, 400)).read_bytes()
     (folder / "whole.png").unlink()
     first, second, rest = png.split(b"IDAT", 2)
     contents = {
@@ -93,14 +93,14 @@ def broken_files(folder: Path) -> list[Path]:
     return sorted(folder / name for name in contents)
 
 
-def test_broken_pictures_are_named_and_left_out(tmp_path: Path) -> None:
+def test_broken_images_are_named_and_left_out(tmp_path: Path) -> None:
     make_folder(tmp_path)
     expected = broken_files(tmp_path / "red")
-    found = find_pictures(tmp_path)
-    whole, broken = leave_out_broken_pictures(found)
+    found = find_images(tmp_path)
+    whole, broken = leave_out_broken_images(found)
     assert len(broken) == len(expected) == 4
     for path, message in zip(expected, broken, strict=True):
-        assert message.startswith(f"{path}: not a readable picture (")
+        assert message.startswith(f"{path}: not a readable image (")
         assert message.count(path.name) == 1
     assert set(found.paths) - set(whole.paths) == set(expected)
     assert [whole.class_names[target] for target in whole.targets] == [path.parent.name for path in whole.paths]
@@ -108,16 +108,16 @@ def test_broken_pictures_are_named_and_left_out(tmp_path: Path) -> None:
 
 def test_a_decompression_bomb_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path)
-    bomb = make_picture(tmp_path / "red" / "bomb.png", (0, 0, 0), size=(50, 50))
+    bomb = make_image(tmp_path / "red" / "bomb.png", (0, 0, 0), size=(50, 50))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40)
-    _, broken = leave_out_broken_pictures(find_pictures(tmp_path))
+    _, broken = leave_out_broken_images(find_images(tmp_path))
     assert [message.partition(":")[0] for message in broken] == [str(bomb)]
 
 
 def test_damaged_metadata_is_no_matter_or_a_plain_error(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     Image.new("RGB", (8, 4), (200, 0, 0)).save(path, exif=exif)
     whole = path.read_bytes()
     start = whole.index(b"Exif")
@@ -126,19 +126,19 @@ def test_damaged_metadata_is_no_matter_or_a_plain_error(tmp_path: Path, recwarn:
         for octet in (0, 1, 5, 255):
             path.write_bytes(whole[:position] + bytes([octet]) + whole[position + 1 :])
             try:
-                outcomes.add(read_picture(path).size)
+                outcomes.add(read_image(path).size)
             except ValueError as error:
                 outcomes.add(str(error).partition(" (")[0])
-    assert outcomes == {(4, 8), (8, 4), f"{path}: not a readable picture"}
+    assert outcomes == {(4, 8), (8, 4), f"{path}: not a readable image"}
     assert not recwarn.list
 
 
 def test_a_line_that_would_become_gigabytes_is_refused(tmp_path: Path) -> None:
     Image.new("L", (1, 101)).save(tmp_path / "line.png")
-    with pytest.raises(ValueError, match=r"line\.png: not a readable picture \(1 x 101 pixels; at most 1 to 100"):
-        read_picture(tmp_path / "line.png")
+    with pytest.raises(ValueError, match=r"line\.png: not a readable image \(1 x 101 pixels; at most 1 to 100"):
+        read_image(tmp_path / "line.png")
     Image.new("L", (100, 1)).save(tmp_path / "line.png")
-    assert read_picture(tmp_path / "line.png").size == (100, 1)
+    assert read_image(tmp_path / "line.png").size == (100, 1)
 
 
 def test_folders_are_walked_and_files_taken_as_they_are(tmp_path: Path) -> None:
@@ -147,48 +147,48 @@ def test_folders_are_walked_and_files_taken_as_they_are(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     given = [tmp_path / "missing.png", tmp_path / "b", tmp_path / "b" / "notes.txt"]
     expected = [given[0], tmp_path / "b" / "1.webp", tmp_path / "b" / "deeper" / "2.JPG", given[2]]
-    assert list_pictures(given) == expected
+    assert list_images(given) == expected
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: a folder without pictures \(\.png"):
-        list_pictures([tmp_path / "empty"])
+    with pytest.raises(ValueError, match=r"empty: a folder without images \(\.png"):
+        list_images([tmp_path / "empty"])
 
 
-def test_a_class_with_too_few_readable_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_class_with_too_few_readable_images_is_refused(tmp_path: Path) -> None:
     make_folder(tmp_path)
-    make_picture(tmp_path / "white" / "1.png", (255, 255, 255))
+    make_image(tmp_path / "white" / "1.png", (255, 255, 255))
     (tmp_path / "white" / "2.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"white holds 1 readable pictures, and needs at least 2.*first is .*2\.png"):
-        leave_out_broken_pictures(find_pictures(tmp_path))
+    with pytest.raises(ValueError, match=r"white holds 1 readable images, and needs at least 2.*first is .*2\.png"):
+        leave_out_broken_images(find_images(tmp_path))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I;16"])
-def test_every_kind_of_picture_reads_as_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / "picture.tiff"
+def test_every_kind_of_image_reads_as_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "image.tiff"
     Image.new(mode, (5, 4)).save(path)
-    assert (read_picture(path).mode, read_picture(path).size) == ("RGB", (5, 4))
+    assert (read_image(path).mode, read_image(path).size) == ("RGB", (5, 4))
 
 
 def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
-    picture = Image.new("I;16", (3, 1))
+    image = Image.new("I;16", (3, 1))
     for x, value in enumerate((0, 128 * 256, 65535)):
-        picture.putpixel((x, 0), value)
-    picture.save(tmp_path / "picture.png")
-    read = read_picture(tmp_path / "picture.png")
+        image.putpixel((x, 0), value)
+    image.save(tmp_path / "image.png")
+    read = read_image(tmp_path / "image.png")
     assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
 def test_sixteen_bits_in_the_other_order_of_bytes_keep_their_shades(tmp_path: Path) -> None:
-    Image.frombytes("I;16B", (3, 1), bytes((0, 0, 128, 0, 255, 255))).save(tmp_path / "picture.tiff")
-    assert (tmp_path / "picture.tiff").read_bytes().startswith(b"MM")
-    read = read_picture(tmp_path / "picture.tiff")
+    Image.frombytes("I;16B", (3, 1), bytes((0, 0, 128, 0, 255, 255))).save(tmp_path / "image.tiff")
+    assert (tmp_path / "image.tiff").read_bytes().startswith(b"MM")
+    read = read_image(tmp_path / "image.tiff")
     assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ValueError, match=r"pipe\.png: not a readable picture \(it is no file\)"):
-        read_picture(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"pipe\.png: not a readable image \(it is no file\)"):
+        read_image(tmp_path / "pipe.png")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
@@ -198,37 +198,37 @@ def test_a_pipe_and_a_link_to_nothing_are_named_and_left_out(tmp_path: Path) -> 
     (tmp_path / "red" / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "red" / "loop.jpg").symlink_to(tmp_path / "red" / "loop.jpg")
     (tmp_path / "red" / "folder.jpg").mkdir()
-    found = find_pictures(tmp_path)
-    whole, broken = leave_out_broken_pictures(found)
+    found = find_images(tmp_path)
+    whole, broken = leave_out_broken_images(found)
     assert len(whole.paths) == 18
     assert list(broken) == [
         f"{tmp_path / 'red' / 'link.jpg'}: a link that leads nowhere",
         f"{tmp_path / 'red' / 'loop.jpg'}: a link that leads nowhere",
-        f"{tmp_path / 'red' / 'pipe.jpg'}: not a readable picture (it is no file)",
+        f"{tmp_path / 'red' / 'pipe.jpg'}: not a readable image (it is no file)",
     ]
-    assert set(list_pictures([tmp_path / "red"])) == {path for path in found.paths if path.parent.name == "red"}
+    assert set(list_images([tmp_path / "red"])) == {path for path in found.paths if path.parent.name == "red"}
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_values_without_a_range_are_refused(tmp_path: Path, mode: str) -> None:
-    Image.new(mode, (5, 4)).save(tmp_path / "picture.tiff")
-    with pytest.raises(ValueError, match=r"picture\.tiff.*no known range; save it with 8 or 16 bits"):
-        read_picture(tmp_path / "picture.tiff")
+    Image.new(mode, (5, 4)).save(tmp_path / "image.tiff")
+    with pytest.raises(ValueError, match=r"image\.tiff.*no known range; save it with 8 or 16 bits"):
+        read_image(tmp_path / "image.tiff")
 
 
 def test_what_is_transparent_reads_as_white(tmp_path: Path) -> None:
-    picture = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
-    picture.save(tmp_path / "picture.png")
-    read = read_picture(tmp_path / "picture.png")
+    image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image.save(tmp_path / "image.png")
+    read = read_image(tmp_path / "image.png")
     assert [read.getpixel((x, 0)) for x in range(2)] == [(200, 0, 0), (255, 255, 255)]
 
 
 def test_a_rotated_photograph_reads_upright(tmp_path: Path) -> None:
     orientation = Image.Exif()
     orientation[0x0112] = 6
-    Image.new("RGB", (8, 4)).save(tmp_path / "picture.jpg", exif=orientation)
-    assert read_picture(tmp_path / "picture.jpg").size == (4, 8)
+    Image.new("RGB", (8, 4)).save(tmp_path / "image.jpg", exif=orientation)
+    assert read_image(tmp_path / "image.jpg").size == (4, 8)
 
 
 @given(
@@ -239,7 +239,7 @@ def test_a_rotated_photograph_reads_upright(tmp_path: Path) -> None:
 def test_a_split_is_complete_disjoint_stratified_and_repeatable(sizes: list[int], test_share: float, seed: int) -> None:
     targets = tuple(target for target, size in enumerate(sizes) for _ in range(size))
     paths = tuple(Path(f"{index}.png") for index in range(len(targets)))
-    folder = PictureFolder(Path("."), tuple(map(str, range(len(sizes)))), paths, targets)
+    folder = LabelledFolder(Path("."), tuple(map(str, range(len(sizes)))), paths, targets)
     train, test = split(folder, test_share=test_share, seed=seed)
     assert set(train.paths) | set(test.paths) == set(paths)
     assert not set(train.paths) & set(test.paths)
@@ -253,14 +253,14 @@ def test_a_split_is_complete_disjoint_stratified_and_repeatable(sizes: list[int]
 
 def test_another_seed_holds_out_others() -> None:
     paths = tuple(Path(f"{index}.png") for index in range(40))
-    folder = PictureFolder(Path("."), ("a", "b"), paths, (0,) * 20 + (1,) * 20)
+    folder = LabelledFolder(Path("."), ("a", "b"), paths, (0,) * 20 + (1,) * 20)
     held_out = {split(folder, test_share=0.3, seed=seed)[1].paths for seed in range(5)}
     assert len(held_out) == 5
 
 
-def test_a_dataset_gives_transformed_pictures_and_targets(tmp_path: Path) -> None:
-    folder = find_pictures(make_folder(tmp_path))
-    data = PictureDataset(folder, pil_to_tensor)
+def test_a_dataset_gives_transformed_images_and_targets(tmp_path: Path) -> None:
+    folder = find_images(make_folder(tmp_path))
+    data = ImageDataset(folder, pil_to_tensor)
     assert len(data) == 18
     tensor, target = data[17]
     assert target == 2

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.training.batches import epoch_batches, share_of
+from backbone_finetune.recipes.training.batches import epoch_batches, local_batch
 from backbone_finetune.recipes.training.processes import communicated_bytes, make_accelerator, prepare, release
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
@@ -78,7 +78,7 @@ def test_where_statistics_train_two_processes_learn_as_well_as_one(one: Any, pri
     assert told["statistics test"] > 0.8
     assert told_by_two["statistics test"] > 0.8
     assert told_by_two["statistics"][-1] < told_by_two["statistics"][0]
-    # Each saw half of the pictures, and both keep the mean of what they saw.
+    # Each saw half of the images, and both keep the mean of what they saw.
     name = "backbone.last.1.running_mean"
     ours, theirs = weights_of_two["statistics"][name], weights["statistics"][name]
     assert torch.corrcoef(torch.stack((ours, theirs)))[0, 1] > 0.9
@@ -152,9 +152,9 @@ def test_the_bytes_are_those_that_the_wrapper_hands_over(group_of_one: None) -> 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 10])
-def test_shares_are_equally_long_and_count_each_picture_once(size: int, processes: int) -> None:
+def test_shares_are_equally_long_and_count_each_image_once(size: int, processes: int) -> None:
     batch = torch.arange(size) + 100
-    shares = [share_of(batch, process=process, processes=processes) for process in range(processes)]
+    shares = [local_batch(batch, process=process, processes=processes) for process in range(processes)]
     assert len({len(share) for share in shares}) == 1
     assert processes == 1 or len(shares[0]) >= 2
     assert sorted(index for share in shares for index in share.indices[: share.own].tolist()) == batch.tolist()

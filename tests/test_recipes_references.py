@@ -16,14 +16,14 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.commands import baselines as reference
 from backbone_finetune.recipes.commands.baselines import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
 from backbone_finetune.recipes.commands.timing import measure_backward
-from backbone_finetune.recipes.training.loop import Loop
+from backbone_finetune.recipes.training.loop import TrainerConfig
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 
-LOOP = Loop(make_accelerator(torch.device("cpu")), show_progress=False)
+LOOP = TrainerConfig(make_accelerator(torch.device("cpu")), show_progress=False)
 
 
-def make_pictures(count: int = 12) -> Any:
+def make_images(count: int = 12) -> Any:
     targets = torch.arange(count) % 3
     noise = torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     return TensorDataset(noise + torch.eye(3)[targets][:, :, None, None], targets)
@@ -35,7 +35,7 @@ def test_chance_answers_the_commonest_training_class() -> None:
 
 def test_raw_pixels_suffice_where_colour_tells() -> None:
     phase = Phase(epochs=10)
-    assert raw_pixel_accuracy(3, make_pictures(30), make_pictures(), phase=phase, loop=LOOP) > 0.9
+    assert raw_pixel_accuracy(3, make_images(30), make_images(), phase=phase, loop=LOOP) > 0.9
 
 
 def test_the_random_backbone_is_random_and_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_the_random_backbone_is_random_and_frozen(monkeypatch: pytest.MonkeyPatc
     expected = timm.create_model("test_resnet")
     torch.manual_seed(5)
     phase = Phase(epochs=1)
-    random_backbone_accuracy("test_resnet", 3, make_pictures(), make_pictures(), phase=phase, loop=LOOP)
+    random_backbone_accuracy("test_resnet", 3, make_images(), make_images(), phase=phase, loop=LOOP)
     (model,) = models
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     initial = expected.state_dict()

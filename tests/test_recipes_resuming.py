@@ -21,7 +21,7 @@ import numpy
 import psutil
 import pytest
 import torch
-from picture_folders import make_folder
+from image_folders import make_folder
 from safetensors import safe_open
 
 from backbone_finetune import cli
@@ -34,7 +34,7 @@ from backbone_finetune.recipes.commands.run_folder import (
     claim_output_folder,
     remove_leftover,
 )
-from backbone_finetune.recipes.rng import own_randomness, random_state, restore_random_state
+from backbone_finetune.recipes.rng import preserve_rng_state, random_state, restore_random_state
 from backbone_finetune.recipes.training.checkpoints import (
     Checkpoint,
     EpochResult,
@@ -42,7 +42,7 @@ from backbone_finetune.recipes.training.checkpoints import (
     newest_checkpoint,
     write_checkpoint,
 )
-from backbone_finetune.recipes.training.resuming import resume, take_down
+from backbone_finetune.recipes.training.resuming import capture, resume
 
 WORKER = Path(__file__).with_name("training_worker.py")
 SIGKILLED = -9
@@ -187,7 +187,7 @@ def test_what_a_run_left_that_was_killed_at_its_very_end_is_removed(
     def die(folder: Path) -> None:
         raise KilledError
 
-    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--epochs", "1"]
+    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1"]
     command += ["--output", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "clear", die)
@@ -232,7 +232,7 @@ def test_the_scale_of_the_loss_is_restored(tmp_path: Path) -> None:
         return SimpleNamespace(scaler=scaler, num_processes=1, process_index=0, is_main_process=True)
 
     layer, scaler = torch.nn.Linear(2, 1), Scaler(1.0)
-    write_checkpoint(tmp_path, take_down(Progress(), layer, set(), None, accelerator=accelerator(Scaler(1024.0))))
+    write_checkpoint(tmp_path, capture(Progress(), layer, set(), None, accelerator=accelerator(Scaler(1024.0))))
     saved = newest_checkpoint(tmp_path)
     assert saved is not None
     optimizer = torch.optim.SGD(layer.parameters())
@@ -251,7 +251,7 @@ def test_every_random_generator_is_restored() -> None:
     assert draw() != expected
     restore_random_state(state)
     assert draw() == expected
-    with own_randomness():
+    with preserve_rng_state():
         draw()
     outside = draw()
     restore_random_state(state)
@@ -262,7 +262,7 @@ def test_every_random_generator_is_restored() -> None:
 def test_ctrl_c_leaves_a_run_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--epochs", "2"]
+    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "2"]
     command += ["--output", str(tmp_path / "run")]
 
     def interrupt(*arguments: object, **keywords: object) -> None:
@@ -284,7 +284,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet"]
+    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet"]
     command += ["--output", str(tmp_path / "run"), "--overwrite"]
     with holding(tmp_path / "run" / UNFINISHED, name="run"):
         (tmp_path / "run" / UNFINISHED / "checkpoints").mkdir()
@@ -303,7 +303,7 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_run_holds_its_folder_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--epochs", "1"]
+    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1"]
 
     def look(*arguments: object, **keywords: object) -> None:
         refuse_if_held(tmp_path / "run" / UNFINISHED, name="run")
@@ -338,7 +338,7 @@ def test_workers_that_outlive_their_launcher_keep_the_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    command = ["train", str(make_folder(tmp_path / "pictures")), "--model", "test_resnet", "--epochs", "1000000"]
+    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1000000"]
     command += ["--output", str(run)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from picture_folders import COLOURS, make_folder, make_picture
+from image_folders import COLOURS, make_folder, make_image
 from recorded_files import record_files
 
 from backbone_finetune import cli
@@ -22,7 +22,7 @@ from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.commands.run_folder import MODEL_FILE, make_output_folder
 from backbone_finetune.recipes.commands.timing import BackwardTimes
 from backbone_finetune.recipes.commands.train import TrainSettings, train
-from backbone_finetune.recipes.data.images import find_pictures, split
+from backbone_finetune.recipes.data.images import find_images, split
 from backbone_finetune.recipes.files import replacing
 from backbone_finetune.recipes.models.file import load_trained_model
 from backbone_finetune.recipes.training.loop import fine_tune
@@ -34,7 +34,7 @@ FILES = {"curves.png", "metrics.json", "model.safetensors", "run.json"}
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
     return {
-        "pictures": make_folder(tmp_path / "pictures"),
+        "images": make_folder(tmp_path / "images"),
         "architecture": "test_resnet",
         "phases": (Phase(epochs=2),),
         "batch_size": 8,
@@ -51,13 +51,13 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail as soon as a network is built or a picture read."""
+    """Fail as soon as a network is built or an image read."""
 
     def fail(*arguments: object, **keywords: object) -> None:
         raise AssertionError("work was done")
 
     monkeypatch.setattr(task_module, "load_network", fail)
-    monkeypatch.setattr(task_module, "leave_out_broken_pictures", fail)
+    monkeypatch.setattr(task_module, "leave_out_broken_images", fail)
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, torch.bfloat16), ("no", torch.float32)])
@@ -87,7 +87,7 @@ def names_in(folder: Path) -> set[str]:
 def test_a_run_writes_its_model_its_metrics_and_its_curves(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (settings["pictures"] / "red" / "broken.png").write_bytes(b"")
+    (settings["images"] / "red" / "broken.png").write_bytes(b"")
     random_state = torch.get_rng_state()
     metrics = train(TrainSettings(**settings))
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -99,20 +99,20 @@ def test_a_run_writes_its_model_its_metrics_and_its_curves(
     assert all(0 <= written[name] <= 1 for name in list(written)[:4])
     assert written["test_accuracy"] == metrics.test_accuracy == written["history"][-1]["test_accuracy"]
     assert written["chance"] == pytest.approx(1 / 3)
-    assert (written["train_pictures"], written["test_pictures"]) == (12, 6)
+    assert (written["train_images"], written["test_images"]) == (12, 6)
     assert written["class_names"] == list(COLOURS)
     assert (written["seed"], written["batch_size"], written["processes"]) == (0, 8, 1)
     assert [phase["epochs"] for phase in written["phases"]] == [2]
     assert written["backward_milliseconds"]["frozen"] < written["backward_milliseconds"]["unfrozen"]
-    (skipped,) = written["skipped_pictures"]
-    assert skipped.startswith(str(settings["pictures"] / "red" / "broken.png"))
+    (skipped,) = written["skipped_images"]
+    assert skipped.startswith(str(settings["images"] / "red" / "broken.png"))
 
     loaded = load_trained_model(output / MODEL_FILE)
     assert loaded.class_names == tuple(COLOURS)
     printed = capsys.readouterr()
     assert "classifier         291  trainable  train" in printed.out
     assert "12 to train, 6 to test, 1 broken ones skipped" in printed.out
-    assert "\nskipped          1 broken picture, named above\n\nwrote " in printed.out
+    assert "\nskipped          1 broken image, named above\n\nwrote " in printed.out
     for name in ("test accuracy", "chance", "random backbone", "raw pixels", "backward"):
         assert f"\n{name}  " in printed.out
     assert all(str(output / name) in printed.out for name in FILES)
@@ -123,7 +123,7 @@ def test_a_run_writes_its_model_its_metrics_and_its_curves(
 @pytest.mark.usefixtures("no_timing")
 def test_the_written_model_predicts_as_it_was_tested(settings: dict[str, Any]) -> None:
     metrics = train(TrainSettings(**{**settings, "phases": (Phase(epochs=2, lr=0.01),)}))
-    _, test = split(find_pictures(settings["pictures"]), test_share=0.3, seed=0)
+    _, test = split(find_images(settings["images"]), test_share=0.3, seed=0)
     loaded = load_trained_model(settings["output"] / MODEL_FILE)
     predictions = [prediction.classes[0][0] for prediction in predict(loaded, test.paths, top_k=1)]
     expected = [path.parent.name for path in test.paths]
@@ -150,7 +150,7 @@ def test_a_run_that_diverges_is_no_success(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = settings["output"]
-    command = ["train", str(settings["pictures"]), "--model", "test_resnet", "--epochs", "2", "--output", str(output)]
+    command = ["train", str(settings["images"]), "--model", "test_resnet", "--epochs", "2", "--output", str(output)]
     for _ in range(2):  # the same command again says the same
         assert cli.main([*command, "--lr", "1e38"]) == 2
         assert re.fullmatch(
@@ -240,22 +240,22 @@ def test_a_finished_model_stays_until_the_new_one_replaces_it(
 
 @pytest.mark.usefixtures("no_work")
 def test_an_output_that_is_a_file_is_refused_before_any_work(settings: dict[str, Any], tmp_path: Path) -> None:
-    path = make_picture(tmp_path / "one.png", (0, 0, 0))
+    path = make_image(tmp_path / "one.png", (0, 0, 0))
     with pytest.raises(FileExistsError, match=r"one\.png is a file; pass a folder with --output"):
         train(TrainSettings(**{**settings, "output": path}))
 
 
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("folders", [(), ("cat",)])
-def test_unfit_pictures_are_refused_before_any_work(
+def test_unfit_images_are_refused_before_any_work(
     settings: dict[str, Any], tmp_path: Path, folders: tuple[str, ...]
 ) -> None:
-    pictures = tmp_path / "unfit"
-    pictures.mkdir()
+    images = tmp_path / "unfit"
+    images.mkdir()
     for name in folders:
-        make_picture(pictures / name / "1.png", (0, 0, 0))
+        make_image(images / name / "1.png", (0, 0, 0))
     with pytest.raises(ValueError, match=r"unfit has (no sub-folders|one class only \(cat\)); expected a folder"):
-        train(TrainSettings(**{**settings, "pictures": pictures}))
+        train(TrainSettings(**{**settings, "images": images}))
     assert not settings["output"].exists()
 
 
@@ -367,9 +367,9 @@ def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:
     flexible = FineTuneModel.from_timm("test_resnet", num_classes=2)
     fixed = FineTuneModel.from_timm("test_vit", num_classes=2)
     size = {
-        (name, pictures is None): task_module.choose_data_config(model, TrainSettings(pictures=pictures))["input_size"]
+        (name, images is None): task_module.choose_data_config(model, TrainSettings(images=images))["input_size"]
         for name, model in (("flexible", flexible), ("fixed", fixed))
-        for pictures in (None, Path("mine"))
+        for images in (None, Path("mine"))
     }
     assert size == {
         ("flexible", True): (3, 96, 96),

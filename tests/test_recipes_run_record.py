@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from picture_folders import COLOURS, make_folder, make_picture
+from image_folders import COLOURS, make_folder, make_image
 from safetensors.torch import load_file
 
 from backbone_finetune import cli
@@ -34,13 +34,13 @@ def fail(capfd: pytest.CaptureFixture[str]) -> Fail:
 def test_a_run_is_done_again_by_its_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    make_folder(tmp_path / "here" / "pictures")
+    make_folder(tmp_path / "here" / "images")
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), "weights.pth")
     (tmp_path / "here" / "phases.toml").write_text(PHASES)
     options = "--model test_resnet --checkpoint weights.pth --phases phases.toml --seed 3 --batch-size 4 --output first"
-    assert cli.main(["train", "pictures", *options.split()]) == 0
+    assert cli.main(["train", "images", *options.split()]) == 0
     monkeypatch.chdir(tmp_path / "there")
     first, second = tmp_path / "here" / "first", tmp_path / "there" / "second"
     capfd.readouterr()
@@ -63,15 +63,15 @@ def test_a_run_is_done_again_by_its_record(
             capfd.readouterr().err
         )
 
-    make_picture(tmp_path / "here" / "pictures" / "red" / "more.png", COLOURS["red"])
+    make_image(tmp_path / "here" / "images" / "red" / "more.png", COLOURS["red"])
     assert cli.main(["train", "--run", str(first / "run.json"), "--output", "third"]) == 0
-    assert "not quite the run that was recorded: train_pictures count: 12 there, 13 here" in capfd.readouterr().err
+    assert "not quite the run that was recorded: train_images count: 12 there, 13 here" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("others", "option"),
     [
-        ("pictures", "PATH"),
+        ("images", "PATH"),
         ("--model resnet18", "--model"),
         ("--seed 0", "--seed"),
         ("--epochs 3", "--epochs"),
@@ -104,7 +104,7 @@ def test_a_run_is_done_again_with_nothing_else(fail: Fail, others: str, option: 
 )
 def test_a_record_that_is_none_is_refused(tmp_path: Path, fail: Fail, content: Any, message: str) -> None:
     arguments = {
-        "pictures": None,
+        "images": None,
         "architecture": None,
         "pretrained": False,
         "checkpoint": None,

@@ -71,10 +71,10 @@ def test_a_process_that_does_not_see_the_folder_gets_a_copy(told: list[dict[str,
 
 def test_an_error_of_one_process_is_raised_on_all(told: list[dict[str, Any]], worked: Any) -> None:
     for process in told:
-        assert process["broken"] == process["broken in memory"] == "ValueError: picture 501 is broken"
+        assert process["broken"] == process["broken in memory"] == "ValueError: image 501 is broken"
         assert process["unwritten"] == process["uncopied"] == "OSError: the disk is full"
         assert process["refused"].startswith("FileExistsError: ")
-    assert told[0]["of another kind"] == "KeyError: 'picture 500 is broken'"
-    assert told[1]["of another kind"] == "RuntimeError: process 0: KeyError: 'picture 500 is broken'"
+    assert told[0]["of another kind"] == "KeyError: 'image 500 is broken'"
+    assert told[1]["of another kind"] == "RuntimeError: process 0: KeyError: 'image 500 is broken'"
     # What the main process had written before another one could not take its copy is whole, and stays.
     assert [path.name for path in worked[0].glob("*broken*")] == ["broken, of machine 0"]

@@ -1,4 +1,4 @@
-"""What a run trains on what: the size of its pictures is one that the network takes, or nothing is begun."""
+"""What a run trains on what: the size of its images is one that the network takes, or nothing is begun."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def test_a_network_gets_clipart_of_a_size_that_it_takes(
     settings = TrainSettings(architecture=architecture, output=tmp_path / "run")
     task = make_task(settings, make_accelerator(torch.device("cpu"), mixed_precision=None))
     assert task.data_config["input_size"] == size
-    picture, _ = task.train[0]
+    image, _ = task.train[0]
     with torch.no_grad():
-        assert task.model.eval()(picture[None]).shape == (1, 10)
+        assert task.model.eval()(image[None]).shape == (1, 10)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -34,8 +34,6 @@ def test_a_network_that_takes_no_size_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(task_module, "find_size_problem", lambda model, size: f"not {size[1]}")
     settings = TrainSettings(architecture="test_resnet", output=tmp_path / "run")
-    with pytest.raises(
-        ValueError, match=r"test_resnet takes no picture of 3 x 160 x 160, .*\(not 160\); choose another"
-    ):
+    with pytest.raises(ValueError, match=r"test_resnet takes no image of 3 x 160 x 160, .*\(not 160\); choose another"):
         train(settings)
     assert list(tmp_path.iterdir()) == []

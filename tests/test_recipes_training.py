@@ -1,4 +1,4 @@
-"""Training: on features or on pictures, the same outcome; what is frozen stays; what trains learns."""
+"""Training: on features or on images, the same outcome; what is frozen stays; what trains learns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.checking import DivergedError
 from backbone_finetune.recipes.features.extract import FeatureCache
 from backbone_finetune.recipes.training.checkpoints import newest_checkpoint
-from backbone_finetune.recipes.training.loop import Loop, evaluate, fine_tune
+from backbone_finetune.recipes.training.loop import TrainerConfig, evaluate, fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 
@@ -26,7 +26,7 @@ ACCELERATOR = make_accelerator(torch.device("cpu"))
 
 
 class Counting(nn.Module):
-    """A backbone with statistics and dropout, that counts the pictures it sees in each mode."""
+    """A backbone with statistics and dropout, that counts the images it sees in each mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,9 +34,9 @@ class Counting(nn.Module):
         self.last = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.seen = 0
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        self.seen += len(pictures)
-        return self.last(self.stem(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        return self.last(self.stem(images))
 
 
 def make_model(head: nn.Module | None = None) -> FineTuneModel:
@@ -44,15 +44,15 @@ def make_model(head: nn.Module | None = None) -> FineTuneModel:
     return FineTuneModel(Counting(), head or nn.Linear(16, 3)).freeze_backbone()
 
 
-def make_pictures(count: int = 24) -> Any:
+def make_images(count: int = 24) -> Any:
     generator = torch.Generator().manual_seed(2)
     targets = torch.arange(count) % 3
-    pictures = torch.randn(count, 3, 8, 8, generator=generator) + torch.eye(3)[targets][:, :, None, None] * 2
-    return TensorDataset(pictures, targets)
+    images = torch.randn(count, 3, 8, 8, generator=generator) + torch.eye(3)[targets][:, :, None, None] * 2
+    return TensorDataset(images, targets)
 
 
 class Transformed(Dataset[tuple[Tensor, int]]):
-    """Pictures whose transform is not known to show the same each time, though it does."""
+    """Images whose transform is not known to show the same each time, though it does."""
 
     def __init__(self, data: TensorDataset) -> None:
         self.data = data
@@ -62,8 +62,8 @@ class Transformed(Dataset[tuple[Tensor, int]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture, target = self.data[index]
-        return self.transform(picture), int(target)
+        image, target = self.data[index]
+        return self.transform(image), int(target)
 
 
 def run(
@@ -76,7 +76,7 @@ def run(
     accumulation: int = 1,
     **phase: Any,
 ) -> list[Any]:
-    loop = Loop(
+    loop = TrainerConfig(
         ACCELERATOR,
         batch_size=batch_size,
         seed=seed,
@@ -84,7 +84,7 @@ def run(
         autocast_features=False,  # what is compared here to rounding must not round to bf16
         show_progress=False,
     )
-    train, test = train or make_pictures(), test or make_pictures(12)
+    train, test = train or make_images(), test or make_images(12)
     return fine_tune(model, train, test, [Phase(**{"epochs": 3, **phase})], loop)
 
 
@@ -96,7 +96,7 @@ def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
     return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-def test_a_frozen_backbone_sees_each_picture_once() -> None:
+def test_a_frozen_backbone_sees_each_image_once() -> None:
     model = make_model()
     run(model, epochs=5)
     assert model.backbone.seen == 24 + 12
@@ -106,7 +106,7 @@ def test_a_frozen_backbone_sees_each_picture_once() -> None:
 def test_training_on_features_is_training_above_the_frozen_backbone(accumulation: int) -> None:
     cached, whole = make_model(), make_model()
     history = run(cached)
-    expected = run(whole, Transformed(make_pictures()), accumulation=accumulation)
+    expected = run(whole, Transformed(make_images()), accumulation=accumulation)
     assert whole.backbone.seen == 3 * (24 + 12)
     torch.testing.assert_close(cached.classifier.state_dict(), whole.classifier.state_dict())
     assert [result.test_accuracy for result in history] == [result.test_accuracy for result in expected]
@@ -178,9 +178,9 @@ def test_what_moves_though_frozen_is_found_out() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(3))
 
-        def forward(self, pictures: Tensor) -> Tensor:
+        def forward(self, images: Tensor) -> Tensor:
             self.weight.data += 1
-            return pictures.mean((2, 3)) * self.weight
+            return images.mean((2, 3)) * self.weight
 
     model = FineTuneModel(Drifting(), nn.Linear(3, 3)).freeze_backbone()
     with pytest.raises(AssertionError, match=r"backbone\.weight"):
@@ -218,18 +218,18 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(trainable_gro
     assert not torch.equal(weights(0), weights(1))
 
 
-def test_the_test_pictures_teach_nothing() -> None:
+def test_the_test_images_teach_nothing() -> None:
     def weights(test: Any) -> Tensor:
         model = make_model()
-        run(model, make_pictures(), test, epochs=2, trainable_groups=1)
+        run(model, make_images(), test, epochs=2, trainable_groups=1)
         return model.classifier.weight
 
-    assert torch.equal(weights(make_pictures(12)), weights(TensorDataset(torch.ones(2, 3, 8, 8), torch.tensor([0, 1]))))
+    assert torch.equal(weights(make_images(12)), weights(TensorDataset(torch.ones(2, 3, 8, 8), torch.tensor([0, 1]))))
 
 
-def test_a_picture_left_alone_in_the_last_batch_breaks_no_batch_norm() -> None:
+def test_a_image_left_alone_in_the_last_batch_breaks_no_batch_norm() -> None:
     head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
-    history = run(make_model(head), make_pictures(17), make_pictures(3), epochs=1)
+    history = run(make_model(head), make_images(17), make_images(3), epochs=1)
     assert len(history) == 1
 
 
@@ -242,7 +242,7 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
 
 def test_progress_is_shown_for_each_epoch(capfd: pytest.CaptureFixture[str]) -> None:
     phases = [Phase(epochs=1), Phase(epochs=1, trainable_groups=1)]
-    fine_tune(make_model(), make_pictures(), make_pictures(12), phases, Loop(ACCELERATOR, batch_size=8))
+    fine_tune(make_model(), make_images(), make_images(12), phases, TrainerConfig(ACCELERATOR, batch_size=8))
     lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
     for epoch in (1, 2):
         assert any(line.startswith(f"epoch {epoch}/2: 100%") and "test=" in line for line in lines)
@@ -255,16 +255,20 @@ def test_phases_go_on_where_the_one_before_ended_and_each_moves_its_own_layers()
         Phase(epochs=1, trainable_groups=1, lr=0.01),
         Phase(epochs=1, lr=0.01),
     )
-    fine_tune(first, make_pictures(), make_pictures(12), [head], Loop(ACCELERATOR, batch_size=8, show_progress=False))
+    fine_tune(
+        first, make_images(), make_images(12), [head], TrainerConfig(ACCELERATOR, batch_size=8, show_progress=False)
+    )
     before = tensors(model)
     states: list[dict[str, Tensor]] = []
 
-    def take_down(module: nn.Module, inputs: object) -> None:
+    def capture(module: nn.Module, inputs: object) -> None:
         if not states:  # the first forward of the whole model is that of the second phase
             states.append(tensors(module))
 
-    hook = model.register_forward_pre_hook(take_down)
-    history = fine_tune(model, make_pictures(), make_pictures(12), [head, last, again], Loop(ACCELERATOR, batch_size=8))
+    hook = model.register_forward_pre_hook(capture)
+    history = fine_tune(
+        model, make_images(), make_images(12), [head, last, again], TrainerConfig(ACCELERATOR, batch_size=8)
+    )
     hook.remove()
     assert [result.epoch for result in history] == [1, 2, 3, 4]
     assert changed(states[0], first) == set()
@@ -278,14 +282,14 @@ def test_features_of_the_backbone_before_it_trained_are_replaced_without_a_word(
 ) -> None:
     phases = [Phase(epochs=1), Phase(epochs=1, trainable_groups=1), Phase(epochs=1)]
     caches = (FeatureCache(tmp_path / "train", "these"), FeatureCache(tmp_path / "test", "those"))
-    loop = Loop(ACCELERATOR, caches=caches, show_progress=False)
+    loop = TrainerConfig(ACCELERATOR, caches=caches, show_progress=False)
     last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 16))
     model = FineTuneModel(nn.Sequential(nn.Conv2d(3, 8, 3), last), nn.Linear(16, 3))
     passes: list[None] = []
     model.backbone.register_forward_hook(lambda *_: passes.append(None))
-    fine_tune(model, make_pictures(), make_pictures(12), phases, loop)
+    fine_tune(model, make_images(), make_images(12), phases, loop)
     assert len(passes) == 2 + 2 + 2
-    fine_tune(model, make_pictures(), make_pictures(12), [Phase(epochs=1)], loop)
+    fine_tune(model, make_images(), make_images(12), [Phase(epochs=1)], loop)
     assert len(passes) == 6  # the features that are kept are those of the backbone as it is in the end
     assert capsys.readouterr().err == ""
 
@@ -293,7 +297,7 @@ def test_features_of_the_backbone_before_it_trained_are_replaced_without_a_word(
 def test_mixed_precision_leaves_no_trace_in_the_model() -> None:
     code = """if True:
         import torch
-        from test_recipes_training import make_model, make_pictures, Phase, Loop, fine_tune
+        from test_recipes_training import make_model, make_images, Phase, TrainerConfig, fine_tune
         from accelerate.state import AcceleratorState
         AcceleratorState._reset_state(True)
         from backbone_finetune.recipes.training.processes import make_accelerator
@@ -302,10 +306,10 @@ def test_mixed_precision_leaves_no_trace_in_the_model() -> None:
         seen = []
         model.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
         phases = [Phase(epochs=1), Phase(epochs=1, trainable_groups=1)]
-        fine_tune(model, make_pictures(), make_pictures(3), phases, Loop(accelerator, show_progress=False))
+        fine_tune(model, make_images(), make_images(3), phases, TrainerConfig(accelerator, show_progress=False))
         assert torch.bfloat16 in seen, seen
         seen.clear()
-        assert model(make_pictures(3).tensors[0]).dtype == torch.float32
+        assert model(make_images(3).tensors[0]).dtype == torch.float32
         assert seen == [torch.float32]
         assert "forward" not in vars(model) and "forward" not in vars(model.classifier)
     """
@@ -317,31 +321,31 @@ def test_mixed_precision_leaves_no_trace_in_the_model() -> None:
 def test_a_loop_refuses_what_it_cannot_do(name: str) -> None:
     for value in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=rf"{name} = {value}: expected a whole number from 1"):
-            Loop(ACCELERATOR, **{name: value})
+            TrainerConfig(ACCELERATOR, **{name: value})
     with pytest.raises(ValueError, match="seed = -1: expected a whole number from 0"):
-        Loop(ACCELERATOR, seed=-1)
+        TrainerConfig(ACCELERATOR, seed=-1)
 
 
-def test_no_phases_and_no_pictures_are_refused() -> None:
+def test_no_phases_and_no_images_are_refused() -> None:
     none: Any = TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0))
     with pytest.raises(ValueError, match=r"phases = \[\]: expected one Phase or more"):
-        fine_tune(make_model(), make_pictures(), make_pictures(), [], Loop(ACCELERATOR))
-    for data, name in ((none, "train"), (make_pictures(), "test")):
-        with pytest.raises(ValueError, match=rf"len\({name}\) = 0: expected one picture or more"):
-            fine_tune(make_model(), data, none, [Phase()], Loop(ACCELERATOR))
+        fine_tune(make_model(), make_images(), make_images(), [], TrainerConfig(ACCELERATOR))
+    for data, name in ((none, "train"), (make_images(), "test")):
+        with pytest.raises(ValueError, match=rf"len\({name}\) = 0: expected one image or more"):
+            fine_tune(make_model(), data, none, [Phase()], TrainerConfig(ACCELERATOR))
 
 
 def one_batch() -> Any:
-    return make_pictures(8)
+    return make_images(8)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "phase", "epoch", "said"),
+    ("images", "phase", "epoch", "said"),
     [
         (TensorDataset(one_batch().tensors[0] * torch.nan, one_batch().tensors[1]), {}, 1, "the loss became nan"),
         # One step in each epoch: AdamW's first one leaves weights of 10 times lr, which the decay multiplies by lr.
         (one_batch(), {"lr": 1e37}, 2, ".* became (nan|inf|infinite or nan)"),
-        (make_pictures(), {"lr": 1e37}, 1, ".* became (nan|inf|infinite or nan)"),  # between two of its checkpoints
+        (make_images(), {"lr": 1e37}, 1, ".* became (nan|inf|infinite or nan)"),  # between two of its checkpoints
         (one_batch(), {"lr": 1e38}, 1, "a weight or a running statistic became infinite or nan"),
         # A variance that overflows makes all its outputs 0, and the loss stays as it is.
         (
@@ -353,16 +357,16 @@ def one_batch() -> Any:
     ],
 )
 def test_a_training_that_diverges_says_when(
-    tmp_path: Path, pictures: Any, phase: dict[str, Any], epoch: int, said: str
+    tmp_path: Path, images: Any, phase: dict[str, Any], epoch: int, said: str
 ) -> None:
-    loop = Loop(ACCELERATOR, batch_size=8, checkpoints=tmp_path, checkpoint_steps=1, show_progress=False)
+    loop = TrainerConfig(ACCELERATOR, batch_size=8, checkpoints=tmp_path, checkpoint_steps=1, show_progress=False)
     for _ in range(2):  # the second time from the last checkpoint before it
         model = make_model()
         with pytest.raises(
             DivergedError,
             match=rf"^the training diverged at lr = .*: {said} in epoch {epoch}; pass a lower --lr \(in Python",
         ) as diverged:
-            fine_tune(model, pictures, make_pictures(12), [Phase(**{"epochs": 3, **phase})], loop)
+            fine_tune(model, images, make_images(12), [Phase(**{"epochs": 3, **phase})], loop)
         assert 0 <= diverged.value.test_accuracy <= 1
         saved = newest_checkpoint(tmp_path)
         assert saved is None or len(saved.progress.history) == epoch - 1
@@ -386,7 +390,7 @@ class Masked(nn.Module):
 def test_what_is_infinite_from_the_start_has_not_diverged() -> None:
     data = TensorDataset(torch.randn(8, 4), torch.arange(8) % 2)
     model = FineTuneModel(Masked(), nn.Linear(4, 2))
-    loop = Loop(ACCELERATOR, batch_size=4, show_progress=False)
+    loop = TrainerConfig(ACCELERATOR, batch_size=4, show_progress=False)
     assert len(fine_tune(model, data, data, [Phase(epochs=1, trainable_groups=1)], loop)) == 1
     with pytest.raises(DivergedError):
         fine_tune(model, data, data, [Phase(epochs=1, trainable_groups=1, lr=1e38, backbone_lr=1e38)], loop)

@@ -1,7 +1,7 @@
 """Trainings that are killed, for test_recipes_resuming.py: python training_worker.py FOLDER KILLS SEED.
 
 What is trained has all that a resumption must restore: a classifier with dropout, on cached features or, where the
-transform is random, on pictures; a trainable group with BatchNorm; warm-up and cosine. After a random number of events
+transform is random, on images; a trainable group with BatchNorm; warm-up and cosine. After a random number of events
 (a step begun, a file about to be synced or moved into place) the process gets SIGKILL.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy
 import torch
-from picture_folders import make_folder
+from image_folders import make_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -31,7 +31,7 @@ from backbone_finetune.recipes.commands.timing import BackwardTimes
 from backbone_finetune.recipes.features.extract import FeatureCache
 from backbone_finetune.recipes.rng import seed_everything
 from backbone_finetune.recipes.training import loop as training
-from backbone_finetune.recipes.training.loop import EpochResult, Loop, fine_tune
+from backbone_finetune.recipes.training.loop import EpochResult, TrainerConfig, fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 
@@ -52,13 +52,13 @@ class Network(nn.Module):
         norm = nn.BatchNorm2d(16) if normalises else nn.Identity()
         self.last = nn.Sequential(nn.Conv2d(8, 16, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        features: Tensor = self.last(self.stem(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.last(self.stem(images))
         return features
 
 
 class Shaken(Dataset[tuple[Tensor, int]]):
-    """Pictures with noise that each of the three random generators draws anew."""
+    """Images with noise that each of the three random generators draws anew."""
 
     def __init__(self, data: TensorDataset) -> None:
         self.data = data
@@ -68,14 +68,14 @@ class Shaken(Dataset[tuple[Tensor, int]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture, target = self.data[index]
-        return self.transform(picture), int(target)
+        image, target = self.data[index]
+        return self.transform(image), int(target)
 
-    def shake(self, picture: Tensor) -> Tensor:
-        return picture + random.random() * numpy.random.rand() * torch.rand(1)
+    def shake(self, image: Tensor) -> Tensor:
+        return image + random.random() * numpy.random.rand() * torch.rand(1)
 
 
-def make_pictures(count: int) -> TensorDataset:
+def make_images(count: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(2)
     targets = torch.arange(count) % 3
     noise = torch.randn(count, 3, 8, 8, generator=generator)
@@ -90,9 +90,9 @@ def make_model(*, dropout: float, normalises: bool = True) -> FineTuneModel:
 
 def train_undisturbed(folder: Path, *, cached: bool) -> tuple[FineTuneModel, list[EpochResult]]:
     """Train in a folder, going on with what is there."""
-    pictures: Any = make_pictures(23)
+    images: Any = make_images(23)
     folder.mkdir(exist_ok=True)
-    loop = Loop(
+    loop = TrainerConfig(
         make_accelerator(torch.device("cpu")),
         batch_size=BATCH_SIZE,
         checkpoints=folder / "checkpoints",
@@ -101,7 +101,7 @@ def train_undisturbed(folder: Path, *, cached: bool) -> tuple[FineTuneModel, lis
     )
     model = make_model(dropout=0.3)
     seed_everything(0)
-    history = fine_tune(model, pictures if cached else Shaken(pictures), make_pictures(7), PHASES, loop)
+    history = fine_tune(model, images if cached else Shaken(images), make_images(7), PHASES, loop)
     return model, history
 
 
@@ -135,7 +135,7 @@ def train_in(folder: Path, kind: str) -> None:
     training.write_checkpoint = write_and_tell
     if kind == "command":
         options = "--model test_resnet --epochs 2 --batch-size 4 --checkpoint-steps 2 --lr 0.01"
-        status = cli.main(["train", str(folder / "pictures"), *options.split(), "--output", str(folder / "run")])
+        status = cli.main(["train", str(folder / "images"), *options.split(), "--output", str(folder / "run")])
         if status:
             sys.exit(status)
         weights = load_file(folder / "run" / "model.safetensors")
@@ -169,13 +169,13 @@ def run_and_kill(folder: Path, kind: str, kills: int, drawn: random.Random) -> l
     """Train once undisturbed and once killed again and again, each time after a random number of events."""
     quiet, disturbed = folder / "quiet", folder / "disturbed"
     for run in (quiet, disturbed):
-        make_folder(run / "pictures", per_class=4)
+        make_folder(run / "images", per_class=4)
     codes = [run_child(quiet, kind, 0)]
     for number in range(kills):
         codes.append(run_child(disturbed, kind, drawn.randint(5, 30)))
         if codes[-1] == 0:  # it was finished before it could be killed: begin again
             disturbed.rename(folder / f"finished-{number}")
-            make_folder(disturbed / "pictures", per_class=4)
+            make_folder(disturbed / "images", per_class=4)
     return [*codes, run_child(disturbed, kind, 0)]
 
 

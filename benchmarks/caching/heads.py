@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import (
     FeatureCache,
-    Loop,
     Phase,
+    TrainerConfig,
     extract_features,
     feature_batches,
     fit_heads,
     make_accelerator,
 )
 from backbone_finetune.recipes.training.checkpoints import Progress
-from backbone_finetune.recipes.training.loop import in_phase, train_epoch
+from backbone_finetune.recipes.training.loop import prepared_phase, train_epoch
 from caching.training import Samples, time_in_turns
 
 LEARNING_RATES = tuple(1e-4 * 2**step for step in range(8))
@@ -76,9 +76,9 @@ def time_epochs(task: HeadTask, turns: int, clock: Clock, samples: Samples) -> N
     model = FineTuneModel(nn.Identity(), nn.Linear(task.width, NUM_CLASSES))
     # One batch to test on after each epoch: the loop wants to know how well it does, which the plain one does not ask.
     test = TensorDataset(*(tensor[: task.batch_size] for tensor in task.in_memory.tensors))
-    loop = Loop(make_accelerator(task.device), batch_size=task.batch_size, show_progress=False)
+    loop = TrainerConfig(make_accelerator(task.device), batch_size=task.batch_size, show_progress=False)
     phase = Phase(epochs=10**9)
-    with in_phase(model, task.cached, test, phase=phase, changed=set(), loop=loop, moved=False) as stage:
+    with prepared_phase(model, task.cached, test, phase=phase, changed=set(), loop=loop, moved=False) as stage:
         # The phase has put the features through its backbone, the identity, into memory: back to what is on disk.
         stage.train = task.cached
         calls = {

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import FeatureCache, Loop, Phase, fine_tune, make_accelerator
+from backbone_finetune.recipes import FeatureCache, Phase, TrainerConfig, fine_tune, make_accelerator
 from backbone_finetune.recipes.features.backbone_pass import autocast_dtype, backbone_batches, in_eval
 
 # What ours is held against, and the most that ours may cost of it: in float32, and as its device likes it best.
@@ -120,7 +120,7 @@ def run_ours(model: FineTuneModel, task: Task, *, own_way: bool) -> None:
     """Train the classifier as `backbone-finetune train` does: features into a cache on disk, then all epochs."""
     with TemporaryDirectory() as folder:
         caches = (FeatureCache(Path(folder, "train"), "train"), FeatureCache(Path(folder, "test"), "test"))
-        loop = Loop(
+        loop = TrainerConfig(
             make_accelerator(task.device),
             batch_size=task.batch_size,
             caches=caches,

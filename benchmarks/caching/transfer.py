@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import Loop, Phase, extract_features, fine_tune, fit_heads, make_accelerator
+from backbone_finetune.recipes import Phase, TrainerConfig, extract_features, fine_tune, fit_heads, make_accelerator
 from backbone_finetune.recipes.commands.train import CLIPART
 from backbone_finetune.recipes.data.images import PictureDataset, PictureFolder, find_pictures, split
 from backbone_finetune.recipes.models.file import build_transform
@@ -168,7 +168,7 @@ def train_head_first_and_plainly(
 
     Each at all of the rates, one for the whole network as in Kumar et al. 2022, the best on validation kept.
     """
-    loop = Loop(make_accelerator(device), batch_size=plan.batch_size, seed=seed, show_progress=False)
+    loop = TrainerConfig(make_accelerator(device), batch_size=plan.batch_size, seed=seed, show_progress=False)
     model = FineTuneModel.from_timm(network, num_classes=pictures.num_classes)
     tried: dict[str, list[tuple[float, Outcome]]] = {LP_FT: [], PLAIN: []}
     for rate in FINE_TUNING_RATES:

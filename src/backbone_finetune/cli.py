@@ -17,7 +17,7 @@ from .recipes.commands.inspect import inspect, inspect_file
 from .recipes.commands.predict import predict, writing_csv, writing_json
 from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
-from .recipes.data.images import list_pictures
+from .recipes.data.images import list_images
 from .recipes.models.file import load_trained_model
 from .recipes.text import printable
 from .recipes.training.phases import Phase, read_phases
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def print_any_name() -> None:
     """Have stdout and stderr write as an escape what their encoding has no bytes for, from now on.
 
-    The name of a picture or class may be bytes that are no text, or in letters that the terminal has not; one such
+    The name of an image or class may be bytes that are no text, or in letters that the terminal has not; one such
     name must not cost the answers for all that come after it.
 
     >>> print_any_name()
@@ -85,9 +85,9 @@ def build_parser() -> Parser:
     """
     parser = Parser(prog=PROGRAM, description="Fine-tune any timm network with its backbone frozen.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_train(commands.add_parser("train", help="train a classifier on pictures"))
-    add_predict(commands.add_parser("predict", help="name the likeliest classes of pictures"))
-    add_evaluate(commands.add_parser("evaluate", help="measure a trained model on pictures of known classes"))
+    add_train(commands.add_parser("train", help="train a classifier on images"))
+    add_predict(commands.add_parser("predict", help="name the likeliest classes of images"))
+    add_evaluate(commands.add_parser("evaluate", help="measure a trained model on images of known classes"))
     add_inspect(commands.add_parser("inspect", help="print layer groups, parameters and cost of a network"))
     return parser
 
@@ -96,13 +96,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of `train`."""
     defaults, settings = Phase(), TrainSettings()
     parser.description = (
-        "Train a classifier on pictures, above a frozen backbone. With no arguments: on the packaged clipart (ten "
+        "Train a classifier on images, above a frozen backbone. With no arguments: on the packaged clipart (ten "
         "classes), above EfficientNet-Lite0 with packaged ImageNet weights; nothing is downloaded. A run that was "
         "stopped goes on where it was when the same command is given again."
     )
     # No defaults here: what was not given must not be in the way of --phases and --run.
     add, switch = parser.add_argument, partial(parser.add_argument, action="store_true", default=None)
-    add("pictures", nargs="?", type=Path, metavar="PATH", help="a folder with a sub-folder of pictures per class")
+    add("images", nargs="?", type=Path, metavar="PATH", help="a folder with a sub-folder of images per class")
     add(
         "--model",
         dest="architecture",
@@ -131,7 +131,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add("--run", type=Path, metavar="FILE", help="a run.json: do that run again, into another folder")
     for option, read, metavar, text in (
         ("--seed", natural_number, "S", ""),
-        ("--batch-size", positive_integer, "N", "pictures in a step, on all processes together; "),
+        ("--batch-size", positive_integer, "N", "images in a step, on all processes together; "),
         ("--accumulation", positive_integer, "N", "parts of a batch, where it is too large for the memory; "),
         ("--checkpoint-steps", positive_integer, "N", "write a checkpoint so often, and after each epoch; "),
     ):
@@ -152,15 +152,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of `predict`."""
     parser.description = (
-        "Name the likeliest classes of pictures, by a model that `train` wrote. What can't be read is named and "
+        "Name the likeliest classes of images, by a model that `train` wrote. What can't be read is named and "
         "counted, and the exit status is then 2."
     )
     add_model(parser)
     add = parser.add_argument
-    add("pictures", type=Path, nargs="+", metavar="PICTURE", help="a picture, or a folder of them, however deep")
-    add(
-        "--top-k", type=positive_integer, default=3, metavar="K", help="classes for each picture (default: %(default)s)"
-    )
+    add("images", type=Path, nargs="+", metavar="IMAGE", help="an image, or a folder of them, however deep")
+    add("--top-k", type=positive_integer, default=3, metavar="K", help="classes for each image (default: %(default)s)")
     add("--csv", type=Path, metavar="FILE", help="write the answers to a CSV file as well")
     add("--json", type=Path, metavar="FILE", help="write the answers to a JSON file as well")
     add_batch_size(parser)
@@ -170,14 +168,12 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of `evaluate`."""
     parser.description = (
-        "Measure a model that `train` wrote on pictures of known classes: accuracy, precision and recall by class, and "
+        "Measure a model that `train` wrote on images of known classes: accuracy, precision and recall by class, and "
         "which class was taken for which."
     )
     add_model(parser)
     add = parser.add_argument
-    add(
-        "pictures", type=Path, metavar="DATA", help="a folder with a sub-folder per class, named as the model's classes"
-    )
+    add("images", type=Path, metavar="DATA", help="a folder with a sub-folder per class, named as the model's classes")
     add(
         "--output",
         type=Path,
@@ -201,16 +197,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
-    """Describe how many pictures are in memory at once."""
+    """Describe how many images are in memory at once."""
     parser.add_argument(
-        "--batch-size", type=positive_integer, default=32, metavar="N", help="pictures at a time (default: %(default)s)"
+        "--batch-size", type=positive_integer, default=32, metavar="N", help="images at a time (default: %(default)s)"
     )
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of `inspect`."""
     parser.description = (
-        "Print the layer groups, parameters and cost (floating-point operations of one picture's forward pass) of an "
+        "Print the layer groups, parameters and cost (floating-point operations of one image's forward pass) of an "
         "architecture of timm, or of a trained model and what of it is frozen. Nothing is downloaded."
     )
     parser.add_argument("network", metavar="NAME|MODEL", help="an architecture, or the model.safetensors of `train`")
@@ -230,7 +226,7 @@ def run_train(options: argparse.Namespace) -> int:
         return 0
     for name in dict.fromkeys((*names, *(field.name for field in fields(Phase)))):
         if name not in {"output", "overwrite", "device"} and getattr(options, name, None) is not None:
-            option = {"pictures": "PATH", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
+            option = {"images": "PATH", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(
                 f"{option} and --run {options.run} were both given; the file says all but --output, --overwrite and "
                 "--device"
@@ -260,10 +256,10 @@ def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
 
 
 def run_predict(options: argparse.Namespace) -> int:
-    """Carry out `predict`: a line for each picture, and status 2 when one could not be read."""
+    """Carry out `predict`: a line for each image, and status 2 when one could not be read."""
     if options.csv is not None and options.json is not None and options.csv.resolve() == options.json.resolve():
         raise ValueError(f"--csv and --json are both {options.csv}; give each a file of its own")
-    paths = list_pictures(options.pictures)
+    paths = list_images(options.images)
     trained = load_trained_model(options.model, base=options.base)
     unreadable = 0
     with ExitStack() as files:
@@ -282,16 +278,16 @@ def run_predict(options: argparse.Namespace) -> int:
                 print(printable(f"{PROGRAM}: skipped: {prediction.error}"), file=sys.stderr)
                 unreadable += 1
     if unreadable:
-        raise ValueError(f"{unreadable} of {len(paths)} pictures could not be read")
+        raise ValueError(f"{unreadable} of {len(paths)} images could not be read")
     return 0
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
-    """Carry out `evaluate`: a table by class, and a line for each picture that was left out."""
+    """Carry out `evaluate`: a table by class, and a line for each image that was left out."""
     evaluation = evaluate_folder(
-        load_trained_model(options.model, base=options.base), options.pictures, batch_size=options.batch_size
+        load_trained_model(options.model, base=options.base), options.images, batch_size=options.batch_size
     )
-    for message in evaluation.skipped_pictures:
+    for message in evaluation.skipped_images:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
     print(describe_evaluation(evaluation))
     print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output)))}")

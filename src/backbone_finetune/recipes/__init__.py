@@ -1,4 +1,4 @@
-"""What the command line runs: pictures in, a fine-tuned model and the record of its training out.
+"""What the command line runs: images in, a fine-tuned model and the record of its training out.
 
 The recipes stand on the core and may use more than torch and timm; the core knows nothing of them.
 """
@@ -10,7 +10,7 @@ from .data.fingerprint import data_fingerprint, is_deterministic
 from .features.extract import FeatureCache, extract_features, feature_batches
 from .heads.grid import HeadResult, fit_heads
 from .heads.lbfgs import LbfgsResult, fit_lbfgs
-from .training.loop import Loop, fine_tune
+from .training.loop import TrainerConfig, fine_tune
 from .training.phases import Phase, read_phases
 from .training.processes import make_accelerator
 
@@ -18,9 +18,9 @@ __all__ = [
     "FeatureCache",
     "HeadResult",
     "LbfgsResult",
-    "Loop",
     "Phase",
     "TrainSettings",
+    "TrainerConfig",
     "data_fingerprint",
     "extract_features",
     "feature_batches",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 import torch
 
-__all__ = ["own_randomness", "random_state", "restore_random_state", "seed_everything"]
+__all__ = ["preserve_rng_state", "random_state", "restore_random_state", "seed_everything"]
 
 
 def random_state() -> dict[str, Any]:
@@ -47,7 +47,7 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 def seed_everything(seed: int) -> None:
     """Seed all generators.
 
-    >>> with own_randomness():
+    >>> with preserve_rng_state():
     ...     seed_everything(1)
     ...     first = torch.rand(1), random.random()
     ...     seed_everything(1)
@@ -60,10 +60,10 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def own_randomness() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Give the generators back, when the block ends, as they were when it began.
 
-    >>> with own_randomness():
+    >>> with preserve_rng_state():
     ...     drawn = torch.rand(1)
     >>> torch.equal(drawn, torch.rand(1))
     True

@@ -9,14 +9,14 @@ from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
 
-from ..training.loop import Loop, fine_tune
+from ..training.loop import TrainerConfig, fine_tune
 from ..training.phases import Phase
 
 __all__ = ["chance_accuracy", "random_backbone_accuracy", "raw_pixel_accuracy"]
 
 
 def chance_accuracy(train_targets: Sequence[int], test_targets: Sequence[int]) -> float:
-    """The test accuracy of always answering the commonest training class: the most that ignoring the picture gives.
+    """The test accuracy of always answering the commonest training class: the most that ignoring the image gives.
 
     >>> chance_accuracy([0, 0, 1], [0, 1, 1, 1])
     0.25
@@ -32,15 +32,15 @@ def random_backbone_accuracy(
     test: Dataset[tuple[Tensor, int]],
     *,
     phase: Phase,
-    loop: Loop,
+    loop: TrainerConfig,
 ) -> float:
     """Test accuracy of the same classifier, trained likewise above the same architecture with random frozen weights.
 
     >>> import torch
     >>> from accelerate import Accelerator
-    >>> pictures = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
-    >>> loop = Loop(Accelerator(cpu=True), show_progress=False)
-    >>> 0 <= random_backbone_accuracy("test_resnet", 2, pictures, pictures, phase=Phase(epochs=1), loop=loop) <= 1
+    >>> images = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
+    >>> loop = TrainerConfig(Accelerator(cpu=True), show_progress=False)
+    >>> 0 <= random_backbone_accuracy("test_resnet", 2, images, images, phase=Phase(epochs=1), loop=loop) <= 1
     True
     """
     model = FineTuneModel.from_timm(timm.create_model(architecture), num_classes=num_classes)
@@ -53,15 +53,15 @@ def raw_pixel_accuracy(
     test: Dataset[tuple[Tensor, int]],
     *,
     phase: Phase,
-    loop: Loop,
+    loop: TrainerConfig,
 ) -> float:
     """Test accuracy of a linear classifier on the pixels, averaged down to 32 x 32, trained likewise.
 
     >>> import torch
     >>> from accelerate import Accelerator
-    >>> pictures = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
-    >>> loop = Loop(Accelerator(cpu=True), show_progress=False)
-    >>> raw_pixel_accuracy(2, pictures, pictures, phase=Phase(epochs=9), loop=loop)
+    >>> images = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
+    >>> loop = TrainerConfig(Accelerator(cpu=True), show_progress=False)
+    >>> raw_pixel_accuracy(2, images, images, phase=Phase(epochs=9), loop=loop)
     1.0
     """
     model = FineTuneModel(nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten()), nn.Linear(3 * 32 * 32, num_classes))

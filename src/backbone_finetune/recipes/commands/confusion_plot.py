@@ -1,4 +1,4 @@
-"""The picture of an evaluation: which class was taken for which."""
+"""The image of an evaluation: which class was taken for which."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What ``backbone-finetune evaluate`` does: a trained model on a folder of pictures whose classes are known."""
+"""What ``backbone-finetune evaluate`` does: a trained model on a folder of images whose classes are known."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.images import find_pictures
+from ..data.images import find_images
 from ..files import replacing
 from ..models.file import TrainedModel
 from .predict import predict
@@ -17,16 +17,16 @@ __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder",
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How well a class is known: of ``pictures`` that show it, ``right`` were called so, as were ``called`` in all.
+    """How well a class is known: of ``images`` that show it, ``right`` were called so, as were ``called`` in all.
 
-    Precision is ``right / called``, recall ``right / pictures``, None where there is nothing to divide by.
+    Precision is ``right / called``, recall ``right / images``, None where there is nothing to divide by.
 
-    >>> ClassScore("cat", pictures=4, called=3, right=3, precision=1.0, recall=0.75).recall
+    >>> ClassScore("cat", images=4, called=3, right=3, precision=1.0, recall=0.75).recall
     0.75
     """
 
     name: str
-    pictures: int
+    images: int
     called: int
     right: int
     precision: float | None
@@ -35,26 +35,26 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of pictures. ``confusion[i][j]`` of those that show class ``i`` were called class ``j``.
+    """What a model makes of images. ``confusion[i][j]`` of those that show class ``i`` were called class ``j``.
 
     >>> next(iter(Evaluation.__dataclass_fields__))
     'accuracy'
     """
 
     accuracy: float
-    pictures: int
+    images: int
     classes: tuple[ClassScore, ...]
     missing_classes: tuple[str, ...]
-    skipped_pictures: tuple[str, ...]
+    skipped_images: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
 
 
 def evaluate_folder(
     trained: TrainedModel, folder: Path, *, batch_size: int = 32, show_progress: bool = True
 ) -> Evaluation:
-    """Let a model name the class of each picture in a folder with a sub-folder per class, named as the model's own.
+    """Let a model name the class of each image in a folder with a sub-folder per class, named as the model's own.
 
-    Pictures that can't be read are left out, each with a message. Classes without a folder are listed as missing.
+    Images that can't be read are left out, each with a message. Classes without a folder are listed as missing.
 
     >>> import timm
     >>> from tempfile import TemporaryDirectory
@@ -67,15 +67,15 @@ def evaluate_folder(
     ...         Path(folder, name).mkdir()
     ...         Image.new("RGB", (32, 32)).save(Path(folder, name, "1.png"))
     ...     evaluation = evaluate_folder(trained, Path(folder), show_progress=False)
-    >>> evaluation.pictures, evaluation.missing_classes
+    >>> evaluation.images, evaluation.missing_classes
     (2, ('ant',))
 
     Raises:
         FileNotFoundError: there is no such folder.
         NotADirectoryError: it is a file.
-        ValueError: a class folder is not one of the model's classes, or is empty, or no picture can be read.
+        ValueError: a class folder is not one of the model's classes, or is empty, or no image can be read.
     """
-    found = find_pictures(folder)
+    found = find_images(folder)
     if unknown := [name for name in found.class_names if name not in trained.class_names]:
         known = ", ".join(trained.class_names[:20]) + (", ..." if len(trained.class_names) > 20 else "")
         raise ValueError(
@@ -86,23 +86,21 @@ def evaluate_folder(
     confusion = [[0] * len(positions) for _ in positions]
     skipped: list[str] = []
     answers = predict(trained, found.paths, top_k=1, batch_size=batch_size)
-    bar = tqdm(
-        answers, total=len(found.paths), desc="evaluating", unit="picture", leave=False, disable=not show_progress
-    )
+    bar = tqdm(answers, total=len(found.paths), desc="evaluating", unit="image", leave=False, disable=not show_progress)
     for prediction, target in zip(bar, found.targets, strict=True):
         if prediction.error is None:
             confusion[positions[found.class_names[target]]][positions[prediction.classes[0][0]]] += 1
         else:
             skipped.append(prediction.error)
-    pictures = len(found.paths) - len(skipped)
-    if pictures == 0:
-        raise ValueError(f"{folder}: none of its {len(found.paths)} pictures can be read; the first: {skipped[0]}")
+    images = len(found.paths) - len(skipped)
+    if images == 0:
+        raise ValueError(f"{folder}: none of its {len(found.paths)} images can be read; the first: {skipped[0]}")
     return Evaluation(
-        accuracy=sum(confusion[position][position] for position in positions.values()) / pictures,
-        pictures=pictures,
+        accuracy=sum(confusion[position][position] for position in positions.values()) / images,
+        images=images,
         classes=tuple(score_class(name, position, confusion) for name, position in positions.items()),
         missing_classes=tuple(name for name in trained.class_names if name not in found.class_names),
-        skipped_pictures=tuple(skipped),
+        skipped_images=tuple(skipped),
         confusion=tuple(map(tuple, confusion)),
     )
 
@@ -111,33 +109,33 @@ def score_class(name: str, position: int, confusion: list[list[int]]) -> ClassSc
     """Score one class of a confusion matrix, whose rows are true and whose columns are said.
 
     >>> score_class("cat", 0, [[3, 1], [0, 0]])
-    ClassScore(name='cat', pictures=4, called=3, right=3, precision=1.0, recall=0.75)
+    ClassScore(name='cat', images=4, called=3, right=3, precision=1.0, recall=0.75)
     """
     right = confusion[position][position]
-    pictures, called = sum(confusion[position]), sum(row[position] for row in confusion)
+    images, called = sum(confusion[position]), sum(row[position] for row in confusion)
     return ClassScore(
-        name, pictures, called, right, right / called if called else None, right / pictures if pictures else None
+        name, images, called, right, right / called if called else None, right / images if images else None
     )
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:
     """Write the accuracy, the table by class and what was missing as lines to read.
 
-    >>> cat = ClassScore("cat", pictures=4, called=3, right=3, precision=1.0, recall=0.75)
+    >>> cat = ClassScore("cat", images=4, called=3, right=3, precision=1.0, recall=0.75)
     >>> print(describe_evaluation(Evaluation(0.75, 4, (cat,), ("dog",), (), ((3,),))))
-    class  pictures  precision  recall
+    class  images  precision  recall
     cat           4      1.000   0.750
-    accuracy 0.750 of 4 pictures
+    accuracy 0.750 of 4 images
     without a folder: dog
     """
     width = max(len("class"), *(len(score.name) for score in evaluation.classes))
-    lines = [f"{'class':{width}}  pictures  precision  recall"]
+    lines = [f"{'class':{width}}  images  precision  recall"]
     for score in evaluation.classes:
         precision, recall = ("-" if share is None else f"{share:.3f}" for share in (score.precision, score.recall))
-        lines.append(f"{score.name:{width}}  {score.pictures:>8,}  {precision:>9}  {recall:>6}")
-    lines.append(f"accuracy {evaluation.accuracy:.3f} of {evaluation.pictures:,} pictures")
-    if evaluation.skipped_pictures:
-        lines.append(f"skipped: {len(evaluation.skipped_pictures):,} pictures that can't be read")
+        lines.append(f"{score.name:{width}}  {score.images:>8,}  {precision:>9}  {recall:>6}")
+    lines.append(f"accuracy {evaluation.accuracy:.3f} of {evaluation.images:,} images")
+    if evaluation.skipped_images:
+        lines.append(f"skipped: {len(evaluation.skipped_images):,} images that can't be read")
     if evaluation.missing_classes:
         lines.append(f"without a folder: {', '.join(evaluation.missing_classes)}")
     return "\n".join(lines)
@@ -162,11 +160,11 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
     from .confusion_plot import draw_confusion  # noqa: PLC0415 (matplotlib, only where it is needed)
 
     make_output_folder(folder)
-    numbers, picture = folder / "evaluation.json", folder / "confusion.png"
+    numbers, image = folder / "evaluation.json", folder / "confusion.png"
     with replacing(numbers) as temporary:
         temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
     # The bytes of a name that are no text can't be drawn.
     names = [score.name.encode(errors="backslashreplace").decode() for score in evaluation.classes]
-    with replacing(picture) as temporary:
+    with replacing(image) as temporary:
         draw_confusion(evaluation.confusion, names, temporary)
-    return numbers, picture
+    return numbers, image

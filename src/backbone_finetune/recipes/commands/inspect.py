@@ -130,7 +130,7 @@ def tabulate(
     classifier_size = sum(parameter.numel() for parameter in model.classifier.parameters())
     return [
         f"{architecture}: {total:,} parameters in {len(groups)} layer groups, input to output; "
-        f"makes {features} of a picture of {' x '.join(map(str, input_size))}",
+        f"makes {features} of an image of {' x '.join(map(str, input_size))}",
         "",
         f"{'layer group':{width}}  {'parameters':>14}  {'share':>6}  {'GFLOPs':>7}  {'share':>6}  {title}",
         *(
@@ -143,7 +143,7 @@ def tabulate(
 
 
 def count_operations(model: FineTuneModel, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """Count the floating-point operations of one picture's forward pass, by layer group, and of the classifier.
+    """Count the floating-point operations of one image's forward pass, by layer group, and of the classifier.
 
     A multiplication and an addition count two, as in torch's `FlopCounterMode`, which counts matrix products and
     convolutions. What a module computes beside its children is counted for the last layer group that it holds. The

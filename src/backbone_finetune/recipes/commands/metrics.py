@@ -13,7 +13,7 @@ __all__ = ["Metrics", "describe"]
 
 @dataclass(frozen=True)
 class Metrics:
-    """The record of a run, as ``metrics.json`` holds it. Accuracies are shares of the test pictures, 0 to 1.
+    """The record of a run, as ``metrics.json`` holds it. Accuracies are shares of the test images, 0 to 1.
 
     >>> next(iter(Metrics.__dataclass_fields__))
     'test_accuracy'
@@ -31,9 +31,9 @@ class Metrics:
     processes: int
     data_config: dict[str, Any]
     class_names: tuple[str, ...]
-    train_pictures: int
-    test_pictures: int
-    skipped_pictures: tuple[str, ...]
+    train_images: int
+    test_images: int
+    skipped_images: tuple[str, ...]
     history: tuple[EpochResult, ...]
     backward_milliseconds: BackwardTimes
     device: str
@@ -52,10 +52,10 @@ def describe(metrics: Metrics) -> str:
     ...     Metrics(0.7, 0.17, 0.3, 0.4, "resnet18", "", (Phase(),), 32, 0, 1, {}, (), 0, 200, (), (),
     ...     BackwardTimes(120.0, 0.5, 0.4, 16), "cpu", 9.0, {})
     ... ).splitlines()[0]
-    'test accuracy    .700  of 200 pictures, standard error .032'
+    'test accuracy    .700  of 200 images, standard error .032'
     """
     share = metrics.test_accuracy
-    standard_error = math.sqrt(share * (1 - share) / metrics.test_pictures)
+    standard_error = math.sqrt(share * (1 - share) / metrics.test_images)
     times = metrics.backward_milliseconds
     groups = metrics.phases[-1].trainable_groups
     frozen = "frozen" if groups == 0 else f"frozen but for {groups} layer groups"
@@ -63,17 +63,17 @@ def describe(metrics: Metrics) -> str:
     def decimals(value: float) -> str:
         return f"{value:.3f}".removeprefix("0")
 
-    skipped = len(metrics.skipped_pictures)
+    skipped = len(metrics.skipped_images)
     return "\n".join(
         (
-            f"test accuracy    {decimals(share)}  of {metrics.test_pictures} pictures, "
+            f"test accuracy    {decimals(share)}  of {metrics.test_images} images, "
             f"standard error {decimals(standard_error)}",
             f"chance           {decimals(metrics.chance)}  always the commonest class",
             f"random backbone  {decimals(metrics.random_backbone)}  the same classifier on the same network, "
             "untrained and frozen",
             f"raw pixels       {decimals(metrics.raw_pixels)}  the same classifier on 32 x 32 pixels",
             f"backward         {times.frozen:.2f} ms {frozen}, {times.unfrozen:.1f} ms unfrozen, "
-            f"{times.classifier_alone:.2f} ms the classifier alone ({times.batch_size} pictures, {metrics.device})",
-            *([f"skipped          {skipped} broken picture{'s' * (skipped > 1)}, named above"] if skipped else []),
+            f"{times.classifier_alone:.2f} ms the classifier alone ({times.batch_size} images, {metrics.device})",
+            *([f"skipped          {skipped} broken image{'s' * (skipped > 1)}, named above"] if skipped else []),
         )
     )

@@ -1,4 +1,4 @@
-"""The picture of a training run."""
+"""The image of a training run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

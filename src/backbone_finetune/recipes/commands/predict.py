@@ -1,4 +1,4 @@
-"""What ``backbone-finetune predict`` does: pictures in, class names and probabilities out."""
+"""What ``backbone-finetune predict`` does: images in, class names and probabilities out."""
 
 import csv
 import json
@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.images import read_picture
+from ..data.images import read_image
 from ..files import replacing
 from ..models.file import TrainedModel, build_transform
 
 __all__ = ["Prediction", "predict", "writing_csv", "writing_json"]
 
-# Of a resized picture: half a gigabyte. The largest networks of timm come nowhere near it.
+# Of a resized image: half a gigabyte. The largest networks of timm come nowhere near it.
 MOST_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of a picture, best first, as ``(class name, probability)``; or why it can't be read.
+    """The likeliest classes of an image, best first, as ``(class name, probability)``; or why it can't be read.
 
     >>> Prediction(Path("tom.jpg"), (("cat", 0.9), ("dog", 0.1))).error is None
     True
@@ -37,11 +37,11 @@ class Prediction:
 
 
 def predict(
-    trained: TrainedModel, pictures: Iterable[Path], *, top_k: int = 3, batch_size: int = 32
+    trained: TrainedModel, images: Iterable[Path], *, top_k: int = 3, batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Name the likeliest classes of each picture, in order. One that can't be read does not stop the others.
+    """Name the likeliest classes of each image, in order. One that can't be read does not stop the others.
 
-    Pictures go through the model ``batch_size`` at a time, on the device that it is on; no more are in memory at once.
+    Images go through the model ``batch_size`` at a time, on the device that it is on; no more are in memory at once.
 
     >>> import timm
     >>> from tempfile import TemporaryDirectory
@@ -57,7 +57,7 @@ def predict(
     """
     transform, elongated = build_transform(trained.data_config), most_elongated(trained.data_config)
     trained.model.eval()
-    remaining = iter(pictures)
+    remaining = iter(images)
     while batch := list(islice(remaining, batch_size)):
         outcomes = [read_input(path, transform, elongated) for path in batch]
         inputs = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
@@ -67,19 +67,19 @@ def predict(
 
 
 def read_input(path: Path, transform: Callable[[Image.Image], Tensor], elongated: float) -> Tensor | str:
-    """Read a picture as a model takes it, ``(3, H, W)``; or say why it can't be, or is too elongated to be.
+    """Read an image as a model takes it, ``(3, H, W)``; or say why it can't be, or is too elongated to be.
 
-    >>> read_input(Path("nowhere.jpg"), lambda picture: torch.zeros(3, 8, 8), 100)
+    >>> read_input(Path("nowhere.jpg"), lambda image: torch.zeros(3, 8, 8), 100)
     'nowhere.jpg: there is no such file'
     """
     try:
-        picture = read_picture(path)
-        if max(picture.size) > elongated * min(picture.size):
+        image = read_image(path)
+        if max(image.size) > elongated * min(image.size):
             return (
-                f"{path}: {picture.width} x {picture.height} pixels; as large as this model takes pictures, at most "
+                f"{path}: {image.width} x {image.height} pixels; as large as this model takes images, at most "
                 f"1 to {elongated:.1f} is allowed"
             )
-        return transform(picture)
+        return transform(image)
     except (ValueError, OSError) as error:
         return str(error)
     except MemoryError:
@@ -87,7 +87,7 @@ def read_input(path: Path, transform: Callable[[Image.Image], Tensor], elongated
 
 
 def most_elongated(data_config: Mapping[str, Any]) -> float:
-    """Say how many times as long as wide a picture may be: its shorter side becomes the input's, before it is cropped.
+    """Say how many times as long as wide an image may be: its shorter side becomes the input's, before it is cropped.
 
     >>> most_elongated({"input_size": (3, 224, 224), "crop_pct": 0.875}) > 1000
     True
@@ -120,7 +120,7 @@ def writing_csv(path: Path, top_k: int) -> Iterator[Callable[[Prediction], None]
     ...     with writing_csv(Path(folder, "answers.csv"), top_k=1) as write:
     ...         write(Prediction(Path("tom.jpg"), (("cat", 0.9),)))
     ...     Path(folder, "answers.csv").read_text().splitlines()
-    ['picture,class_1,probability_1,error', 'tom.jpg,cat,0.9,']
+    ['image,class_1,probability_1,error', 'tom.jpg,cat,0.9,']
     """
     with (
         replacing(path) as temporary,
@@ -128,7 +128,7 @@ def writing_csv(path: Path, top_k: int) -> Iterator[Callable[[Prediction], None]
     ):
         rows = csv.writer(file)
         columns = (f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability"))
-        rows.writerow(["picture", *columns, "error"])
+        rows.writerow(["image", *columns, "error"])
 
         def write(prediction: Prediction) -> None:
             cells = [cell for pair in prediction.classes for cell in pair]
@@ -148,7 +148,7 @@ def writing_json(path: Path) -> Iterator[Callable[[Prediction], None]]:
     ...     with writing_json(Path(folder, "answers.json")) as write:
     ...         write(Prediction(Path("tom.jpg"), (("cat", 0.9),)))
     ...     json.loads(Path(folder, "answers.json").read_text())
-    [{'picture': 'tom.jpg', 'classes': [{'name': 'cat', 'probability': 0.9}], 'error': None}]
+    [{'image': 'tom.jpg', 'classes': [{'name': 'cat', 'probability': 0.9}], 'error': None}]
     """
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         separator = "[\n"
@@ -156,7 +156,7 @@ def writing_json(path: Path) -> Iterator[Callable[[Prediction], None]]:
         def write(prediction: Prediction) -> None:
             nonlocal separator
             classes = [{"name": name, "probability": probability} for name, probability in prediction.classes]
-            entry = {"picture": str(prediction.path), "classes": classes, "error": prediction.error}
+            entry = {"image": str(prediction.path), "classes": classes, "error": prediction.error}
             file.write(separator + json.dumps(entry))
             separator = ",\n"
 

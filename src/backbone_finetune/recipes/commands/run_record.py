@@ -9,7 +9,7 @@ from typing import Any
 from ..data.fingerprint import backbone_fingerprint
 from ..features.backbone_pass import autocast_dtype
 from ..models.metadata import installed_versions
-from ..training.loop import Loop
+from ..training.loop import TrainerConfig
 from ..training.phases import parse_phase
 from .run_folder import find_differences
 from .setup import Task, TrainSettings
@@ -18,11 +18,13 @@ __all__ = ["compare_runs", "read_run", "record_run"]
 
 # The folder may be moved, and overwriting is how it began.
 NOT_RECORDED = {"output", "overwrite"}
-PATHS = {"pictures", "checkpoint"}
+PATHS = {"images", "checkpoint"}
 
 
-def record_run(settings: TrainSettings, task: Task, loop: Loop, fingerprints: tuple[str, str]) -> dict[str, Any]:
-    """Write down what a run is: its settings, as they came out, and what its versions, pictures and backbone are.
+def record_run(
+    settings: TrainSettings, task: Task, loop: TrainerConfig, fingerprints: tuple[str, str]
+) -> dict[str, Any]:
+    """Write down what a run is: its settings, as they came out, and what its versions, images and backbone are.
 
     Paths are absolute in it, so that it can be given again from anywhere, and precisions those that are used here.
     """
@@ -37,14 +39,14 @@ def record_run(settings: TrainSettings, task: Task, loop: Loop, fingerprints: tu
     return {
         "arguments": arguments,
         "versions": installed_versions(),
-        "train_pictures": {"count": len(task.train), "digest": fingerprints[0]},
-        "test_pictures": {"count": len(task.test), "digest": fingerprints[1]},
+        "train_images": {"count": len(task.train), "digest": fingerprints[0]},
+        "test_images": {"count": len(task.test), "digest": fingerprints[1]},
         "backbone_digest": backbone_fingerprint(task.model.backbone),
     }
 
 
 def compare_runs(recorded: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """Name what a run that is given again does not have as it was: versions, pictures, backbone, or a precision.
+    """Name what a run that is given again does not have as it was: versions, images, backbone, or a precision.
 
     >>> compare_runs({"backbone_digest": "a"}, {"backbone_digest": "b"})
     ['backbone_digest: "a" there, "b" here']
@@ -108,7 +110,7 @@ def is_text_or_none(value: object) -> bool:
 
 TRUTH = (lambda value: isinstance(value, bool), "true or false")
 KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("pictures", "architecture", "checkpoint"), (is_text_or_none, "a text or null")),
+    **dict.fromkeys(("images", "architecture", "checkpoint"), (is_text_or_none, "a text or null")),
     **dict.fromkeys(("pretrained", "trainable_only", "autocast_features"), TRUTH),
     "device": (lambda value: isinstance(value, str), "a text"),
     "phases": (

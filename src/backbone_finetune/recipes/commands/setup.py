@@ -1,4 +1,4 @@
-"""What a run trains on what: its settings, and the model and the pictures that they ask for."""
+"""What a run trains on what: its settings, and the model and the images that they ask for."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,11 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.copies import meta_copy
 
 from ..checking import expect, is_whole
-from ..data.images import PictureDataset, PictureFolder, find_pictures, leave_out_broken_pictures, split
+from ..data.images import ImageDataset, LabelledFolder, find_images, leave_out_broken_images, split
 from ..models.changes import BaseWeights, find_source, remember_base
 from ..models.file import build_transform, find_size_problem
 from ..models.weights import load_network
-from ..training.loop import Loop
+from ..training.loop import TrainerConfig
 from ..training.phases import Phase
 from ..training.processes import run_on_main
 from .folder_lock import refuse_if_held
@@ -24,7 +24,7 @@ from .run_folder import UNFINISHED, check_output_folder, remove_leftover
 __all__ = ["CLIPART", "Task", "TrainSettings", "make_task"]
 
 CLIPART = Path(__file__).parents[1] / "data" / "clipart" / "pictures"
-# The clipart is stored at 64 pixels. Five-fold cross-validation on its training pictures alone gave .66 at 96 pixels,
+# The clipart is stored at 64 pixels. Five-fold cross-validation on its training images alone gave .66 at 96 pixels,
 # .69 at 128 and .73 at 160, for 2 and 4 times the time; a first look at a library had better be quick.
 CLIPART_INPUT_SIZE = (3, 96, 96)
 TEST_SHARE = 0.3
@@ -34,9 +34,9 @@ TEST_SHARE = 0.3
 class TrainSettings:
     """What to train on what. Left alone: the packaged ImageNet weights, on the packaged clipart.
 
-    ``pictures`` is a folder with a sub-folder per class. ``architecture`` is a name of timm; its weights are random
+    ``images`` is a folder with a sub-folder per class. ``architecture`` is a name of timm; its weights are random
     unless they come from the hub (``pretrained``) or from a file (``checkpoint``). A step sees ``batch_size``
-    pictures, on all processes together, in ``accumulation`` parts one after another. With ``trainable_only`` the model
+    images, on all processes together, in ``accumulation`` parts one after another. With ``trainable_only`` the model
     file holds what training changed, and loads on top of these weights alone. ``autocast_features`` says whether a
     frozen backbone computes in bf16 where that is faster: left alone, unless ``mixed_precision`` is "no".
 
@@ -44,7 +44,7 @@ class TrainSettings:
     PosixPath('fine-tuned')
     """
 
-    pictures: Path | None = None
+    images: Path | None = None
     architecture: str | None = None
     pretrained: bool = False
     checkpoint: Path | None = None
@@ -52,7 +52,7 @@ class TrainSettings:
     batch_size: int = 32
     accumulation: int = 1
     seed: int = 0
-    checkpoint_steps: int = Loop.checkpoint_steps
+    checkpoint_steps: int = TrainerConfig.checkpoint_steps
     mixed_precision: str | None = None
     autocast_features: bool | None = None
     device: str = "cpu"
@@ -73,7 +73,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Task:
-    """A model and what it is trained and tested on; ``skipped`` names the pictures that can't be read.
+    """A model and what it is trained and tested on; ``skipped`` names the images that can't be read.
 
     ``base`` is what the backbone was, where only what changes is to be written.
 
@@ -86,13 +86,13 @@ class Task:
     weights: str
     data_config: dict[str, Any]
     base: BaseWeights | None
-    train: PictureDataset
-    test: PictureDataset
+    train: ImageDataset
+    test: ImageDataset
     skipped: tuple[str, ...]
 
 
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
-    """Find the pictures and build the model; nothing is written, and the main process alone looks at the pictures."""
+    """Find the images and build the model; nothing is written, and the main process alone looks at the images."""
     source = (
         find_source(settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint)
         if settings.trainable_only
@@ -108,14 +108,14 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     base = remember_base(model, source, weights) if source is not None else None
     data_config = choose_fitting_config(model, architecture, settings)
     transform = build_transform(data_config)
-    folder, skipped = run_on_main(accelerator, lambda: leave_out_broken_pictures(found))
+    folder, skipped = run_on_main(accelerator, lambda: leave_out_broken_images(found))
     train_data, test_data = (
-        PictureDataset(part, transform) for part in split(folder, test_share=TEST_SHARE, seed=settings.seed)
+        ImageDataset(part, transform) for part in split(folder, test_share=TEST_SHARE, seed=settings.seed)
     )
     return Task(model, architecture, weights, data_config, base, train_data, test_data, skipped)
 
 
-def find_classes(settings: TrainSettings) -> PictureFolder:
+def find_classes(settings: TrainSettings) -> LabelledFolder:
     """Look, and touch nothing but what a killed run left: may this one write where it wants to, and what classes?
 
     >>> len(find_classes(TrainSettings(output=Path("no such folder"))).class_names)
@@ -124,7 +124,7 @@ def find_classes(settings: TrainSettings) -> PictureFolder:
     remove_leftover(settings.output)
     check_output_folder(settings.output, overwrite=settings.overwrite)
     refuse_if_held(settings.output / UNFINISHED, name=str(settings.output))
-    return find_pictures(settings.pictures or CLIPART)
+    return find_images(settings.images or CLIPART)
 
 
 def choose_data_config(model: FineTuneModel, settings: TrainSettings) -> dict[str, Any]:
@@ -133,14 +133,14 @@ def choose_data_config(model: FineTuneModel, settings: TrainSettings) -> dict[st
     >>> choose_data_config(FineTuneModel.from_timm("resnet18", num_classes=10), TrainSettings())["input_size"]
     (3, 96, 96)
     """
-    small = settings.pictures is None and not model.pretrained_cfg.get("fixed_input_size", False)
+    small = settings.images is None and not model.pretrained_cfg.get("fixed_input_size", False)
     wanted = {"input_size": CLIPART_INPUT_SIZE} if small else {}
     config: dict[str, Any] = resolve_model_data_config(model, args=wanted)  # type: ignore[no-untyped-call]
     return config
 
 
 def choose_fitting_config(model: FineTuneModel, architecture: str, settings: TrainSettings) -> dict[str, Any]:
-    """Take the data config of `choose_data_config`, or timm's own where the network takes no picture so small.
+    """Take the data config of `choose_data_config`, or timm's own where the network takes no image so small.
 
     >>> model = FineTuneModel.from_timm("halonet26t", num_classes=10)
     >>> choose_fitting_config(model, "halonet26t", TrainSettings())["input_size"]
@@ -156,7 +156,7 @@ def choose_fitting_config(model: FineTuneModel, architecture: str, settings: Tra
     own: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     if problem := find_size_problem(twin, own["input_size"]):
         raise ValueError(
-            f"{architecture} takes no picture of {' x '.join(map(str, own['input_size']))}, which timm names as its "
+            f"{architecture} takes no image of {' x '.join(map(str, own['input_size']))}, which timm names as its "
             f"input size ({problem}); choose another --model"
         )
     return own

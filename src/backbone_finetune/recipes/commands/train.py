@@ -1,4 +1,4 @@
-"""What ``backbone-finetune train`` does, from a folder of pictures to a model file and the record of its training."""
+"""What ``backbone-finetune train`` does, from a folder of images to a model file and the record of its training."""
 
 import json
 import sys
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ..checking import DivergedError
 from ..data.fingerprint import data_fingerprint
-from ..data.images import PictureDataset
+from ..data.images import ImageDataset
 from ..features.extract import FeatureCache
 from ..files import replacing
 from ..models.file import TrainedModel, save_trained_changes, save_trained_model
 from ..models.metadata import installed_versions
-from ..rng import own_randomness, seed_everything
+from ..rng import preserve_rng_state, seed_everything
 from ..text import printable
 from ..training.checkpoints import EpochResult
-from ..training.loop import Loop, fine_tune
+from ..training.loop import TrainerConfig, fine_tune
 from ..training.processes import find_device, make_accelerator, run_on_main
 from .baselines import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
 from .folder_lock import holding
@@ -52,12 +52,12 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     """Fine-tune a model, hold it against chance, a random backbone and raw pixels, and write all of it down.
 
     It prints what it does. Into ``settings.output`` go ``run.json``, first, ``curves.png``, ``metrics.json`` and, last,
-    ``model.safetensors``. What can be wrong with the settings or the pictures is found out before the training, and an
+    ``model.safetensors``. What can be wrong with the settings or the images is found out before the training, and an
     earlier model there stays until the new one takes its place. A run that was stopped, in whatever way, goes on where
     it was when it is given the same settings again. Where they are those of a ``recorded`` run (`read_run`), what is
     not as it was then is said.
 
-    >>> train(TrainSettings(pictures=Path("no such folder")))
+    >>> train(TrainSettings(images=Path("no such folder")))
     Traceback (most recent call last):
     ...
     FileNotFoundError: no such folder: there is no such folder; ...
@@ -66,14 +66,14 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         FileExistsError: the output folder holds a finished model, another run, one that is under way, or what is not
             a run's and would be lost.
         DivergedError: the loss or the weights are not finite after an epoch; a ValueError. No model is written.
-        FileNotFoundError: the pictures or the checkpoint are not there.
+        FileNotFoundError: the images or the checkpoint are not there.
         ModuleNotFoundError: matplotlib or the packaged weights are not installed.
-        ValueError: the settings or the pictures are not fit for training; the message says how to make them so.
+        ValueError: the settings or the images are not fit for training; the message says how to make them so.
     """
     start = time.monotonic()
     accelerator = make_accelerator(find_device(settings.device), mixed_precision=settings.mixed_precision)
     draw_curves = import_draw_curves()
-    with own_randomness(), ExitStack() as held:
+    with preserve_rng_state(), ExitStack() as held:
         seed_everything(settings.seed)
         task = make_task(settings, accelerator)
         loop = claim(settings, task, accelerator, held, recorded)
@@ -114,7 +114,7 @@ def claim(
     accelerator: Accelerator,
     held: ExitStack,
     recorded: Mapping[str, Any] | None,
-) -> Loop:
+) -> TrainerConfig:
     """Write down what run this is, or see that it is the one that was begun; returns the loop that keeps it there.
 
     The main process holds the folder for as long as ``held`` is open. What differs from a run that was ``recorded``
@@ -123,7 +123,7 @@ def claim(
     fingerprints = run_on_main(accelerator, lambda: (data_fingerprint(task.train), data_fingerprint(task.test)))
     unfinished = settings.output / UNFINISHED
 
-    loop = Loop(
+    loop = TrainerConfig(
         accelerator,
         batch_size=settings.batch_size,
         accumulation=settings.accumulation,
@@ -159,7 +159,7 @@ def announce(task: Task, device: torch.device) -> None:
         print(printable(f"skipped: {message}"), file=sys.stderr)
     folder, counts = task.train.folder, (len(task.train), len(task.test))
     print(
-        f"pictures: {sum(counts)} in {len(folder.class_names)} classes from {folder.root}\n"
+        f"images: {sum(counts)} in {len(folder.class_names)} classes from {folder.root}\n"
         f"          {counts[0]} to train, {counts[1]} to test, {len(task.skipped)} broken ones skipped\n"
         f"model:    {task.architecture}, {task.weights}, on {device}\n"
     )
@@ -167,7 +167,7 @@ def announce(task: Task, device: torch.device) -> None:
     print(flush=True)
 
 
-def train_and_compare(settings: TrainSettings, task: Task, loop: Loop, *, start: float) -> Metrics:
+def train_and_compare(settings: TrainSettings, task: Task, loop: TrainerConfig, *, start: float) -> Metrics:
     """Train a model, then what it is held against, and time its backward pass."""
     accelerator, class_names = loop.accelerator, task.train.folder.class_names
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
@@ -203,9 +203,9 @@ def train_and_compare(settings: TrainSettings, task: Task, loop: Loop, *, start:
         processes=accelerator.num_processes,
         data_config=task.data_config,
         class_names=class_names,
-        train_pictures=len(task.train),
-        test_pictures=len(task.test),
-        skipped_pictures=task.skipped,
+        train_images=len(task.train),
+        test_images=len(task.test),
+        skipped_images=task.skipped,
         history=tuple(history),
         backward_milliseconds=run_on_main(
             accelerator, lambda: measure_backward(task.model, *first_batch(task.train, accelerator.device))
@@ -216,10 +216,10 @@ def train_and_compare(settings: TrainSettings, task: Task, loop: Loop, *, start:
     )
 
 
-def compare(name: str, accuracy: Callable[[], float], loop: Loop) -> float:
+def compare(name: str, accuracy: Callable[[], float], loop: TrainerConfig) -> float:
     """Give the accuracy of what a model is held against; that it diverged is said, and no reason to lose the model.
 
-    >>> compare("chance", lambda: 0.1, Loop(Accelerator(cpu=True)))
+    >>> compare("chance", lambda: 0.1, TrainerConfig(Accelerator(cpu=True)))
     0.1
     """
     try:
@@ -248,8 +248,8 @@ def import_draw_curves() -> Callable[[Sequence[EpochResult], Mapping[str, float]
     return draw_curves
 
 
-def first_batch(data: PictureDataset, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Stack the first pictures, 16 at most, to time a step with: ``(B, 3, H, W)`` and ``(B,)``."""
+def first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stack the first images, 16 at most, to time a step with: ``(B, 3, H, W)`` and ``(B,)``."""
     pairs = [data[index] for index in range(min(TIMED_BATCH_SIZE, len(data)))]
     inputs, targets = zip(*pairs, strict=True)
     return torch.stack(inputs).to(device), torch.tensor(targets, device=device)

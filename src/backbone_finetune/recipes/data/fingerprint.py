@@ -1,4 +1,4 @@
-"""What cached features depend on, as digests: the backbone that computed them, and the pictures it was shown."""
+"""What cached features depend on, as digests: the backbone that computed them, and the images it was shown."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ from backbone_finetune.eval_caches import clear_caches
 
 from ..features.object_description import Describer, UndescribableError
 from ..files import digest_file
-from .images import PictureDataset
+from .images import ImageDataset
 
 __all__ = ["backbone_fingerprint", "data_fingerprint", "is_deterministic"]
 
-# Each gives the same tensor for the same picture, and is fully described by its public attributes. A subclass may
+# Each gives the same tensor for the same image, and is fully described by its public attributes. A subclass may
 # do anything, so only these very types count.
 DETERMINISTIC: frozenset[type] = frozenset(
     {
@@ -44,7 +44,7 @@ DETERMINISTIC: frozenset[type] = frozenset(
 
 
 def is_deterministic(transform: Any) -> bool:
-    """Say whether a transform of torchvision or timm is known to give the same tensor for the same picture each time.
+    """Say whether a transform of torchvision or timm is known to give the same tensor for the same image each time.
 
     >>> from timm.data import create_transform
     >>> is_deterministic(create_transform(64)), is_deterministic(create_transform(64, is_training=True))
@@ -60,42 +60,42 @@ def is_deterministic(transform: Any) -> bool:
     return type(transform) in DETERMINISTIC
 
 
-def data_fingerprint(dataset: PictureDataset) -> str:
-    """Digest what a dataset shows a backbone: the content, order and targets of its pictures, and its transform.
+def data_fingerprint(dataset: ImageDataset) -> str:
+    """Digest what a dataset shows a backbone: the content, order and targets of its images, and its transform.
 
-    Contents are read, not sizes and times: these can stay the same when a picture changes, and change when a folder
+    Contents are read, not sizes and times: these can stay the same when an image changes, and change when a folder
     is copied. Reading costs a small part of what decoding and a backbone cost. Where the folder is does not count.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
     >>> from timm.data import create_transform
-    >>> from backbone_finetune.recipes.data.images import PictureFolder
+    >>> from backbone_finetune.recipes.data.images import LabelledFolder
     >>> with TemporaryDirectory() as folder:
-    ...     picture = Path(folder, "1.png")
-    ...     PIL.Image.new("RGB", (4, 4)).save(picture)
-    ...     dataset = PictureDataset(PictureFolder(Path(folder), ("a", "b"), (picture,), (0,)), create_transform(8))
+    ...     image = Path(folder, "1.png")
+    ...     PIL.Image.new("RGB", (4, 4)).save(image)
+    ...     dataset = ImageDataset(LabelledFolder(Path(folder), ("a", "b"), (image,), (0,)), create_transform(8))
     ...     before = data_fingerprint(dataset)
-    ...     PIL.Image.new("RGB", (4, 4), "red").save(picture)
+    ...     PIL.Image.new("RGB", (4, 4), "red").save(image)
     ...     data_fingerprint(dataset) == before
     False
 
     Raises:
-        OSError: a picture can't be read.
+        OSError: an image can't be read.
         ValueError: the transform is random, or not known not to be.
     """
     if not is_deterministic(dataset.transform):
         raise ValueError(
-            f"{dataset.transform!r}: not known to give the same tensor for the same picture each time; use timm's "
+            f"{dataset.transform!r}: not known to give the same tensor for the same image each time; use timm's "
             "evaluation transform, or pass a fingerprint of your own to FeatureCache"
         )
     folder = dataset.folder
     with ThreadPoolExecutor() as threads:
         contents = list(threads.map(digest_file, folder.paths))
     paths = [relpath(path, folder.root) for path in folder.paths]
-    pictures = list(zip(paths, folder.targets, contents, strict=True))
-    # What reads and transforms the pictures, beyond the transform's own arguments.
+    images = list(zip(paths, folder.targets, contents, strict=True))
+    # What reads and transforms the images, beyond the transform's own arguments.
     versions = {"backbone-finetune": __version__, "pillow": PIL.__version__, "torchvision": version("torchvision")}
-    return digest_text([pictures, describe_transform(dataset.transform), versions])
+    return digest_text([images, describe_transform(dataset.transform), versions])
 
 
 def describe_transform(transform: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A folder with a sub-folder per class: find its pictures, leave out the broken ones, hold some out for the test."""
+"""A folder with a sub-folder per class: find its images, leave out the broken ones, hold some out for the test."""
 
 import random
 import warnings
@@ -16,27 +16,27 @@ from tqdm import tqdm
 from ..text import has_control_characters
 
 __all__ = [
-    "PictureDataset",
-    "PictureFolder",
-    "find_pictures",
-    "leave_out_broken_pictures",
-    "list_pictures",
-    "read_picture",
+    "ImageDataset",
+    "LabelledFolder",
+    "find_images",
+    "leave_out_broken_images",
+    "list_images",
+    "read_image",
     "split",
 ]
 
 # timm's list (png, jpg, jpeg) would pass over these others in silence.
 PICTURE_EXTENSIONS = (*get_img_extensions(), ".bmp", ".gif", ".tif", ".tiff", ".webp")  # type: ignore[no-untyped-call]
 
-# Resized by its shorter side, a line of 1 x 100,000 pixels would become a picture of many gigabytes.
+# Resized by its shorter side, a line of 1 x 100,000 pixels would become an image of many gigabytes.
 MOST_ELONGATED = 100
 
 
 @dataclass(frozen=True)
-class PictureFolder:
-    """Pictures and their classes: ``paths[i]`` shows ``class_names[targets[i]]``.
+class LabelledFolder:
+    """Images and their classes: ``paths[i]`` shows ``class_names[targets[i]]``.
 
-    >>> PictureFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,)).targets
+    >>> LabelledFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,)).targets
     (1,)
     """
 
@@ -46,15 +46,15 @@ class PictureFolder:
     targets: tuple[int, ...]
 
 
-class PictureDataset(Dataset[tuple[Tensor, int]]):
-    """Pictures as ``(tensor, target)`` pairs, read from disk each time.
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Images as ``(tensor, target)`` pairs, read from disk each time.
 
-    >>> folder = PictureFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,))
-    >>> len(PictureDataset(folder, transform=lambda picture: torch.zeros(3, 8, 8)))
+    >>> folder = LabelledFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,))
+    >>> len(ImageDataset(folder, transform=lambda image: torch.zeros(3, 8, 8)))
     1
     """
 
-    def __init__(self, folder: PictureFolder, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, folder: LabelledFolder, transform: Callable[[Image.Image], Tensor]) -> None:
         self.folder = folder
         self.transform = transform
 
@@ -62,45 +62,45 @@ class PictureDataset(Dataset[tuple[Tensor, int]]):
         return len(self.folder.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(read_picture(self.folder.paths[index])), self.folder.targets[index]
+        return self.transform(read_image(self.folder.paths[index])), self.folder.targets[index]
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Read a picture as RGB: upright as its EXIF entry says, and on white where it is transparent.
+def read_image(path: Path) -> Image.Image:
+    """Read an image as RGB: upright as its EXIF entry says, and on white where it is transparent.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     Image.new("L", (4, 3)).save(Path(folder, "grey.png"))
-    ...     read_picture(Path(folder, "grey.png")).mode
+    ...     read_image(Path(folder, "grey.png")).mode
     'RGB'
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a picture, or not a whole one; the message names it.
+        ValueError: the file is not an image, or not a whole one; the message names it.
     """
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path}: a link that leads nowhere")
     if path.exists() and not path.is_file():  # a pipe would be waited for without end
-        raise ValueError(f"{path}: not a readable picture (it is no file)")
+        raise ValueError(f"{path}: not a readable image (it is no file)")
     try:
         with warnings.catch_warnings():
-            # What Pillow remarks on damaged metadata of a picture that it reads all the same is of no use here.
+            # What Pillow remarks on damaged metadata of an image that it reads all the same is of no use here.
             warnings.simplefilter("ignore")
             # Pillow warns of a decompression bomb first and refuses it at twice the size; here the warning is enough.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 if max(file.size) > MOST_ELONGATED * min(file.size):
                     raise ValueError(f"{file.width} x {file.height} pixels; at most 1 to {MOST_ELONGATED} is allowed")
-                picture = ImageOps.exif_transpose(file)
-                if picture.mode.startswith("I;16"):  # converted as it is, all above 255 of 65,535 would be white
+                image = ImageOps.exif_transpose(file)
+                if image.mode.startswith("I;16"):  # converted as it is, all above 255 of 65,535 would be white
                     # By way of 32 bits, as Pillow computes on 16 in the one order of bytes only.
-                    picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-                if picture.mode in {"I", "F"}:
+                    image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+                if image.mode in {"I", "F"}:
                     raise ValueError("its 32-bit values have no known range; save it with 8 or 16 bits")
-                if picture.has_transparency_data:
-                    picture = picture.convert("RGBA")
-                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-                return picture.convert("RGB")
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except MemoryError:
@@ -108,26 +108,26 @@ def read_picture(path: Path) -> Image.Image:
     except Exception as error:  # what Pillow says of a damaged file can be anything, struct.error and KeyError included
         # Pillow repeats the path in some of its messages
         reason = str(error).replace(f" {str(path)!r}", "")
-        raise ValueError(f"{path}: not a readable picture ({reason})") from error
+        raise ValueError(f"{path}: not a readable image ({reason})") from error
 
 
 def find_problem(path: Path) -> str | None:
-    """Say why a picture can't be read, or None when it can.
+    """Say why an image can't be read, or None when it can.
 
     >>> find_problem(Path("tom.jpg"))
     'tom.jpg: there is no such file'
     """
     try:
-        read_picture(path)
+        read_image(path)
     except (ValueError, OSError) as error:
         return str(error)
     return None
 
 
-def find_pictures(root: Path) -> PictureFolder:
-    """List the pictures of a folder with a sub-folder per class, in an order that does not depend on the file system.
+def find_images(root: Path) -> LabelledFolder:
+    """List the images of a folder with a sub-folder per class, in an order that does not depend on the file system.
 
-    Only names are looked at. A class is a direct sub-folder; pictures in deeper folders belong to it as well.
+    Only names are looked at. A class is a direct sub-folder; images in deeper folders belong to it as well.
     Hidden files and folders are passed over.
 
     >>> from tempfile import TemporaryDirectory
@@ -135,17 +135,17 @@ def find_pictures(root: Path) -> PictureFolder:
     ...     for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.png"):
     ...         Path(folder, name).parent.mkdir(exist_ok=True)
     ...         Path(folder, name).touch()
-    ...     pictures = find_pictures(Path(folder))
-    >>> pictures.class_names, pictures.targets
+    ...     images = find_images(Path(folder))
+    >>> images.class_names, images.targets
     (('cat', 'dog'), (0, 0, 1))
 
     Raises:
         FileNotFoundError: there is no such folder.
         NotADirectoryError: it is a file.
-        ValueError: it has fewer than two class folders, or one of them holds no picture or has a name that no terminal
+        ValueError: it has fewer than two class folders, or one of them holds no image or has a name that no terminal
             should be given.
     """
-    expected = "expected a folder with a sub-folder of pictures per class"
+    expected = "expected a folder with a sub-folder of images per class"
     if not root.exists():
         raise FileNotFoundError(f"{root}: there is no such folder; {expected}")
     if not root.is_dir():
@@ -161,23 +161,23 @@ def find_pictures(root: Path) -> PictureFolder:
     paths: list[Path] = []
     targets: list[int] = []
     for target, folder in enumerate(folders):
-        found = pictures_below(folder)
+        found = images_below(folder)
         if not found:
             raise ValueError(
-                f"class folder {folder} holds no picture ({', '.join(PICTURE_EXTENSIONS)}); "
-                "add pictures to it, or remove it"
+                f"class folder {folder} holds no image ({', '.join(PICTURE_EXTENSIONS)}); "
+                "add images to it, or remove it"
             )
         paths += found
         targets += [target] * len(found)
-    return PictureFolder(root, tuple(folder.name for folder in folders), tuple(paths), tuple(targets))
+    return LabelledFolder(root, tuple(folder.name for folder in folders), tuple(paths), tuple(targets))
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """List the pictures in a folder and in those below it, sorted; hidden files and folders are passed over.
+def images_below(folder: Path) -> list[Path]:
+    """List the images in a folder and in those below it, sorted; hidden files and folders are passed over.
 
     Names count: a link that leads nowhere, or a pipe, is in the list, so that whoever reads it names it.
 
-    >>> pictures_below(Path("no such folder"))
+    >>> images_below(Path("no such folder"))
     []
     """
     return sorted(
@@ -189,43 +189,43 @@ def pictures_below(folder: Path) -> list[Path]:
     )
 
 
-def list_pictures(given: Sequence[Path]) -> list[Path]:
-    """Replace each folder among paths by the pictures below it; any other path stays, whatever it is.
+def list_images(given: Sequence[Path]) -> list[Path]:
+    """Replace each folder among paths by the images below it; any other path stays, whatever it is.
 
-    >>> list_pictures([Path("tom.jpg")])
+    >>> list_images([Path("tom.jpg")])
     [PosixPath('tom.jpg')]
 
     Raises:
-        ValueError: a folder holds no picture.
+        ValueError: a folder holds no image.
     """
     paths: list[Path] = []
     for path in given:
-        found = pictures_below(path) if path.is_dir() else [path]
+        found = images_below(path) if path.is_dir() else [path]
         if not found:
-            raise ValueError(f"{path}: a folder without pictures ({', '.join(PICTURE_EXTENSIONS)})")
+            raise ValueError(f"{path}: a folder without images ({', '.join(PICTURE_EXTENSIONS)})")
         paths += found
     return paths
 
 
-def leave_out_broken_pictures(folder: PictureFolder) -> tuple[PictureFolder, tuple[str, ...]]:
-    """Read every picture once: returns the folder without the broken ones, and a message for each of these.
+def leave_out_broken_images(folder: LabelledFolder) -> tuple[LabelledFolder, tuple[str, ...]]:
+    """Read every image once: returns the folder without the broken ones, and a message for each of these.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as root:
     ...     for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"):
     ...         Path(root, name).parent.mkdir(exist_ok=True)
     ...         Image.new("RGB", (4, 4)).save(Path(root, name))
-    ...     _ = Path(root, "cat/3.png").write_text("no picture")
-    ...     whole, broken = leave_out_broken_pictures(find_pictures(Path(root)))
+    ...     _ = Path(root, "cat/3.png").write_text("no image")
+    ...     whole, broken = leave_out_broken_images(find_images(Path(root)))
     >>> len(whole.paths), len(broken)
     (4, 1)
 
     Raises:
-        ValueError: a class keeps fewer than two pictures, one to train and one to test.
+        ValueError: a class keeps fewer than two images, one to train and one to test.
     """
     whole: list[int] = []
     broken: list[str] = []
-    for index, path in enumerate(tqdm(folder.paths, desc="checking pictures", unit="picture", leave=False)):
+    for index, path in enumerate(tqdm(folder.paths, desc="checking images", unit="image", leave=False)):
         problem = find_problem(path)
         if problem is None:
             whole.append(index)
@@ -239,22 +239,22 @@ def leave_out_broken_pictures(folder: PictureFolder) -> tuple[PictureFolder, tup
     counts = Counter(kept.targets)
     for target, name in enumerate(folder.class_names):
         if counts[target] < 2:
-            skipped = f"; broken pictures: {len(broken)}, the first is {broken[0]}" if broken else ""
+            skipped = f"; broken images: {len(broken)}, the first is {broken[0]}" if broken else ""
             raise ValueError(
-                f"class folder {folder.root / name} holds {counts[target]} readable pictures, and needs at least 2: "
+                f"class folder {folder.root / name} holds {counts[target]} readable images, and needs at least 2: "
                 f"one to train, one to test{skipped}"
             )
     return kept, tuple(broken)
 
 
-def split(folder: PictureFolder, *, test_share: float, seed: int) -> tuple[PictureFolder, PictureFolder]:
+def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[LabelledFolder, LabelledFolder]:
     """Hold out a share of each class, drawn by ``seed``: returns ``(train, test)``, disjoint and together everything.
 
-    Each class keeps at least one picture on both sides. The draw depends on the order of the pictures alone, so the
+    Each class keeps at least one image on both sides. The draw depends on the order of the images alone, so the
     same folder gives the same split on every machine.
 
     >>> paths = tuple(Path(f"{name}.jpg") for name in range(20))
-    >>> train, test = split(PictureFolder(Path("."), ("a", "b"), paths, (0,) * 15 + (1,) * 5), test_share=0.2, seed=0)
+    >>> train, test = split(LabelledFolder(Path("."), ("a", "b"), paths, (0,) * 15 + (1,) * 5), test_share=0.2, seed=0)
     >>> test.targets
     (0, 0, 0, 1)
     """
@@ -265,7 +265,7 @@ def split(folder: PictureFolder, *, test_share: float, seed: int) -> tuple[Pictu
         count = min(max(round(test_share * len(members)), 1), len(members) - 1)
         held_out.update(generator.sample(members, count))
 
-    def select(indices: Sequence[int]) -> PictureFolder:
+    def select(indices: Sequence[int]) -> LabelledFolder:
         return replace(
             folder,
             paths=tuple(folder.paths[index] for index in indices),

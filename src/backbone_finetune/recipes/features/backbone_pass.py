@@ -67,8 +67,8 @@ def backbone_batches(
         for slot in slots:
             if not isinstance(slot, Tensor) or slot.ndim == 0 or len(slot) != len(targets):
                 raise ValueError(
-                    f"the backbone gave {describe(slot)} for {len(targets)} pictures; it must give a tensor or a tuple "
-                    "of tensors, each with one entry per picture"
+                    f"the backbone gave {describe(slot)} for {len(targets)} images; it must give a tensor or a tuple "
+                    "of tensors, each with one entry per image"
                 )
         widened = (slot.float() if narrow is not None and slot.dtype == narrow else slot for slot in slots)
         yield (*(slot.cpu() for slot in widened), targets.cpu())

@@ -1,4 +1,4 @@
-"""Tensors per picture on disk: a raw file per slot and a manifest, in a folder that is whole or not there."""
+"""Tensors per image on disk: a raw file per slot and a manifest, in a folder that is whole or not there."""
 
 import hashlib
 import json
@@ -145,7 +145,7 @@ def build_store(
 def open_store(folder: Path, fingerprints: Mapping[str, str], *, count: int | None) -> tuple[Tensor, ...]:
     """Map a store into memory, after every bit of it was checked; see `build_store` for an example.
 
-    ``count`` is how many pictures it should hold, where that is known.
+    ``count`` is how many images it should hold, where that is known.
 
     Raises:
         FileNotFoundError: there is no store.
@@ -159,7 +159,7 @@ def open_store(folder: Path, fingerprints: Mapping[str, str], *, count: int | No
     if changed:
         raise UnusableStoreError(f"made with {' and '.join(f'other {name}' for name in changed)}")
     if count is not None and content["count"] != count:
-        raise UnusableStoreError(f"made of {content['count']} pictures, not {count}")
+        raise UnusableStoreError(f"made of {content['count']} images, not {count}")
     for index, slot in enumerate(content["slots"]):
         path = slot_path(folder, index)
         size = path.stat().st_size if path.is_file() else 0

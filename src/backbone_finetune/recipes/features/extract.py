@@ -1,4 +1,4 @@
-"""Run a frozen backbone once: what its classifier will see of every picture, in memory or on disk."""
+"""Run a frozen backbone once: what its classifier will see of every image, in memory or on disk."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -29,13 +29,13 @@ MEMORY_SHARE = 0.25
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Where features are kept between runs, and of what pictures they are.
+    """Where features are kept between runs, and of what images they are.
 
-    ``folder`` holds one dataset's features and nothing else. ``data_fingerprint`` says which pictures, targets and
-    transform they come from: `data_fingerprint` gives it for a `PictureDataset`. Features larger than
+    ``folder`` holds one dataset's features and nothing else. ``data_fingerprint`` says which images, targets and
+    transform they come from: `data_fingerprint` gives it for a `ImageDataset`. Features larger than
     ``memory_share`` of the machine's memory stay on disk, memory-mapped; smaller ones are read.
 
-    >>> FeatureCache(Path("cache/train"), data_fingerprint="pictures of 2024, 224 pixels").memory_share
+    >>> FeatureCache(Path("cache/train"), data_fingerprint="images of 2024, 224 pixels").memory_share
     0.25
     """
 
@@ -57,11 +57,11 @@ def extract_features(
 
     A frozen backbone computes the same features in every epoch, so a classifier that trains on them trains as it
     would above the backbone, but without its cost. Where the backbone returns a tuple of tensors, each (B, ...) of
-    any shape and dtype, so do the pictures of the dataset: its ``tensors`` are ``(*features, targets)``, on the CPU.
+    any shape and dtype, so do the images of the dataset: its ``tensors`` are ``(*features, targets)``, on the CPU.
 
     >>> model = FineTuneModel(nn.Linear(3, 4), nn.Linear(4, 2)).freeze_backbone()
-    >>> pictures = TensorDataset(torch.ones(3, 3), torch.tensor([0, 1, 1]))
-    >>> dataset = extract_features(model, DataLoader(pictures, batch_size=2), device=torch.device("cpu"))
+    >>> images = TensorDataset(torch.ones(3, 3), torch.tensor([0, 1, 1]))
+    >>> dataset = extract_features(model, DataLoader(images, batch_size=2), device=torch.device("cpu"))
     >>> features, targets = dataset.tensors
     >>> tuple(features.shape), targets
     ((3, 4), tensor([0, 1, 1]))
@@ -74,11 +74,11 @@ def extract_features(
     The model goes to ``device`` and stays there; its modes are left as they were. On CUDA, and on a CPU with bf16
     instructions, a float32 backbone runs under bf16 autocast, and what comes out in bf16 is widened to float32 again,
     so that a float32 classifier can train on it; without ``autocast`` it computes in its own precision everywhere.
-    Pictures go through convolutions in channels_last.
+    Images go through convolutions in channels_last.
 
     Raises:
         FileExistsError: the cache's folder holds other files.
-        ValueError: part of the backbone trains; the loader shuffles, drops pictures or has none; or what it or the
+        ValueError: part of the backbone trains; the loader shuffles, drops images or has none; or what it or the
             backbone gives is no batch of tensors of one shape.
     """
     refuse_other_orders(loader)
@@ -120,7 +120,7 @@ def open_cache(
     fingerprints = {
         # Until it has a fingerprint, one that no other features have.
         "backbone": f"not comparable, {uuid4()}",
-        "pictures or transform": cache.data_fingerprint,
+        "images or transform": cache.data_fingerprint,
         "precision": str(narrow),
         "versions": f"torch {torch.__version__}, timm {timm.__version__}",
     }
@@ -137,7 +137,7 @@ def open_cache(
 def feature_batches(
     features: TensorDataset, batch_size: int, *, generator: torch.Generator | None = None, drop_last: bool = False
 ) -> DataLoader[Any]:
-    """Load batches of features as fast as memory gives them: a batch is indexed at once, not collated from pictures.
+    """Load batches of features as fast as memory gives them: a batch is indexed at once, not collated from images.
 
     With a ``generator`` the order is drawn anew for each epoch: the very order of
     ``DataLoader(features, batch_size, shuffle=True, generator=generator)``.
@@ -153,7 +153,7 @@ def feature_batches(
 
 
 def refuse_other_orders(loader: DataLoader[Any]) -> None:
-    """See that a loader gives each picture of its dataset once and in order, as far as can be told.
+    """See that a loader gives each image of its dataset once and in order, as far as can be told.
 
     >>> refuse_other_orders(DataLoader([1, 2], shuffle=True))
     Traceback (most recent call last):
@@ -164,14 +164,14 @@ def refuse_other_orders(loader: DataLoader[Any]) -> None:
         ValueError: it does not.
     """
     if getattr(loader.batch_sampler, "drop_last", False):
-        raise ValueError("the loader drops its last pictures; pass one with drop_last=False")
+        raise ValueError("the loader drops its last images; pass one with drop_last=False")
     if isinstance(loader.dataset, IterableDataset):
         return
     sampler = loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
     if type(sampler) is not SequentialSampler or type(loader.batch_sampler) not in {BatchSampler, type(None)}:
         faulty = loader.batch_sampler if type(sampler) is SequentialSampler or sampler is None else sampler
         raise ValueError(
-            f"the loader draws by {type(faulty).__name__}; pass one that gives every picture in the dataset's order: "
+            f"the loader draws by {type(faulty).__name__}; pass one that gives every image in the dataset's order: "
             "DataLoader(dataset, batch_size)"
         )
 
@@ -188,12 +188,12 @@ def uniform(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...
         expected = expected or found
         if found != expected:
             raise ValueError(
-                f"a batch holds {found} per picture, the first one {expected}; all pictures need features of one "
+                f"a batch holds {found} per image, the first one {expected}; all images need features of one "
                 "shape and dtype to be stored together"
             )
         yield batch
     if expected is None:
-        raise ValueError("the loader has no pictures")
+        raise ValueError("the loader has no images")
 
 
 def gather(
@@ -217,7 +217,7 @@ def fill(batches: Iterable[tuple[Tensor, ...]], first: tuple[Tensor, ...], total
     """Copy batches one by one into tensors of their whole size, so that nothing is in memory twice.
 
     Raises:
-        ValueError: there are more or fewer pictures than ``total``.
+        ValueError: there are more or fewer images than ``total``.
     """
     whole = tuple(torch.empty(total, *slot.shape[1:], dtype=slot.dtype) for slot in first)
     start = 0
@@ -228,7 +228,7 @@ def fill(batches: Iterable[tuple[Tensor, ...]], first: tuple[Tensor, ...], total
                 slot[start:end] = part
         start = end
     if start != total:
-        raise ValueError(f"the loader gave {start} pictures, and its dataset says that it has {total}")
+        raise ValueError(f"the loader gave {start} images, and its dataset says that it has {total}")
     return whole
 
 
@@ -256,7 +256,7 @@ def size_of(tensors: tuple[Tensor, ...]) -> int:
 
 
 def count(loader: DataLoader[Any]) -> int | None:
-    """Count a loader's pictures, None where its dataset is a stream, or gives whole batches.
+    """Count a loader's images, None where its dataset is a stream, or gives whole batches.
 
     >>> count(DataLoader([3, 4, 5], batch_size=2))
     3

@@ -1,4 +1,4 @@
-"""What a phase trains on: pictures, or, where the backbone is frozen and shows the same each time, its features."""
+"""What a phase trains on: images, or, where the backbone is frozen and shows the same each time, its features."""
 
 from inspect import getattr_static
 from typing import Any
@@ -10,14 +10,14 @@ from torchvision.datasets.vision import StandardTransform  # it comes with timm
 from backbone_finetune import FineTuneModel
 
 from ..data.fingerprint import is_deterministic
-from ..rng import own_randomness
+from ..rng import preserve_rng_state
 from .cache import remove_store
 from .extract import FeatureCache, extract_features
 from .shared_features import share_features
 
 __all__ = ["gather_features", "repeats"]
 
-# What torchvision's datasets, and most others, call what they do to a picture and its target.
+# What torchvision's datasets, and most others, call what they do to an image and its target.
 TRANSFORMS = ("transform", "transforms", "target_transform")
 MISSING = object()
 
@@ -79,12 +79,12 @@ def gather_features(
 
     >>> import torch
     >>> model = FineTuneModel(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).freeze_backbone()
-    >>> pictures = TensorDataset(torch.ones(3, 3), torch.tensor([0, 1, 1]))
-    >>> features = gather_features(model, pictures, batch_size=2, accelerator=Accelerator(cpu=True))
+    >>> images = TensorDataset(torch.ones(3, 3), torch.tensor([0, 1, 1]))
+    >>> features = gather_features(model, images, batch_size=2, accelerator=Accelerator(cpu=True))
     >>> [tuple(tensor.shape) for tensor in features.tensors]
     [(3, 4), (3,)]
     """
-    with own_randomness():
+    with preserve_rng_state():
         if accelerator.num_processes > 1:
             return share_features(
                 model,

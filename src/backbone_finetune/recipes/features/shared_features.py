@@ -85,7 +85,7 @@ def share_features(
     """Run a frozen backbone once over a dataset on several processes; see `gather_features`."""
     exchange = Exchange(accelerator)
     count, processes = len(data), accelerator.num_processes  # type: ignore[arg-type]  # a Dataset of no declared length
-    # Every process takes as many pictures, the first ones once more where they do not come out even.
+    # Every process takes as many images, the first ones once more where they do not come out even.
     positions = torch.arange(accelerator.process_index, -(-count // processes) * processes, processes) % count
     loader = DataLoader(Subset(data, positions.tolist()), batch_size)
     with exchange.together():
@@ -103,7 +103,7 @@ def share_features(
 
 
 def put_together(own: Iterator[tuple[Tensor, ...]], count: int, exchange: Exchange) -> Iterator[tuple[Tensor, ...]]:
-    """Put together on every process what all compute of ``count`` pictures dealt out one by one: batches, in order.
+    """Put together on every process what all compute of ``count`` images dealt out one by one: batches, in order.
 
     >>> [batch] = put_together(iter([(torch.arange(3),)]), 2, Exchange(Accelerator(cpu=True)))
     >>> batch
@@ -118,11 +118,11 @@ def put_together(own: Iterator[tuple[Tensor, ...]], count: int, exchange: Exchan
         with exchange.together():
             batch = next(own, None)
             if batch is None:
-                raise ValueError(f"the dataset gave fewer pictures than the {count} that it says it has")
+                raise ValueError(f"the dataset gave fewer images than the {count} that it says it has")
         if start == 0:  # later ones are as each process's first
             found = exchange.tell([(slot.dtype, tuple(slot.shape)) for slot in batch])
             if any(other != found[0] for other in found):
-                raise ValueError(f"the processes' batches differ: {found}; all pictures need features of one shape")
+                raise ValueError(f"the processes' batches differ: {found}; all images need features of one shape")
         dealt = (
             accelerator.gather(slot.to(accelerator.device)).cpu().unflatten(0, (accelerator.num_processes, len(slot)))
             for slot in batch

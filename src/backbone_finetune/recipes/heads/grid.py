@@ -127,7 +127,7 @@ def fit_heads(
     (4, 0.1, 1.0)
 
     A linear head on (N, D) features is fastest: 32 of them cost little more than a few. With tuples of features, the
-    classifier gets a tuple. On data of one picture more than full batches, that one sits the epoch out.
+    classifier gets a tuple. On data of one image more than full batches, that one sits the epoch out.
 
     Raises:
         ValueError: no rates or impossible ones, no epochs, no data, nothing in the classifier trains, or every head
@@ -135,8 +135,8 @@ def fit_heads(
     """
     expect("epochs", epochs, "a whole number from 1", is_whole(epochs, least=1))
     expect("batch_size", batch_size, "a whole number from 1", is_whole(batch_size, least=1))
-    expect("len(train)", len(train), "one picture or more", len(train) > 0)
-    expect("len(validation)", len(validation), "one picture or more", len(validation) > 0)
+    expect("len(train)", len(train), "one image or more", len(train) > 0)
+    expect("len(validation)", len(validation), "one image or more", len(validation) > 0)
     rates = list(product(learning_rates, weight_decays))
     if not rates or not all(0 <= rate < math.inf for pair in rates for rate in pair):
         raise ValueError(
@@ -145,7 +145,7 @@ def fit_heads(
         )
     heads = StackedHeads(classifier, rates, device=device)
     generator = torch.Generator().manual_seed(seed)
-    # BatchNorm cannot train on a batch of one, so a last picture left alone sits this epoch out.
+    # BatchNorm cannot train on a batch of one, so a last image left alone sits this epoch out.
     batches = feature_batches(
         train, batch_size, generator=generator, drop_last=len(train) % batch_size == 1 < len(train)
     )

@@ -50,14 +50,14 @@ def fit_lbfgs(
     >>> fit_lbfgs(classifier, data, weight_decay=0.1, device=torch.device("cpu")).converged
     True
 
-    Memory is bounded by ``chunk_size`` pictures at a time. The search needs the same function at each look, so the
+    Memory is bounded by ``chunk_size`` images at a time. The search needs the same function at each look, so the
     classifier runs in eval: dropout is off, running statistics stay. It goes to ``device``, and keeps its modes.
 
     Raises:
         ValueError: an argument is out of range, there are no features, nothing in the classifier trains, or the
             objective is not finite.
     """
-    expect("len(features)", len(features), "one picture or more", len(features) > 0)
+    expect("len(features)", len(features), "one image or more", len(features) > 0)
     expect("weight_decay", weight_decay, "a number from 0", is_number(weight_decay) and weight_decay >= 0)
     expect("tolerance", tolerance, "a number from 0", is_number(tolerance) and tolerance >= 0)
     expect("max_iterations", max_iterations, "a whole number from 1", is_whole(max_iterations, least=1))

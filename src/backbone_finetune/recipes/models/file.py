@@ -1,4 +1,4 @@
-"""A trained model as one file: the tensors, and all it takes to build the network again and feed it a picture.
+"""A trained model as one file: the tensors, and all it takes to build the network again and feed it an image.
 
 A file is data, and perhaps a stranger's: nothing in it is executed, no path or address in it is followed, and before
 a weight takes up memory its layout is compared with the network that the file names, built without memory.
@@ -50,7 +50,7 @@ MOST_BYTES_BESIDE = 2**28
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with the names of its classes and timm's data config: what a picture needs to become an answer.
+    """A model with the names of its classes and timm's data config: what an image needs to become an answer.
 
     ``data_config`` holds ``input_size`` (channels, height, width), ``mean``, ``std``, ``interpolation``, ``crop_pct``
     and ``crop_mode``, as ``timm.data.resolve_model_data_config`` gives them. ``arguments`` are those that
@@ -70,7 +70,7 @@ class TrainedModel:
 
 
 def build_transform(data_config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """Build timm's evaluation transform: resize, centre crop, normalise. The same picture always gives the same tensor.
+    """Build timm's evaluation transform: resize, centre crop, normalise. The same image always gives the same tensor.
 
     >>> model = timm.create_model("test_resnet")
     >>> tuple(build_transform(timm.data.resolve_model_data_config(model))(Image.new("RGB", (64, 48))).shape)
@@ -236,7 +236,7 @@ def check_layouts(
 
     Raises:
         ValueError: they do not fit, the network would take much memory that the tensors do not account for, or it takes
-            no pictures of the size that the file names.
+            no images of the size that the file names.
     """
     with torch.device("meta"):
         model = build_model(description)
@@ -257,14 +257,14 @@ def check_layouts(
     size = description.data_config.input_size
     if problem := find_size_problem(model, size):
         raise ValueError(
-            f"{description.architecture} takes no picture of {' x '.join(map(str, size))}, which the file names as its "
+            f"{description.architecture} takes no image of {' x '.join(map(str, size))}, which the file names as its "
             f"input_size ({problem})"
         )
     return {} if description.base is None else missing
 
 
 def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str | None:
-    """Say why a network, built on the meta device, takes no picture of a size (channels, height, width); or None.
+    """Say why a network, built on the meta device, takes no image of a size (channels, height, width); or None.
 
     >>> with torch.device("meta"):
     ...     model = FineTuneModel.from_timm("vit_tiny_patch16_224", num_classes=2)
@@ -274,7 +274,7 @@ def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str |
     try:
         with torch.no_grad():
             model.eval()(torch.empty(1, *size, device="meta"))
-    except Exception as error:  # what a network says of a picture of another size can be anything, or nothing
+    except Exception as error:  # what a network says of an image of another size can be anything, or nothing
         return str(error)[:200] or type(error).__name__
     return None
 

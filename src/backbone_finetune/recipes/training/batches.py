@@ -1,4 +1,4 @@
-"""Which pictures a step sees, on how many processes ever: a function of the seed and the epoch, and of nothing else."""
+"""Which images a step sees, on how many processes ever: a function of the seed and the epoch, and of nothing else."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-__all__ = ["Share", "epoch_batches", "load_shares", "share_of"]
+__all__ = ["Share", "epoch_batches", "load_batches", "local_batch"]
 
 
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """Draw the batches of an epoch: every one of ``count`` pictures once, in an order of ``(seed, epoch)`` alone.
+    """Draw the batches of an epoch: every one of ``count`` images once, in an order of ``(seed, epoch)`` alone.
 
-    >>> [batch.tolist() for batch in epoch_batches(5, 2, seed=0, epoch=1)]  # picture 3 sits this epoch out
+    >>> [batch.tolist() for batch in epoch_batches(5, 2, seed=0, epoch=1)]  # image 3 sits this epoch out
     [[2, 1], [0, 4]]
 
-    BatchNorm cannot train on a batch of one, so a last picture left alone is left out (another one the next time).
+    BatchNorm cannot train on a batch of one, so a last image left alone is left out (another one the next time).
     """
     # Python's seeding by text mixes both numbers well, and is the same everywhere.
     drawn = random.Random(f"{seed} {epoch}").getrandbits(63)
@@ -27,10 +27,10 @@ def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tupl
 
 
 class Share:
-    """One process's part of a batch: ``indices`` of pictures, of which only the first ``own`` count.
+    """One process's part of a batch: ``indices`` of images, of which only the first ``own`` count.
 
-    The processes' shares of a batch are equally long, as what they compute together must be; the pictures beyond
-    ``own`` are others' pictures, seen once more without weight.
+    The processes' shares of a batch are equally long, as what they compute together must be; the images beyond
+    ``own`` are others' images, seen once more without weight.
 
     >>> share = Share(torch.tensor([4, 7, 4]), own=2)
     >>> [(part.indices.tolist(), part.own) for part in share.split(2)]
@@ -53,11 +53,11 @@ class Share:
         return cut
 
 
-def share_of(batch: Tensor, *, process: int, processes: int) -> Share:
-    """Take a process's share of a batch: together the shares' own pictures are the batch, each picture once.
+def local_batch(batch: Tensor, *, process: int, processes: int) -> Share:
+    """Take a process's share of a batch: together the shares' own images are the batch, each image once.
 
     >>> [(share.indices.tolist(), share.own) for share in (
-    ...     share_of(torch.tensor([5, 6, 7, 8, 9]), process=process, processes=2) for process in (0, 1))]
+    ...     local_batch(torch.tensor([5, 6, 7, 8, 9]), process=process, processes=2) for process in (0, 1))]
     [([5, 7, 9], 3), ([6, 8, 5], 2)]
 
     With several processes no share is shorter than two, which BatchNorm needs to train.
@@ -69,14 +69,14 @@ def share_of(batch: Tensor, *, process: int, processes: int) -> Share:
     return Share(batch[positions % len(batch)], int((positions < len(batch)).sum()))
 
 
-def load_shares(data: Dataset[Any], shares: Sequence[Share]) -> Iterator[tuple[Tensor, ...]]:
-    """Load the pictures of each share: a batch of ``(inputs..., targets)`` each.
+def load_batches(data: Dataset[Any], shares: Sequence[Share]) -> Iterator[tuple[Tensor, ...]]:
+    """Load the images of each share: a batch of ``(inputs..., targets)`` each.
 
     >>> data = TensorDataset(torch.arange(4.0), torch.arange(4))
-    >>> next(load_shares(data, [Share(torch.tensor([3, 1]), own=2)]))
+    >>> next(load_batches(data, [Share(torch.tensor([3, 1]), own=2)]))
     (tensor([3., 1.]), tensor([3, 1]))
     """
-    if isinstance(data, TensorDataset):  # indexed at once, not collated from single pictures
+    if isinstance(data, TensorDataset):  # indexed at once, not collated from single images
         for share in shares:
             yield tuple(tensor[share.indices] for tensor in data.tensors)
         return

@@ -23,7 +23,7 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch: mean loss and accuracy while training, accuracy on the held-out pictures after it.
+    """One epoch: mean loss and accuracy while training, accuracy on the held-out images after it.
 
     >>> EpochResult(epoch=1, train_loss=2.1, train_accuracy=0.2, test_accuracy=0.3).epoch
     1

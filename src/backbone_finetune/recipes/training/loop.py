@@ -1,4 +1,4 @@
-"""The training loop: phase after phase, on features where the backbone is frozen, on pictures where it is not."""
+"""The training loop: phase after phase, on features where the backbone is frozen, on images where it is not."""
 
 import copy
 import math
@@ -23,26 +23,26 @@ from ..checking import DivergedError, count_not_finite, expect, is_whole
 from ..features.backbone_pass import trains
 from ..features.extract import FeatureCache
 from ..features.phase_data import gather_features, repeats
-from .batches import Share, epoch_batches, load_shares, share_of
+from .batches import Share, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, write_checkpoint
 from .phases import Phase
 from .processes import communicated_bytes, prepare, release, whole
-from .resuming import load_by_name, open_checkpoints, resume, take_down
+from .resuming import capture, load_by_name, open_checkpoints, resume
 from .schedules import make_schedule
 
-__all__ = ["EpochResult", "Loop", "evaluate", "fine_tune"]
+__all__ = ["EpochResult", "TrainerConfig", "evaluate", "fine_tune"]
 
 
 @dataclass(frozen=True)
-class Loop:
+class TrainerConfig:
     """How to train, whatever the phases: on which processes, by which batches, kept where.
 
-    A step sees ``batch_size`` pictures, on however many processes and in ``accumulation`` parts one after another:
+    A step sees ``batch_size`` images, on however many processes and in ``accumulation`` parts one after another:
     these two change where the memory goes and not what is learnt. A checkpoint is written into ``checkpoints`` after
     each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, test), and are computed
     under bf16 autocast where the device gains from it, but for ``autocast_features=False``.
 
-    >>> Loop(Accelerator(cpu=True)).batch_size
+    >>> TrainerConfig(Accelerator(cpu=True)).batch_size
     32
     """
 
@@ -97,20 +97,20 @@ def fine_tune(
     train: Dataset[Any],
     test: Dataset[Any],
     phases: Sequence[Phase],
-    loop: Loop,
+    loop: TrainerConfig,
 ) -> list[EpochResult]:
     """Train a model in phases, and prove for each that what is frozen in it did not move.
 
-    In a phase whose backbone is frozen, it runs once over the pictures and the classifier trains on its features,
+    In a phase whose backbone is frozen, it runs once over the images and the classifier trains on its features,
     where both datasets are known to show the same each time: tensors, lists, and datasets whose ``transform`` is None
     or a deterministic one of torchvision or timm, in a Subset or ConcatDataset too. A dataset of your own says so by
     ``transform = None``. Otherwise the whole model runs in every step. AdamW and its schedule begin anew with each
     phase. The test data is looked at and never learnt from, nor chosen by.
 
     >>> model = FineTuneModel(nn.Linear(2, 3), nn.Linear(3, 2))
-    >>> pictures = torch.utils.data.TensorDataset(torch.eye(2), torch.tensor([0, 1]))
+    >>> images = torch.utils.data.TensorDataset(torch.eye(2), torch.tensor([0, 1]))
     >>> phases = [Phase(epochs=2), Phase(epochs=1, trainable_groups=1)]
-    >>> len(fine_tune(model, pictures, pictures, phases, Loop(Accelerator(cpu=True), show_progress=False)))
+    >>> len(fine_tune(model, images, images, phases, TrainerConfig(Accelerator(cpu=True), show_progress=False)))
     3
 
     With ``loop.checkpoints``, a run that was killed goes on after its last checkpoint, and on a CPU, as one process,
@@ -119,11 +119,11 @@ def fine_tune(
     Raises:
         AssertionError: a frozen parameter or buffer changed.
         DivergedError: an epoch's loss, or what it trained, is not finite; a ValueError.
-        ValueError: there are no phases or no pictures, or nothing trains.
+        ValueError: there are no phases or no images, or nothing trains.
     """
     expect("phases", phases, "one Phase or more", len(phases) > 0)
     for name, data in (("train", train), ("test", test)):
-        expect(f"len({name})", count(data), "one picture or more", count(data) > 0)
+        expect(f"len({name})", count(data), "one image or more", count(data) > 0)
     begun, saved = (False, None) if loop.checkpoints is None else open_checkpoints(loop.checkpoints, loop.accelerator)
     progress, changed = Progress(), set[str]()
     if saved is not None:
@@ -138,7 +138,7 @@ def fine_tune(
     moved = False
     while progress.phase < len(phases):
         phase = phases[progress.phase]
-        with in_phase(model, train, test, phase=phase, changed=changed, loop=loop, moved=moved) as stage:
+        with prepared_phase(model, train, test, phase=phase, changed=changed, loop=loop, moved=moved) as stage:
             if saved is not None:
                 resume(saved, stage.optimizer, loop.accelerator)
                 saved = None
@@ -151,14 +151,14 @@ def fine_tune(
 
 
 @contextmanager
-def in_phase(
+def prepared_phase(
     model: FineTuneModel,
     train: Dataset[Any],
     test: Dataset[Any],
     *,
     phase: Phase,
     changed: set[str],
-    loop: Loop,
+    loop: TrainerConfig,
     moved: bool = False,
 ) -> Iterator[Stage]:
     """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move.
@@ -212,18 +212,18 @@ def in_phase(
             load_by_name(model, {name: whole(tensor) for name, tensor in copied.state_dict().items()})
 
 
-def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: Loop, *, title: str) -> None:
+def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: TrainerConfig, *, title: str) -> None:
     """Train what is left of an epoch, evaluate, and write down where the run stands; raises as `fine_tune`."""
     accelerator = loop.accelerator
     process, processes = accelerator.process_index, accelerator.num_processes
     batches = epoch_batches(count(stage.train), loop.batch_size, seed=loop.seed, epoch=len(progress.history) + 1)
-    shares = [share_of(batch, process=process, processes=processes) for batch in batches[progress.step :]]
+    shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
     # What was summed before a resumption is the main process's; the others begin at nothing.
     before = [progress.loss_sum, progress.correct] if accelerator.is_main_process else [0.0, 0.0]
     sums = torch.tensor(before, device=accelerator.device)
     stage.prepared.train()
     with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not loop.shows) as bar:
-        for share, loaded in zip(shares, load_shares(stage.train, shares), strict=True):
+        for share, loaded in zip(shares, load_batches(stage.train, shares), strict=True):
             stage.schedule.step_update(progress.epoch * len(batches) + progress.step + 1)
             sums += train_step(stage, share, loaded, len(batches[progress.step]), loop)
             progress.step += 1
@@ -244,7 +244,9 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: Loop, *, t
     keep(stage, progress, loop)
 
 
-def fetch_sums(stage: Stage, sums: Tensor, phase: Phase, progress: Progress, loop: Loop) -> tuple[float, float]:
+def fetch_sums(
+    stage: Stage, sums: Tensor, phase: Phase, progress: Progress, loop: TrainerConfig
+) -> tuple[float, float]:
     """Fetch the sum of losses and the count of right answers of all processes together, ``(2,)`` on each.
 
     Raises:
@@ -267,14 +269,14 @@ def fetch_sums(stage: Stage, sums: Tensor, phase: Phase, progress: Progress, loo
     )
 
 
-def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_size: int, loop: Loop) -> Tensor:
+def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_size: int, loop: TrainerConfig) -> Tensor:
     """Take one step of the optimizer; returns this process's sum of losses and count of right answers, ``(2,)``.
 
     The gradient is that of the mean loss over the whole batch, whatever the shares: each process sums over its own
-    pictures, and the processes' gradients are averaged.
+    images, and the processes' gradients are averaged.
     """
     accelerator = loop.accelerator
-    # Parts of two pictures at least, which BatchNorm needs to train.
+    # Parts of two images at least, which BatchNorm needs to train.
     count_of_parts = min(loop.accumulation, max(len(share) // 2, 1))
     parts = share.split(count_of_parts) if count_of_parts > 1 else [share]
     sums: list[Tensor] = []
@@ -285,7 +287,7 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
         start += len(part)
         with nullcontext() if number == len(parts) else accelerator.no_sync(stage.prepared):
             logits = stage.prepared(*inputs)
-            if part.own < len(part):  # others' pictures, seen once more
+            if part.own < len(part):  # others' images, seen once more
                 logits, targets = logits[: part.own], targets[: part.own]
             loss = cross_entropy(logits, targets, reduction="sum")
             # The factor of the mean is where the backward begins, and costs no product of its own.
@@ -300,7 +302,7 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
 def evaluate(module: nn.Module, data: Dataset[Any], *, batch_size: int, accelerator: Accelerator) -> float:
     """The share of inputs whose largest logit is their target, 0 to 1. Leaves the module in eval mode.
 
-    Each process takes a share of each batch, and no picture counts twice.
+    Each process takes a share of each batch, and no image counts twice.
 
     >>> data = [(torch.tensor([0.0, 1.0]), 1)]
     >>> evaluate(nn.Identity(), data, batch_size=1, accelerator=Accelerator(cpu=True))
@@ -308,18 +310,18 @@ def evaluate(module: nn.Module, data: Dataset[Any], *, batch_size: int, accelera
     """
     module.eval()
     shares = [
-        share_of(batch, process=accelerator.process_index, processes=accelerator.num_processes)
+        local_batch(batch, process=accelerator.process_index, processes=accelerator.num_processes)
         for batch in torch.split(torch.arange(count(data)), batch_size)
     ]
     correct = torch.zeros((), dtype=torch.long, device=accelerator.device)
-    for share, (*inputs, targets) in zip(shares, load_shares(data, shares), strict=True):
+    for share, (*inputs, targets) in zip(shares, load_batches(data, shares), strict=True):
         answers = module(*(tensor.to(accelerator.device) for tensor in inputs)).argmax(-1)[: share.own]
         correct += (answers == targets[: share.own].to(accelerator.device)).sum()
     return int(accelerator.reduce(correct)) / count(data)
 
 
 def average_statistics(stage: Stage, accelerator: Accelerator) -> None:
-    """Average over the processes what each gathered of its own pictures: running means and variances that train."""
+    """Average over the processes what each gathered of its own images: running means and variances that train."""
     if accelerator.num_processes == 1:
         return
     frozen = stage.model.frozen_names()
@@ -328,16 +330,16 @@ def average_statistics(stage: Stage, accelerator: Accelerator) -> None:
             buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
 
 
-def keep(stage: Stage, progress: Progress, loop: Loop) -> None:
+def keep(stage: Stage, progress: Progress, loop: TrainerConfig) -> None:
     """Write a checkpoint, if the loop has a place for it; all processes take part, and the main one writes."""
     if loop.checkpoints is None:
         return
     optimizer = stage.optimizer if progress.epoch or progress.step else None  # the next phase begins with its own
-    checkpoint = take_down(progress, stage.model, stage.changed, optimizer, accelerator=loop.accelerator)
+    checkpoint = capture(progress, stage.model, stage.changed, optimizer, accelerator=loop.accelerator)
     if loop.accelerator.is_main_process:
         write_checkpoint(loop.checkpoints, checkpoint)
 
 
 def count(data: Dataset[Any]) -> int:
-    """Count a dataset's pictures; torch's Dataset declares no length, those used here have one."""
+    """Count a dataset's images; torch's Dataset declares no length, those used here have one."""
     return len(data)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from ..rng import random_state, restore_random_state
 from .checkpoints import Checkpoint, Progress, newest_checkpoint
 from .processes import run_on_main, whole
 
-__all__ = ["load_by_name", "open_checkpoints", "resume", "take_down"]
+__all__ = ["capture", "load_by_name", "open_checkpoints", "resume"]
 
 
 def open_checkpoints(folder: Path, accelerator: Accelerator) -> tuple[bool, Checkpoint | None]:
@@ -37,7 +37,7 @@ def open_checkpoints(folder: Path, accelerator: Accelerator) -> tuple[bool, Chec
     return run_on_main(accelerator, look)
 
 
-def take_down(
+def capture(
     progress: Progress,
     model: nn.Module,
     changed: Set[str],
@@ -50,7 +50,7 @@ def take_down(
     Only those are in it, as the others are in the model that the run begins with.
 
     >>> layer = nn.Linear(2, 1)
-    >>> checkpoint = take_down(Progress(), layer, {"bias"}, None, accelerator=Accelerator(cpu=True))
+    >>> checkpoint = capture(Progress(), layer, {"bias"}, None, accelerator=Accelerator(cpu=True))
     >>> list(checkpoint.model), len(checkpoint.random_states)
     (['bias'], 1)
     """
@@ -64,7 +64,7 @@ def take_down(
 
 
 def resume(saved: Checkpoint, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
-    """Bring optimizer, scaler and random generators to where they were; see `take_down`."""
+    """Bring optimizer, scaler and random generators to where they were; see `capture`."""
     if saved.optimizer:
         load_optimizer_tensors(optimizer, saved.optimizer)
     if saved.scaler and accelerator.scaler is not None:

@@ -1,4 +1,4 @@
-"""Small folders of pictures to train on: coloured noise, so that each class is easy to tell."""
+"""Small folders of images to train on: coloured noise, so that each class is easy to tell."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from PIL import Image
 COLOURS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
 
 
-def make_picture(path: Path, colour: tuple[int, int, int], *, seed: int = 0, size: tuple[int, int] = (32, 32)) -> Path:
+def make_image(path: Path, colour: tuple[int, int, int], *, seed: int = 0, size: tuple[int, int] = (32, 32)) -> Path:
     noise = numpy.random.default_rng(seed).integers(-30, 30, (size[1], size[0], 3))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((noise + colour).clip(0, 255).astype("uint8")).save(path)
@@ -18,5 +18,5 @@ def make_picture(path: Path, colour: tuple[int, int, int], *, seed: int = 0, siz
 def make_folder(root: Path, *, per_class: int = 6) -> Path:
     for name, colour in COLOURS.items():
         for index in range(per_class):
-            make_picture(root / name / f"{index}.png", colour, seed=index)
+            make_image(root / name / f"{index}.png", colour, seed=index)
     return root
