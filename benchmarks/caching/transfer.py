@@ -23,7 +23,7 @@ from tqdm import tqdm
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Phase, TrainerConfig, extract_features, fine_tune, fit_heads, make_accelerator
 from backbone_finetune.recipes.commands.train import CLIPART
-from backbone_finetune.recipes.data.images import PictureDataset, PictureFolder, find_pictures, split
+from backbone_finetune.recipes.data.images import ImageDataset, LabelledFolder, find_images, split
 from backbone_finetune.recipes.models.file import build_transform
 from backbone_finetune.recipes.models.weights import load_packaged_network
 from caching.heads import LEARNING_RATES, WEIGHT_DECAYS
@@ -75,7 +75,7 @@ def compare_methods(seeds: int, plan: Plan, device: torch.device) -> Iterator[Ou
     """Train in all four ways on as many splits of the packaged clipart as there are seeds."""
     network = load_packaged_network()
     configuration = resolve_model_data_config(network, args={"input_size": (3, plan.image_size, plan.image_size)})  # type: ignore[no-untyped-call]
-    dataset = PictureDataset(folder := find_pictures(CLIPART), build_transform(configuration))
+    dataset = ImageDataset(folder := find_images(CLIPART), build_transform(configuration))
     # Decoded once: all methods see the same tensors, and none waits for the disk.
     pictures = torch.stack([dataset[index][0] for index in tqdm(range(len(dataset)), desc="pictures", leave=False)])
     for seed in range(seeds):
@@ -85,11 +85,11 @@ def compare_methods(seeds: int, plan: Plan, device: torch.device) -> Iterator[Ou
             yield from train(copy.deepcopy(network), drawn, seed, plan, device)
 
 
-def draw_split(folder: PictureFolder, pictures: Tensor, seed: int) -> Pictures:
+def draw_split(folder: LabelledFolder, pictures: Tensor, seed: int) -> Pictures:
     """Hold out test pictures of each class, and of the rest some to choose rates by."""
     position = {path: index for index, path in enumerate(folder.paths)}
 
-    def take(part: PictureFolder) -> TensorDataset:
+    def take(part: LabelledFolder) -> TensorDataset:
         return TensorDataset(pictures[[position[path] for path in part.paths]], torch.tensor(part.targets))
 
     both, test = split(folder, test_share=TEST_SHARE, seed=seed)
