@@ -16,6 +16,7 @@ from .layer_groups import LayerGroup, as_layer_groups, check_layer_groups, find_
 from .param_groups import build_param_groups
 from .splitting import CutProof, Reassembly, SequentialReassembly, Split, count_classes, split_module, split_timm
 from .splitting.copies import check_width
+from .step_watch import StepWatch
 from .summary import describe_by_group, describe_by_name
 from .validation import check_module, check_shares_nothing
 
@@ -67,6 +68,8 @@ class FineTuneModel(nn.Module):
         self._unused_parameters: frozenset[str] = frozenset()
         self._own_classes: int | None = None
         self._padded_encoders: list[nn.TransformerEncoder] = []
+        self._steps = StepWatch()
+        self._steps.note(self.named_parameters())
         clear_caches_on_load(self)
 
     @classmethod
@@ -145,6 +148,8 @@ class FineTuneModel(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Compute features, then classify them."""
+        if not torch.compiler.is_compiling() and self._steps.pending and self.training and torch.is_grad_enabled():
+            self._steps.look_at_forward()
         if (wrapper := active_wrapper()) is not None and torch.is_grad_enabled():
             check_unfrozen_since(wrapper)
         # A compiler proves each graph that it traces: were it to read what is proved so far, it would guard on that.
@@ -242,6 +247,7 @@ class FineTuneModel(nn.Module):
         where a frozen parameter shares its memory with one that trains.
         """
         reshard(self)
+        self._steps.note(self.named_parameters())
         with freezing.restored_on_error(self):
             freezing.set_trainable_groups(self.backbone, self._layer_groups, trainable_groups, self._unused_parameters)
             freezing.check_shares_no_memory(self)
@@ -272,6 +278,8 @@ class FineTuneModel(nn.Module):
         freezing.drop_frozen_gradients(self)
         self._padded_encoders = freezing.padded_encoders(self, self._padded_encoders)
         check_calls_of(self.backbone, self.classifier)
+        self._steps.look_at_gradients()
+        self._steps.note(self.named_parameters())
         return self
 
     def param_groups(
