@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,24 +152,21 @@ def test_the_page_is_the_summary_of_the_matrix_and_readme_quotes_it() -> None:
         assert of_readme in readme
 
 
-@pytest.mark.parametrize(
-    ("name", "ends_in_a_norm"),
-    [
-        ("convnext_atto", True),  # head.norm
-        ("densenet121", True),  # features.norm5
-        ("beit_base_patch16_224", True),  # fc_norm
-        ("poolformer_s12", True),
-        ("samvit_base_patch16_224", True),
-        ("mobilenetv3_large_150d", False),
-        ("mobilenetv4_conv_small", False),  # norm_head is a norm after a convolution
-        ("test_vit", False),
-        ("regnetx_002", False),
-    ],
-)
-def test_what_is_called_a_norm_is_one(name: str, ends_in_a_norm: bool) -> None:
+@pytest.mark.parametrize("name", ["convnext_atto", "samvit_base_patch16_224", "test_vit"])
+def test_the_share_of_the_last_group_is_told(name: str) -> None:
+    structure = examine_structure(name, "its family")
     with torch.device("meta"):
-        model = FineTuneModel.from_timm(name, num_classes=7)
-    last = model.layer_groups[-1]
-    parameters = dict(model.backbone.named_parameters())
-    assert ends_in_norms(name, last.name) is ends_in_a_norm
-    assert all(parameters[parameter].ndim == 1 for parameter in last.parameter_names) is ends_in_a_norm
+        model = FineTuneModel.from_timm(name, num_classes=7).freeze_backbone(trainable_groups=1)
+    every = list(model.backbone.parameters())
+    trained = sum(parameter.numel() for parameter in every if parameter.requires_grad)
+    assert structure.last_group_share == trained / sum(parameter.numel() for parameter in every)
+    row = record.as_row(structure, None, record.decide_kept(structure, {}, []))
+    assert f"trains {structure.last_group_share:.1%} ({name}) to" in as_markdown([row], defaultdict(str))
+
+
+@pytest.mark.parametrize(
+    ("group", "is_norm"),
+    [("head.norm", True), ("features.norm5", True), ("fc_norm", True), ("norm_head", False), ("blocks.5", False)],
+)
+def test_what_is_called_a_norm(group: str, is_norm: bool) -> None:
+    assert ends_in_norms("any", group) is is_norm

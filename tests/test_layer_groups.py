@@ -21,11 +21,11 @@ def names(backbone: nn.Module, **keywords: object) -> list[str]:
     [
         ("resnet18", ["stem", "layer1", "layer2", "layer3", "layer4"]),
         ("test_vit", ["stem", *(f"blocks.{i}" for i in range(6))]),
-        ("convnext_atto", ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "head.norm"]),
-        ("densenet121", ["stem", *(f"features.denseblock{i}" for i in range(1, 5)), "features.norm5"]),
-        ("rdnet_tiny", ["stem", *(f"dense_stages.{i}" for i in range(7)), "head.norm"]),
-        ("poolformer_s12", ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "head.norm"]),
-        ("pit_ti_224", ["stem", "transformers.0", "transformers.1", "transformers.2", "norm"]),
+        ("convnext_atto", ["stem", "stages.0", "stages.1", "stages.2", "stages.3"]),
+        ("densenet121", ["stem", *(f"features.denseblock{i}" for i in range(1, 5))]),
+        ("rdnet_tiny", ["stem", *(f"dense_stages.{i}" for i in range(7))]),
+        ("poolformer_s12", ["stem", "stages.0", "stages.1", "stages.2", "stages.3"]),
+        ("pit_ti_224", ["stem", "transformers.0", "transformers.1", "transformers.2"]),
     ],
 )
 def test_names_that_people_recognise(name: str, expected: list[str]) -> None:
@@ -53,11 +53,20 @@ class Custom(nn.Module):
 
 
 def test_a_custom_network_goes_by_its_children() -> None:
-    groups = FineTuneModel(Custom(), nn.Linear(2, 2)).layer_groups
+    backbone = Custom()
+    backbone.first = nn.Linear(2, 8)
+    groups = FineTuneModel(backbone, nn.Linear(2, 2)).layer_groups
     assert groups == (
-        LayerGroup("(root)", ("token",)),
-        LayerGroup("first", ("first.weight", "first.bias")),
+        LayerGroup("first", ("token", "first.weight", "first.bias")),
         LayerGroup("second", ("second.0.weight", "second.0.bias", "second.1.weight", "second.1.bias")),
+    )
+
+
+def test_a_part_that_holds_most_is_taken_apart() -> None:
+    assert FineTuneModel(Custom(), nn.Linear(2, 2)).layer_groups == (
+        LayerGroup("first", ("token", "first.weight", "first.bias")),
+        LayerGroup("second.0", ("second.0.weight", "second.0.bias")),
+        LayerGroup("second.1", ("second.1.weight", "second.1.bias")),
     )
 
 
@@ -65,8 +74,8 @@ def test_a_tied_parameter_belongs_to_its_first_group() -> None:
     backbone = Custom()
     backbone.second[1].weight = backbone.first.weight
     model = FineTuneModel(backbone, nn.Linear(2, 2))
-    assert "first.weight" in model.layer_groups[1].parameter_names
-    assert "second.1.weight" not in model.layer_groups[2].parameter_names
+    assert "first.weight" in model.layer_groups[0].parameter_names
+    assert "second.1.weight" not in model.layer_groups[1].parameter_names
     model.freeze_backbone(trainable_groups=1)
     assert not backbone.second[1].weight.requires_grad
     assert backbone.second[1].bias.requires_grad

@@ -52,6 +52,7 @@ def examine_structure(name: str, family: str) -> Structure:
         num_features=backbone.num_features,
         round_trip_refused=_refuses_round_trip(model, expected_names),
         layer_groups=names,
+        last_group_share=_share_of_last_group(model),
         grouped_by=_grouped_by(backbone),
         walked_through=tuple(f"{names[early]} after {names[late]}" for early, late in sorted(trace.walked_through)),
         running_statistics=sum(keeps_running_statistics(module) for module in model.modules()),
@@ -147,6 +148,11 @@ def _signature(backbone: Any, before: dict[str, str]) -> str:
     changes = [f"{path}: {before.get(path)} -> {after.get(path)}" for path in paths]
     pooling = backbone.global_pool if isinstance(getattr(backbone, "global_pool", None), str) else ""
     return f"{type(backbone).__name__} {pooling} {'; '.join(changes)}"
+
+
+def _share_of_last_group(model: FineTuneModel) -> float:
+    sizes = {name: parameter.numel() for name, parameter in model.backbone.named_parameters()}
+    return sum(sizes[name] for name in model.layer_groups[-1].parameter_names) / sum(sizes.values())
 
 
 def _grouped_by(backbone: Any) -> str:

@@ -24,6 +24,7 @@ class Structure:
     num_features: int | None = None
     round_trip_refused: str | None = None  # why `to_module()` gives no plain network with a fresh classifier
     layer_groups: tuple[str, ...] = ()
+    last_group_share: float | None = None  # of the backbone's parameters: what `trainable_groups=1` trains
     grouped_by: str | None = None
     walked_through: tuple[str, ...] = ()  # "earlier after later", empty where each first k groups are a prefix
     running_statistics: int = 0

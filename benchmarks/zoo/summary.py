@@ -56,8 +56,6 @@ def _totals(rows: Sequence[Row], family_count: int) -> list[str]:
     sizes = [len(row["layer_groups"]) for row in wrapped]
     stay = [row for row in wrapped if row["round_trip_refused"] and not row["kept"]]
     own_only = [row for row in wrapped if row["round_trip_refused"] and row["kept"]]
-    one_norm = [row for row in wrapped if ends_in_norms(row["name"], row["layer_groups"][-1])]
-    one_table = [row for row in wrapped if row["layer_groups"][-1] in POSITION_TABLES]
     not_prefix = sum(bool(row["walked_through"]) for row in wrapped)
     return [
         f"- **{len(wrapped)}** of {len(rows)} architectures in {family_count} families wrap with `num_classes=...`; "
@@ -79,15 +77,32 @@ def _totals(rows: Sequence[Row], family_count: int) -> list[str]:
         f"{max(set(sizes), key=sizes.count, default=0)}; found by "
         + ", ".join(f"`{name}` for {count}" for name, count in counts.most_common())
         + ".",
-        f"- The last layer group is a norm and nothing else for **{len(one_norm)}** in "
-        f"{len({row['family'] for row in one_norm})} families ({_by_family(one_norm, rows)}), and a table of "
-        f"positions that all blocks share for {len(one_table)} "
-        f"({_by_family(one_table, rows)}): `trainable_groups=1` trains that alone.",
+        _last_groups(wrapped),
         f"- The first k groups are a prefix of the computation, whatever k, for {len(wrapped) - not_prefix}; "
         f"for the other {not_prefix} freezing is as right, and saves less.",
         f"- {sum(row['running_statistics'] > 0 for row in wrapped)} hold running statistics; "
         f"{sum(bool(row['random_operators']) for row in wrapped)} are random in train mode by default.",
     ]
+
+
+def _last_groups(wrapped: Sequence[Row]) -> str:
+    """What `trainable_groups=1` trains."""
+    shares = sorted((row["last_group_share"], row["name"]) for row in wrapped if row.get("last_group_share"))
+    if not shares:  # a matrix from before such groups were joined to the one before them
+        one_norm = [row for row in wrapped if ends_in_norms(row["name"], row["layer_groups"][-1])]
+        one_table = [row for row in wrapped if row["layer_groups"][-1] in POSITION_TABLES]
+        return (
+            f"- The last layer group is a norm and nothing else for **{len(one_norm)}** in "
+            f"{len({row['family'] for row in one_norm})} families ({_by_family(one_norm, wrapped)}), and a table of "
+            f"positions that all blocks share for {len(one_table)} "
+            f"({_by_family(one_table, wrapped)}): `trainable_groups=1` trains that alone."
+        )
+    most = [name for share, name in shares if share > 0.8]
+    return (
+        f"- `trainable_groups=1` trains {shares[0][0]:.1%} ({shares[0][1]}) to {shares[-1][0]:.1%} ({shares[-1][1]}) "
+        f"of the backbone, {shares[len(shares) // 2][0]:.0%} in the middle; more than 80 % for {len(most)}"
+        f"{': ' if most else ''}{', '.join(most)}. A last norm or table of positions goes with the block before it."
+    )
 
 
 def _refusals(rows: Iterable[Row], what: str, key: str) -> list[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, cast
 
-from timm.models import group_parameters
 from torch import nn
+
+from .layer_discovery import Names, find_depths, find_groups
 
 
 @dataclass(frozen=True)
@@ -27,34 +26,31 @@ class LayerGroup:
 
 
 def find_layer_groups(backbone: nn.Module) -> tuple[LayerGroup, ...]:
-    """Partition the parameters of a backbone into layer groups, input to output.
+    """Partition the parameters of any backbone into layer groups, input to output: its stages or its blocks.
 
     >>> import timm
     >>> [group.name for group in find_layer_groups(timm.create_model("resnet18", num_classes=0))]
     ['stem', 'layer1', 'layer2', 'layer3', 'layer4']
+    >>> blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8)) for _ in range(3)))
+    >>> vit = nn.Sequential(nn.Linear(4, 8), blocks, nn.LayerNorm(8))
+    >>> [group.name for group in find_layer_groups(vit)]
+    ['0', '1.0', '1.1', '1.2']
 
-    A timm network is grouped by its own `group_matcher(coarse=True)`, one without a matcher by the stages that its
-    `feature_info` names, any other network by its direct children in definition order.
+    The rule, in this order:
+
+    1. A timm network is grouped by its own ``group_matcher(coarse=True)``, one without a matcher by the stages that
+       its ``feature_info`` names. Both are looked up on the network itself, and used where they match its names.
+    2. Any other module is taken apart: where one child holds more than 80 % of the parameters, or more than half and
+       no sibling is built like it, that child is looked at in its place, for a timm network first (an adapter, a
+       wrapper as PEFT's). Siblings that are built alike, as the stages of a ResNet, stay whole. What the network
+       holds before that child is one group, each part after it another.
+    3. Where no child is to be taken apart, each child that has parameters is a group. What the module holds itself
+       goes with the first, and a norm or whatever else has vectors alone with the layer that it follows.
+    4. A last group of less than 1 % (a norm, a table of positions, a transformer's pooler) joins the one before it,
+       in timm's networks as well, so that ``trainable_groups=1`` trains a block. A layer with a matrix of its own does
+       not join where both would hold more than 80 %.
     """
-    aliases = _names_of_each_parameter(backbone)
-    every_name = [name for names in aliases.values() for name in names]
-    if hasattr(backbone, "group_matcher"):
-        indices = _match(every_name, _coarse_matcher(backbone))
-        first_is_stem = True
-    elif stages := _feature_stages(backbone):
-        indices = _index_by_stage(every_name, stages)
-        first_is_stem = -1 in indices.values()
-    else:
-        return _group_by_child(backbone, aliases)
-    members: dict[int, list[str]] = {}
-    for name, names in aliases.items():
-        members.setdefault(min(indices[alias] for alias in names), []).append(name)
-    modules = dict(backbone.named_modules(remove_duplicate=False))
-    ordered = [members[index] for index in sorted(members)]
-    titles = [_recognisable_name(modules, aliases, names) for names in ordered]
-    if first_is_stem:
-        titles[:1] = ["stem"]
-    return tuple(LayerGroup(title, tuple(names)) for title, names in zip(titles, ordered, strict=True))
+    return tuple(LayerGroup(title, tuple(names)) for title, names in find_groups(backbone, Names(backbone)))
 
 
 def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module]) -> tuple[LayerGroup, ...]:
@@ -66,7 +62,7 @@ def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module]
 
     Raises ValueError unless they cover each parameter of the backbone exactly once, and have different names.
     """
-    aliases = _names_of_each_parameter(backbone)
+    aliases = Names(backbone).aliases
     first_name = {alias: name for name, names in aliases.items() for alias in names}
     groups: list[LayerGroup] = []
     taken: dict[str, str] = {}
@@ -141,66 +137,10 @@ def layer_depths(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> tup
     backbone got or lost parameters since it was grouped.
     """
     check_layer_groups(backbone, layer_groups)
-    aliases = _names_of_each_parameter(backbone)
-    if not hasattr(backbone, "group_matcher"):
-        depths = {name: depth for depth, group in enumerate(layer_groups) for name in group.parameter_names}
-        return depths, len(layer_groups)
-    # timm numbers only the layers that it meets, so the classifier has to be among the names for it to be counted.
-    classifier_names = [f"{path}.weight" for path in _classifier_paths(backbone)]
-    every_name = [name for names in aliases.values() for name in names]
-    indices = _match([*every_name, *classifier_names], backbone.group_matcher(coarse=False))  # type: ignore[operator]
-    return {name: min(indices[alias] for alias in names) for name, names in aliases.items()}, max(indices.values())
-
-
-def _names_of_each_parameter(module: nn.Module) -> dict[str, list[str]]:
-    """First name -> every name, more than one where parameters are tied."""
-    by_identity: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        by_identity.setdefault(id(parameter), []).append(name)
-    return {names[0]: names for names in by_identity.values()}
-
-
-def _match(names: Iterable[str], matcher: Any) -> dict[str, int]:
-    # timm's own reading of a matcher: it also merges (99999,) entries and puts what is unmatched last. It asks a
-    # network for its names; here the names of tied parameters and of the classifier stand beside the backbone's own.
-    network = SimpleNamespace(named_parameters=lambda: ((name, name) for name in names))
-    return cast("dict[str, int]", group_parameters(cast(nn.Module, network), matcher, reverse=True))
-
-
-def _coarse_matcher(backbone: Any) -> Any:
-    try:
-        return backbone.group_matcher(coarse=True)
-    except AssertionError:  # rdnet states that it has no coarse grouping; its fine one is by stage
-        return backbone.group_matcher(coarse=False)
-
-
-def _feature_stages(backbone: nn.Module) -> list[str]:
-    """Module names of the stages of a timm network, input to output; empty for any other network."""
-    information = getattr(backbone, "feature_info", None) or ()
-    return [stage["module"] for stage in information if isinstance(stage, dict) and "module" in stage]
-
-
-def _index_by_stage(names: Sequence[str], stages: Sequence[str]) -> dict[str, int]:
-    """Stem parameters -1, a stage's its position, those after the last stage one more; between two, the later one."""
-    stage_of = [next((i for i, stage in enumerate(stages) if _is_within(name, stage)), None) for name in names]
-    first = next((position for position, stage in enumerate(stage_of) if stage is not None), len(names))
-    indices: dict[str, int] = {}
-    following = len(stages)
-    for position in range(len(names) - 1, -1, -1):
-        stage = stage_of[position]
-        following = following if stage is None else stage
-        indices[names[position]] = -1 if position < first else following
-    return indices
-
-
-def _group_by_child(backbone: nn.Module, aliases: dict[str, list[str]]) -> tuple[LayerGroup, ...]:
-    members: dict[str, list[str]] = {"": [name for name in aliases if "." not in name]}
-    for name in aliases:
-        if "." in name:
-            members.setdefault(name.partition(".")[0], []).append(name)
-    order = ["", *(name for name, _ in backbone.named_children())]
-    # "(root)" cannot be the name of a child that someone reached by attribute.
-    return tuple(LayerGroup(child or "(root)", tuple(members[child])) for child in order if members.get(child))
+    if (found := find_depths(backbone, Names(backbone))) is not None:
+        return found
+    depths = {name: depth for depth, group in enumerate(layer_groups) for name in group.parameter_names}
+    return depths, len(layer_groups)
 
 
 def _group_of_module(backbone: nn.Module, module: nn.Module) -> LayerGroup:
@@ -215,30 +155,8 @@ def _group_of_module(backbone: nn.Module, module: nn.Module) -> LayerGroup:
     return LayerGroup(path or "(root)", tuple(names))
 
 
-def _recognisable_name(modules: dict[str, nn.Module], first_names: Collection[str], names: Sequence[str]) -> str:
-    """The module that most of a group is: `layer4`, `blocks.11` (also where the last norm is in it), `head.norm`."""
-    path = ""
-    while True:
-        below = Counter(name[len(path) :].partition(".")[0] for name in names if name.startswith(path))
-        path += below.most_common(1)[0][0]
-        if path not in modules:  # a parameter that the network's root holds
-            return path
-        owned = [name for name in first_names if _is_within(name, path)]
-        if set(names).issuperset(owned):
-            # `head` alone would read like the classifier; `head.norm` says what is left of it.
-            leaf = owned[0].rpartition(".")[0]
-            return leaf if all(name.rpartition(".")[0] == leaf for name in owned) else path
-        path += "."
-
-
 def _is_within(name: str, path: str) -> bool:
     return not path or name == path or name.startswith(f"{path}.")
-
-
-def _classifier_paths(backbone: nn.Module) -> tuple[str, ...]:
-    configuration = getattr(backbone, "pretrained_cfg", None) or {}
-    paths = configuration.get("classifier") or "classifier"
-    return (paths,) if isinstance(paths, str) else tuple(paths)
 
 
 def _shortened(names: Sequence[str], most: int = 4) -> str:
