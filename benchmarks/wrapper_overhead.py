@@ -97,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_text(options.output / "wrapper_overhead.json", json.dumps(asdict(report), indent=1) + "\n")
         write_text(options.output / "wrapper_overhead.md", as_markdown(report))
     print(as_markdown(report))
+    print(f"written to {options.output}: wrapper_overhead.json, wrapper_overhead.md")
     return 0
 
 
