@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for target in measure(report, task, options, clock_for(device)):
                 report.add(target)
         plan = Plan(options.batch_size, options.epochs, options.fine_tuning_epochs)
-        for outcome in compare_methods(options.seeds, plan, device):
+        for outcome in compare_methods(options.seeds, plan, device) if options.seeds else ():
             report.outcomes.append(outcome)
             print(f"{outcome.accuracy:16.3f}  {outcome.method}, split {outcome.seed}", flush=True)
     except KeyboardInterrupt:

@@ -34,7 +34,7 @@ def list_parts(*, on_cuda: bool, folder: str) -> list[Part]:
     one_model = ["--models", "test_resnet"]
     narrow = ["--amp", "bf16", "--channels-last"]
     train = ["-m", "backbone_finetune.cli", "train", "--device", "cuda" if on_cuda else "cpu"]
-    train += ["--output", f"{folder}/train", *([] if on_cuda else ["--epochs", "1"])]
+    train += ["--output", f"{folder}/train", *([] if on_cuda else ["--model", "test_resnet", "--epochs", "1"])]
     return [
         Part("tests", ("-m", "pytest", "-m", "cuda", "-ra", "-W", "default"), 8),
         Part("train", tuple(train), 3),
