@@ -12,6 +12,7 @@ from torch import nn
 from . import freezing, grad_checkpointing, verification
 from .distributed import active_wrapper, check_calls_of, check_unfrozen_since, reshard
 from .eval_caches import clear_caches_on_load
+from .frozen_statistics import FrozenStatistics, release
 from .layer_groups import LayerGroup, as_layer_groups, check_layer_groups, find_layer_groups, layer_depths
 from .param_groups import build_param_groups
 from .splitting import CutProof, Reassembly, SequentialReassembly, Split, count_classes, split_module, split_timm
@@ -68,6 +69,7 @@ class FineTuneModel(nn.Module):
         self._unused_parameters: frozenset[str] = frozenset()
         self._own_classes: int | None = None
         self._padded_encoders: list[nn.TransformerEncoder] = []
+        self._statistics = FrozenStatistics()
         self._steps = StepWatch()
         self._steps.note(self.named_parameters())
         clear_caches_on_load(self)
@@ -148,6 +150,8 @@ class FineTuneModel(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Compute features, then classify them."""
+        if self._statistics.were_reset() and self.training:
+            self._statistics.restore()
         if not torch.compiler.is_compiling() and self._steps.pending and self.training and torch.is_grad_enabled():
             self._steps.look_at_forward()
         if (wrapper := active_wrapper()) is not None and torch.is_grad_enabled():
@@ -175,6 +179,7 @@ class FineTuneModel(nn.Module):
         which they forget that at a load, so that one into the plain network does not leave the model stale. Raises
         ValueError where the network cannot hold the classifier.
         """
+        release(self.modules())
         return self._reassembly.reassemble(self.backbone, self.classifier)
 
     @property
@@ -273,8 +278,10 @@ class FineTuneModel(nn.Module):
         reshard(self)
         # Every module hears the mode first: some of timm's drop their caches when they do.
         super().train(mode)
-        for module in self._frozen_modules():
+        frozen = self._frozen_modules()
+        for module in frozen:
             module.train(False)
+        self._statistics.guard(self.modules(), frozen)
         freezing.drop_frozen_gradients(self)
         self._padded_encoders = freezing.padded_encoders(self, self._padded_encoders)
         check_calls_of(self.backbone, self.classifier)
