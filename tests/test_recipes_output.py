@@ -194,6 +194,7 @@ def test_all_that_a_run_writes_there_is_known(
     """It is told from what is not a run's by its name, and goes when the run is finished; what came beside it stays."""
     output, seen = tmp_path / "run", set[str]()
     command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--output", str(output)]
+    command.append("--baselines")
     times = BackwardTimes(unfrozen=100.0, frozen=1.0, classifier_alone=0.5, batch_size=8)
 
     def look(*arguments: object, **keywords: object) -> float:

@@ -16,13 +16,20 @@ import processes_worker
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.training.batches import epoch_batches, local_batch
-from backbone_finetune.recipes.training.processes import communicated_bytes, make_accelerator, prepare, release
+from backbone_finetune.recipes.training.processes import (
+    communicated_bytes,
+    find_device,
+    make_accelerator,
+    prepare,
+    release,
+)
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 
@@ -211,3 +218,29 @@ def test_a_release_on_a_cpu_lets_go_without_a_full_collection(kept_out: bool) ->
     finally:
         gc.unfreeze()
         gc.enable()
+
+
+def test_auto_is_the_best_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cuda=cuda: int(cuda))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert find_device("auto").type == expected
+
+
+def test_an_accelerator_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_accelerator(torch.device("cpu"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match=r"device mps: accelerate computes on cpu here.*ACCELERATE_USE_CPU"):
+        make_accelerator(torch.device("mps"))
+    make_accelerator(torch.device("cpu"))
+
+
+def test_a_device_is_chosen_anew_after_a_run_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate keeps the device of its first accelerator for the whole process."""
+    make_accelerator(torch.device("cpu"))
+    monkeypatch.setattr(PartialState, "default_device", torch.device("meta"))
+    monkeypatch.setattr(PartialState, "set_device", lambda state: setattr(state, "device", torch.device("meta")))
+    assert make_accelerator(torch.device("meta")).device.type == "meta"
+    monkeypatch.undo()
+    assert make_accelerator(torch.device("cpu")).device.type == "cpu"

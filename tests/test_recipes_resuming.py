@@ -263,7 +263,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "2"]
-    command += ["--output", str(tmp_path / "run")]
+    command += ["--output", str(tmp_path / "run"), "--baselines"]
 
     def interrupt(*arguments: object, **keywords: object) -> None:
         raise KeyboardInterrupt
@@ -303,7 +303,7 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_run_holds_its_folder_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1"]
+    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1", "--baselines"]
 
     def look(*arguments: object, **keywords: object) -> None:
         refuse_if_held(tmp_path / "run" / UNFINISHED, name="run")

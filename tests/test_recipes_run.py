@@ -39,6 +39,8 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "phases": (Phase(epochs=2),),
         "batch_size": 8,
         "output": tmp_path / "runs" / "first",
+        "baselines": True,
+        "device": "cpu",
     }
 
 
@@ -185,6 +187,30 @@ def test_what_is_written_is_json(settings: dict[str, Any], monkeypatch: pytest.M
     with pytest.raises(ValueError, match="not JSON compliant"):
         train(TrainSettings(**settings))
     assert not names_in(settings["output"]) & {"metrics.json", MODEL_FILE}
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, False), (False, False), (True, True)])
+@pytest.mark.usefixtures("no_timing")
+def test_baselines_on_own_images_are_trained_where_they_are_wanted(
+    settings: dict[str, Any], asked: bool | None, expected: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = train(TrainSettings(**{**settings, "baselines": asked}))
+    found = (metrics.random_backbone, metrics.raw_pixels, metrics.backward_milliseconds)
+    assert [value is not None for value in found] == [expected] * 3
+    assert set(metrics.references()) == ({"chance", "random backbone", "raw pixels"} if expected else {"chance"})
+    assert ("raw pixels       " in capsys.readouterr().out) == expected
+
+
+def test_a_backward_pass_too_large_to_time_loses_no_model(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run_module, "measure_backward", fail)
+    assert train(TrainSettings(**settings)).backward_milliseconds is None
+    assert "backward time: not measured, the unfrozen model does not fit the memory\n" in capsys.readouterr().err
+    assert names_in(settings["output"]) == FILES
 
 
 def test_layer_groups_can_train_too(settings: dict[str, Any]) -> None:

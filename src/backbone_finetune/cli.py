@@ -138,13 +138,18 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         default = getattr(settings, option.removeprefix("--").replace("-", "_"))
         add(option, type=read, metavar=metavar, help=f"{text}default: {default}")
     add("--output", type=Path, metavar="DIR", help=f"default: {settings.output}")
-    add("--device", metavar="NAME", help=f"cpu, cuda, cuda:1, ... (default: {settings.device})")
+    add(
+        "--device",
+        metavar="NAME",
+        help=f"auto, cpu, cuda, cuda:1, mps (default: {settings.device}: CUDA, else MPS, else cpu)",
+    )
     add(
         "--mixed-precision",
         choices=("no", "fp16", "bf16"),
         help="default: the launcher's, or no; unless no is given, features are in bf16 where that is faster",
     )
     switch("--trainable-only", help="write only what training changed; loading then takes the base")
+    switch("--baselines", help="train on a random backbone and on raw pixels too, to compare (the clipart: always)")
     switch("--overwrite", help="replace a finished model, or another run, in the output folder")
     parser.set_defaults(run_command=run_train)
 
@@ -225,11 +230,11 @@ def run_train(options: argparse.Namespace) -> int:
         train(TrainSettings(**{**given, "phases": choose_phases(options)}))
         return 0
     for name in dict.fromkeys((*names, *(field.name for field in fields(Phase)))):
-        if name not in {"output", "overwrite", "device"} and getattr(options, name, None) is not None:
+        if name not in {"output", "overwrite", "device", "baselines"} and getattr(options, name, None) is not None:
             option = {"images": "PATH", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(
-                f"{option} and --run {options.run} were both given; the file says all but --output, --overwrite and "
-                "--device"
+                f"{option} and --run {options.run} were both given; the file says all but --output, --overwrite, "
+                "--device and --baselines"
             )
     settings, recorded = read_run(options.run)
     train(replace(settings, **given), recorded=recorded)

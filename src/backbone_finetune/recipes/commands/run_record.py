@@ -16,8 +16,8 @@ from .setup import Task, TrainSettings
 
 __all__ = ["compare_runs", "read_run", "record_run"]
 
-# The folder may be moved, and overwriting is how it began.
-NOT_RECORDED = {"output", "overwrite"}
+# The folder may be moved, overwriting is how it began, and the rest changes nothing of the model.
+NOT_RECORDED = {"output", "overwrite", "baselines"}
 PATHS = {"images", "checkpoint"}
 
 

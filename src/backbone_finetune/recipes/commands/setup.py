@@ -39,6 +39,8 @@ class TrainSettings:
     images, on all processes together, in ``accumulation`` parts one after another. With ``trainable_only`` the model
     file holds what training changed, and loads on top of these weights alone. ``autocast_features`` says whether a
     frozen backbone computes in bf16 where that is faster: left alone, unless ``mixed_precision`` is "no".
+    ``device`` is ``auto`` (CUDA, else MPS, else the CPU) or a name of torch. ``baselines`` trains the same classifier
+    on a random backbone and on raw pixels as well, and times the backward pass: left alone, on the clipart only.
 
     >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output
     PosixPath('fine-tuned')
@@ -55,10 +57,11 @@ class TrainSettings:
     checkpoint_steps: int = TrainerConfig.checkpoint_steps
     mixed_precision: str | None = None
     autocast_features: bool | None = None
-    device: str = "cpu"
+    device: str = "auto"
     output: Path = Path("fine-tuned")
     trainable_only: bool = False
     overwrite: bool = False
+    baselines: bool | None = None
 
     def __post_init__(self) -> None:
         """See that there is a phase, and that each number is in its range."""

@@ -41,7 +41,7 @@ from .run_folder import (
 )
 from .run_record import compare_runs, record_run
 from .setup import CLIPART, Task, TrainSettings, make_task
-from .timing import measure_backward
+from .timing import BackwardTimes, measure_backward
 
 __all__ = ["CLIPART", "TrainSettings", "train"]
 
@@ -168,28 +168,14 @@ def announce(task: Task, device: torch.device) -> None:
 
 
 def train_and_compare(settings: TrainSettings, task: Task, loop: TrainerConfig, *, start: float) -> Metrics:
-    """Train a model, then what it is held against, and time its backward pass."""
+    """Train a model, and where baselines are wanted, those, and time its backward pass."""
     accelerator, class_names = loop.accelerator, task.train.folder.class_names
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
     history = fine_tune(task.model, task.train, task.test, settings.phases, loop)
-    if accelerator.is_main_process:
-        print("training the same classifier on a random backbone and on raw pixels, to compare", flush=True)
-    seed_everything(settings.seed)
-    # As long as the model itself, with the first phase's rates, and always frozen.
-    phase = replace(settings.phases[0], epochs=len(history), trainable_groups=0)
-    aside = replace(loop, checkpoints=None, caches=None, show_progress=False)
-    random_backbone = compare(
-        "random backbone",
-        lambda: random_backbone_accuracy(
-            task.architecture, len(class_names), task.train, task.test, phase=phase, loop=aside
-        ),
-        loop,
-    )
-    raw_pixels = compare(
-        "raw pixels",
-        lambda: raw_pixel_accuracy(len(class_names), task.train, task.test, phase=phase, loop=aside),
-        loop,
-    )
+    random_backbone, raw_pixels, backward = None, None, None
+    if settings.images is None if settings.baselines is None else settings.baselines:
+        random_backbone, raw_pixels = train_baselines(settings, task, loop, epochs=len(history))
+        backward = run_on_main(accelerator, lambda: time_backward_of(task, accelerator.device))
     return Metrics(
         test_accuracy=history[-1].test_accuracy,
         chance=chance_accuracy(task.train.folder.targets, task.test.folder.targets),
@@ -207,13 +193,44 @@ def train_and_compare(settings: TrainSettings, task: Task, loop: TrainerConfig, 
         test_images=len(task.test),
         skipped_images=task.skipped,
         history=tuple(history),
-        backward_milliseconds=run_on_main(
-            accelerator, lambda: measure_backward(task.model, *first_batch(task.train, accelerator.device))
-        ),
+        backward_milliseconds=backward,
         device=str(accelerator.device),
         seconds=round(time.monotonic() - start, 1),
         versions=installed_versions(),
     )
+
+
+def train_baselines(settings: TrainSettings, task: Task, loop: TrainerConfig, *, epochs: int) -> tuple[float, float]:
+    """Train the same classifier on a random backbone and on raw pixels: the test accuracy of each."""
+    if loop.accelerator.is_main_process:
+        print("training the same classifier on a random backbone and on raw pixels, to compare", flush=True)
+    seed_everything(settings.seed)
+    # As long as the model itself, with the first phase's rates, and always frozen.
+    phase = replace(settings.phases[0], epochs=epochs, trainable_groups=0)
+    aside = replace(loop, checkpoints=None, caches=None, show_progress=False)
+    num_classes = len(task.train.folder.class_names)
+    random_backbone = compare(
+        "random backbone",
+        lambda: random_backbone_accuracy(
+            task.architecture, num_classes, task.train, task.test, phase=phase, loop=aside
+        ),
+        loop,
+    )
+    raw_pixels = compare(
+        "raw pixels",
+        lambda: raw_pixel_accuracy(num_classes, task.train, task.test, phase=phase, loop=aside),
+        loop,
+    )
+    return random_backbone, raw_pixels
+
+
+def time_backward_of(task: Task, device: torch.device) -> BackwardTimes | None:
+    """Time the backward pass of a trained model, None where unfrozen it does not fit the memory."""
+    try:
+        return measure_backward(task.model, *first_batch(task.train, device))
+    except torch.OutOfMemoryError:
+        print("backward time: not measured, the unfrozen model does not fit the memory", file=sys.stderr)
+        return None
 
 
 def compare(name: str, accuracy: Callable[[], float], loop: TrainerConfig) -> float:

@@ -8,7 +8,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -25,7 +26,7 @@ PATIENCE = timedelta(hours=6)
 
 
 def find_device(name: str) -> torch.device:
-    """Check that a device is there.
+    """Find a device by its name; ``auto`` is the first CUDA device, else Apple's MPS, else the CPU.
 
     >>> find_device("cpu")
     device(type='cpu')
@@ -36,8 +37,10 @@ def find_device(name: str) -> torch.device:
     there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         there.append("mps")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else there[-1])
     if name not in {*there, *(["cuda"] if len(there) > 1 and there[1].startswith("cuda") else [])}:
-        raise ValueError(f"device {name!r}: not on this machine, which has {', '.join(there)}")
+        raise ValueError(f"device {name!r}: not on this machine, which has {', '.join(there)}, or pass auto")
     return torch.device(name)
 
 
@@ -48,10 +51,17 @@ def make_accelerator(device: torch.device, *, mixed_precision: str | None = None
     device(type='cpu')
 
     ``mixed_precision`` is "no", "fp16" or "bf16"; left out, it is what `accelerate launch` was told.
+
+    Raises:
+        ValueError: accelerate chose another kind of device.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one, or with several processes each its own
-    return Accelerator(
+    # accelerate keeps one state per process: after a run on the CPU it would choose the CPU again.
+    chosen = PartialState._shared_state.get("device")
+    if chosen is not None and chosen.type != device.type and PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=mixed_precision,
         # DistributedDataParallel would send every buffer, frozen ones too, in each forward; what statistics gather
@@ -61,6 +71,12 @@ def make_accelerator(device: torch.device, *, mixed_precision: str | None = None
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
+    if accelerator.device.type != device.type:
+        raise ValueError(
+            f"device {device}: accelerate computes on {accelerator.device} here, as its launcher or "
+            "ACCELERATE_USE_CPU says; pass that device, or change these"
+        )
+    return accelerator
 
 
 def prepare(
