@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,3 +77,14 @@ def test_the_trial_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_batch_is_as_large_as_the_device_needs_unless_said(tmp_path: Path, device: str, expected: int) -> None:
     assert options.batch_size_on(torch.device(device), _options(tmp_path)) == expected
     assert options.batch_size_on(torch.device(device), _options(tmp_path, "--batch-size", "3")) == 3
+
+
+def test_readme_points_at_what_is_there() -> None:
+    folder = Path(backward_time.__file__).parent
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page)
+    scripts = re.findall(r"python (benchmarks/\S+\.py)", page)
+    assert len(links) > 5
+    assert len(set(scripts)) > 6
+    assert [link for link in links if not (folder / link).exists()] == []
+    assert [script for script in scripts if not (folder.parent / script).exists()] == []

@@ -138,7 +138,7 @@ def test_the_page_is_the_summary_of_the_matrix_and_readme_quotes_it() -> None:
     matrix = json.loads(RESULTS.with_suffix(".json").read_text(encoding="utf-8"))
     page = as_markdown(matrix["architectures"], matrix["environment"])
     assert page == RESULTS.with_suffix(".md").read_text(encoding="utf-8")
-    readme = " ".join((RESULTS.parents[2] / "README.md").read_text(encoding="utf-8").split())
+    readme = " ".join((RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").split())
     for of_page, of_readme in (
         ("for **1260** with a fresh linear classifier", "1260 go back"),
         ("The other 104 have more", "The other 104 have more than a linear layer"),
