@@ -10,7 +10,7 @@ from typing import Any
 import backward_time
 import pytest
 import torch
-from harness import results, timing
+from harness import cuda, results, timing
 from subjects import networks
 from torch import Tensor, nn
 
@@ -102,3 +102,27 @@ def test_no_garbage_is_collected_inside_a_clock(tmp_path: Path, monkeypatch: pyt
     assert _run(tmp_path, "--models", "ConvModel") == 0
     assert not any(collecting)
     assert gc.isenabled()
+
+
+def test_what_a_gpu_adds_is_in_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    retries = iter([1, 3])
+    monkeypatch.setattr(backward_time, "loop_steps_on", lambda device: 2)
+    monkeypatch.setattr(backward_time, "allocation_retries", lambda device: next(retries))
+    monkeypatch.setattr(results, "device_work", _kernels_of)
+    assert _run(tmp_path, "--models", "ConvModel") == 0
+    report = results.read_report(tmp_path / "backward_time.json")
+    assert all(len(row.loop_ms) == 3 and row.allocation_retries == 2 for row in report.rows)
+    assert all((row.backward_kernels, row.step_kernels) == (3, 3) for row in report.rows)
+    assert all(row.launch_bound == ["backward", "step"] for row in report.rows)
+    assert "launch-bound" in capsys.readouterr().out
+    assert "freed its cache 2 times" in (tmp_path / "backward_time.md").read_text()
+
+
+def _kernels_of(make_call: Callable[[], Callable[[], object]], device: torch.device) -> cuda.DeviceWork:
+    """A stand-in for the profiler: makes and does the call as often as it does, and sees three kernels of no time."""
+    for _ in range(3):
+        call = make_call()
+        call()
+    return cuda.DeviceWork(3, 0.0)

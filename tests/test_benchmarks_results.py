@@ -124,3 +124,15 @@ def test_a_scale_is_logarithmic_where_bars_are_far_apart() -> None:
     plots.draw_bars(far, _report(), "net", "backward_ms", "backward")
     plots.draw_bars(near, _report(), "net", "step_ms", "step")
     assert (far.get_yscale(), near.get_yscale()) == ("log", "linear")
+
+
+def test_the_kernels_are_marked_on_the_bars_of_a_gpu() -> None:
+    figure = Figure()
+    gpu, cpu = figure.subplots(1, 2)
+    for axes, report in ((gpu, _on_a_gpu()), (cpu, _report())):
+        plots.draw_bars(axes, report, "net", "backward_ms", "backward")
+        plots.draw_device_times(axes, report, "net")
+    (kernels,) = [line for line in gpu.get_lines() if line.get_label() == "kernels alone"]
+    assert list(kernels.get_ydata()) == [20.0, 20.0, 0.02]
+    assert gpu.get_ylim()[0] < 0.02
+    assert [line.get_label() for line in cpu.get_lines() if line.get_label() == "kernels alone"] == []

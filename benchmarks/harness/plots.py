@@ -20,6 +20,7 @@ def draw_report(report: Report, path: Path) -> None:
     axes = figure.subplots(len(models), 3, squeeze=False)
     for line, model in zip(axes, models, strict=True):
         draw_bars(line[0], report, model, "backward_ms", "backward")
+        draw_device_times(line[0], report, model)
         draw_bars(line[1], report, model, "step_ms", "whole step")
         draw_depth_curve(line[2], report, model)
     facts = report.environment
@@ -49,6 +50,16 @@ def draw_bars(axes: Any, report: Report, model: str, clock: str, title: str) -> 
     axes.set_title(f"{model}: {title}, {batch}", fontsize=10)
     axes.set_xlabel("trainable layer groups of the backbone", fontsize=9)
     axes.set_ylabel("ms, median", fontsize=9)
+
+
+def draw_device_times(axes: Any, report: Report, model: str) -> None:
+    """Mark what a GPU computes in each backward: where the mark is far below the bar, the bar is the host's time."""
+    rows = [row for row in report.rows_of(model) if row.variant != "limit"]
+    marks = [(place, row.backward_device_ms) for place, row in enumerate(rows) if row.backward_device_ms is not None]
+    if marks:
+        axes.plot(*zip(*marks, strict=True), "_", color=_LIMIT_COLOUR, markersize=16, label="kernels alone")
+        axes.set_ylim(bottom=min(axes.get_ylim()[0], min(height for _, height in marks) / 2))
+        axes.legend(fontsize=8)
 
 
 def draw_depth_curve(axes: Any, report: Report, model: str) -> None:
