@@ -135,7 +135,8 @@ def test_quantised_weights_are_proved_and_stay_frozen() -> None:
     model = small_model()
     model.backbone[0].weight = quantise(model.backbone[0].weight)
     before = model.frozen_fingerprint()
-    model.unfreeze_backbone()
+    with pytest.warns(UserWarning, match=r"1 quantised parameters \(0\.weight\) get no gradient and stay frozen"):
+        model.unfreeze_backbone()
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["backbone.0.weight"]
     optimizer = torch.optim.AdamW(model.param_groups(lr=0.1, weight_decay=0.1))
     with model.assert_frozen():

@@ -38,6 +38,14 @@ def check_calls_of(*parts: nn.Module) -> None:
 
 
 def _check_before_forward(module: nn.Module, inputs: object) -> None:
+    check_active_wrapper()
+
+
+def check_active_wrapper() -> None:
+    """Raise RuntimeError in a forward within DistributedDataParallel when what it took for frozen trains.
+
+    >>> check_active_wrapper()
+    """
     if (wrapper := active_wrapper()) is not None and torch.is_grad_enabled():
         check_unfrozen_since(wrapper)
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from .layer_groups import LayerGroup, check_layer_groups
-from .tensor_parts import shared_memory
 
 # torch and timm say ``running_mean``, Keras ``moving_variance``; others ``ema_mean``, ``avg_var``, ``std``.
 _STATISTICS = frozenset({"running", "moving", "ema", "avg", "average", "mean", "var", "variance", "std"})
@@ -48,10 +45,21 @@ def set_trainable_groups(
     first_trainable = len(layer_groups) - trainable_groups
     parameters = check_layer_groups(backbone, layer_groups)
     off = set(unused_parameters)
+    quantised = []
     for position, group in enumerate(layer_groups):
         for name in group.parameter_names:
             parameter = parameters[name]
-            parameter.requires_grad_(position >= first_trainable and name not in off and can_train(parameter))
+            should_train = position >= first_trainable and name not in off
+            parameter.requires_grad_(should_train and can_train(parameter))
+            if should_train and parameter.is_floating_point() and not parameter.requires_grad:
+                quantised.append(name)
+    if quantised:
+        names = f"{', '.join(quantised[:3])}{', ...' if len(quantised) > 3 else ''}"
+        warnings.warn(
+            f"{len(quantised)} quantised parameters ({names}) get no gradient and stay frozen; train adapters beside "
+            "them (PEFT), or the network before it is quantised.",
+            stacklevel=3,
+        )
 
 
 def can_train(parameter: torch.Tensor) -> bool:
@@ -149,107 +157,3 @@ def drop_frozen_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.grad = None
-
-
-@contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Give each parameter back its `requires_grad` when the block raises.
-
-    >>> layer = nn.Linear(2, 2)
-    >>> with restored_on_error(layer):
-    ...     _ = layer.requires_grad_(False)
-    >>> layer.weight.requires_grad
-    False
-    """
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for parameter, required in before:
-            parameter.requires_grad = required
-        raise
-
-
-def check_shares_no_memory(model: nn.Module) -> None:
-    """Raise ValueError when a frozen parameter shares its memory with one that trains, and would move with it.
-
-    >>> model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
-    >>> model[0].weight.data = model[1].weight.data
-    >>> check_shares_no_memory(model)
-    Traceback (most recent call last):
-    ...
-    ValueError: freezing: 0.weight would be frozen, and shares memory with 1.weight, which trains; ...
-    """
-    for frozen, trainable in shared_memory(model.named_parameters()):
-        raise ValueError(
-            f"freezing: {frozen} would be frozen, and shares memory with {trainable}, which trains; tie them as one "
-            "parameter (b.weight = a.weight), or give one a copy (b.weight.data = a.weight.data.clone())."
-        )
-
-
-def warn_of_shared_modes(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
-    """Warn of a module without parameters that depends on its mode, and stands in a frozen and a trainable place.
-
-    >>> dropout = nn.Dropout()
-    >>> model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), dropout), nn.Sequential(nn.Linear(2, 2), dropout))
-    >>> warn_of_shared_modes(model, [])
-
-    One object has one mode, which is eval then: dropout is off where things train.
-    """
-    places: dict[int, tuple[nn.Module, list[str], list[str]]] = {}
-    for path, module, is_frozen in _places(model, "", {id(module) for module in frozen}, is_frozen=False):
-        if next(module.parameters(), None) is None and _depends_on_mode(module):
-            _, in_frozen, in_trainable = places.setdefault(id(module), (module, [], []))
-            (in_frozen if is_frozen else in_trainable).append(path)
-    for module, in_frozen, in_trainable in places.values():
-        if in_frozen and in_trainable:
-            warnings.warn(
-                f"one {type(module).__name__} object stands in {in_frozen[0]}, which is frozen, and in "
-                f"{in_trainable[0]}, which trains; it is in eval in both, and so off where things train. Give each "
-                "place an object of its own.",
-                stacklevel=3,
-            )
-
-
-def _places(
-    module: nn.Module, path: str, frozen: Collection[int], *, is_frozen: bool
-) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Each place of each module, one that stands in several several times, and whether something frozen is above it."""
-    is_frozen = is_frozen or id(module) in frozen
-    yield path, module, is_frozen
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _places(child, f"{path}.{name}" if path else name, frozen, is_frozen=is_frozen)
-
-
-def _depends_on_mode(module: nn.Module) -> bool:
-    """Whether a module's forward reads its mode, and its rate, as dropouts name it, is not 0."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    rate = getattr(module, "p", getattr(module, "drop_prob", None))
-    return code is not None and "training" in code.co_names and rate != 0
-
-
-def padded_encoders(model: nn.Module, before: Iterable[nn.TransformerEncoder] = ()) -> list[nn.TransformerEncoder]:
-    """Keep from nested tensors, and list, the encoders whose first layer is frozen below a layer that trains.
-
-    >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(2, 2, 2, batch_first=True), 2)
-    >>> _ = encoder.layers[0].requires_grad_(False)
-    >>> padded_encoders(encoder) == [encoder], encoder.use_nested_tensor
-    (True, False)
-
-    `nn.TransformerEncoder` asks its first layer alone whether nested tensors can replace a padding mask, and layers
-    that train refuse them. Those of `before` that it no longer holds for get them back.
-    """
-    for encoder in before:
-        encoder.use_nested_tensor = True
-    padded = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.TransformerEncoder)
-        and getattr(module, "use_nested_tensor", False)
-        and not any(parameter.requires_grad for parameter in module.layers.get_submodule("0").parameters())
-        and any(parameter.requires_grad for parameter in module.layers.parameters())
-    ]
-    for encoder in padded:
-        encoder.use_nested_tensor = False
-    return padded

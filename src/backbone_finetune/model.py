@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from . import freezing, grad_checkpointing, verification
-from .distributed import active_wrapper, check_calls_of, check_unfrozen_since, reshard
+from .distributed import reshard
 from .eval_caches import clear_caches_on_load
-from .frozen_statistics import FrozenStatistics, release
+from .frozen_statistics import release
+from .guards import Guards
 from .layer_groups import LayerGroup, as_layer_groups, check_layer_groups, find_layer_groups, layer_depths
 from .param_groups import build_param_groups
 from .splitting import CutProof, Reassembly, SequentialReassembly, Split, count_classes, split_module, split_timm
 from .splitting.copies import check_width
-from .step_watch import StepWatch
 from .summary import describe_by_group, describe_by_name
 from .validation import check_module, check_shares_nothing
 
@@ -68,10 +68,7 @@ class FineTuneModel(nn.Module):
         self._proof: CutProof | None = None
         self._unused_parameters: frozenset[str] = frozenset()
         self._own_classes: int | None = None
-        self._padded_encoders: list[nn.TransformerEncoder] = []
-        self._statistics = FrozenStatistics()
-        self._steps = StepWatch()
-        self._steps.note(self.named_parameters())
+        self._guards = Guards(self)
         clear_caches_on_load(self)
 
     @classmethod
@@ -150,12 +147,7 @@ class FineTuneModel(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Compute features, then classify them."""
-        if self._statistics.were_reset() and self.training:
-            self._statistics.restore()
-        if not torch.compiler.is_compiling() and self._steps.pending and self.training and torch.is_grad_enabled():
-            self._steps.look_at_forward()
-        if (wrapper := active_wrapper()) is not None and torch.is_grad_enabled():
-            check_unfrozen_since(wrapper)
+        self._guards.look_at_forward(self)
         # A compiler proves each graph that it traces: were it to read what is proved so far, it would guard on that.
         if self._proof is not None and (
             torch.compiler.is_compiling() or self.backbone.training in self._proof.unproved
@@ -252,11 +244,8 @@ class FineTuneModel(nn.Module):
         where a frozen parameter shares its memory with one that trains.
         """
         reshard(self)
-        self._steps.note(self.named_parameters())
-        with freezing.restored_on_error(self):
+        with self._guards.change(self, self._frozen_modules):
             freezing.set_trainable_groups(self.backbone, self._layer_groups, trainable_groups, self._unused_parameters)
-            freezing.check_shares_no_memory(self)
-        freezing.warn_of_shared_modes(self, self._frozen_modules())
         return self.train(self.training)
 
     def unfreeze_backbone(self) -> FineTuneModel:
@@ -281,12 +270,8 @@ class FineTuneModel(nn.Module):
         frozen = self._frozen_modules()
         for module in frozen:
             module.train(False)
-        self._statistics.guard(self.modules(), frozen)
         freezing.drop_frozen_gradients(self)
-        self._padded_encoders = freezing.padded_encoders(self, self._padded_encoders)
-        check_calls_of(self.backbone, self.classifier)
-        self._steps.look_at_gradients()
-        self._steps.note(self.named_parameters())
+        self._guards.settle(self, frozen)
         return self
 
     def param_groups(

@@ -1,0 +1,64 @@
+"""What a model looks at when its freezing changes, when its mode is set, and at each forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .distributed import check_active_wrapper, check_calls_of
+from .frozen_statistics import FrozenStatistics
+from .padded_encoders import padded_encoders
+from .shared_parts import check_shares_no_memory, warn_of_shared_modes
+from .step_watch import StepWatch
+
+
+class Guards:
+    """Notice what would make a statement of the model untrue: each is a file of its own.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> guards = Guards(layer)
+    >>> with guards.change(layer, lambda: [layer]):
+    ...     _ = layer.requires_grad_(False)
+    >>> guards.settle(layer, [layer])
+    >>> guards.look_at_forward(layer)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._steps = StepWatch()
+        self._steps.note(model.named_parameters())
+        self._statistics = FrozenStatistics()
+        self._padded_encoders: list[nn.TransformerEncoder] = []
+
+    @contextmanager
+    def change(self, model: nn.Module, frozen_modules: Callable[[], Sequence[nn.Module]]) -> Iterator[None]:
+        """Change inside what trains; where frozen and trainable parameters then share memory, nothing has changed."""
+        self._steps.note(model.named_parameters())
+        before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            yield
+            check_shares_no_memory(model)
+        except BaseException:
+            for parameter, required in before:
+                parameter.requires_grad = required
+            raise
+        warn_of_shared_modes(model, frozen_modules())
+
+    def settle(self, model: nn.Module, frozen: Sequence[nn.Module]) -> None:
+        """Take down what is frozen and what trains, once modes are set."""
+        self._statistics.guard(model.modules(), frozen)
+        self._padded_encoders = padded_encoders(model, self._padded_encoders)
+        check_calls_of(*model.children())
+        self._steps.look_at_gradients()
+        self._steps.note(model.named_parameters())
+
+    def look_at_forward(self, model: nn.Module) -> None:
+        """Look before a forward: at DistributedDataParallel, weight averaging, and what no optimizer steps."""
+        check_active_wrapper()
+        if self._statistics.were_reset() and model.training:
+            self._statistics.restore()
+        # Not while compiling: a graph would guard on what is pending, and be compiled anew.
+        if not torch.compiler.is_compiling() and self._steps.pending and model.training and torch.is_grad_enabled():
+            self._steps.look_at_forward()
