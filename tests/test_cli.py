@@ -238,8 +238,8 @@ def test_a_finished_model_is_refused(trained: Path, fail: Fail) -> None:
     images = trained.parents[1] / "images"
     line = fail("train", images, "--model", "test_resnet", "--output", trained.parent)
     assert line == (
-        f"{trained.parent} already holds a finished model; "
-        "pass --overwrite to replace it, or another folder with --output"
+        f"{trained.parent} already holds run.json, model.safetensors, metrics.json, curves.png; "
+        "pass --overwrite to replace them, or another folder with --output"
     )
     assert trained.read_bytes() == before
 
@@ -257,30 +257,36 @@ def test_a_truncated_model_is_refused(trained: Path, tmp_path: Path, fail: Fail)
         ("tarin", "invalid choice: 'tarin'"),
         (
             "train --epochs 0",
-            "argument --epochs: '0': expected a whole number from 1 (see backbone-finetune train --help)",
+            "epochs = 0: input should be greater than or equal to 1",
         ),
-        ("train --epochs many", "argument --epochs: 'many': expected a whole number from 1"),
-        ("train --seed -1", "argument --seed: '-1': expected a whole number from 0"),
-        ("train --batch-size 0", "argument --batch-size: '0': expected a whole number from 1"),
-        ("train --trainable-groups -1", "argument --trainable-groups: '-1': expected a whole number from 0"),
-        ("train --lr 0", "argument --lr: '0': expected a number above 0"),
-        ("train --lr nan", "argument --lr: 'nan': expected a number above 0"),
-        ("train --backbone-lr inf", "argument --backbone-lr: 'inf': expected a number above 0"),
-        ("train --layer-decay 1.5", "argument --layer-decay: '1.5': expected a number above 0, up to 1"),
-        ("train --warmup-epochs -1", "argument --warmup-epochs: '-1': expected a number from 0"),
+        ("train --epochs many", "argument --epochs: invalid int value: 'many' (see backbone-finetune train --help)"),
+        ("train --seed -1", "seed = -1: input should be greater than or equal to 0"),
+        ("train --batch-size 0", "batch_size = 0: input should be greater than or equal to 1"),
+        ("train --trainable-groups -1", "trainable_groups = -1: input should be greater than or equal to 0"),
+        ("train --lr 0", "lr = 0.0: input should be greater than 0"),
+        ("train --lr nan", "lr = nan: input should be a finite number"),
+        ("train --backbone-lr inf", "backbone_lr = inf: input should be a finite number"),
+        ("train --layer-decay 1.5", "layer_decay = 1.5: input should be less than or equal to 1"),
+        ("train --warmup-epochs -1", "warmup_epochs = -1.0: input should be greater than or equal to 0"),
         ("train --epochs 1 --warmup-epochs 2", "warmup_epochs = 2.0: expected a number from 0 to its 1 epochs"),
         ("train --cosine --phases p.toml", "--cosine and --phases p.toml were both given; write it into the file's"),
-        ("train --weight-decay -1", "argument --weight-decay: '-1': expected a number from 0"),
+        ("train --weight-decay -1", "weight_decay = -1.0: input should be greater than or equal to 0"),
         ("train --pretrained --checkpoint w.pth", "argument --checkpoint: not allowed with argument --pretrained"),
         ("train --modle resnet18", "unrecognized arguments: --modle"),
         ("predict model.safetensors", "the following arguments are required: IMAGE"),
-        ("predict model.safetensors tom.jpg --top-k 0", "argument --top-k: '0': expected a whole number from 1"),
         ("evaluate model.safetensors", "the following arguments are required: DATA"),
         ("inspect", "the following arguments are required: NAME|MODEL"),
     ],
 )
 def test_a_wrong_argument_is_one_line(fail: Fail, arguments: str, message: str) -> None:
     assert message in fail(*arguments.split())
+
+
+@pytest.mark.parametrize("option", ["--top-k", "--batch-size"])
+def test_predict_wants_one_or_more(trained: Path, fail: Fail, option: str) -> None:
+    image = trained.parents[1] / "images" / "red" / "0.png"
+    name = option.removeprefix("--").replace("-", "_")
+    assert fail("predict", trained, image, option, 0) == f"{name} = 0: expected a whole number from 1"
 
 
 def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The output folder: what is not a run's stays as it is, what a run writes there is known, and nothing is left over."""
+"""The output folder: what was there stays, unless it is to be overwritten; and nothing of a run is left over."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from image_folders import make_folder
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.commands import setup as task_module
-from backbone_finetune.recipes.commands import train as run_module
 from backbone_finetune.recipes.commands.run_folder import (
+    METRICS_FILE,
     MODEL_FILE,
     RUN_FILE,
     UNFINISHED,
     check_output_folder,
-    claim_output_folder,
-    clear,
-    find_others,
-    remove_leftover,
+    finish_run,
+    open_run,
+    publishing,
 )
-from backbone_finetune.recipes.commands.timing import BackwardTimes
 
 Train = Callable[..., str]
-RECORD = {"arguments": {"seed": 0}, "versions": {"torch": "2.9"}}
-THESIS = f"{UNFINISHED}/chapter1/thesis.txt"
+RECORD = {"arguments": {"seed": 0, "phases": [{"epochs": 1}]}, "versions": {"torch": "2.9"}}
+OTHER = {"arguments": {"seed": 0, "phases": [{"epochs": 2}]}, "versions": {"torch": "2.9"}}
+FILES = {MODEL_FILE, RUN_FILE, METRICS_FILE, "curves.png"}
 
 
 def put(folder: Path, *names: str) -> None:
@@ -40,132 +39,160 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+def start(folder: Path, record: dict[str, Any] = RECORD, *, overwrite: bool = False, keep: str = "") -> bool:
+    """Start or resume a run in a folder, and stop it; returns whether it was resumed. ``keep`` is a file it writes."""
+    with open_run(folder, record, overwrite=overwrite):
+        resumed = (folder / UNFINISHED / "started").exists()
+        put(folder / UNFINISHED, "started", *([keep] if keep else []))
+    return resumed
+
+
 @pytest.fixture
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
-    """Run a training into a folder that is refused before any work, with nothing touched: gives what it says of it."""
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Train:
+    """Run a training into a folder that is refused before any work, with nothing changed: the message."""
 
     def run(output: Path, *options: str) -> str:
         before = tree(output)
-        assert cli.main(["train", str(make_folder(tmp_path / "images")), *options, "--output", str(output)]) == 2
+        command = ["train", str(make_folder(tmp_path / "images")), "--model", "no such network", *options]
+        assert cli.main([*command, "--output", str(output)]) == 2
         assert tree(output) == before
         (line,) = capsys.readouterr().err.splitlines()
         return line.removeprefix(f"backbone-finetune: error: {output} ")
 
-    monkeypatch.setattr(task_module, "load_network", lambda *_, **__: pytest.fail("work was done"))
     return run
 
 
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["metrics.json"], "metrics.json"),
-        (["curves.png", "run.json"], "run.json, curves.png"),
-        ([MODEL_FILE, "metrics.json"], f"metrics.json, {MODEL_FILE}"),
-        ([f"{UNFINISHED}/checkpoints/step-000000001.safetensors"], "unfinished/"),
+        (["metrics.json"], "metrics.json; pass --overwrite to replace it"),
+        (["curves.png", "run.json"], "run.json, curves.png; pass --overwrite to replace them"),
+        ([MODEL_FILE, "notes.txt"], f"{MODEL_FILE}; pass --overwrite to replace it"),
+        ([f"{UNFINISHED}/thesis.txt"], f"{UNFINISHED}; pass --overwrite to replace it"),
     ],
 )
-def test_the_names_of_a_run_are_refused_where_none_was_begun(
-    tmp_path: Path, refused: Train, names: list[str], said: str
-) -> None:
+def test_what_a_run_would_replace_is_refused(tmp_path: Path, refused: Train, names: list[str], said: str) -> None:
     put(tmp_path / "run", *names)
-    assert refused(tmp_path / "run") == (
-        f"holds {said}, and no run was begun there (no run.json of one); pass another folder with --output, or "
-        "--overwrite to replace them"
-    )
+    assert refused(tmp_path / "run") == f"already holds {said}, or another folder with --output"
 
 
-@pytest.mark.parametrize("options", [(), ("--overwrite",)])
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        ([THESIS, "metrics.json"], "unfinished/chapter1/, unfinished/chapter1/thesis.txt"),
-        ([f"{UNFINISHED}/checkpoints/best.safetensors"], "unfinished/checkpoints/best.safetensors"),
-        ([f"{UNFINISHED}/features-train/slot-x.bin"], "unfinished/features-train/slot-x.bin"),
-        ([f"{UNFINISHED}/{name}" for name in "abcd"], "unfinished/a, unfinished/b, unfinished/c and 1 more"),
-        ([UNFINISHED], "unfinished"),
-        (["metrics.json/mine.txt"], "metrics.json/"),
-    ],
-)
-def test_what_no_run_writes_is_refused_even_to_overwrite(
-    tmp_path: Path, refused: Train, names: list[str], said: str, options: tuple[str, ...]
-) -> None:
-    put(tmp_path / "run", *names)
-    assert refused(tmp_path / "run", *options) == (
-        f"holds what no run writes there and none deletes ({said}); move it away, or pass another folder with --output"
-    )
+def test_other_files_are_never_touched(tmp_path: Path) -> None:
+    put(tmp_path, "notes.txt", "checkpoints/best.safetensors", ".model.safetensors.123", MODEL_FILE)
+    before = tree(tmp_path)
+    start(tmp_path, overwrite=True)
+    with open_run(tmp_path, RECORD, overwrite=False):
+        with publishing(tmp_path, METRICS_FILE) as temporary:
+            temporary.write_text("{}")
+        finish_run(tmp_path)
+    assert tree(tmp_path) == {**before, METRICS_FILE: b"{}"}
 
 
-def test_a_refused_run_leaves_what_is_beside_a_finished_model(tmp_path: Path, refused: Train) -> None:
-    put(tmp_path / "copied", MODEL_FILE, THESIS)
-    assert "chapter1/thesis.txt); move it away" in refused(tmp_path / "copied")
-    put(tmp_path / "checkpoints", MODEL_FILE, f"{UNFINISHED}/checkpoints/step-000000001.safetensors")
-    assert f"holds {MODEL_FILE}, unfinished/, and no run was begun" in refused(tmp_path / "checkpoints")
-    claim_output_folder(tmp_path / "own", RECORD, overwrite=False)
-    put(tmp_path / "own", MODEL_FILE, THESIS, f"{UNFINISHED}/checkpoints/step-000000001.safetensors")
-    assert "chapter1/thesis.txt); move it away" in refused(tmp_path / "own")
+def test_overwriting_replaces_a_run_and_what_it_kept(tmp_path: Path) -> None:
+    put(tmp_path, MODEL_FILE, f"{UNFINISHED}/thesis.txt", f"{UNFINISHED}/checkpoints/step-1.safetensors")
+    start(tmp_path, overwrite=True)
+    assert set(tree(tmp_path / UNFINISHED)) == {"lock", "started", RUN_FILE}
+    assert json.loads((tmp_path / UNFINISHED / RUN_FILE).read_text()) == RECORD
+    assert json.loads((tmp_path / MODEL_FILE).read_text()) == {"mine": MODEL_FILE}
 
 
-def test_a_link_among_what_a_run_keeps_is_not_followed(tmp_path: Path, refused: Train) -> None:
+def test_a_link_in_an_unfinished_run_is_not_followed(tmp_path: Path) -> None:
     put(tmp_path, "mine/step-000000001.safetensors")
     (tmp_path / "run" / UNFINISHED).mkdir(parents=True)
     (tmp_path / "run" / UNFINISHED / "checkpoints").symlink_to(tmp_path / "mine")
-    assert "(unfinished/checkpoints/)" in refused(tmp_path / "run", "--overwrite")
-    clear(tmp_path / "run" / UNFINISHED)
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / UNFINISHED).symlink_to(tmp_path / "mine")
-    assert "(unfinished)" in refused(tmp_path / "linked", "--overwrite")
-    assert tree(tmp_path / "mine") == {"step-000000001.safetensors": b'{"mine": "mine/step-000000001.safetensors"}'}
+    start(tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run" / UNFINISHED / "checkpoints").exists()
+    assert set(tree(tmp_path / "mine")) == {"step-000000001.safetensors"}
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        [],
-        [f"{UNFINISHED}/"],
-        [f"{UNFINISHED}/lock"],
-        [f"{UNFINISHED}/lock", f"{UNFINISHED}/.replaces.123", ".run.json.123"],
-        [f"{UNFINISHED}/lock", f"{UNFINISHED}/replaces", ".run.json.123"],
-    ],
-)
-def test_a_run_that_was_killed_before_it_said_what_it_is_goes_on(tmp_path: Path, names: list[str]) -> None:
-    for name in names:
-        (tmp_path / UNFINISHED).mkdir(exist_ok=True)
-        if not name.endswith("/"):
-            put(tmp_path, name)
+@pytest.mark.parametrize("names", [[], ["lock"], ["lock", f".{RUN_FILE}.123"]])
+def test_a_run_that_was_killed_before_its_record_was_written_starts_again(tmp_path: Path, names: list[str]) -> None:
+    (tmp_path / UNFINISHED).mkdir()
+    put(tmp_path / UNFINISHED, *names)
     check_output_folder(tmp_path, overwrite=False)
-    assert not claim_output_folder(tmp_path, RECORD, overwrite=False)
-    assert claim_output_folder(tmp_path, RECORD, overwrite=False)
+    assert not start(tmp_path)
+    assert start(tmp_path)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_what_a_killed_run_had_begun_to_write_goes(tmp_path: Path, overwrite: bool) -> None:
-    claim_output_folder(tmp_path, RECORD, overwrite=False)
-    put(tmp_path, *(f".{name}.4194301" for name in (MODEL_FILE, "metrics.json", "curves.png", RUN_FILE)))
-    mine = {".model.safetensors.bak", f"{MODEL_FILE}.123", ".notes.txt.123", ".modelXsafetensors.123"}
-    put(tmp_path, *mine, f".{MODEL_FILE}.5/mine.txt")
-    before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match="an unfinished run of other arguments"):
-        claim_output_folder(tmp_path, {**RECORD, "arguments": {"seed": 1}}, overwrite=False)
-    assert tree(tmp_path) == before
-    record = {**RECORD, "arguments": {"seed": int(overwrite)}}
-    assert claim_output_folder(tmp_path, record, overwrite=overwrite) != overwrite
-    assert {path.name for path in tmp_path.iterdir()} == {RUN_FILE, UNFINISHED, f".{MODEL_FILE}.5", *mine}
+def test_an_unfinished_run_is_resumed_only_by_the_same_arguments(tmp_path: Path) -> None:
+    assert not start(tmp_path, keep="checkpoints/one")
+    assert start(tmp_path)
+    assert start(tmp_path, overwrite=True)
+    with pytest.raises(
+        FileExistsError,
+        match=r"holds an unfinished run with other arguments \(phases 1 epochs: 1 there, 2 here\); pass the same ones "
+        "to resume it, --overwrite to replace it, or another folder with --output",
+    ):
+        start(tmp_path, OTHER)
+    assert (tmp_path / UNFINISHED / "checkpoints" / "one").exists()
+    assert not start(tmp_path, OTHER, overwrite=True)
+    assert not (tmp_path / UNFINISHED / "checkpoints").exists()
 
 
-def test_a_model_that_was_killed_in_its_last_moment_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_record_is_another_run(tmp_path: Path) -> None:
+    start(tmp_path)
+    (tmp_path / UNFINISHED / RUN_FILE).write_text("{")
+    with pytest.raises(FileExistsError, match="holds an unfinished run with other arguments"):
+        start(tmp_path)
+
+
+def test_a_run_that_replaces_a_finished_one_can_be_resumed(tmp_path: Path) -> None:
+    put(tmp_path, MODEL_FILE, RUN_FILE)
+    with pytest.raises(FileExistsError, match=r"already holds run.json, model.safetensors; pass --overwrite"):
+        start(tmp_path)
+    assert not start(tmp_path, overwrite=True)
+    assert start(tmp_path)
+    assert json.loads((tmp_path / MODEL_FILE).read_text()) == {"mine": MODEL_FILE}
+
+
+def test_a_second_process_is_refused_while_one_trains(tmp_path: Path) -> None:
+    with open_run(tmp_path, RECORD, overwrite=False):
+        before = tree(tmp_path)
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match=r"another process is training in .*; wait for it or stop it"):
+                start(tmp_path, overwrite=overwrite)
+        assert tree(tmp_path) == before
+    start(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match=r"file is a file; pass a folder with --output"):
+        start(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="file/run"):
+        start(tmp_path / "file" / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError, match=r"link is a broken link; pass a folder with --output"):
+        check_output_folder(tmp_path / "link", overwrite=True)
+
+
+def test_half_a_result_never_replaces_a_whole_one(tmp_path: Path) -> None:
+    put(tmp_path, METRICS_FILE)
+
+    def write_half() -> None:
+        with publishing(tmp_path, METRICS_FILE) as temporary:
+            temporary.write_text("ha")
+            raise RuntimeError("no space left")
+
+    with open_run(tmp_path, RECORD, overwrite=True):
+        with pytest.raises(RuntimeError, match="no space left"):
+            write_half()
+        assert json.loads((tmp_path / METRICS_FILE).read_text()) == {"mine": METRICS_FILE}
+        finish_run(tmp_path)
+    assert set(tree(tmp_path)) == {METRICS_FILE}
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, METRICS_FILE])
+def test_a_run_that_is_killed_while_it_writes_a_result_leaves_nothing_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     class KilledError(Exception):
         """In the place of SIGKILL, after which nothing is removed."""
 
     def die(source: Path, target: Path) -> None:
-        if Path(target).name == MODEL_FILE:
-            Path(source).with_suffix(".4194301").write_bytes(Path(source).read_bytes())  # of a process that is gone
+        if Path(target) == tmp_path / "run" / name:
             raise KilledError
         move(source, target)
 
-    times = BackwardTimes(unfrozen=100.0, frozen=1.0, classifier_alone=0.5, batch_size=8)
-    monkeypatch.setattr(run_module, "measure_backward", lambda *arguments: times)
     command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1"]
     command += ["--output", str(tmp_path / "run")]
     move = os.replace
@@ -173,79 +200,6 @@ def test_a_model_that_was_killed_in_its_last_moment_leaves_nothing(
         patch.setattr(os, "replace", die)
         with pytest.raises(KilledError):
             cli.main(command)
-    assert (tmp_path / "run" / f".{MODEL_FILE}.4194301").exists()
+    assert (tmp_path / "run" / MODEL_FILE).exists() == (name != MODEL_FILE)
     assert cli.main(command) == 0
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {MODEL_FILE, RUN_FILE, "metrics.json", "curves.png"}
-
-
-def test_overwriting_replaces_the_names_of_a_run(tmp_path: Path) -> None:
-    kept = f"{UNFINISHED}/checkpoints/step-000000001.safetensors"
-    put(tmp_path, "metrics.json", "notes.txt", RUN_FILE, kept)
-    remove_leftover(tmp_path)
-    assert not claim_output_folder(tmp_path, RECORD, overwrite=True)
-    assert json.loads((tmp_path / RUN_FILE).read_text()) == RECORD
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "notes.txt", RUN_FILE, UNFINISHED}
-    assert not (tmp_path / kept).exists()
-
-
-def test_all_that_a_run_writes_there_is_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It is told from what is not a run's by its name, and goes when the run is finished; what came beside it stays."""
-    output, seen = tmp_path / "run", set[str]()
-    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--output", str(output)]
-    command.append("--baselines")
-    times = BackwardTimes(unfrozen=100.0, frozen=1.0, classifier_alone=0.5, batch_size=8)
-
-    def look(*arguments: object, **keywords: object) -> float:
-        assert find_others(output) == []
-        seen.update(tree(output / UNFINISHED))
-        put(output, THESIS, f"{UNFINISHED}/checkpoints/best.safetensors")
-        return 0.5
-
-    monkeypatch.setattr(run_module, "random_backbone_accuracy", look)
-    monkeypatch.setattr(run_module, "measure_backward", lambda *arguments: times)
-    (tmp_path / "phases.toml").write_text("[[phases]]\nepochs = 1\n[[phases]]\nepochs = 1\ntrainable_groups = 1")
-    assert cli.main([*command, "--phases", str(tmp_path / "phases.toml")]) == 0
-    assert {"lock", "checkpoints", "features-train/slot-0.bin", "features-test/manifest.json"} <= seen
-    said = "left as they are: unfinished/chapter1/, unfinished/chapter1/thesis.txt, unfinished/checkpoints/best."
-    assert said in capsys.readouterr().err
-    left = {"lock", "chapter1", "chapter1/thesis.txt", "checkpoints", "checkpoints/best.safetensors"}
-    assert set(tree(output / UNFINISHED)) == left
-
-
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [
-        ("features-train-0-of-2/slot-11.bin", True),
-        (".features-test-1-of-2.new.some-host.example.123/manifest.json", True),
-        (".features-train.old.host.123/slot-0.bin", True),
-        ("checkpoints/.step-000000010.safetensors.123", True),
-        ("checkpoints/step-000000010.safetensors/mine.txt", False),
-        ("checkpoints/.step-mine", False),
-        ("checkpoints/.tmprzsFOP", True),
-        ("checkpoints/.tmp-mine", False),
-        ("features-mine/slot-0.bin", False),
-        (".features-train.backup/slot-0.bin", False),
-        ("checkpoints.txt", False),
-    ],
-)
-def test_names_are_known_to_the_letter(tmp_path: Path, name: str, known: bool) -> None:
-    put(tmp_path, f"{UNFINISHED}/{name}")
-    assert (find_others(tmp_path) == []) == known
-    clear(tmp_path / UNFINISHED)
-    assert (tmp_path / UNFINISHED / name).exists() != known
-
-
-@pytest.mark.parametrize("name", [".DS_Store", "checkpoints/.DS_Store", "Thumbs.db", ".nfs000000000012ab34"])
-def test_what_a_file_manager_or_a_file_system_leaves_is_in_nobodys_way(tmp_path: Path, name: str) -> None:
-    put(tmp_path, f"{UNFINISHED}/{name}")
-    assert find_others(tmp_path) == []
-    clear(tmp_path / UNFINISHED)
-    assert (tmp_path / UNFINISHED / name).exists()
-
-
-def test_a_link_that_leads_nowhere_is_no_folder_to_write_to(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(FileExistsError, match=r"link is a link that leads nowhere; pass a folder with --output"):
-        check_output_folder(tmp_path / "link", overwrite=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES

@@ -6,12 +6,10 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,23 +24,17 @@ from safetensors import safe_open
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.commands import train as run_module
-from backbone_finetune.recipes.commands.folder_lock import LOCK_FILE, holding, refuse_if_held
-from backbone_finetune.recipes.commands.run_folder import (
-    MODEL_FILE,
-    RUN_FILE,
-    UNFINISHED,
-    claim_output_folder,
-    remove_leftover,
-)
+from backbone_finetune.recipes.commands.run_folder import MODEL_FILE, UNFINISHED, open_run
 from backbone_finetune.recipes.rng import preserve_rng_state, random_state, restore_random_state
 from backbone_finetune.recipes.training.checkpoints import (
     Checkpoint,
     EpochResult,
     Progress,
+    capture,
     newest_checkpoint,
+    resume,
     write_checkpoint,
 )
-from backbone_finetune.recipes.training.resuming import capture, resume
 
 WORKER = Path(__file__).with_name("training_worker.py")
 SIGKILLED = -9
@@ -81,7 +73,7 @@ def assert_undisturbed(folder: Path, codes: list[int]) -> None:
             for epoch, step in re.findall(r"resuming at epoch (\d+), step (\d+)", (run / "log.txt").read_text())
         ]
         assert resumed == sorted(resumed)
-    assert not list(folder.glob("*/run/unfinished"))
+    assert not list(folder.glob("*/run/.unfinished"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked, so as to import torch once")
@@ -103,7 +95,7 @@ def test_killed_at_many_random_moments(tmp_path: Path) -> None:
 def checkpoint(steps: int) -> Checkpoint:
     progress = Progress(phase=1, epoch=1, step=2, steps=steps, history=[EpochResult(1, 0.5, 0.5, 0.5)])
     tensors = {"classifier.weight": torch.full((8,), float(steps))}
-    return Checkpoint(progress, tensors, {"classifier.weight.exp_avg": torch.ones(8)}, [{"torch": "00"}], {})
+    return Checkpoint(progress, tensors, {"classifier.weight": {"exp_avg": torch.ones(8)}}, [{"torch": "00"}], {})
 
 
 def truncate(path: Path) -> None:
@@ -130,7 +122,7 @@ def pickle_instead(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit_of_a_tensor, rewrite_history, pickle_instead])
 def test_a_damaged_checkpoint_is_passed_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
     for steps in (10, 20, 30):
         write_checkpoint(tmp_path, checkpoint(steps))
@@ -141,77 +133,10 @@ def test_a_damaged_checkpoint_is_passed_over(
     found = newest_checkpoint(tmp_path)
     assert found.progress == checkpoint(20).progress
     assert torch.equal(found.model["classifier.weight"], torch.full((8,), 20.0))
-    assert capsys.readouterr().err.startswith(f"checkpoint {newer.name} is damaged (")
+    assert caplog.messages[0].startswith(f"checkpoint {newer.name} is damaged (")
     damage(older)
     assert newest_checkpoint(tmp_path) is None
     assert sorted(tmp_path.iterdir()) == [older, newer]
-
-
-RECORD = {"arguments": {"seed": 0, "phases": [{"epochs": 1}]}, "versions": {"torch": "2.9"}}
-OTHER = {"arguments": {"seed": 0, "phases": [{"epochs": 2}]}, "versions": {"torch": "2.9"}}
-
-
-def test_an_unfinished_run_is_gone_on_with_only_by_the_same_arguments(tmp_path: Path) -> None:
-    assert not claim_output_folder(tmp_path, RECORD, overwrite=False)
-    (tmp_path / UNFINISHED / "checkpoints").mkdir()
-    assert claim_output_folder(tmp_path, RECORD, overwrite=False)
-    with pytest.raises(
-        FileExistsError,
-        match=r"holds an unfinished run of other arguments \(phases 1 epochs: 1 there, 2 here\); give the same ones to "
-        "go on with it, --overwrite to replace it, or another folder with --output",
-    ):
-        claim_output_folder(tmp_path, OTHER, overwrite=False)
-    assert (tmp_path / UNFINISHED / "checkpoints").is_dir()
-    assert not claim_output_folder(tmp_path, OTHER, overwrite=True)
-    assert not (tmp_path / UNFINISHED / "checkpoints").exists()
-    assert json.loads((tmp_path / RUN_FILE).read_text()) == OTHER
-
-
-def test_a_run_that_replaces_a_finished_one_can_be_gone_on_with(tmp_path: Path) -> None:
-    (tmp_path / MODEL_FILE).write_text("the first model")
-    (tmp_path / RUN_FILE).write_text(json.dumps(RECORD))
-    with pytest.raises(FileExistsError, match="already holds a finished model"):
-        claim_output_folder(tmp_path, RECORD, overwrite=False)
-    # The same arguments, but that run is finished: it begins anew.
-    assert not claim_output_folder(tmp_path, RECORD, overwrite=True)
-    assert claim_output_folder(tmp_path, RECORD, overwrite=True)
-    assert (tmp_path / MODEL_FILE).read_text() == "the first model"
-
-
-def test_what_a_run_left_that_was_killed_at_its_very_end_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class KilledError(Exception):
-        """In the place of SIGKILL."""
-
-    def die(folder: Path) -> None:
-        raise KilledError
-
-    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1"]
-    command += ["--output", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "clear", die)
-        with pytest.raises(KilledError):
-            cli.main(command)
-    assert (tmp_path / "run" / UNFINISHED / "checkpoints").is_dir()
-    assert cli.main(command) == 2
-    assert "already holds a finished model" in capsys.readouterr().err
-    assert not (tmp_path / "run" / UNFINISHED).exists()
-
-
-def test_what_a_run_needs_that_will_replace_a_model_stays(tmp_path: Path) -> None:
-    (tmp_path / MODEL_FILE).write_text("the first model")
-    claim_output_folder(tmp_path, RECORD, overwrite=True)
-    (tmp_path / UNFINISHED / "checkpoints").mkdir()
-    remove_leftover(tmp_path)
-    assert (tmp_path / UNFINISHED / "checkpoints").is_dir()
-
-
-def test_a_damaged_record_is_another_run(tmp_path: Path) -> None:
-    claim_output_folder(tmp_path, RECORD, overwrite=False)
-    (tmp_path / RUN_FILE).write_text("{")
-    with pytest.raises(FileExistsError, match=r"run\.json: \"not readable\" there, none here"):
-        claim_output_folder(tmp_path, RECORD, overwrite=False)
 
 
 class Scaler:
@@ -236,9 +161,9 @@ def test_the_scale_of_the_loss_is_restored(tmp_path: Path) -> None:
     saved = newest_checkpoint(tmp_path)
     assert saved is not None
     optimizer = torch.optim.SGD(layer.parameters())
-    resume(saved, optimizer, accelerator(scaler))
+    resume(saved, layer, optimizer, accelerator(scaler))
     assert scaler.scale == 1024.0
-    resume(saved, optimizer, accelerator(None))  # on the CPU, which has none
+    resume(saved, layer, optimizer, accelerator(None))  # on the CPU, which has none
 
 
 def test_every_random_generator_is_restored() -> None:
@@ -272,7 +197,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(
         patch.setattr(run_module, "random_backbone_accuracy", interrupt)
         assert cli.main(command) == 130
     error = capfd.readouterr().err
-    assert f"stopped; {tmp_path / 'run'} keeps what is done: the same command goes on" in error
+    assert f"stopped; the same command resumes this run, which {tmp_path / 'run'} keeps" in error
     assert cli.main([*command, "--epochs", "3"]) == 2
     assert "(phases 1 epochs: 2 there, 3 here)" in capfd.readouterr().err
     assert cli.main(command) == 0
@@ -281,56 +206,6 @@ def test_ctrl_c_leaves_a_run_that_goes_on(
     assert "resuming at" not in printed.out
     assert "epoch 1/2" not in printed.err
     assert (tmp_path / "run" / MODEL_FILE).exists()
-
-
-def test_two_runs_do_not_work_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet"]
-    command += ["--output", str(tmp_path / "run"), "--overwrite"]
-    with holding(tmp_path / "run" / UNFINISHED, name="run"):
-        (tmp_path / "run" / UNFINISHED / "checkpoints").mkdir()
-        assert cli.main(command) == 2
-        assert capsys.readouterr().err == (
-            f"backbone-finetune: error: another process (pid {os.getpid()}) is training in {tmp_path / 'run'}; "
-            "wait for it or stop it\n"
-        )
-        with pytest.raises(FileExistsError, match=r"another process \(pid \d+\) is training in run; wait for it"):
-            holding(tmp_path / "run" / UNFINISHED, name="run").__enter__()
-        assert (tmp_path / "run" / UNFINISHED / "checkpoints").is_dir()
-    (tmp_path / "run" / UNFINISHED / "checkpoints").rmdir()
-    with holding(tmp_path / "run" / UNFINISHED, name="run"):
-        pass
-    assert not (tmp_path / "run" / UNFINISHED).exists()
-
-
-def test_a_run_holds_its_folder_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1", "--baselines"]
-
-    def look(*arguments: object, **keywords: object) -> None:
-        refuse_if_held(tmp_path / "run" / UNFINISHED, name="run")
-
-    monkeypatch.setattr(run_module, "random_backbone_accuracy", look)
-    assert cli.main([*command, "--output", str(tmp_path / "run")]) == 2
-    look()
-
-
-def test_without_locks_of_the_system_the_process_that_is_named_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*arguments: object) -> None:
-        raise OSError("no locks available")
-
-    monkeypatch.setattr("fcntl.flock", fail)
-    with subprocess.Popen([sys.executable, "--version"], stdout=subprocess.DEVNULL) as ended:
-        pass
-    for process, host, holds in (
-        (ended.pid, socket.gethostname(), False),
-        (os.getppid(), socket.gethostname(), True),
-        (ended.pid, "elsewhere", True),
-    ):
-        (tmp_path / LOCK_FILE).write_text(f"{process} {host}\n")
-        where = "" if host == socket.gethostname() else " on elsewhere"
-        with pytest.raises(FileExistsError, match=rf"pid {process}{where}\)") if holds else nullcontext():
-            refuse_if_held(tmp_path, name="run")
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")
@@ -355,16 +230,15 @@ def test_workers_that_outlive_their_launcher_keep_the_folder(
         finally:
             process.kill()
     try:
-        assert cli.main(command) == 2
-        line = capsys.readouterr().err
-        found = re.search(r"another process \(pid (\d+)\) is training in", line)
-        assert found is not None, line
-        assert int(found[1]) in {worker.pid for worker in workers if worker.is_running()}
+        assert any(worker.is_running() for worker in workers)
+        assert cli.main([*command, "--overwrite"]) == 2
+        assert f"another process is training in {run}; wait for it or stop it" in capsys.readouterr().err
     finally:
         for worker in workers:
             worker.kill()
     psutil.wait_procs(workers, timeout=30)
-    refuse_if_held(run / UNFINISHED, name="run")  # nothing stale is left of them
+    with open_run(run, {}, overwrite=True):  # the lock went with them
+        pass
 
 
 def wait_for(condition: Callable[[], object], log: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_run_is_done_again_by_its_record(
     first, second = tmp_path / "here" / "first", tmp_path / "there" / "second"
     capfd.readouterr()
     assert cli.main(["train", "--run", str(first / "run.json"), "--output", "second"]) == 0
-    assert "not quite the run" not in capfd.readouterr().err
+    assert "this run differs" not in capfd.readouterr().err
     weights, again = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     assert weights.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
@@ -59,13 +59,13 @@ def test_a_run_is_done_again_by_its_record(
         record["arguments"]["autocast_features"] = True
         (tmp_path / "elsewhere.json").write_text(json.dumps(record))
         assert cli.main(["train", "--run", str(tmp_path / "elsewhere.json"), "--output", "plain"]) == 0
-        assert "not quite the run that was recorded: autocast_features: true there, false here" in (
+        assert "this run differs from the recorded one: autocast_features: true there, false here" in (
             capfd.readouterr().err
         )
 
     make_image(tmp_path / "here" / "images" / "red" / "more.png", COLOURS["red"])
     assert cli.main(["train", "--run", str(first / "run.json"), "--output", "third"]) == 0
-    assert "not quite the run that was recorded: train_images count: 12 there, 13 here" in capfd.readouterr().err
+    assert "this run differs from the recorded one: train_images count: 12 there, 13 here" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,18 @@ def test_a_run_is_done_again_with_nothing_else(fail: Fail, others: str, option: 
     [
         ("{", "run.json: not JSON ("),
         ("[" * 100_000, "run.json: not JSON ("),
-        ("[]", "run.json: no arguments in it; pass the run.json that"),
-        ('{"arguments": {}}', "run.json: 'accumulation' is missing; pass"),
-        ({"more": 1}, "run.json: 'more' is unknown; pass"),
-        ({"pretrained": 1}, "run.json: pretrained = 1: expected true or false"),
-        ({"phases": [{"epochs": 0}]}, "run.json, phase 1: epochs = 0: expected a whole number from 1"),
-        ({"phases": []}, "run.json: phases = (): expected one Phase or more"),
-        ({"checkpoint": 3}, "run.json: checkpoint = 3: expected a text or null"),
-        ({"batch_size": 0}, "run.json: batch_size = 0: expected a whole number from 1"),
+        ("[]", "run.json: input should be a valid dictionary"),
+        ("{}", "run.json: arguments: field required; pass"),
+        ({"overwrite": True}, "baselines, output, overwrite are not part of a record; pass the run.json that"),
+        ({"more": 1}, "run.json: arguments more = 1: unexpected keyword argument; pass"),
+        ({"pretrained": 3}, "run.json: arguments pretrained = 3: input should be a valid boolean"),
+        (
+            {"phases": [{"epochs": 0}]},
+            "run.json: arguments phases 1 epochs = 0: input should be greater than or equal to 1",
+        ),
+        ({"phases": []}, "run.json: arguments phases = []: tuple should have at least 1 item"),
+        ({"checkpoint": 3}, "run.json: arguments checkpoint = 3: input is not a valid path"),
+        ({"batch_size": 0}, "run.json: arguments batch_size = 0: input should be greater than or equal to 1"),
     ],
 )
 def test_a_record_that_is_none_is_refused(tmp_path: Path, fail: Fail, content: Any, message: str) -> None:

@@ -26,8 +26,6 @@ from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel, cli
 from backbone_finetune.recipes import files
-from backbone_finetune.recipes.commands import train as run_module
-from backbone_finetune.recipes.commands.timing import BackwardTimes
 from backbone_finetune.recipes.features.extract import FeatureCache
 from backbone_finetune.recipes.rng import seed_everything
 from backbone_finetune.recipes.training import loop as training
@@ -181,8 +179,6 @@ def run_and_kill(folder: Path, kind: str, kills: int, drawn: random.Random) -> l
 
 def main(folder: str, kills: str, seed: str) -> None:
     torch.set_num_threads(1)
-    times = BackwardTimes(unfrozen=100.0, frozen=1.0, classifier_alone=0.5, batch_size=8)
-    run_module.measure_backward = lambda *arguments: times  # takes longer than all else here
     drawn = random.Random(int(seed))
     # Of the whole command fewer, as it takes longer.
     counts = {"cached": int(kills), "shaken": int(kills), "command": -(-int(kills) // 2)}

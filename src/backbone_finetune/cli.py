@@ -1,17 +1,19 @@
 """The command line: arguments in, recipes called, errors as one line. No logic of its own."""
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
-from .argument_types import natural_number, non_negative_number, positive_integer, positive_number, share_above_zero
+from pydantic import ValidationError
+
 from .recipes.commands.evaluate import describe_evaluation, evaluate_folder, write_evaluation
 from .recipes.commands.inspect import inspect, inspect_file
 from .recipes.commands.predict import predict, writing_csv, writing_json
@@ -19,7 +21,7 @@ from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.data.images import list_images
 from .recipes.models.file import load_trained_model
-from .recipes.text import printable
+from .recipes.text import describe_fault, printable
 from .recipes.training.phases import Phase, read_phases
 
 __all__ = ["main"]
@@ -48,20 +50,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_any_name()
     try:
         options = build_parser().parse_args(arguments)
-        status: int = options.run_command(options)
+        with show_log():
+            status: int = options.run_command(options)
         sys.stdout.flush()
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if isinstance(error, BrokenPipeError):  # `... | head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        # Of many processes that were started together, one speaks. A RANK alone may be left from anything.
+        # Of several processes, only the first prints. A RANK without a WORLD_SIZE is not one of several.
         if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
-            print(f"{PROGRAM}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+            message = describe_fault(error) if isinstance(error, ValidationError) else str(error)
+            print(f"{PROGRAM}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
     return status
+
+
+class LogHandler(logging.Handler):
+    """Print the library's log as plain lines: information on stdout, warnings on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        print(self.format(record), file=stream, flush=True)
+
+
+@contextmanager
+def show_log() -> Iterator[None]:
+    """Print what the library logs in the block, and leave logging as it was after it.
+
+    >>> with show_log():
+    ...     logging.getLogger("backbone_finetune.recipes").info("epoch 1")
+    epoch 1
+    """
+    logger, handler = logging.getLogger("backbone_finetune"), LogHandler()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def print_any_name() -> None:
@@ -116,13 +150,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table each, for several phases")
     one_phase = parser.add_argument_group("one phase (what --phases says of several)")
     for option, read, metavar, text in (
-        ("--epochs", positive_integer, "N", ""),
-        ("--trainable-groups", natural_number, "N", "layer groups of the backbone that train too, from the output; "),
-        ("--lr", positive_number, "RATE", ""),
-        ("--backbone-lr", positive_number, "RATE", ""),
-        ("--layer-decay", share_above_zero, "SHARE", "of each layer's rate that the one before it gets; "),
-        ("--weight-decay", non_negative_number, "W", ""),
-        ("--warmup-epochs", non_negative_number, "N", "in which the rates rise from 0, or a fraction of one; "),
+        ("--epochs", int, "N", ""),
+        ("--trainable-groups", int, "N", "layer groups of the backbone that train too, from the output; "),
+        ("--lr", float, "RATE", ""),
+        ("--backbone-lr", float, "RATE", ""),
+        ("--layer-decay", float, "SHARE", "of each layer's rate that the one before it gets; "),
+        ("--weight-decay", float, "W", ""),
+        ("--warmup-epochs", float, "N", "in which the rates rise from 0, or a fraction of one; "),
     ):
         default = getattr(defaults, option.removeprefix("--").replace("-", "_"))
         shown = "none" if default is None else default
@@ -130,10 +164,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     one_phase.add_argument("--cosine", action="store_true", default=None, help="let the rates fall to 0 at the end")
     add("--run", type=Path, metavar="FILE", help="a run.json: do that run again, into another folder")
     for option, read, metavar, text in (
-        ("--seed", natural_number, "S", ""),
-        ("--batch-size", positive_integer, "N", "images in a step, on all processes together; "),
-        ("--accumulation", positive_integer, "N", "parts of a batch, where it is too large for the memory; "),
-        ("--checkpoint-steps", positive_integer, "N", "write a checkpoint so often, and after each epoch; "),
+        ("--seed", int, "S", ""),
+        ("--batch-size", int, "N", "images in a step, on all processes together; "),
+        ("--accumulation", int, "N", "parts of a batch, where it is too large for the memory; "),
+        ("--checkpoint-steps", int, "N", "write a checkpoint so often, and after each epoch; "),
     ):
         default = getattr(settings, option.removeprefix("--").replace("-", "_"))
         add(option, type=read, metavar=metavar, help=f"{text}default: {default}")
@@ -163,7 +197,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add = parser.add_argument
     add("images", type=Path, nargs="+", metavar="IMAGE", help="an image, or a folder of them, however deep")
-    add("--top-k", type=positive_integer, default=3, metavar="K", help="classes for each image (default: %(default)s)")
+    add("--top-k", type=int, default=3, metavar="K", help="classes for each image (default: %(default)s)")
     add("--csv", type=Path, metavar="FILE", help="write the answers to a CSV file as well")
     add("--json", type=Path, metavar="FILE", help="write the answers to a JSON file as well")
     add_batch_size(parser)
@@ -204,7 +238,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
     """Describe how many images are in memory at once."""
     parser.add_argument(
-        "--batch-size", type=positive_integer, default=32, metavar="N", help="images at a time (default: %(default)s)"
+        "--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)"
     )
 
 

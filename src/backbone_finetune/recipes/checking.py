@@ -1,42 +1,9 @@
-"""What is refused: an argument that is not what it must be, and a training whose numbers are not finite any more."""
+"""Checks of arguments: what came, and what is allowed."""
 
 import math
-from collections.abc import Iterable
 from numbers import Integral, Real
 
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-
-__all__ = ["DivergedError", "count_not_finite", "expect", "is_number", "is_whole"]
-
-
-class DivergedError(ValueError):
-    """A training diverged, and the message says when; ``test_accuracy`` is what it had come to.
-
-    >>> DivergedError("the loss became nan in epoch 2", test_accuracy=0.1).test_accuracy
-    0.1
-    """
-
-    def __init__(self, message: str, *, test_accuracy: float) -> None:
-        super().__init__(message)
-        self.test_accuracy = test_accuracy
-
-
-def count_not_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Count the tensors that hold a NaN or an infinity, where they are, and fetch nothing: ``()``, float32.
-
-    >>> count_not_finite([torch.ones(2), torch.tensor([0, torch.inf]), torch.tensor(1)], torch.device("cpu"))
-    tensor(1.)
-
-    Of a tensor in parts (FSDP2) this process's part counts.
-    """
-    count = torch.zeros((), device=device)
-    for tensor in tensors:
-        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if own.is_floating_point():
-            count += ~own.isfinite().all()
-    return count
+__all__ = ["expect", "is_number", "is_whole"]
 
 
 def expect(name: str, value: object, expected: str, fulfilled: bool) -> None:

@@ -61,4 +61,5 @@ def describe_fault(error: ValidationError) -> str:
     place = " ".join(part if isinstance(part, str) else str(part + 1) for part in fault["loc"])
     came = "" if fault["type"] == "missing" else f" = {one_line(repr(fault['input']))}"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{place}{came}: {message[:1].lower()}{message[1:]}"
+    message = message[:1].lower() + message[1:]
+    return f"{place}{came}: {message}" if place else message

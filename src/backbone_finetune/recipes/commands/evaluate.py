@@ -10,7 +10,6 @@ from ..data.images import find_images
 from ..files import replacing
 from ..models.file import TrainedModel
 from .predict import predict
-from .run_folder import make_output_folder
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "write_evaluation"]
 
@@ -157,9 +156,9 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
         ModuleNotFoundError: matplotlib is not installed.
         OSError: the folder can't be written to.
     """
-    from .confusion_plot import draw_confusion  # noqa: PLC0415 (matplotlib, only where it is needed)
+    from .plots import draw_confusion  # noqa: PLC0415 (matplotlib, only where it is needed)
 
-    make_output_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     numbers, image = folder / "evaluation.json", folder / "confusion.png"
     with replacing(numbers) as temporary:
         temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..training.checkpoints import EpochResult
 from ..training.phases import Phase
-from .timing import BackwardTimes
+from .baselines import BackwardTimes
 
 __all__ = ["Metrics", "describe"]
 
@@ -15,7 +15,8 @@ __all__ = ["Metrics", "describe"]
 class Metrics:
     """The record of a run, as ``metrics.json`` holds it. Accuracies are shares of the test images, 0 to 1.
 
-    ``random_backbone``, ``raw_pixels`` and ``backward_milliseconds`` are None where no baselines were wanted.
+    Baselines that were not measured are None. ``feature_precision`` is the precision of the features behind
+    ``test_accuracy``, where it is not the one that ``predict`` computes in.
 
     >>> next(iter(Metrics.__dataclass_fields__))
     'test_accuracy'
@@ -39,13 +40,14 @@ class Metrics:
     history: tuple[EpochResult, ...]
     backward_milliseconds: BackwardTimes | None
     device: str
-    seconds: float
+    feature_precision: str | None
+    seconds: float | None
     versions: dict[str, str]
 
     def references(self) -> dict[str, float]:
-        """Name the accuracies that this run's is held against."""
-        named = {"chance": self.chance, "random backbone": self.random_backbone, "raw pixels": self.raw_pixels}
-        return {name: accuracy for name, accuracy in named.items() if accuracy is not None}
+        """Name the accuracies that this run's is compared with, those that were measured."""
+        measured = {"chance": self.chance, "random backbone": self.random_backbone, "raw pixels": self.raw_pixels}
+        return {name: accuracy for name, accuracy in measured.items() if accuracy is not None}
 
 
 def describe(metrics: Metrics) -> str:
@@ -53,29 +55,24 @@ def describe(metrics: Metrics) -> str:
 
     >>> describe(
     ...     Metrics(0.7, 0.17, 0.3, 0.4, "resnet18", "", (Phase(),), 32, 0, 1, {}, (), 0, 200, (), (),
-    ...     BackwardTimes(120.0, 0.5, 0.4, 16), "cpu", 9.0, {})
+    ...     BackwardTimes(120.0, 0.5, 0.4, 16), "cpu", None, 9.0, {})
     ... ).splitlines()[0]
     'test accuracy    .700  of 200 images, standard error .032'
     """
-    share = metrics.test_accuracy
+    share, times = metrics.test_accuracy, metrics.backward_milliseconds
     standard_error = math.sqrt(share * (1 - share) / metrics.test_images)
-
-    def decimals(value: float) -> str:
-        return f"{value:.3f}".removeprefix("0")
-
+    explanations = {
+        "chance": "always the commonest class",
+        "random backbone": "the same classifier on the same network, untrained and frozen",
+        "raw pixels": "the same classifier on 32 x 32 pixels",
+    }
+    precision = f"; features in {metrics.feature_precision}, predict: float32" if metrics.feature_precision else ""
     lines = [
-        f"test accuracy    {decimals(share)}  of {metrics.test_images} images, "
-        f"standard error {decimals(standard_error)}",
-        f"chance           {decimals(metrics.chance)}  always the commonest class",
+        f"test accuracy    {_decimals(share)}  of {metrics.test_images} images, "
+        f"standard error {_decimals(standard_error)}{precision}",
+        *(f"{name:15}  {_decimals(value)}  {explanations[name]}" for name, value in metrics.references().items()),
     ]
-    if metrics.random_backbone is not None:
-        lines.append(
-            f"random backbone  {decimals(metrics.random_backbone)}  the same classifier on the same network, "
-            "untrained and frozen"
-        )
-    if metrics.raw_pixels is not None:
-        lines.append(f"raw pixels       {decimals(metrics.raw_pixels)}  the same classifier on 32 x 32 pixels")
-    if (times := metrics.backward_milliseconds) is not None:
+    if times is not None:
         groups = metrics.phases[-1].trainable_groups
         frozen = "frozen" if groups == 0 else f"frozen but for {groups} layer groups"
         lines.append(
@@ -85,3 +82,7 @@ def describe(metrics: Metrics) -> str:
     if skipped := len(metrics.skipped_images):
         lines.append(f"skipped          {skipped} broken image{'s' * (skipped > 1)}, named above")
     return "\n".join(lines)
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")

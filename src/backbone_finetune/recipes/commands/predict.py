@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checking import expect, is_whole
 from ..data.images import read_image
 from ..files import replacing
 from ..models.file import TrainedModel, build_transform
@@ -55,6 +56,8 @@ def predict(
     >>> sorted(name for name, probability in prediction.classes)
     ['cat', 'dog']
     """
+    expect("top_k", top_k, "a whole number from 1", is_whole(top_k, least=1))
+    expect("batch_size", batch_size, "a whole number from 1", is_whole(batch_size, least=1))
     transform, elongated = build_transform(trained.data_config), most_elongated(trained.data_config)
     trained.model.eval()
     remaining = iter(images)

@@ -1,15 +1,22 @@
-"""The output folder: what may be written where, and never half a file."""
+"""The output folder of a run: what may be written there, and the record that says which run it is.
+
+While a run is under way, everything of it is in ``.unfinished/``: its record, its checkpoints and its features. Results
+are moved into the folder when they are complete, and ``.unfinished/`` is removed at the end. Nothing that was in the
+folder before is deleted or replaced unless ``overwrite`` is given; then the four results and ``.unfinished/`` are.
+"""
 
 import json
 import os
-import re
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
-from ..files import digest_file, replacing
-from .folder_lock import LOCK_FILE, holding
+from filelock import FileLock, Timeout
+
+from ..files import replacing, sync_file, sync_folder
+from ..text import join_some, one_line
 
 __all__ = [
     "CURVES_FILE",
@@ -18,40 +25,18 @@ __all__ = [
     "RUN_FILE",
     "UNFINISHED",
     "check_output_folder",
-    "claim_output_folder",
-    "clear",
-    "find_others",
-    "make_output_folder",
-    "remove_leftover",
+    "find_differences",
+    "finish_run",
+    "open_run",
+    "publishing",
 ]
 
-# Written last: where it is, the training is finished.
-MODEL_FILE = "model.safetensors"
-# Written first: what run it is.
-RUN_FILE = "run.json"
-METRICS_FILE, CURVES_FILE = "metrics.json", "curves.png"
-FILES = (RUN_FILE, METRICS_FILE, CURVES_FILE, MODEL_FILE)
-# What each is written as, by `replacing` and by `save_checkpoint`, before it takes its place.
-TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.\d+")
-# Checkpoints and features of a run that is under way, and its lock; gone when it is finished.
-UNFINISHED = "unfinished"
-# In there, the digest of the finished model that it will replace.
-REPLACED = "replaces"
-DAMAGED = {RUN_FILE: "not readable"}
-# All that may be in there: what stands before run.json is written, and what comes after it. Folders end in a slash.
-FIRST = re.compile(rf"{LOCK_FILE}|{REPLACED}|\.{REPLACED}\.\d+")
-LATER = re.compile(
-    r"checkpoints/(step-\d+\.safetensors|\.step-\d+\.safetensors\.\d+|\.tmp[A-Za-z0-9]{6})?"  # the last is safetensors'
-    r"|(features-(train|test)(-\d+-of-\d+)?|\.features-(train|test)(-\d+-of-\d+)?\.(new|old)\.[^/]+\.\d+)/"
-    r"(manifest\.json|slot-\d+\.bin)?"
-)
-
-# What file managers put into any folder, and NFS in the place of a file that is still open.
-OF_THE_SYSTEM = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+")
+RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE = "run.json", "model.safetensors", "metrics.json", "curves.png"
+UNFINISHED, LOCK_FILE = ".unfinished", "lock"
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
-    """Check, and touch nothing, that a run may write into a folder: that it loses nobody's files there.
+    """Check, and change nothing, that a run may write into a folder.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as parent:
@@ -61,197 +46,118 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
     ...     check_output_folder(Path(parent), overwrite=False)
     Traceback (most recent call last):
     ...
-    FileExistsError: ... already holds a finished model; ...
+    FileExistsError: ... already holds model.safetensors; pass --overwrite to replace it, or another folder ...
 
     Raises:
-        FileExistsError: it is a file, or holds in ``unfinished`` what no run writes there; or ``overwrite`` is false,
-            and it holds a finished model, or, where no run was begun, anything by a name that a run writes.
+        FileExistsError: it is not a folder; or it holds results, no run is under way there, and ``overwrite`` is false.
     """
     if os.path.lexists(folder) and not folder.is_dir():
-        kind = "a file" if folder.exists() else "a link that leads nowhere"
+        kind = "a file" if folder.exists() else "a broken link"
         raise FileExistsError(f"{folder} is {kind}; pass a folder with --output")
-    if others := find_others(folder):
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise FileExistsError(
-            f"{folder} holds what no run writes there and none deletes ({', '.join(others[:3])}{more}); move it away, "
-            "or pass another folder with --output"
-        )
-    if overwrite:
-        return
-    names = [name for name in FILES if os.path.lexists(folder / name)]
-    if any(not FIRST.fullmatch(name) for _, name in walk(folder / UNFINISHED)):
-        names.append(f"{UNFINISHED}/")
-    if names not in ([], [MODEL_FILE]) and not is_begun(folder):
-        raise FileExistsError(
-            f"{folder} holds {', '.join(names)}, and no run was begun there (no {RUN_FILE} of one); pass another "
-            "folder with --output, or --overwrite to replace them"
-        )
-    if MODEL_FILE in names:
-        raise FileExistsError(
-            f"{folder} already holds a finished model; pass --overwrite to replace it, or another folder with --output"
-        )
-
-
-def find_others(folder: Path) -> list[str]:
-    """Name what is in the way of a run in a folder, and not a run's: in ``unfinished``, or a folder named as a file.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as run:
-    ...     Path(run, "unfinished", "checkpoints").mkdir(parents=True)
-    ...     _ = Path(run, "unfinished", "thesis.txt").write_text("chapter one")
-    ...     find_others(Path(run))
-    ['unfinished/thesis.txt']
-    """
-    others = [f"{name}/" for name in FILES if (folder / name).is_dir()]
     unfinished = folder / UNFINISHED
-    if unfinished.is_symlink() or unfinished.is_file():
-        return [*others, UNFINISHED]
-    return others + sorted(f"{UNFINISHED}/{name}" for path, name in walk(unfinished) if not is_ours(path, name))
-
-
-def walk(unfinished: Path) -> Iterator[tuple[Path, str]]:
-    """Give what is in the folder of an unfinished run, innermost first, by its name in there; not the system's own."""
-
-    def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):  # gone meanwhile, as another run may work there
-            raise error
-
-    for parent, folders, files in os.walk(unfinished, topdown=False, onerror=refuse):
-        for names, end in ((files, ""), (folders, "/")):
-            for name in (name for name in names if not OF_THE_SYSTEM.fullmatch(name)):
-                path = Path(parent, name)
-                yield path, path.relative_to(unfinished).as_posix() + end
-
-
-def is_ours(path: Path, name: str) -> bool:
-    """Say whether something in the folder of an unfinished run, as `walk` names it, is of a kind that runs write."""
-    return not path.is_symlink() and (FIRST.fullmatch(name) or LATER.fullmatch(name)) is not None
-
-
-def is_begun(folder: Path) -> bool:
-    """Say whether the ``run.json`` in a folder is that of a run, or may have been, damaged as it is."""
-    if not (folder / RUN_FILE).is_file():
-        return False
-    record = read_record(folder / RUN_FILE)
-    return isinstance(record, dict) and (
-        record == DAMAGED or all(isinstance(record.get(part), dict) for part in ("arguments", "versions"))
-    )
-
-
-def remove_leftover(folder: Path) -> None:
-    """Remove what a run has left that was killed when its model was written, and nothing else was left to do."""
-    unfinished = folder / UNFINISHED
-    if not (unfinished.is_dir() and (folder / MODEL_FILE).exists() and is_begun(folder)) or find_others(folder):
+    if overwrite or (unfinished / RUN_FILE).is_file():
         return
-    with holding(unfinished, name=str(folder)):
-        if not replaces_model(folder):
-            clear(unfinished)
+    names = [name for name in (RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE) if os.path.lexists(folder / name)]
+    if unfinished.exists() and any(not _precedes_record(path.name) for path in unfinished.iterdir()):
+        names.append(UNFINISHED)
+    if names:
+        replaced = "it" if len(names) == 1 else "them"
+        raise FileExistsError(
+            f"{folder} already holds {', '.join(names)}; pass --overwrite to replace {replaced}, or another folder "
+            "with --output"
+        )
 
 
-def make_output_folder(folder: Path) -> None:
-    """Make a folder where there is none, and see that it can be written to: better before the training than after.
+@contextmanager
+def open_run(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+    """Start the run that ``record`` describes in a folder, or resume it, and lock the folder for the block.
 
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as parent:
-    ...     make_output_folder(Path(parent, "runs", "first"))
-    ...     Path(parent, "runs", "first").is_dir()
-    True
-
-    Raises:
-        OSError: it can't be made or written to.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise type(error)(f"{folder} can't be written to ({error}); pass another folder with --output") from error
-
-
-def claim_output_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> bool:
-    """Take a folder for the run that ``record`` describes: returns whether this very run was begun there before.
-
-    The record becomes ``run.json``. An unfinished run of the same record is gone on with; another is in the way. The
-    caller holds ``unfinished`` in it (`folder_lock.holding`).
+    ``.unfinished/`` is removed after the block if ``finish_run`` was called in it.
 
     >>> from tempfile import TemporaryDirectory
-    >>> first, second = ({"arguments": {"seed": seed}, "versions": {}} for seed in (0, 1))
+    >>> first, second = ({"arguments": {"seed": seed}} for seed in (0, 1))
     >>> with TemporaryDirectory() as parent:
-    ...     print(*(claim_output_folder(Path(parent, "run"), first, overwrite=False) for _ in range(2)))
-    ...     claim_output_folder(Path(parent, "run"), second, overwrite=False)
+    ...     with open_run(Path(parent, "run"), first, overwrite=False):
+    ...         pass
+    ...     with open_run(Path(parent, "run"), second, overwrite=False):
+    ...         pass
     Traceback (most recent call last):
     ...
-    FileExistsError: ... holds an unfinished run of other arguments (seed: 0 there, 1 here); ...
+    FileExistsError: ... holds an unfinished run with other arguments (seed: 0 there, 1 here); ...
 
     Raises:
-        FileExistsError: an unfinished run of other arguments, and ``overwrite`` is false; or as `check_output_folder`.
-        OSError: the folder can't be made or written to.
+        FileExistsError: another process is training there, or an unfinished run has another record and ``overwrite``
+            is false; or as ``check_output_folder``.
+        OSError: the folder cannot be created or written to.
     """
-    make_output_folder(folder)
     check_output_folder(folder, overwrite=overwrite)
-    begun, goes_on = folder / RUN_FILE, False
-    if begun.exists() and (not (folder / MODEL_FILE).exists() or replaces_model(folder)):
-        differences = find_differences(read_record(begun), json.loads(json.dumps(record, allow_nan=False)))
-        goes_on = not differences
-        if differences and not overwrite:
-            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    unfinished = folder / UNFINISHED
+    unfinished.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(unfinished / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FileExistsError(f"another process is training in {folder}; wait for it or stop it") from error
+    try:
+        _start_or_resume(folder, record, overwrite=overwrite)
+        yield
+    finally:
+        is_finished = not (unfinished / RUN_FILE).exists()
+        lock.release()  # before its file is removed: Windows removes no open file
+        if is_finished:
+            shutil.rmtree(unfinished)
+
+
+def _start_or_resume(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> None:
+    unfinished = folder / UNFINISHED
+    here = json.loads(json.dumps(record, allow_nan=False))
+    if (unfinished / RUN_FILE).exists():
+        try:
+            there = json.loads((unfinished / RUN_FILE).read_bytes())
+        except ValueError:
+            there = None
+        differences = find_differences(there, here)
+        if not differences:
+            return
+        if not overwrite:
             raise FileExistsError(
-                f"{folder} holds an unfinished run of other arguments ({'; '.join(differences[:3])}{more}); give the "
-                "same ones to go on with it, --overwrite to replace it, or another folder with --output"
+                f"{folder} holds an unfinished run with other arguments ({join_some(differences, separator='; ')}); "
+                "pass the same ones to resume it, --overwrite to replace it, or another folder with --output"
             )
-    remove_temporaries(folder)
-    if goes_on:
-        return True
-    clear(folder / UNFINISHED)
-    # First what is replaced: a model that is another one than this is the run's own, and the run is finished.
-    if (folder / MODEL_FILE).exists():
-        with replacing(folder / UNFINISHED / REPLACED) as temporary:
-            temporary.write_text(digest_file(folder / MODEL_FILE))
-    with replacing(begun) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    return False
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a run that was killed had begun to write, perhaps as large as the model: none writes there now."""
-    for path in folder.iterdir():
-        if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+    for path in unfinished.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
             path.unlink()
+    with replacing(unfinished / RUN_FILE) as temporary:
+        temporary.write_text(json.dumps(here, indent=2) + "\n")
 
 
-def replaces_model(folder: Path) -> bool:
-    """Say whether an unfinished run is there that began when the model was there which is there now."""
-    replaced = folder / UNFINISHED / REPLACED
-    return replaced.exists() and replaced.read_text() == digest_file(folder / MODEL_FILE)
+@contextmanager
+def publishing(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a path in ``.unfinished/`` to write to; when the block ends without an error, move it to ``folder / name``.
 
-
-def clear(unfinished: Path) -> None:
-    """Empty the folder of an unfinished run, but for its lock and what no run writes there; make it if there is none.
+    A process that is killed while it writes leaves the file that was there before.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
-    ...     for name in ("lock", "replaces", "thesis.txt"):
-    ...         _ = Path(folder, name).write_text("")
-    ...     clear(Path(folder))
-    ...     sorted(path.name for path in Path(folder).iterdir())
-    ['lock', 'thesis.txt']
+    ...     with open_run(Path(folder), {}, overwrite=False):
+    ...         with publishing(Path(folder), "metrics.json") as temporary:
+    ...             _ = temporary.write_text("{}")
+    ...         finish_run(Path(folder))
+    ...     [path.name for path in Path(folder).iterdir()]
+    ['metrics.json']
     """
-    unfinished.mkdir(parents=True, exist_ok=True)
-    for path, name in walk(unfinished):
-        if name == LOCK_FILE or not is_ours(path, name):
-            continue
-        if not name.endswith("/"):
-            path.unlink()
-        elif not any(path.iterdir()):
-            path.rmdir()
+    temporary = folder / UNFINISHED / f"new-{name}"
+    yield temporary
+    sync_file(temporary)
+    os.replace(temporary, folder / name)
+    sync_folder(folder)
 
 
-def read_record(path: Path) -> Any:
-    """Read a ``run.json``; one that is damaged is like no other."""
-    try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        return DAMAGED
+def finish_run(folder: Path) -> None:
+    """Mark a run as finished: from now on there is nothing to resume. See ``publishing`` for an example."""
+    (folder / UNFINISHED / RUN_FILE).unlink()
 
 
 def find_differences(there: Any, here: Any, place: str = "") -> list[str]:
@@ -265,16 +171,12 @@ def find_differences(there: Any, here: Any, place: str = "") -> list[str]:
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         pairs = [(str(number), *pair) for number, pair in enumerate(zip(there, here, strict=True), start=1)]
     else:
-        return [] if there == here else [f"{place}: {shorten(there)} there, {shorten(here)} here"]
+        one, other = ("none" if value is None else one_line(json.dumps(value), most=40) for value in (there, here))
+        return [] if there == here else [f"{place}: {one} there, {other} here"]
     inside = "" if place in {"", "arguments"} else f"{place} "
     return [line for key, one, other in pairs for line in find_differences(one, other, f"{inside}{key}")]
 
 
-def shorten(value: object) -> str:
-    """Write a value in few words.
-
-    >>> shorten(None), shorten("0123456789abcdef0123456789abcdef0123456789")
-    ('none', '"0123456789abcdef0123456789abcdef0123...')
-    """
-    text = "none" if value is None else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _precedes_record(name: str) -> bool:
+    """Tell whether a file of ``.unfinished/`` is one that a run writes before its record is there."""
+    return name == LOCK_FILE or name.startswith(f".{RUN_FILE}.")

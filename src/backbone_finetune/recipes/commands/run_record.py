@@ -1,37 +1,51 @@
-"""``run.json``: what run it is, written so that it can be given again, and read."""
+"""``run.json``: which run it is, written so that the run can be done again."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ValidationError, field_validator
 
 from ..data.fingerprint import backbone_fingerprint
 from ..features.backbone_pass import autocast_dtype
 from ..models.metadata import installed_versions
+from ..text import describe_fault
 from ..training.loop import TrainerConfig
-from ..training.phases import parse_phase
 from .run_folder import find_differences
 from .setup import Task, TrainSettings
 
 __all__ = ["compare_runs", "read_run", "record_run"]
 
-# The folder may be moved, overwriting is how it began, and the rest changes nothing of the model.
+# What changes nothing in the model; the folder may be moved.
 NOT_RECORDED = {"output", "overwrite", "baselines"}
-PATHS = {"images", "checkpoint"}
+
+
+class _RunFile(BaseModel):
+    arguments: TrainSettings
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _check_recorded(cls, arguments: Any) -> Any:
+        if isinstance(arguments, Mapping) and NOT_RECORDED & arguments.keys():
+            raise ValueError(f"{', '.join(sorted(NOT_RECORDED))} are not part of a record")
+        return arguments
 
 
 def record_run(
     settings: TrainSettings, task: Task, loop: TrainerConfig, fingerprints: tuple[str, str]
 ) -> dict[str, Any]:
-    """Write down what a run is: its settings, as they came out, and what its versions, images and backbone are.
+    """Describe a run: its settings as they came out, and its versions, images and backbone.
 
-    Paths are absolute in it, so that it can be given again from anywhere, and precisions those that are used here.
+    Paths are absolute, so that the run can be done again from any folder, and precisions are those in use.
     """
     accelerator = loop.accelerator
-    arguments = {name: value for name, value in asdict(settings).items() if name not in NOT_RECORDED}
-    for name in PATHS:
-        arguments[name] = None if arguments[name] is None else str(arguments[name].absolute())
+    arguments = {
+        name: str(value.absolute()) if isinstance(value, Path) else value
+        for name, value in asdict(settings).items()
+        if name not in NOT_RECORDED
+    }
     arguments["mixed_precision"] = accelerator.mixed_precision
     arguments["autocast_features"] = (
         loop.autocast_features and autocast_dtype(task.model.backbone, accelerator.device) is not None
@@ -46,7 +60,7 @@ def record_run(
 
 
 def compare_runs(recorded: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """Name what a run that is given again does not have as it was: versions, images, backbone, or a precision.
+    """Name what differs in a run that is done again: versions, images, backbone, or a precision.
 
     >>> compare_runs({"backbone_digest": "a"}, {"backbone_digest": "b"})
     ['backbone_digest: "a" there, "b" here']
@@ -70,51 +84,16 @@ def read_run(path: Path) -> tuple[TrainSettings, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no record of a run; the message says why.
+        ValueError: it is not the record of a run; the message says why.
     """
     wanted = "pass the run.json that a training run wrote"
     if not path.is_file():
-        kind = ValueError(f"{path} is no file; {wanted}")
-        raise kind if path.exists() else FileNotFoundError(f"{path}: there is no such file; {wanted}")
+        fault = ValueError if path.exists() else FileNotFoundError
+        raise fault(f"{path}: {'not a file' if path.exists() else 'there is no such file'}; {wanted}")
     try:
-        record = json.loads(path.read_bytes())
+        record: dict[str, Any] = json.loads(path.read_bytes())
+        return _RunFile.model_validate(record).arguments, record
+    except ValidationError as error:
+        raise ValueError(f"{path}: {describe_fault(error)}; {wanted}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); {wanted}") from error
-    arguments = record.get("arguments") if isinstance(record, dict) else None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{path}: no arguments in it; {wanted}")
-    names = {field.name for field in fields(TrainSettings)} - NOT_RECORDED
-    if faulty := sorted(names ^ arguments.keys()):
-        raise ValueError(f"{path}: {faulty[0][:80]!r} is {'missing' if faulty[0] in names else 'unknown'}; {wanted}")
-    for name, (is_allowed, expected) in KINDS.items():
-        if not is_allowed(arguments[name]):
-            raise ValueError(f"{path}: {name} = {arguments[name]!r}: expected {expected}")
-    phases = tuple(
-        parse_phase(table, f"{path}, phase {number}") for number, table in enumerate(arguments["phases"], start=1)
-    )
-    paths = {name: None if arguments[name] is None else Path(arguments[name]) for name in PATHS}
-    try:
-        return TrainSettings(**{**arguments, **paths, "phases": phases}), record
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def is_text_or_none(value: object) -> bool:
-    """Say whether a value is a text, or null.
-
-    >>> is_text_or_none("cpu"), is_text_or_none(None), is_text_or_none(1)
-    (True, True, False)
-    """
-    return value is None or isinstance(value, str)
-
-
-TRUTH = (lambda value: isinstance(value, bool), "true or false")
-KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("images", "architecture", "checkpoint"), (is_text_or_none, "a text or null")),
-    **dict.fromkeys(("pretrained", "trainable_only", "autocast_features"), TRUTH),
-    "device": (lambda value: isinstance(value, str), "a text"),
-    "phases": (
-        lambda value: isinstance(value, list) and all(isinstance(table, dict) for table in value),
-        "a list of phases",
-    ),
-}

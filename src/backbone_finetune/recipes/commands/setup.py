@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import pydantic
 from accelerate import Accelerator
+from pydantic import ConfigDict, Field
 from timm.data.config import resolve_model_data_config
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.copies import meta_copy
 
-from ..checking import expect, is_whole
 from ..data.images import ImageDataset, LabelledFolder, find_images, leave_out_broken_images, split
 from ..models.changes import BaseWeights, find_source, remember_base
 from ..models.file import build_transform, find_size_problem
@@ -18,8 +19,7 @@ from ..models.weights import load_network
 from ..training.loop import TrainerConfig
 from ..training.phases import Phase
 from ..training.processes import run_on_main
-from .folder_lock import refuse_if_held
-from .run_folder import UNFINISHED, check_output_folder, remove_leftover
+from .run_folder import check_output_folder
 
 __all__ = ["CLIPART", "Task", "TrainSettings", "make_task"]
 
@@ -28,9 +28,10 @@ CLIPART = Path(__file__).parents[1] / "data" / "clipart" / "pictures"
 # .69 at 128 and .73 at 160, for 2 and 4 times the time; a first look at a library had better be quick.
 CLIPART_INPUT_SIZE = (3, 96, 96)
 TEST_SHARE = 0.3
+Positive = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class TrainSettings:
     """What to train on what. Left alone: the packaged ImageNet weights, on the packaged clipart.
 
@@ -50,28 +51,18 @@ class TrainSettings:
     architecture: str | None = None
     pretrained: bool = False
     checkpoint: Path | None = None
-    phases: tuple[Phase, ...] = (Phase(),)
-    batch_size: int = 32
-    accumulation: int = 1
-    seed: int = 0
-    checkpoint_steps: int = TrainerConfig.checkpoint_steps
-    mixed_precision: str | None = None
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
+    batch_size: Positive = 32
+    accumulation: Positive = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    checkpoint_steps: Positive = TrainerConfig.checkpoint_steps
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     autocast_features: bool | None = None
     device: str = "auto"
     output: Path = Path("fine-tuned")
     trainable_only: bool = False
     overwrite: bool = False
     baselines: bool | None = None
-
-    def __post_init__(self) -> None:
-        """See that there is a phase, and that each number is in its range."""
-        expect("phases", self.phases, "one Phase or more", len(self.phases) > 0)
-        for name in ("batch_size", "accumulation", "checkpoint_steps"):
-            value = getattr(self, name)
-            expect(name, value, "a whole number from 1", is_whole(value, least=1))
-        expect("seed", self.seed, "a whole number from 0, below 2**63", is_whole(self.seed) and self.seed < 2**63)
-        precisions = (None, "no", "fp16", "bf16")
-        expect("mixed_precision", self.mixed_precision, "no, fp16 or bf16", self.mixed_precision in precisions)
 
 
 @dataclass(frozen=True)
@@ -119,14 +110,12 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
 
 
 def find_classes(settings: TrainSettings) -> LabelledFolder:
-    """Look, and touch nothing but what a killed run left: may this one write where it wants to, and what classes?
+    """Check the output folder and find the classes; nothing is written.
 
     >>> len(find_classes(TrainSettings(output=Path("no such folder"))).class_names)
     10
     """
-    remove_leftover(settings.output)
     check_output_folder(settings.output, overwrite=settings.overwrite)
-    refuse_if_held(settings.output / UNFINISHED, name=str(settings.output))
     return find_images(settings.images or CLIPART)
 
 

@@ -1,7 +1,7 @@
 """What ``backbone-finetune train`` does, from a folder of images to a model file and the record of its training."""
 
 import json
-import sys
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,116 +13,98 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..checking import DivergedError
+from backbone_finetune.summary import describe_by_group
+
 from ..data.fingerprint import data_fingerprint
 from ..data.images import ImageDataset
 from ..features.extract import FeatureCache
-from ..files import replacing
 from ..models.file import TrainedModel, save_trained_changes, save_trained_model
 from ..models.metadata import installed_versions
 from ..rng import preserve_rng_state, seed_everything
-from ..text import printable
+from ..text import join_some, printable
 from ..training.checkpoints import EpochResult
+from ..training.divergence import DivergedError
 from ..training.loop import TrainerConfig, fine_tune
 from ..training.processes import find_device, make_accelerator, run_on_main
-from .baselines import chance_accuracy, random_backbone_accuracy, raw_pixel_accuracy
-from .folder_lock import holding
+from .baselines import chance_accuracy, measure_backward, random_backbone_accuracy, raw_pixel_accuracy
 from .metrics import Metrics, describe
-from .run_folder import (
-    CURVES_FILE,
-    METRICS_FILE,
-    MODEL_FILE,
-    RUN_FILE,
-    UNFINISHED,
-    claim_output_folder,
-    clear,
-    find_others,
-    make_output_folder,
-)
+from .run_folder import CURVES_FILE, METRICS_FILE, MODEL_FILE, RUN_FILE, UNFINISHED, finish_run, open_run, publishing
 from .run_record import compare_runs, record_run
 from .setup import CLIPART, Task, TrainSettings, make_task
-from .timing import BackwardTimes, measure_backward
 
 __all__ = ["CLIPART", "TrainSettings", "train"]
+
+logger = logging.getLogger(__name__)
 
 TIMED_BATCH_SIZE = 16
 
 
 def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None) -> Metrics:
-    """Fine-tune a model, hold it against chance, a random backbone and raw pixels, and write all of it down.
+    """Fine-tune a model and write it to a file; where baselines are wanted, compare it with them.
 
-    It prints what it does. Into ``settings.output`` go ``run.json``, first, ``curves.png``, ``metrics.json`` and, last,
-    ``model.safetensors``. What can be wrong with the settings or the images is found out before the training, and an
-    earlier model there stays until the new one takes its place. A run that was stopped, in whatever way, goes on where
-    it was when it is given the same settings again. Where they are those of a ``recorded`` run (`read_run`), what is
-    not as it was then is said.
+    ``settings.output`` gets ``model.safetensors`` and ``run.json`` when the training is done, then ``metrics.json`` and
+    ``curves.png``. Settings and images are checked before the training, and files of an earlier run stay until new ones
+    replace them. A run that was stopped resumes when it is given the same settings again. What it does is logged, by
+    the main process.
 
     >>> train(TrainSettings(images=Path("no such folder")))
     Traceback (most recent call last):
     ...
     FileNotFoundError: no such folder: there is no such folder; ...
 
+    Args:
+        settings: What to train on what.
+        recorded: The record of an earlier run with these settings (``read_run``); differences are logged.
+
     Raises:
-        FileExistsError: the output folder holds a finished model, another run, one that is under way, or what is not
-            a run's and would be lost.
+        FileExistsError: the output folder holds results, another unfinished run, or one that is under way.
         DivergedError: the loss or the weights are not finite after an epoch; a ValueError. No model is written.
         FileNotFoundError: the images or the checkpoint are not there.
         ModuleNotFoundError: matplotlib or the packaged weights are not installed.
-        ValueError: the settings or the images are not fit for training; the message says how to make them so.
+        ValueError: the settings or the images are not fit for training; the message says how to change them.
     """
     start = time.monotonic()
     accelerator = make_accelerator(find_device(settings.device), mixed_precision=settings.mixed_precision)
-    draw_curves = import_draw_curves()
+    draw_curves = _import_draw_curves()
     with preserve_rng_state(), ExitStack() as held:
         seed_everything(settings.seed)
         task = make_task(settings, accelerator)
-        loop = claim(settings, task, accelerator, held, recorded)
-        if accelerator.is_main_process:
-            announce(task, accelerator.device)
+        loop, record = _start(settings, task, accelerator, held, recorded)
         try:
-            metrics = train_and_compare(settings, task, loop, start=start)
+            metrics = _train_model(settings, task, loop, record)
+            if settings.images is None if settings.baselines is None else settings.baselines:
+                metrics = _add_baselines(metrics, settings, task, loop)
         except KeyboardInterrupt:
             if accelerator.is_main_process:
-                print(f"stopped; {settings.output} keeps what is done: the same command goes on", file=sys.stderr)
+                logger.warning("stopped; the same command resumes this run, which %s keeps", settings.output)
             raise
-        except DivergedError as error:
-            hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
-            raise DivergedError(f"{error}; {hint}", test_accuracy=error.test_accuracy) from error
+        metrics = replace(metrics, seconds=round(time.monotonic() - start, 1))
         if accelerator.is_main_process:
-            print(describe(metrics))
-            with replacing(settings.output / CURVES_FILE) as temporary:
+            logger.info(describe(metrics))
+            with publishing(settings.output, CURVES_FILE) as temporary:
                 draw_curves(metrics.history, metrics.references(), temporary)
-            with replacing(settings.output / METRICS_FILE) as temporary:
+            with publishing(settings.output, METRICS_FILE) as temporary:
                 temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False) + "\n")
-            trained = TrainedModel(task.model, task.architecture, metrics.class_names, task.data_config)
-            if task.base is None:
-                save_trained_model(trained, settings.output / MODEL_FILE, record=asdict(metrics))
-            else:
-                save_trained_changes(trained, task.base, settings.output / MODEL_FILE, record=asdict(metrics))
-            clear(settings.output / UNFINISHED)
-            if others := find_others(settings.output):  # put there while it trained
-                print(printable(f"left as they are: {', '.join(others)} in {settings.output}"), file=sys.stderr)
-            names = (RUN_FILE, CURVES_FILE, METRICS_FILE, MODEL_FILE)
-            print(f"\nwrote {', '.join(str(settings.output / name) for name in names)}")
+            finish_run(settings.output)
+            names = (RUN_FILE, MODEL_FILE, CURVES_FILE, METRICS_FILE)
+            logger.info("\nwrote %s", ", ".join(str(settings.output / name) for name in names))
     accelerator.end_training()
     return metrics
 
 
-def claim(
+def _start(
     settings: TrainSettings,
     task: Task,
     accelerator: Accelerator,
     held: ExitStack,
     recorded: Mapping[str, Any] | None,
-) -> TrainerConfig:
-    """Write down what run this is, or see that it is the one that was begun; returns the loop that keeps it there.
+) -> tuple[TrainerConfig, dict[str, Any]]:
+    """Open the output folder, start the run there or resume it, and log what is trained on what.
 
-    The main process holds the folder for as long as ``held`` is open. What differs from a run that was ``recorded``
-    and is given again is said on stderr.
+    The main process holds the lock of the folder until ``held`` is closed. Returns how to train, and the run's record.
     """
     fingerprints = run_on_main(accelerator, lambda: (data_fingerprint(task.train), data_fingerprint(task.test)))
     unfinished = settings.output / UNFINISHED
-
     loop = TrainerConfig(
         accelerator,
         batch_size=settings.batch_size,
@@ -139,48 +121,40 @@ def claim(
         else settings.autocast_features,
     )
     record = record_run(settings, task, loop, fingerprints)
-    differences = [] if recorded is None else compare_runs(recorded, record)
-    if differences and accelerator.is_main_process:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        print(f"not quite the run that was recorded: {'; '.join(differences[:3])}{more}", file=sys.stderr)
 
-    def take() -> None:
-        make_output_folder(settings.output)
-        held.enter_context(holding(unfinished, name=str(settings.output)))
-        claim_output_folder(settings.output, record, overwrite=settings.overwrite)
-
-    run_on_main(accelerator, take)
-    return loop
-
-
-def announce(task: Task, device: torch.device) -> None:
-    """Print what is trained on what."""
-    for message in task.skipped:
-        print(printable(f"skipped: {message}"), file=sys.stderr)
-    folder, counts = task.train.folder, (len(task.train), len(task.test))
-    print(
-        f"images: {sum(counts)} in {len(folder.class_names)} classes from {folder.root}\n"
-        f"          {counts[0]} to train, {counts[1]} to test, {len(task.skipped)} broken ones skipped\n"
-        f"model:    {task.architecture}, {task.weights}, on {device}\n"
+    run_on_main(
+        accelerator, lambda: held.enter_context(open_run(settings.output, record, overwrite=settings.overwrite))
     )
-    task.model.print_trainable_parameters()
-    print(flush=True)
+    if accelerator.is_main_process:
+        if differences := [] if recorded is None else compare_runs(recorded, record):
+            logger.warning("this run differs from the recorded one: %s", join_some(differences, separator="; "))
+        for message in task.skipped:
+            logger.warning(printable(f"skipped: {message}"))
+        folder, counts = task.train.folder, (len(task.train), len(task.test))
+        logger.info(
+            f"images:   {sum(counts)} in {len(folder.class_names)} classes from {printable(str(folder.root))}\n"
+            f"          {counts[0]} to train, {counts[1]} to test, {len(task.skipped)} broken ones skipped\n"
+            f"model:    {task.architecture}, {printable(task.weights)}, on {accelerator.device}\n\n"
+            f"{describe_by_group(task.model.backbone, task.model.classifier, task.model.layer_groups)}\n"
+        )
+    return loop, record
 
 
-def train_and_compare(settings: TrainSettings, task: Task, loop: TrainerConfig, *, start: float) -> Metrics:
-    """Train a model, and where baselines are wanted, those, and time its backward pass."""
-    accelerator, class_names = loop.accelerator, task.train.folder.class_names
+def _train_model(settings: TrainSettings, task: Task, loop: TrainerConfig, record: Mapping[str, Any]) -> Metrics:
+    """Train the model, and write it before anything else can fail."""
+    accelerator = loop.accelerator
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
-    history = fine_tune(task.model, task.train, task.test, settings.phases, loop)
-    random_backbone, raw_pixels, backward = None, None, None
-    if settings.images is None if settings.baselines is None else settings.baselines:
-        random_backbone, raw_pixels = train_baselines(settings, task, loop, epochs=len(history))
-        backward = run_on_main(accelerator, lambda: time_backward_of(task, accelerator.device))
-    return Metrics(
+    try:
+        history = fine_tune(task.model, task.train, task.test, settings.phases, loop)
+    except DivergedError as error:
+        hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
+        raise DivergedError(f"{error}; {hint}", test_accuracy=error.test_accuracy) from error
+    in_bf16 = record["arguments"]["autocast_features"] and settings.phases[-1].trainable_groups == 0
+    metrics = Metrics(
         test_accuracy=history[-1].test_accuracy,
         chance=chance_accuracy(task.train.folder.targets, task.test.folder.targets),
-        random_backbone=random_backbone,
-        raw_pixels=raw_pixels,
+        random_backbone=None,
+        raw_pixels=None,
         architecture=task.architecture,
         weights=task.weights,
         phases=settings.phases,
@@ -188,74 +162,66 @@ def train_and_compare(settings: TrainSettings, task: Task, loop: TrainerConfig, 
         seed=settings.seed,
         processes=accelerator.num_processes,
         data_config=task.data_config,
-        class_names=class_names,
+        class_names=task.train.folder.class_names,
         train_images=len(task.train),
         test_images=len(task.test),
         skipped_images=task.skipped,
         history=tuple(history),
-        backward_milliseconds=backward,
+        backward_milliseconds=None,
         device=str(accelerator.device),
-        seconds=round(time.monotonic() - start, 1),
+        feature_precision="bf16" if in_bf16 else None,
+        seconds=None,
         versions=installed_versions(),
     )
+    if accelerator.is_main_process:
+        trained = TrainedModel(task.model, task.architecture, metrics.class_names, task.data_config)
+        with publishing(settings.output, RUN_FILE) as temporary:
+            temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+        with publishing(settings.output, MODEL_FILE) as temporary:
+            if task.base is None:
+                save_trained_model(trained, temporary, record=asdict(metrics))
+            else:
+                save_trained_changes(trained, task.base, temporary, record=asdict(metrics))
+    return metrics
 
 
-def train_baselines(settings: TrainSettings, task: Task, loop: TrainerConfig, *, epochs: int) -> tuple[float, float]:
-    """Train the same classifier on a random backbone and on raw pixels: the test accuracy of each."""
-    if loop.accelerator.is_main_process:
-        print("training the same classifier on a random backbone and on raw pixels, to compare", flush=True)
+def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, loop: TrainerConfig) -> Metrics:
+    """Train what the model is compared with, and time its backward pass."""
+    accelerator, num_classes = loop.accelerator, len(metrics.class_names)
+    if accelerator.is_main_process:
+        logger.info("training the same classifier on a random backbone and on raw pixels, to compare")
     seed_everything(settings.seed)
     # As long as the model itself, with the first phase's rates, and always frozen.
-    phase = replace(settings.phases[0], epochs=epochs, trainable_groups=0)
+    phase = replace(settings.phases[0], epochs=len(metrics.history), trainable_groups=0)
     aside = replace(loop, checkpoints=None, caches=None, show_progress=False)
-    num_classes = len(task.train.folder.class_names)
-    random_backbone = compare(
-        "random backbone",
-        lambda: random_backbone_accuracy(
-            task.architecture, num_classes, task.train, task.test, phase=phase, loop=aside
+
+    def compare(name: str, accuracy: Callable[[], float]) -> float:
+        try:
+            return accuracy()
+        except DivergedError as error:
+            if accelerator.is_main_process:
+                logger.warning("%s: %s; its last accuracy counts", name, error)
+            return error.test_accuracy
+
+    return replace(
+        metrics,
+        random_backbone=compare(
+            "random backbone",
+            lambda: random_backbone_accuracy(
+                task.architecture, num_classes, task.train, task.test, phase=phase, loop=aside
+            ),
         ),
-        loop,
+        raw_pixels=compare(
+            "raw pixels", lambda: raw_pixel_accuracy(num_classes, task.train, task.test, phase=phase, loop=aside)
+        ),
+        backward_milliseconds=run_on_main(
+            accelerator, lambda: measure_backward(task.model, *_first_batch(task.train, accelerator.device))
+        ),
     )
-    raw_pixels = compare(
-        "raw pixels",
-        lambda: raw_pixel_accuracy(num_classes, task.train, task.test, phase=phase, loop=aside),
-        loop,
-    )
-    return random_backbone, raw_pixels
 
 
-def time_backward_of(task: Task, device: torch.device) -> BackwardTimes | None:
-    """Time the backward pass of a trained model, None where unfrozen it does not fit the memory."""
-    try:
-        return measure_backward(task.model, *first_batch(task.train, device))
-    except torch.OutOfMemoryError:
-        print("backward time: not measured, the unfrozen model does not fit the memory", file=sys.stderr)
-        return None
-
-
-def compare(name: str, accuracy: Callable[[], float], loop: TrainerConfig) -> float:
-    """Give the accuracy of what a model is held against; that it diverged is said, and no reason to lose the model.
-
-    >>> compare("chance", lambda: 0.1, TrainerConfig(Accelerator(cpu=True)))
-    0.1
-    """
-    try:
-        return accuracy()
-    except DivergedError as error:
-        if loop.shows:
-            print(f"{name}: {error}; its accuracy is that of then", file=sys.stderr)
-        return error.test_accuracy
-
-
-def import_draw_curves() -> Callable[[Sequence[EpochResult], Mapping[str, float], Path], None]:
-    """Import matplotlib only here, where it is needed, and before any work, should it not be there.
-
-    >>> import_draw_curves().__name__
-    'draw_curves'
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+def _import_draw_curves() -> Callable[[Sequence[EpochResult], Mapping[str, float], Path], None]:
+    """Import matplotlib, which takes time, only where it is needed; and before the training, in case it is missing."""
     try:
         from .plots import draw_curves  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -265,7 +231,7 @@ def import_draw_curves() -> Callable[[Sequence[EpochResult], Mapping[str, float]
     return draw_curves
 
 
-def first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
+def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
     """Stack the first images, 16 at most, to time a step with: ``(B, 3, H, W)`` and ``(B,)``."""
     pairs = [data[index] for index in range(min(TIMED_BATCH_SIZE, len(data)))]
     inputs, targets = zip(*pairs, strict=True)

@@ -1,29 +1,54 @@
-"""Where a run stands, and the files that keep it: written whole, the last two kept, believed only to the bit."""
+"""Checkpoints of a run: what is in one, how it is written and read, and how a run resumes from it."""
 
 import hashlib
 import json
-import sys
-from collections.abc import Mapping, Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
+from backbone_finetune.checkpoint import distinct_tensors
+from backbone_finetune.eval_caches import clear_caches
 from backbone_finetune.verification import digest
 
 from ..files import replacing
+from ..rng import random_state, restore_random_state
+from .processes import run_on_main, whole
 
-__all__ = ["Checkpoint", "EpochResult", "Progress", "newest_checkpoint", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "EpochResult",
+    "Progress",
+    "capture",
+    "load_by_name",
+    "newest_checkpoint",
+    "open_checkpoints",
+    "resume",
+    "write_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
 
 KEPT = 2
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch: mean loss and accuracy while training, accuracy on the held-out images after it.
+    """One epoch: mean loss and accuracy while training, and the test accuracy after it.
 
     >>> EpochResult(epoch=1, train_loss=2.1, train_accuracy=0.2, test_accuracy=0.3).epoch
     1
@@ -37,9 +62,9 @@ class EpochResult:
 
 @dataclass
 class Progress:
-    """Where a run stands: in phase ``phase`` (from 0), ``epoch`` of its epochs and ``step`` steps of the next finished.
+    """Where a run is: ``epoch`` epochs of phase ``phase`` and ``step`` steps of the next epoch are done.
 
-    ``steps`` counts those of the whole run; ``loss_sum`` and ``correct`` are the sums of the epoch under way.
+    ``steps`` counts the steps of the whole run; ``loss_sum`` and ``correct`` are the sums of the current epoch.
 
     >>> Progress(history=[EpochResult(1, 2.1, 0.2, 0.3)], step=7, steps=27).describe()
     'epoch 2, step 7'
@@ -54,11 +79,11 @@ class Progress:
     history: list[EpochResult] = field(default_factory=list)
 
     def describe(self) -> str:
-        """Name the epoch under way, of the whole run and from 1, and how many steps of it are done."""
+        """Name the current epoch, counted over the whole run and from 1, and its finished steps."""
         return f"epoch {len(self.history) + 1}, step {self.step}"
 
     def finish_epoch(self, result: EpochResult, *, last_of_phase: bool) -> None:
-        """Go on to the next epoch, in the next phase when this was the last of its phase.
+        """Advance to the next epoch, and to the next phase after the last epoch of a phase.
 
         >>> progress = Progress(step=20, steps=20)
         >>> progress.finish_epoch(EpochResult(1, 2.1, 0.2, 0.3), last_of_phase=True)
@@ -72,7 +97,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All it takes to go on: tensors of the model and the optimizer, the random state of each process.
+    """What a run needs to resume: changed tensors, the optimizer's state by parameter, and each process's random state.
 
     >>> Checkpoint(Progress(step=3), model={}, optimizer={}, random_states=[], scaler={}).progress.step
     3
@@ -80,29 +105,107 @@ class Checkpoint:
 
     progress: Progress
     model: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
+    optimizer: Mapping[str, Mapping[str, Tensor]]
     random_states: Sequence[Mapping[str, Any]]
     scaler: Mapping[str, Any]
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint into a folder, then drop all but the last two there.
+def capture(
+    progress: Progress,
+    model: nn.Module,
+    changed: Set[str],
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    accelerator: Accelerator,
+) -> Checkpoint:
+    """Build a checkpoint of the tensors named in ``changed``. Collective: every process must call it.
 
-    A process that is killed meanwhile leaves those that were there, whole.
+    The other tensors are not in it: the run starts with a model that has them.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> checkpoint = capture(Progress(), layer, {"bias"}, None, accelerator=Accelerator(cpu=True))
+    >>> list(checkpoint.model), len(checkpoint.random_states)
+    (['bias'], 1)
+    """
+    state: Any = {}
+    if optimizer is not None:
+        # On several processes, the main process alone gets the state; it is the one that writes.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(model, _unwrap(optimizer), options=options).get("state", {})
+    return Checkpoint(
+        progress,
+        model={name: whole(tensor) for name, tensor in distinct_tensors(model).items() if name in changed},
+        optimizer=state,
+        random_states=gather_object([random_state()]),
+        scaler={} if accelerator.scaler is None else accelerator.scaler.state_dict(),
+    )
+
+
+def resume(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+    """Restore the optimizer, the loss scaler and the random generators; see ``capture``."""
+    if saved.optimizer:
+        optimizer.zero_grad(set_to_none=True)  # torch needs an optimizer without gradients to set its state up
+        # The groups are the optimizer's own: the schedule sets their rates by the number of the step.
+        groups = get_optimizer_state_dict(model, _unwrap(optimizer))["param_groups"]
+        set_optimizer_state_dict(
+            model,
+            _unwrap(optimizer),
+            {"state": {name: dict(state) for name, state in saved.optimizer.items()}, "param_groups": groups},
+            options=StateDictOptions(full_state_dict=True),
+        )
+    if saved.scaler and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(dict(saved.scaler))
+    if len(saved.random_states) == accelerator.num_processes:
+        restore_random_state(saved.random_states[accelerator.process_index])
+    elif accelerator.is_main_process:
+        logger.warning(
+            "resuming on %d processes a run that was on %d: random numbers will differ from an uninterrupted run",
+            accelerator.num_processes,
+            len(saved.random_states),
+        )
+
+
+def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of a model that have their names."""
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+    clear_caches(model)
+
+
+def open_checkpoints(folder: Path, accelerator: Accelerator) -> tuple[bool, Checkpoint | None]:
+    """Create a folder of checkpoints. Returns whether it existed, and its newest checkpoint, on every process.
 
     >>> from tempfile import TemporaryDirectory
-    >>> import torch
+    >>> with TemporaryDirectory() as parent:
+    ...     [open_checkpoints(Path(parent, "checkpoints"), Accelerator(cpu=True)) for _ in range(2)]
+    [(False, None), (True, None)]
+    """
+
+    def look() -> tuple[bool, Checkpoint | None]:
+        existed = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        return existed, newest_checkpoint(folder)
+
+    return run_on_main(accelerator, look)
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically, then delete all but the newest two.
+
+    >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     for steps in (10, 20, 30):
     ...         write_checkpoint(Path(folder), Checkpoint(Progress(steps=steps), {"w": torch.ones(2)}, {}, [], {}))
     ...     sorted(path.name for path in Path(folder).iterdir()), newest_checkpoint(Path(folder)).model
     (['step-000000020.safetensors', 'step-000000030.safetensors'], {'w': tensor([1., 1.])})
     """
-    parts = (("model", checkpoint.model), ("optimizer", checkpoint.optimizer))
-    tensors = {
-        f"{part}.{name}": tensor.detach().cpu().contiguous() for part, named in parts for name, tensor in named.items()
-    }
-    state = json.dumps(
+    named = {f"model.{name}": tensor for name, tensor in checkpoint.model.items()}
+    for name, state in checkpoint.optimizer.items():
+        named |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    state_text = json.dumps(
         {
             "progress": asdict(checkpoint.progress),
             "random_states": checkpoint.random_states,
@@ -111,70 +214,63 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"step-{checkpoint.progress.steps:09}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"state": state, "digest": digest_all(state, tensors)})
-    for path in checkpoint_files(folder)[:-KEPT]:
+        save_file(tensors, temporary, metadata={"state": state_text, "digest": _digest_all(state_text, tensors)})
+    for path in _list_checkpoints(folder)[:-KEPT]:
         path.unlink()
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read the newest checkpoint of a folder that is whole to the bit, None where there is none.
-
-    One that is truncated or garbled is passed over with a line on stderr. Nothing in a file is executed.
+    """Read the newest undamaged checkpoint of a folder, None where there is none. Nothing in a file is executed.
 
     >>> newest_checkpoint(Path("no such folder")) is None
     True
     """
     for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote
         leftover.unlink()
-    found = (try_checkpoint(path) for path in reversed(checkpoint_files(folder)))
-    return next((checkpoint for checkpoint in found if checkpoint is not None), None)
+    for path in reversed(_list_checkpoints(folder)):
+        try:
+            return _read_checkpoint(path)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:  # noqa: PERF203 (two files)
+            logger.warning("checkpoint %s is damaged (%s); resuming from the one before", path.name, error)
+    return None
 
 
-def try_checkpoint(path: Path) -> Checkpoint | None:
-    """Read one checkpoint, None, with a line on stderr, where it is not what was written."""
-    try:
-        return read_checkpoint(path)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        print(f"checkpoint {path.name} is damaged ({error}); going on from the one before", file=sys.stderr)
-        return None
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint.
-
-    Raises:
-        SafetensorError, OSError, KeyError, TypeError, ValueError: it is not what was written.
-    """
+def _read_checkpoint(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as opened:
         metadata = opened.metadata()
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    if metadata["digest"] != digest_all(metadata["state"], tensors):
+    if metadata["digest"] != _digest_all(metadata["state"], tensors):
         raise ValueError("its content is not what was written")
     state = json.loads(metadata["state"])
     history = [EpochResult(**result) for result in state["progress"].pop("history")]
+    optimizer: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+            optimizer[parameter][key] = tensor
     return Checkpoint(
         Progress(**state["progress"], history=history),
         model={name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")},
-        optimizer={
-            name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")
-        },
+        optimizer=dict(optimizer),
         random_states=state["random_states"],
         scaler=state["scaler"],
     )
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """List the checkpoints of a folder, oldest first.
-
-    >>> checkpoint_files(Path("no such folder"))
-    []
-    """
+def _list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints of a folder, oldest first."""
     return sorted(folder.glob("step-*.safetensors"))
 
 
-def digest_all(state: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest_all(state: str, tensors: Mapping[str, Tensor]) -> str:
     """Digest a text and the bits of all tensors."""
     hashed = hashlib.sha256(state.encode())
     for name in sorted(tensors):
         hashed.update(f"{name} {digest(tensors[name])}".encode())
     return hashed.hexdigest()
+
+
+def _unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Take accelerate's wrapper off an optimizer, where there is one."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner

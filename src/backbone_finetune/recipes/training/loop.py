@@ -19,16 +19,23 @@ from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 
-from ..checking import DivergedError, count_not_finite, expect, is_whole
+from ..checking import expect, is_whole
 from ..features.backbone_pass import trains
 from ..features.extract import FeatureCache
 from ..features.phase_data import gather_features, repeats
 from .batches import Share, epoch_batches, load_batches, local_batch
-from .checkpoints import EpochResult, Progress, write_checkpoint
-from .phases import Phase
+from .checkpoints import (
+    EpochResult,
+    Progress,
+    capture,
+    load_by_name,
+    open_checkpoints,
+    resume,
+    write_checkpoint,
+)
+from .divergence import DivergedError, count_not_finite
+from .phases import Phase, make_schedule
 from .processes import communicated_bytes, prepare, release, whole
-from .resuming import capture, load_by_name, open_checkpoints, resume
-from .schedules import make_schedule
 
 __all__ = ["EpochResult", "TrainerConfig", "evaluate", "fine_tune"]
 
@@ -140,7 +147,7 @@ def fine_tune(
         phase = phases[progress.phase]
         with prepared_phase(model, train, test, phase=phase, changed=changed, loop=loop, moved=moved) as stage:
             if saved is not None:
-                resume(saved, stage.optimizer, loop.accelerator)
+                resume(saved, stage.model, stage.optimizer, loop.accelerator)
                 saved = None
             while progress.epoch < phase.epochs:
                 train_epoch(stage, phase, progress, loop, title=f"epoch {len(progress.history) + 1}/{total}")

@@ -1,70 +1,80 @@
-"""Phases: a training run is a list of them, each with its own share of the network that trains, and its own rates."""
+"""Phases: a training run is a list of them, each with its own trainable layers and its own learning rates."""
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.step_lr import StepLRScheduler
+from typing_extensions import Self
+
+from ..text import describe_fault
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-from ..checking import expect, is_number, is_whole
+__all__ = ["Phase", "make_schedule", "read_phases"]
 
-__all__ = ["Phase", "read_phases"]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Phase:
-    """A stretch of training in which the same layers train: how long, which ones, how fast.
-
-    ``trainable_groups`` counts layer groups of the backbone from its output; 0 trains the classifier alone.
-    ``layer_decay`` lets the rates fall towards the input, as BEiT does. ``warmup_epochs``, which may be a fraction,
-    lets them rise from 0, and ``cosine`` lets them fall to 0 at the end (Loshchilov and Hutter, 2017).
+    """A stretch of training in which the same layers train.
 
     Head first, then everything (LP-FT, Kumar et al. 2022):
 
     >>> [phase.epochs for phase in (Phase(epochs=20), Phase(epochs=5, trainable_groups=5, lr=1e-4, cosine=True))]
     [20, 5]
 
+    Args:
+        epochs: How many passes over the training images.
+        trainable_groups: Layer groups of the backbone that train too, counted from its output; 0 trains the
+            classifier alone.
+        lr: Learning rate of the classifier.
+        backbone_lr: Learning rate of the backbone's last layer.
+        layer_decay: Factor between the rates of one layer and the layer before it, as in BEiT.
+        weight_decay: Weight decay of AdamW.
+        warmup_epochs: Epochs, or a fraction of one, in which the rates rise from 0.
+        cosine: Whether the rates fall to 0 at the end (Loshchilov and Hutter, 2017).
+
     Raises:
-        ValueError: an entry is of the wrong kind or out of range.
+        ValueError: a value is of the wrong type or out of range (pydantic's ``ValidationError``).
     """
 
-    epochs: int = 30
-    trainable_groups: int = 0
-    lr: float = 1e-3
-    backbone_lr: float = 1e-4
-    layer_decay: float | None = None
-    weight_decay: float = 0.01
-    warmup_epochs: float = 0.0
+    epochs: Annotated[int, Field(ge=1)] = 30
+    trainable_groups: Annotated[int, Field(ge=0)] = 0
+    lr: Rate = 1e-3
+    backbone_lr: Rate = 1e-4
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     cosine: bool = False
 
-    def __post_init__(self) -> None:
-        """See that each entry is of its kind and in its range."""
-        for field in fields(self):
-            if hasattr(value := getattr(self, field.name), "item"):  # a number of NumPy's, which JSON does not know
-                object.__setattr__(self, field.name, value.item())
-        self.expect("epochs", "a whole number from 1", is_whole(self.epochs, least=1))
-        self.expect("trainable_groups", "a whole number from 0", is_whole(self.trainable_groups))
-        self.expect("lr", "a number above 0", is_number(self.lr) and self.lr > 0)
-        self.expect("backbone_lr", "a number above 0", is_number(self.backbone_lr) and self.backbone_lr > 0)
-        falls = self.layer_decay is None or (is_number(self.layer_decay) and 0 < self.layer_decay <= 1)
-        self.expect("layer_decay", "a number above 0, up to 1", falls)
-        self.expect("weight_decay", "a number from 0", is_number(self.weight_decay) and self.weight_decay >= 0)
-        rises = is_number(self.warmup_epochs) and 0 <= self.warmup_epochs <= self.epochs
-        self.expect("warmup_epochs", f"a number from 0 to its {self.epochs} epochs", rises)
-        self.expect("cosine", "true or false", isinstance(self.cosine, bool))
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if not self.warmup_epochs <= self.epochs:
+            raise ValueError(
+                f"warmup_epochs = {self.warmup_epochs}: expected a number from 0 to its {self.epochs} epochs"
+            )
+        return self
 
-    def expect(self, name: str, expected: str, fulfilled: bool) -> None:
-        """Raise ValueError, naming an entry and what came, unless it is as expected."""
-        expect(name, getattr(self, name), expected, fulfilled)
+
+class _PhasesFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
 
 
 def read_phases(path: Path) -> tuple[Phase, ...]:
-    r"""Read the phases of a run from a TOML file: a ``[[phases]]`` table each, with the entries of a `Phase`.
+    r"""Read the phases of a run from a TOML file: a ``[[phases]]`` table each, with the arguments of a ``Phase``.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -75,45 +85,35 @@ def read_phases(path: Path) -> tuple[Phase, ...]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no file or no TOML, has no phases, or a phase has an unknown or unfit entry.
+        ValueError: it is no TOML file, has no phases, or an entry of a phase is unknown or out of range.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file; pass a TOML file with [[phases]] tables")
+    wanted = f"pass a TOML file with [[phases]] tables, each with some of {', '.join(f.name for f in fields(Phase))}"
+    if not path.is_file():
+        fault = ValueError if path.exists() else FileNotFoundError
+        raise fault(f"{path}: {'not a file' if path.exists() else 'there is no such file'}; {wanted}")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such file; pass a TOML file with [[phases]] tables") from None
+        return _PhasesFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).phases
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from error
-    tables = content.pop("phases", None)
-    if content:
-        raise ValueError(f"{path}: {next(iter(content))!r} is unknown; the file holds [[phases]] tables only")
-    if not isinstance(tables, list) or not tables or not all(isinstance(table, Mapping) for table in tables):
-        raise ValueError(f"{path}: no phases; give each a [[phases]] table with some of {allowed_keys()}")
-    return tuple(parse_phase(table, f"{path}, phase {number}") for number, table in enumerate(tables, start=1))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {describe_fault(error)}; {wanted}") from error
 
 
-def parse_phase(table: Mapping[str, Any], place: str) -> Phase:
-    """Make a phase of a TOML table; errors begin with the place of it.
+def make_schedule(optimizer: torch.optim.Optimizer, phase: Phase, steps_per_epoch: int) -> Scheduler:
+    """Make the schedule of a phase's learning rates; the rates depend on the number of the step alone.
 
-    >>> parse_phase({"epoch": 3}, "phases.toml, phase 1")
-    Traceback (most recent call last):
-    ...
-    ValueError: phases.toml, phase 1: 'epoch' is unknown; allowed are epochs, trainable_groups, ...
+    >>> optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=1.0)
+    >>> schedule, rates = make_schedule(optimizer, Phase(epochs=4, warmup_epochs=1, cosine=True), 2), []
+    >>> for step in range(1, 9):
+    ...     schedule.step_update(step)
+    ...     rates.append(round(optimizer.param_groups[0]["lr"], 2))
+    >>> rates
+    [0.5, 1.0, 0.95, 0.81, 0.61, 0.39, 0.19, 0.05]
     """
-    for key in table:
-        if key not in {field.name for field in fields(Phase)}:
-            raise ValueError(f"{place}: {key!r} is unknown; allowed are {allowed_keys()}")
-    try:
-        return Phase(**table)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}; allowed are {allowed_keys()}") from error
-
-
-def allowed_keys() -> str:
-    """List the entries of a phase.
-
-    >>> allowed_keys().split(", ")[:2]
-    ['epochs', 'trainable_groups']
-    """
-    return ", ".join(field.name for field in fields(Phase))
+    steps, warmup = phase.epochs * steps_per_epoch, round(phase.warmup_epochs * steps_per_epoch)
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate may have wrapped it
+    if phase.cosine:  # one step longer than the phase, so that the last step still learns
+        return CosineLRScheduler(
+            inner, steps - warmup + 1, warmup_t=warmup, warmup_lr_init=0, warmup_prefix=True, t_in_epochs=False
+        )
+    return StepLRScheduler(inner, steps + 1, decay_rate=1, warmup_t=warmup, warmup_lr_init=0, t_in_epochs=False)
