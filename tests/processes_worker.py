@@ -7,6 +7,7 @@ the main process writes the weights after each. 23 images in batches of 4 leave 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,5 +80,6 @@ def average_by_hand(folder: str, accelerator: Any) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     torch.set_num_threads(1)
     main(*sys.argv[1:])

@@ -110,8 +110,8 @@ def test_only_one_of_them_speaks_and_says_how_much_they_send(printed_by_two: tup
     lines = [line for line in printed_by_two[0].splitlines() if line.startswith("2 processes: ")]
     assert len(lines) == 5  # the last training shows nothing
     head = (16 * 3 + 3) * 4
-    assert lines[0] == lines[1] == f"2 processes: each gives {head} bytes of gradients a step"
-    assert lines[3] == f"2 processes: each gives {head + (8 * 16 * 9 + 16 + 2 * 16) * 4:,} bytes of gradients a step"
+    assert lines[0] == lines[1] == f"2 processes: each sends {head} bytes of gradients per step"
+    assert lines[3] == f"2 processes: each sends {head + (8 * 16 * 9 + 16 + 2 * 16) * 4:,} bytes of gradients per step"
 
 
 @pytest.mark.cuda

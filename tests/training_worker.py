@@ -8,6 +8,7 @@ transform is random, on images; a trainable group with BatchNorm; warm-up and co
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -178,6 +179,7 @@ def run_and_kill(folder: Path, kind: str, kills: int, drawn: random.Random) -> l
 
 
 def main(folder: str, kills: str, seed: str) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     torch.set_num_threads(1)
     drawn = random.Random(int(seed))
     # Of the whole command fewer, as it takes longer.

@@ -1,8 +1,8 @@
 """The training loop: phase after phase, on features where the backbone is frozen, on images where it is not."""
 
 import copy
+import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,6 +36,8 @@ from .checkpoints import (
 from .divergence import DivergedError, count_not_finite
 from .phases import Phase, make_schedule
 from .processes import communicated_bytes, prepare, release, whole
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["EpochResult", "TrainerConfig", "evaluate", "fine_tune"]
 
@@ -139,8 +141,7 @@ def fine_tune(
         load_by_name(model, saved.model)
     if begun and loop.shows:
         done = progress.phase == len(phases)
-        print("its training was finished; going on with the rest" if done else f"resuming at {progress.describe()}")
-        sys.stdout.flush()
+        logger.info("the training was finished before" if done else f"resuming at {progress.describe()}")
     total = sum(phase.epochs for phase in phases)
     moved = False
     while progress.phase < len(phases):
@@ -199,10 +200,10 @@ def prepared_phase(
             phase.lr, backbone_lr=phase.backbone_lr, weight_decay=phase.weight_decay, layer_decay=phase.layer_decay
         )
         if loop.shows and accelerator.num_processes > 1:
-            print(
-                f"{accelerator.num_processes} processes: each gives {communicated_bytes(module):,} bytes of gradients "
-                "a step",
-                flush=True,
+            logger.info(
+                "%d processes: each sends %s bytes of gradients per step",
+                accelerator.num_processes,
+                f"{communicated_bytes(module):,}",
             )
         prepared, optimizer = prepare(
             accelerator, module, torch.optim.AdamW([dict(group) for group in groups], fused=True)
