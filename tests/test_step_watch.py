@@ -185,6 +185,16 @@ def test_gradients_that_are_gathered_over_forwards_are_no_step() -> None:
         model(INPUTS)
 
 
+def test_a_lazy_classifier_is_no_step() -> None:
+    model = FineTuneModel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.LazyLinear(2)).freeze_backbone()
+    optimizer = torch.optim.SGD(model.classifier.parameters(), lr=0.1)
+    model.unfreeze_backbone()
+    model(INPUTS)  # it finds its size
+    model.train()
+    with pytest.warns(UserWarning, match=SAID):
+        train(model, optimizer)
+
+
 def test_a_copy_is_for_itself() -> None:
     model = frozen_model()
     optimizer = adamw(model)

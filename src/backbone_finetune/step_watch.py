@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .tensor_parts import plain_parts
 
@@ -42,7 +43,7 @@ class StepWatch:
 
     def note(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Take down what trains now; what did not when it was last called is pending until a step moves it."""
-        trainable = {name: parameter for name, parameter in parameters if parameter.requires_grad}
+        trainable = {name: p for name, p in parameters if p.requires_grad and not is_lazy(p)}
         newly = frozenset[str]() if self._trainable is None else trainable.keys() - self._trainable
         self._trainable = frozenset(trainable)
         names = newly | self.pending.keys()
@@ -76,8 +77,8 @@ class StepWatch:
         if left:
             names = f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
             warnings.warn(
-                f"{len(left)} parameters were unfrozen ({names}) and no optimizer steps them: it was built before, "
-                "from what trained then. Build a new one from model.param_groups(...), or build the first from "
+                f"{len(left)} parameters were unfrozen ({names}) and no optimizer steps them: one that was built "
+                "earlier holds what trained then. Build a new one from model.param_groups(...), or build the first from "
                 "model.param_groups(..., include_frozen=True), which lives through every unfreezing.",
                 stacklevel=2,
             )
