@@ -78,7 +78,7 @@ class StepWatch:
             names = f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
             warnings.warn(
                 f"{len(left)} parameters were unfrozen ({names}) and no optimizer steps them: one that was built "
-                "earlier holds what trained then. Build a new one from model.param_groups(...), or build the first from "
+                "earlier holds what trained then. Build a new one from model.param_groups(...), or the first one from "
                 "model.param_groups(..., include_frozen=True), which lives through every unfreezing.",
                 stacklevel=2,
             )
