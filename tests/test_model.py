@@ -219,7 +219,7 @@ def test_a_network_that_is_compiled_is_refused(build: Any) -> None:
 def test_a_backbone_with_other_parameters_than_it_was_built_with_is_refused() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
     model.backbone.layer1.extra = nn.Linear(2, 2)
-    got = r"has got 2 parameters \(layer1\.extra\.weight, layer1\.extra\.bias\) since .*; build it anew"
+    got = r"has got 2 parameters \(layer1\.extra\.weight, layer1\.extra\.bias\) since .*; call model\.regroup\(\)"
     for call in (
         model.freeze_backbone,
         model.unfreeze_backbone,

@@ -102,6 +102,48 @@ def test_timms_own_factory_gives_the_same_scales() -> None:
     assert rates(FineTuneModel.from_timm(network)) == plain
 
 
+def test_a_child_of_the_backbone_may_be_called_classifier() -> None:
+    backbone = nn.Sequential()
+    backbone.features = nn.Linear(4, 4)
+    backbone.classifier = nn.Linear(4, 4)  # as torchvision's vgg has it
+    model = FineTuneModel(backbone, nn.Linear(4, 2))
+    optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=1.0, weight_decay=0.0, layer_decay=0.1)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    layers = (model.classifier, backbone.classifier, backbone.features)
+    assert [scales[id(layer.weight)] for layer in layers] == pytest.approx([1.0, 0.1, 0.01])
+
+
+def test_a_name_that_is_not_the_models_is_refused() -> None:
+    depth_of = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).group_matcher()
+    for name in ("_orig_mod.backbone.weight", "weight", "backbone.2.weight"):
+        with pytest.raises(
+            ValueError, match=rf"group_matcher: '{name}' is no parameter of this FineTuneModel, .* before"
+        ):
+            depth_of(name)
+
+
+def test_a_timm_network_in_an_adapter_keeps_its_depths_and_exemptions() -> None:
+    network = timm.create_model("test_vit", num_classes=0)
+    plain = FineTuneModel(network, nn.Linear(64, 3))
+    inside = FineTuneModel(nn.Sequential(network, nn.Flatten()), nn.Linear(64, 3))
+    keywords: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.1, "layer_decay": 0.5}
+    expected = {
+        name.replace("backbone.", "backbone.0."): v for name, v in by_name(plain.param_groups(**keywords)).items()
+    }
+    assert by_name(inside.param_groups(**keywords)) == expected
+
+
+def test_depths_count_what_stands_around_a_timm_network() -> None:
+    network = timm.create_model("test_resnet", num_classes=0)
+    depth = FineTuneModel(network, nn.Linear(96, 3)).group_matcher()("classifier.weight")
+    around = nn.Sequential(nn.Conv2d(1, 3, 1), network, nn.Linear(96, 64))
+    depth_of = FineTuneModel(around, nn.Linear(64, 3)).group_matcher()
+    assert depth_of("backbone.0.weight") == 0
+    assert depth_of("backbone.1.conv1.0.weight") == 1
+    assert depth_of("backbone.2.weight") == depth + 1
+    assert depth_of("classifier.weight") == depth + 2
+
+
 def test_groups_are_the_same_whatever_is_frozen() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
     keywords: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.05, "layer_decay": 0.75, "include_frozen": True}

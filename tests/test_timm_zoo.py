@@ -199,7 +199,7 @@ def fresh_never_trained(model: FineTuneModel) -> set[str]:
     return {"weights", "weights_dist"} if is_efficientvim else set()
 
 
-def test_what_timms_reset_turned_off_stays_off_only_after_from_timm() -> None:
+def test_what_timms_reset_turned_off_stays_off() -> None:
     family = FAMILIES["efficientvim"]
     with torch.device("meta"):
         backbone: Any = family.build(num_classes=CLASSES)
@@ -216,7 +216,9 @@ def test_what_timms_reset_turned_off_stays_off_only_after_from_timm() -> None:
     model.unfreeze_backbone()
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["backbone.weights"]
     assert not by_hand.weights.requires_grad
-    assert all(p.requires_grad for p in FineTuneModel(by_hand, nn.Identity()).unfreeze_backbone().parameters())
+    # Frozen beside what trains when it was wrapped: fixed by its author, as far as we can tell.
+    wrapped = FineTuneModel(by_hand, nn.Identity()).unfreeze_backbone()
+    assert [name for name, p in wrapped.named_parameters() if not p.requires_grad] == ["backbone.weights"]
 
 
 def test_rates_are_timms_on_the_plain_network(fresh: Fresh) -> None:

@@ -2,83 +2,14 @@
 
 from __future__ import annotations
 
-import operator
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
 from torch import nn
 
-from .layer_groups import LayerGroup, check_layer_groups
+from .layer_groups import LayerGroup
 
 # torch and timm say ``running_mean``, Keras ``moving_variance``; others ``ema_mean``, ``avg_var``, ``std``.
 _STATISTICS = frozenset({"running", "moving", "ema", "avg", "average", "mean", "var", "variance", "std"})
-
-
-def set_trainable_groups(
-    backbone: nn.Module,
-    layer_groups: Sequence[LayerGroup],
-    trainable_groups: int,
-    unused_parameters: Iterable[str] = (),
-) -> None:
-    """Freeze a backbone but for its last layer groups.
-
-    >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    >>> groups = (LayerGroup("0", ("0.weight", "0.bias")), LayerGroup("1", ("1.weight", "1.bias")))
-    >>> set_trainable_groups(backbone, groups, 1)
-    >>> [parameter.requires_grad for parameter in backbone.parameters()]
-    [False, False, True, True]
-
-    Parameters named in `unused_parameters` stay frozen in any group. Raises TypeError or ValueError for a
-    `trainable_groups` that is no whole number of groups, and ValueError where the backbone has other parameters than
-    its groups.
-    """
-    is_whole = not isinstance(trainable_groups, bool) and hasattr(trainable_groups, "__index__")
-    if not is_whole or not 0 <= operator.index(trainable_groups) <= len(layer_groups):
-        names = ", ".join(group.name for group in layer_groups)
-        raise (ValueError if is_whole else TypeError)(
-            f"trainable_groups={trainable_groups!r}: the backbone has {len(layer_groups)} layer groups "
-            f"({names or 'none, as it has no parameters'}); pass {'' if is_whole else 'a whole number, '}0 to "
-            f"{len(layer_groups)}."
-        )
-    trainable_groups = operator.index(trainable_groups)
-    first_trainable = len(layer_groups) - trainable_groups
-    parameters = check_layer_groups(backbone, layer_groups)
-    off = set(unused_parameters)
-    quantised = []
-    for position, group in enumerate(layer_groups):
-        for name in group.parameter_names:
-            parameter = parameters[name]
-            should_train = position >= first_trainable and name not in off
-            parameter.requires_grad_(should_train and can_train(parameter))
-            if should_train and parameter.is_floating_point() and not parameter.requires_grad:
-                quantised.append(name)
-    if quantised:
-        names = f"{', '.join(quantised[:3])}{', ...' if len(quantised) > 3 else ''}"
-        warnings.warn(
-            f"{len(quantised)} quantised parameters ({names}) get no gradient and stay frozen; train adapters beside "
-            "them (PEFT), or the network before it is quantised.",
-            stacklevel=3,
-        )
-
-
-def can_train(parameter: torch.Tensor) -> bool:
-    """Say whether a parameter can train: integers have no gradient, and quantised weights get none.
-
-    >>> can_train(torch.zeros(2)), can_train(torch.zeros(2, dtype=torch.int8))
-    (True, False)
-
-    A quantised weight, as torchao's, is a subclass that says it is floating-point, and wraps values of another type.
-    """
-    if not (parameter.is_floating_point() or parameter.is_complex()):
-        return False
-    if parameter.is_nested or hasattr(parameter, "to_local") or not hasattr(parameter, "__tensor_flatten__"):
-        return True
-    parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
-    return any(
-        part is not None and part.dtype == parameter.dtype and part.numel() >= parameter.numel() and can_train(part)
-        for part in parts
-    )
 
 
 def frozen_modules(

@@ -116,7 +116,7 @@ def find_groups(backbone: nn.Module, names: Names) -> list[tuple[str, list[str]]
         groups[-2:] = [groups[-2] + groups[-1]]
     paths = {path for path, _ in backbone.named_modules(remove_duplicate=False)}
     of_timm = is_timm_network(body.module)
-    titles = [_recognisable_name(paths, names, group, by_leaf=of_timm) for group in groups]
+    titles = [_recognisable_name(paths, names, group, of_timm=of_timm) for group in groups]
     if first_is_stem:
         stem = 1 if before and len(groups) > 1 and groups[0] == before else 0
         titles[stem] = f"{body.prefix}stem"
@@ -135,7 +135,8 @@ def find_depths(backbone: nn.Module, names: Names) -> tuple[dict[str, int], int]
     indices = match([*(alias for aliases in inside.values() for alias in aliases), *classifier_names], matcher)
     first = 1 if before else 0
     depths = dict.fromkeys(before, 0)
-    depths |= {name: first + min(indices[alias] for alias in aliases) for name, aliases in inside.items()}
+    for name, aliases in inside.items():
+        depths[body.prefix + name] = first + min(indices[alias] for alias in aliases)
     last = first + max(indices.values())
     for group in after:
         depths |= dict.fromkeys(group, last)
@@ -309,7 +310,7 @@ def _classifier_paths(network: nn.Module) -> tuple[str, ...]:
     return (paths,) if isinstance(paths, str) else tuple(paths)
 
 
-def _recognisable_name(paths: set[str], names: Names, group: Sequence[str], *, by_leaf: bool) -> str:
+def _recognisable_name(paths: set[str], names: Names, group: Sequence[str], *, of_timm: bool) -> str:
     """The module that most of a group is: ``layer4``, ``blocks.11`` (also where the last norm is in it)."""
     below: dict[str, list[str]] = {}
     for name in group:
@@ -317,7 +318,10 @@ def _recognisable_name(paths: set[str], names: Names, group: Sequence[str], *, b
             below.setdefault(prefix, []).append(name)
     prefix = ""
     while True:
-        steps = Counter(name[len(prefix) :].partition(".")[0] for name in below[prefix])
+        steps: Counter[str] = Counter()
+        for name in below[prefix]:
+            # By size a stem is called `conv1`, not `bn1`; timm's groups are called by what has most parameters.
+            steps[name[len(prefix) :].partition(".")[0]] += 1 if of_timm else names.sizes[name]
         ranked = sorted(steps, key=lambda step: (prefix + step not in paths, -steps[step]))
         path = prefix + ranked[0]
         if path not in paths:  # a parameter that the network's root holds
@@ -327,7 +331,7 @@ def _recognisable_name(paths: set[str], names: Names, group: Sequence[str], *, b
         if len(below[prefix]) == names.counts[prefix]:
             leaf = below[prefix][0].rpartition(".")[0]
             # `head` alone would read like the classifier that timm took off; `head.norm` says what is left of it.
-            return leaf if by_leaf and all(name.rpartition(".")[0] == leaf for name in below[prefix]) else path
+            return leaf if of_timm and all(name.rpartition(".")[0] == leaf for name in below[prefix]) else path
 
 
 def _prefixes(name: str) -> list[str]:

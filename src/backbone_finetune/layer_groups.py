@@ -53,8 +53,8 @@ def find_layer_groups(backbone: nn.Module) -> tuple[LayerGroup, ...]:
     return tuple(LayerGroup(title, tuple(names)) for title, names in find_groups(backbone, Names(backbone)))
 
 
-def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module]) -> tuple[LayerGroup, ...]:
-    """Check layer groups that the user gives, as groups or as submodules of the backbone.
+def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module] | None) -> tuple[LayerGroup, ...]:
+    """Check layer groups that the user gives, as groups or as submodules of the backbone; None finds them.
 
     >>> backbone = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> as_layer_groups(backbone, [backbone[0], LayerGroup("top", ("2.weight", "2.bias"))])[0].name
@@ -62,12 +62,14 @@ def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module]
 
     Raises ValueError unless they cover each parameter of the backbone exactly once, and have different names.
     """
+    if given is None:
+        return find_layer_groups(backbone)
     aliases = Names(backbone).aliases
     first_name = {alias: name for name, names in aliases.items() for alias in names}
     groups: list[LayerGroup] = []
     taken: dict[str, str] = {}
-    for entry in given:
-        group = entry if isinstance(entry, LayerGroup) else _group_of_module(backbone, entry)
+    covered: set[str] = set()
+    for group in as_groups(backbone, given, "layer_groups"):
         own: list[str] = []
         for alias in group.parameter_names:
             if alias not in first_name:
@@ -82,10 +84,10 @@ def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module]
                 )
             taken[alias] = group.name
             # A tied parameter has several names; it stays in the first group that names it.
-            if first_name[alias] not in own and not any(first_name[alias] in g.parameter_names for g in groups):
+            if first_name[alias] not in covered:
+                covered.add(first_name[alias])
                 own.append(first_name[alias])
         groups.append(LayerGroup(group.name, tuple(own)))
-    covered = {name for group in groups for name in group.parameter_names}
     if missing := [name for name in aliases if name not in covered]:
         raise ValueError(
             f"layer_groups: {len(missing)} parameters of the backbone are in no group ({_shortened(missing)}); "
@@ -105,7 +107,7 @@ def check_layer_groups(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) 
     >>> check_layer_groups(backbone, groups)
     Traceback (most recent call last):
     ...
-    ValueError: layer groups: the backbone has lost 1 parameter (0.bias) since its FineTuneModel was built; ...
+    ValueError: layer groups: the backbone has lost 1 parameter (0.bias) since it was grouped; call ...
     """
     parameters = dict(backbone.named_parameters())
     grouped = {name for group in layer_groups for name in group.parameter_names}
@@ -117,8 +119,8 @@ def check_layer_groups(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) 
         if names
     ]:
         raise ValueError(
-            f"layer groups: the backbone has {' and '.join(found)} since its FineTuneModel was built; build it anew, "
-            "FineTuneModel(model.backbone, model.classifier), where layer_groups=[...] says which group each is in."
+            f"layer groups: the backbone has {' and '.join(found)} since it was grouped; call "
+            "model.regroup(), which finds its layer groups anew, or takes yours: model.regroup(layer_groups=[...])."
         )
     return parameters
 
@@ -143,20 +145,37 @@ def layer_depths(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> tup
     return depths, len(layer_groups)
 
 
-def _group_of_module(backbone: nn.Module, module: nn.Module) -> LayerGroup:
-    paths = [path for path, inside in backbone.named_modules(remove_duplicate=False) if inside is module]
-    if not paths:
-        raise ValueError(
-            f"layer_groups: {type(module).__name__} is not a submodule of the backbone ({type(backbone).__name__}); "
-            "pass the very submodule objects, e.g. backbone.layer4."
-        )
-    path = paths[0]
-    names = [name for name, _ in backbone.named_parameters(remove_duplicate=False) if _is_within(name, path)]
-    return LayerGroup(path or "(root)", tuple(names))
+def as_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module], argument: str) -> list[LayerGroup]:
+    """Give each entry as a LayerGroup, a submodule with the names of all that is below it.
 
+    >>> backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> as_groups(backbone, [backbone[1]], "layer_groups")
+    [LayerGroup(name='1', parameter_names=('1.weight', '1.bias'))]
 
-def _is_within(name: str, path: str) -> bool:
-    return not path or name == path or name.startswith(f"{path}.")
+    Raises TypeError for what is neither, and ValueError for a module that is not in the backbone.
+    """
+    paths: dict[int, str] = {}
+    for path, module in backbone.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), path)
+    groups: list[LayerGroup] = []
+    for entry in given:
+        if isinstance(entry, LayerGroup):
+            groups.append(entry)
+            continue
+        if not isinstance(entry, nn.Module):
+            raise TypeError(
+                f"{argument}: {entry!r} is neither a module nor a LayerGroup; pass the very submodule objects, e.g. "
+                "backbone.layer4, or LayerGroups."
+            )
+        if id(entry) not in paths:
+            raise ValueError(
+                f"{argument}: {type(entry).__name__} is not a submodule of the backbone ({type(backbone).__name__}); "
+                "pass the very submodule objects, e.g. backbone.layer4."
+            )
+        path = paths[id(entry)]
+        names = [name for name, _ in entry.named_parameters(path, remove_duplicate=False)]
+        groups.append(LayerGroup(path or "(root)", tuple(names)))
+    return groups
 
 
 def _shortened(names: Sequence[str], most: int = 4) -> str:

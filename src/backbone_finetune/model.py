@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import freezing, grad_checkpointing, verification
+from . import freezing, grad_checkpointing, trainable_parts, verification
 from .distributed import reshard
 from .eval_caches import clear_caches_on_load
 from .frozen_statistics import release
 from .guards import Guards
-from .layer_groups import LayerGroup, as_layer_groups, check_layer_groups, find_layer_groups, layer_depths
-from .param_groups import build_param_groups
+from .layer_groups import LayerGroup, as_layer_groups, layer_depths
+from .param_groups import build_group_matcher, build_param_groups, exempt_names
 from .splitting import CutProof, Reassembly, SequentialReassembly, Split, count_classes, split_module, split_timm
 from .splitting.copies import check_width
 from .summary import describe_by_group, describe_by_name
@@ -61,12 +61,10 @@ class FineTuneModel(nn.Module):
         self.classifier = classifier
         self.training = backbone.training  # so that freezing a network that came in eval does not wake it
         self.norm_eval = norm_eval
-        self._layer_groups = (
-            find_layer_groups(backbone) if layer_groups is None else as_layer_groups(backbone, layer_groups)
-        )
+        self._layer_groups = as_layer_groups(backbone, layer_groups)
         self._reassembly: Reassembly = SequentialReassembly()
         self._proof: CutProof | None = None
-        self._unused_parameters: frozenset[str] = frozenset()
+        self._left_off = trainable_parts.find_fixed(backbone, self._layer_groups)
         self._own_classes: int | None = None
         self._guards = Guards(self)
         clear_caches_on_load(self)
@@ -141,7 +139,7 @@ class FineTuneModel(nn.Module):
         model = cls(split.backbone, split.classifier, layer_groups=layer_groups, norm_eval=norm_eval)
         model._reassembly = split.reassembly
         model._proof = split.proof
-        model._unused_parameters = split.unused_parameters
+        model._left_off |= split.unused_parameters
         model._own_classes = split.own_classes
         return model
 
@@ -233,29 +231,64 @@ class FineTuneModel(nn.Module):
 
     default_cfg = pretrained_cfg  # the older name, which timm's ONNX export and its test-time pooling read
 
-    def freeze_backbone(self, *, trainable_groups: int = 0) -> FineTuneModel:
+    @property
+    def trainable_groups(self) -> int | None:
+        """How many of the last layer groups train, None where what trains is not the last ones.
+
+        >>> FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone(trainable_groups=2).trainable_groups
+        2
+        """
+        return trainable_parts.count_trainable_groups(self.backbone, self._layer_groups, self._left_off)
+
+    def freeze_backbone(
+        self, *, trainable_groups: int = 0, trainable: Sequence[LayerGroup | nn.Module] | None = None
+    ) -> FineTuneModel:
         """Freeze the backbone but for its last `trainable_groups` layer groups, whatever was frozen before.
 
         >>> model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone(trainable_groups=1)
         >>> model.backbone.layer4.training, model.backbone.layer3.training
         (True, False)
+        >>> model = model.freeze_backbone(trainable=[model.backbone.layer1])  # surgical fine-tuning, Lee et al. 2023
+        >>> model.backbone.layer1.training, model.backbone.layer4.training
+        (True, False)
 
-        It takes effect at once on `requires_grad`, modes and gradients. Raises ValueError for a count out of range, and
-        where a frozen parameter shares its memory with one that trains.
+        It takes effect at once on `requires_grad`, modes and gradients, adapters in the backbone included: name those
+        in `trainable`. Raises ValueError for a count out of range, for both arguments, for a part that is not in the
+        backbone or has no parameters, and where a frozen parameter shares its memory with one that trains.
         """
         reshard(self)
+        chosen = trainable_parts.choose_parameters(self.backbone, self._layer_groups, trainable_groups, trainable)
         with self._guards.change(self, self._frozen_modules):
-            freezing.set_trainable_groups(self.backbone, self._layer_groups, trainable_groups, self._unused_parameters)
+            trainable_parts.set_trainable(self.backbone, chosen, self._left_off)
         return self.train(self.training)
 
     def unfreeze_backbone(self) -> FineTuneModel:
-        """Let all of the backbone train, but for what timm's `reset_classifier` leaves without a use.
+        """Let all of the backbone train that can, but for what its author had fixed when it was wrapped.
 
         >>> model = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone().unfreeze_backbone()
         >>> all(parameter.requires_grad for parameter in model.parameters())
         True
+
+        Fixed is what was frozen in the midst of layer groups that train (a table of positions, base weights under
+        PEFT's adapters), and what timm's `reset_classifier` leaves without a use. Groups that came frozen as a whole
+        train again. Warns of quantised weights, which cannot train.
         """
+        trainable_parts.warn_of_fixed(self.backbone, self._left_off)
         return self.freeze_backbone(trainable_groups=len(self._layer_groups))
+
+    def regroup(self, *, layer_groups: Sequence[LayerGroup | nn.Module] | None = None) -> FineTuneModel:
+        """Find the layer groups anew, or take these, after parameters were put into the backbone or taken out of it.
+
+        >>> model = FineTuneModel(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+        >>> _ = model.backbone.append(nn.Linear(2, 2))
+        >>> [group.name for group in model.regroup().layer_groups]
+        ['0', '1']
+
+        For adapters (PEFT) and parametrizations that came after wrapping. What trains, `norm_eval` and the way back
+        stay as they are.
+        """
+        self._layer_groups = as_layer_groups(self.backbone, layer_groups)
+        return self.train(self.training)
 
     def train(self, mode: bool = True) -> FineTuneModel:
         """Set the mode, keep what is frozen in eval, and drop gradients that were left on frozen parameters.
@@ -308,7 +341,7 @@ class FineTuneModel(nn.Module):
             layer_decay=layer_decay,
             depths=depths,
             classifier_depth=classifier_depth,
-            no_weight_decay=_exempt_names(self.backbone),
+            no_weight_decay=exempt_names(self.backbone),
             include_frozen=include_frozen,
         )
 
@@ -318,7 +351,7 @@ class FineTuneModel(nn.Module):
         >>> sorted(FineTuneModel.from_timm("test_vit", num_classes=10).no_weight_decay())
         ['backbone.cls_token', 'backbone.dist_token', 'backbone.pos_embed', 'backbone.reg_token']
         """
-        return {f"backbone.{name}" for name in _exempt_names(self.backbone)}
+        return {f"backbone.{name}" for name in exempt_names(self.backbone)}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Give the depth of a parameter by name, for timm's optimizer factory (`layer_decay`).
@@ -326,13 +359,7 @@ class FineTuneModel(nn.Module):
         >>> FineTuneModel.from_timm("resnet18", num_classes=10).group_matcher(coarse=True)("backbone.layer4.0.bn1.bias")
         4
         """
-        if coarse:
-            check_layer_groups(self.backbone, self._layer_groups)
-            depths = {name: i for i, group in enumerate(self._layer_groups) for name in group.parameter_names}
-            classifier_depth = len(self._layer_groups)
-        else:
-            depths, classifier_depth = layer_depths(self.backbone, self._layer_groups)
-        return lambda name: depths.get(name.removeprefix("backbone."), classifier_depth)
+        return build_group_matcher(self.backbone, self._layer_groups, coarse=coarse)
 
     def print_trainable_parameters(self, *, by_name: bool = False) -> None:
         """Print what trains and what does not: a table by layer group, or each parameter by its plain name.
@@ -398,7 +425,3 @@ def _detach_from_storage(features: Any) -> Any:
     except NotImplementedError:  # inside torch.func's transforms, and for sparse tensors: there is none to look at
         return features
     return features.clone(memory_format=torch.contiguous_format) if is_small_view else features
-
-
-def _exempt_names(backbone: nn.Module) -> set[str]:
-    return set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
+from inspect import getattr_static
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+
+from .layer_discovery import find_timm_network
+from .layer_groups import LayerGroup, check_layer_groups, layer_depths
 
 
 def build_param_groups(
@@ -71,6 +75,52 @@ def build_param_groups(
             "(unfreeze_backbone(), freeze_backbone(trainable_groups=1), classifier.requires_grad_(True))."
         )
     return list(groups.values())
+
+
+def build_group_matcher(
+    backbone: nn.Module, layer_groups: Sequence[LayerGroup], *, coarse: bool
+) -> Callable[[str], int]:
+    """Give the depth of a FineTuneModel's parameter by its name, for timm's optimizer factory.
+
+    >>> backbone = nn.Sequential(nn.Linear(2, 2))
+    >>> depth_of = build_group_matcher(backbone, [LayerGroup("0", ("0.weight", "0.bias"))], coarse=True)
+    >>> depth_of("backbone.0.weight"), depth_of("classifier.weight")
+    (0, 1)
+
+    The function that it gives raises ValueError for a name that is neither in the backbone nor in the classifier.
+    """
+    if coarse:
+        check_layer_groups(backbone, layer_groups)
+        depths = {name: depth for depth, group in enumerate(layer_groups) for name in group.parameter_names}
+        classifier_depth = len(layer_groups)
+    else:
+        depths, classifier_depth = layer_depths(backbone, layer_groups)
+
+    def depth_of(name: str) -> int:
+        part, _, rest = name.partition(".")
+        if part == "classifier":
+            return classifier_depth
+        if part != "backbone" or rest not in depths:
+            raise ValueError(
+                f"group_matcher: {name!r} is no parameter of this FineTuneModel, whose names begin with 'backbone.' "
+                "and 'classifier.'; build the optimizer from the model itself, before it is compiled or wrapped."
+            )
+        return depths[rest]
+
+    return depth_of
+
+
+def exempt_names(backbone: nn.Module) -> set[str]:
+    """Name what a timm network, also one in an adapter or a wrapper, says should not decay.
+
+    >>> import timm
+    >>> sorted(exempt_names(nn.Sequential(timm.create_model("test_vit"))))
+    ['0.cls_token', '0.dist_token', '0.pos_embed', '0.reg_token']
+    """
+    prefix, network = find_timm_network(backbone)
+    if getattr_static(network, "no_weight_decay", None) is None:
+        return set()
+    return {f"{prefix}{name}" for name in cast(Any, network).no_weight_decay()}
 
 
 def _check_rates(**rates: float | torch.Tensor | None) -> None:

@@ -1,0 +1,181 @@
+"""Which parameters of a backbone train: those of its last layer groups, or of any of its parts, named as objects."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import nn
+
+from .layer_discovery import Names
+from .layer_groups import LayerGroup, as_groups, check_layer_groups
+
+
+def choose_parameters(
+    backbone: nn.Module,
+    layer_groups: Sequence[LayerGroup],
+    trainable_groups: int = 0,
+    trainable: Sequence[LayerGroup | nn.Module] | None = None,
+) -> set[str]:
+    """Name the parameters of the last layer groups, or of the parts that are given.
+
+    >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> groups = (LayerGroup("0", ("0.weight", "0.bias")), LayerGroup("1", ("1.weight", "1.bias")))
+    >>> sorted(choose_parameters(backbone, groups, trainable_groups=1))
+    ['1.bias', '1.weight']
+    >>> sorted(choose_parameters(backbone, groups, trainable=[backbone[0]]))
+    ['0.bias', '0.weight']
+
+    Raises:
+        TypeError: ``trainable_groups`` is no whole number, or ``trainable`` no list of modules and LayerGroups.
+        ValueError: both are given, the count is out of range, a part has no parameters or is not in the backbone, or
+            the backbone has other parameters than its groups.
+    """
+    check_layer_groups(backbone, layer_groups)
+    if trainable is None:
+        first = len(layer_groups) - _check_count(layer_groups, trainable_groups)
+        return {name for group in layer_groups[first:] for name in group.parameter_names}
+    if not isinstance(trainable, (list, tuple)):
+        raise TypeError(
+            f"trainable: a {type(trainable).__name__}; pass a list of submodules of the backbone or of LayerGroups, "
+            "e.g. trainable=[model.backbone.layer1]."
+        )
+    if trainable_groups:
+        raise ValueError(
+            f"trainable_groups={trainable_groups!r} and trainable=[...] are both given; pass one: the last layer "
+            "groups are trainable=model.layer_groups[-1:]."
+        )
+    if not trainable:
+        raise ValueError("trainable=[]: it names nothing; to freeze all of the backbone call freeze_backbone().")
+    groups = as_groups(backbone, trainable, "trainable")
+    first_name = {alias: name for name, aliases in Names(backbone).aliases.items() for alias in aliases}
+    for group in groups:
+        if not group.parameter_names:
+            raise ValueError(
+                f"trainable: {group.name!r} has no parameters, so nothing of it can train; pass modules that have some."
+            )
+        if unknown := [name for name in group.parameter_names if name not in first_name]:
+            raise ValueError(
+                f"trainable: {unknown[0]!r} in group {group.name!r} is no parameter of the backbone; "
+                "names are relative to the backbone, as in backbone.named_parameters()."
+            )
+    return {first_name[name] for group in groups for name in group.parameter_names}
+
+
+def set_trainable(backbone: nn.Module, names: Collection[str], left_off: Collection[str] = ()) -> None:
+    """Let the named parameters of a backbone train and freeze all others.
+
+    >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> set_trainable(backbone, {"1.weight", "1.bias"}, left_off={"1.bias"})
+    >>> [parameter.requires_grad for parameter in backbone.parameters()]
+    [False, False, True, False]
+
+    What is in ``left_off`` stays frozen, and what cannot train: whole numbers, and quantised weights (a type of
+    parameter of some library's own), of which it warns.
+    """
+    quantised: list[str] = []
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(name in names and name not in left_off and can_train(parameter))
+        if name in names and not can_train(parameter) and type(parameter) is not nn.Parameter:
+            quantised.append(name)
+    if quantised:
+        shown = f"{', '.join(quantised[:3])}{', ...' if len(quantised) > 3 else ''}"
+        warnings.warn(
+            f"{len(quantised)} quantised parameters ({shown}) get no gradient and stay frozen; train adapters beside "
+            "them (PEFT), or the network before it is quantised.",
+            stacklevel=3,
+        )
+
+
+def count_trainable_groups(
+    backbone: nn.Module, layer_groups: Sequence[LayerGroup], left_off: Collection[str] = ()
+) -> int | None:
+    """Count the layer groups that train, None where these are not the last ones.
+
+    >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    >>> groups = (LayerGroup("0", ("0.weight", "0.bias")), LayerGroup("1", ("1.weight", "1.bias")))
+    >>> count_trainable_groups(backbone, groups) is None
+    True
+    >>> count_trainable_groups(backbone.requires_grad_(False), groups)
+    0
+    """
+    parameters = check_layer_groups(backbone, layer_groups)
+    training = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    expected: set[str] = set()
+    for count, group in enumerate(reversed((*layer_groups, LayerGroup("", ())))):
+        expected |= {name for name in group.parameter_names if name not in left_off and can_train(parameters[name])}
+        if training == expected:
+            return count
+    return None
+
+
+def find_fixed(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> frozenset[str]:
+    """Name what the author of a network had fixed: what is frozen, where that does not follow the layer groups.
+
+    >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> groups = (LayerGroup("0", ("0.weight", "0.bias")), LayerGroup("1", ("1.weight", "1.bias")))
+    >>> _ = backbone[0].requires_grad_(False)
+    >>> sorted(find_fixed(backbone, groups))
+    []
+    >>> _ = backbone[1].bias.requires_grad_(False)
+    >>> sorted(find_fixed(backbone, groups))
+    ['0.bias', '0.weight', '1.bias']
+
+    A table of positions stands beside parameters that train, as base weights do beside PEFT's adapters. Where each
+    group is frozen as a whole or not at all, someone froze it to fine-tune, and nothing is fixed.
+    """
+    parameters = dict(backbone.named_parameters())
+    able = {name: parameter for name, parameter in parameters.items() if can_train(parameter)}
+    states = ({able[name].requires_grad for name in group.parameter_names if name in able} for group in layer_groups)
+    if all(len(of_group) <= 1 for of_group in states):
+        return frozenset()
+    return frozenset(name for name, parameter in able.items() if not parameter.requires_grad)
+
+
+def warn_of_fixed(backbone: nn.Module, fixed: Collection[str]) -> None:
+    """Warn where ``unfreeze_backbone`` leaves off much of a backbone.
+
+    >>> warn_of_fixed(nn.Linear(2, 2), [])
+    """
+    names = Names(backbone)
+    found = [name for name in names.sizes if name in fixed]
+    if names.share(found) > 0.1:  # more than a table of positions
+        warnings.warn(
+            f"unfreeze_backbone: {len(found)} parameters ({names.share(found):.1%} of the backbone) stay frozen, as "
+            f"they were frozen when the model was built beside others that trained ({', '.join(found[:3])}, ...); "
+            "to train them, call requires_grad_(True) on the network before it is wrapped.",
+            stacklevel=3,
+        )
+
+
+def can_train(parameter: torch.Tensor) -> bool:
+    """Say whether a parameter can train: integers have no gradient, and quantised weights get none.
+
+    >>> can_train(torch.zeros(2)), can_train(torch.zeros(2, dtype=torch.int8))
+    (True, False)
+
+    A quantised weight, as torchao's, is a subclass that says it is floating-point, and wraps values of another type.
+    """
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return False
+    if parameter.is_nested or hasattr(parameter, "to_local") or not hasattr(parameter, "__tensor_flatten__"):
+        return True
+    parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+    return any(
+        part is not None and part.dtype == parameter.dtype and part.numel() >= parameter.numel() and can_train(part)
+        for part in parts
+    )
+
+
+def _check_count(layer_groups: Sequence[LayerGroup], trainable_groups: int) -> int:
+    is_whole = not isinstance(trainable_groups, bool) and hasattr(trainable_groups, "__index__")
+    if not is_whole or not 0 <= operator.index(trainable_groups) <= len(layer_groups):
+        names = ", ".join(group.name for group in layer_groups)
+        raise (ValueError if is_whole else TypeError)(
+            f"trainable_groups={trainable_groups!r}: the backbone has {len(layer_groups)} layer groups "
+            f"({names or 'none, as it has no parameters'}); pass {'' if is_whole else 'a whole number, '}0 to "
+            f"{len(layer_groups)}."
+        )
+    return operator.index(trainable_groups)
