@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from harness.cuda import allocation_retries
-from harness.environment import Fact, describe_command, describe_precision, note_end
+from harness.cuda import Fact, allocation_retries
+from harness.environment import describe_command, describe_precision, note_end
 from harness.memory import at_largest_batch, count_saved_bytes, is_out_of_memory, peak_memory
 from harness.options import (
     add_models_option,

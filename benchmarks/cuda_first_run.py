@@ -24,7 +24,8 @@ from typing import Any
 
 from first_run.parts import Part, list_parts
 from first_run.predictions import PREDICTED_FOR, list_predictions
-from harness.environment import Fact, describe_command, describe_environment
+from harness.cuda import Fact
+from harness.environment import describe_command, describe_environment
 from harness.options import make_writable
 from harness.results import describe, table, write_text
 from harness.timing import resolve_device

@@ -73,7 +73,8 @@ class Batch:
 
     def settle(self, module: nn.Module) -> nn.Module:
         """Put a module where the pictures are, and its weights into their memory format."""
-        return module.to(device=self.images.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        moved: nn.Module = module.to(device=self.images.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        return moved
 
     def step_of(self, loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> TrainingStep:
         """Make the step that is timed."""
@@ -288,6 +289,7 @@ def prepare_limit(blueprint: Blueprint, batch: Batch, row: PeerRow, expected: Te
     """Make the step that no way of freezing can beat: eval backbone under `no_grad`, and the bare classifier on it."""
     module = batch.settle(blueprint.split(copy.deepcopy(blueprint.network)))
     compare("logits in eval mode", logits_in_eval(module, batch), expected, batch.precision)
+    assert isinstance(module, nn.Sequential)
     backbone, classifier = module
     classifier.train()
 

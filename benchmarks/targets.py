@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from backward_time import Setup, measure_at_batch
 from harness import cuda
-from harness.environment import Fact, describe_command, describe_environment, describe_precision, note_end
+from harness.cuda import Fact
+from harness.environment import describe_command, describe_environment, describe_precision, note_end
 from harness.options import add_models_option, add_shared_options, batch_size_on, repeats_on, settle_device
 from harness.ratios import Paired, Target, TargetReport, compared, write_targets
 from harness.results import Row, reason_of

@@ -16,7 +16,8 @@ from functools import partial
 import timm
 import torch
 from harness.call_growth import LADDERS, CallTime, calls_table, time_calls
-from harness.environment import Fact, describe_command, describe_environment, describe_precision, note_end
+from harness.cuda import Fact
+from harness.environment import describe_command, describe_environment, describe_precision, note_end
 from harness.options import add_models_option, add_shared_options, batch_size_on, repeats_on, settle_device
 from harness.results import describe, spread, table, write_text
 from harness.timing import (

@@ -10,7 +10,7 @@ from caching.training import PEERS
 from caching.transfer import PAIRS, Outcome
 from matplotlib.figure import Figure
 
-from harness.environment import Fact
+from harness.cuda import Fact
 from harness.results import median, write_file
 
 _OURS, _THEIRS, _LIMIT = "#2e6f95", "#b0413e", "#222222"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from harness.environment import Fact
+from harness.cuda import Fact
 from harness.results import describe, table, write_text
 from harness.timing import Interval, paired_ratio
 

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 
-from harness.cuda import device_work
-from harness.environment import Fact, describe_environment
+from harness.cuda import Fact, device_work
+from harness.environment import describe_environment
 from harness.timing import Interval, StepTimes, TrainingStep, interquartile_range, paired_ratio
 
 CLOCKS = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms", "loop_ms")

@@ -167,7 +167,12 @@ def time_step(step: TrainingStep, clock: Clock, loop_steps: int = 0) -> StepTime
     _, whole = clock.time(step.run)
     loop = None
     if loop_steps:
-        loop = milliseconds_of(lambda: [step.run() for _ in range(loop_steps)], clock) / loop_steps
+
+        def run_back_to_back() -> None:
+            for _ in range(loop_steps):
+                step.run()
+
+        loop = milliseconds_of(run_back_to_back, clock) / loop_steps
     # The next variant must not find this one's gradients: freeing them would fall into its clock.
     step.clear_gradients()
     return StepTimes(forward, backward, optimizer, whole, loop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from harness.environment import Fact
+from harness.cuda import Fact
 from harness.results import Sampled, describe, mebibytes, spread, table
 from harness.timing import paired_ratio
 
