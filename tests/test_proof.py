@@ -147,6 +147,20 @@ def test_quantised_weights_are_proved_and_stay_frozen() -> None:
     assert before["backbone.0.weight"] != after["backbone.0.weight"]
 
 
+def test_weights_that_torchao_quantised() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    backbone = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    quantization.quantize_(backbone, quantization.Int8WeightOnlyConfig())
+    model = FineTuneModel(backbone, nn.Linear(32, 2))
+    with pytest.warns(UserWarning, match=r"2 quantised parameters \(0\.weight, 2\.weight\) get no gradient"):
+        model.unfreeze_backbone()
+    optimizer = torch.optim.AdamW(model.param_groups(lr=0.1, weight_decay=0.1))
+    with model.assert_frozen():
+        model(torch.randn(8, 32)).sum().backward()
+        optimizer.step()
+    assert model.frozen_names() == {"backbone.0.weight", "backbone.2.weight"}
+
+
 @pytest.mark.parametrize("view", [lambda weight: weight, lambda weight: weight.t(), lambda weight: weight[1:]])
 def test_memory_that_is_shared_with_what_trains_is_named(view: Callable[[Tensor], Tensor]) -> None:
     model = FineTuneModel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
