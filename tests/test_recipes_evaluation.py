@@ -66,13 +66,15 @@ def test_images_that_cannot_be_read_are_left_out_and_named(trained: TrainedModel
         str(folder / "blue" / "1.png"),
         str(folder / "red" / "text.jpg"),
     ]
-    assert "skipped: 2 images that can't be read" in describe_evaluation(evaluation)
+    assert "skipped: 2 images that cannot be read" in describe_evaluation(evaluation)
 
 
 def test_folders_of_other_classes_are_refused_before_any_work(trained: TrainedModel, tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     make_image(folder / "yellow" / "1.png", (200, 200, 0))
-    with pytest.raises(ValueError, match=r"yellow: no class of this model, whose classes are red, green, blue, pink"):
+    with pytest.raises(
+        ValueError, match=r"yellow: not a class of this model, whose classes are red, green, blue, pink"
+    ):
         evaluate_folder(trained, folder)
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         evaluate_folder(trained, tmp_path / "nowhere")
@@ -94,7 +96,7 @@ def test_it_is_written_for_machines_and_as_a_image(trained: TrainedModel, tmp_pa
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["accuracy"] == evaluation.accuracy == 1.0
     assert written["classes"][0] == {
-        "name": "red", "images": 2, "called": 2, "right": 2, "precision": 1.0, "recall": 1.0
+        "name": "red", "support": 2, "predicted": 2, "correct": 2, "precision": 1.0, "recall": 1.0
     }  # fmt: skip
     assert written["confusion"][2] == [0, 0, 2, 0, 0]
     assert (tmp_path / "out" / "confusion.png").read_bytes().startswith(b"\x89PNG")

@@ -1,36 +1,48 @@
-"""What the command line runs: images in, a fine-tuned model and the record of its training out.
+"""Recipes: from images to a fine-tuned model, its evaluation, and the record of its training.
 
-The recipes stand on the core and may use more than torch and timm; the core knows nothing of them.
+They need the extra ``recipes``; the core never imports them.
 """
 
+from .commands.evaluate import Evaluation, evaluate_folder
 from .commands.inspect import inspect
-from .commands.predict import predict
+from .commands.predict import Prediction, predict
 from .commands.train import TrainSettings, train
 from .data.fingerprint import data_fingerprint, is_deterministic
+from .data.images import ImageDataset, LabelledFolder, find_images
 from .features.extract import FeatureCache, extract_features, feature_batches
 from .heads.grid import HeadResult, fit_heads
 from .heads.lbfgs import LbfgsResult, fit_lbfgs
+from .models.file import TrainedModel, load_trained_model, save_trained_model
 from .training.loop import TrainerConfig, fine_tune
 from .training.phases import Phase, read_phases
 from .training.processes import make_accelerator
 
 __all__ = [
+    "Evaluation",
     "FeatureCache",
     "HeadResult",
+    "ImageDataset",
+    "LabelledFolder",
     "LbfgsResult",
     "Phase",
+    "Prediction",
     "TrainSettings",
+    "TrainedModel",
     "TrainerConfig",
     "data_fingerprint",
+    "evaluate_folder",
     "extract_features",
     "feature_batches",
+    "find_images",
     "fine_tune",
     "fit_heads",
     "fit_lbfgs",
     "inspect",
     "is_deterministic",
+    "load_trained_model",
     "make_accelerator",
     "predict",
     "read_phases",
+    "save_trained_model",
     "train",
 ]

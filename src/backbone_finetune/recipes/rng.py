@@ -1,4 +1,4 @@
-"""The state of every random generator that training may draw from: Python's, numpy's, torch's."""
+"""The state of the random generators that training may draw from: those of Python, NumPy and torch."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ __all__ = ["preserve_rng_state", "random_state", "restore_random_state", "seed_e
 
 
 def random_state() -> dict[str, Any]:
-    """Take down the state of all generators, as JSON can hold it.
+    """Return the state of all generators, in a form that JSON can hold.
 
     >>> before = random_state()
     >>> drawn = torch.rand(1), random.random(), numpy.random.rand()
@@ -21,8 +21,8 @@ def random_state() -> dict[str, Any]:
     True
     """
     version, internal, gauss = random.getstate()
-    legacy_state: Any = numpy.random.get_state()  # numpy types it as either of two forms
-    name, key, *rest = legacy_state
+    legacy: Any = numpy.random.get_state()  # numpy types it as either of two forms
+    name, key, *rest = legacy
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, key.tolist(), *rest],
@@ -34,14 +34,14 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put all generators into a state that `random_state` took down; see there for an example."""
+    """Restore a state that ``random_state`` returned; see there for an example."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, key, *rest = state["numpy"]
     numpy.random.set_state((name, numpy.array(key, dtype=numpy.uint32), *rest))
-    torch.set_rng_state(as_bytes(state["torch"]))
+    torch.set_rng_state(_as_bytes(state["torch"]))
     for index, text in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(as_bytes(text), index)
+        torch.cuda.set_rng_state(_as_bytes(text), index)
 
 
 def seed_everything(seed: int) -> None:
@@ -61,7 +61,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Give the generators back, when the block ends, as they were when it began.
+    """Restore the state of all generators after the block.
 
     >>> with preserve_rng_state():
     ...     drawn = torch.rand(1)
@@ -75,10 +75,5 @@ def preserve_rng_state() -> Iterator[None]:
         restore_random_state(before)
 
 
-def as_bytes(text: str) -> torch.Tensor:
-    """Make a tensor of bytes of their hexadecimal digits.
-
-    >>> as_bytes("01ff")
-    tensor([  1, 255], dtype=torch.uint8)
-    """
+def _as_bytes(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""What ``backbone-finetune evaluate`` does: a trained model on a folder of images whose classes are known."""
+"""``backbone-finetune evaluate``: a trained model on a folder of images whose classes are known."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,6 +9,7 @@ from tqdm import tqdm
 from ..data.images import find_images
 from ..files import replacing
 from ..models.file import TrainedModel
+from ..text import join_some
 from .predict import predict
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "write_evaluation"]
@@ -16,25 +17,25 @@ __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder",
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How well a class is known: of ``images`` that show it, ``right`` were called so, as were ``called`` in all.
+    """Counts for one class: images of it (``support``), images predicted as it, and those of both (``correct``).
 
-    Precision is ``right / called``, recall ``right / images``, None where there is nothing to divide by.
+    Precision is ``correct / predicted`` and recall ``correct / support``, None where there is nothing to divide by.
 
-    >>> ClassScore("cat", images=4, called=3, right=3, precision=1.0, recall=0.75).recall
+    >>> ClassScore("cat", support=4, predicted=3, correct=3, precision=1.0, recall=0.75).recall
     0.75
     """
 
     name: str
-    images: int
-    called: int
-    right: int
+    support: int
+    predicted: int
+    correct: int
     precision: float | None
     recall: float | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of images. ``confusion[i][j]`` of those that show class ``i`` were called class ``j``.
+    """How a model does on images: ``confusion[i][j]`` images of class ``i`` were predicted as class ``j``.
 
     >>> next(iter(Evaluation.__dataclass_fields__))
     'accuracy'
@@ -51,9 +52,9 @@ class Evaluation:
 def evaluate_folder(
     trained: TrainedModel, folder: Path, *, batch_size: int = 32, show_progress: bool = True
 ) -> Evaluation:
-    """Let a model name the class of each image in a folder with a sub-folder per class, named as the model's own.
+    """Evaluate a model on a folder with a sub-folder of images per class, named as the model's classes.
 
-    Images that can't be read are left out, each with a message. Classes without a folder are listed as missing.
+    Images that cannot be read are skipped, each with a message. Classes without a folder are listed as missing.
 
     >>> import timm
     >>> from tempfile import TemporaryDirectory
@@ -69,6 +70,12 @@ def evaluate_folder(
     >>> evaluation.images, evaluation.missing_classes
     (2, ('ant',))
 
+    Args:
+        trained: The model, on any device.
+        folder: The folder of the sub-folders.
+        batch_size: How many images are in memory at a time.
+        show_progress: Whether to show a progress bar on stderr.
+
     Raises:
         FileNotFoundError: there is no such folder.
         NotADirectoryError: it is a file.
@@ -76,10 +83,9 @@ def evaluate_folder(
     """
     found = find_images(folder)
     if unknown := [name for name in found.class_names if name not in trained.class_names]:
-        known = ", ".join(trained.class_names[:20]) + (", ..." if len(trained.class_names) > 20 else "")
         raise ValueError(
-            f"{folder}: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}: no class of this model, whose "
-            f"classes are {known}; rename the folder, or remove it"
+            f"{folder}: {join_some(unknown, most=5)}: not a class of this model, whose classes are "
+            f"{join_some(trained.class_names, most=20)}; rename the folder, or remove it"
         )
     positions = {name: position for position, name in enumerate(trained.class_names)}
     confusion = [[0] * len(positions) for _ in positions]
@@ -97,33 +103,34 @@ def evaluate_folder(
     return Evaluation(
         accuracy=sum(confusion[position][position] for position in positions.values()) / images,
         images=images,
-        classes=tuple(score_class(name, position, confusion) for name, position in positions.items()),
+        classes=tuple(_score_class(name, position, confusion) for name, position in positions.items()),
         missing_classes=tuple(name for name in trained.class_names if name not in found.class_names),
         skipped_images=tuple(skipped),
         confusion=tuple(map(tuple, confusion)),
     )
 
 
-def score_class(name: str, position: int, confusion: list[list[int]]) -> ClassScore:
-    """Score one class of a confusion matrix, whose rows are true and whose columns are said.
-
-    >>> score_class("cat", 0, [[3, 1], [0, 0]])
-    ClassScore(name='cat', images=4, called=3, right=3, precision=1.0, recall=0.75)
-    """
-    right = confusion[position][position]
-    images, called = sum(confusion[position]), sum(row[position] for row in confusion)
+def _score_class(name: str, position: int, confusion: list[list[int]]) -> ClassScore:
+    """Score one class of a confusion matrix, whose rows are true and whose columns are predicted."""
+    correct = confusion[position][position]
+    support, predicted = sum(confusion[position]), sum(row[position] for row in confusion)
     return ClassScore(
-        name, images, called, right, right / called if called else None, right / images if images else None
+        name,
+        support,
+        predicted,
+        correct,
+        precision=correct / predicted if predicted else None,
+        recall=correct / support if support else None,
     )
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:
-    """Write the accuracy, the table by class and what was missing as lines to read.
+    """Format an evaluation as a table by class and a summary.
 
-    >>> cat = ClassScore("cat", images=4, called=3, right=3, precision=1.0, recall=0.75)
+    >>> cat = ClassScore("cat", support=4, predicted=3, correct=3, precision=1.0, recall=0.75)
     >>> print(describe_evaluation(Evaluation(0.75, 4, (cat,), ("dog",), (), ((3,),))))
     class  images  precision  recall
-    cat           4      1.000   0.750
+    cat         4      1.000   0.750
     accuracy 0.750 of 4 images
     without a folder: dog
     """
@@ -131,19 +138,19 @@ def describe_evaluation(evaluation: Evaluation) -> str:
     lines = [f"{'class':{width}}  images  precision  recall"]
     for score in evaluation.classes:
         precision, recall = ("-" if share is None else f"{share:.3f}" for share in (score.precision, score.recall))
-        lines.append(f"{score.name:{width}}  {score.images:>8,}  {precision:>9}  {recall:>6}")
+        lines.append(f"{score.name:{width}}  {score.support:>6,}  {precision:>9}  {recall:>6}")
     lines.append(f"accuracy {evaluation.accuracy:.3f} of {evaluation.images:,} images")
     if evaluation.skipped_images:
-        lines.append(f"skipped: {len(evaluation.skipped_images):,} images that can't be read")
+        lines.append(f"skipped: {len(evaluation.skipped_images):,} images that cannot be read")
     if evaluation.missing_classes:
         lines.append(f"without a folder: {', '.join(evaluation.missing_classes)}")
     return "\n".join(lines)
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
-    """Write ``evaluation.json`` and ``confusion.png`` into a folder, which is made where there is none.
+    """Write ``evaluation.json`` and ``confusion.png`` into a folder, which is created where there is none.
 
-    A byte of a name that is no text is escaped in JSON as in `writing_json`.
+    Bytes of a name that are not text are escaped in JSON as in ``writing_json``.
 
     >>> from tempfile import TemporaryDirectory
     >>> cat, dog = (ClassScore(name, 1, 1, 1, 1.0, 1.0) for name in ("cat", "dog"))
@@ -162,7 +169,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
     numbers, image = folder / "evaluation.json", folder / "confusion.png"
     with replacing(numbers) as temporary:
         temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
-    # The bytes of a name that are no text can't be drawn.
+    # The bytes of a name that are not text cannot be drawn.
     names = [score.name.encode(errors="backslashreplace").decode() for score in evaluation.classes]
     with replacing(image) as temporary:
         draw_confusion(evaluation.confusion, names, temporary)
