@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
+from harness.cuda import Fact
 from harness.environment import (
-    Fact,
     describe_command,
     describe_environment,
     describe_precision,
