@@ -22,7 +22,6 @@ from image_folders import COLOURS, make_image
 from PIL import Image
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.commands import inspect as inspection
 from backbone_finetune.recipes.commands.inspect import inspect_file
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.models import file as model_file
@@ -43,7 +42,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture
 def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build each network once: a thousand files name the same, and its construction is timm's affair."""
-    build = model_file.build_model
+    build = model_file._build_model
     built: dict[object, FineTuneModel] = {}
 
     def build_once(description: Any) -> FineTuneModel:
@@ -53,8 +52,7 @@ def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
             built[key] = build(description)
         return built[key]
 
-    monkeypatch.setattr(model_file, "build_model", build_once)
-    monkeypatch.setattr(inspection, "build_model", build_once)
+    monkeypatch.setattr(model_file, "_build_model", build_once)
 
 
 @pytest.fixture
@@ -336,14 +334,14 @@ def test_an_input_size_that_the_network_does_not_take_is_refused_by_all(tmp_path
 def test_nothing_large_is_built_before_it_is_compared(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     devices: list[str] = []
-    build = model_file.build_model
+    build = model_file._build_model
 
     def record(description: Any) -> FineTuneModel:
         devices.append(torch.empty(0).device.type)
         return build(description)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_file, "build_model", record)
+        patch.setattr(model_file, "_build_model", record)
         path.write_bytes(replace_entry(content, "architecture", "vit_giant_patch14_224"))
         with pytest.raises(ValueError, match="vit_giant_patch14_224 as timm"):
             load_trained_model(path)
@@ -361,7 +359,7 @@ def test_tables_that_no_tensor_accounts_for_are_refused(
         model.backbone.register_buffer("table", torch.empty(2**30), persistent=False)
         return model
 
-    monkeypatch.setattr(model_file, "build_model", build)
+    monkeypatch.setattr(model_file, "_build_model", build)
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"would compute tables of 4,294,\d+,\d+ bytes beside its tensors"):
         load_trained_model(tmp_path / "model.safetensors")

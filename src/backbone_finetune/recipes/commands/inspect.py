@@ -1,6 +1,7 @@
-"""What ``backbone-finetune inspect`` prints: layer groups, parameters and cost, without building a single weight."""
+"""``backbone-finetune inspect``: layer groups, parameters and cost of a network, without building a single weight."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
@@ -10,19 +11,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.checkpoint import peek_checkpoint
 from backbone_finetune.validation import check_architecture
 
-from ..models.file import build_model, check_layouts, describe_file, freeze_as
-from ..text import one_line
+from ..models.file import load_outline
+from ..text import join_some
 
 __all__ = ["count_operations", "inspect", "inspect_file"]
 
 
 def inspect(architecture: str) -> str:
-    """Describe the layer groups, parameters and cost of a timm architecture, and how to train each.
+    """Describe the layer groups, parameters and cost of a timm architecture, and how to train each group.
 
-    Built on the meta device: nothing is downloaded, and no memory taken, however large the network.
+    The network is built on the meta device: nothing is downloaded, and no memory is used.
 
     >>> print(inspect("test_resnet").splitlines()[-2])
     layer4              267,840   71.9%     0.01    6.5%  --trainable-groups 1
@@ -33,14 +33,14 @@ def inspect(architecture: str) -> str:
     check_architecture(architecture)
     with torch.device("meta"):
         network = timm.create_model(architecture)
-        has_classifier = hasattr(network, "reset_classifier")  # a few pure encoders have not
+        has_classifier = hasattr(network, "reset_classifier")  # a few pure encoders have none
         model = (
             FineTuneModel.from_timm(network, num_classes=1) if has_classifier else FineTuneModel(network, nn.Identity())
         )
     config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     count = len(model.layer_groups)
     last = {group.name: f"--trainable-groups {count - index}" for index, group in enumerate(model.layer_groups)}
-    lines = tabulate(model, architecture, config["input_size"], last, "trains, with all below, by")
+    lines = _tabulate(model, architecture, config["input_size"], last, "trains, with all below, by")
     if has_classifier:
         lines[-1] += "  always; this many per class"
     else:
@@ -49,9 +49,9 @@ def inspect(architecture: str) -> str:
 
 
 def inspect_file(path: Path) -> str:
-    """Describe the model of a file: its classes, its layer groups and cost, and what of it is frozen.
+    """Describe the model of a file: its classes, its layer groups and cost, and which parts are frozen.
 
-    Built on the meta device, from the file's metadata and the layouts of its tensors, none of which is read.
+    The model is built on the meta device, from metadata and the layouts of the tensors; no tensor is read.
 
     >>> inspect_file(Path("nowhere.safetensors"))
     Traceback (most recent call last):
@@ -62,57 +62,63 @@ def inspect_file(path: Path) -> str:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated or foreign, or does not fit the network that it names.
     """
-    layouts, metadata = peek_checkpoint(path)
-    description = describe_file(path, metadata)
-    try:
-        check_layouts(description, layouts)
-        with torch.device("meta"):
-            model = build_model(description)
-        freeze_as(model, description)
-        table = tabulate(
-            model, description.architecture, description.data_config.input_size, say_states(model), "state"
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {one_line(error, most=1000)}") from error
+    description, model = load_outline(path)
+    parameters = dict(model.backbone.named_parameters())
+    states = {group.name: _state(parameters[name] for name in group.parameter_names) for group in model.layer_groups}
+    states["classifier"] = _state(model.classifier.parameters())
     names = description.class_names
     return "\n".join(
         [
-            f"{path}: {len(names):,} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})",
+            f"{path}: {len(names):,} classes ({join_some(names, most=10)})",
             "written with " + ", ".join(f"{name} {version}" for name, version in description.versions.items()),
-            *table,
+            *_tabulate(model, description.architecture, description.data_config.input_size, states, "state"),
         ]
     )
 
 
-def say_states(model: FineTuneModel) -> dict[str, str]:
-    """Say of each layer group, and of the classifier, what of it trains.
+def count_operations(model: FineTuneModel, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """Count the floating-point operations of one image's forward pass, by layer group and of the classifier.
 
-    >>> say_states(FineTuneModel(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)).freeze_backbone())
-    {'0': 'frozen', 'classifier': 'trainable'}
+    A multiplication and an addition count two, as in torch's ``FlopCounterMode``, which counts matrix products and
+    convolutions. What a module computes outside its children is counted for the last layer group in it. The model is
+    on the meta device; afterwards it is in eval mode and none of its parameters requires a gradient.
+
+    >>> with torch.device("meta"):
+    ...     model = FineTuneModel(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten()), nn.Linear(8 * 16, 2))
+    >>> dict(count_operations(model, (3, 4, 4)))
+    {'0': 768, 'classifier': 512}
     """
-    parameters = dict(model.backbone.named_parameters())
-    states = {
-        group.name: say_state([parameters[name] for name in group.parameter_names]) for group in model.layer_groups
-    }
-    return {**states, "classifier": say_state(list(model.classifier.parameters()))}
+    group_of = {f"backbone.{name}": group.name for group in model.layer_groups for name in group.parameter_names}
+    order = [*(group.name for group in model.layer_groups), "classifier"]
+    # Without gradients by the parameters' own flags: under no_grad the counter's hooks find no graph and fail.
+    model.eval().requires_grad_(False)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(torch.empty(1, *input_size, device="meta"))
+    # "FineTuneModel.backbone.conv1" -> "backbone.conv1"; the whole model is "Global" and "FineTuneModel".
+    counted = {path.partition(".")[2]: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
+    operations: dict[str, int] = defaultdict(int)
+    for path, count in counted.items():  # a module's count includes its children's
+        operations[_find_group(path, group_of, order)] += count
+        if path:
+            parent = path.rpartition(".")[0]
+            while parent not in counted:
+                parent = parent.rpartition(".")[0]
+            operations[_find_group(parent, group_of, order)] -= count
+    return operations
 
 
-def say_state(parameters: list[nn.Parameter]) -> str:
-    """Say in a word what trains of some parameters.
-
-    >>> say_state(list(nn.Linear(2, 2).requires_grad_(False).parameters()))
-    'frozen'
-    """
+def _state(parameters: Iterable[nn.Parameter]) -> str:
     states = {"trainable" if parameter.requires_grad else "frozen" for parameter in parameters}
     return states.pop() if len(states) == 1 else "mixed"
 
 
-def tabulate(
+def _tabulate(
     model: FineTuneModel, architecture: str, input_size: tuple[int, int, int], last: dict[str, str], title: str
 ) -> list[str]:
     """Tabulate a model on the meta device: a heading, a line for each layer group and one for the classifier.
 
-    ``last`` is what stands in the last column of a group, under ``title``.
+    ``last`` is what the last column says of a group, under ``title``.
     """
     sizes = {name: parameter.numel() for name, parameter in model.backbone.named_parameters()}
     total = sum(sizes.values())
@@ -128,58 +134,19 @@ def tabulate(
         return f"{name:{width}}  {size:>14,}  {share:>6}  {billions}  {last.get(name, '')}".rstrip()
 
     classifier_size = sum(parameter.numel() for parameter in model.classifier.parameters())
+    group_sizes = {group.name: sum(sizes[name] for name in group.parameter_names) for group in groups}
     return [
         f"{architecture}: {total:,} parameters in {len(groups)} layer groups, input to output; "
         f"makes {features} of an image of {' x '.join(map(str, input_size))}",
         "",
         f"{'layer group':{width}}  {'parameters':>14}  {'share':>6}  {'GFLOPs':>7}  {'share':>6}  {title}",
-        *(
-            line(group.name, size, f"{size / total:.1%}")
-            for group in groups
-            for size in [sum(sizes[name] for name in group.parameter_names)]
-        ),
+        *(line(name, size, f"{size / total:.1%}") for name, size in group_sizes.items()),
         line("classifier", classifier_size, ""),
     ]
 
 
-def count_operations(model: FineTuneModel, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """Count the floating-point operations of one image's forward pass, by layer group, and of the classifier.
-
-    A multiplication and an addition count two, as in torch's `FlopCounterMode`, which counts matrix products and
-    convolutions. What a module computes beside its children is counted for the last layer group that it holds. The
-    model is on the meta device, and none of its parameters needs a gradient afterwards.
-
-    >>> with torch.device("meta"):
-    ...     model = FineTuneModel(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten()), nn.Linear(8 * 16, 2))
-    >>> dict(count_operations(model, (3, 4, 4)))
-    {'0': 768, 'classifier': 512}
-    """
-    group_of = {f"backbone.{name}": group.name for group in model.layer_groups for name in group.parameter_names}
-    order = [*(group.name for group in model.layer_groups), "classifier"]
-    # Without gradients by the parameters' own flags: under no_grad the counter's hooks find no graph and fail.
-    model.eval().requires_grad_(False)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        model(torch.empty(1, *input_size, device="meta"))
-    # "FineTuneModel.backbone.conv1" -> "backbone.conv1"; the whole stands there as "Global" and as "FineTuneModel".
-    counted = {path.partition(".")[2]: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
-    operations: dict[str, int] = defaultdict(int)
-    for path, count in counted.items():  # a module's count has its children's in it
-        operations[find_group(path, group_of, order)] += count
-        if path:
-            parent = path.rpartition(".")[0]
-            while parent not in counted:
-                parent = parent.rpartition(".")[0]
-            operations[find_group(parent, group_of, order)] -= count
-    return operations
-
-
-def find_group(path: str, group_of: dict[str, str], order: list[str]) -> str:
-    """Find the layer group of a module: the last that it holds a parameter of, or else its nearest ancestor does.
-
-    >>> find_group("backbone.conv.act", {"backbone.conv.weight": "stem"}, ["stem", "classifier"])
-    'stem'
-    """
+def _find_group(path: str, group_of: dict[str, str], order: list[str]) -> str:
+    """Find the layer group of a module: the last one with a parameter in it, else that of its nearest ancestor."""
     while True:
         if path.partition(".")[0] == "classifier":
             return "classifier"

@@ -1,11 +1,12 @@
-"""A trained model as one file: the tensors, and all it takes to build the network again and feed it an image.
+"""A trained model as one file: its tensors, and what it takes to build the network again and to feed it an image.
 
-A file is data, and perhaps a stranger's: nothing in it is executed, no path or address in it is followed, and before
-a weight takes up memory its layout is compared with the network that the file names, built without memory.
+A file may be a stranger's: nothing in it is executed, no path or address in it is followed, and no weight is loaded
+before the layouts of all tensors were compared with the network that the file names, built on the meta device.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,10 @@ from .metadata import ModelDescription, installed_versions, parse_metadata
 
 __all__ = [
     "TrainedModel",
-    "build_model",
     "build_transform",
-    "check_layouts",
     "describe_file",
     "find_size_problem",
-    "freeze_as",
+    "load_outline",
     "load_trained_model",
     "save_trained_changes",
     "save_trained_model",
@@ -50,11 +49,11 @@ MOST_BYTES_BESIDE = 2**28
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with the names of its classes and timm's data config: what an image needs to become an answer.
+    """A model with the names of its classes and timm's data config.
 
     ``data_config`` holds ``input_size`` (channels, height, width), ``mean``, ``std``, ``interpolation``, ``crop_pct``
-    and ``crop_mode``, as ``timm.data.resolve_model_data_config`` gives them. ``arguments`` are those that
-    `FineTuneModel.from_timm` got beside the name and the classes, such as ``drop_rate``.
+    and ``crop_mode``, as ``timm.data.resolve_model_data_config`` gives them. ``arguments`` are the further ones that
+    ``FineTuneModel.from_timm`` got, such as ``drop_rate``.
 
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
     >>> data_config = timm.data.resolve_model_data_config(model)
@@ -146,19 +145,22 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
             not on this machine.
     """
     layouts, metadata = peek_checkpoint(path)
-    description = describe_file(path, metadata)
-    try:
-        missing = check_layouts(description, layouts)
+    description = _describe(path, metadata)
+    with _naming(path):
+        _, missing = _check_layouts(description, layouts)
         if base is not None and not missing:
             raise ValueError(f"it holds the whole model, and takes no base (given: {base})")
         below = find_base(description, missing, base) if missing else {}
         tensors, _ = read_checkpoint(path)
-        _check_finite(tensors)
-        model = build_model(description)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{name} holds values that are not finite; "
+                    "the training diverged (lower its --lr) or the file is damaged"
+                )
+        model = _build_model(description)
         load_tensors(model, {**below, **tensors})
-        freeze_as(model, description)
-    except ValueError as error:
-        raise ValueError(f"{path}: {one_line(error, most=1000)}") from error
+        _freeze_as(model, description)
     return TrainedModel(
         model.eval(),
         description.architecture,
@@ -168,7 +170,22 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
     )
 
 
-def describe_file(path: Path, metadata: Mapping[str, str] | None = None) -> ModelDescription:
+def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:
+    """Read what a model file says about its model, and build that on the meta device, frozen as it was.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated or foreign, or does not fit the network that it names.
+    """
+    layouts, metadata = peek_checkpoint(path)
+    description = _describe(path, metadata)
+    with _naming(path):
+        model, _ = _check_layouts(description, layouts)
+        _freeze_as(model, description)
+    return description, model
+
+
+def describe_file(path: Path) -> ModelDescription:
     """Read what a model file says about its model, and none of its tensors.
 
     >>> describe_file(Path("tom.jpg"))
@@ -180,12 +197,37 @@ def describe_file(path: Path, metadata: Mapping[str, str] | None = None) -> Mode
         FileNotFoundError: there is no such file.
         ValueError: it is truncated or foreign.
     """
+    return _describe(path, peek_checkpoint(path)[1])
+
+
+def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str | None:
+    """Tell why a network on the meta device takes no image of a size (channels, height, width); None where it does.
+
+    >>> with torch.device("meta"):
+    ...     model = FineTuneModel.from_timm("vit_tiny_patch16_224", num_classes=2)
+    >>> find_size_problem(model, (3, 224, 224)) is None, find_size_problem(model, (3, 96, 96))
+    (True, "Input height (96) doesn't match model (224).")
+    """
     try:
-        return parse_metadata(peek_checkpoint(path)[1] if metadata is None else metadata)
+        with torch.no_grad():
+            model.eval()(torch.empty(1, *size, device="meta"))
+    except Exception as error:  # a network may raise anything for an image of another size
+        return str(error)[:200] or type(error).__name__
+    return None
+
+
+@contextmanager
+def _naming(path: Path, what: str = "") -> Iterator[None]:
+    """Put the name of a file before the message of a ValueError in the block, and that on one line."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(
-            f"{path}: not a model that `backbone-finetune train` wrote; {one_line(error, most=1000)}"
-        ) from error
+        raise ValueError(f"{path}: {what}{one_line(error, most=1000)}") from error
+
+
+def _describe(path: Path, metadata: Mapping[str, str]) -> ModelDescription:
+    with _naming(path, "not a model that `backbone-finetune train` wrote; "):
+        return parse_metadata(metadata)
 
 
 def _make_metadata(trained: TrainedModel, record: Mapping[str, object]) -> dict[str, str]:
@@ -201,18 +243,14 @@ def _make_metadata(trained: TrainedModel, record: Mapping[str, object]) -> dict[
         "record": json.dumps(record),
     }
     try:
-        check_layouts(parse_metadata(metadata), distinct_tensors(trained.model))
+        _check_layouts(parse_metadata(metadata), distinct_tensors(trained.model))
     except ValueError as error:
         raise ValueError(f"a file of this model could not be loaded again: {error}") from error
     return metadata
 
 
-def build_model(description: ModelDescription) -> FineTuneModel:
-    """Build the network of a description, with random weights, on the default device.
-
-    Raises:
-        ValueError: timm can't, with these arguments.
-    """
+def _build_model(description: ModelDescription) -> FineTuneModel:
+    """Build the network of a description, with random weights, on the default device."""
     try:
         return FineTuneModel.from_timm(
             description.architecture,
@@ -220,85 +258,52 @@ def build_model(description: ModelDescription) -> FineTuneModel:
             norm_eval=description.freeze_state.norm_eval,
             **description.given_arguments,
         )
-    except Exception as error:  # what an architecture says of an argument that is not for it can be anything
+    except Exception as error:  # an architecture may raise anything for an argument that it does not take
         raise ValueError(
             f"timm {timm.__version__} can't build {description.architecture} with {description.given_arguments} "
             f"({one_line(error, most=200)})"
         ) from error
 
 
-def check_layouts(
+def _check_layouts(
     description: ModelDescription, layouts: Mapping[str, Layout | torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Compare the layouts of a file's tensors with the network that it names, built without memory.
+) -> tuple[FineTuneModel, list[str]]:
+    """Compare the layouts of a file's tensors with the network that it names, built on the meta device.
 
-    Returns the tensors of the backbone that a file of changes leaves to its base, on the meta device.
-
-    Raises:
-        ValueError: they do not fit, the network would take much memory that the tensors do not account for, or it takes
-            no images of the size that the file names.
+    Returns that network, and the names of the tensors that a file of changes leaves to its base.
     """
     with torch.device("meta"):
-        model = build_model(description)
+        model = _build_model(description)
     own = distinct_tensors(model)
-    missing = {name: tensor for name, tensor in own.items() if name.startswith("backbone.") and name not in layouts}
-    wrote = description.versions.get("timm", "?")
+    missing: dict[str, torch.Tensor] = {}
+    if description.base is not None:
+        missing = {name: own[name] for name in own if name.startswith("backbone.") and name not in layouts}
+    architecture, size = description.architecture, description.data_config.input_size
     try:
-        check_fit(model, layouts if description.base is None else {**layouts, **missing})
+        check_fit(model, {**layouts, **missing})
     except ValueError as error:
+        wrote = description.versions.get("timm", "?")
         by = f"as timm {timm.__version__} builds it (the file was written with timm {wrote})"
-        raise ValueError(f"{description.architecture} {by}: {error}") from error
+        raise ValueError(f"{architecture} {by}: {error}") from error
     beside = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in own)
     if beside > MOST_BYTES_BESIDE:
         raise ValueError(
-            f"{description.architecture} with {description.given_arguments} would compute tables of {beside:,} bytes "
+            f"{architecture} with {description.given_arguments} would compute tables of {beside:,} bytes "
             f"beside its tensors; at most {MOST_BYTES_BESIDE:,} are allowed"
         )
-    size = description.data_config.input_size
     if problem := find_size_problem(model, size):
         raise ValueError(
-            f"{description.architecture} takes no image of {' x '.join(map(str, size))}, which the file names as its "
+            f"{architecture} takes no image of {' x '.join(map(str, size))}, which the file names as its "
             f"input_size ({problem})"
         )
-    return {} if description.base is None else missing
+    return model, list(missing)
 
 
-def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str | None:
-    """Say why a network, built on the meta device, takes no image of a size (channels, height, width); or None.
-
-    >>> with torch.device("meta"):
-    ...     model = FineTuneModel.from_timm("vit_tiny_patch16_224", num_classes=2)
-    >>> find_size_problem(model, (3, 224, 224)) is None, find_size_problem(model, (3, 96, 96))
-    (True, "Input height (96) doesn't match model (224).")
-    """
-    try:
-        with torch.no_grad():
-            model.eval()(torch.empty(1, *size, device="meta"))
-    except Exception as error:  # what a network says of an image of another size can be anything, or nothing
-        return str(error)[:200] or type(error).__name__
-    return None
-
-
-def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a NaN or an infinity: every answer of the model would be one."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"{name} holds values that are not finite; "
-                "the training diverged (lower its --lr) or the file is damaged"
-            )
-
-
-def freeze_as(model: FineTuneModel, description: ModelDescription) -> None:
-    """Freeze the parameters of a model but for those that trained.
-
-    Raises:
-        ValueError: it has no parameter of that name, or one that can't train.
-    """
-    parameters = dict(model.named_parameters())
+def _freeze_as(model: FineTuneModel, description: ModelDescription) -> None:
+    """Freeze the parameters of a model except those that trained."""
+    parameters, trainable = dict(model.named_parameters()), set(description.freeze_state.trainable)
     for name in description.freeze_state.trainable:
         if name not in parameters or not parameters[name].is_floating_point():
             raise ValueError(f"trainable: {name[:80]!r} is no parameter of {description.architecture}")
-    trainable = set(description.freeze_state.trainable)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable)
