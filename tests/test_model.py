@@ -260,7 +260,7 @@ def test_num_features_and_num_classes() -> None:
     assert FineTuneModel(nn.Flatten(), nn.ReLU()).num_features is None
     with_a_head = timm.create_model("test_resnet", num_classes=20)
     assert FineTuneModel(with_a_head, nn.Linear(20, 3)).num_features == 20
-    assert FineTuneModel(with_a_head, nn.Sequential(nn.ReLU(), nn.Linear(20, 3))).num_features is None
+    assert FineTuneModel(with_a_head, nn.Sequential(nn.ReLU(), nn.Linear(20, 3))).num_features == 20
 
 
 def test_a_lazy_classifier_takes_what_the_backbone_gives() -> None:

@@ -16,10 +16,18 @@ from .frozen_statistics import release
 from .guards import Guards
 from .layer_groups import LayerGroup, as_layer_groups, layer_depths
 from .param_groups import build_group_matcher, build_param_groups, exempt_names
-from .splitting import CutProof, Reassembly, SequentialReassembly, Split, count_classes, split_module, split_timm
-from .splitting.copies import check_width
+from .splitting import (
+    Reassembly,
+    SequentialReassembly,
+    Split,
+    check_width,
+    count_classes,
+    measure_features,
+    split_module,
+    split_timm,
+)
 from .summary import describe_by_group, describe_by_name
-from .validation import check_module, check_shares_nothing
+from .validation import check_module, check_shares_nothing, describe_misfit
 
 
 class FineTuneModel(nn.Module):
@@ -63,9 +71,7 @@ class FineTuneModel(nn.Module):
         self.norm_eval = norm_eval
         self._layer_groups = as_layer_groups(backbone, layer_groups)
         self._reassembly: Reassembly = SequentialReassembly()
-        self._proof: CutProof | None = None
         self._left_off = trainable_parts.find_fixed(backbone, self._layer_groups)
-        self._own_classes: int | None = None
         self._guards = Guards(self)
         clear_caches_on_load(self)
 
@@ -138,24 +144,19 @@ class FineTuneModel(nn.Module):
     ) -> FineTuneModel:
         model = cls(split.backbone, split.classifier, layer_groups=layer_groups, norm_eval=norm_eval)
         model._reassembly = split.reassembly
-        model._proof = split.proof
-        model._left_off |= split.unused_parameters
-        model._own_classes = split.own_classes
+        model._left_off |= split.reassembly.unused_parameters
         return model
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Compute features, then classify them."""
         self._guards.look_at_forward(self)
-        # A compiler proves each graph that it traces: were it to read what is proved so far, it would guard on that.
-        if self._proof is not None and (
-            torch.compiler.is_compiling() or self.backbone.training in self._proof.unproved
-        ):
-            self._proof.start()
-            features = self.backbone(*inputs, **kwargs)
-            self._proof.finish(features, training=self.backbone.training)
-        else:
-            features = self.backbone(*inputs, **kwargs)
-        return self.classifier(_detach_from_storage(features))
+        features = _detach_from_storage(self.backbone(*inputs, **kwargs))
+        try:
+            return self.classifier(features)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            if (reason := describe_misfit(self.classifier, features)) is None:
+                raise
+            raise ValueError(f"FineTuneModel: {reason}") from error
 
     def to_module(self) -> nn.Module:
         """Give the plain network again, with the trained classifier in place; it shares the parameters.
@@ -196,7 +197,7 @@ class FineTuneModel(nn.Module):
         >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).num_classes
         2
         """
-        return count_classes(self.classifier) or self._own_classes
+        return count_classes(self.classifier, self.num_features)
 
     @property
     def num_features(self) -> int | None:
@@ -206,9 +207,7 @@ class FineTuneModel(nn.Module):
         4
         """
         width = getattr(self.classifier, "in_features", 0)  # 0 where it is lazy
-        if not width and not getattr(self.backbone, "num_classes", 0):  # without a head of its own, which comes last
-            width = getattr(self.backbone, "head_hidden_size", None)
-        return width if width and isinstance(width, int) else None
+        return width if width and isinstance(width, int) else measure_features(self.backbone)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn gradient checkpointing of the backbone on or off, by timm's or transformers' name for it.

@@ -1,15 +1,16 @@
 """A network to (backbone, classifier) and back."""
 
-from .custom import CutProof, Reassembly, SequentialReassembly, Split, split_module
-from .heads import count_classes
+from .custom import Reassembly, SequentialReassembly, Split, split_module
+from .measures import check_width, count_classes, measure_features
 from .timm_network import split_timm
 
 __all__ = [
-    "CutProof",
     "Reassembly",
     "SequentialReassembly",
     "Split",
+    "check_width",
     "count_classes",
+    "measure_features",
     "split_module",
     "split_timm",
 ]

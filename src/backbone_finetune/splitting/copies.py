@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+import types
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from timm.models import get_model_input_config
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -21,9 +26,11 @@ def eval_copy(network: ModuleT) -> ModuleT:
     >>> twin = eval_copy(layer)
     >>> twin.weight is layer.weight, twin.running_mean is layer.running_mean, twin.training
     (True, False, False)
+
+    Modules, and the lists, dicts and bound methods that hold them, are copied; any other attribute (a lock, a process
+    group) is shared. Forward hooks are left out, but for those that torch itself computes weights with.
     """
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
-    return _copy_with(network, memo)
+    return _StructureCopier(_keep_parameter).copy(network).eval()
 
 
 def meta_copy(network: ModuleT) -> ModuleT:
@@ -32,30 +39,131 @@ def meta_copy(network: ModuleT) -> ModuleT:
     >>> meta_copy(nn.Linear(4, 2))(torch.empty(8, 4, device="meta")).shape
     torch.Size([8, 2])
     """
-    memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in network.buffers()}
-    for parameter in network.parameters():
-        values = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    return _copy_with(network, memo)
+    return _StructureCopier(_to_meta).copy(network).eval()
 
 
-def _copy_with(network: ModuleT, memo: dict[int, Any]) -> ModuleT:
-    # Attention caches and the like hang on plain attributes; deepcopy refuses those that autograd has computed.
-    for module in network.modules():
-        for value in vars(module).values():
-            for tensor in _tensors_in(value):
-                if not tensor.is_leaf:
-                    memo.setdefault(id(tensor), tensor)
-    return copy.deepcopy(network, memo).eval()
+def sharing_copy(module: ModuleT) -> ModuleT:
+    """Copy a module onto the same parameters and buffers, with its hooks and modes.
+
+    >>> layer = nn.BatchNorm1d(2)
+    >>> twin = sharing_copy(layer)
+    >>> twin is layer, twin.weight is layer.weight, twin.running_mean is layer.running_mean
+    (False, True, True)
+    """
+    return _StructureCopier(lambda tensor: tensor, keep_hooks=True).copy(module)
 
 
-def _tensors_in(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from (entry for entry in value.values() if isinstance(entry, torch.Tensor))
-    elif isinstance(value, (list, tuple)):
-        yield from (entry for entry in value if isinstance(entry, torch.Tensor))
+def shallow_copy(module: ModuleT) -> ModuleT:
+    """Copy a module alone: children and hooks become the copy's own, parameters and buffers stay in step.
+
+    >>> layer = nn.Linear(4, 2)
+    >>> shallow_copy(layer).weight is layer.weight
+    True
+    """
+    twin = copy.copy(module)
+    for name, value in vars(module).items():
+        if name == "_modules" or (name.startswith("_") and "_hooks" in name and isinstance(value, dict)):
+            twin.__dict__[name] = value.copy()
+    return twin
+
+
+def rebind(value: Any, copies: dict[int, Any]) -> Any:
+    """Let a bound method, or a partial of one, belong to the copy of the module that it belonged to.
+
+    >>> layer, twin = nn.Linear(4, 2), nn.Linear(4, 2)
+    >>> rebind(layer.forward, {id(layer): twin}).__self__ is twin
+    True
+    """
+    if isinstance(value, types.MethodType) and id(value.__self__) in copies:
+        return types.MethodType(value.__func__, copies[id(value.__self__)])
+    if type(value) is functools.partial:
+        return functools.partial(rebind(value.func, copies), *value.args, **value.keywords)
+    return value
+
+
+class _StructureCopier:
+    """Copies the modules of a network; `state` says what becomes of a parameter or buffer."""
+
+    def __init__(self, state: Callable[[torch.Tensor], torch.Tensor], *, keep_hooks: bool = False) -> None:
+        self.state = state
+        self.keep_hooks = keep_hooks
+        self.copies: dict[int, Any] = {}
+
+    def copy(self, module: ModuleT) -> ModuleT:
+        if id(module) in self.copies:
+            return cast(ModuleT, self.copies[id(module)])
+        if isinstance(module, torch.jit.ScriptModule):  # its attributes are not in Python
+            self.copies[id(module)] = copy.deepcopy(module)
+            return cast(ModuleT, self.copies[id(module)])
+        twin = self.copies[id(module)] = object.__new__(type(module))
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers"):
+                twin.__dict__[name] = {key: self.copy_state(tensor) for key, tensor in value.items()}
+            elif name.endswith("_hooks") and name.startswith("_") and isinstance(value, dict):
+                kept = {key: self.copy_value(h) for key, h in value.items() if self.keep_hooks or _computes(h)}
+                twin.__dict__[name] = self.copies[id(value)] = type(value)(kept)
+            else:
+                twin.__dict__[name] = self.copy_value(value)
+        return twin
+
+    def copy_state(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in self.copies:
+            self.copies[id(tensor)] = self.state(tensor)
+        return cast(torch.Tensor, self.copies[id(tensor)])
+
+    def copy_value(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return self.copy(value)
+        if isinstance(value, nn.Parameter) or id(value) in self.copies:  # in a list of an RNN's weights, say
+            return self.copy_state(value)
+        if isinstance(value, torch.Tensor):  # a cache; one that autograd has computed has no deepcopy
+            return value.detach().clone()
+        if type(value) in (list, tuple, set):
+            return type(value)(self.copy_value(entry) for entry in value)
+        return self.copy_attribute(value)
+
+    def copy_attribute(self, value: Any) -> Any:
+        if type(value) in (dict, OrderedDict, defaultdict):
+            twin = self.copies[id(value)] = copy.copy(value)
+            twin.update((key, self.copy_value(entry)) for key, entry in value.items())
+            return twin
+        if isinstance(value, RemovableHandle):  # a lazy layer takes its hook off by it
+            twin = copy.copy(value)
+            twin.hooks_dict_ref = self.copy_reference(value.hooks_dict_ref)
+            twin.extra_dict_ref = tuple(map(self.copy_reference, value.extra_dict_ref))
+            return twin
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+            self.copy(value.__self__)
+        return rebind(value, self.copies)
+
+    def copy_reference(self, reference: weakref.ref[Any]) -> weakref.ref[Any]:
+        copied = self.copies.get(id(reference()))
+        return reference if copied is None else weakref.ref(copied)
+
+
+def _keep_parameter(tensor: torch.Tensor) -> torch.Tensor:
+    if is_lazy(tensor):  # the first forward gives it a shape, in place
+        return _uninitialized(tensor, tensor.device)
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    if is_lazy(tensor):
+        return _uninitialized(tensor, torch.device("meta"))
+    values = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _uninitialized(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    kind: Any = type(tensor)
+    return cast(torch.Tensor, kind(requires_grad=tensor.requires_grad, device=device, dtype=tensor.dtype))
+
+
+def _computes(hook: Any) -> bool:
+    """Say whether a hook is part of what a module computes: torch's own, as of a lazy layer, or of our cut."""
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] in ("torch", __name__.partition(".")[0])
 
 
 @contextmanager
@@ -88,67 +196,3 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """
     largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
     torch.testing.assert_close(actual / largest, expected / largest)
-
-
-def check_classifier_fits(classifier: nn.Module, features: object, origin: str) -> None:
-    """Raise ValueError when a classifier cannot take these features.
-
-    >>> check_classifier_fits(nn.Linear(3, 2), torch.zeros(1, 4), "from_timm")
-    Traceback (most recent call last):
-    ...
-    ValueError: from_timm: the classifier (Linear) cannot take the backbone's features of shape (B, 4): ...
-    """
-    try:
-        with isolated(classifier):
-            eval_copy(classifier)(features)
-    except RuntimeError as error:
-        shape = ", ".join(["B", *map(str, features.shape[1:])]) if isinstance(features, torch.Tensor) else "unknown"
-        raise ValueError(
-            f"{origin}: the classifier ({type(classifier).__name__}) cannot take the backbone's features of shape "
-            f"({shape}): {error}. Size it for what the backbone gives."
-        ) from error
-
-
-def probe(network: nn.Module, device: str | torch.device) -> torch.Tensor:
-    """Draw two pictures of the size that a network is built for.
-
-    >>> import timm
-    >>> probe(timm.create_model("test_resnet"), "cpu").shape
-    torch.Size([2, 3, 160, 160])
-    """
-    return torch.randn(2, *get_model_input_config(network)["input_size"], device=device, dtype=dtype_of(network))
-
-
-def dtype_of(network: nn.Module) -> torch.dtype:
-    """Give the precision that a network computes in.
-
-    >>> dtype_of(nn.Linear(2, 2).half())
-    torch.float16
-    """
-    return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-
-
-def check_width(backbone: nn.Module, classifier: nn.Module) -> None:
-    """Raise ValueError for a linear classifier that a timm backbone does not fit, where both say their width.
-
-    >>> import timm
-    >>> check_width(timm.create_model("test_resnet", num_classes=0), nn.Linear(3, 2))
-    Traceback (most recent call last):
-    ...
-    ValueError: FineTuneModel: the classifier takes 3 features, and ResNet gives 96; ...
-    """
-    said = getattr(backbone, "head_hidden_size", None)
-    if not isinstance(classifier, nn.Linear) or not isinstance(said, int) or classifier.in_features in {0, said}:
-        return  # 0 is a lazy one's, which takes what it is given
-    # A backbone that the user has changed may give something else than it says, so that it is asked.
-    try:
-        with isolated(backbone):
-            features = meta_copy(backbone)(probe(backbone, "meta"))
-    except Exception:  # it may take more than pictures, or have no shapes without values: the first forward tells
-        return
-    if isinstance(features, torch.Tensor) and features.ndim == 2 and features.shape[1] != classifier.in_features:
-        raise ValueError(
-            f"FineTuneModel: the classifier takes {classifier.in_features} features, and {type(backbone).__name__} "
-            f"gives {features.shape[1]}; build it as nn.Linear({features.shape[1]}, num_classes), from timm's "
-            f"backbone.head_hidden_size ({said})."
-        )

@@ -1,4 +1,4 @@
-"""Classifiers that are more than one layer, and how many classes a classifier tells apart."""
+"""Classifiers that are more than one linear layer: two heads, and dropout before a head."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+
+from .copies import shallow_copy
 
 
 class DistilledClassifier(nn.Module):
@@ -35,34 +37,44 @@ class DistilledClassifier(nn.Module):
         return cast(torch.Tensor, (logits + distilled) / 2)
 
 
-class DropoutClassifier(nn.Module):
-    """A classifier behind dropout, which lives on above a frozen backbone.
+class _Dropout:
+    """A forward pre-hook: dropout of what enters a module, while that module is in train mode."""
 
-    >>> DropoutClassifier(0.2, nn.Linear(4, 2))(torch.zeros(8, 4)).shape
-    torch.Size([8, 2])
+    def __init__(self, drop_rate: float) -> None:
+        self.drop_rate = drop_rate
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        features, *others = inputs
+        return (nn.functional.dropout(features, self.drop_rate, module.training), *others)
+
+
+def add_dropout(classifier: nn.Module, drop_rate: float) -> None:
+    """Drop features before a classifier, which keeps its class and its state-dict keys.
+
+    >>> classifier = nn.Linear(4, 2)
+    >>> add_dropout(classifier, 0.2)
+    >>> classifier, list(classifier.state_dict())
+    (Linear(in_features=4, out_features=2, bias=True), ['weight', 'bias'])
+
+    As in ``torch.nn.utils.prune`` it is a forward pre-hook: it goes along into copies, pickles and graphs, and is on
+    while the classifier is in train mode.
     """
-
-    def __init__(self, drop_rate: float, classifier: nn.Module) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(drop_rate)
-        self.classifier = classifier
-
-    def forward(self, features: torch.Tensor) -> Any:
-        """Drop features, then classify them."""
-        return self.classifier(self.dropout(features))
+    classifier.register_forward_pre_hook(_Dropout(drop_rate))
 
 
-def count_classes(classifier: nn.Module) -> int | None:
-    """Read off how many classes a classifier tells apart, None where it does not say.
+def without_dropout(classifier: nn.Module) -> nn.Module:
+    """Give a classifier without the dropout of ``add_dropout``: itself, or a copy on the same parameters.
 
-    >>> count_classes(nn.Sequential(nn.ReLU(), nn.Linear(4, 3))), count_classes(nn.ReLU())
-    (3, None)
+    >>> classifier = nn.Linear(4, 2)
+    >>> add_dropout(classifier, 0.2)
+    >>> plain = without_dropout(classifier)
+    >>> plain._forward_pre_hooks, plain.weight is classifier.weight, len(classifier._forward_pre_hooks)
+    (OrderedDict(), True, 1)
     """
-    if isinstance(classifier, DropoutClassifier):
-        return count_classes(classifier.classifier)
-    if isinstance(classifier, DistilledClassifier):
-        return count_classes(classifier.head)
-    if isinstance(classifier, nn.Sequential) and len(classifier):
-        return count_classes(classifier[-1])
-    said = getattr(classifier, "num_classes", getattr(classifier, "out_features", None))
-    return said if isinstance(said, int) else None
+    added = [key for key, hook in classifier._forward_pre_hooks.items() if isinstance(hook, _Dropout)]
+    if not added:
+        return classifier
+    plain = shallow_copy(classifier)
+    for key in added:
+        del plain._forward_pre_hooks[key]
+    return plain

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from .copies import assert_same, eval_copy, isolated, meta_copy, probe
+from .copies import assert_same, eval_copy, isolated, meta_copy, sharing_copy
 from .custom import copy_along
-from .heads import DistilledClassifier, DropoutClassifier, count_classes
+from .heads import DistilledClassifier, without_dropout
+from .measures import count_classes, dtype_of, measure_features, probe
 
 
 class TimmReassembly(NamedTuple):
@@ -25,13 +25,12 @@ class TimmReassembly(NamedTuple):
     paths: tuple[str, ...]
     own_names: frozenset[str]
     is_one_layer: bool
-    has_dropout: bool = False
+    unused_parameters: frozenset[str] = frozenset()
 
     def reassemble(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
         """Put the classifier into a copy of the network, in which timm has made the place for it."""
         plain_names = {self.original_name(f"classifier.{name}") for name, _ in classifier.named_parameters()}
-        if isinstance(classifier, DropoutClassifier):  # it acts in training alone, and is no part of a timm network
-            classifier = classifier.classifier
+        classifier = without_dropout(classifier)  # it acts in training alone, and is no part of a timm network
         if not self.is_one_layer and plain_names != self.own_names:
             own = ", or start from the network's own classifier (num_classes and classifier left out)"
             raise ValueError(
@@ -42,8 +41,11 @@ class TimmReassembly(NamedTuple):
         network: Any = backbone
         for path in self.paths:
             network = copy_along(network, path)
+        width = getattr(classifier, "in_features", None) or measure_features(backbone)
+        num_classes = 0 if isinstance(classifier, nn.Identity) else count_classes(classifier, width)
         with isolated(backbone):
-            network.reset_classifier(0 if isinstance(classifier, nn.Identity) else count_classes(classifier) or 1)
+            network.reset_classifier(1 if num_classes is None else num_classes)
+        network.num_classes = num_classes
         heads = [classifier]
         if isinstance(classifier, DistilledClassifier):
             heads = [classifier.head, classifier.head_dist]
@@ -58,8 +60,6 @@ class TimmReassembly(NamedTuple):
         part, _, rest = name.partition(".")
         if part == "backbone":
             return rest
-        if self.has_dropout:
-            rest = rest.removeprefix("classifier.")
         return rest if len(self.paths) > 1 else f"{self.paths[0]}.{rest}"
 
 
@@ -70,16 +70,38 @@ def locate_head(headed: Any, headless: nn.Module) -> TimmReassembly:
     >>> network = timm.create_model("test_resnet")
     >>> locate_head(network, timm.create_model("test_resnet", num_classes=0)).paths
     ('fc',)
+
+    A linear layer stands alone where timm wraps it in nothing that counts; else the classifier is all that
+    `reset_classifier` replaces: dropout and other parts without parameters belong to it.
     """
     own_names = _parameter_names(headed) - _parameter_names(headless)
     path = _common_module(own_names)
     if path:
+        replaced = _replaced_module(path, headed, headless)
+        if not _counts_alone(headed, path, replaced):
+            path = replaced
         place = headed.get_submodule(path)
         return TimmReassembly((path,), own_names, is_one_layer=_is_linear(place))
     heads = headed.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
     paths = (next((path for path, inside in headed.named_modules() if inside is head), "") for head in heads)
     return TimmReassembly(tuple(paths), own_names, is_one_layer=not own_names)
+
+
+def fresh_classifier(network: nn.Module, reassembly: TimmReassembly, width: int, num_classes: int) -> nn.Module:
+    """Take the linear classifier as timm has initialised it, or build one where timm's is more than that.
+
+    >>> import timm
+    >>> network = timm.create_model("test_resnet", num_classes=3)
+    >>> headless = timm.create_model("test_resnet", num_classes=0)
+    >>> fresh_classifier(network, locate_head(network, headless), 96, 3) is network.fc
+    True
+    """
+    if reassembly.is_one_layer:
+        return as_linear(network.get_submodule(reassembly.paths[0]))
+    if _common_module(reassembly.own_names) not in ("", *reassembly.paths):  # a linear layer behind dropout
+        return network.get_submodule(reassembly.paths[0])
+    return nn.Linear(width, num_classes, device=next(network.parameters()).device, dtype=dtype_of(network))
 
 
 def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmReassembly]:
@@ -95,36 +117,61 @@ def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmRe
     kind = type(network).__name__
     remedy = "pass num_classes=... for a fresh linear classifier, or classifier=... for one of your own"
     reassembly = locate_head(network, headless)
-    if not reassembly.own_names:  # an encoder as timm ships it: its classifier is no layer at all
+    if not reassembly.own_names and _is_absent(network.get_classifier()):  # an encoder as timm ships it
         return nn.Identity(), reassembly
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError(
             f"from_timm: on the meta device no value can prove that {kind} keeps its classifier; {remedy}."
         )
-    entered: list[torch.Tensor] = []
+    fresh: Any = meta_copy(network)
+    fresh.reset_classifier(2)
+    if len(reassembly.paths) == 1 and _holds_linear(fresh, reassembly.paths[0]):
+        reassembly = reassembly._replace(is_one_layer=True)
+    own = _take_classifier(network, reassembly)
     with isolated(network):
         pictures = probe(network, next(network.parameters()).device)
-        twin = eval_copy(network)
-        for path in reassembly.paths:
-            twin.get_submodule(path).register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
-        logits = twin(pictures)
-        if len(entered) != len(reassembly.paths):
-            raise ValueError(f"from_timm: the classifier of {kind} is not one that takes one feature vector; {remedy}.")
-        headless_twin = eval_copy(network)
-        headless_twin.reset_classifier(0)
-        features = headless_twin(pictures)
-        own = _take_classifier(network, reassembly)
-        try:
-            for tensor in entered:
-                assert_same(_one_token(tensor, features, logits), features)
-            assert_same(eval_copy(own)(features), logits)
-        except (AssertionError, IndexError, RuntimeError) as difference:  # IndexError: a head that wants a map
-            raise ValueError(
-                f"from_timm: behind {kind} without its classifier ({', '.join(reassembly.paths)}) that classifier is "
-                f"not the same function any more, because a norm or a second head goes with it or more tokens enter it "
-                f"({str(difference).splitlines()[0]}); {remedy}."
-            ) from difference
+    training = False
+    try:
+        for training in (False, True):
+            _assert_same_function(network, own, reassembly.paths, pictures, training=training)
+    except _NotOneVectorError as error:
+        raise ValueError(
+            f"from_timm: the classifier of {kind} is not one that takes one feature vector; {remedy}."
+        ) from error
+    except (AssertionError, IndexError, RuntimeError) as difference:  # IndexError: a head that wants a map
+        raise ValueError(
+            f"from_timm: behind {kind} without its classifier ({', '.join(reassembly.paths)}) that classifier is not "
+            f"the same function any more in {'train' if training else 'eval'} mode, because a norm, dropout or a "
+            f"second head goes with it or more tokens enter it ({str(difference).splitlines()[0]}); {remedy}."
+        ) from difference
     return own, reassembly
+
+
+class _NotOneVectorError(Exception):
+    """A classifier that is not called once in a forward."""
+
+
+def _assert_same_function(
+    network: Any, own: nn.Module, paths: tuple[str, ...], pictures: torch.Tensor, *, training: bool
+) -> None:
+    headed, headless, head = (eval_copy(part).train(training) for part in (network, network, own))
+    for part in (*headed.modules(), *headless.modules(), *head.modules()):
+        if hasattr(part, "distilled_training"):  # else these give two outcomes in train mode
+            part.distilled_training = False
+    entered: list[torch.Tensor] = []
+    for path in paths:
+        headed.get_submodule(path).register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    with isolated(network):
+        logits = headed(pictures)
+    if len(entered) != len(paths):
+        raise _NotOneVectorError
+    headless.reset_classifier(0)  # type: ignore[operator]
+    with isolated(network):  # from the same random state, so that dropout draws the same
+        features = headless(pictures)
+        outcome = head(features)
+    for tensor in entered:
+        assert_same(_one_token(tensor, features, logits), features)
+    assert_same(outcome, logits)
 
 
 def _keeps_its_own(backbone: nn.Module) -> bool:
@@ -153,14 +200,13 @@ def _one_token(entered: torch.Tensor, features: torch.Tensor, logits: torch.Tens
 
 
 def _take_classifier(network: Any, reassembly: TimmReassembly) -> nn.Module:
-    own = [network.get_submodule(path) for path in reassembly.paths]
+    own: list[nn.Module] = [network.get_submodule(path) for path in reassembly.paths]
     if reassembly.is_one_layer:
         return as_linear(own[0])
     # reset_classifier empties some of these in place, so the classifier gets modules of its own on the same tensors.
-    tensors = [tensor for module in own for tensor in (*module.parameters(), *module.buffers())]
-    own = copy.deepcopy(own, {id(tensor): tensor for tensor in tensors})
+    own = [sharing_copy(module) for module in own]
     if len(own) == 1:
-        return cast(nn.Module, own[0])
+        return own[0]
     classifier = DistilledClassifier(*own)
     classifier.set_distilled_training(network.distilled_training)
     return classifier.train(network.training)
@@ -173,6 +219,34 @@ def _common_module(names: Collection[str]) -> str:
     while owners and all(len(owner) > depth for owner in owners) and len({owner[depth] for owner in owners}) == 1:
         depth += 1
     return ".".join(owners[0][:depth]) if owners else ""
+
+
+def _replaced_module(path: str, headed: nn.Module, headless: nn.Module) -> str:
+    """The outermost module on a path that is another kind of module in the headless network, or is not there."""
+    kinds = {name: type(module) for name, module in headless.named_modules()}
+    parts = path.split(".")
+    prefixes = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
+    return next((name for name in prefixes if kinds.get(name) is not type(headed.get_submodule(name))), path)
+
+
+def _counts_alone(network: nn.Module, path: str, around: str) -> bool:
+    """Say whether the module at `path` is all that does something in the one around it, as far as structure tells."""
+    for name, module in network.get_submodule(around).named_modules(prefix=around):
+        if name == path or name.startswith(f"{path}."):
+            continue
+        is_container = path.startswith(f"{name}.") and type(module).__module__.startswith(("timm.", "torch.nn."))
+        is_off = isinstance(module, nn.Identity) or (isinstance(module, nn.modules.dropout._DropoutNd) and not module.p)
+        if not is_container and not is_off:
+            return False
+    return True
+
+
+def _is_absent(head: object) -> bool:
+    return head is None or isinstance(head, nn.Identity)
+
+
+def _holds_linear(network: nn.Module, path: str) -> bool:
+    return any(name == path and _is_linear(module) for name, module in network.named_modules())
 
 
 def _is_linear(module: nn.Module) -> bool:

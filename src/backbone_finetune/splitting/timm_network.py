@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from ..validation import check_architecture, check_drop_rate, check_network
-from .copies import check_classifier_fits, dtype_of, eval_copy, isolated, meta_copy, probe
+from .copies import eval_copy, isolated, meta_copy
 from .custom import Split
-from .heads import DropoutClassifier
-from .timm_head import TimmReassembly, as_linear, locate_head, own_classifier
+from .heads import add_dropout
+from .measures import check_classifier_fits, probe
+from .timm_head import fresh_classifier, locate_head, own_classifier
 
 _WRITE_IT = "wrap it yourself: FineTuneModel(backbone, classifier), with pooling at the end of the backbone"
 
@@ -54,23 +55,22 @@ def split_timm(
         _check_no_arguments_beside_module(pretrained, drop_rate, create_model_kwargs)
     _check_has_classifier(network)
 
-    headless = meta_copy(network)
+    headless: Any = meta_copy(network)
     unused_parameters = _unused_after_reset(headless)
     width = _measure_width(network, headless)
     chosen: nn.Module
     if num_classes is None and classifier is None:
         chosen, reassembly = own_classifier(network, headless)
-        own_classes = getattr(network, "num_classes", None)
     else:
         headed = meta_copy(network)
         headed.reset_classifier(num_classes or 2)
         reassembly = locate_head(headed, headless)
-        own_classes = None
         if num_classes is not None:
             has_pretrained_one = pretrained and network.pretrained_cfg["num_classes"] == num_classes
-            if has_pretrained_one or isinstance(model, nn.Module):
+            has_loaded_one = bool(create_model_kwargs.get("checkpoint_path"))
+            if has_pretrained_one or has_loaded_one or isinstance(model, nn.Module):
                 network.reset_classifier(num_classes)
-            chosen = _fresh_linear(network, reassembly, width, num_classes)
+            chosen = fresh_classifier(network, reassembly, width, num_classes)
         else:
             assert classifier is not None
             chosen = classifier if isinstance(classifier, nn.Module) else _call(classifier, width)
@@ -79,10 +79,9 @@ def split_timm(
     network.reset_classifier(0)
     if getattr(network, "distilled_training", False):  # else it gives its features twice; the classifier has the switch
         network.set_distilled_training(False)
-    if drop_rate is not None:
-        chosen = DropoutClassifier(drop_rate, chosen)
-        reassembly = reassembly._replace(has_dropout=True)
-    return Split(network, chosen, reassembly, unused_parameters=unused_parameters, own_classes=own_classes)
+    if drop_rate:
+        add_dropout(chosen, drop_rate)
+    return Split(network, chosen, reassembly._replace(unused_parameters=unused_parameters))
 
 
 def _create(
@@ -144,14 +143,14 @@ def _unused_after_reset(twin: Any) -> frozenset[str]:
     able = {name for name, p in twin.named_parameters() if p.is_floating_point() or p.is_complex()}
     for name in able:
         twin.get_parameter(name).requires_grad_(True)
-    twin.reset_classifier(0)
+    try:
+        twin.reset_classifier(0)
+    except AttributeError as error:  # of a head that the user has put in the place of timm's
+        raise ValueError(
+            f"from_timm: reset_classifier of {type(twin).__name__} fails on the classifier that it has now ({error}); "
+            "use FineTuneModel.from_module(net, net.head), with the module that is its classifier."
+        ) from error
     return frozenset(name for name, p in twin.named_parameters() if name in able and not p.requires_grad)
-
-
-def _fresh_linear(network: nn.Module, reassembly: TimmReassembly, width: int, num_classes: int) -> nn.Module:
-    if reassembly.is_one_layer:  # as timm has initialised it
-        return as_linear(network.get_submodule(reassembly.paths[0]))
-    return nn.Linear(width, num_classes, device=next(network.parameters()).device, dtype=dtype_of(network))
 
 
 def _call(build: Callable[[int], nn.Module], width: int) -> nn.Module:

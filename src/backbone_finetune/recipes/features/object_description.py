@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbone_finetune.splitting.custom import CutProof
+from backbone_finetune.splitting.cut import _Calls
 from backbone_finetune.verification import digest
 
 __all__ = ["Describer", "UndescribableError"]
@@ -315,7 +315,7 @@ BY_IDENTITY: dict[type, Callable[[Describer, Any], Any]] = {
 }
 BY_KIND: dict[type, Callable[[Describer, Any], Any]] = {
     Tensor: lambda _, value: ["tensor", digest(value)],
-    CutProof: lambda _, value: ["cut", value.path],  # and not what has been proved so far
+    _Calls: lambda _, value: ["calls of a cut"],  # and not what reached it so far
     type: Describer.describe_class,
     nn.Module: Describer.describe_module,
     ModuleType: lambda _, value: ["module", value.__name__],
