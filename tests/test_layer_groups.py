@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
@@ -79,6 +82,135 @@ def test_a_tied_parameter_belongs_to_its_first_group() -> None:
     model.freeze_backbone(trainable_groups=1)
     assert not backbone.second[1].weight.requires_grad
     assert backbone.second[1].bias.requires_grad
+
+
+class Transformer(nn.Module):
+    """In the shape of transformers' ViT: the blocks in a ModuleList two levels down, then a norm and a pooler."""
+
+    def __init__(self, depth: int = 12) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.embeddings = nn.Linear(4, 8)
+        self.encoder = nn.Module()
+        self.encoder.positions = nn.Parameter(torch.zeros(1, 5, 8))
+        self.encoder.layer = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 48), nn.Linear(48, 8)) for _ in range(depth)
+        )
+        self.layernorm = nn.LayerNorm(8)
+        self.pooler = nn.Linear(8, 8)
+
+
+def test_the_blocks_of_a_transformer_are_its_groups() -> None:
+    model = FineTuneModel(Transformer(), nn.Linear(8, 2))
+    first, *_, last = model.layer_groups
+    assert [group.name for group in model.layer_groups[1:]] == [f"encoder.layer.{i}" for i in range(12)]
+    assert first.parameter_names == ("token", "embeddings.weight", "embeddings.bias", "encoder.positions")
+    assert {"layernorm.weight", "pooler.weight"} < set(last.parameter_names)
+    depth_of = model.group_matcher()
+    names_of_parameters = ("token", "encoder.positions", "encoder.layer.3.1.bias")
+    assert [depth_of(f"backbone.{name}") for name in names_of_parameters] == [0, 0, 4]
+    assert depth_of("classifier.weight") == 13
+
+
+def stage(width: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(width, width)) for _ in range(2)))
+
+
+def test_stages_that_are_built_alike_stay_whole() -> None:
+    backbone = nn.Sequential()
+    backbone.features = nn.Sequential(nn.Linear(4, 8), stage(8), nn.Linear(8, 16), stage(16), nn.LayerNorm(16))
+    assert names(backbone) == ["features.0", "features.1", "features.2", "features.3"]
+    assert names(nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), stage(16), stage(24))) == [
+        "0",
+        "3",
+        "4",
+    ]
+
+
+def test_a_norm_goes_with_the_layer_that_it_follows_and_a_first_one_with_the_next() -> None:
+    backbone = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
+    groups = FineTuneModel(backbone, nn.Linear(4, 2)).layer_groups
+    assert [group.name for group in groups] == ["1", "4"]
+    assert groups[0].parameter_names[0] == "0.weight"
+    assert groups[0].parameter_names[-1] == "2.bias"
+
+
+def test_a_small_last_layer_does_not_join_what_is_nearly_everything() -> None:
+    assert names(nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 1))) == ["0", "2"]
+
+
+class Wrapper(nn.Module):
+    """Hands on what it does not have, as PEFT's models do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.model, name)
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, Wrapper, lambda network: Wrapper(Wrapper(network))])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "poolformer_s12"])
+def test_a_timm_network_inside_is_asked_itself(wrap: Callable[[nn.Module], nn.Module], name: str) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=0)
+    inside, outside = FineTuneModel(network, nn.Identity()), FineTuneModel(wrap(network), nn.Identity())
+    prefix = next(path for path, module in outside.backbone.named_modules() if module is network)
+    assert [(group.name, group.parameter_names) for group in outside.layer_groups] == [
+        (f"{prefix}.{group.name}", tuple(f"{prefix}.{parameter}" for parameter in group.parameter_names))
+        for group in inside.layer_groups
+    ]
+    parameters = [parameter for parameter, _ in network.named_parameters()]
+    depth_inside, depth_outside = inside.group_matcher(), outside.group_matcher()
+    assert [depth_outside(f"backbone.{prefix}.{p}") for p in parameters] == [
+        depth_inside(f"backbone.{p}") for p in parameters
+    ]
+    exempt = {parameter.replace("backbone", f"backbone.{prefix}") for parameter in inside.no_weight_decay()}
+    assert outside.no_weight_decay() == exempt
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("test_vit", ["model.stem", *(f"model.blocks.{i}" for i in range(6))]),
+        ("convnext_atto", ["stem_0", "stages_0", "stages_1", "stages_2", "stages_3"]),
+        ("test_resnet", ["conv1", "layer1", "layer2", "layer3", "layer4"]),
+    ],
+)
+def test_features_only_of_timm(name: str, expected: list[str]) -> None:
+    with torch.device("meta"):
+        assert names(timm.create_model(name, features_only=True)) == expected
+
+
+def test_stages_that_are_not_in_the_network_are_not_believed() -> None:
+    backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    backbone.feature_info = [{"module": "stages.0"}, {"module": "1"}]
+    assert names(backbone) == ["0", "1"]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_work_grows_with_the_number_of_blocks_and_no_faster(given: bool) -> None:
+    def calls(count: int) -> int:
+        backbone = nn.Sequential(*(nn.Linear(1, 1) for _ in range(count)))
+        head, total = nn.Linear(1, 1), 0
+
+        def count_call(frame: object, event: str, argument: object) -> None:
+            nonlocal total
+            total += event in {"call", "c_call"}
+
+        sys.setprofile(count_call)
+        try:
+            FineTuneModel(backbone, head, layer_groups=list(backbone) if given else None)
+        finally:
+            sys.setprofile(None)
+        return total
+
+    calls(2)
+    assert calls(400) < 2.2 * calls(200)
 
 
 def test_given_as_modules_or_as_groups() -> None:
