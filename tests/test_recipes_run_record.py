@@ -84,7 +84,7 @@ def test_a_run_is_done_again_with_nothing_else(fail: Fail, others: str, option: 
     line = fail("train", "--run", "run.json", *others.split(), "--output", "again", "--overwrite", "--device", "cpu")
     assert line == (
         f"{option} and --run run.json were both given; the file says all but --output, --overwrite, "
-        "--device and --baselines"
+        "--device, --baselines and --workers"
     )
 
 

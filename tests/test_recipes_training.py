@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.checking import DivergedError
 from backbone_finetune.recipes.features.extract import FeatureCache
 from backbone_finetune.recipes.training.checkpoints import newest_checkpoint
+from backbone_finetune.recipes.training.divergence import DivergedError
 from backbone_finetune.recipes.training.loop import TrainerConfig, evaluate, fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator

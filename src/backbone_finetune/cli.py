@@ -171,6 +171,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     ):
         default = getattr(settings, option.removeprefix("--").replace("-", "_"))
         add(option, type=read, metavar=metavar, help=f"{text}default: {default}")
+    add("--workers", type=int, metavar="N", help="processes that load images (default: by cores and images)")
     add("--output", type=Path, metavar="DIR", help=f"default: {settings.output}")
     add(
         "--device",
@@ -264,11 +265,14 @@ def run_train(options: argparse.Namespace) -> int:
         train(TrainSettings(**{**given, "phases": choose_phases(options)}))
         return 0
     for name in dict.fromkeys((*names, *(field.name for field in fields(Phase)))):
-        if name not in {"output", "overwrite", "device", "baselines"} and getattr(options, name, None) is not None:
+        if (
+            name not in {"output", "overwrite", "device", "baselines", "workers"}
+            and getattr(options, name, None) is not None
+        ):
             option = {"images": "PATH", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(
                 f"{option} and --run {options.run} were both given; the file says all but --output, --overwrite, "
-                "--device and --baselines"
+                "--device, --baselines and --workers"
             )
     settings, recorded = read_run(options.run)
     train(replace(settings, **given), recorded=recorded)

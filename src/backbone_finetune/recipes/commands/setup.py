@@ -12,7 +12,7 @@ from timm.data.config import resolve_model_data_config
 from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.copies import meta_copy
 
-from ..data.images import ImageDataset, LabelledFolder, find_images, leave_out_broken_images, split
+from ..data.images import ImageDataset, LabelledFolder, find_images, split
 from ..models.changes import BaseWeights, find_source, remember_base
 from ..models.file import build_transform, find_size_problem
 from ..models.weights import load_network
@@ -42,6 +42,7 @@ class TrainSettings:
     frozen backbone computes in bf16 where that is faster: left alone, unless ``mixed_precision`` is "no".
     ``device`` is ``auto`` (CUDA, else MPS, else the CPU) or a name of torch. ``baselines`` trains the same classifier
     on a random backbone and on raw pixels as well, and times the backward pass: left alone, on the clipart only.
+    ``workers`` processes load images: left alone, by the cores and the number of images. The model is the same.
 
     >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output
     PosixPath('fine-tuned')
@@ -63,11 +64,12 @@ class TrainSettings:
     trainable_only: bool = False
     overwrite: bool = False
     baselines: bool | None = None
+    workers: Annotated[int, Field(ge=0)] | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model and what it is trained and tested on; ``skipped`` names the images that can't be read.
+    """A model and what it is trained and tested on.
 
     ``base`` is what the backbone was, where only what changes is to be written.
 
@@ -82,7 +84,6 @@ class Task:
     base: BaseWeights | None
     train: ImageDataset
     test: ImageDataset
-    skipped: tuple[str, ...]
 
 
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
@@ -102,11 +103,10 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     base = remember_base(model, source, weights) if source is not None else None
     data_config = choose_fitting_config(model, architecture, settings)
     transform = build_transform(data_config)
-    folder, skipped = run_on_main(accelerator, lambda: leave_out_broken_images(found))
     train_data, test_data = (
-        ImageDataset(part, transform) for part in split(folder, test_share=TEST_SHARE, seed=settings.seed)
+        ImageDataset(part, transform) for part in split(found, test_share=TEST_SHARE, seed=settings.seed)
     )
-    return Task(model, architecture, weights, data_config, base, train_data, test_data, skipped)
+    return Task(model, architecture, weights, data_config, base, train_data, test_data)
 
 
 def find_classes(settings: TrainSettings) -> LabelledFolder:

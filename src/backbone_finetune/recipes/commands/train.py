@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def _start(
         autocast_features=settings.mixed_precision != "no"
         if settings.autocast_features is None
         else settings.autocast_features,
+        workers=settings.workers,
     )
     record = record_run(settings, task, loop, fingerprints)
 
@@ -128,12 +130,10 @@ def _start(
     if accelerator.is_main_process:
         if differences := [] if recorded is None else compare_runs(recorded, record):
             logger.warning("this run differs from the recorded one: %s", join_some(differences, separator="; "))
-        for message in task.skipped:
-            logger.warning(printable(f"skipped: {message}"))
         folder, counts = task.train.folder, (len(task.train), len(task.test))
         logger.info(
             f"images:   {sum(counts)} in {len(folder.class_names)} classes from {printable(str(folder.root))}\n"
-            f"          {counts[0]} to train, {counts[1]} to test, {len(task.skipped)} broken ones skipped\n"
+            f"          {counts[0]} to train, {counts[1]} to test\n"
             f"model:    {task.architecture}, {printable(task.weights)}, on {accelerator.device}\n\n"
             f"{describe_by_group(task.model.backbone, task.model.classifier, task.model.layer_groups)}\n"
         )
@@ -163,9 +163,9 @@ def _train_model(settings: TrainSettings, task: Task, loop: TrainerConfig, recor
         processes=accelerator.num_processes,
         data_config=task.data_config,
         class_names=task.train.folder.class_names,
-        train_images=len(task.train),
-        test_images=len(task.test),
-        skipped_images=task.skipped,
+        train_images=len(task.train) - len(task.train.broken),
+        test_images=len(task.test) - len(task.test.broken),
+        skipped_images=(*task.train.broken.values(), *task.test.broken.values()),
         history=tuple(history),
         backward_milliseconds=None,
         device=str(accelerator.device),
@@ -233,6 +233,7 @@ def _import_draw_curves() -> Callable[[Sequence[EpochResult], Mapping[str, float
 
 def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
     """Stack the first images, 16 at most, to time a step with: ``(B, 3, H, W)`` and ``(B,)``."""
-    pairs = [data[index] for index in range(min(TIMED_BATCH_SIZE, len(data)))]
+    readable = (index for index, path in enumerate(data.folder.paths) if str(path) not in data.broken)
+    pairs = [data[index] for index in islice(readable, TIMED_BATCH_SIZE)]
     inputs, targets = zip(*pairs, strict=True)
     return torch.stack(inputs).to(device), torch.tensor(targets, device=device)

@@ -5,6 +5,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from os.path import relpath
+from pathlib import Path
 from typing import Any
 
 import PIL
@@ -90,12 +91,17 @@ def data_fingerprint(dataset: ImageDataset) -> str:
         )
     folder = dataset.folder
     with ThreadPoolExecutor() as threads:
-        contents = list(threads.map(digest_file, folder.paths))
+        contents = list(threads.map(_digest_image, folder.paths))
     paths = [relpath(path, folder.root) for path in folder.paths]
     images = list(zip(paths, folder.targets, contents, strict=True))
     # What reads and transforms the images, beyond the transform's own arguments.
     versions = {"backbone-finetune": __version__, "pillow": PIL.__version__, "torchvision": version("torchvision")}
     return digest_text([images, describe_transform(dataset.transform), versions])
+
+
+def _digest_image(path: Path) -> str:
+    """Digest a file; a pipe or a link to nothing, which would block or fail, is an image that a pass skips."""
+    return digest_file(path) if path.is_file() else "no file"
 
 
 def describe_transform(transform: Any) -> Any:

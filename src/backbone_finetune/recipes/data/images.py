@@ -1,17 +1,14 @@
-"""A folder with a sub-folder per class: find its images, leave out the broken ones, hold some out for the test."""
+"""A folder with a sub-folder per class: find its images, hold some out for the test, read them."""
 
 import random
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageOps
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..text import has_control_characters
 
@@ -19,14 +16,22 @@ __all__ = [
     "ImageDataset",
     "LabelledFolder",
     "find_images",
-    "leave_out_broken_images",
     "list_images",
     "read_image",
     "split",
 ]
 
-# timm's list (png, jpg, jpeg) would pass over these others in silence.
-PICTURE_EXTENSIONS = (*get_img_extensions(), ".bmp", ".gif", ".tif", ".tiff", ".webp")  # type: ignore[no-untyped-call]
+# All that Pillow reads by itself: not EPS, which runs Ghostscript, nor formats that are a name and no decoder.
+NO_DECODER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+IMAGE_EXTENSIONS = frozenset(
+    extension
+    for extension, name in Image.registered_extensions().items()
+    if name in Image.OPEN and name not in NO_DECODER
+)
+EXAMPLES = ".jpg, .png, .webp and all that Pillow reads"
+
+# The target of an image that cannot be read: it keeps its place, without weight. torch's losses ignore it by default.
+IGNORED = -100
 
 # Resized by its shorter side, a line of 1 x 100,000 pixels would become an image of many gigabytes.
 MOST_ELONGATED = 100
@@ -49,6 +54,9 @@ class LabelledFolder:
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Images as ``(tensor, target)`` pairs, read from disk each time.
 
+    An image that cannot be read raises. Passes of the recipes skip it instead: ``broken`` has a message for each that
+    they met, by its path.
+
     >>> folder = LabelledFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,))
     >>> len(ImageDataset(folder, transform=lambda image: torch.zeros(3, 8, 8)))
     1
@@ -57,12 +65,38 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     def __init__(self, folder: LabelledFolder, transform: Callable[[Image.Image], Tensor]) -> None:
         self.folder = folder
         self.transform = transform
+        self.broken: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.folder.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(read_image(self.folder.paths[index])), self.folder.targets[index]
+
+    def skip_ignored(self, targets: Tensor) -> None:
+        """Remember the images that have the target ``IGNORED``, in the targets that a pass over all of them gave."""
+        for index in (targets == IGNORED).nonzero().flatten().tolist():
+            path = self.folder.paths[index]
+            if str(path) not in self.broken:
+                self.broken[str(path)] = find_problem(path) or f"{path}: could not be read before"
+
+    def check_classes(self) -> None:
+        """See that each class still has an image that can be read.
+
+        Raises:
+            ValueError: one has not.
+        """
+        pairs = zip(self.folder.paths, self.folder.targets, strict=True)
+        readable = {target for path, target in pairs if str(path) not in self.broken}
+        if lost := sorted(set(self.folder.targets) - readable):
+            name = self.folder.class_names[lost[0]]
+            paths = (
+                path for path, target in zip(self.folder.paths, self.folder.targets, strict=True) if target == lost[0]
+            )
+            raise ValueError(
+                f"class folder {self.folder.root / name} needs at least 2 readable images, one to train, one to test, "
+                f"and lacks one of these; the first that is broken is {self.broken[str(next(paths))]}"
+            )
 
 
 def read_image(path: Path) -> Image.Image:
@@ -163,10 +197,7 @@ def find_images(root: Path) -> LabelledFolder:
     for target, folder in enumerate(folders):
         found = images_below(folder)
         if not found:
-            raise ValueError(
-                f"class folder {folder} holds no image ({', '.join(PICTURE_EXTENSIONS)}); "
-                "add images to it, or remove it"
-            )
+            raise ValueError(f"class folder {folder} holds no image ({EXAMPLES}); add images to it, or remove it")
         paths += found
         targets += [target] * len(found)
     return LabelledFolder(root, tuple(folder.name for folder in folders), tuple(paths), tuple(targets))
@@ -183,7 +214,7 @@ def images_below(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURE_EXTENSIONS
+        if path.suffix.lower() in IMAGE_EXTENSIONS
         and not path.is_dir()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
@@ -202,66 +233,34 @@ def list_images(given: Sequence[Path]) -> list[Path]:
     for path in given:
         found = images_below(path) if path.is_dir() else [path]
         if not found:
-            raise ValueError(f"{path}: a folder without images ({', '.join(PICTURE_EXTENSIONS)})")
+            raise ValueError(f"{path}: a folder without images ({EXAMPLES})")
         paths += found
     return paths
-
-
-def leave_out_broken_images(folder: LabelledFolder) -> tuple[LabelledFolder, tuple[str, ...]]:
-    """Read every image once: returns the folder without the broken ones, and a message for each of these.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as root:
-    ...     for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"):
-    ...         Path(root, name).parent.mkdir(exist_ok=True)
-    ...         Image.new("RGB", (4, 4)).save(Path(root, name))
-    ...     _ = Path(root, "cat/3.png").write_text("no image")
-    ...     whole, broken = leave_out_broken_images(find_images(Path(root)))
-    >>> len(whole.paths), len(broken)
-    (4, 1)
-
-    Raises:
-        ValueError: a class keeps fewer than two images, one to train and one to test.
-    """
-    whole: list[int] = []
-    broken: list[str] = []
-    for index, path in enumerate(tqdm(folder.paths, desc="checking images", unit="image", leave=False)):
-        problem = find_problem(path)
-        if problem is None:
-            whole.append(index)
-        else:
-            broken.append(problem)
-    kept = replace(
-        folder,
-        paths=tuple(folder.paths[index] for index in whole),
-        targets=tuple(folder.targets[index] for index in whole),
-    )
-    counts = Counter(kept.targets)
-    for target, name in enumerate(folder.class_names):
-        if counts[target] < 2:
-            skipped = f"; broken images: {len(broken)}, the first is {broken[0]}" if broken else ""
-            raise ValueError(
-                f"class folder {folder.root / name} holds {counts[target]} readable images, and needs at least 2: "
-                f"one to train, one to test{skipped}"
-            )
-    return kept, tuple(broken)
 
 
 def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[LabelledFolder, LabelledFolder]:
     """Hold out a share of each class, drawn by ``seed``: returns ``(train, test)``, disjoint and together everything.
 
-    Each class keeps at least one image on both sides. The draw depends on the order of the images alone, so the
+    Each class has at least one image on both sides. The draw depends on the order of the images alone, so the
     same folder gives the same split on every machine.
 
     >>> paths = tuple(Path(f"{name}.jpg") for name in range(20))
     >>> train, test = split(LabelledFolder(Path("."), ("a", "b"), paths, (0,) * 15 + (1,) * 5), test_share=0.2, seed=0)
     >>> test.targets
     (0, 0, 0, 1)
+
+    Raises:
+        ValueError: a class has one image only.
     """
     generator = random.Random(seed)
     held_out: set[int] = set()
     for target in range(len(folder.class_names)):
         members = [index for index, other in enumerate(folder.targets) if other == target]
+        if len(members) == 1:
+            raise ValueError(
+                f"class folder {folder.root / folder.class_names[target]} holds 1 image, and needs at least 2: one to "
+                "train, one to test"
+            )
         count = min(max(round(test_share * len(members)), 1), len(members) - 1)
         held_out.update(generator.sample(members, count))
 

@@ -4,12 +4,13 @@ from inspect import getattr_static
 from typing import Any
 
 from accelerate import Accelerator
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.datasets.vision import StandardTransform  # it comes with timm
 
 from backbone_finetune import FineTuneModel
 
 from ..data.fingerprint import is_deterministic
+from ..data.loading import DeviceLoader
 from ..rng import preserve_rng_state
 from .cache import remove_store
 from .extract import FeatureCache, extract_features
@@ -67,6 +68,7 @@ def gather_features(
     autocast: bool = True,
     title: str | None = None,
     moved: bool = False,
+    workers: int = 0,
 ) -> TensorDataset:
     """Run a frozen backbone once over a dataset: each process over its part, and all of them get all features.
 
@@ -95,12 +97,13 @@ def gather_features(
                 autocast=autocast,
                 title=title,
                 moved=moved,
+                workers=workers,
             )
         if cache is not None and moved:
             remove_store(cache.folder)
         return extract_features(
             model,
-            DataLoader(data, batch_size),
+            DeviceLoader(data, accelerator.device, batch_size=batch_size, workers=workers),
             device=accelerator.device,
             cache=cache,
             autocast=autocast,

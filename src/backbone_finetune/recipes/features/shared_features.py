@@ -9,10 +9,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel
 
+from ..data.loading import DeviceLoader
 from .backbone_pass import backbone_batches, in_eval
 from .cache import UnusableStoreError, build_store, open_store, refuse_other_files, remove_store
 from .extract import MEMORY_SHARE, FeatureCache, gather, open_cache, ready_backbone, settle, uniform
@@ -81,13 +82,15 @@ def share_features(
     autocast: bool,
     title: str | None,
     moved: bool,
+    workers: int,
 ) -> TensorDataset:
     """Run a frozen backbone once over a dataset on several processes; see `gather_features`."""
     exchange = Exchange(accelerator)
     count, processes = len(data), accelerator.num_processes  # type: ignore[arg-type]  # a Dataset of no declared length
     # Every process takes as many images, the first ones once more where they do not come out even.
     positions = torch.arange(accelerator.process_index, -(-count // processes) * processes, processes) % count
-    loader = DataLoader(Subset(data, positions.tolist()), batch_size)
+    batches_of_mine = [batch.tolist() for batch in torch.split(positions, batch_size)]
+    loader = DeviceLoader(data, accelerator.device, batches=batches_of_mine, workers=workers)
     with exchange.together():
         if cache is not None and accelerator.is_main_process:
             (remove_store if moved else refuse_other_files)(cache.folder)

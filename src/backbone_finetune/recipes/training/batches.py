@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
+
+from ..data.loading import DeviceLoader
 
 __all__ = ["Share", "epoch_batches", "load_batches", "local_batch"]
 
@@ -69,20 +71,25 @@ def local_batch(batch: Tensor, *, process: int, processes: int) -> Share:
     return Share(batch[positions % len(batch)], int((positions < len(batch)).sum()))
 
 
-def load_batches(data: Dataset[Any], shares: Sequence[Share]) -> Iterator[tuple[Tensor, ...]]:
-    """Load the images of each share: a batch of ``(inputs..., targets)`` each.
+def load_batches(
+    data: Dataset[Any],
+    shares: Sequence[Share],
+    *,
+    device: torch.device | None = None,
+    workers: int = 0,
+    seed: str | None = None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Load the images of each share: a batch of ``(inputs..., targets)`` each, on ``device``; see `DeviceLoader`.
 
     >>> data = TensorDataset(torch.arange(4.0), torch.arange(4))
     >>> next(load_batches(data, [Share(torch.tensor([3, 1]), own=2)]))
     (tensor([3., 1.]), tensor([3, 1]))
     """
+    device = torch.device("cpu") if device is None else device
     if isinstance(data, TensorDataset):  # indexed at once, not collated from single images
         for share in shares:
-            yield tuple(tensor[share.indices] for tensor in data.tensors)
+            yield tuple(tensor[share.indices].to(device) for tensor in data.tensors)
         return
-    # With a generator of its own a loader draws nothing from torch's when it starts, so that a loader which starts
-    # in mid-epoch leaves the random state as it would be. It loads in this process, one batch after another: what a
-    # random transform draws is then restored with that state too.
     indices = [share.indices.tolist() for share in shares]
-    for batch in DataLoader(data, batch_sampler=indices, generator=torch.Generator()):
+    for batch in DeviceLoader(data, device, batches=indices, workers=workers, seed=seed):
         yield tuple(batch)

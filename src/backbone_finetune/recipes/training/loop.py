@@ -11,18 +11,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 
 from ..checking import expect, is_whole
+from ..data.images import IGNORED, ImageDataset
+from ..data.loading import default_workers
 from ..features.backbone_pass import trains
 from ..features.extract import FeatureCache
 from ..features.phase_data import gather_features, repeats
+from ..text import printable
 from .batches import Share, epoch_batches, load_batches, local_batch
 from .checkpoints import (
     EpochResult,
@@ -41,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["EpochResult", "TrainerConfig", "evaluate", "fine_tune"]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainerConfig:
@@ -49,7 +55,8 @@ class TrainerConfig:
     A step sees ``batch_size`` images, on however many processes and in ``accumulation`` parts one after another:
     these two change where the memory goes and not what is learnt. A checkpoint is written into ``checkpoints`` after
     each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, test), and are computed
-    under bf16 autocast where the device gains from it, but for ``autocast_features=False``.
+    under bf16 autocast where the device gains from it, but for ``autocast_features=False``. ``workers`` processes load
+    images, None for a number by the cores and the images; the result is the same for any number.
 
     >>> TrainerConfig(Accelerator(cpu=True)).batch_size
     32
@@ -65,6 +72,7 @@ class TrainerConfig:
     checkpoint_steps: int = 1000
     caches: tuple[FeatureCache, FeatureCache] | None = None
     autocast_features: bool = True
+    workers: int | None = None
     show_progress: bool = True
 
     def __post_init__(self) -> None:
@@ -73,6 +81,12 @@ class TrainerConfig:
             value = getattr(self, name)
             expect(name, value, "a whole number from 1", is_whole(value, least=1))
         expect("seed", self.seed, "a whole number from 0", is_whole(self.seed))
+
+    def workers_for(self, data: Dataset[Any]) -> int:
+        """Choose how many processes load a dataset."""
+        if self.workers is not None or isinstance(data, TensorDataset):
+            return self.workers or 0
+        return default_workers(count(data), processes=self.accelerator.num_processes)
 
     @property
     def shows(self) -> bool:
@@ -113,8 +127,9 @@ def fine_tune(
     In a phase whose backbone is frozen, it runs once over the images and the classifier trains on its features,
     where both datasets are known to show the same each time: tensors, lists, and datasets whose ``transform`` is None
     or a deterministic one of torchvision or timm, in a Subset or ConcatDataset too. A dataset of your own says so by
-    ``transform = None``. Otherwise the whole model runs in every step. AdamW and its schedule begin anew with each
-    phase. The test data is looked at and never learnt from, nor chosen by.
+    ``transform = None``. Otherwise the whole model runs in every step, and what a random transform draws for an image
+    comes from the seed, the epoch and the image's index. Images of an `ImageDataset` that cannot be read are skipped.
+    AdamW and its schedule begin anew with each phase. The test data is looked at and never learnt from, nor chosen by.
 
     >>> model = FineTuneModel(nn.Linear(2, 3), nn.Linear(3, 2))
     >>> images = torch.utils.data.TensorDataset(torch.eye(2), torch.tensor([0, 1]))
@@ -139,6 +154,11 @@ def fine_tune(
         progress = saved.progress
         changed.update(saved.model)
         load_by_name(model, saved.model)
+    for data in (train, test):
+        if isinstance(data, ImageDataset):
+            known = {path: progress.skipped[path] for path in map(str, data.folder.paths) if path in progress.skipped}
+            data.broken.update(known)
+            progress.skipped.update(data.broken)  # named already, by this run or another on the same data
     if begun and loop.shows:
         done = progress.phase == len(phases)
         logger.info("the training was finished before" if done else f"resuming at {progress.describe()}")
@@ -147,11 +167,14 @@ def fine_tune(
     while progress.phase < len(phases):
         phase = phases[progress.phase]
         with prepared_phase(model, train, test, phase=phase, changed=changed, loop=loop, moved=moved) as stage:
+            report_skipped((train, test), progress, loop)
             if saved is not None:
                 resume(saved, stage.model, stage.optimizer, loop.accelerator)
                 saved = None
             while progress.epoch < phase.epochs:
                 train_epoch(stage, phase, progress, loop, title=f"epoch {len(progress.history) + 1}/{total}")
+                report_skipped((stage.train, stage.test), progress, loop)
+                keep(stage, progress, loop)
                 if progress.epoch == 0:  # the next phase's
                     break
             moved = trains(model.backbone)
@@ -179,6 +202,7 @@ def prepared_phase(
     with model.assert_frozen():
         on_features = not trains(model.backbone) and repeats(train) and repeats(test)
         if on_features:
+            images = (train, test)
             titles = ("features, train", "features, test") if loop.shows else (None, None)
             train, test = (
                 gather_features(
@@ -190,9 +214,13 @@ def prepared_phase(
                     autocast=loop.autocast_features,
                     title=title,
                     moved=moved,
+                    workers=loop.workers_for(data),
                 )
                 for data, cache, title in zip((train, test), loop.caches or (None, None), titles, strict=True)
             )
+            for data, features in zip(images, (train, test), strict=True):
+                if isinstance(data, ImageDataset):
+                    data.skip_ignored(features.tensors[-1])
         # FSDP2 takes the parameters apart for good, so it gets a copy, which the model takes over in the end.
         copied = copy.deepcopy(model) if accelerator.is_fsdp2 else model
         module = copied.classifier if on_features else copied
@@ -227,58 +255,85 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: TrainerCon
     batches = epoch_batches(count(stage.train), loop.batch_size, seed=loop.seed, epoch=len(progress.history) + 1)
     shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
     # What was summed before a resumption is the main process's; the others begin at nothing.
-    before = [progress.loss_sum, progress.correct] if accelerator.is_main_process else [0.0, 0.0]
+    before = [progress.loss_sum, progress.correct, progress.seen] if accelerator.is_main_process else [0.0, 0.0, 0.0]
     sums = torch.tensor(before, device=accelerator.device)
+    loaded_batches = load_batches(
+        stage.train,
+        shares,
+        device=accelerator.device,
+        workers=loop.workers_for(stage.train),
+        seed=None if repeats(stage.train) else f"{loop.seed} {len(progress.history) + 1}",
+    )
     stage.prepared.train()
     with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not loop.shows) as bar:
-        for share, loaded in zip(shares, load_batches(stage.train, shares), strict=True):
+        for share, loaded in zip(shares, loaded_batches, strict=True):
             stage.schedule.step_update(progress.epoch * len(batches) + progress.step + 1)
             sums += train_step(stage, share, loaded, len(batches[progress.step]), loop)
             progress.step += 1
             progress.steps += 1
             bar.update()
             if progress.steps % loop.checkpoint_steps == 0 and progress.step < len(batches):
-                progress.loss_sum, progress.correct = fetch_sums(stage, sums, phase, progress, loop)
+                progress.loss_sum, progress.correct, progress.seen = fetch_sums(stage, sums, phase, progress, loop)
                 keep(stage, progress, loop)
-        seen = sum(len(batch) for batch in batches)
-        loss_sum, correct = fetch_sums(stage, sums, phase, progress, loop)
+        loss_sum, correct, seen = fetch_sums(stage, sums, phase, progress, loop)
         average_statistics(stage, accelerator)
-        accuracy = evaluate(
-            accelerator.unwrap_model(stage.prepared), stage.test, batch_size=loop.batch_size, accelerator=accelerator
-        )
+        accuracy = evaluate_stage(stage, loop)
         bar.set_postfix(loss=f"{loss_sum / seen:.3f}", train=f"{correct / seen:.3f}", test=f"{accuracy:.3f}")
     result = EpochResult(len(progress.history) + 1, loss_sum / seen, correct / seen, accuracy)
     progress.finish_epoch(result, last_of_phase=progress.epoch + 1 == phase.epochs)
-    keep(stage, progress, loop)
 
 
 def fetch_sums(
     stage: Stage, sums: Tensor, phase: Phase, progress: Progress, loop: TrainerConfig
-) -> tuple[float, float]:
-    """Fetch the sum of losses and the count of right answers of all processes together, ``(2,)`` on each.
+) -> tuple[float, float, float]:
+    """Fetch the sum of losses and the counts of correct answers and of images, of all processes together.
 
     Raises:
         DivergedError: the losses, or what trains, are not finite: no checkpoint is to hold that, to go on with.
     """
     accelerator = loop.accelerator
     faults = stage.count_not_finite(accelerator.device) - stage.not_finite
-    loss_sum, correct, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
+    loss_sum, correct, seen, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
     if math.isfinite(loss_sum) and not_finite <= 0:
-        return loss_sum, correct
+        return loss_sum, correct, seen
     fault = f"the loss became {loss_sum}"
     if math.isfinite(loss_sum):
         fault = "a weight or a running statistic became infinite or nan"
     raise DivergedError(
         f"the training diverged at lr = {phase.lr}: {fault} in epoch {len(progress.history) + 1}; pass "
         "a lower --lr (in Python: Phase(lr=...))",
-        test_accuracy=evaluate(
-            accelerator.unwrap_model(stage.prepared), stage.test, batch_size=loop.batch_size, accelerator=accelerator
-        ),
+        test_accuracy=evaluate_stage(stage, loop),
     )
 
 
+def report_skipped(data: Sequence[Dataset[Any]], progress: Progress, loop: TrainerConfig) -> None:
+    """Name the images that turned out to be broken since the last call; every process calls it.
+
+    Raises:
+        ValueError: a class has no image left that can be read.
+    """
+    for images in data:
+        if not isinstance(images, ImageDataset):
+            continue
+        if loop.accelerator.num_processes > 1:
+            for broken in gather_object([images.broken]):
+                images.broken.update(broken)
+        for path, problem in images.broken.items():
+            if path not in progress.skipped and loop.accelerator.is_main_process:
+                logger.warning("%s", printable(f"skipped: {problem}"))
+        progress.skipped.update(images.broken)
+        images.check_classes()
+
+
+def evaluate_stage(stage: Stage, loop: TrainerConfig) -> float:
+    """Evaluate what trains on the test data."""
+    module = loop.accelerator.unwrap_model(stage.prepared)
+    workers = loop.workers_for(stage.test)
+    return evaluate(module, stage.test, batch_size=loop.batch_size, accelerator=loop.accelerator, workers=workers)
+
+
 def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_size: int, loop: TrainerConfig) -> Tensor:
-    """Take one step of the optimizer; returns this process's sum of losses and count of right answers, ``(2,)``.
+    """Take one step of the optimizer; returns sums of this process, ``(3,)``: losses, correct answers and images.
 
     The gradient is that of the mean loss over the whole batch, whatever the shares: each process sums over its own
     images, and the processes' gradients are averaged.
@@ -297,20 +352,23 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
             logits = stage.prepared(*inputs)
             if part.own < len(part):  # others' images, seen once more
                 logits, targets = logits[: part.own], targets[: part.own]
-            loss = cross_entropy(logits, targets, reduction="sum")
-            # The factor of the mean is where the backward begins, and costs no product of its own.
-            accelerator.backward(loss, gradient=loss.new_tensor(accelerator.num_processes / batch_size))
-        right = (logits.detach().argmax(-1) == targets).sum()
-        sums.append(torch.stack((loss.detach(), right)))
+            loss = cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+            # The factor of the mean is where the backward begins, and costs no product of its own. A tensor made of a
+            # number would wait for the device.
+            accelerator.backward(loss, gradient=loss.new_full((), accelerator.num_processes / batch_size))
+        correct = (logits.detach().argmax(-1) == targets).sum()
+        sums.append(torch.stack((loss.detach(), correct, (targets != IGNORED).sum())))
     stage.optimizer.step()
     return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, data: Dataset[Any], *, batch_size: int, accelerator: Accelerator) -> float:
+def evaluate(
+    module: nn.Module, data: Dataset[Any], *, batch_size: int, accelerator: Accelerator, workers: int = 0
+) -> float:
     """The share of inputs whose largest logit is their target, 0 to 1. Leaves the module in eval mode.
 
-    Each process takes a share of each batch, and no image counts twice.
+    Each process takes a share of each batch; no image counts twice, and one that cannot be read does not count.
 
     >>> data = [(torch.tensor([0.0, 1.0]), 1)]
     >>> evaluate(nn.Identity(), data, batch_size=1, accelerator=Accelerator(cpu=True))
@@ -321,11 +379,13 @@ def evaluate(module: nn.Module, data: Dataset[Any], *, batch_size: int, accelera
         local_batch(batch, process=accelerator.process_index, processes=accelerator.num_processes)
         for batch in torch.split(torch.arange(count(data)), batch_size)
     ]
-    correct = torch.zeros((), dtype=torch.long, device=accelerator.device)
-    for share, (*inputs, targets) in zip(shares, load_batches(data, shares), strict=True):
-        answers = module(*(tensor.to(accelerator.device) for tensor in inputs)).argmax(-1)[: share.own]
-        correct += (answers == targets[: share.own].to(accelerator.device)).sum()
-    return int(accelerator.reduce(correct)) / count(data)
+    counts = torch.zeros(2, dtype=torch.long, device=accelerator.device)
+    loaded = load_batches(data, shares, device=accelerator.device, workers=workers)
+    for share, (*inputs, targets) in zip(shares, loaded, strict=True):
+        predicted, true = module(*inputs).argmax(-1)[: share.own], targets[: share.own]
+        counts += torch.stack(((predicted == true).sum(), (true != IGNORED).sum()))
+    correct, seen = accelerator.reduce(counts).tolist()
+    return float(correct / max(seen, 1))
 
 
 def average_statistics(stage: Stage, accelerator: Accelerator) -> None:

@@ -15,14 +15,15 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from backbone_finetune.recipes.data.images import (
+    IGNORED,
     ImageDataset,
     LabelledFolder,
     find_images,
-    leave_out_broken_images,
     list_images,
     read_image,
     split,
 )
+from backbone_finetune.recipes.data.loading import DeviceLoader
 
 
 def test_finds_each_class_in_order_and_passes_over_what_is_hidden(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
     with pytest.raises(
-        ValueError, match=r"class folder .*empty holds no image \(\.png, .*; add images to it, or remove"
+        ValueError, match=r"class folder .*empty holds no image \(\.jpg, .*; add images to it, or remove"
     ):
         find_images(tmp_path)
 
@@ -93,25 +94,32 @@ def broken_files(folder: Path) -> list[Path]:
     return sorted(folder / name for name in contents)
 
 
+def load_all(folder: LabelledFolder) -> tuple[list[int], dict[str, str]]:
+    data = ImageDataset(folder, lambda image: pil_to_tensor(image.resize((8, 8))))
+    targets = [int(target) for _, batch in DeviceLoader(data, torch.device("cpu")) for target in batch]
+    return targets, data.broken
+
+
 def test_broken_images_are_named_and_left_out(tmp_path: Path) -> None:
     make_folder(tmp_path)
     expected = broken_files(tmp_path / "red")
     found = find_images(tmp_path)
-    whole, broken = leave_out_broken_images(found)
-    assert len(broken) == len(expected) == 4
-    for path, message in zip(expected, broken, strict=True):
+    targets, broken = load_all(found)
+    assert list(broken) == [str(path) for path in expected]
+    assert len(expected) == 4
+    for path, message in broken.items():
         assert message.startswith(f"{path}: not a readable image (")
-        assert message.count(path.name) == 1
-    assert set(found.paths) - set(whole.paths) == set(expected)
-    assert [whole.class_names[target] for target in whole.targets] == [path.parent.name for path in whole.paths]
+        assert message.count(Path(path).name) == 1
+    pairs = zip(found.paths, found.targets, strict=True)
+    assert targets == [IGNORED if path in expected else target for path, target in pairs]
 
 
 def test_a_decompression_bomb_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path)
     bomb = make_image(tmp_path / "red" / "bomb.png", (0, 0, 0), size=(50, 50))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40)
-    _, broken = leave_out_broken_images(find_images(tmp_path))
-    assert [message.partition(":")[0] for message in broken] == [str(bomb)]
+    _, broken = load_all(find_images(tmp_path))
+    assert list(broken) == [str(bomb)]
 
 
 def test_damaged_metadata_is_no_matter_or_a_plain_error(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -149,16 +157,31 @@ def test_folders_are_walked_and_files_taken_as_they_are(tmp_path: Path) -> None:
     expected = [given[0], tmp_path / "b" / "1.webp", tmp_path / "b" / "deeper" / "2.JPG", given[2]]
     assert list_images(given) == expected
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: a folder without images \(\.png"):
+    with pytest.raises(ValueError, match=r"empty: a folder without images \(\.jpg"):
         list_images([tmp_path / "empty"])
 
 
-def test_a_class_with_too_few_readable_images_is_refused(tmp_path: Path) -> None:
+def test_a_class_with_one_image_is_refused(tmp_path: Path) -> None:
     make_folder(tmp_path)
     make_image(tmp_path / "white" / "1.png", (255, 255, 255))
-    (tmp_path / "white" / "2.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"white holds 1 readable images, and needs at least 2.*first is .*2\.png"):
-        leave_out_broken_images(find_images(tmp_path))
+    with pytest.raises(ValueError, match=r"white holds 1 image, and needs at least 2: one to train, one to test"):
+        split(find_images(tmp_path), test_share=0.3, seed=0)
+
+
+def test_a_class_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    data = ImageDataset(find_images(tmp_path), lambda image: torch.zeros(1))
+    data.check_classes()
+    for path in (tmp_path / "red").iterdir():
+        path.write_bytes(b"")
+    targets = torch.tensor(
+        [target if data.folder.class_names[target] != "red" else IGNORED for target in data.folder.targets]
+    )
+    data.skip_ignored(targets)
+    with pytest.raises(
+        ValueError, match=r"red needs at least 2 readable images.*the first that is broken is .*red/0\.png: not a"
+    ):
+        data.check_classes()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I;16"])
@@ -199,9 +222,9 @@ def test_a_pipe_and_a_link_to_nothing_are_named_and_left_out(tmp_path: Path) -> 
     (tmp_path / "red" / "loop.jpg").symlink_to(tmp_path / "red" / "loop.jpg")
     (tmp_path / "red" / "folder.jpg").mkdir()
     found = find_images(tmp_path)
-    whole, broken = leave_out_broken_images(found)
-    assert len(whole.paths) == 18
-    assert list(broken) == [
+    targets, broken = load_all(found)
+    assert len(targets) - targets.count(IGNORED) == 18
+    assert list(broken.values()) == [
         f"{tmp_path / 'red' / 'link.jpg'}: a link that leads nowhere",
         f"{tmp_path / 'red' / 'loop.jpg'}: a link that leads nowhere",
         f"{tmp_path / 'red' / 'pipe.jpg'}: not a readable image (it is no file)",

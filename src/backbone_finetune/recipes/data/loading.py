@@ -1,0 +1,221 @@
+"""Load a dataset batch by batch, by worker processes where it pays: the same batches whatever their number.
+
+The evaluation transform stops at bytes there, which go to the device from pinned memory and are normalised on it, as
+timm's ``PrefetchLoader`` does.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from accelerate.utils import send_to_device
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from .images import IGNORED, ImageDataset, read_image
+from .transforms import Normalize, split_transform
+
+__all__ = ["DeviceLoader", "default_workers"]
+
+# Below it, 1 to 3 s of decoding, workers start for nothing.
+FEWEST_IMAGES = 1000
+MOST_WORKERS = 16
+PR_SET_PDEATHSIG = 1
+
+
+def default_workers(count: int, *, processes: int = 1) -> int:
+    """Choose how many worker processes load ``count`` images: 0 for few, else one for each core of this machine.
+
+    >>> default_workers(100)
+    0
+
+    Where processes do not start by ``fork`` it is 0: there, a script without ``if __name__ == "__main__":`` would run
+    again in each worker.
+    """
+    if count < FEWEST_IMAGES or "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores // processes, MOST_WORKERS)
+
+
+@dataclass
+class Sample:
+    """One sample as a worker loads it; or what is wrong with it."""
+
+    values: Any = None
+    broken: tuple[str, str] | None = None
+    error: Exception | None = None
+
+
+@dataclass
+class Batch:
+    """Samples put together, ``(inputs..., targets)``, and the images among them that cannot be read."""
+
+    values: Any
+    broken: Mapping[str, str]
+    error: Exception | None
+
+    def pin_memory(self) -> "Batch":
+        """Move what is loaded to pinned memory; the loader calls it where it is asked to."""
+        self.values = pin_memory(self.values)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Samples(Dataset[Sample]):
+    """A dataset as workers load it: errors are values, and what is drawn for a sample comes from seed and index."""
+
+    def __init__(self, data: Dataset[Any], seed: str | None) -> None:
+        self.data = data
+        self.seed = seed
+        self.normalize: Normalize | None = None
+        if isinstance(data, ImageDataset):
+            self.to_bytes, self.normalize = split_transform(data.transform)
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]  # torch's Dataset declares no length; those used here have one
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            if self.seed is None:
+                return self.load(index)
+            with seeded(f"{self.seed} {index}"):
+                return self.load(index)
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            # torch would raise it with a worker's traceback as its message.
+            kind = type(error) if type(error) is ValueError or isinstance(error, OSError) else RuntimeError
+            text = str(error) if isinstance(self.data, ImageDataset) else f"sample {index}: {error}"
+            return Sample(error=kind(text if kind is not RuntimeError else f"{text} ({type(error).__name__})"))
+
+    def load(self, index: int) -> Sample:
+        """Load a sample; an image that cannot be read becomes a grey one with the target ``IGNORED``."""
+        if not isinstance(self.data, ImageDataset):
+            return Sample(self.data[index])
+        path = self.data.folder.paths[index]
+        try:
+            image = read_image(path)
+        except (ValueError, OSError) as error:
+            # Where a whole batch is broken; of ImageNet's mean, next to nothing for a BatchNorm.
+            grey = Image.new("RGB", (64, 64), (124, 116, 104))
+            return Sample((self.to_bytes(grey), IGNORED), broken=(str(path), str(error)))
+        try:
+            return Sample((self.to_bytes(image), self.data.folder.targets[index]))
+        except Exception as error:
+            raise RuntimeError(f"{path}: its transform failed: {type(error).__name__}: {error}") from error
+
+
+class DeviceLoader(DataLoader[Any]):
+    """A loader whose batches come as ``[inputs..., targets]`` on ``device``, normalised.
+
+    An image of an `ImageDataset` that cannot be read keeps its place with the target ``IGNORED``, and the dataset
+    remembers it. Any other error of a worker is raised here, and names the sample.
+
+    Args:
+        data: A dataset of ``(inputs..., target)``.
+        device: Where the batches go.
+        batches: Batches of indices; or pass ``batch_size``, for all in order.
+        batch_size: Samples in a batch.
+        workers: Processes that load; 0 loads in this one.
+        seed: What a sample draws comes from it and the sample's index. None leaves the generators alone.
+
+    >>> data = [(torch.tensor([1.0]), 0), (torch.tensor([2.0]), 1)]
+    >>> [targets.tolist() for _, targets in DeviceLoader(data, torch.device("cpu"), batches=[[1, 0], [1]])]
+    [[1, 0], [1]]
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        device: torch.device,
+        *,
+        batches: Sequence[Sequence[int]] | None = None,
+        batch_size: int = 32,
+        workers: int = 0,
+        seed: str | None = None,
+    ) -> None:
+        order: Mapping[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
+        can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+        super().__init__(
+            Samples(data, seed),
+            **order,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=end_with_parent,
+            # With a generator of its own it draws nothing from torch's when it starts: a resumed run is the same run.
+            generator=torch.Generator(),
+            # Forked, a worker is there in milliseconds and needs no `if __name__ == "__main__"` in the script.
+            multiprocessing_context="fork" if workers and can_fork else None,
+        )
+        self.device = device
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # it is typed as torch's own iterator
+        samples: Any = self.dataset
+        with warnings.catch_warnings():  # Python 3.12 and later warn of it; workers call nothing that takes a lock
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+            loaded = super().__iter__()
+        for batch in loaded:
+            if batch.error is not None:
+                raise batch.error
+            if batch.broken:
+                samples.data.broken.update(batch.broken)
+            values = send_to_device(batch.values, self.device, non_blocking=True)
+            if samples.normalize is not None:
+                values[0] = samples.normalize(values[0])
+            yield values
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put samples together; the first error stands for all."""
+    if error := next((sample.error for sample in samples if sample.error is not None), None):
+        return Batch([], {}, error)
+    broken = dict(sample.broken for sample in samples if sample.broken is not None)
+    if broken and (readable := [sample for sample in samples if sample.broken is None]):
+        # Another image of the batch has the right size, and changes the statistics of a BatchNorm least.
+        stand_in = (readable[0].values[0], IGNORED)
+        return Batch(
+            default_collate([stand_in if sample.broken else sample.values for sample in samples]), broken, None
+        )
+    return Batch(default_collate([sample.values for sample in samples]), broken, None)
+
+
+def end_with_parent(worker: int) -> None:
+    """Have a worker end at once when its parent is killed, so that it holds no lock of it, and leave Ctrl-C to that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def seeded(text: str) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's generators by a text, and give them back as they were.
+
+    >>> with seeded("0 1 2"):
+    ...     first = random.random()
+    >>> with seeded("0 1 2"):
+    ...     first == random.random()
+    True
+    """
+    before = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    number = random.Random(text).getrandbits(63)
+    try:
+        random.seed(number)
+        numpy.random.seed(number % 2**32)
+        torch.default_generator.manual_seed(number)
+        yield
+    finally:
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])
+        torch.set_rng_state(before[2])
