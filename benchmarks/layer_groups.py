@@ -64,9 +64,9 @@ def as_markdown(networks: Sequence[PopularNetwork], command: str) -> str:
                 f"{environment['torch']}, timm {environment['timm']}, {versions}.",
                 "",
                 "The networks are built with random weights and without their classifiers. *Share*: of the backbone's "
-                "parameters, those in the last group. *Trained*: those that "
-                "`freeze_backbone(trainable_groups=1)` trains, fewer where something was fixed when the network was wrapped, as PEFT fixes all but its adapters. "
-                "*Depth*: of the classifier, counted from the input, for `layer_decay`.",
+                "parameters, those in the last group. *Trained*: those that `freeze_backbone(trainable_groups=1)` "
+                "trains, fewer where something was fixed when the network was wrapped, as PEFT fixes all but its "
+                "adapters. *Depth*: of the classifier, counted from the input, for `layer_decay`.",
                 "",
                 "| network | groups | last group | share | trained | depth |",
                 "|---|--:|---|--:|--:|--:|",
