@@ -76,6 +76,16 @@ class Setup:
     repeats: int
     loop_steps: int = 0
 
+    def build(self, name: str, batch_size: int) -> Network:
+        """Build a network as it is measured."""
+        return build_network(
+            name,
+            batch_size=batch_size,
+            image_size=self.image_size,
+            device=self.device,
+            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
+        )
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and return 0; 1 where a model or a variant was refused, 130 after Ctrl-C."""
@@ -98,10 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             save(report, options.output)
             if name in report.models():
                 print(f"\n{name}\n{model_table(report, name)}\n", flush=True)
-                if setup.loop_steps:
-                    print(f"{device_table(report, name)}\n", flush=True)
             if report.interrupted:
                 break
+        if setup.loop_steps and not report.interrupted:
+            # Last, as the profiler makes later launches slower.
+            for name in report.models():
+                count_kernels(name, setup, report)
+                save(report, options.output)
+                print(f"\n{name}\n{device_table(report, name)}\n", flush=True)
     except KeyboardInterrupt:
         report.interrupted = True
         save(report, options.output)
@@ -186,13 +200,7 @@ class Measured:
 
 def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
     """Prove and time all variants of a model; on Ctrl-C keep the passes that are complete."""
-    network = build_network(
-        name,
-        batch_size=batch_size,
-        image_size=setup.image_size,
-        device=setup.device,
-        memory_format=torch.channels_last if setup.channels_last else torch.contiguous_format,
-    )
+    network = setup.build(name, batch_size)
     measured = Measured([], [], [])
     proved: list[tuple[Variant, Row]] = []
     variants = variants_of(network, compiled=setup.compiled)
@@ -222,14 +230,29 @@ def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
                 for (_, row), taken in zip(timed, times, strict=True):
                     row.add(taken)
             retries = allocation_retries(setup.device) - retries
-            for step, (_, row) in zip(steps, proved, strict=False):  # the A/A rows, which come last, have the same work
+            for _, row in proved:
                 row.allocation_retries = retries
-                row.count_kernels(step, setup.device)
     except KeyboardInterrupt:
         measured.interrupted = True
     measured.rows = [row for _, row in proved if row.step_ms]
     measured.noise = [row for _, row in again if row.step_ms]
     return measured
+
+
+def count_kernels(name: str, setup: Setup, report: Report) -> None:
+    """Add to a model's rows what the device computes in each; what cannot be counted leaves them as they are."""
+    rows = {(row.variant, row.trainable_groups): row for row in report.rows_of(name)}
+    try:
+        network = setup.build(name, report.rows_of(name)[0].batch_size)
+        trainer = Trainer(network, setup.precision)
+        for variant in variants_of(network, compiled=setup.compiled):
+            row = rows.get((variant.kind, variant.trainable_groups))
+            if row is not None:
+                step = trainer.step_of(variant)
+                step.run()  # cuDNN's search for algorithms is no work of the step's
+                row.count_kernels(step, setup.device)
+    except Exception as error:  # the rows are measured, and worth more than this count
+        tqdm.write(f"{name}: kernels were not counted: {reason_of(error)}")
 
 
 def check(variant: Variant, network: Network, setup: Setup, measured: Measured) -> Row | None:

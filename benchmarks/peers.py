@@ -240,9 +240,6 @@ def time_in_turns(contenders: Sequence[Contender], repeats: int, device: torch.d
         for turn in take_turns([partial(visit, contender) for contender in contenders], repeats):
             for contender, times in zip(contenders, turn, strict=True):
                 contender.row.add(times)
-        for contender in contenders:
-            with failures_go_into(contender.row):
-                contender.row.count_kernels(contender.step, device)
         return True
     return False
 

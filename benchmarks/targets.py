@@ -134,7 +134,7 @@ def against_the_limit(name: str, setup: Setup) -> Iterator[Target]:
         1.05,
         Paired(own.backward_ms, bare.backward_ms),
         Paired(again.backward_ms, own.backward_ms),
-        remark=launches(own, bare),
+        remark="launch-bound" if "backward" in own.launch_bound else "",
     )
     yield compared(
         name,
@@ -151,7 +151,7 @@ def against_the_limit(name: str, setup: Setup) -> Iterator[Target]:
 
 
 def time_variants(variants: Sequence[Variant], setup: Setup, trainer: Trainer) -> list[PeerRow]:
-    """Time variants in turns, and on a GPU count their kernels."""
+    """Time variants in turns."""
     steps = [trainer.step_of(variant) for variant in variants]
     for step in steps:
         step.enter()
@@ -161,16 +161,7 @@ def time_variants(variants: Sequence[Variant], setup: Setup, trainer: Trainer) -
     for turn in take_turns(visits, setup.repeats):
         for column, times in zip(columns, turn, strict=True):
             column.add(times)
-    for column, step in zip(columns, steps, strict=True):
-        column.count_kernels(step, setup.device)
     return columns
-
-
-def launches(own: PeerRow, bare: PeerRow) -> str:
-    """Say where two backwards are bound by launches, what the device computes in each."""
-    if "backward" not in own.launch_bound or own.backward_device_ms is None or bare.backward_device_ms is None:
-        return ""
-    return f"launch-bound; kernels alone {own.backward_device_ms:.3g} / {bare.backward_device_ms:.3g} ms"
 
 
 def wrapper_forward(name: str, setup: Setup) -> Iterator[Target]:

@@ -83,11 +83,22 @@ def test_steps_back_to_back_are_one_call_of_the_clock() -> None:
         lambda: None, lambda: weight.sum() * 2, lambda: None, lambda: setattr(weight, "grad", None)
     )
     times = timing.time_step(step, _ScriptedClock(1.0, 2.0, 3.0, 6.0, 20.0), loop_steps=4)
-    assert times == timing.StepTimes(1.0, 2.0, 3.0, 6.0, loop=5.0)
+    assert times == timing.StepTimes(1.0, 2.0, 3.0, 6.0, 5.0, times.backward_host, times.step_host)
+    assert times.backward_host
+    assert times.step_host
     assert weight.grad is None
     assert timing.time_step(step, _ScriptedClock(1.0, 2.0, 3.0, 6.0)).loop is None
     assert timing.loop_steps_on(torch.device("cuda")) > 1
     assert timing.loop_steps_on(torch.device("cpu")) == 0
+
+
+def test_the_host_is_timed_until_it_has_queued_the_work() -> None:
+    device = _Device()
+    clock = timing.EventClock(device.new_event, device.synchronize)
+    host: list[float] = []
+    _, elapsed = clock.time(timing.noting_host(lambda: device.work("long on the device", 1e6), host))
+    assert elapsed == 1e6
+    assert host[0] < 1e3  # queued, and not waited for
 
 
 def test_variants_take_turns_a_b_b_a() -> None:

@@ -115,7 +115,8 @@ def test_what_a_gpu_adds_is_in_every_row(
     report = results.read_report(tmp_path / "backward_time.json")
     assert all(len(row.loop_ms) == 3 and row.allocation_retries == 2 for row in report.rows)
     assert all((row.backward_kernels, row.step_kernels) == (3, 3) for row in report.rows)
-    assert all(row.launch_bound == ["backward", "step"] for row in report.rows)
+    # Here the host is the device: whatever runs goes at its pace.
+    assert all("backward" in row.launch_bound for row in report.rows)
     assert "launch-bound" in capsys.readouterr().out
     assert "freed its cache 2 times" in (tmp_path / "backward_time.md").read_text()
 
@@ -126,3 +127,25 @@ def _kernels_of(make_call: Callable[[], Callable[[], object]], device: torch.dev
         call = make_call()
         call()
     return cuda.DeviceWork(3, 0.0)
+
+
+def test_kernels_are_counted_after_the_last_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def visit(step: timing.TrainingStep, setup: backward_time.Setup, bar: object) -> timing.StepTimes:
+        done.append("timed")
+        return timing.StepTimes(1.0, 2.0, 3.0, 6.0, 5.0, 1.0, 1.0)
+
+    def fail(make_call: object, device: torch.device) -> cuda.DeviceWork:
+        done.append("counted")
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(backward_time, "loop_steps_on", lambda device: 2)
+    monkeypatch.setattr(backward_time, "visit", visit)
+    monkeypatch.setattr(results, "device_work", fail)
+    assert _run(tmp_path, "--models", "ConvModel", "test_vit", "--image-size", "32", "--repeats", "1") == 0
+    assert done.index("counted") == done.count("timed")
+    # What cannot be counted costs no row.
+    report = results.read_report(tmp_path / "backward_time.json")
+    assert report.models() == ["ConvModel", "test_vit"]
+    assert all(row.step_ms and row.backward_kernels is None for row in report.rows)

@@ -11,7 +11,7 @@ import backward_time
 import pytest
 import targets
 import torch
-from harness import cuda, ratios, results, timing
+from harness import ratios, results, timing
 from subjects import equality, peer_methods
 from torch import nn
 
@@ -180,12 +180,10 @@ def test_what_is_asked_of_which_model() -> None:
 
 def test_a_gpu_is_judged_by_steps_back_to_back_and_says_what_is_launch_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     def time_step(step: timing.TrainingStep, clock: timing.Clock, loop_steps: int) -> timing.StepTimes:
-        return timing.StepTimes(1.0, 0.15, 1.0, 5.0, loop=float(loop_steps))
+        return timing.StepTimes(1.0, 0.15, 1.0, 5.0, loop=float(loop_steps), backward_host=0.14, step_host=1.0)
 
-    work = iter([cuda.DeviceWork(6, 0.02), cuda.DeviceWork(9, 1.0)] * 3)
     monkeypatch.setattr(targets, "time_step", time_step)
-    monkeypatch.setattr(results, "device_work", lambda make_call, device: next(work))
     backward, step, _ = targets.against_the_limit("test_vit", replace(_setup(), loop_steps=3))
-    assert backward.remark == "launch-bound; kernels alone 0.02 / 0.02 ms"
+    assert backward.remark == "launch-bound"
     assert step.samples is not None
     assert step.samples.numerator == step.samples.denominator == [3.0, 3.0]

@@ -111,10 +111,12 @@ def device_work(
     """Sum the kernels of a call by the profiler, the median of some calls; None on a CPU or where it sees no kernel.
 
     The sum has no launch in it and no waiting between kernels: a CUDA graph of the call would take at least as long.
-    `make_call` does what comes before the call and is not counted.
+    `make_call` does what comes before the call and is not counted. Count after the last clock of a process has run:
+    what the profiler leaves behind makes launches slower.
     """
     if device.type != "cuda":
         return None
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # so many short sessions would meet a teardown that is under way
     seen = []
     for _ in range(repeats):
         call = make_call()

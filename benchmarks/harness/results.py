@@ -17,51 +17,32 @@ from harness.cuda import Fact, device_work
 from harness.environment import describe_environment
 from harness.timing import Interval, StepTimes, TrainingStep, interquartile_range, paired_ratio
 
-CLOCKS = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms", "loop_ms")
-# A part whose kernels fill less than this share of its time waits for the host to launch them.
-LAUNCH_BOUND_BELOW = 0.5
+CLOCKS = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms", "loop_ms", "backward_host_ms", "step_host_ms")
+# Where the host needs this share of the time to queue the work, the device waits for it.
+LAUNCH_BOUND_FROM = 0.9
 
 
 class Sampled:
-    """A row that keeps every sample of its clocks; `loop_ms`, a step of several back to back, is empty on a CPU."""
+    """A row that keeps every sample of its clocks; the last three are of a GPU, and empty on a CPU."""
 
     forward_ms: list[float]
     backward_ms: list[float]
     optimizer_ms: list[float]
     step_ms: list[float]
-    loop_ms: list[float]
-    backward_kernels: int | None
-    backward_device_ms: float | None
-    step_kernels: int | None
-    step_device_ms: float | None
+    loop_ms: list[float]  # a step of several back to back
+    backward_host_ms: list[float]  # what the host took to queue a backward, and a step
+    step_host_ms: list[float]
 
     def add(self, times: StepTimes) -> None:
         """Add the samples of one pass."""
-        self.forward_ms.append(times.forward)
-        self.backward_ms.append(times.backward)
-        self.optimizer_ms.append(times.optimizer)
-        self.step_ms.append(times.step)
-        if times.loop is not None:
-            self.loop_ms.append(times.loop)
+        for name, taken in asdict(times).items():
+            if taken is not None:
+                getattr(self, f"{name}_ms").append(taken)
 
     def clear(self) -> None:
         """Forget all samples."""
-        for samples in (self.forward_ms, self.backward_ms, self.optimizer_ms, self.step_ms, self.loop_ms):
-            samples.clear()
-
-    def count_kernels(self, step: TrainingStep, device: torch.device) -> None:
-        """Add what the device computes in a backward and in a step, by the profiler; nothing on a CPU."""
-
-        def fresh_backward() -> Callable[[], object]:
-            step.clear_gradients()
-            return step.forward().backward
-
-        step.enter()
-        backward, whole = device_work(fresh_backward, device), device_work(lambda: step.run, device)
-        step.clear_gradients()
-        if backward is not None and whole is not None:
-            self.backward_kernels, self.backward_device_ms = backward.kernels, backward.milliseconds
-            self.step_kernels, self.step_device_ms = whole.kernels, whole.milliseconds
+        for clock in CLOCKS:
+            getattr(self, clock).clear()
 
     @property
     def whole_step_ms(self) -> list[float]:
@@ -70,15 +51,10 @@ class Sampled:
 
     @property
     def launch_bound(self) -> list[str]:
-        """Name what waits for the host more than it computes: `backward` alone, `step` back to back."""
-        parts = {
-            "backward": (self.backward_device_ms, self.backward_ms),
-            "step": (self.step_device_ms, self.loop_ms),
-        }
+        """Name what goes at the host's pace: the `backward` alone, the `step` back to back. Nothing on a CPU."""
+        parts = {"backward": (self.backward_host_ms, self.backward_ms), "step": (self.step_host_ms, self.loop_ms)}
         return [
-            name
-            for name, (busy, samples) in parts.items()
-            if busy is not None and samples and busy < LAUNCH_BOUND_BELOW * median(samples)
+            name for name, (host, whole) in parts.items() if host and median(host) >= LAUNCH_BOUND_FROM * median(whole)
         ]
 
 
@@ -101,6 +77,8 @@ class Row(Sampled):
     step_ms: list[float] = field(default_factory=list)
     # Of a CUDA device alone; files from before these were counted have none of them.
     loop_ms: list[float] = field(default_factory=list)
+    backward_host_ms: list[float] = field(default_factory=list)
+    step_host_ms: list[float] = field(default_factory=list)
     peak_before_bytes: int | None = None  # allocated before the step whose peak was taken
     peak_reserved_bytes: int | None = None
     allocation_retries: int | None = None  # while this model was timed
@@ -108,6 +86,20 @@ class Row(Sampled):
     backward_device_ms: float | None = None  # the sum of the kernels, by the profiler
     step_kernels: int | None = None
     step_device_ms: float | None = None
+
+    def count_kernels(self, step: TrainingStep, device: torch.device) -> None:
+        """Add what the device computes in a backward and in a step, by the profiler."""
+
+        def fresh_backward() -> Callable[[], object]:
+            step.clear_gradients()
+            return step.forward().backward
+
+        step.enter()
+        backward, whole = device_work(fresh_backward, device), device_work(lambda: step.run, device)
+        step.clear_gradients()
+        if backward is not None and whole is not None:
+            self.backward_kernels, self.backward_device_ms = backward.kernels, backward.milliseconds
+            self.step_kernels, self.step_device_ms = whole.kernels, whole.milliseconds
 
 
 @dataclass
@@ -236,10 +228,10 @@ left out.
 """
 
 _HOW_TO_READ_CUDA = """\
-`back to back` is a step's share of several without a wait between them, as a training loop runs them. `kernels` and
-`device ms` are the profiler's: what the device computes, with no launch in it. A part is launch-bound where kernels
-fill less than half of its time: its milliseconds are then the host's, and `device ms` is what to compare. `before MiB`
-was allocated before the step, `peak MiB` is the most allocated in it, `reserved MiB` what was taken from the card.
+`back to back` is a step's share of several without a wait between them, as a training loop runs them. A part is
+launch-bound where the host needs nine tenths of its time or more to queue it: its milliseconds are then the host's, and
+`device ms` is what to compare: the sum of the kernels by the profiler, with no launch in it. `before MiB` was allocated
+before the step, `peak MiB` is the most allocated in it, `reserved MiB` what was taken from the card.
 """
 
 

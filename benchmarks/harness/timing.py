@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -140,7 +140,8 @@ class TrainingStep:
 class StepTimes:
     """Milliseconds of one repetition; `step` is a run of its own, not the sum of the other three.
 
-    `loop` is a step's share of several that ran back to back; None where they were not run.
+    `loop` is a step's share of several that ran back to back; `backward_host` and `step_host` are what the host took to
+    queue a backward and a step. None on a CPU.
     """
 
     forward: float
@@ -148,6 +149,8 @@ class StepTimes:
     optimizer: float
     step: float
     loop: float | None = None
+    backward_host: float | None = None
+    step_host: float | None = None
 
 
 def loop_steps_on(device: torch.device) -> int:
@@ -159,13 +162,14 @@ def time_step(step: TrainingStep, clock: Clock, loop_steps: int = 0) -> StepTime
     """Time one repetition of a variant: its parts one by one, the whole step, then `loop_steps` steps back to back."""
     step.enter()
     step.clear_gradients()
+    host: list[float] = []
     loss, forward = clock.time(step.forward)
-    _, backward = clock.time(loss.backward)
+    _, backward = clock.time(noting_host(loss.backward, host))
     _, optimizer = clock.time(step.update)
     del loss
     step.clear_gradients()
-    _, whole = clock.time(step.run)
-    loop = None
+    _, whole = clock.time(noting_host(step.run, host))
+    times = StepTimes(forward, backward, optimizer, whole)
     if loop_steps:
 
         def run_back_to_back() -> None:
@@ -173,9 +177,21 @@ def time_step(step: TrainingStep, clock: Clock, loop_steps: int = 0) -> StepTime
                 step.run()
 
         loop = milliseconds_of(run_back_to_back, clock) / loop_steps
+        times = replace(times, loop=loop, backward_host=host[0], step_host=host[1])
     # The next variant must not find this one's gradients: freeing them would fall into its clock.
     step.clear_gradients()
-    return StepTimes(forward, backward, optimizer, whole, loop)
+    return times
+
+
+def noting_host(call: Callable[[], Result], taken: list[float]) -> Callable[[], Result]:
+    """Let a call note the host's milliseconds until it returns, when a device may still work on what was queued."""
+
+    def run() -> Result:
+        result, elapsed = WallClock().time(call)
+        taken.append(elapsed)
+        return result
+
+    return run
 
 
 def warm_up(call: Callable[[], object], clock: Clock, *, at_most: int = 20, at_least_ms: float = 0.0) -> int:

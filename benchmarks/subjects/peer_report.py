@@ -32,10 +32,8 @@ class PeerRow(Sampled):
     optimizer_ms: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     loop_ms: list[float] = field(default_factory=list)
-    backward_kernels: int | None = None
-    backward_device_ms: float | None = None
-    step_kernels: int | None = None
-    step_device_ms: float | None = None
+    backward_host_ms: list[float] = field(default_factory=list)
+    step_host_ms: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -61,9 +59,8 @@ _HOW_TO_READ = """\
 Milliseconds are median ± interquartile range, taken in turns on the same pictures. `step / ours` is the median of the
 ratios within a pass, with its 95 % bootstrap interval. The last column compares all of the backbone with what it was,
 bit for bit, after three steps of AdamW in train mode: a library that leaves normalisation layers trainable by default
-moves them because it means to. On a GPU the ratio is that of steps back to back, as a training loop runs them;
-`device ms` is the sum of a step's kernels. A part whose kernels fill less than half of its time is launch-bound: its
-milliseconds are the host's.
+moves them because it means to. On a GPU the ratio is that of steps back to back, as a training loop runs them. A
+part is launch-bound where the host needs nine tenths of its time or more to queue it: its milliseconds are the host's.
 """
 
 
@@ -77,7 +74,7 @@ def model_table(rows: Sequence[PeerRow]) -> str:
     own = next((row for row in rows if row.method == OURS and row.step_ms), None)
     on_a_gpu = any(row.loop_ms for row in rows)
     header = ["", "version", "forward ms", "backward ms", "step ms", "step / ours", "saved MiB", "trainable"]
-    header += ["step ms, back to back", "step device ms", "launch-bound"] if on_a_gpu else []
+    header += ["step ms, back to back", "launch-bound"] if on_a_gpu else []
     header.append("backbone after 3 steps")
     return table(header, [_line(row, own, on_a_gpu=on_a_gpu) for row in rows])
 
@@ -85,13 +82,12 @@ def model_table(rows: Sequence[PeerRow]) -> str:
 def _line(row: PeerRow, own: PeerRow | None, *, on_a_gpu: bool) -> list[str]:
     line = [row.method, row.version or ("this checkout" if row.method == OURS else "not installed")]
     if not row.step_ms:
-        return [*line, *[""] * (9 if on_a_gpu else 6), row.error or "not timed"]
+        return [*line, *[""] * (8 if on_a_gpu else 6), row.error or "not timed"]
     line += [spread(row.forward_ms), spread(row.backward_ms), spread(row.step_ms)]
     line.append(str(paired_ratio(row.whole_step_ms, own.whole_step_ms)) if own is not None and own is not row else "")
     line += [mebibytes(row.saved_bytes), f"{row.trainable_parameters:,}"]
     if on_a_gpu:
-        busy = "" if row.step_device_ms is None else f"{row.step_device_ms:.4g}"
-        line += [spread(row.loop_ms), busy, " and ".join(row.launch_bound)]
+        line += [spread(row.loop_ms), " and ".join(row.launch_bound)]
     return [*line, _verdict(row)]
 
 
