@@ -73,6 +73,18 @@ def test_arguments_and_freeze_state_come_back(tmp_path: Path) -> None:
     assert description.versions["timm"] == timm.__version__
 
 
+def test_any_part_that_trains_comes_back(tmp_path: Path) -> None:
+    trained = make_trained()
+    model = trained.model.freeze_backbone(trainable=[trained.model.backbone.layer1])
+    save_trained_model(trained, tmp_path / "model.safetensors", record={})
+    loaded = load_trained_model(tmp_path / "model.safetensors").model
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[1] for name in trains if name.startswith("backbone.")} == {"layer1"}
+    assert [name for name, parameter in loaded.named_parameters() if parameter.requires_grad] == trains
+    assert loaded.trainable_groups is None
+    assert loaded.unfreeze_backbone().trainable_groups == len(loaded.layer_groups)
+
+
 def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
     trained = make_trained()
     path = tmp_path / "model.safetensors"

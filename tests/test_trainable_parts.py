@@ -181,3 +181,19 @@ def test_regroup_takes_what_came_after_wrapping() -> None:
     assert training(model.freeze_backbone(trainable=[adapter])) == ["layer4.0.adapter.weight", "layer4.0.adapter.bias"]
     whole = [LayerGroup("all", tuple(name for name, _ in model.backbone.named_parameters()))]
     assert model.regroup(layer_groups=whole).layer_groups == tuple(whole)
+
+
+def test_adapters_of_a_wrapped_network_train_alone() -> None:
+    backbone = WithTable().requires_grad_(False)
+    for block in list(backbone.blocks)[6:]:  # as PEFT does it: the base fixed all over, adapters in some places
+        block.adapter = nn.Linear(8, 8)
+    model = FineTuneModel(backbone, nn.Linear(8, 2))
+    adapters = [name for name, _ in backbone.named_parameters() if "adapter" in name]
+    assert training(model) == adapters
+    assert training(model.freeze_backbone(trainable_groups=1)) == adapters[-2:]
+    assert model.trainable_groups == 1
+    with pytest.warns(UserWarning, match="stay frozen, as they were frozen when the model was built"):
+        model.unfreeze_backbone()
+    assert training(model) == adapters
+    assert model.trainable_groups == len(model.layer_groups)
+    assert (training(model.freeze_backbone()), model.trainable_groups) == ([], 0)

@@ -14,7 +14,7 @@ from .distributed import reshard
 from .eval_caches import clear_caches_on_load
 from .frozen_statistics import release
 from .guards import Guards
-from .layer_groups import LayerGroup, as_layer_groups, layer_depths
+from .layer_groups import LayerGroup, as_layer_groups
 from .param_groups import build_group_matcher, build_param_groups, exempt_names
 from .splitting import (
     Reassembly,
@@ -330,17 +330,14 @@ class FineTuneModel(nn.Module):
         nothing trains, a rate is negative, or the backbone got or lost parameters since the model was built.
         """
         reshard(self)
-        depths, classifier_depth = layer_depths(self.backbone, self._layer_groups)
         return build_param_groups(
-            self.backbone.named_parameters(),
-            self.classifier.named_parameters(),
+            self.backbone,
+            self.classifier,
+            self._layer_groups,
             lr=lr,
             backbone_lr=backbone_lr,
             weight_decay=weight_decay,
             layer_decay=layer_decay,
-            depths=depths,
-            classifier_depth=classifier_depth,
-            no_weight_decay=exempt_names(self.backbone),
             include_frozen=include_frozen,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from inspect import getattr_static
 from numbers import Real
@@ -16,38 +16,39 @@ from .layer_groups import LayerGroup, check_layer_groups, layer_depths
 
 
 def build_param_groups(
-    backbone: Iterable[tuple[str, nn.Parameter]],
-    classifier: Iterable[tuple[str, nn.Parameter]],
+    backbone: nn.Module,
+    classifier: nn.Module,
+    layer_groups: Sequence[LayerGroup],
     *,
     lr: float | torch.Tensor,
     backbone_lr: float | torch.Tensor | None,
     weight_decay: float,
     layer_decay: float | None,
-    depths: Mapping[str, int],
-    classifier_depth: int,
-    no_weight_decay: Collection[str],
     include_frozen: bool,
 ) -> list[dict[str, Any]]:
-    """Group named parameters by part, depth and decay.
+    """Group the parameters that train by part, depth and decay.
 
-    >>> layer, head = nn.Linear(2, 2), nn.Linear(2, 2)
     >>> groups = build_param_groups(
-    ...     layer.named_parameters(), head.named_parameters(), lr=0.1, backbone_lr=None, weight_decay=0.05,
-    ...     layer_decay=0.5, depths={"weight": 0, "bias": 0}, classifier_depth=1, no_weight_decay=(),
-    ...     include_frozen=False)
+    ...     nn.Linear(2, 2), nn.Linear(2, 2), [LayerGroup("(root)", ("weight", "bias"))], lr=0.1, backbone_lr=None,
+    ...     weight_decay=0.05, layer_decay=0.5, include_frozen=False)
     >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]  # doctest: +NORMALIZE_WHITESPACE
     [('backbone.0', 0.05, 0.05), ('backbone.0.no_decay', 0.05, 0.0),
      ('classifier', 0.1, 0.05), ('classifier.no_decay', 0.1, 0.0)]
 
     Each group has `name`, absolute `lr` (a tensor of its own where it is given as one), `weight_decay`, `params`
-    (tensors) and `param_names`. Biases, 1-d weights and what matches `no_weight_decay` (backbone names, fnmatch
+    (tensors) and `param_names`. Biases, 1-d weights and what the network's `no_weight_decay()` names (fnmatch
     patterns as in timm) do not decay. With `layer_decay` a backbone parameter at depth d learns at rate * layer_decay
     ** (classifier_depth - d), as in BEiT and `timm.optim.param_groups_layer_decay`. Raises ValueError when nothing
     trains or a rate is negative.
     """
     _check_rates(lr=lr, backbone_lr=backbone_lr, weight_decay=weight_decay, layer_decay=layer_decay)
+    depths, classifier_depth = layer_depths(backbone, layer_groups)
+    no_weight_decay = exempt_names(backbone)
     groups: dict[str, dict[str, Any]] = {}
-    parts = (("backbone", backbone, lr if backbone_lr is None else backbone_lr), ("classifier", classifier, lr))
+    parts = (
+        ("backbone", backbone.named_parameters(), lr if backbone_lr is None else backbone_lr),
+        ("classifier", classifier.named_parameters(), lr),
+    )
     for part, parameters, part_lr in parts:
         for name, parameter in parameters:
             if not (parameter.requires_grad or include_frozen):

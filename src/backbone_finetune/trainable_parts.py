@@ -103,12 +103,15 @@ def count_trainable_groups(
     """
     parameters = check_layer_groups(backbone, layer_groups)
     training = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    if not training:
+        return 0
+    found = None
     expected: set[str] = set()
-    for count, group in enumerate(reversed((*layer_groups, LayerGroup("", ())))):
+    for count, group in enumerate(reversed(layer_groups), start=1):
         expected |= {name for name in group.parameter_names if name not in left_off and can_train(parameters[name])}
         if training == expected:
-            return count
-    return None
+            found = count  # a group in which nothing can train counts with those that train
+    return found
 
 
 def find_fixed(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> frozenset[str]:

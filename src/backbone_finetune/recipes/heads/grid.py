@@ -176,15 +176,13 @@ def decaying_names(classifier: nn.Module) -> set[str]:
         ValueError: nothing in the classifier trains.
     """
     groups = build_param_groups(
+        nn.Identity(),
+        classifier,
         (),
-        classifier.named_parameters(),
         lr=1.0,
         backbone_lr=None,
         weight_decay=1.0,
         layer_decay=None,
-        depths={},
-        classifier_depth=0,
-        no_weight_decay=(),
         include_frozen=False,
     )
     names = (name for group in groups if group["weight_decay"] for name in group["param_names"])
