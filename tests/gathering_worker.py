@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from backbone_finetune.recipes.features.phase_data import gather_features
 from caching.size import watching_memory
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -21,7 +22,6 @@ from torch.utils.data import Dataset
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import FeatureCache, make_accelerator
 from backbone_finetune.recipes.features import cache as feature_store
-from backbone_finetune.recipes.features.phase_data import gather_features
 
 WIDTH = 1 << 14
 COUNT = 1025  # of 64 KiB each: 64 MiB, and no even shares

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from backbone_finetune.recipes.features.phase_data import repeats
 from image_folders import make_folder
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from torchvision.datasets import ImageFolder
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Phase, TrainerConfig, fine_tune, make_accelerator
 from backbone_finetune.recipes.data.images import ImageDataset, find_images
-from backbone_finetune.recipes.features.phase_data import repeats
 
 STILL: Any = create_transform(8)
 RANDOM: Any = create_transform(8, is_training=True)

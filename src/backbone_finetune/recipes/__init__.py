@@ -7,9 +7,11 @@ from .commands.evaluate import Evaluation, evaluate_folder
 from .commands.inspect import inspect
 from .commands.predict import Prediction, predict
 from .commands.train import TrainSettings, train
-from .data.fingerprint import data_fingerprint, is_deterministic
+from .data.determinism import is_deterministic
+from .data.fingerprint import data_fingerprint
 from .data.images import ImageDataset, LabelledFolder, find_images
-from .features.extract import FeatureCache, extract_features, feature_batches
+from .features.cache import FeatureCache
+from .features.extract import Features, extract_features, feature_batches
 from .heads.grid import HeadResult, fit_heads
 from .heads.lbfgs import LbfgsResult, fit_lbfgs
 from .models.file import TrainedModel, load_trained_model, save_trained_model
@@ -20,6 +22,7 @@ from .training.processes import make_accelerator
 __all__ = [
     "Evaluation",
     "FeatureCache",
+    "Features",
     "HeadResult",
     "ImageDataset",
     "LabelledFolder",

@@ -18,7 +18,7 @@ from backbone_finetune.summary import describe_by_group
 
 from ..data.fingerprint import data_fingerprint
 from ..data.images import ImageDataset
-from ..features.extract import FeatureCache
+from ..features.cache import FeatureCache
 from ..models.file import TrainedModel, save_trained_changes, save_trained_model
 from ..models.metadata import installed_versions
 from ..rng import preserve_rng_state, seed_everything

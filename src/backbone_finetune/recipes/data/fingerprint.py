@@ -1,102 +1,86 @@
-"""What cached features depend on, as digests: the backbone that computed them, and the images it was shown."""
+"""A digest of what a dataset shows to a backbone: images, targets, order and transform."""
 
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-import PIL
-from timm.data import transforms as timm_transforms
-from torch import Tensor, nn
-from torchvision import transforms  # it comes with timm
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from backbone_finetune import __version__
-from backbone_finetune.eval_caches import clear_caches
+from backbone_finetune.verification import digest
 
-from ..features.object_description import Describer, UndescribableError
 from ..files import digest_file
+from .determinism import digest_item, find_randomness, stated_transforms
 from .images import ImageDataset
 
-__all__ = ["backbone_fingerprint", "data_fingerprint", "is_deterministic"]
+__all__ = ["data_fingerprint"]
 
-# Each gives the same tensor for the same image, and is fully described by its public attributes. A subclass may
-# do anything, so only these very types count.
-DETERMINISTIC: frozenset[type] = frozenset(
-    {
-        transforms.CenterCrop,
-        transforms.ConvertImageDtype,
-        transforms.Grayscale,
-        transforms.Normalize,
-        transforms.PILToTensor,
-        transforms.Pad,
-        transforms.Resize,
-        transforms.ToTensor,
-        timm_transforms.CenterCropOrPad,
-        timm_transforms.MaybePILToTensor,
-        timm_transforms.MaybeToTensor,
-        timm_transforms.ToNumpy,
-        timm_transforms.ToTensor,
-        timm_transforms.TrimBorder,
-    }
-)
+_INSTEAD = "pass a name of your own: FeatureCache(folder, 'images of 2024, 224 pixels')"
 
 
-def is_deterministic(transform: Any) -> bool:
-    """Say whether a transform of torchvision or timm is known to give the same tensor for the same image each time.
+def data_fingerprint(dataset: Dataset[Any]) -> str:
+    """Digest what a dataset shows to a backbone: the content, order and targets of its images, and its transform.
 
-    >>> from timm.data import create_transform
-    >>> is_deterministic(create_transform(64)), is_deterministic(create_transform(64, is_training=True))
+    >>> import torch
+    >>> images, targets = torch.zeros(2, 3), torch.tensor([0, 1])
+    >>> same = data_fingerprint(TensorDataset(images, targets)) == data_fingerprint(TensorDataset(images, targets))
+    >>> same, data_fingerprint(TensorDataset(images, targets)) == data_fingerprint(TensorDataset(images + 1, targets))
     (True, False)
 
-    One that is not known, a function or a class of your own, counts as random.
-    """
-    if type(transform) is transforms.Compose:
-        return all(is_deterministic(part) for part in transform.transforms)
-    if type(transform) is timm_transforms.ResizeKeepRatio:
-        draws = (transform.random_scale_prob, transform.random_aspect_prob)
-        return not any(draws) and not isinstance(transform.interpolation, tuple | list)
-    return type(transform) in DETERMINISTIC
-
-
-def data_fingerprint(dataset: ImageDataset) -> str:
-    """Digest what a dataset shows a backbone: the content, order and targets of its images, and its transform.
-
-    Contents are read, not sizes and times: these can stay the same when an image changes, and change when a folder
-    is copied. Reading costs a small part of what decoding and a backbone cost. Where the folder is does not count.
-
-    >>> from pathlib import Path
-    >>> from tempfile import TemporaryDirectory
-    >>> from timm.data import create_transform
-    >>> from backbone_finetune.recipes.data.images import LabelledFolder
-    >>> with TemporaryDirectory() as folder:
-    ...     image = Path(folder, "1.png")
-    ...     PIL.Image.new("RGB", (4, 4)).save(image)
-    ...     dataset = ImageDataset(LabelledFolder(Path(folder), ("a", "b"), (image,), (0,)), create_transform(8))
-    ...     before = data_fingerprint(dataset)
-    ...     PIL.Image.new("RGB", (4, 4), "red").save(image)
-    ...     data_fingerprint(dataset) == before
-    False
+    Of an ``ImageDataset`` and of torchvision's ``ImageFolder`` the files are read and not decoded, which costs a small
+    part of what a backbone costs; where they are and when they were written does not count. A ``Subset`` and a
+    ``ConcatDataset`` count by what they are made of. Any other dataset is read item by item, as slow as an epoch of
+    reading: where that takes too long, give ``FeatureCache`` a name instead.
 
     Raises:
         OSError: an image can't be read.
-        ValueError: the transform is random, or not known not to be.
+        ValueError: the dataset is random, or not known not to be, or its items can't be compared.
     """
-    if not is_deterministic(dataset.transform):
-        raise ValueError(
-            f"{dataset.transform!r}: not known to give the same tensor for the same image each time; use timm's "
-            "evaluation transform, or pass a fingerprint of your own to FeatureCache"
-        )
-    folder = dataset.folder
+    if isinstance(dataset, DataLoader):
+        raise ValueError("data_fingerprint got a DataLoader; pass its dataset: data_fingerprint(loader.dataset)")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(f"{type(dataset).__name__} is a stream of unknown length; {_INSTEAD}")
+    return hashlib.sha256(json.dumps(_describe(dataset)).encode()).hexdigest()
+
+
+def _describe(dataset: Any) -> Any:
+    """Write down a dataset as JSON holds it."""
+    kind = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+    if type(dataset) is TensorDataset:
+        return [kind, [digest(tensor) for tensor in dataset.tensors]]
+    if type(dataset) is Subset:
+        return [kind, [int(index) for index in dataset.indices], _describe(dataset.dataset)]
+    if type(dataset) is ConcatDataset:
+        return [kind, [_describe(part) for part in dataset.datasets]]
+    # A dataset of your own may state no transform: that it draws nothing is then seen from reading it twice.
+    if stated_transforms(dataset) and (reason := find_randomness(dataset)):
+        raise ValueError(f"{reason}; use an evaluation transform, as timm's create_transform(224) gives, or {_INSTEAD}")
+    if type(dataset) is ImageDataset:
+        folder = dataset.folder
+        return [
+            kind,
+            _describe_files(folder.paths, folder.targets, folder.root),
+            _describe_transform(dataset.transform),
+        ]
+    if kind == "torchvision.datasets.folder.ImageFolder":
+        paths, targets = zip(*dataset.samples, strict=True)
+        transforms = [_describe_transform(each) for each in (dataset.transform, dataset.target_transform)]
+        files = _describe_files([Path(path) for path in paths], targets, Path(dataset.root))
+        return [kind, files, transforms, f"{dataset.loader.__module__}.{dataset.loader.__qualname__}"]
+    items = [digest_item(dataset[index]) for index in range(len(dataset))]
+    if not stated_transforms(dataset) and any(digest_item(dataset[i]) != items[i] for i in range(min(len(items), 8))):
+        raise ValueError(f"{type(dataset).__name__} gave another item when it was read twice; {_INSTEAD}")
+    return [kind, items]
+
+
+def _describe_files(paths: Any, targets: Any, root: Path) -> list[Any]:
+    """Write down images: contents are read, not sizes and times, which can stay the same when an image changes."""
     with ThreadPoolExecutor() as threads:
-        contents = list(threads.map(_digest_image, folder.paths))
-    paths = [relpath(path, folder.root) for path in folder.paths]
-    images = list(zip(paths, folder.targets, contents, strict=True))
-    # What reads and transforms the images, beyond the transform's own arguments.
-    versions = {"backbone-finetune": __version__, "pillow": PIL.__version__, "torchvision": version("torchvision")}
-    return digest_text([images, describe_transform(dataset.transform), versions])
+        contents = list(threads.map(_digest_image, paths))
+    return list(zip((relpath(path, root) for path in paths), targets, contents, strict=True))
 
 
 def _digest_image(path: Path) -> str:
@@ -104,47 +88,15 @@ def _digest_image(path: Path) -> str:
     return digest_file(path) if path.is_file() else "no file"
 
 
-def describe_transform(transform: Any) -> Any:
-    """Write down a deterministic transform in full: a ``repr`` shortens tensors, and leaves arguments out.
-
-    >>> describe_transform(transforms.CenterCrop(8))
-    ['torchvision.transforms.transforms.CenterCrop', {'size': '(8, 8)'}]
-    """
-    if type(transform) is transforms.Compose:
-        return [describe_transform(part) for part in transform.transforms]
+def _describe_transform(transform: Any) -> Any:
+    """Write down a deterministic transform in full: a ``repr`` shortens tensors, and leaves arguments out."""
+    if transform is None:
+        return None
+    parts = getattr(transform, "transforms", None) or getattr(transform, "_modules", {}).values()
     arguments = {
         name: repr(value.tolist() if isinstance(value, Tensor) else value)
-        for name, value in vars(transform).items()
-        if not name.startswith("_") and name != "training"
+        for name, value in getattr(transform, "__dict__", {}).items()
+        if not name.startswith("_") and name not in {"training", "transforms"}
     }
-    return [f"{type(transform).__module__}.{type(transform).__qualname__}", arguments]
-
-
-def backbone_fingerprint(backbone: nn.Module) -> str:
-    """Digest a backbone: its parameters and buffers to the bit, and what its modules are and do.
-
-    >>> backbone_fingerprint(nn.AvgPool2d(2)) == backbone_fingerprint(nn.AvgPool2d(2))
-    True
-    >>> backbone_fingerprint(nn.AvgPool2d(2)) == backbone_fingerprint(nn.AvgPool2d(2, stride=1))
-    False
-
-    Of each module all attributes count, and its class with those that it inherits: the code of methods (a `forward`
-    that was edited is another one), properties and the like, their default arguments and what they close over, and
-    class attributes. An object counts by its class and what pickle would keep of it. Not seen are hooks, global names
-    that a method looks up (functions that it calls, constants of its file), and, for which versions stand, what is
-    torch's, NumPy's and Python's own and no module.
-
-    Raises:
-        UndescribableError: it holds an object that can't be compared with one in another process; the message names it.
-    """
-    clear_caches(backbone)  # as levit's in eval: worked out from what counts already
-    try:
-        described = Describer().describe(backbone)
-    except RecursionError as error:
-        raise UndescribableError("the backbone holds objects too deep within others") from error
-    return digest_text(described)
-
-
-def digest_text(value: object) -> str:
-    """Digest anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    named = transform if hasattr(transform, "__qualname__") else type(transform)
+    return [f"{named.__module__}.{named.__qualname__}", arguments, [_describe_transform(part) for part in parts]]

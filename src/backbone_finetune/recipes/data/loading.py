@@ -161,6 +161,12 @@ class DeviceLoader(DataLoader[Any]):
         )
         self.device = device
 
+    def over(self, batches: Sequence[Sequence[int]], *, workers: int | None = None) -> "DeviceLoader":
+        """Return a loader of these batches of the same data."""
+        samples: Any = self.dataset
+        number = self.num_workers if workers is None else workers
+        return DeviceLoader(samples.data, self.device, batches=batches, workers=number, seed=samples.seed)
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # it is typed as torch's own iterator
         samples: Any = self.dataset
         with warnings.catch_warnings():  # Python 3.12 and later warn of it; workers call nothing that takes a lock

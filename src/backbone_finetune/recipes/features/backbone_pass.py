@@ -1,21 +1,37 @@
-"""One pass of a frozen backbone over a loader's batches, as its device likes it best."""
+"""One pass of a frozen backbone over a loader, in the precision and memory layout that suit its device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbone_finetune.eval_caches import preserve_modes
 
-__all__ = ["autocast_dtype", "backbone_batches", "in_eval", "trains"]
+from ..text import join_some
+
+__all__ = ["FeatureBatch", "UncacheableError", "autocast_dtype", "backbone_batches", "in_eval", "split_row", "trains"]
+
+
+class UncacheableError(ValueError):
+    """What a backbone returns cannot be stored per image, or nowhere is room for it."""
+
+
+class FeatureBatch(NamedTuple):
+    """The features of a batch: tensors of (B, ...), how the backbone's output is made of them, and the targets."""
+
+    slots: tuple[Tensor, ...]
+    structure: TreeSpec
+    targets: Tensor
 
 
 def trains(module: nn.Module) -> bool:
-    """Say whether any parameter of a module trains.
+    """Tell whether any parameter of a module trains.
 
     >>> trains(nn.Linear(2, 2)), trains(nn.Linear(2, 2).requires_grad_(False)), trains(nn.Flatten())
     (True, False, False)
@@ -42,56 +58,94 @@ def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | N
 
 @contextmanager
 def in_eval(module: nn.Module) -> Iterator[None]:
-    """Hold a module in eval, and give each of its submodules its own mode back."""
+    """Set a module to eval in the block, and restore the mode of each of its submodules after it."""
     with preserve_modes(module):
         module.eval()
         yield
 
 
 def backbone_batches(
-    backbone: nn.Module, loader: DataLoader[Any], device: torch.device, narrow: torch.dtype | None, title: str | None
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield ``(*features, targets)`` of each batch, on the CPU."""
+    backbone: nn.Module, loader: DataLoader[Any], device: torch.device, dtype: torch.dtype | None, title: str | None
+) -> Iterator[FeatureBatch]:
+    """Run a backbone, in autocast to ``dtype`` unless it is None, over each batch; yields features on the CPU.
+
+    Raises:
+        ValueError: a batch is not ``(inputs, ..., targets)``, or does not fit the backbone's forward.
+        UncacheableError: the backbone returns something else than tensors with an entry per image.
+    """
     # Channels-last inputs are enough: convolutions follow their input, so the weights stay as they are. A batch of
     # EfficientNet-Lite0 took .73 of the time on a CPU, with the weights converted as well .70.
     convolves = device.type in {"cpu", "cuda"} and any(isinstance(module, nn.Conv2d) for module in backbone.modules())
     for batch in tqdm(loader, desc=title, unit="batch", disable=title is None):
-        inputs, targets = as_pair(batch)
-        inputs = inputs.to(device)
-        if convolves and inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        inputs, targets = split_row(batch)
+        check_arguments(backbone, inputs)
+        inputs = [tensor.to(device) for tensor in inputs]
+        if convolves:
+            inputs = [
+                tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+                for tensor in inputs
+            ]
         # Not inference_mode: its tensors, and what modules cache in it, could take no part in autograd afterwards.
-        with torch.no_grad(), torch.autocast(device.type, dtype=narrow, enabled=narrow is not None):
-            outputs = backbone(inputs)
-        slots = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            slots, structure = tree_flatten(backbone(*inputs))
         for slot in slots:
             if not isinstance(slot, Tensor) or slot.ndim == 0 or len(slot) != len(targets):
-                raise ValueError(
-                    f"the backbone gave {describe(slot)} for {len(targets)} images; it must give a tensor or a tuple "
-                    "of tensors, each with one entry per image"
+                raise UncacheableError(
+                    f"the backbone gave {describe(slot)} for {len(targets)} images; it must give tensors with one "
+                    "entry per image, alone or in a tuple, list or dict"
                 )
-        widened = (slot.float() if narrow is not None and slot.dtype == narrow else slot for slot in slots)
-        yield (*(slot.cpu() for slot in widened), targets.cpu())
+        widened = (slot.float() if dtype is not None and slot.dtype == dtype else slot for slot in slots)
+        yield FeatureBatch(tuple(slot.cpu() for slot in widened), structure, targets.cpu())
 
 
-def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """Check that a loader's batch is ``(inputs, targets)``.
+def split_row(batch: Any) -> tuple[list[Tensor], Tensor]:
+    """Split what a loader gives, ``(input, ..., target)`` tensors, into inputs and targets.
+
+    >>> split_row((torch.zeros(2, 3), torch.tensor([0, 1])))
+    ([tensor([[0., 0., 0.],
+            [0., 0., 0.]])], tensor([0, 1]))
 
     Raises:
         ValueError: it is something else.
     """
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
-        raise ValueError(f"the loader gave {describe(batch)}; it must give (inputs, targets), two tensors")
-    inputs, targets = batch
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or not all(isinstance(part, Tensor) for part in batch):
+        raise ValueError(
+            f"the loader gave {describe(batch)}; the dataset must return (input, target), or (input, input, ..., "
+            "target) for a backbone of several inputs, as tensors or numbers"
+        )
+    *inputs, targets = batch
     return inputs, targets
+
+
+def check_arguments(backbone: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Check that a backbone's forward takes so many inputs.
+
+    >>> check_arguments(nn.Linear(2, 2), [torch.ones(1, 2), torch.ones(1)])
+    Traceback (most recent call last):
+    ...
+    ValueError: the dataset's rows have 2 inputs before the target, which Linear.forward(... does not take
+
+    Raises:
+        ValueError: it does not.
+    """
+    taken = signature(backbone.forward)
+    try:
+        taken.bind(*inputs)
+    except TypeError:
+        raise ValueError(
+            f"the dataset's rows have {len(inputs)} inputs before the target, which {type(backbone).__name__}.forward"
+            f"{taken} does not take"
+        ) from None
 
 
 def describe(value: object) -> str:
     """Name what came in a few words.
 
-    >>> describe(torch.zeros(2, 3)), describe([1, 2, 3])
-    ('a tensor of shape (2, 3)', 'a list of 3')
+    >>> describe(torch.zeros(2, 3)), describe([1, 2, 3]), describe({"image": 1, "label": 2})
+    ('a tensor of shape (2, 3)', 'a list of 3', 'a dict of image, label')
     """
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list | dict) else ''}"
+    if isinstance(value, dict):
+        return f"a dict of {join_some([str(key) for key in value])}"
+    return f"a {type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list) else ''}"

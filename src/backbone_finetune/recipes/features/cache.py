@@ -1,291 +1,284 @@
-"""Tensors per image on disk: a raw file per slot and a manifest, in a folder that is whole or not there."""
+"""Features on disk: one raw file per tensor and a manifest that is written last, under a key of what made them."""
 
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
-import socket
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import psutil
+import timm
 import torch
-from torch import Tensor
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
 
-from ..files import digest_file, sync_folder
+from backbone_finetune import __version__
+from backbone_finetune.eval_caches import clear_caches
+from backbone_finetune.verification import digest
+
+from ..files import replacing
 
 __all__ = [
-    "UnusableStoreError",
-    "build_store",
-    "map_store",
-    "open_store",
-    "refuse_other_files",
-    "remove_store",
-    "write_store",
+    "FeatureCache",
+    "FeatureStore",
+    "Layout",
+    "UnwritableStoreError",
+    "agree",
+    "backbone_fingerprint",
+    "layout_of",
 ]
 
-MANIFEST = "manifest.json"
-FORMAT = "backbone-finetune features 1"
+logger = logging.getLogger(__name__)
+
+MANIFEST, LOCK_FILE = "manifest.json", "lock"
+_OWN_FILES = re.compile(r"manifest\.json|\.manifest\.json\.\d+|slot-\d+\.bin|lock|shared-[0-9a-f-]{36}")
+_FORMAT = "backbone-finetune features 2"
+
+Layout = tuple[tuple[torch.dtype, tuple[int, ...]], ...]  # of each slot, per image
 
 
-class UnusableStoreError(ValueError):
-    """There is a store, but not one to trust; the message says why.
+@dataclass(frozen=True)
+class FeatureCache:
+    """Where features are kept between runs, and which images they come from.
 
-    >>> raise UnusableStoreError("slot-0.bin is truncated")
-    Traceback (most recent call last):
-    ...
-    backbone_finetune.recipes.features.cache.UnusableStoreError: slot-0.bin is truncated
+    Args:
+        folder: holds the features of one dataset and nothing else.
+        data_fingerprint: names the images, targets and transform. ``data_fingerprint(dataset)`` computes one; a name of
+            your own serves as well, as long as it changes when they do.
+        memory_share: features that take more than this share of the machine's memory stay on disk, memory-mapped.
+
+    >>> FeatureCache(Path("cache/train"), data_fingerprint="images of 2024, 224 pixels").memory_share
+    0.25
     """
 
+    folder: Path
+    data_fingerprint: str
+    memory_share: float = 0.25
 
-class SlotWriter:
-    """Append batches of one slot to a raw file, and digest them on the way.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder, open(f"{folder}/slot-0.bin", "wb") as file:
-    ...     slot = SlotWriter(file, torch.zeros(2, 3))
-    ...     slot.append(torch.zeros(2, 3))
-    ...     slot.describe()["bytes"]
-    24
-    """
-
-    def __init__(self, file: BinaryIO, example: Tensor) -> None:
-        self.file = file
-        self.dtype = example.dtype
-        self.shape = example.shape[1:]
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def append(self, batch: Tensor) -> None:
-        """Write ``batch``, (B, ...), behind what is there."""
-        octets = batch.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self.file.write(octets)
-        self.digest.update(octets)
-        self.bytes += octets.nbytes
-
-    def describe(self) -> dict[str, Any]:
-        """Give the slot's entry in the manifest."""
+    def key(self, backbone: nn.Module, autocast_dtype: torch.dtype | None) -> dict[str, str]:
+        """Name all that the features of a backbone are made with; stored features are used again where it is equal."""
+        packages = {name: version(name) for name in ("torchvision", "pillow")}
+        versions = {"backbone-finetune": __version__, "torch": torch.__version__, "timm": timm.__version__, **packages}
         return {
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": list(self.shape),
-            "bytes": self.bytes,
-            "sha256": self.digest.hexdigest(),
+            "backbone": backbone_fingerprint(backbone),
+            "images or transform": self.data_fingerprint,
+            "precision": str(autocast_dtype),
+            "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
         }
 
 
-def write_store(folder: Path, batches: Iterable[tuple[Tensor, ...]], fingerprints: Mapping[str, str]) -> None:
-    """Write batches, each a tuple of (B, ...) tensors, into an empty folder; the manifest comes last.
+def backbone_fingerprint(backbone: nn.Module) -> str:
+    """Digest a backbone: its parameters and buffers to the bit, and the path and class name of each module.
 
-    Only one batch is in memory at a time, and the number of batches need not be known. See `build_store` for an
-    example.
+    >>> backbone_fingerprint(nn.ReLU()) == backbone_fingerprint(nn.ReLU()) != backbone_fingerprint(nn.GELU())
+    True
     """
-    slots: list[SlotWriter] = []
-    count = 0
-    with ExitStack() as files:
-        for batch in batches:
-            if not slots:
-                slots = [
-                    SlotWriter(files.enter_context(open(slot_path(folder, index), "wb")), tensor)
-                    for index, tensor in enumerate(batch)
-                ]
-            for slot, tensor in zip(slots, batch, strict=True):
-                slot.append(tensor)
-            count += len(batch[0])
-        for slot in slots:
-            slot.file.flush()
-            os.fsync(slot.file.fileno())
-    content = {
-        "format": FORMAT,
-        "count": count,
-        "slots": [slot.describe() for slot in slots],
-        "fingerprints": dict(fingerprints),
-    }
-    with open(folder / MANIFEST, "w") as file:
-        json.dump({"content": content, "sha256": digest_content(content)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    clear_caches(backbone)  # as levit's in eval, which are computed from the parameters
+    modules = [[path, type(part).__module__, type(part).__qualname__] for path, part in backbone.named_modules()]
+    named = [*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False)]
+    content = json.dumps([modules, [[name, digest(tensor)] for name, tensor in named]])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
-def build_store(
-    folder: Path, batches: Iterable[tuple[Tensor, ...]], fingerprints: Mapping[str, str]
-) -> tuple[Tensor, ...]:
-    """Write a store under a temporary name beside ``folder``, move it into place, over an older one, and map it.
+class UnwritableStoreError(OSError):
+    """Features cannot be written to a folder: the disk is full or read-only; the message names the folder."""
+
+
+class FeatureStore:
+    """The features of ``count`` images in a folder, a file per slot. Without a ``key`` it is temporary.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as parent:
-    ...     folder = Path(parent, "train")
-    ...     _ = build_store(folder, [(torch.ones(2, 3), torch.tensor([0, 1]))], {"data": "a"})
-    ...     features, targets = open_store(folder, {"data": "a"}, count=2)
-    >>> tuple(features.shape), targets
-    ((2, 3), tensor([0, 1]))
-
-    Raises:
-        FileExistsError: the folder holds other files than a store's.
+    ...     store = FeatureStore(Path(parent, "train"), count=3, key={"data": "a"})
+    ...     store.allocate(layout_of([torch.ones(1, 2)]))
+    ...     with store.writing() as write:
+    ...         write(0, [torch.ones(1, 2)])
+    ...         write(1, [torch.zeros(2, 2)])
+    ...     store.commit()
+    ...     print(store.find_problem(), store.map()[0].sum(1))
+    ...     FeatureStore(Path(parent, "train"), count=3, key={"data": "b"}).find_problem()
+    None tensor([2., 0., 0.])
+    'made with other data'
     """
-    refuse_other_files(folder)
-    folder = folder.resolve()  # what a link points to is replaced, and not the link
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    temporary = temporary_name(folder, os.getpid())
-    temporary.mkdir()
-    try:
-        write_store(temporary, batches, fingerprints)
-        mapped = map_store(temporary)  # before another process can put its own in the same place
-        move_into_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(folder.parent)
-    return mapped
 
+    def __init__(self, folder: Path, *, count: int, key: Mapping[str, str] | None = None) -> None:
+        self.folder, self.count, self.key = folder, count, key
+        self.layout: Layout = ()
 
-def open_store(folder: Path, fingerprints: Mapping[str, str], *, count: int | None) -> tuple[Tensor, ...]:
-    """Map a store into memory, after every bit of it was checked; see `build_store` for an example.
+    def check_folder(self) -> None:
+        """Check that the folder, if it is there, holds nothing but features, which may be replaced.
 
-    ``count`` is how many images it should hold, where that is known.
+        Raises:
+            FileExistsError: it holds other files, or it is a file.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileExistsError(f"{self.folder} is a file; pass a folder of its own for the cache")
+        found = sorted(self.folder.iterdir()) if self.folder.exists() else []
+        others = [path.name for path in found if not (_OWN_FILES.fullmatch(path.name) and path.is_file())]
+        if others:
+            raise FileExistsError(
+                f"{self.folder} holds other files than cached features ({', '.join(others[:3])}); "
+                "pass a folder of its own for the cache"
+            )
 
-    Raises:
-        FileNotFoundError: there is no store.
-        UnusableStoreError: it is truncated or garbled, or its fingerprints or its count are other ones.
-    """
-    if not (folder / MANIFEST).exists() and (not folder.exists() or not any(folder.iterdir())):
-        raise FileNotFoundError(f"{folder}: there are no features yet")
-    content = read_manifest(folder)
-    made_of = content["fingerprints"]
-    changed = [name for name in fingerprints if made_of.get(name) != fingerprints[name]]
-    if changed:
-        raise UnusableStoreError(f"made with {' and '.join(f'other {name}' for name in changed)}")
-    if count is not None and content["count"] != count:
-        raise UnusableStoreError(f"made of {content['count']} images, not {count}")
-    for index, slot in enumerate(content["slots"]):
-        path = slot_path(folder, index)
-        size = path.stat().st_size if path.is_file() else 0
-        if size != slot["bytes"]:
-            raise UnusableStoreError(f"{path.name} has {size} bytes, not {slot['bytes']}")
-        if digest_file(path) != slot["sha256"]:
-            raise UnusableStoreError(f"{path.name} is garbled")
-    return map_store(folder)
-
-
-def map_store(folder: Path) -> tuple[Tensor, ...]:
-    """Map the slots of a whole store, unchecked: (N, ...) each. What is written to them stays out of the files.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     write_store(Path(folder), [(torch.ones(2, 3),), (torch.zeros(1, 3),)], {})
-    ...     map_store(Path(folder))[0].sum(1)
-    tensor([3., 3., 0.])
-    """
-    content = read_manifest(folder)
-    tensors = []
-    for index, slot in enumerate(content["slots"]):
-        dtype, shape = getattr(torch, slot["dtype"]), (content["count"], *slot["shape"])
-        if size := math.prod(shape):
-            flat = torch.from_file(str(slot_path(folder, index)), shared=False, size=size, dtype=dtype)
-        else:  # nothing can't be mapped
-            flat = torch.empty(0, dtype=dtype)
-        tensors.append(flat.view(shape))
-    return tuple(tensors)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the content of a manifest that carries its own digest, so that it is what `write_store` wrote."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        content: dict[str, Any] = manifest["content"]
-        whole = manifest["sha256"] == digest_content(content) and content["format"] == FORMAT
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UnusableStoreError(f"{MANIFEST} is missing or unreadable") from error
-    if not whole:
-        raise UnusableStoreError(f"{MANIFEST} is garbled, or of another version")
-    return content
-
-
-def slot_path(folder: Path, index: int) -> Path:
-    """Name the raw file of a slot.
-
-    >>> slot_path(Path("train"), 0).name
-    'slot-0.bin'
-    """
-    return folder / f"slot-{index}.bin"
-
-
-def digest_content(content: object) -> str:
-    """Digest what a manifest says."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def refuse_other_files(folder: Path) -> None:
-    """See that a folder, if there is one, holds nothing but a store, which may be replaced.
-
-    >>> refuse_other_files(Path(__file__).parent)
-    Traceback (most recent call last):
-    ...
-    FileExistsError: ... holds other files than cached features (...); pass a folder of its own for the cache
-
-    Raises:
-        FileExistsError: it holds other files, or it is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; pass a folder of its own for the cache")
-    if not folder.exists():
-        return
-    others = sorted(
-        path.name
-        for path in folder.iterdir()
-        if not (path.is_file() and (path.name == MANIFEST or (path.name.startswith("slot-") and path.suffix == ".bin")))
-    )
-    if others:
-        raise FileExistsError(
-            f"{folder} holds other files than cached features ({', '.join(others[:3])}); "
-            "pass a folder of its own for the cache"
-        )
-
-
-def remove_store(folder: Path) -> None:
-    """Remove a store, if there is one, and nothing else.
-
-    Raises:
-        FileExistsError: the folder holds other files.
-    """
-    refuse_other_files(folder)
-    for path in folder.iterdir() if folder.exists() else ():
-        path.unlink(missing_ok=True)
-
-
-def move_into_place(built: Path, folder: Path) -> None:
-    """Rename a folder to where another store may be, which goes; other processes may do the same meanwhile."""
-    while True:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from reading or writing in the block; waits for one that does."""
+        with self._writing():
+            self.folder.resolve().mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / LOCK_FILE)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("features in %s: waiting for another process that computes them", self.folder)
+                lock.acquire()
         try:
-            os.rename(built, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-        else:
-            return
-        aside = temporary_name(folder, os.getpid(), "old")
+            yield
+        finally:
+            lock.release()
+
+    def find_problem(self) -> str | None:
+        """Say why stored features cannot be used, None where they can be, "" where there are none."""
+        if not any(path.suffix == ".bin" or path.name == MANIFEST for path in self._own_files()):
+            return ""
         try:
-            os.rename(folder, aside)
-        except FileNotFoundError:
-            continue  # another process moved it aside first
-        shutil.rmtree(aside)
+            manifest = self._read_manifest()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return f"{MANIFEST} is missing, unreadable or of another version"
+        if changed := [name for name, value in (self.key or {}).items() if manifest["key"].get(name) != value]:
+            return f"made with {' and '.join(f'other {name}' for name in changed)}"
+        if manifest["count"] != self.count:
+            return f"made of {manifest['count']} images, not {self.count}"
+        for index, slot in enumerate(self.layout):
+            path, size = self._slot(index), self.count * _bytes_per_row(slot)
+            found = path.stat().st_size if path.is_file() else 0
+            if found != size:
+                return f"{path.name} has {found} bytes, not {size}"
+        return None
+
+    def allocate(self, layout: Layout) -> None:
+        """Remove the features that are there, and create files for those to come at their whole size.
+
+        Raises:
+            UnwritableStoreError: the disk is full or cannot be written to.
+        """
+        self.layout = layout
+        with self._writing():
+            self.folder.resolve().mkdir(parents=True, exist_ok=True)
+            for path in sorted(self._own_files()):  # removed, not truncated: another process may have mapped them
+                if path.name != LOCK_FILE:
+                    path.unlink()
+            needed = self.count * sum(_bytes_per_row(slot) for slot in layout)
+            if (free := shutil.disk_usage(self.folder).free) < needed:
+                raise OSError(errno.ENOSPC, f"the features take {needed:,} bytes, and {free:,} are free")
+            for index, slot in enumerate(layout):
+                with open(self._slot(index), "wb") as file:
+                    file.truncate(self.count * _bytes_per_row(slot))
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[int, Sequence[Tensor]], None]]:
+        """Yield ``write(start, rows)``, which writes tensors of (B, ...) as the rows from ``start`` on.
+
+        Several processes may write different rows. Written to files, not to a memory map: on a full disk a write raises
+        an error, where the map would end the process.
+
+        Raises:
+            UnwritableStoreError: the disk is full or cannot be written to.
+        """
+        with ExitStack() as opened:
+            with self._writing():
+                files = [opened.enter_context(open(self._slot(i), "r+b", 0)) for i in range(len(self.layout))]
+
+            def write(start: int, rows: Sequence[Tensor]) -> None:
+                with self._writing():
+                    for file, slot, tensor in zip(files, self.layout, rows, strict=True):
+                        file.seek(start * _bytes_per_row(slot))
+                        octets = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                        while len(octets):  # a write may take a part only
+                            octets = octets[file.write(octets) :]
+
+            yield write
+            with self._writing():
+                for file in files:
+                    os.fsync(file.fileno())
+
+    def commit(self) -> None:
+        """Write the manifest, without which there are no features."""
+        slots = [{"dtype": str(dtype).removeprefix("torch."), "shape": shape} for dtype, shape in self.layout]
+        manifest = {"format": _FORMAT, "count": self.count, "slots": slots, "key": dict(self.key or {})}
+        with self._writing(), replacing(self.folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1))
+
+    def map(self) -> tuple[Tensor, ...]:
+        """Map the slots into memory, (N, ...) each. What is written to these tensors does not reach the files."""
+        mapped = []
+        for index, (dtype, shape) in enumerate(self.layout):
+            if size := math.prod((self.count, *shape)):
+                flat = torch.from_file(str(self._slot(index)), shared=False, size=size, dtype=dtype)
+            else:  # an empty file cannot be mapped
+                flat = torch.empty(0, dtype=dtype)
+            mapped.append(flat.view(self.count, *shape))
+        return tuple(mapped)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_bytes())
+        if manifest["format"] != _FORMAT or not isinstance(manifest["key"], dict):
+            raise ValueError(manifest["format"])
+        self.layout = tuple((getattr(torch, slot["dtype"]), tuple(slot["shape"])) for slot in manifest["slots"])
+        return manifest
+
+    def _own_files(self) -> list[Path]:
+        return [path for path in self.folder.glob("*") if _OWN_FILES.fullmatch(path.name)]
+
+    def _slot(self, index: int) -> Path:
+        return self.folder / f"slot-{index}.bin"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tell errors of this folder from those of a dataset, which may read from the disk as well."""
+        try:
+            yield
+        except OSError as error:
+            raise UnwritableStoreError(f"{self.folder} cannot hold the features ({error.strerror or error})") from error
 
 
-def temporary_name(folder: Path, process: int, kind: str = "new") -> Path:
-    """Name the folder of one process beside a store."""
-    return folder.with_name(f".{folder.name}.{kind}.{socket.gethostname()}.{process}")
+def layout_of(rows: Sequence[Tensor]) -> Layout:
+    """Name the dtype and shape per image of each tensor.
+
+    >>> layout_of([torch.zeros(2, 3)])
+    ((torch.float32, (3,)),)
+    """
+    return tuple((tensor.dtype, tuple(tensor.shape[1:])) for tensor in rows)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this machine that were killed have left beside a store: each as large as the store."""
-    for kind in ("new", "old"):
-        prefix = temporary_name(folder, 0, kind).name.removesuffix("0")
-        for path in folder.parent.iterdir():
-            process = path.name.removeprefix(prefix)
-            if not (path.name.startswith(prefix) and process.isdecimal()):
-                continue
-            if int(process) == os.getpid() or not psutil.pid_exists(int(process)):
-                shutil.rmtree(path, ignore_errors=True)
+def agree(stored: Sequence[Tensor], computed: Sequence[Tensor], *, autocast: bool) -> bool:
+    """Tell whether stored rows are those computed now: to 1e-3 of the largest value, under bf16 to 5e-2.
+
+    >>> agree([torch.tensor([100.0, 1.0])], [torch.tensor([100.0, 1.05])], autocast=False)
+    True
+    """
+    if layout_of(stored) != layout_of(computed):
+        return False
+    for one, other in zip(stored, computed, strict=True):
+        if not one.is_floating_point() or not one.numel():
+            if not torch.equal(one, other):
+                return False
+            continue
+        tolerance = 5e-2 if autocast or one.element_size() < 4 else 1e-3
+        largest = float(other.double().nan_to_num(0, 0, 0).abs().max())
+        if not torch.allclose(one.double(), other.double(), rtol=0, atol=tolerance * largest, equal_nan=True):
+            return False
+    return True
+
+
+def _bytes_per_row(slot: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    """Count the bytes of one image in a slot."""
+    return int(slot[0].itemsize * math.prod(slot[1]))

@@ -1,137 +1,270 @@
-"""Run a frozen backbone once: what its classifier will see of every image, in memory or on disk."""
+"""Run a frozen backbone once: what its classifier sees of every image, in memory or on disk."""
 
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import Any
-from uuid import uuid4
 
 import psutil
-import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 from backbone_finetune import FineTuneModel
 
-from ..data.fingerprint import backbone_fingerprint
-from .backbone_pass import autocast_dtype, backbone_batches, in_eval, trains
-from .cache import UnusableStoreError, build_store, map_store, open_store, refuse_other_files, write_store
-from .object_description import UndescribableError
+from ..data.loading import DeviceLoader
+from .backbone_pass import FeatureBatch, UncacheableError, autocast_dtype, backbone_batches, in_eval, trains
+from .cache import FeatureCache, FeatureStore, UnwritableStoreError, agree, layout_of
 
-__all__ = ["FeatureCache", "extract_features", "feature_batches"]
+__all__ = ["Features", "extract_features", "feature_batches", "module_inputs"]
 
-MEMORY_SHARE = 0.25
+logger = logging.getLogger(__name__)
+
+MEMORY_SHARE = FeatureCache.memory_share
+_CHECKED_ROWS = 8
 
 
-@dataclass(frozen=True)
-class FeatureCache:
-    """Where features are kept between runs, and of what images they are.
+class Features(TensorDataset):
+    """Features and targets, ``tensors = (*features, targets)``; ``structure`` says what the backbone's output was.
 
-    ``folder`` holds one dataset's features and nothing else. ``data_fingerprint`` says which images, targets and
-    transform they come from: `data_fingerprint` gives it for a `ImageDataset`. Features larger than
-    ``memory_share`` of the machine's memory stay on disk, memory-mapped; smaller ones are read.
-
-    >>> FeatureCache(Path("cache/train"), data_fingerprint="images of 2024, 224 pixels").memory_share
-    0.25
+    >>> model = FineTuneModel(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).freeze_backbone()
+    >>> features = extract_features(model, DataLoader(TensorDataset(torch.ones(2, 3), torch.tensor([0, 1]))))
+    >>> [tuple(tensor.shape) for tensor in features.tensors]
+    [(2, 4), (2,)]
     """
 
-    folder: Path
-    data_fingerprint: str
-    memory_share: float = MEMORY_SHARE
+    def __init__(self, tensors: Sequence[Tensor], structure: TreeSpec) -> None:
+        super().__init__(*tensors)
+        self.structure = structure
+
+
+def module_inputs(data: Dataset[Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Arrange a batch of a dataset's input tensors as the arguments of a module: of features, the one it expects.
+
+    >>> module_inputs(TensorDataset(), [torch.ones(1)])
+    (tensor([1.]),)
+    """
+    return (tree_unflatten(list(inputs), data.structure),) if isinstance(data, Features) else tuple(inputs)
 
 
 def extract_features(
     model: FineTuneModel,
     loader: DataLoader[Any],
     *,
-    device: torch.device,
+    device: torch.device | None = None,
     cache: FeatureCache | None = None,
     autocast: bool = True,
     title: str | None = None,
-) -> TensorDataset:
-    """Run a frozen backbone once over ``(inputs, targets)`` batches: a dataset of ``(features, target)``, in order.
+) -> Features:
+    """Run a frozen backbone once over ``(input, ..., target)`` batches: a dataset of ``(features, target)``, in order.
 
-    A frozen backbone computes the same features in every epoch, so a classifier that trains on them trains as it
-    would above the backbone, but without its cost. Where the backbone returns a tuple of tensors, each (B, ...) of
-    any shape and dtype, so do the images of the dataset: its ``tensors`` are ``(*features, targets)``, on the CPU.
+    A frozen backbone computes the same features in every epoch, so a classifier that trains on them trains as it would
+    above the backbone, but without its cost. Where the backbone returns several tensors, each (B, ...) of any shape and
+    dtype, in a tuple, list or dict, the dataset's ``tensors`` are ``(*features, targets)``, on the CPU.
 
-    >>> model = FineTuneModel(nn.Linear(3, 4), nn.Linear(4, 2)).freeze_backbone()
+    >>> model = FineTuneModel(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).freeze_backbone()
     >>> images = TensorDataset(torch.ones(3, 3), torch.tensor([0, 1, 1]))
-    >>> dataset = extract_features(model, DataLoader(images, batch_size=2), device=torch.device("cpu"))
-    >>> features, targets = dataset.tensors
+    >>> features, targets = extract_features(model, DataLoader(images, batch_size=2)).tensors
     >>> tuple(features.shape), targets
     ((3, 4), tensor([0, 1, 1]))
 
-    With a ``cache`` they are kept on disk, and used again when backbone, data, precision and versions are the same
-    and every bit is as it was written; otherwise a line on stderr says why they are computed again, each time where
-    the backbone holds what can't be compared with another process's, as a lock. Without a cache they are in memory, or
-    from a quarter of it on in a temporary folder. With a ``title`` there is a progress bar.
+    With a ``cache`` they are kept on disk, and used again when two things hold. The key is equal: each parameter and
+    buffer to the bit, the class of each module, data, precision and versions. And eight images, spread over the
+    dataset, give what is stored when they are read, transformed and run through the backbone now. A change that touches
+    no weight and no class name, and acts on few images or stays below 1e-3 of the largest value (5e-2 under bf16), is
+    not noticed. Otherwise they are computed again, and a line in the log says why. Without a cache they are in memory,
+    or from a quarter of it on in a temporary folder; so they are where the cache's disk is full.
 
-    The model goes to ``device`` and stays there; its modes are left as they were. On CUDA, and on a CPU with bf16
-    instructions, a float32 backbone runs under bf16 autocast, and what comes out in bf16 is widened to float32 again,
-    so that a float32 classifier can train on it; without ``autocast`` it computes in its own precision everywhere.
-    Images go through convolutions in channels_last.
+    Images go through convolutions in channels_last. The model's modes are left as they were.
+
+    Args:
+        model: its backbone is frozen.
+        loader: gives each item once and in order.
+        device: where the backbone runs; the model goes there and stays. By default where it is.
+        cache: where to keep the features.
+        autocast: run a float32 backbone under bf16 autocast on CUDA and on a CPU with bf16 instructions. What comes out
+            in bf16 is widened to float32, so that a float32 classifier can train on it.
+        title: show a progress bar under this name.
 
     Raises:
         FileExistsError: the cache's folder holds other files.
         ValueError: part of the backbone trains; the loader shuffles, drops images or has none; or what it or the
-            backbone gives is no batch of tensors of one shape.
+            backbone gives is not what can be stored.
     """
     refuse_other_orders(loader)
-    if cache is not None:
-        refuse_other_files(cache.folder)
-    narrow = ready_backbone(model, device, autocast=autocast)
-    if cache is None:
-        with in_eval(model.backbone):
-            return TensorDataset(
-                *gather(backbone_batches(model.backbone, loader, device, narrow, title), count(loader))
-            )
-    kept, fingerprints = open_cache(cache, model.backbone, narrow, count(loader))
-    if kept is None:
-        with in_eval(model.backbone):
-            batches = backbone_batches(model.backbone, loader, device, narrow, title)
-            kept = build_store(cache.folder, uniform(batches), fingerprints)
-    return TensorDataset(*settle(kept, cache.memory_share))
+    count = count_images(loader)
+    if cache is not None and count is None:
+        raise ValueError(
+            "a loader of unknown length or of whole batches has no cache; pass DataLoader(data, batch_size)"
+        )
+    dtype, device = prepare_backbone(model, device, autocast=autocast)
+
+    def batches(*, of: DataLoader[Any] = loader, title: str | None = title) -> Iterator[FeatureBatch]:
+        return backbone_batches(model.backbone, of, device, dtype, title)
+
+    with in_eval(model.backbone):
+        if cache is None or count is None:
+            return _collect(batches(), count)
+        store = FeatureStore(cache.folder, count=count, key=cache.key(model.backbone, dtype))
+        store.check_folder()
+        try:
+            with store.lock():
+                sample = lambda: next(batches(of=spread_rows(loader, count), title=None))  # noqa: E731
+                structure = open_store(store, sample, autocast=dtype is not None)
+                if structure is None:
+                    structure = _collect(batches(), count, store).structure
+                    store.commit()
+                return Features(load_if_fits(store.map(), cache.memory_share), structure)
+        except UnwritableStoreError as error:
+            logger.warning("%s; going on without this cache", error)
+            return _collect(batches(), count)
 
 
-def ready_backbone(model: FineTuneModel, device: torch.device, *, autocast: bool) -> torch.dtype | None:
-    """Move a model to where its features are computed; gives the dtype of autocast there, None for its own precision.
-
-    Raises:
-        ValueError: part of the backbone trains.
-    """
+def prepare_backbone(
+    model: FineTuneModel, device: torch.device | None, *, autocast: bool
+) -> tuple[torch.dtype | None, torch.device]:
+    """Move a model to where its features are computed; returns the dtype of autocast there, and the device."""
     if trains(model.backbone):
         raise ValueError("features of a backbone that trains change with every step; call freeze_backbone() first")
+    device = device or find_device_of(model)
     model.to(device)
-    return autocast_dtype(model.backbone, device) if autocast else None
+    return autocast_dtype(model.backbone, device) if autocast else None, device
 
 
-def open_cache(
-    cache: FeatureCache, backbone: nn.Module, narrow: torch.dtype | None, total: int | None
-) -> tuple[tuple[Tensor, ...] | None, dict[str, str]]:
-    """Map the features that are kept, where they can be trusted; gives these or None, and what they must be made of.
+def find_device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's first tensor, the CPU where it has none.
 
-    Where there are some that can't be trusted, or none ever will, a line on stderr says why.
+    >>> find_device_of(nn.Flatten())
+    device(type='cpu')
     """
-    fingerprints = {
-        # Until it has a fingerprint, one that no other features have.
-        "backbone": f"not comparable, {uuid4()}",
-        "images or transform": cache.data_fingerprint,
-        "precision": str(narrow),
-        "versions": f"torch {torch.__version__}, timm {timm.__version__}",
-    }
-    try:
-        fingerprints["backbone"] = backbone_fingerprint(backbone)
-        return open_store(cache.folder, fingerprints, count=total), fingerprints
-    except (UndescribableError, UnusableStoreError) as fault:
-        print(f"features in {cache.folder}: {fault}; computing them again", file=sys.stderr)
-    except FileNotFoundError:
-        pass  # the first time: nothing to tell
-    return None, fingerprints
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
+
+
+def _checked_rows(count: int) -> list[int]:
+    """Choose up to eight rows, spread over all."""
+    return sorted({round(number * (count - 1) / (_CHECKED_ROWS - 1)) for number in range(_CHECKED_ROWS)})
+
+
+def spread_rows(loader: DataLoader[Any], count: int) -> DataLoader[Any]:
+    """Load the rows that are checked as one batch, as the loader itself would."""
+    if count == 0:
+        raise ValueError("the loader has no images")
+    if isinstance(loader, DeviceLoader):
+        return loader.over([_checked_rows(count)], workers=0)
+    chosen = Subset(loader.dataset, _checked_rows(count))
+    # With a generator of its own a loader draws nothing from torch's.
+    return DataLoader(chosen, len(chosen), collate_fn=loader.collate_fn, generator=torch.Generator())
+
+
+def open_store(store: FeatureStore, sample: Callable[[], FeatureBatch], *, autocast: bool) -> TreeSpec | None:
+    """Check stored features against ``sample``, computed now; returns its structure, or None and logs why not."""
+    problem = store.find_problem()
+    if problem is None:
+        computed, rows = sample(), _checked_rows(store.count)
+        if agree([slot[rows] for slot in store.map()], rows_of(computed), autocast=autocast):
+            return computed.structure
+        problem = f"{len(rows)} images give other features now than those stored"
+    if problem:
+        logger.info("features in %s: %s; computing them again", store.folder, problem)
+    return None
+
+
+def rows_of(batch: FeatureBatch) -> tuple[Tensor, ...]:
+    return (*batch.slots, batch.targets)
+
+
+def matching_rows(batches: Iterable[FeatureBatch], first: FeatureBatch) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors of batches that are as the first one.
+
+    Raises:
+        ValueError: one has other shapes or dtypes.
+    """
+    expected = layout_of(rows_of(first))
+    for batch in batches:
+        found = layout_of(rows_of(batch))
+        if found != expected or batch.structure != first.structure:
+            raise ValueError(
+                f"a batch holds {list(found)} per image, the first one {list(expected)}; all images need features of "
+                "one shape and dtype to be stored together"
+            )
+        yield rows_of(batch)
+
+
+def _collect(batches: Iterator[FeatureBatch], count: int | None, store: FeatureStore | None = None) -> Features:
+    """Collect batches in a store; without one in memory, or where they would take too much of it in a temporary folder.
+
+    Raises:
+        UncacheableError: there is room neither in memory nor in the temporary folder.
+        ValueError: there are no images, or more or fewer than ``count``, or they differ in shape.
+    """
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("the loader has no images")
+    rows = matching_rows(chain([first], batches), first)
+    if count is None:
+        return Features([torch.cat(parts) for parts in zip(*rows, strict=True)], first.structure)
+    if store is not None:
+        store.allocate(layout_of(rows_of(first)))
+        with store.writing() as write:
+            _fill(write, rows, count)
+        return Features(store.map(), first.structure)
+    if _fits(count * sum(tensor[0].nbytes for tensor in rows_of(first))):
+        whole = [torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype) for tensor in rows_of(first)]
+
+        def copy(start: int, part: Sequence[Tensor]) -> None:
+            for tensor, values in zip(whole, part, strict=True):
+                tensor[start : start + len(values)] = values
+
+        _fill(copy, rows, count)
+        return Features(whole, first.structure)
+    with TemporaryDirectory(prefix="features-", ignore_cleanup_errors=True) as folder:
+        logger.info("features: too large for memory; on disk in %s (TMPDIR names another place)", folder)
+        try:
+            # The files go now, and what is mapped of them with the last tensor: even a killed process leaves nothing.
+            return _collect(chain([first], batches), count, FeatureStore(Path(folder), count=count))
+        except UnwritableStoreError as error:
+            raise UncacheableError(f"the features are too large for memory, and {error}") from error
+
+
+def _fill(write: Callable[[int, Sequence[Tensor]], None], rows: Iterable[Sequence[Tensor]], count: int) -> None:
+    """Write rows one batch after another."""
+    start = 0
+    for part in rows:
+        if start + len(part[0]) <= count:
+            write(start, part)
+        start += len(part[0])
+    if start != count:
+        raise ValueError(f"the loader gave {start} images, and its dataset says that it has {count}")
+
+
+def load_if_fits(mapped: Sequence[Tensor], memory_share: float) -> Sequence[Tensor]:
+    """Read mapped tensors into memory where they fit its share; then no file can change under them."""
+    fits = _fits(sum(tensor.nbytes for tensor in mapped), memory_share)
+    return [tensor.clone() for tensor in mapped] if fits else mapped
+
+
+def _fits(size: int, memory_share: float = MEMORY_SHARE) -> bool:
+    """Tell whether so many bytes are within a share of this machine's memory."""
+    return bool(size <= memory_share * psutil.virtual_memory().total)
+
+
+def count_images(loader: DataLoader[Any]) -> int | None:
+    """Count a loader's images, None where its dataset is a stream, or gives whole batches."""
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        return None
+    return len(loader.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length; a sampled one has it
 
 
 def feature_batches(
@@ -153,7 +286,7 @@ def feature_batches(
 
 
 def refuse_other_orders(loader: DataLoader[Any]) -> None:
-    """See that a loader gives each image of its dataset once and in order, as far as can be told.
+    """Check that a loader gives each image of its dataset once and in order, as far as can be told.
 
     >>> refuse_other_orders(DataLoader([1, 2], shuffle=True))
     Traceback (most recent call last):
@@ -174,93 +307,3 @@ def refuse_other_orders(loader: DataLoader[Any]) -> None:
             f"the loader draws by {type(faulty).__name__}; pass one that gives every image in the dataset's order: "
             "DataLoader(dataset, batch_size)"
         )
-
-
-def uniform(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """Pass batches on while each slot keeps the shape and dtype that the first batch gave it.
-
-    Raises:
-        ValueError: one does not, or there is no batch at all.
-    """
-    expected = None
-    for batch in batches:
-        found = [(slot.dtype, tuple(slot.shape[1:])) for slot in batch]
-        expected = expected or found
-        if found != expected:
-            raise ValueError(
-                f"a batch holds {found} per image, the first one {expected}; all images need features of one "
-                "shape and dtype to be stored together"
-            )
-        yield batch
-    if expected is None:
-        raise ValueError("the loader has no images")
-
-
-def gather(
-    batches: Iterable[tuple[Tensor, ...]], total: int | None, memory_share: float = MEMORY_SHARE
-) -> tuple[Tensor, ...]:
-    """Collect batches in memory, or where they would take more than a share of it, in a temporary folder."""
-    batches = uniform(batches)
-    first = next(batches)
-    batches = chain([first], batches)
-    if total is not None and fits(total * size_of(first) // len(first[0]), memory_share):
-        return fill(batches, first, total)
-    if total is not None:
-        print(f"features: too large for memory; on disk under {gettempdir()} (TMPDIR names another)", file=sys.stderr)
-    with TemporaryDirectory(prefix="features-", ignore_cleanup_errors=True) as folder:
-        write_store(Path(folder), batches, {})
-        # The files go now, and what is mapped of them with the last tensor: even a killed process leaves nothing.
-        return settle(map_store(Path(folder)), memory_share)
-
-
-def fill(batches: Iterable[tuple[Tensor, ...]], first: tuple[Tensor, ...], total: int) -> tuple[Tensor, ...]:
-    """Copy batches one by one into tensors of their whole size, so that nothing is in memory twice.
-
-    Raises:
-        ValueError: there are more or fewer images than ``total``.
-    """
-    whole = tuple(torch.empty(total, *slot.shape[1:], dtype=slot.dtype) for slot in first)
-    start = 0
-    for batch in batches:
-        end = start + len(batch[0])
-        if end <= total:
-            for slot, part in zip(whole, batch, strict=True):
-                slot[start:end] = part
-        start = end
-    if start != total:
-        raise ValueError(f"the loader gave {start} images, and its dataset says that it has {total}")
-    return whole
-
-
-def settle(mapped: tuple[Tensor, ...], memory_share: float) -> tuple[Tensor, ...]:
-    """Read mapped tensors into memory where they fit its share; then no file can change under them."""
-    return tuple(slot.clone() for slot in mapped) if fits(size_of(mapped), memory_share) else mapped
-
-
-def fits(size: int, memory_share: float) -> bool:
-    """Say whether so many bytes are within a share of this machine's memory.
-
-    >>> fits(1 << 20, 0.25), fits(1 << 60, 0.25)
-    (True, False)
-    """
-    return bool(size <= memory_share * psutil.virtual_memory().total)
-
-
-def size_of(tensors: tuple[Tensor, ...]) -> int:
-    """Count the bytes of some tensors.
-
-    >>> size_of((torch.zeros(2, 3), torch.tensor([0, 1])))
-    40
-    """
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def count(loader: DataLoader[Any]) -> int | None:
-    """Count a loader's images, None where its dataset is a stream, or gives whole batches.
-
-    >>> count(DataLoader([3, 4, 5], batch_size=2))
-    3
-    """
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        return None
-    return len(loader.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length; a sampled one has it

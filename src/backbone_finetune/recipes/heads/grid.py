@@ -15,9 +15,10 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from backbone_finetune.param_groups import build_param_groups
+from backbone_finetune.splitting.measures import count_classes
 
 from ..checking import expect, is_whole
-from ..features.extract import feature_batches
+from ..features.extract import feature_batches, find_device_of, module_inputs
 
 __all__ = ["HeadResult", "decaying_names", "fit_heads"]
 
@@ -50,15 +51,16 @@ class StackedHeads:
         self.head = copy.deepcopy(head).to(device)  # never trained itself: it says how to compute, and in which mode
         self.count = len(rates)
         self.parameters, self.buffers = stack_module_state([self.head] * self.count)
-        lr, weight_decay = torch.tensor(rates, device=device, dtype=torch.float64).T
+        lr, weight_decay = torch.tensor(rates, dtype=torch.float64).T  # on the CPU, as MPS has no float64
         decays = decaying_names(self.head)
         self.trained = {name: tensor for name, tensor in self.parameters.items() if tensor.requires_grad}
         self.rates: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
         for name, tensor in self.trained.items():
             shape = (-1, *(1 for _ in tensor.shape[1:]))
-            self.rates[name] = lr.to(tensor.dtype).view(shape)
-            self.kept[name] = (1 - lr * weight_decay * (name in decays)).to(tensor.dtype).view(shape)
+            self.rates[name] = lr.to(tensor.dtype).to(device).view(shape)
+            kept = 1 - lr * weight_decay * (name in decays)
+            self.kept[name] = kept.to(tensor.dtype).to(device).view(shape)
         # The direction of Adam's step depends neither on the rate nor on the weights: torch's own AdamW takes a step
         # of rate 1 from zero, for all heads in one kernel, and each head goes along it at its own rate.
         self.steps = {name: torch.zeros_like(tensor) for name, tensor in self.trained.items()}
@@ -106,7 +108,7 @@ def fit_heads(
     weight_decays: Sequence[float] = (0.0,),
     epochs: int,
     batch_size: int,
-    device: torch.device,
+    device: torch.device | None = None,
     seed: int = 0,
     show_progress: bool = True,
 ) -> tuple[HeadResult, ...]:
@@ -121,7 +123,7 @@ def fit_heads(
     >>> data = TensorDataset(torch.eye(2), torch.tensor([0, 1]))
     >>> results = fit_heads(
     ...     nn.Linear(2, 2), data, data, learning_rates=[0.1, 1e-9], weight_decays=[0.0, 0.01], epochs=9, batch_size=2,
-    ...     device=torch.device("cpu"), show_progress=False,
+    ...     show_progress=False,
     ... )
     >>> len(results), results[0].lr, results[0].validation_accuracy
     (4, 0.1, 1.0)
@@ -143,6 +145,10 @@ def fit_heads(
             f"learning_rates={list(learning_rates)}, weight_decays={list(weight_decays)}: pass at least one of each, "
             "finite and 0 or more"
         )
+    classes = count_classes(classifier)
+    for name, data in (("train", train), ("validation", validation)):
+        check_targets(name, data.tensors[-1], classes)
+    device = device or find_device_of(classifier)
     heads = StackedHeads(classifier, rates, device=device)
     generator = torch.Generator().manual_seed(seed)
     # BatchNorm cannot train on a batch of one, so a last image left alone sits this epoch out.
@@ -153,7 +159,7 @@ def fit_heads(
     with tqdm(total=epochs * len(batches), desc=f"{len(rates)} heads", unit="batch", disable=not show_progress) as bar:
         for _ in range(epochs):
             for batch in batches:
-                features, targets = to_device(batch, device)
+                features, targets = head_batch(train, batch, device)
                 heads.step(losses(heads.logits(features), targets))
                 bar.update()
     accuracy, loss = validate(heads, validation, batch_size=batch_size, device=device)
@@ -189,14 +195,37 @@ def decaying_names(classifier: nn.Module) -> set[str]:
     return {name.removeprefix("classifier.") for name in names}
 
 
-def to_device(batch: Sequence[Tensor], device: torch.device) -> tuple[Any, Tensor]:
-    """Move a batch of features: ``(features, targets)``, the features a tuple where there are several.
+def head_batch(data: TensorDataset, batch: Sequence[Tensor], device: torch.device) -> tuple[Any, Tensor]:
+    """Move a batch of features to a device, and arrange it as ``(features, targets)`` for a classifier.
 
-    >>> to_device((torch.zeros(1), torch.ones(1), torch.tensor([2])), torch.device("cpu"))
+    >>> head_batch(TensorDataset(), (torch.zeros(1), torch.ones(1), torch.tensor([2])), torch.device("cpu"))
     ((tensor([0.]), tensor([1.])), tensor([2]))
     """
     *features, targets = (tensor.to(device) for tensor in batch)
-    return (features[0] if len(features) == 1 else tuple(features)), targets
+    arranged = module_inputs(data, features)
+    return (arranged[0] if len(arranged) == 1 else arranged), targets.long()
+
+
+def check_targets(name: str, targets: Tensor, classes: int | None = None) -> None:
+    """Check that targets are class indices: one whole number per image, from 0 to ``classes - 1``.
+
+    >>> check_targets("train", torch.tensor([0, 3]), classes=3)
+    Traceback (most recent call last):
+    ...
+    ValueError: train: target 3 is outside the 3 classes of the classifier (0 to 2)
+
+    Raises:
+        ValueError: they are not.
+    """
+    if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
+        raise ValueError(
+            f"{name}: targets are {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape[1:])} per "
+            "image; pass class indices, one whole number per image"
+        )
+    lowest, highest = (int(bound) for bound in targets.aminmax())
+    if lowest < 0 or (classes is not None and highest >= classes):
+        known = "the classes" if classes is None else f"the {classes} classes of the classifier (0 to {classes - 1})"
+        raise ValueError(f"{name}: target {lowest if lowest < 0 else highest} is outside {known}")
 
 
 def losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -219,7 +248,7 @@ def validate(
     correct = torch.zeros(heads.count, device=device)
     loss = torch.zeros(heads.count, device=device)
     for batch in feature_batches(validation, batch_size):
-        features, targets = to_device(batch, device)
+        features, targets = head_batch(validation, batch, device)
         logits = heads.logits(features)
         correct += (logits.argmax(-1) == targets[:, None]).sum(0)
         loss += losses(logits, targets) * len(targets)

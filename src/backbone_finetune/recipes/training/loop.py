@@ -24,8 +24,9 @@ from ..checking import expect, is_whole
 from ..data.images import IGNORED, ImageDataset
 from ..data.loading import default_workers
 from ..features.backbone_pass import trains
-from ..features.extract import FeatureCache
-from ..features.phase_data import gather_features, repeats
+from ..features.cache import FeatureCache
+from ..features.extract import module_inputs
+from ..features.gather import gather_phase
 from ..text import printable
 from .batches import Share, epoch_batches, load_batches, local_batch
 from .checkpoints import (
@@ -163,10 +164,9 @@ def fine_tune(
         done = progress.phase == len(phases)
         logger.info("the training was finished before" if done else f"resuming at {progress.describe()}")
     total = sum(phase.epochs for phase in phases)
-    moved = False
     while progress.phase < len(phases):
         phase = phases[progress.phase]
-        with prepared_phase(model, train, test, phase=phase, changed=changed, loop=loop, moved=moved) as stage:
+        with prepared_phase(model, train, test, phase=phase, changed=changed, loop=loop) as stage:
             report_skipped((train, test), progress, loop)
             if saved is not None:
                 resume(saved, stage.model, stage.optimizer, loop.accelerator)
@@ -177,7 +177,6 @@ def fine_tune(
                 keep(stage, progress, loop)
                 if progress.epoch == 0:  # the next phase's
                     break
-            moved = trains(model.backbone)
     return progress.history
 
 
@@ -190,36 +189,28 @@ def prepared_phase(
     phase: Phase,
     changed: set[str],
     loop: TrainerConfig,
-    moved: bool = False,
 ) -> Iterator[Stage]:
-    """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move.
-
-    Where the backbone has ``moved`` in an earlier phase, the features that are kept are known to be of no use.
-    """
+    """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move."""
     accelerator = loop.accelerator
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
     changed.update(model.state_dict().keys() - model.frozen_names())
     with model.assert_frozen():
-        on_features = not trains(model.backbone) and repeats(train) and repeats(test)
+        on_features = not trains(model.backbone)
         if on_features:
             images = (train, test)
-            titles = ("features, train", "features, test") if loop.shows else (None, None)
-            train, test = (
-                gather_features(
-                    model,
-                    data,
-                    batch_size=loop.batch_size,
-                    accelerator=accelerator,
-                    cache=cache,
-                    autocast=loop.autocast_features,
-                    title=title,
-                    moved=moved,
-                    workers=loop.workers_for(data),
-                )
-                for data, cache, title in zip((train, test), loop.caches or (None, None), titles, strict=True)
+            train, test, on_features = gather_phase(
+                model,
+                train,
+                test,
+                batch_size=loop.batch_size,
+                accelerator=accelerator,
+                caches=loop.caches or (None, None),
+                autocast=loop.autocast_features,
+                workers=(loop.workers_for(train), loop.workers_for(test)),
+                show_progress=loop.shows,
             )
             for data, features in zip(images, (train, test), strict=True):
-                if isinstance(data, ImageDataset):
+                if isinstance(data, ImageDataset) and isinstance(features, TensorDataset):
                     data.skip_ignored(features.tensors[-1])
         # FSDP2 takes the parameters apart for good, so it gets a copy, which the model takes over in the end.
         copied = copy.deepcopy(model) if accelerator.is_fsdp2 else model
@@ -262,7 +253,7 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: TrainerCon
         shares,
         device=accelerator.device,
         workers=loop.workers_for(stage.train),
-        seed=None if repeats(stage.train) else f"{loop.seed} {len(progress.history) + 1}",
+        seed=f"{loop.seed} {len(progress.history) + 1}",
     )
     stage.prepared.train()
     with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not loop.shows) as bar:
@@ -349,7 +340,7 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
         *inputs, targets = (tensor[start : start + len(part)].to(accelerator.device) for tensor in loaded)
         start += len(part)
         with nullcontext() if number == len(parts) else accelerator.no_sync(stage.prepared):
-            logits = stage.prepared(*inputs)
+            logits = stage.prepared(*module_inputs(stage.train, inputs))
             if part.own < len(part):  # others' images, seen once more
                 logits, targets = logits[: part.own], targets[: part.own]
             loss = cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
@@ -382,7 +373,7 @@ def evaluate(
     counts = torch.zeros(2, dtype=torch.long, device=accelerator.device)
     loaded = load_batches(data, shares, device=accelerator.device, workers=workers)
     for share, (*inputs, targets) in zip(shares, loaded, strict=True):
-        predicted, true = module(*inputs).argmax(-1)[: share.own], targets[: share.own]
+        predicted, true = module(*module_inputs(data, inputs)).argmax(-1)[: share.own], targets[: share.own]
         counts += torch.stack(((predicted == true).sum(), (true != IGNORED).sum()))
     correct, seen = accelerator.reduce(counts).tolist()
     return float(correct / max(seen, 1))
