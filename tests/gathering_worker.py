@@ -6,7 +6,9 @@ gathered, whether they are what the backbone computes, and what became of errors
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbone_finetune.recipes.features.phase_data import gather_features
 from caching.size import watching_memory
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import FeatureCache, make_accelerator
-from backbone_finetune.recipes.features import cache as feature_store
+from backbone_finetune.recipes.features.gather import gather_features
 
 WIDTH = 1 << 14
 COUNT = 1025  # of 64 KiB each: 64 MiB, and no even shares
@@ -85,15 +86,14 @@ def main(folder: str) -> None:
     gather("few", Drawn(33), Path(folder, "few"))
     gather("built", Drawn(), Path(folder, "all"))
     gather("kept", Drawn(), Path(folder, "all"))
-    gather("copied", Drawn(99), Path(folder, f"of machine {index}"))
+    gather("apart", Drawn(99), Path(folder, f"of machine {index}"))
     gather("in memory", Drawn(), None)
     fail("broken", lambda: gather("", Drawn(broken=501), Path(folder, "broken")))
     fail("broken in memory", lambda: gather("", Drawn(broken=501), None))
     fail("of another kind", lambda: gather("", Drawn(broken=500, error=KeyError), Path(folder, "broken")))
-    with failing_writes(accelerator.is_main_process):
-        fail("unwritten", lambda: gather("", Drawn(), Path(folder, "broken")))
-    with failing_writes(not accelerator.is_main_process):
-        fail("uncopied", lambda: gather("", Drawn(), Path(folder, f"broken, of machine {index}")))
+    for process, name in enumerate(("main full", "other full")):
+        with full_disk(index == process):
+            gather(name, Drawn(33), Path(folder, "broken"))
     if accelerator.is_main_process:
         Path(folder, "thesis.tex").touch()
     fail("refused", lambda: gather("", Drawn(), Path(folder)))
@@ -103,19 +103,16 @@ def main(folder: str) -> None:
 
 
 @contextmanager
-def failing_writes(fails: bool) -> Any:
-    """Fail on one process at the second batch that it writes, as a full disk would."""
-    append, written = feature_store.SlotWriter.append, []
+def full_disk(fails: bool) -> Any:
+    """Fail on one process when it has written its rows, as a full disk would."""
+    sync = os.fsync
 
-    def fail(self: Any, batch: Tensor) -> None:
-        written.append(None)
-        if fails and len(written) > 3:
-            raise OSError("the disk is full")
-        append(self, batch)
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "the disk is full")
 
-    feature_store.SlotWriter.append = fail  # type: ignore[method-assign]
+    os.fsync = fail if fails else sync  # type: ignore[assignment]
     yield
-    feature_store.SlotWriter.append = append  # type: ignore[method-assign]
+    os.fsync = sync
 
 
 if __name__ == "__main__":

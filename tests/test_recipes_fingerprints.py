@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from image_folders import make_folder, make_image
 from timm.data import create_transform
 from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio, TrimBorder
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision import transforms
+from torchvision.datasets import FakeData, ImageFolder
+from torchvision.models import ResNet18_Weights
+from torchvision.transforms import v2
 
-from backbone_finetune.recipes import data_fingerprint, is_deterministic
-from backbone_finetune.recipes.data.images import ImageDataset, find_images
+from backbone_finetune.recipes import ImageDataset, data_fingerprint, find_images, is_deterministic
+
+V2 = [v2.ToImage(), v2.RGB(), v2.Resize(32, antialias=True), v2.CenterCrop(32), v2.ToDtype(torch.float32, scale=True)]
 
 
 def make_dataset(root: Path, transform: Any = None) -> ImageDataset:
@@ -83,6 +90,9 @@ def test_where_the_images_are_and_when_they_were_written_does_not_count(tmp_path
         (CenterCropOrPad(32, fill=0), CenterCropOrPad(32, fill=9)),
         (TrimBorder(1), TrimBorder(2)),
         (transforms.Compose([TrimBorder(1)]), transforms.Compose([])),
+        (v2.Compose(V2), v2.Compose(V2[:-1])),
+        (v2.Normalize([0.5], [0.5]), v2.Normalize([0.5], [0.6])),
+        (ResNet18_Weights.IMAGENET1K_V1.transforms(), ResNet18_Weights.IMAGENET1K_V1.transforms(crop_size=32)),
     ],
 )
 def test_another_transform_is_noticed(tmp_path: Path, one: Any, other: Any) -> None:
@@ -98,6 +108,26 @@ def test_the_evaluation_transforms_of_timm_are_deterministic(crop_mode: str, siz
     assert is_deterministic(transform)
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v2.Compose([*V2, v2.Normalize([0.5], [0.5])]),
+        nn.Sequential(*V2),
+        transforms.Compose([v2.Compose(V2), transforms.Normalize([0.5], [0.5])]),
+        ResNet18_Weights.DEFAULT.transforms(),
+    ],
+)
+def test_the_evaluation_transforms_of_torchvision_are_deterministic(transform: Any) -> None:
+    assert is_deterministic(transform)
+
+
+def test_the_evaluation_transforms_of_open_clip_are_deterministic() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    for resize_mode in ("shortest", "longest", "squash"):
+        assert is_deterministic(open_clip.image_transform(32, is_train=False, resize_mode=resize_mode))
+    assert not is_deterministic(open_clip.image_transform(32, is_train=True))
+
+
 class OwnResize(transforms.Resize):
     """It may do anything."""
 
@@ -111,9 +141,10 @@ class OwnResize(transforms.Resize):
         ResizeKeepRatio((32, 32), random_scale_prob=0.1),
         ResizeKeepRatio((32, 32), random_aspect_prob=0.1),
         ResizeKeepRatio((32, 32), interpolation="random"),
+        v2.Compose([*V2, v2.RandomHorizontalFlip()]),
+        nn.Sequential(*V2, v2.ColorJitter()),
         OwnResize(32),
         lambda image: image,
-        None,
     ],
 )
 def test_what_may_be_random_is_not_taken_for_deterministic(tmp_path: Path, transform: Any) -> None:
@@ -121,6 +152,69 @@ def test_what_may_be_random_is_not_taken_for_deterministic(tmp_path: Path, trans
     dataset = make_dataset(make_folder(tmp_path, per_class=1))
     dataset.transform = transform
     with pytest.raises(
-        ValueError, match=r"not known to give the same tensor .* use timm's evaluation transform, or pass"
+        ValueError, match=r"not known to give the same tensor .* use an evaluation transform, .* or pass"
     ):
         data_fingerprint(dataset)
+
+
+class Own(Dataset[Any]):
+    """Images of a class of one's own, which says nothing of a transform."""
+
+    def __init__(self, images: torch.Tensor, *, noise: float = 0.0) -> None:
+        self.images, self.noise = images, noise
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        return {"image": self.images[index] + self.noise * torch.rand(2), "names": ("cat", index)}
+
+
+ONES, ZEROS = torch.ones(4, 2), torch.zeros(4, 2)
+CHANGED = torch.cat([ONES[:3], ZEROS[:1]])
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        (TensorDataset(ONES, ZEROS), TensorDataset(ONES.clone(), ZEROS), TensorDataset(ZEROS, ONES)),
+        (Subset(Own(ONES), [0, 1]), Subset(Own(ONES), [0, 1]), Subset(Own(ONES), [1, 0])),
+        (ConcatDataset([Own(ONES)] * 2), ConcatDataset([Own(ONES)] * 2), ConcatDataset([Own(ONES)])),
+        (Own(ONES), Own(ONES), Own(CHANGED)),
+        ([(ONES, 0)], [(ONES.clone(), 0)], [(ONES, 1)]),
+        (list(ONES.numpy()), list(ONES.numpy()), list(CHANGED.numpy())),
+        (FakeData(3, (3, 4, 4)), FakeData(3, (3, 4, 4)), FakeData(3, (3, 4, 4), random_offset=1)),
+    ],
+)
+def test_any_dataset_has_a_fingerprint(one: Any, same: Any, other: Any) -> None:
+    assert data_fingerprint(one) == data_fingerprint(same) != data_fingerprint(other)
+
+
+def test_torchvisions_image_folder_counts_by_its_files(tmp_path: Path) -> None:
+    make_folder(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    here, there = (
+        data_fingerprint(ImageFolder(str(tmp_path / name), create_transform(32))) for name in ("here", "there")
+    )
+    assert here == there != data_fingerprint(ImageFolder(str(tmp_path / "here"), create_transform(48)))
+    change_one_byte_and_nothing_else(tmp_path / "here")  # which no decoder may read any more
+    assert data_fingerprint(ImageFolder(str(tmp_path / "here"), create_transform(32))) != there
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter([])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DataLoader(TensorDataset(ONES)), r"got a DataLoader; pass its dataset: data_fingerprint\(loader\.dataset\)"),
+        (Stream(), r"Stream is a stream of unknown length; pass a name of your own: FeatureCache\(folder, 'images"),
+        (Own(ONES, noise=1.0), r"Own gave another item when it was read twice; pass a name of your own: FeatureCache"),
+        ([{1, 2}], r"a dataset gave a set, which can't be compared; return tensors, arrays or numbers, or pass a name"),
+    ],
+)
+def test_what_has_no_fingerprint_says_what_to_pass(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data_fingerprint(data)

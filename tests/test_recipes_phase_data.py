@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from backbone_finetune.recipes.features.phase_data import repeats
 from image_folders import make_folder
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Phase, TrainerConfig, fine_tune, make_accelerator
+from backbone_finetune.recipes.data.determinism import find_randomness
 from backbone_finetune.recipes.data.images import ImageDataset, find_images
 
 STILL: Any = create_transform(8)
@@ -98,7 +98,7 @@ class Around(Dataset[Any]):
     ],
 )
 def test_what_may_draw_is_not_frozen_at_what_it_drew_first(data: Any) -> None:
-    assert not repeats(data)
+    assert find_randomness(data) is not None
 
 
 @pytest.mark.parametrize(
@@ -115,17 +115,17 @@ def test_what_may_draw_is_not_frozen_at_what_it_drew_first(data: Any) -> None:
     ],
 )
 def test_what_shows_the_same_each_time_is_known(data: Any) -> None:
-    assert repeats(data)
+    assert find_randomness(data) is None
 
 
 def test_datasets_of_image_folders_go_by_their_transform(tmp_path: Path) -> None:
     make_folder(tmp_path, per_class=1)
     for transform, known in ((STILL, True), (RANDOM, False)):
-        assert repeats(ImageDataset(find_images(tmp_path), transform)) is known
-        assert repeats(ImageFolder(str(tmp_path), transform)) is known
+        assert (find_randomness(ImageDataset(find_images(tmp_path), transform)) is None) is known
+        assert (find_randomness(ImageFolder(str(tmp_path), transform)) is None) is known
     halves = transforms.Compose([transforms.Resize(8), transforms.RandomHorizontalFlip()])
-    assert not repeats(ImageFolder(str(tmp_path), STILL, torch.rand_like))  # type: ignore[arg-type]
-    assert not repeats(Subset(ImageFolder(str(tmp_path), halves), [0]))
+    assert find_randomness(ImageFolder(str(tmp_path), STILL, torch.rand_like)) is not None  # type: ignore[arg-type]
+    assert find_randomness(Subset(ImageFolder(str(tmp_path), halves), [0])) is not None
 
 
 @pytest.mark.parametrize(("kind", "epochs_seen"), [(Shaken, 3), (Own, 3), (Still, 1)])

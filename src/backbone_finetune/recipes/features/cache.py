@@ -103,7 +103,7 @@ class FeatureStore:
     ...         write(0, [torch.ones(1, 2)])
     ...         write(1, [torch.zeros(2, 2)])
     ...     store.commit()
-    ...     print(store.find_problem(), store.map()[0].sum(1))
+    ...     print(store.find_problem(), store.read(in_memory=True)[0].sum(1))
     ...     FeatureStore(Path(parent, "train"), count=3, key={"data": "b"}).find_problem()
     None tensor([2., 0., 0.])
     'made with other data'
@@ -158,7 +158,7 @@ class FeatureStore:
         if manifest["count"] != self.count:
             return f"made of {manifest['count']} images, not {self.count}"
         for index, slot in enumerate(self.layout):
-            path, size = self._slot(index), self.count * _bytes_per_row(slot)
+            path, size = self._slot(index), self.count * bytes_per_row(slot)
             found = path.stat().st_size if path.is_file() else 0
             if found != size:
                 return f"{path.name} has {found} bytes, not {size}"
@@ -176,12 +176,12 @@ class FeatureStore:
             for path in sorted(self._own_files()):  # removed, not truncated: another process may have mapped them
                 if path.name != LOCK_FILE:
                     path.unlink()
-            needed = self.count * sum(_bytes_per_row(slot) for slot in layout)
+            needed = self.count * sum(bytes_per_row(slot) for slot in layout)
             if (free := shutil.disk_usage(self.folder).free) < needed:
                 raise OSError(errno.ENOSPC, f"the features take {needed:,} bytes, and {free:,} are free")
             for index, slot in enumerate(layout):
                 with open(self._slot(index), "wb") as file:
-                    file.truncate(self.count * _bytes_per_row(slot))
+                    file.truncate(self.count * bytes_per_row(slot))
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[int, Sequence[Tensor]], None]]:
@@ -200,7 +200,7 @@ class FeatureStore:
             def write(start: int, rows: Sequence[Tensor]) -> None:
                 with self._writing():
                     for file, slot, tensor in zip(files, self.layout, rows, strict=True):
-                        file.seek(start * _bytes_per_row(slot))
+                        file.seek(start * bytes_per_row(slot))
                         octets = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
                         while len(octets):  # a write may take a part only
                             octets = octets[file.write(octets) :]
@@ -217,16 +217,22 @@ class FeatureStore:
         with self._writing(), replacing(self.folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1))
 
-    def map(self) -> tuple[Tensor, ...]:
-        """Map the slots into memory, (N, ...) each. What is written to these tensors does not reach the files."""
-        mapped = []
+    def read(self, *, in_memory: bool) -> list[Tensor]:
+        """Return the slots, (N, ...) each: in memory, where no file can change under them, or mapped.
+
+        What is written to these tensors does not reach the files.
+        """
+        slots = []
         for index, (dtype, shape) in enumerate(self.layout):
-            if size := math.prod((self.count, *shape)):
+            size = math.prod((self.count, *shape))
+            if in_memory or not size:  # an empty file cannot be mapped
+                flat = torch.empty(size, dtype=dtype)
+                with open(self._slot(index), "rb") as file:  # not a copy of the map, which would be in memory as well
+                    file.readinto(flat.view(torch.uint8).numpy().data)
+            else:
                 flat = torch.from_file(str(self._slot(index)), shared=False, size=size, dtype=dtype)
-            else:  # an empty file cannot be mapped
-                flat = torch.empty(0, dtype=dtype)
-            mapped.append(flat.view(self.count, *shape))
-        return tuple(mapped)
+            slots.append(flat.view(self.count, *shape))
+        return slots
 
     def _read_manifest(self) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_bytes())
@@ -279,6 +285,6 @@ def agree(stored: Sequence[Tensor], computed: Sequence[Tensor], *, autocast: boo
     return True
 
 
-def _bytes_per_row(slot: tuple[torch.dtype, tuple[int, ...]]) -> int:
+def bytes_per_row(slot: tuple[torch.dtype, tuple[int, ...]]) -> int:
     """Count the bytes of one image in a slot."""
     return int(slot[0].itemsize * math.prod(slot[1]))

@@ -26,7 +26,7 @@ from backbone_finetune import FineTuneModel
 
 from ..data.loading import DeviceLoader
 from .backbone_pass import FeatureBatch, UncacheableError, autocast_dtype, backbone_batches, in_eval, trains
-from .cache import FeatureCache, FeatureStore, UnwritableStoreError, agree, layout_of
+from .cache import FeatureCache, FeatureStore, UnwritableStoreError, agree, bytes_per_row, layout_of
 
 __all__ = ["Features", "extract_features", "feature_batches", "module_inputs"]
 
@@ -106,9 +106,7 @@ def extract_features(
     refuse_other_orders(loader)
     count = count_images(loader)
     if cache is not None and count is None:
-        raise ValueError(
-            "a loader of unknown length or of whole batches has no cache; pass DataLoader(data, batch_size)"
-        )
+        raise ValueError("a stream or a loader of whole batches cannot be cached; pass DataLoader(dataset, batch_size)")
     dtype, device = prepare_backbone(model, device, autocast=autocast)
 
     def batches(*, of: DataLoader[Any] = loader, title: str | None = title) -> Iterator[FeatureBatch]:
@@ -126,7 +124,7 @@ def extract_features(
                 if structure is None:
                     structure = _collect(batches(), count, store).structure
                     store.commit()
-                return Features(load_if_fits(store.map(), cache.memory_share), structure)
+                return Features(load_if_fits(store, cache.memory_share), structure)
         except UnwritableStoreError as error:
             logger.warning("%s; going on without this cache", error)
             return _collect(batches(), count)
@@ -173,7 +171,7 @@ def open_store(store: FeatureStore, sample: Callable[[], FeatureBatch], *, autoc
     problem = store.find_problem()
     if problem is None:
         computed, rows = sample(), _checked_rows(store.count)
-        if agree([slot[rows] for slot in store.map()], rows_of(computed), autocast=autocast):
+        if agree([slot[rows] for slot in store.read(in_memory=False)], rows_of(computed), autocast=autocast):
             return computed.structure
         problem = f"{len(rows)} images give other features now than those stored"
     if problem:
@@ -219,7 +217,7 @@ def _collect(batches: Iterator[FeatureBatch], count: int | None, store: FeatureS
         store.allocate(layout_of(rows_of(first)))
         with store.writing() as write:
             _fill(write, rows, count)
-        return Features(store.map(), first.structure)
+        return Features(store.read(in_memory=False), first.structure)
     if _fits(count * sum(tensor[0].nbytes for tensor in rows_of(first))):
         whole = [torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype) for tensor in rows_of(first)]
 
@@ -249,10 +247,10 @@ def _fill(write: Callable[[int, Sequence[Tensor]], None], rows: Iterable[Sequenc
         raise ValueError(f"the loader gave {start} images, and its dataset says that it has {count}")
 
 
-def load_if_fits(mapped: Sequence[Tensor], memory_share: float) -> Sequence[Tensor]:
-    """Read mapped tensors into memory where they fit its share; then no file can change under them."""
-    fits = _fits(sum(tensor.nbytes for tensor in mapped), memory_share)
-    return [tensor.clone() for tensor in mapped] if fits else mapped
+def load_if_fits(store: FeatureStore, memory_share: float) -> list[Tensor]:
+    """Read stored features into memory where they fit its share, and map them where not."""
+    size = sum(store.count * bytes_per_row(slot) for slot in store.layout)
+    return store.read(in_memory=_fits(size, memory_share))
 
 
 def _fits(size: int, memory_share: float = MEMORY_SHARE) -> bool:

@@ -171,7 +171,7 @@ def _share(
                     store.commit()
             share = (MEMORY_SHARE if cache is None else cache.memory_share) / processes
             with _together(accelerator):
-                return Features(load_if_fits(store.map(), share), sample.structure)
+                return Features(load_if_fits(store, share), sample.structure)
         except UnwritableStoreError as error:
             if main:
                 logger.warning("%s; each process computes all features for itself", error)
