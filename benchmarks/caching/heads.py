@@ -78,7 +78,7 @@ def time_epochs(task: HeadTask, turns: int, clock: Clock, samples: Samples) -> N
     test = TensorDataset(*(tensor[: task.batch_size] for tensor in task.in_memory.tensors))
     loop = TrainerConfig(make_accelerator(task.device), batch_size=task.batch_size, show_progress=False)
     phase = Phase(epochs=10**9)
-    with prepared_phase(model, task.cached, test, phase=phase, changed=set(), loop=loop, moved=False) as stage:
+    with prepared_phase(model, task.cached, test, phase=phase, changed=set(), loop=loop) as stage:
         # The phase has put the features through its backbone, the identity, into memory: back to what is on disk.
         stage.train = task.cached
         calls = {
