@@ -171,7 +171,8 @@ def open_store(store: FeatureStore, sample: Callable[[], FeatureBatch], *, autoc
     problem = store.find_problem()
     if problem is None:
         computed, rows = sample(), _checked_rows(store.count)
-        if agree([slot[rows] for slot in store.read(in_memory=False)], rows_of(computed), autocast=autocast):
+        stored = [slot[rows] for slot in store.read(in_memory=False)]
+        if agree(stored, rows_of(computed), autocast=autocast):
             return computed.structure
         problem = f"{len(rows)} images give other features now than those stored"
     if problem:
