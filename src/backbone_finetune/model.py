@@ -12,6 +12,7 @@ from torch import nn
 from . import freezing, grad_checkpointing, trainable_parts, verification
 from .distributed import reshard
 from .eval_caches import clear_caches_on_load
+from .features import classify, detach_from_storage
 from .frozen_statistics import release
 from .guards import Guards
 from .layer_groups import LayerGroup, as_layer_groups
@@ -27,7 +28,7 @@ from .splitting import (
     split_timm,
 )
 from .summary import describe_by_group, describe_by_name
-from .validation import check_module, check_shares_nothing, describe_misfit
+from .validation import check_module, check_shares_nothing
 
 
 class FineTuneModel(nn.Module):
@@ -95,9 +96,11 @@ class FineTuneModel(nn.Module):
         >>> FineTuneModel.from_timm("resnet18", classifier=lambda width: nn.Linear(width, 2, bias=False)).classifier
         Linear(in_features=512, out_features=2, bias=False)
 
-        `num_classes` makes a fresh linear classifier, initialised as timm does; `classifier` is a module, or a
-        function from the feature width to one; with neither the network keeps its own, proved on a probe to be the
-        same function. `drop_rate` is the dropout before the classifier, where it stays on above a frozen backbone.
+        `num_classes` makes a fresh linear classifier, initialised as timm does, beside pretrained weights and a
+        `checkpoint_path` too; `classifier` is a module, or a function from the feature width to one; with neither the
+        network keeps its own, with the dropout and other parts in it, proved on a probe in eval and in train mode
+        (where dropout draws the same twice) to be the same function. `drop_rate` is the dropout before the
+        classifier, where it stays on above a frozen backbone: a hook of the classifier, which changes no name.
         Raises ValueError for an unknown name, a network without a classifier or pooling, a classifier of the wrong
         width, or an own classifier that cannot be kept.
         """
@@ -130,9 +133,9 @@ class FineTuneModel(nn.Module):
         (True, True)
 
         `net` still runs and shares its parameters with the model, until the model is moved to another dtype or
-        device. Raises ValueError when the classifier is not in the network exactly once, and, at construction with
-        an `example_input` (a tuple for several) or else at the first forward in each mode, when the network
-        computes on after its classifier.
+        device. Raises ValueError when the classifier is not in the network exactly once, and, in each forward and
+        with an `example_input` (a tuple for several) at construction in both modes, when the network computes on
+        after its classifier or returns something else.
         """
         check_module(module, "network", "from_module")
         split = split_module(module, classifier, new_classifier=new_classifier, example_input=example_input)
@@ -148,15 +151,9 @@ class FineTuneModel(nn.Module):
         return model
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Compute features, then classify them."""
+        """Compute features, then classify them; ValueError says why where the classifier cannot take them."""
         self._guards.look_at_forward(self)
-        features = _detach_from_storage(self.backbone(*inputs, **kwargs))
-        try:
-            return self.classifier(features)
-        except (AttributeError, RuntimeError, TypeError) as error:
-            if (reason := describe_misfit(self.classifier, features)) is None:
-                raise
-            raise ValueError(f"FineTuneModel: {reason}") from error
+        return classify(self.classifier, detach_from_storage(self.backbone(*inputs, **kwargs)))
 
     def to_module(self) -> nn.Module:
         """Give the plain network again, with the trained classifier in place; it shares the parameters.
@@ -166,9 +163,11 @@ class FineTuneModel(nn.Module):
         ('ResNet', Linear(in_features=512, out_features=10, bias=True))
 
         `FineTuneModel(backbone, classifier)` gives an `nn.Sequential`. Dropout that `drop_rate` put before the
-        classifier is left out. Parts that cache what they compute in eval, as levit's attention does, keep the hook by
-        which they forget that at a load, so that one into the plain network does not leave the model stale. Raises
-        ValueError where the network cannot hold the classifier.
+        classifier is left out. Where the classifier is a 1x1 convolution in the network, its weight there is another
+        Parameter on the same memory: to train the plain network, build an optimizer of its own. Parts that cache what
+        they compute in eval, as levit's attention does, keep the hook by which they forget that at a load, so that one
+        into the plain network does not leave the model stale. Raises ValueError where the network cannot hold the
+        classifier.
         """
         release(self.modules())
         return self._reassembly.reassemble(self.backbone, self.classifier)
@@ -405,19 +404,3 @@ class FineTuneModel(nn.Module):
 
     def _frozen_modules(self) -> list[nn.Module]:
         return list(freezing.frozen_modules(self, self.backbone, self._layer_groups, norm_eval=self.norm_eval))
-
-
-def _detach_from_storage(features: Any) -> Any:
-    """Free the features from a larger tensor that they are a view of, where only the classifier needs a gradient.
-
-    A ViT's `x[:, 0]` would keep every token alive until the backward pass.
-    """
-    if not isinstance(features, torch.Tensor) or features.requires_grad or not torch.is_grad_enabled():
-        return features
-    if torch.compiler.is_compiling():  # the compiler decides itself what is kept
-        return features
-    try:
-        is_small_view = features.untyped_storage().nbytes() >= 2 * features.nbytes
-    except NotImplementedError:  # inside torch.func's transforms, and for sparse tensors: there is none to look at
-        return features
-    return features.clone(memory_format=torch.contiguous_format) if is_small_view else features

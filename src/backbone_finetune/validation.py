@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping
 from typing import cast
 
 import timm
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,40 +63,6 @@ def check_shares_nothing(backbone: nn.Module, classifier: nn.Module) -> None:
                 f"FineTuneModel: backbone.{inside[id(parameter)]} and classifier.{name} are one parameter, which "
                 "cannot be frozen and trained at once; give the classifier its own, e.g. copy.deepcopy(classifier)."
             )
-
-
-def describe_misfit(classifier: nn.Module, features: object) -> str | None:
-    """Say why a classifier failed on features and what to do, None where it is not for their kind, dtype or width.
-
-    >>> describe_misfit(nn.Linear(4, 2), {"map": torch.zeros(1, 4)})
-    'the backbone returned a dict (map), and the classifier (Linear) takes one tensor; ...'
-    >>> describe_misfit(nn.Linear(4, 2), torch.zeros(1, 4, dtype=torch.bfloat16))
-    "the features are torch.bfloat16 and the classifier is torch.float32; ..."
-    """
-    kind = type(classifier).__name__
-    if not isinstance(features, torch.Tensor):
-        entries = ", ".join(map(str, features)) if isinstance(features, Mapping) else ""
-        size = f" of {len(features)}" if isinstance(features, (list, tuple)) else ""
-        return (
-            f"the backbone returned a {type(features).__name__}{size}{f' ({entries})' if entries else ''}, and the "
-            f"classifier ({kind}) takes one tensor; wrap the backbone in a module whose forward returns the one that "
-            "is to be classified (of a transformers model: outputs.pooler_output), or pass a classifier that takes "
-            "what the backbone returns."
-        )
-    own = next((p.dtype for p in classifier.parameters() if p.is_floating_point()), features.dtype)
-    if features.is_floating_point() and own != features.dtype and not torch.is_autocast_enabled(features.device.type):
-        return (
-            f"the features are {features.dtype} and the classifier is {own}; give both parts one dtype, "
-            f"model.classifier.to({features.dtype}), or run the model in torch.autocast({features.device.type!r})."
-        )
-    width = getattr(classifier, "in_features", None)
-    if width and features.shape[-1:] != (width,):
-        shape = ", ".join(["B", *map(str, features.shape[1:])])
-        return (
-            f"the backbone gives features of shape ({shape}), and the classifier ({kind}) takes (B, {width}); pool the "
-            "features at the end of the backbone, or build the classifier for their width."
-        )
-    return None
 
 
 def check_drop_rate(drop_rate: object) -> None:

@@ -57,8 +57,10 @@ def add_dropout(classifier: nn.Module, drop_rate: float) -> None:
     (Linear(in_features=4, out_features=2, bias=True), ['weight', 'bias'])
 
     As in ``torch.nn.utils.prune`` it is a forward pre-hook: it goes along into copies, pickles and graphs, and is on
-    while the classifier is in train mode.
+    while the classifier is in train mode. What was added before goes.
     """
+    for key in _added_to(classifier):
+        del classifier._forward_pre_hooks[key]
     classifier.register_forward_pre_hook(_Dropout(drop_rate))
 
 
@@ -71,10 +73,14 @@ def without_dropout(classifier: nn.Module) -> nn.Module:
     >>> plain._forward_pre_hooks, plain.weight is classifier.weight, len(classifier._forward_pre_hooks)
     (OrderedDict(), True, 1)
     """
-    added = [key for key, hook in classifier._forward_pre_hooks.items() if isinstance(hook, _Dropout)]
+    added = _added_to(classifier)
     if not added:
         return classifier
     plain = shallow_copy(classifier)
     for key in added:
         del plain._forward_pre_hooks[key]
     return plain
+
+
+def _added_to(classifier: nn.Module) -> list[int]:
+    return [key for key, hook in classifier._forward_pre_hooks.items() if isinstance(hook, _Dropout)]

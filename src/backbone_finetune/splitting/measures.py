@@ -6,7 +6,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from ..validation import describe_misfit
+from ..features import describe_misfit
 from .copies import eval_copy, isolated, meta_copy
 
 

@@ -142,7 +142,7 @@ def _unused_after_reset(twin: Any) -> frozenset[str]:
     """Take the classifier off, and see what that freezes, since nothing uses it any more (efficientvim's `weights`)."""
     able = {name for name, p in twin.named_parameters() if p.is_floating_point() or p.is_complex()}
     for name in able:
-        twin.get_parameter(name).requires_grad_(True)
+        twin.get_parameter(name).requires_grad = True  # a lazy one has no `requires_grad_`
     try:
         twin.reset_classifier(0)
     except AttributeError as error:  # of a head that the user has put in the place of timm's
