@@ -186,6 +186,20 @@ def test_features_only_of_timm(name: str, expected: list[str]) -> None:
         assert names(timm.create_model(name, features_only=True)) == expected
 
 
+def test_a_matcher_that_knows_other_names_is_not_believed() -> None:
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(3)))
+
+        def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+            return {"stem": "^stem", "blocks": r"^blocks\.(\d+)"}
+
+    model = FineTuneModel(Renamed(), nn.Linear(4, 2))
+    assert [group.name for group in model.layer_groups] == ["body.0", "body.1", "body.2"]
+    assert model.group_matcher()("classifier.weight") == 3
+
+
 def test_stages_that_are_not_in_the_network_are_not_believed() -> None:
     backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     backbone.feature_info = [{"module": "stages.0"}, {"module": "1"}]

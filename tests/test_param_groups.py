@@ -113,6 +113,13 @@ def test_a_child_of_the_backbone_may_be_called_classifier() -> None:
     assert [scales[id(layer.weight)] for layer in layers] == pytest.approx([1.0, 0.1, 0.01])
 
 
+def test_a_tied_parameter_has_its_depth_by_each_of_its_names() -> None:
+    backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    backbone[1].weight = backbone[0].weight
+    depth_of = FineTuneModel(backbone, nn.Linear(2, 2)).group_matcher()
+    assert depth_of("backbone.1.weight") == depth_of("backbone.0.weight") == 0
+
+
 def test_a_name_that_is_not_the_models_is_refused() -> None:
     depth_of = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).group_matcher()
     for name in ("_orig_mod.backbone.weight", "weight", "backbone.2.weight"):

@@ -245,7 +245,11 @@ def _is_no_block(groups: Sequence[list[str]], names: Names) -> bool:
 
 
 def _has_matcher(module: nn.Module) -> bool:
-    return getattr_static(module, "group_matcher", None) is not None
+    """Whether a matcher stands on the module itself and tells its parameters apart; else its names are not those."""
+    if getattr_static(module, "group_matcher", None) is None:
+        return False
+    names = (name for name, _ in module.named_parameters(remove_duplicate=False))
+    return len(set(match(names, _coarse_matcher(module)).values())) > 1
 
 
 def _groups_of_timm(body: Part, names: Names) -> tuple[list[list[str]], bool]:

@@ -39,7 +39,8 @@ def find_layer_groups(backbone: nn.Module) -> tuple[LayerGroup, ...]:
     The rule, in this order:
 
     1. A timm network is grouped by its own ``group_matcher(coarse=True)``, one without a matcher by the stages that
-       its ``feature_info`` names. Both are looked up on the network itself, and used where they match its names.
+       its ``feature_info`` names. Both are looked up on the network itself, and used where its names are those that
+       they know; what a matcher does not name goes last, as timm has it (a neck, a norm).
     2. Any other module is taken apart: where one child holds more than 80 % of the parameters, or more than half and
        no sibling is built like it, that child is looked at in its place, for a timm network first (an adapter, a
        wrapper as PEFT's). Siblings that are built alike, as the stages of a ResNet, stay whole. What the network

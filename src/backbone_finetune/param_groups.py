@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .layer_discovery import find_timm_network
+from .layer_discovery import Names, find_timm_network
 from .layer_groups import LayerGroup, check_layer_groups, layer_depths
 
 
@@ -96,6 +96,9 @@ def build_group_matcher(
         classifier_depth = len(layer_groups)
     else:
         depths, classifier_depth = layer_depths(backbone, layer_groups)
+
+    for first, aliases in Names(backbone).aliases.items():  # a tied parameter may be asked for by any of its names
+        depths |= dict.fromkeys(aliases, depths[first])
 
     def depth_of(name: str) -> int:
         part, _, rest = name.partition(".")
