@@ -108,6 +108,26 @@ def test_a_probe_fires_no_hook_of_the_user() -> None:
     assert fired == ["forward", "forward"]
 
 
+class Quantised(torch.Tensor):
+    """Stands for a quantised weight: a subclass that knows few operators."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.empty_like:
+            raise NotImplementedError("empty_like")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_weight_of_a_tensor_subclass_has_a_shape_on_the_meta_device() -> None:
+    layer = nn.Linear(4, 2)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
+    twin = meta_copy(nn.Sequential(layer))
+    assert twin(torch.empty(3, 4, device="meta")).shape == (3, 2)
+    assert not twin[0].weight.requires_grad
+
+
 def test_hooks_that_compute_weights_stay() -> None:
     net = nn.Sequential(prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5), nn.Linear(4, 2))
     assert torch.equal(eval_copy(net)(INPUTS), net(INPUTS))

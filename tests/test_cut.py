@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.modules import module as torch_module
 
 from backbone_finetune import FineTuneModel
@@ -158,6 +161,28 @@ def test_backward_hooks_around_the_cut_are_no_computation() -> None:
         for handle in everywhere:
             handle.remove()
     assert model.backbone.stem.weight.grad is not None
+
+
+@pytest.fixture
+def mesh() -> Iterator[dist.DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+def test_a_sharded_backbone_that_casts_its_output_is_no_computation(mesh: dist.DeviceMesh) -> None:
+    model = cut(Net())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    fully_shard(model.backbone, mesh=mesh, mp_policy=policy)
+    outputs = model(INPUTS)
+    assert outputs.dtype == torch.float32
+    outputs.sum().backward()
+    with pytest.raises(ValueError, match="computes on after its classifier"):
+        model(INPUTS, probabilities=True)
 
 
 def test_hooks_of_the_network_act_before_the_check_and_later_ones_on_the_features() -> None:

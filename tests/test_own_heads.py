@@ -184,5 +184,7 @@ def test_classes_and_widths_are_those_of_what_is_there() -> None:
     backbone.fc = nn.Linear(96, 16)
     assert FineTuneModel(backbone, nn.Sequential(nn.ReLU(), nn.Linear(16, 3))).num_features == 16
     custom = FineTuneModel(nn.Flatten(), nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1)))
-    assert (custom.num_classes, custom.num_features) == (3, None)
+    assert (custom.num_classes, custom.num_features) == (3, 4)
+    unknown = FineTuneModel(nn.Flatten(), nn.Sequential(nn.ReLU(), nn.Linear(4, 3)))
+    assert (unknown.num_classes, unknown.num_features) == (3, None)
     assert FineTuneModel.from_timm("levit_128s").num_classes == 1000

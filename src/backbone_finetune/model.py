@@ -23,6 +23,7 @@ from .splitting import (
     Split,
     check_width,
     count_classes,
+    entry_width,
     measure_features,
     split_module,
     split_timm,
@@ -205,8 +206,7 @@ class FineTuneModel(nn.Module):
         >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).num_features
         4
         """
-        width = getattr(self.classifier, "in_features", 0)  # 0 where it is lazy
-        return width if width and isinstance(width, int) else measure_features(self.backbone)
+        return entry_width(self.classifier) or measure_features(self.backbone)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn gradient checkpointing of the backbone on or off, by timm's or transformers' name for it.

@@ -152,7 +152,10 @@ def _keep_parameter(tensor: torch.Tensor) -> torch.Tensor:
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
     if is_lazy(tensor):
         return _uninitialized(tensor, torch.device("meta"))
-    values = torch.empty_like(tensor, device="meta")
+    if type(tensor) in (torch.Tensor, nn.Parameter):
+        values = torch.empty_like(tensor, device="meta")
+    else:  # a quantised weight, which may have no operators there
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 

@@ -29,6 +29,20 @@ def measure_features(backbone: nn.Module) -> int | None:
     return features.shape[1] if isinstance(features, torch.Tensor) and features.ndim == 2 else None
 
 
+def entry_width(classifier: nn.Module) -> int | None:
+    """Give how wide the features are that a classifier takes, None where its first layer does not say.
+
+    >>> entry_width(nn.Sequential(nn.Dropout(0.2), nn.Linear(4, 2))), entry_width(nn.LazyLinear(2))
+    (4, None)
+    """
+    while isinstance(classifier, nn.Sequential) and len(classifier):
+        classifier = next(
+            (part for part in classifier if not isinstance(part, (nn.Dropout, nn.Identity))), nn.Identity()
+        )
+    width = getattr(classifier, "in_features", 0)  # 0 where it is lazy
+    return width if width and isinstance(width, int) else None
+
+
 def count_classes(classifier: nn.Module, width: int | None = None) -> int | None:
     """Count the classes that a classifier tells apart, None where it gives no (B, num_classes).
 
@@ -43,8 +57,8 @@ def count_classes(classifier: nn.Module, width: int | None = None) -> int | None
     if next(classifier.parameters(), None) is None:
         return None
     for part in classifier.modules():
-        width = width or getattr(part, "in_features", None)
-    if not isinstance(width, int):
+        width = width or entry_width(part)
+    if width is None:
         return None
     try:
         with isolated(classifier):

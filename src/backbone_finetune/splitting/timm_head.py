@@ -11,7 +11,7 @@ from torch import nn
 from .copies import assert_same, eval_copy, isolated, meta_copy, sharing_copy
 from .custom import copy_along
 from .heads import DistilledClassifier, without_dropout
-from .measures import count_classes, dtype_of, measure_features, probe
+from .measures import count_classes, dtype_of, entry_width, measure_features, probe
 
 
 class TimmReassembly(NamedTuple):
@@ -41,7 +41,7 @@ class TimmReassembly(NamedTuple):
         network: Any = backbone
         for path in self.paths:
             network = copy_along(network, path)
-        width = getattr(classifier, "in_features", None) or measure_features(backbone)
+        width = entry_width(classifier) or measure_features(backbone)
         num_classes = 0 if isinstance(classifier, nn.Identity) else count_classes(classifier, width)
         with isolated(backbone):
             network.reset_classifier(1 if num_classes is None else num_classes)
