@@ -172,6 +172,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         default = getattr(settings, option.removeprefix("--").replace("-", "_"))
         add(option, type=read, metavar=metavar, help=f"{text}default: {default}")
     add("--workers", type=int, metavar="N", help="processes that load images (default: by cores and images)")
+    add(
+        "--compile",
+        choices=("inductor", "openvino"),
+        help="compile the frozen backbone; openvino (an extra) pays on a CPU from some 5,000 images on",
+    )
     add("--output", type=Path, metavar="DIR", help=f"default: {settings.output}")
     add(
         "--device",

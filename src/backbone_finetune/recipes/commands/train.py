@@ -19,6 +19,7 @@ from backbone_finetune.summary import describe_by_group
 from ..data.fingerprint import data_fingerprint
 from ..data.images import ImageDataset
 from ..features.cache import FeatureCache
+from ..features.compiled import COMPILERS
 from ..models.file import TrainedModel, save_trained_changes, save_trained_model
 from ..models.metadata import installed_versions
 from ..rng import preserve_rng_state, seed_everything
@@ -121,6 +122,7 @@ def _start(
         if settings.autocast_features is None
         else settings.autocast_features,
         workers=settings.workers,
+        compile=None if settings.compile is None else COMPILERS[settings.compile],
     )
     record = record_run(settings, task, loop, fingerprints)
 
@@ -193,7 +195,7 @@ def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, loop: 
     seed_everything(settings.seed)
     # As long as the model itself, with the first phase's rates, and always frozen.
     phase = replace(settings.phases[0], epochs=len(metrics.history), trainable_groups=0)
-    aside = replace(loop, checkpoints=None, caches=None, show_progress=False)
+    aside = replace(loop, checkpoints=None, caches=None, compile=None, show_progress=False)
 
     def compare(name: str, accuracy: Callable[[], float]) -> float:
         try:

@@ -1,5 +1,6 @@
 """One pass of a frozen backbone over a loader, in the precision and memory layout that suit its device."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -14,8 +15,11 @@ from tqdm import tqdm
 from backbone_finetune.eval_caches import preserve_modes
 
 from ..text import join_some
+from .compiled import Compile, Run, compile_checked
 
 __all__ = ["FeatureBatch", "UncacheableError", "autocast_dtype", "backbone_batches", "in_eval", "split_row", "trains"]
+
+logger = logging.getLogger(__name__)
 
 
 class UncacheableError(ValueError):
@@ -65,9 +69,17 @@ def in_eval(module: nn.Module) -> Iterator[None]:
 
 
 def backbone_batches(
-    backbone: nn.Module, loader: DataLoader[Any], device: torch.device, dtype: torch.dtype | None, title: str | None
+    backbone: nn.Module,
+    loader: DataLoader[Any],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    title: str | None,
+    *,
+    compile: Compile | None = None,  # noqa: A002
 ) -> Iterator[FeatureBatch]:
     """Run a backbone, in autocast to ``dtype`` unless it is None, over each batch; yields features on the CPU.
+
+    Where the memory of a device is too small for a batch, it and all that follow run in parts of half its size.
 
     Raises:
         ValueError: a batch is not ``(inputs, ..., targets)``, or does not fit the backbone's forward.
@@ -76,7 +88,9 @@ def backbone_batches(
     # Channels-last inputs are enough: convolutions follow their input, so the weights stay as they are. A batch of
     # EfficientNet-Lite0 took .73 of the time on a CPU, with the weights converted as well .70.
     convolves = device.type in {"cpu", "cuda"} and any(isinstance(module, nn.Conv2d) for module in backbone.modules())
-    for batch in tqdm(loader, desc=title, unit="batch", disable=title is None):
+    run: Run = backbone
+    size = 0
+    for number, batch in enumerate(tqdm(loader, desc=title, unit="batch", disable=title is None)):
         inputs, targets = split_row(batch)
         check_arguments(backbone, inputs)
         inputs = [tensor.to(device) for tensor in inputs]
@@ -87,7 +101,9 @@ def backbone_batches(
             ]
         # Not inference_mode: its tensors, and what modules cache in it, could take no part in autograd afterwards.
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            slots, structure = tree_flatten(backbone(*inputs))
+            if number == 0 and compile is not None:
+                run = compile_checked(compile, backbone, inputs, tolerance=5e-2 if dtype is not None else 1e-3)
+            (slots, structure), size = run_in_parts(run, inputs, size or len(targets))
         for slot in slots:
             if not isinstance(slot, Tensor) or slot.ndim == 0 or len(slot) != len(targets):
                 raise UncacheableError(
@@ -96,6 +112,35 @@ def backbone_batches(
                 )
         widened = (slot.float() if dtype is not None and slot.dtype == dtype else slot for slot in slots)
         yield FeatureBatch(tuple(slot.cpu() for slot in widened), structure, targets.cpu())
+
+
+def run_in_parts(run: Run, inputs: Sequence[Tensor], size: int) -> tuple[tuple[list[Any], TreeSpec], int]:
+    """Run a batch in parts of at most ``size``, halved while a device runs out of memory.
+
+    >>> run_in_parts(nn.Flatten(), [torch.ones(3, 1)], 2)[0][0]
+    [tensor([[1.],
+            [1.],
+            [1.]])]
+
+    Returns:
+        The flattened outputs with their structure, and the size that fitted.
+    """
+    while True:
+        try:
+            if size >= len(inputs[0]):
+                return tree_flatten(run(*inputs)), size
+            parts = [
+                tree_flatten(run(*part)) for part in zip(*(torch.split(each, size) for each in inputs), strict=True)
+            ]
+            slots = [torch.cat(part) for part in zip(*(slots for slots, _ in parts), strict=True)]
+            return (slots, parts[0][1]), size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = -(-min(size, len(inputs[0])) // 2)
+            logger.warning("out of memory: the backbone runs on %d images at a time from here on", size)
+        if inputs[0].device.type == "cuda":  # not in the except block, where the failed pass is still referred to
+            torch.cuda.empty_cache()
 
 
 def split_row(batch: Any) -> tuple[list[Tensor], Tensor]:

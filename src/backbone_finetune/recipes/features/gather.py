@@ -19,6 +19,7 @@ from ..data.loading import DeviceLoader
 from ..rng import preserve_rng_state
 from .backbone_pass import UncacheableError, backbone_batches, in_eval
 from .cache import FeatureCache, FeatureStore, UnwritableStoreError, layout_of
+from .compiled import Compile
 from .extract import (
     MEMORY_SHARE,
     Features,
@@ -47,6 +48,7 @@ def gather_phase(
     caches: tuple[FeatureCache | None, FeatureCache | None] = (None, None),
     autocast: bool = True,
     workers: tuple[int, int] = (0, 0),
+    compile: Compile | None = None,  # noqa: A002
     show_progress: bool = False,
 ) -> tuple[Dataset[Any], Dataset[Any], bool]:
     """Compute the features of training and test data once; returns both, and True.
@@ -73,6 +75,7 @@ def gather_phase(
                     autocast=autocast,
                     title=f"features, {name}" if show_progress else None,
                     workers=number,
+                    compile=compile,
                 )
                 for name, data, cache, number in zip(("train", "test"), (train, test), caches, workers, strict=True)
             ]
@@ -94,6 +97,7 @@ def gather_features(
     autocast: bool = True,
     title: str | None = None,
     workers: int = 0,
+    compile: Compile | None = None,  # noqa: A002
 ) -> Features:
     """Run a frozen backbone once over a dataset, each process over its batches; all processes get all features.
 
@@ -113,11 +117,13 @@ def gather_features(
     loader = DeviceLoader(data, device, batch_size=batch_size, workers=workers)
     with preserve_rng_state():
         if accelerator.num_processes > 1:
-            shared = _share(model, loader, accelerator, cache, autocast=autocast, title=title)
+            shared = _share(model, loader, accelerator, cache, autocast=autocast, title=title, compile=compile)
             if shared is not None:
                 return shared
             cache = None
-        return extract_features(model, loader, device=device, cache=cache, autocast=autocast, title=title)
+        return extract_features(
+            model, loader, device=device, cache=cache, autocast=autocast, title=title, compile=compile
+        )
 
 
 def _share(
@@ -128,6 +134,7 @@ def _share(
     *,
     autocast: bool,
     title: str | None,
+    compile: Compile | None,  # noqa: A002
 ) -> Features | None:
     """Compute features together with the other processes; None where they do not see one writable folder."""
     main, process, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
@@ -162,7 +169,7 @@ def _share(
                 if not told[2]:
                     starts = range(process * size, count, processes * size)
                     own = loader.over([range(start, min(start + size, count)) for start in starts])
-                    batches = backbone_batches(model.backbone, own, device, dtype, title)
+                    batches = backbone_batches(model.backbone, own, device, dtype, title, compile=compile)
                     with store.writing() as write:
                         for start, rows in zip(starts, matching_rows(batches, sample), strict=True):
                             write(start, rows)

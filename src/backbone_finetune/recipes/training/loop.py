@@ -25,6 +25,7 @@ from ..data.images import IGNORED, ImageDataset
 from ..data.loading import default_workers
 from ..features.backbone_pass import trains
 from ..features.cache import FeatureCache
+from ..features.compiled import Compile
 from ..features.extract import module_inputs
 from ..features.gather import gather_phase
 from ..text import printable
@@ -57,7 +58,8 @@ class TrainerConfig:
     these two change where the memory goes and not what is learnt. A checkpoint is written into ``checkpoints`` after
     each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, test), and are computed
     under bf16 autocast where the device gains from it, but for ``autocast_features=False``. ``workers`` processes load
-    images, None for a number by the cores and the images; the result is the same for any number.
+    images, None for a number by the cores and the images; the result is the same for any number. ``compile`` makes a
+    faster callable of a frozen backbone; see ``extract_features``.
 
     >>> TrainerConfig(Accelerator(cpu=True)).batch_size
     32
@@ -74,6 +76,7 @@ class TrainerConfig:
     caches: tuple[FeatureCache, FeatureCache] | None = None
     autocast_features: bool = True
     workers: int | None = None
+    compile: Compile | None = None
     show_progress: bool = True
 
     def __post_init__(self) -> None:
@@ -207,6 +210,7 @@ def prepared_phase(
                 caches=loop.caches or (None, None),
                 autocast=loop.autocast_features,
                 workers=(loop.workers_for(train), loop.workers_for(test)),
+                compile=loop.compile,
                 show_progress=loop.shows,
             )
             for data, features in zip(images, (train, test), strict=True):
