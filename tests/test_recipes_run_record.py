@@ -95,7 +95,7 @@ def test_a_run_is_done_again_with_nothing_else(fail: Fail, others: str, option: 
         ("[" * 100_000, "run.json: not JSON ("),
         ("[]", "run.json: input should be a valid dictionary"),
         ("{}", "run.json: arguments: field required; pass"),
-        ({"overwrite": True}, "baselines, output, overwrite are not part of a record; pass the run.json that"),
+        ({"overwrite": True}, "baselines, output, overwrite, workers are not part of a record; pass the run.json that"),
         ({"more": 1}, "run.json: arguments more = 1: unexpected keyword argument; pass"),
         ({"pretrained": 3}, "run.json: arguments pretrained = 3: input should be a valid boolean"),
         (
