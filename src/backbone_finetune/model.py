@@ -244,15 +244,13 @@ class FineTuneModel(nn.Module):
         """Freeze the backbone but for its last `trainable_groups` layer groups, whatever was frozen before.
 
         >>> model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone(trainable_groups=1)
-        >>> model.backbone.layer4.training, model.backbone.layer3.training
-        (True, False)
         >>> model = model.freeze_backbone(trainable=[model.backbone.layer1])  # surgical fine-tuning, Lee et al. 2023
         >>> model.backbone.layer1.training, model.backbone.layer4.training
         (True, False)
 
-        It takes effect at once on `requires_grad`, modes and gradients, adapters in the backbone included: name those
-        in `trainable`. Raises ValueError for a count out of range, for both arguments, for a part that is not in the
-        backbone or has no parameters, and where a frozen parameter shares its memory with one that trains.
+        It takes effect at once, on adapters in the backbone too: name those in `trainable`. Raises ValueError for a
+        count out of range, both arguments, a part that is not in the backbone or has no parameters, and memory that
+        something frozen shares with what trains.
         """
         reshard(self)
         chosen = trainable_parts.choose_parameters(self.backbone, self._layer_groups, trainable_groups, trainable)
@@ -267,23 +265,21 @@ class FineTuneModel(nn.Module):
         >>> all(parameter.requires_grad for parameter in model.parameters())
         True
 
-        Fixed is what was frozen in the midst of layer groups that train (a table of positions, base weights under
-        PEFT's adapters), and what timm's `reset_classifier` leaves without a use. Groups that came frozen as a whole
-        train again. Warns of quantised weights, which cannot train.
+        Fixed is what came frozen in the midst of groups that trained (a table of positions, weights under adapters),
+        not whole groups, and what timm's `reset_classifier` leaves unused. Warns of quantised weights.
         """
         trainable_parts.warn_of_fixed(self.backbone, self._left_off)
         return self.freeze_backbone(trainable_groups=len(self._layer_groups))
 
     def regroup(self, *, layer_groups: Sequence[LayerGroup | nn.Module] | None = None) -> FineTuneModel:
-        """Find the layer groups anew, or take these, after parameters were put into the backbone or taken out of it.
+        """Find the layer groups anew, or take these, after adapters or parametrizations came into the backbone.
 
         >>> model = FineTuneModel(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
         >>> _ = model.backbone.append(nn.Linear(2, 2))
         >>> [group.name for group in model.regroup().layer_groups]
         ['0', '1']
 
-        For adapters (PEFT) and parametrizations that came after wrapping. What trains, `norm_eval` and the way back
-        stay as they are.
+        What trains, `norm_eval` and the way back stay as they are.
         """
         self._layer_groups = as_layer_groups(self.backbone, layer_groups)
         return self.train(self.training)
