@@ -318,11 +318,10 @@ class FineTuneModel(nn.Module):
         [('classifier', 0.001, 0.05), ('classifier.no_decay', 0.001, 0.0)]
 
         Rates are absolute. With `layer_decay` they fall from the classifier to the input as in BEiT and in
-        `timm.optim.param_groups_layer_decay` on the whole network; on a custom network, and on timm's that have no
-        `group_matcher` (metaformer, pit, csatv2: timm takes each parameter for a layer), by layer group. Biases, 1-d
-        weights and what the backbone's `no_weight_decay()` names do not decay. With `include_frozen` the groups are
-        the same whatever is frozen, so that one optimizer lives through every unfreezing. Raises ValueError when
-        nothing trains, a rate is negative, or the backbone got or lost parameters since the model was built.
+        `timm.optim.param_groups_layer_decay` on the whole network; without a `group_matcher` of timm's, by layer group.
+        Biases, 1-d weights and what the backbone's `no_weight_decay()` names do not decay. With `include_frozen` the
+        groups are the same whatever is frozen, so that one optimizer lives through every unfreezing. Raises ValueError
+        when nothing trains, a rate is negative, or the backbone got or lost parameters since it was grouped.
         """
         reshard(self)
         return build_param_groups(
