@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import HeadResult, feature_batches, fit_heads, fit_lbfgs
+from backbone_finetune.recipes import HeadResult, extract_features, feature_batches, fit_heads, fit_lbfgs
+from backbone_finetune.recipes.data.images import IGNORED
+from backbone_finetune.recipes.heads.grid import StackedHeads
 
 CPU = torch.device("cpu")
 RATES = [(lr, weight_decay) for lr in (1e-3, 1e-2, 0.1) for weight_decay in (0.0, 0.5)]
@@ -348,3 +351,79 @@ def test_lbfgs_refuses_what_cannot_train(settings: dict[str, Any], message: str)
     features = settings.pop("features", make_features())
     with pytest.raises(ValueError, match=message):
         fit_lbfgs(nn.Linear(6, 3), features, device=CPU, **settings)
+
+
+def test_heads_run_where_the_classifier_is() -> None:
+    head, data = nn.Linear(6, 3), make_features()
+    settings: dict[str, Any] = {"learning_rates": [0.1], "epochs": 2, "batch_size": 8, "show_progress": False}
+    with_device, without = copy.deepcopy(head), copy.deepcopy(head)
+    fit_heads(with_device, data, data, device=CPU, **settings)
+    fit_heads(without, data, data, **settings)
+    torch.testing.assert_close(with_device.state_dict(), without.state_dict(), rtol=0, atol=0)
+    fit_lbfgs(with_device, data, weight_decay=0.1, device=CPU)
+    fit_lbfgs(without, data, weight_decay=0.1)
+    torch.testing.assert_close(with_device.state_dict(), without.state_dict(), rtol=0, atol=0)
+
+
+def test_images_that_could_not_be_read_are_left_out() -> None:
+    features, targets = make_features().tensors
+    marked = TensorDataset(torch.cat([features, features[:5] * 1e3]), torch.cat([targets, torch.full((5,), IGNORED)]))
+    whole = TensorDataset(features, targets)
+    heads = [nn.Linear(6, 3) for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    results = [fit(head, data, validation=data) for head, data in zip(heads, (whole, marked), strict=True)]
+    assert results[0] == results[1]
+    ends = [fit_lbfgs(head, data, weight_decay=0.1) for head, data in zip(heads, (whole, marked), strict=True)]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.arange(6), "target 3 is outside the 3 classes of the classifier"),
+        (torch.arange(6) - 1, "target -1 is outside the 3 classes of the classifier"),
+        (torch.rand(6), r"the targets are float32 of shape \(\) per image; pass class indices"),
+        (torch.rand(6, 3), r"the targets are float32 of shape \(3,\) per image; pass class indices"),
+    ],
+)
+def test_targets_that_are_no_classes_are_refused(targets: Tensor, message: str) -> None:
+    data = TensorDataset(torch.eye(6), targets)
+    with pytest.raises(ValueError, match=message):
+        fit(nn.Linear(6, 3), data)
+    with pytest.raises(ValueError, match=message):
+        fit_lbfgs(nn.Linear(6, 3), data)
+
+
+def test_heads_on_an_output_of_several_tensors_get_what_the_backbone_gave() -> None:
+    class Named(nn.Module):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"image": images, "half": images / 2}
+
+    class OnNamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, features: dict[str, Tensor]) -> Tensor:
+            return self.layer(features["half"])
+
+    model = FineTuneModel(Named(), OnNamed())
+    features = extract_features(model, DataLoader(make_features(), 8))  # type: ignore[arg-type]
+    assert fit(model.classifier, features, validation=features)[0].validation_accuracy > 0.4
+    assert fit_lbfgs(model.classifier, features, weight_decay=0.1).converged
+
+
+class WithoutDoubles(TorchFunctionMode):
+    """A device without float64, as MPS is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float64 and result.device.type == "meta":
+            raise TypeError("this device has no float64")
+        return result
+
+
+def test_the_rates_of_heads_are_computed_off_a_device_without_float64() -> None:
+    with WithoutDoubles():
+        heads = StackedHeads(nn.Linear(6, 3), RATES, device=torch.device("meta"))
+    assert {rate.device.type for rate in heads.rates.values()} == {"meta"}

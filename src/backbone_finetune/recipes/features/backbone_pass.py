@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from backbone_finetune.eval_caches import preserve_modes
 
-from ..text import join_some
+from ..data.targets import describe_value, split_row
 from .compiled import Compile, Run, compile_checked
 
-__all__ = ["FeatureBatch", "UncacheableError", "autocast_dtype", "backbone_batches", "in_eval", "split_row", "trains"]
+__all__ = ["FeatureBatch", "UncacheableError", "autocast_dtype", "backbone_batches", "in_eval", "trains"]
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ def backbone_batches(
         for slot in slots:
             if not isinstance(slot, Tensor) or slot.ndim == 0 or len(slot) != len(targets):
                 raise UncacheableError(
-                    f"the backbone gave {describe(slot)} for {len(targets)} images; it must give tensors with one "
-                    "entry per image, alone or in a tuple, list or dict"
+                    f"the backbone gave {describe_value(slot)} for {len(targets)} images; it must give tensors with "
+                    "one entry per image, alone or in a tuple, list or dict"
                 )
         widened = (slot.float() if dtype is not None and slot.dtype == dtype else slot for slot in slots)
         yield FeatureBatch(tuple(slot.cpu() for slot in widened), structure, targets.cpu())
@@ -143,25 +143,6 @@ def run_in_parts(run: Run, inputs: Sequence[Tensor], size: int) -> tuple[tuple[l
             torch.cuda.empty_cache()
 
 
-def split_row(batch: Any) -> tuple[list[Tensor], Tensor]:
-    """Split what a loader gives, ``(input, ..., target)`` tensors, into inputs and targets.
-
-    >>> split_row((torch.zeros(2, 3), torch.tensor([0, 1])))
-    ([tensor([[0., 0., 0.],
-            [0., 0., 0.]])], tensor([0, 1]))
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if not isinstance(batch, tuple | list) or len(batch) < 2 or not all(isinstance(part, Tensor) for part in batch):
-        raise ValueError(
-            f"the loader gave {describe(batch)}; the dataset must return (input, target), or (input, input, ..., "
-            "target) for a backbone of several inputs, as tensors or numbers"
-        )
-    *inputs, targets = batch
-    return inputs, targets
-
-
 def check_arguments(backbone: nn.Module, inputs: Sequence[Tensor]) -> None:
     """Check that a backbone's forward takes so many inputs.
 
@@ -181,16 +162,3 @@ def check_arguments(backbone: nn.Module, inputs: Sequence[Tensor]) -> None:
             f"the dataset's rows have {len(inputs)} inputs before the target, which {type(backbone).__name__}.forward"
             f"{taken} does not take"
         ) from None
-
-
-def describe(value: object) -> str:
-    """Name what came in a few words.
-
-    >>> describe(torch.zeros(2, 3)), describe([1, 2, 3]), describe({"image": 1, "label": 2})
-    ('a tensor of shape (2, 3)', 'a list of 3', 'a dict of image, label')
-    """
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, dict):
-        return f"a dict of {join_some([str(key) for key in value])}"
-    return f"a {type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list) else ''}"

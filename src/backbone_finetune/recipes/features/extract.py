@@ -24,12 +24,13 @@ from torch.utils.data import (
 
 from backbone_finetune import FineTuneModel
 
+from ..data.images import IGNORED
 from ..data.loading import DeviceLoader
 from .backbone_pass import FeatureBatch, UncacheableError, autocast_dtype, backbone_batches, in_eval, trains
 from .cache import FeatureCache, FeatureStore, UnwritableStoreError, agree, bytes_per_row, layout_of
 from .compiled import Compile
 
-__all__ = ["Features", "extract_features", "feature_batches", "module_inputs"]
+__all__ = ["Features", "extract_features", "feature_batches", "module_inputs", "without_unread"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,19 @@ def module_inputs(data: Dataset[Any], inputs: Sequence[Tensor]) -> tuple[Any, ..
     (tensor([1.]),)
     """
     return (tree_unflatten(list(inputs), data.structure),) if isinstance(data, Features) else tuple(inputs)
+
+
+def without_unread(data: TensorDataset) -> TensorDataset:
+    """Leave out the images that could not be read.
+
+    >>> without_unread(TensorDataset(torch.ones(2, 1), torch.tensor([IGNORED, 1]))).tensors
+    (tensor([[1.]]), tensor([1]))
+    """
+    seen = data.tensors[-1] != IGNORED
+    if seen.all():
+        return data
+    tensors = [tensor[seen] for tensor in data.tensors]
+    return Features(tensors, data.structure) if isinstance(data, Features) else TensorDataset(*tensors)
 
 
 def extract_features(

@@ -16,6 +16,7 @@ from backbone_finetune import FineTuneModel
 
 from ..data.determinism import find_randomness
 from ..data.loading import DeviceLoader
+from ..data.targets import check_targets
 from ..rng import preserve_rng_state
 from .backbone_pass import UncacheableError, backbone_batches, in_eval
 from .cache import FeatureCache, FeatureStore, UnwritableStoreError, layout_of
@@ -79,6 +80,8 @@ def gather_phase(
                 )
                 for name, data, cache, number in zip(("train", "test"), (train, test), caches, workers, strict=True)
             ]
+            for name, features in zip(("train", "test"), computed, strict=True):
+                check_targets(name, features.tensors[-1], model.num_classes)
             return computed[0], computed[1], True
         except UncacheableError as error:
             reason = str(error)

@@ -18,7 +18,8 @@ from backbone_finetune.param_groups import build_param_groups
 from backbone_finetune.splitting.measures import count_classes
 
 from ..checking import expect, is_whole
-from ..features.extract import feature_batches, find_device_of, module_inputs
+from ..data.targets import check_targets
+from ..features.extract import feature_batches, find_device_of, module_inputs, without_unread
 
 __all__ = ["HeadResult", "decaying_names", "fit_heads"]
 
@@ -145,9 +146,9 @@ def fit_heads(
             f"learning_rates={list(learning_rates)}, weight_decays={list(weight_decays)}: pass at least one of each, "
             "finite and 0 or more"
         )
-    classes = count_classes(classifier)
     for name, data in (("train", train), ("validation", validation)):
-        check_targets(name, data.tensors[-1], classes)
+        check_targets(name, data.tensors[-1], count_classes(classifier))
+    train, validation = without_unread(train), without_unread(validation)
     device = device or find_device_of(classifier)
     heads = StackedHeads(classifier, rates, device=device)
     generator = torch.Generator().manual_seed(seed)
@@ -204,28 +205,6 @@ def head_batch(data: TensorDataset, batch: Sequence[Tensor], device: torch.devic
     *features, targets = (tensor.to(device) for tensor in batch)
     arranged = module_inputs(data, features)
     return (arranged[0] if len(arranged) == 1 else arranged), targets.long()
-
-
-def check_targets(name: str, targets: Tensor, classes: int | None = None) -> None:
-    """Check that targets are class indices: one whole number per image, from 0 to ``classes - 1``.
-
-    >>> check_targets("train", torch.tensor([0, 3]), classes=3)
-    Traceback (most recent call last):
-    ...
-    ValueError: train: target 3 is outside the 3 classes of the classifier (0 to 2)
-
-    Raises:
-        ValueError: they are not.
-    """
-    if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
-        raise ValueError(
-            f"{name}: targets are {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape[1:])} per "
-            "image; pass class indices, one whole number per image"
-        )
-    lowest, highest = (int(bound) for bound in targets.aminmax())
-    if lowest < 0 or (classes is not None and highest >= classes):
-        known = "the classes" if classes is None else f"the {classes} classes of the classifier (0 to {classes - 1})"
-        raise ValueError(f"{name}: target {lowest if lowest < 0 else highest} is outside {known}")
 
 
 def losses(logits: Tensor, targets: Tensor) -> Tensor:

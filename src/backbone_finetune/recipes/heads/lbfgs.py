@@ -10,9 +10,10 @@ from torch.utils.data import TensorDataset
 from backbone_finetune.splitting.measures import count_classes
 
 from ..checking import expect, is_number, is_whole
+from ..data.targets import check_targets
 from ..features.backbone_pass import in_eval
-from ..features.extract import find_device_of
-from .grid import check_targets, decaying_names, head_batch
+from ..features.extract import find_device_of, without_unread
+from .grid import decaying_names, head_batch
 
 __all__ = ["LbfgsResult", "fit_lbfgs"]
 
@@ -66,6 +67,7 @@ def fit_lbfgs(
     expect("max_iterations", max_iterations, "a whole number from 1", is_whole(max_iterations, least=1))
     expect("chunk_size", chunk_size, "a whole number from 1", is_whole(chunk_size, least=1))
     check_targets("features", features.tensors[-1], count_classes(classifier))
+    features = without_unread(features)
     decaying = decaying_names(classifier)
     device = device or find_device_of(classifier)
     classifier.to(device)

@@ -23,6 +23,7 @@ from backbone_finetune import FineTuneModel
 from ..checking import expect, is_whole
 from ..data.images import IGNORED, ImageDataset
 from ..data.loading import default_workers
+from ..data.targets import check_dataset
 from ..features.backbone_pass import trains
 from ..features.cache import FeatureCache
 from ..features.compiled import Compile
@@ -151,7 +152,7 @@ def fine_tune(
     """
     expect("phases", phases, "one Phase or more", len(phases) > 0)
     for name, data in (("train", train), ("test", test)):
-        expect(f"len({name})", count(data), "one image or more", count(data) > 0)
+        check_dataset(name, data, model.num_classes)
     begun, saved = (False, None) if loop.checkpoints is None else open_checkpoints(loop.checkpoints, loop.accelerator)
     progress, changed = Progress(), set[str]()
     if saved is not None:
@@ -343,6 +344,7 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
     for number, part in enumerate(parts, start=1):
         *inputs, targets = (tensor[start : start + len(part)].to(accelerator.device) for tensor in loaded)
         start += len(part)
+        targets = targets.long()
         with nullcontext() if number == len(parts) else accelerator.no_sync(stage.prepared):
             logits = stage.prepared(*module_inputs(stage.train, inputs))
             if part.own < len(part):  # others' images, seen once more
