@@ -20,6 +20,7 @@ from backbone_finetune.recipes.commands import train as run_module
 from backbone_finetune.recipes.commands.baselines import BackwardTimes
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.commands.run_folder import MODEL_FILE
+from backbone_finetune.recipes.commands.setup import choose_data_config
 from backbone_finetune.recipes.commands.train import TrainSettings, train
 from backbone_finetune.recipes.data.images import find_images, split
 from backbone_finetune.recipes.files import replacing
@@ -388,9 +389,9 @@ def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:
     flexible = FineTuneModel.from_timm("test_resnet", num_classes=2)
     fixed = FineTuneModel.from_timm("test_vit", num_classes=2)
     size = {
-        (name, images is None): task_module.choose_data_config(model, TrainSettings(images=images))["input_size"]
+        (name, small): choose_data_config(model, name, small=small)["input_size"]
         for name, model in (("flexible", flexible), ("fixed", fixed))
-        for images in (None, Path("mine"))
+        for small in (True, False)
     }
     assert size == {
         ("flexible", True): (3, 96, 96),

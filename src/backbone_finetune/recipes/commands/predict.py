@@ -1,13 +1,12 @@
-"""What ``backbone-finetune predict`` does: images in, class names and probabilities out."""
+"""``backbone-finetune predict``: images in, class names and probabilities out."""
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -20,13 +19,13 @@ from ..models.file import TrainedModel, build_transform
 
 __all__ = ["Prediction", "predict", "writing_csv", "writing_json"]
 
-# Of a resized image: half a gigabyte. The largest networks of timm come nowhere near it.
+# Of a resized image: half a gigabyte in float32. The largest networks of timm need far less.
 MOST_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of an image, best first, as ``(class name, probability)``; or why it can't be read.
+    """The likeliest classes of an image, best first, as ``(class name, probability)``; or why it cannot be read.
 
     >>> Prediction(Path("tom.jpg"), (("cat", 0.9), ("dog", 0.1))).error is None
     True
@@ -40,13 +39,10 @@ class Prediction:
 def predict(
     trained: TrainedModel, images: Iterable[Path], *, top_k: int = 3, batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Name the likeliest classes of each image, in order. One that can't be read does not stop the others.
-
-    Images go through the model ``batch_size`` at a time, on the device that it is on; no more are in memory at once.
+    """Predict the likeliest classes of each image, in order, in float32. An image that cannot be read stops no other.
 
     >>> import timm
     >>> from tempfile import TemporaryDirectory
-    >>> from PIL import Image
     >>> from backbone_finetune import FineTuneModel
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
     >>> trained = TrainedModel(model, "test_resnet", ("cat", "dog"), timm.data.resolve_model_data_config(model))
@@ -55,32 +51,36 @@ def predict(
     ...     (prediction,) = predict(trained, [Path(folder, "tom.png")])
     >>> sorted(name for name, probability in prediction.classes)
     ['cat', 'dog']
+
+    Args:
+        trained: The model; it runs on the device that it is on.
+        images: Paths of image files.
+        top_k: How many classes to name for each image.
+        batch_size: How many images are in memory at a time.
     """
     expect("top_k", top_k, "a whole number from 1", is_whole(top_k, least=1))
     expect("batch_size", batch_size, "a whole number from 1", is_whole(batch_size, least=1))
-    transform, elongated = build_transform(trained.data_config), most_elongated(trained.data_config)
     trained.model.eval()
+    transform, config = build_transform(trained.data_config), trained.data_config
+    # The shorter side of an image becomes that of the input before it is cropped, however long the other one is.
+    most_elongated = MOST_PIXELS / (max(config["input_size"]) / config["crop_pct"]) ** 2
     remaining = iter(images)
     while batch := list(islice(remaining, batch_size)):
-        outcomes = [read_input(path, transform, elongated) for path in batch]
+        outcomes = [_read_input(path, transform, most_elongated) for path in batch]
         inputs = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
-        answers = iter(classify(trained, torch.stack(inputs), top_k) if inputs else ())
+        answers = iter(_classify(trained, torch.stack(inputs), top_k) if inputs else ())
         for path, outcome in zip(batch, outcomes, strict=True):
             yield Prediction(path, error=outcome) if isinstance(outcome, str) else Prediction(path, next(answers))
 
 
-def read_input(path: Path, transform: Callable[[Image.Image], Tensor], elongated: float) -> Tensor | str:
-    """Read an image as a model takes it, ``(3, H, W)``; or say why it can't be, or is too elongated to be.
-
-    >>> read_input(Path("nowhere.jpg"), lambda image: torch.zeros(3, 8, 8), 100)
-    'nowhere.jpg: there is no such file'
-    """
+def _read_input(path: Path, transform: Callable[[Image.Image], Tensor], most_elongated: float) -> Tensor | str:
+    """Read an image as a model takes it, ``(3, H, W)``; or return why that is not possible."""
     try:
         image = read_image(path)
-        if max(image.size) > elongated * min(image.size):
+        if max(image.size) > most_elongated * min(image.size):
             return (
                 f"{path}: {image.width} x {image.height} pixels; as large as this model takes images, at most "
-                f"1 to {elongated:.1f} is allowed"
+                f"1 to {most_elongated:.1f} is allowed"
             )
         return transform(image)
     except (ValueError, OSError) as error:
@@ -89,19 +89,8 @@ def read_input(path: Path, transform: Callable[[Image.Image], Tensor], elongated
         return f"{path}: takes more memory than there is"
 
 
-def most_elongated(data_config: Mapping[str, Any]) -> float:
-    """Say how many times as long as wide an image may be: its shorter side becomes the input's, before it is cropped.
-
-    >>> most_elongated({"input_size": (3, 224, 224), "crop_pct": 0.875}) > 1000
-    True
-    >>> most_elongated({"input_size": (3, 4096, 4096), "crop_pct": 1.0})
-    8.0
-    """
-    return float(MOST_PIXELS / (max(data_config["input_size"]) / data_config["crop_pct"]) ** 2)
-
-
 @torch.no_grad()
-def classify(trained: TrainedModel, inputs: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
+def _classify(trained: TrainedModel, inputs: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
     """Name the likeliest classes of each input, ``(B, 3, H, W)``, with their probabilities, best first."""
     device = next(trained.model.parameters()).device
     probabilities = trained.model(inputs.to(device)).float().softmax(-1).cpu()
@@ -114,9 +103,7 @@ def classify(trained: TrainedModel, inputs: Tensor, top_k: int) -> list[tuple[tu
 
 @contextmanager
 def writing_csv(path: Path, top_k: int) -> Iterator[Callable[[Prediction], None]]:
-    """Give a function that adds a prediction to a CSV file, a row each; the file is there when the block has ended.
-
-    It is in UTF-8; a byte of a name that is no text goes out as it is.
+    """Yield a function that adds a prediction to a CSV file in UTF-8, which is complete after the block.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -125,10 +112,8 @@ def writing_csv(path: Path, top_k: int) -> Iterator[Callable[[Prediction], None]
     ...     Path(folder, "answers.csv").read_text().splitlines()
     ['image,class_1,probability_1,error', 'tom.jpg,cat,0.9,']
     """
-    with (
-        replacing(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
+    # Bytes of a name that are not text are written as they are.
+    with replacing(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
         rows = csv.writer(file)
         columns = (f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability"))
         rows.writerow(["image", *columns, "error"])
@@ -142,9 +127,9 @@ def writing_csv(path: Path, top_k: int) -> Iterator[Callable[[Prediction], None]
 
 @contextmanager
 def writing_json(path: Path) -> Iterator[Callable[[Prediction], None]]:
-    r"""Give a function that adds a prediction to a JSON file, which holds a list of them when the block has ended.
+    r"""Yield a function that adds a prediction to a JSON file, which holds the list of them after the block.
 
-    A byte of a name that is no text goes out as Python knows it, ``\udcff`` for 255: ``os.fsencode`` gives it back.
+    Bytes of a name that are not text are escaped as Python does, ``\udcff`` for 255: ``os.fsencode`` restores them.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -159,8 +144,8 @@ def writing_json(path: Path) -> Iterator[Callable[[Prediction], None]]:
         def write(prediction: Prediction) -> None:
             nonlocal separator
             classes = [{"name": name, "probability": probability} for name, probability in prediction.classes]
-            entry = {"image": str(prediction.path), "classes": classes, "error": prediction.error}
-            file.write(separator + json.dumps(entry))
+            file.write(separator)
+            json.dump({"image": str(prediction.path), "classes": classes, "error": prediction.error}, file)
             separator = ",\n"
 
         yield write
