@@ -28,6 +28,13 @@ class Head(nn.Module):
         return features @ self.weight
 
 
+class Several(Head):
+    """Two outcomes: (B, 96) -> (B, 5), (B, 5)."""
+
+    def forward(self, features: Tensor) -> Any:
+        return features @ self.weight, features @ self.weight
+
+
 class HiddenDropout(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -178,6 +185,9 @@ def test_classes_and_widths_are_those_of_what_is_there() -> None:
     assert plain.num_classes == plain.eval()(PICTURES).shape[1] == 5
     model.classifier = nn.Sequential(nn.Linear(96, 4), nn.LogSoftmax(dim=1))
     assert model.num_classes == 4
+    model.classifier = Several()
+    assert model.num_classes is None
+    assert model.to_module().num_classes is None
     model.classifier = nn.ReLU()
     assert model.num_classes is None
     backbone: Any = timm.create_model("test_resnet", num_classes=0)
