@@ -399,3 +399,21 @@ def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:
         ("fixed", True): (3, 160, 160),
         ("fixed", False): (3, 160, 160),
     }
+
+
+@pytest.mark.parametrize(("asked", "groups", "said"), [(None, 0, True), ("no", 0, False), (None, 1, False)])
+@pytest.mark.usefixtures("no_timing")
+def test_an_accuracy_of_features_in_bf16_says_so(
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    asked: str | None,
+    groups: int,
+    said: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    caplog.set_level("INFO", logger="backbone_finetune")
+    phases = (Phase(epochs=1, trainable_groups=groups),)
+    metrics = train(TrainSettings(**{**settings, "baselines": False, "mixed_precision": asked, "phases": phases}))
+    assert (metrics.feature_precision == "bf16") == said
+    assert ("; features in bf16, predict: float32" in caplog.text) == said
