@@ -1,0 +1,108 @@
+"""Which tensors of a forward are the same in each epoch: computed from nothing that trains, and from nothing random."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class ChangeTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches forwards below autograd, and marks what is computed from a trainable parameter or drawn at random.
+
+    >>> network = nn.Linear(2, 2)
+    >>> with ChangeTrace(network) as trace:
+    ...     with torch.no_grad():
+    ...         output = network(torch.ones(1, 2))
+    >>> trace.changes(output), trace.changes(torch.ones(1, 2))
+    (True, False)
+
+    `requires_grad` does not say it: ``detach``, ``no_grad`` and reentrant checkpoints lose it. A marked value that
+    Python reads, as ``if x.sum() > 0`` does, marks all that follows.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recomputed: set[FrameType] = set()  # calls of checkpoint() that backward repeats
+        self._everything = False
+        # The storages are kept alive, so that no other gets the identity of one of them.
+        self._marked: dict[int, object] = {}
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                self._mark(parameter)
+
+    def __enter__(self) -> ChangeTrace:
+        """Watch one more forward."""
+        self._everything = False
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def changes(self, value: object) -> bool:
+        """Say whether a value differs from epoch to epoch; values that are no tensors do not."""
+        return isinstance(value, torch.Tensor) and (
+            self._everything or value.requires_grad or _identity(value)[0] in self._marked
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._everything or _draws(func, args, kwargs) or any(map(self.changes, tree_leaves((args, kwargs)))):
+            self._everything = self._everything or func is torch.ops.aten._local_scalar_dense.default
+            for value in tree_leaves((result, list(_written(func, args, kwargs)))):
+                if isinstance(value, torch.Tensor):
+                    self._mark(value)
+            self.recomputed.update(checkpoints())
+        return result
+
+    def _mark(self, tensor: torch.Tensor) -> None:
+        identity, owner = _identity(tensor)
+        self._marked[identity] = owner
+
+
+def checkpoints() -> Iterator[FrameType]:
+    """Yield the calls of `torch.utils.checkpoint.checkpoint` that are running, the innermost first.
+
+    >>> list(checkpoints())
+    []
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "checkpoint" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            yield frame
+        frame = frame.f_back
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, object]:
+    """By storage, as a view of what changes does too; some tensor subclasses have none."""
+    try:
+        storage = tensor.untyped_storage()
+    except NotImplementedError:
+        return id(tensor), tensor
+    return int(storage._cdata), storage
+
+
+def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    schema = func._schema.arguments
+    yield from zip(schema, args, strict=False)
+    yield from ((argument, kwargs[argument.name]) for argument in schema if argument.name in kwargs)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    for argument, value in _arguments(func, args, kwargs):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield value
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator is random; fused attention is tagged so though its dropout is off."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    names = {argument.name for argument in func._schema.arguments}
+    given = {argument.name: value for argument, value in _arguments(func, args, kwargs)}
+    return not ("dropout_p" in names and given.get("dropout_p", 0.0) == 0.0)

@@ -1,0 +1,319 @@
+"""Finding the frontier of a network, and proving it, on one batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
+
+from ..eval_caches import preserve_modes
+from .changes import ChangeTrace, checkpoints
+from .layouts import BatchLayout, find_layout
+from .rest import Frontier, NoFrontier, Place, Rest, Returned, StandIn, answer_from
+from .twin import Answer, Call, Twin
+from .undisturbed import undisturbed
+
+_PART = 2  # images in the smaller batch
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+Flat = tuple[list[Any], TreeSpec]
+
+
+def find_frontier(network: nn.Module, *inputs: Any, **keywords: Any) -> Frontier | NoFrontier:
+    """Find what of a partly frozen network can be computed once for each image, and prove it.
+
+    >>> network = nn.Sequential(nn.Linear(4, 8).requires_grad_(False).eval(), nn.Linear(8, 2))
+    >>> print(find_frontier(network, torch.randn(4, 4)))
+    0: 8 float32, 0.0 kB per image
+    >>> find_frontier(network.requires_grad_(True), torch.randn(4, 4)).reason
+    'every parameter trains'
+
+    `inputs` and `keywords` are the user's first batch, as `network` takes it: 3 images or more. A call of a frozen
+    module can be cached when nothing that it returns depends on what trains or is random. Those calls whose results
+    are needed are found by poisoning results with NaN and with noise, in train and in eval mode, and the proof is a
+    replay with all else, and the input, poisoned: its output has to be the network's, bit for bit. The network is
+    left as it was, random state and running statistics included. Raises ValueError for a batch of other sizes.
+
+    Args:
+        network: any network whose frozen modules are in eval, a `FineTuneModel` say, in the mode that it trains in.
+        inputs: what its forward takes, images (B, 3, H, W) say.
+        keywords: what its forward takes by keyword.
+    """
+    images = _count_images((inputs, keywords))
+    if (reason := _why_not_to_look(network)) is not None:
+        return NoFrontier(reason)
+    with torch.enable_grad():
+        return _Search(network, inputs, keywords, images).find()
+
+
+class _Search:
+    """Runs of one network on one batch, and on its first images."""
+
+    def __init__(self, network: nn.Module, inputs: Any, keywords: Any, images: int) -> None:
+        self.network = network
+        self.images = images
+        self.whole = (inputs, keywords)
+        self.part = tree_map(lambda leaf: leaf[:_PART] if _is_batch(leaf, images) else leaf, self.whole)
+        self.modes = sorted({network.training, False}, reverse=True)
+        self.twin = Twin(network)
+        self.returned: dict[Call, Returned] = {}  # of the calls that can be cached
+        self.computed: set[Call] = set()  # the calls that cannot
+        self.rows: dict[Place, torch.Tensor] = {}  # what the former return for the smaller batch
+
+    def find(self) -> Frontier | NoFrontier:
+        self._find_cacheable()
+        if not any(next(self.twin.intercepted[call.path].parameters(), None) is not None for call in self.returned):
+            return NoFrontier(self._why_nothing_is_cacheable())
+        kept: set[Place] = set()
+        for training in self.modes:
+            with self._mode(training):
+                expected = self._run(self.network, self.part)
+                if (reason := _why_it_tells_nothing(expected)) is not None:
+                    return NoFrontier(reason)
+                kept.update(self._needed([place for place in self.rows if place not in kept], expected))
+        if not kept:
+            return NoFrontier("the output depends on nothing that is frozen")
+        inputs = self._describe(tree_flatten(self.whole), tree_flatten(self.part))
+        assert inputs is not None  # the same objects but for tensors of the batch
+        order = [place for place in self.rows if place in kept]
+        rest = Rest(self.twin, inputs, self.returned, self.computed, order)
+        for training in self.modes:
+            with self._mode(training):
+                reason = self._why_records_differ(rest) or self._why_unsound(rest)
+                if reason is not None:
+                    return NoFrontier(reason)
+        return Frontier(rest)
+
+    def _find_cacheable(self) -> None:
+        trace = ChangeTrace(self.network)
+        within: dict[Call, list[FrameType]] = {}
+        for training in self.modes:
+            with self._mode(training):
+                part, whole = (self._trace(batch, trace, within) for batch in (self.part, self.whole))
+            for call in [*whole, *(call for call in part if call not in whole)]:
+                described = self._describe(whole.get(call), part.get(call))
+                if described is None:
+                    self.computed.add(call)
+                    continue
+                self.returned.setdefault(call, described)
+                for position, layout in enumerate(described.leaves):
+                    if isinstance(layout, BatchLayout):
+                        self.rows.setdefault((call, position), layout.to_rows(part[call][0][position]))
+        # Backward computes again what stands in a checkpoint with something that trains, when the replay is over.
+        again = {call.path for call, frames in within.items() if not trace.recomputed.isdisjoint(frames)}
+        self.computed |= {call for call in within if call.path in again}
+        self.returned = {call: returned for call, returned in self.returned.items() if call not in self.computed}
+        self.rows = {place: rows for place, rows in self.rows.items() if place[0] in self.returned}
+
+    def _trace(self, batch: Any, trace: ChangeTrace, within: dict[Call, list[FrameType]]) -> dict[Call, Flat]:
+        """Run a forward and give what its calls return; those that differ between epochs go to `computed`."""
+        results: dict[Call, Flat] = {}
+
+        def answer(call: Call, compute: Callable[[], Any]) -> Any:
+            value = compute()
+            leaves, structure = tree_flatten(value)
+            if any(trace.changes(leaf) for leaf in leaves):
+                self.computed.add(call)
+            within.setdefault(call, []).extend(checkpoints())
+            results[call] = [_copy(leaf) for leaf in leaves], structure
+            return value
+
+        with trace:
+            self._run(self._answering(answer), batch)
+        return results
+
+    def _describe(self, whole: Flat | None, part: Flat | None) -> Returned | None:
+        """What is returned for a batch of any size, told from two of them; None where they do not tell."""
+        if whole is None or part is None or whole[1] != part[1]:
+            return None
+        leaves: list[Any] = []
+        for leaf, other in zip(whole[0], part[0], strict=True):
+            if isinstance(leaf, torch.Tensor) and isinstance(other, torch.Tensor):
+                if leaf.layout != torch.strided or leaf.is_nested:
+                    return None
+                layout = find_layout(leaf, other, self.images, _PART)
+                if layout is None and not _same_bits(leaf, other):
+                    return None
+                leaves.append(leaf if layout is None else layout)
+            elif isinstance(leaf, _CONSTANTS) and type(leaf) is type(other) and leaf == other:
+                leaves.append(leaf)
+            else:
+                return None
+        return Returned(tuple(leaves), whole[1])
+
+    def _needed(self, places: list[Place], expected: Any) -> list[Place]:
+        """Find by halves the places that are needed: with them poisoned, the output is another one."""
+        spare: set[Place] = set()
+
+        def needed(group: list[Place]) -> list[Place]:
+            left = {place: rows for place, rows in self.rows.items() if place not in spare and place not in group}
+            if not group or self._difference(expected, lambda poison: self._replay_part(left, poison)) is None:
+                spare.update(group)
+                return []
+            if len(group) == 1:
+                return group
+            middle = len(group) // 2
+            return needed(group[:middle]) + needed(group[middle:])
+
+        return needed(places)
+
+    def _replay_part(self, rows: dict[Place, torch.Tensor], poison: StandIn) -> Any:
+        answer = answer_from(self.returned, self.computed, rows, _PART, poison)
+        return self._run(self._answering(answer), self.part)
+
+    def _why_records_differ(self, rest: Rest) -> str | None:
+        """Compare what is kept for a batch with a second pass over it, and with a pass over part of it."""
+        batches = enumerate((self.whole, self.part, self.whole))
+        passes = [self._run(functools.partial(_record, rest), batch, seed) for seed, batch in batches]
+        for kept, first, part, second in zip(rest.kept_tensors(), *passes, strict=True):
+            if not _same_bits(first, second):
+                return f"{kept.path} gives other values in a second pass over the same images"
+            if not _is_close(part, first[:_PART]):
+                return f"what {kept.path} gives for an image depends on the other images of the batch"
+        return None
+
+    def _why_unsound(self, rest: Rest) -> str | None:
+        """The proof: a replay with all poisoned but what is kept has to give what the network gives."""
+        expected = self._run(self.network, self.whole)
+        tensors = self._run(functools.partial(_record, rest), self.whole)
+        self._run(self.network, self.part)  # what a forward leaves for the next one is of other images now
+        difference = self._difference(expected, lambda poison: self._run(lambda: rest.run(tensors, poison), ((), {})))
+        if difference is None:
+            return None
+        if not _same_output(expected, self._run(self.network, self.whole)):
+            return "the network gives another output for the same images and the same random numbers"
+        return (
+            "what trains needs more than frozen modules return (the input, the result of a function, or what a hook "
+            f"or an earlier call left): without that {difference}"
+        )
+
+    def _difference(self, expected: Any, replay: Callable[[StandIn], Any]) -> str | None:
+        for poison in _POISONS:
+            try:
+                output = replay(poison)
+            except Exception as error:  # what a forward says to poison is for its author to choose
+                return f"it raises {type(error).__name__} ({str(error).partition(chr(10))[0][:200]})"
+            if not _same_output(expected, output):
+                return "its output is another one"
+        return None
+
+    def _run(self, call: Callable[..., Any], batch: Any, seed: int = 0) -> Any:
+        inputs, keywords = tree_map(_copy, batch)  # a forward may write into them
+        with undisturbed(self.network):
+            torch.manual_seed(seed)
+            torch.clear_autocast_cache()  # what was cast before a trace would not be known to train
+            return call(*inputs, **keywords)
+
+    def _answering(self, answer: Answer) -> Callable[..., Any]:
+        return functools.partial(self.twin.answering, answer)
+
+    @contextmanager
+    def _mode(self, training: bool) -> Iterator[None]:
+        if training == self.network.training:
+            yield
+            return
+        with preserve_modes(self.network):
+            for module in self.network.modules():
+                module.training = training
+            yield
+
+    def _why_nothing_is_cacheable(self) -> str:
+        for path, module in self.network.named_modules():
+            own = list(module.parameters(recurse=False))
+            if module.training and own and not any(parameter.requires_grad for parameter in own):
+                return f"{path} is frozen and in train mode; call its eval()"
+        return "nothing frozen is computed from the input alone, before what trains and what is random"
+
+
+def _record(rest: Rest, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, ...]:
+    return rest.record(inputs, keywords)
+
+
+def _why_not_to_look(network: nn.Module) -> str | None:
+    trains = [parameter.requires_grad for parameter in network.parameters()]
+    if any(hasattr(parameter, "to_local") for parameter in network.parameters()):
+        return "the parameters are sharded over processes"
+    if not any(trains):
+        return "no parameter trains"
+    return "every parameter trains" if all(trains) else None
+
+
+def _count_images(batch: Any) -> int:
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+    if not tensors or len(tensors[0]) <= _PART:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "none"
+        raise ValueError(
+            f"find_frontier: got tensors of shape {shapes}; pass a batch of {_PART + 1} images or more, as the network "
+            "takes it."
+        )
+    return len(tensors[0])
+
+
+def _is_batch(leaf: object, images: int) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and len(leaf) == images
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _not_a_number(layout: BatchLayout, images: int) -> torch.Tensor:
+    tensor = layout.empty(images)
+    return tensor.fill_(torch.nan) if _has_nan(tensor) else tensor.zero_()
+
+
+def _large(layout: BatchLayout, images: int) -> torch.Tensor:
+    """Large values of both signs, for those whom NaN does not reach: a comparison, say, or `nan_to_num`."""
+    tensor = layout.empty(images)
+    if not _has_nan(tensor):
+        return tensor.fill_(1)  # an index that is most likely valid
+    signs = torch.arange(tensor.numel(), device=tensor.device).remainder(2).mul(2).sub(1)
+    return layout.from_rows(signs.mul(10_000.0).reshape(images, *layout.row_shape))
+
+
+_POISONS: tuple[StandIn, ...] = (_not_a_number, _large)
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _why_it_tells_nothing(output: Any) -> str | None:
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    if not any(tensor.requires_grad for tensor in tensors):
+        return "the output needs no gradient"
+    if any(_has_nan(tensor) and bool(tensor.isnan().any()) for tensor in tensors):
+        return "the output for this batch holds NaN"
+    return None
+
+
+def _same_output(expected: Any, output: Any) -> bool:
+    (leaves, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(output)
+    return structure == other_structure and all(
+        _same_bits(leaf, other)
+        for leaf, other in zip(leaves, others, strict=True)
+        if isinstance(leaf, torch.Tensor) or isinstance(other, torch.Tensor)
+    )
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    return (
+        isinstance(one, torch.Tensor)
+        and isinstance(other, torch.Tensor)
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one, other)
+    )
+
+
+def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """But for rounding, measured against the largest value."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    largest = other.abs().max().clamp_min(torch.finfo(other.dtype).tiny)
+    return bool(((one - other).abs().max() / largest) <= torch.finfo(other.dtype).eps ** 0.5)
