@@ -401,19 +401,19 @@ def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:
     }
 
 
-@pytest.mark.parametrize(("asked", "groups", "said"), [(None, 0, True), ("no", 0, False), (None, 1, False)])
+@pytest.mark.parametrize(("asked", "said"), [((None, 0), True), (("no", 0), False), ((None, 1), False)])
 @pytest.mark.usefixtures("no_timing")
 def test_an_accuracy_of_features_in_bf16_says_so(
     settings: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    asked: str | None,
-    groups: int,
+    asked: tuple[str | None, int],
     said: bool,
 ) -> None:
+    precision, groups = asked
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     caplog.set_level("INFO", logger="backbone_finetune")
     phases = (Phase(epochs=1, trainable_groups=groups),)
-    metrics = train(TrainSettings(**{**settings, "baselines": False, "mixed_precision": asked, "phases": phases}))
+    metrics = train(TrainSettings(**{**settings, "baselines": False, "mixed_precision": precision, "phases": phases}))
     assert (metrics.feature_precision == "bf16") == said
     assert ("; features in bf16, predict: float32" in caplog.text) == said
