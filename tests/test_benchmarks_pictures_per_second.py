@@ -1,0 +1,53 @@
+"""The benchmark of reading images: a small run writes what it measured, and its limit reads each image once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pictures_per_second
+import pytest
+import torch
+from reading import stages
+from reading.folder import make_folder
+from reading.one_pass import run_once
+
+
+def test_a_folder_holds_images_of_ten_classes_and_a_pass_gives_a_feature_of_each(tmp_path: Path) -> None:
+    make_folder(tmp_path, 12, distinct=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"class {number}" for number in range(10)]
+    assert sum(map(len, run_once(tmp_path, "test_resnet", batch_size=5))) == 12
+
+
+def test_a_small_run_writes_its_samples_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures_per_second, "time_openvino", lambda model: (1.0, 4.0, 5.0))
+    monkeypatch.setattr(pictures_per_second, "run", lambda command, threads: (2.0, 1.0))
+    arguments = ["--model", "test_resnet", "--pictures", "20", "--repeats", "2", "--threads", "1"]
+    assert pictures_per_second.main([*arguments, "--output", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "pictures_per_second.json").read_text())
+    assert {len(samples) for samples in written["cpu_seconds"].values()} == {2}
+    assert [target["ratio"]["median"] for target in written["targets"]] == [1.0, 1.0, 0.5]
+    page = (tmp_path / "pictures_per_second.md").read_text()
+    assert "| one pass by hand " in page
+    assert "| read and decode " in page
+
+
+def test_a_command_that_fails_is_no_measurement() -> None:
+    with pytest.raises(RuntimeError, match=r"exit\(3\) ended with 3"):
+        pictures_per_second.run([sys.executable, "-c", "exit(3)"], threads=1)
+    cpu, wall = pictures_per_second.run([sys.executable, "-c", "sum(range(10**6))"], threads=1)
+    assert cpu > 0
+    assert wall > 0
+
+
+def test_compiled_passes_are_timed_where_openvino_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "compile_openvino", lambda module: module.forward)
+    compiled, eager, seconds = stages.time_openvino("test_resnet", batches=1, batch_size=2) or (0.0, 0.0, 0.0)
+    assert torch.tensor([compiled, eager, seconds]).isfinite().all()
+
+    def fail(module: object) -> None:
+        raise ModuleNotFoundError("openvino is not installed")
+
+    monkeypatch.setattr(stages, "compile_openvino", fail)
+    assert stages.time_openvino("test_resnet") is None
