@@ -147,10 +147,10 @@ def _share(
             temporary = held.enter_context(TemporaryDirectory(prefix="features-"))
             dtype, device = prepare_backbone(model, accelerator.device, autocast=autocast)
             held.enter_context(in_eval(model.backbone))
+            key = None if cache is None else cache.key(model.backbone, dtype)
             sample = next(backbone_batches(model.backbone, spread_rows(loader, count), device, dtype, None))
         told: list[Any] = [temporary, f"shared-{uuid4()}", False]
         broadcast_object_list(told)
-        key = None if cache is None else cache.key(model.backbone, dtype)
         store = FeatureStore(Path(told[0]) if cache is None else cache.folder, count=count, key=key)
         try:
             with _together(accelerator):
