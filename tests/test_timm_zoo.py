@@ -14,7 +14,7 @@ from timm_families import FAMILIES, SMALL, each
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.layer_discovery import SMALLEST_LAST_SHARE
+from backbone_finetune.layers.discovery import SMALLEST_LAST_SHARE
 
 CLASSES = 7
 LARGE = FAMILIES.keys() - SMALL.keys()

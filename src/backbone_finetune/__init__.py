@@ -4,7 +4,7 @@
 >>> model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone()
 """
 
-from .layer_groups import LayerGroup
+from .layers.groups import LayerGroup
 from .model import FineTuneModel
 
 __version__ = "0.1.0"

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import freezing, grad_checkpointing, trainable_parts, verification
+from . import freezing, grad_checkpointing, verification
 from .distributed import reshard
 from .eval_caches import clear_caches_on_load
 from .features import classify, detach_from_storage
-from .frozen_statistics import release
-from .guards import Guards
-from .layer_groups import LayerGroup, as_layer_groups
-from .param_groups import build_group_matcher, build_param_groups, exempt_names
+from .guards.combined import Guards
+from .guards.frozen_statistics import release
+from .layers import trainable as trainable_parts
+from .layers.groups import LayerGroup, as_layer_groups
+from .layers.param_groups import build_group_matcher, build_param_groups, exempt_names
 from .splitting import (
     Reassembly,
     SequentialReassembly,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from .layer_groups import LayerGroup, check_layer_groups
+from .layers.groups import LayerGroup, check_layer_groups
 
 
 def describe_by_group(backbone: nn.Module, classifier: nn.Module, layer_groups: Sequence[LayerGroup]) -> str:

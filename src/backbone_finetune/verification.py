@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .distributed import reshard
 from .freezing import is_statistic
-from .layer_groups import LayerGroup
+from .layers.groups import LayerGroup
 from .tensor_parts import plain_parts, shared_memory
 
 

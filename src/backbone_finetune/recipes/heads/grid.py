@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from backbone_finetune.param_groups import build_param_groups
+from backbone_finetune.layers.param_groups import build_param_groups
 from backbone_finetune.splitting.measures import count_classes
 
 from ..checking import expect, is_whole

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .distributed import check_active_wrapper, check_calls_of
+from ..distributed import check_active_wrapper, check_calls_of
 from .frozen_statistics import FrozenStatistics
 from .padded_encoders import padded_encoders
 from .shared_parts import check_shares_no_memory, warn_of_shared_modes

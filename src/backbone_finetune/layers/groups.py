@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .layer_discovery import Names, find_depths, find_groups
+from .discovery import Names, find_depths, find_groups
 
 
 @dataclass(frozen=True)

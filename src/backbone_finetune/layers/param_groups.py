@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .layer_discovery import Names, find_timm_network
-from .layer_groups import LayerGroup, check_layer_groups, layer_depths
+from .discovery import Names, find_timm_network
+from .groups import LayerGroup, check_layer_groups, layer_depths
 
 
 def build_param_groups(

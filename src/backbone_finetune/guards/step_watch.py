@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .tensor_parts import plain_parts
+from ..tensor_parts import plain_parts
 
 _SAMPLE = 256  # values of a tensor
 

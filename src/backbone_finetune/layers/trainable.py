@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-from .layer_discovery import Names
-from .layer_groups import LayerGroup, as_groups, check_layer_groups
+from .discovery import Names
+from .groups import LayerGroup, as_groups, check_layer_groups
 
 
 def choose_parameters(
