@@ -56,6 +56,17 @@ def test_each_image_is_counted_in_its_place(trained: TrainedModel, tmp_path: Pat
     assert lines[6:] == ["accuracy 0.857 of 14 images", "without a folder: white"]
 
 
+def test_any_number_of_workers_gives_the_same_evaluation(trained: TrainedModel, tmp_path: Path) -> None:
+    (make_folder(tmp_path, per_class=4) / "red" / "text.jpg").write_text("a text file")
+    one, other = (
+        evaluate_folder(trained, tmp_path, batch_size=5, workers=workers, show_progress=False) for workers in (0, 2)
+    )
+    assert one == other
+    assert (one.images, len(one.skipped_images)) == (12, 1)
+    with pytest.raises(ValueError, match=r"workers = -1: expected a whole number from 0, or None"):
+        evaluate_folder(trained, tmp_path, workers=-1)
+
+
 def test_images_that_cannot_be_read_are_left_out_and_named(trained: TrainedModel, tmp_path: Path) -> None:
     folder = make_folder(tmp_path, per_class=2)
     (folder / "red" / "text.jpg").write_text("a text file")

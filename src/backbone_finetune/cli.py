@@ -23,6 +23,7 @@ from .recipes.data.images import list_images
 from .recipes.models.file import load_trained_model
 from .recipes.text import describe_fault, printable
 from .recipes.training.phases import Phase, read_phases
+from .recipes.training.processes import find_device
 
 __all__ = ["main"]
 
@@ -246,6 +247,10 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)"
     )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read images (default: by cores and images)"
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ... (default: %(default)s)")
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -308,7 +313,9 @@ def run_predict(options: argparse.Namespace) -> int:
     if options.csv is not None and options.json is not None and options.csv.resolve() == options.json.resolve():
         raise ValueError(f"--csv and --json are both {options.csv}; give each a file of its own")
     paths = list_images(options.images)
+    device = find_device(options.device)
     trained = load_trained_model(options.model, base=options.base)
+    trained.model.to(device)
     unreadable = 0
     with ExitStack() as files:
         writers = []
@@ -316,7 +323,10 @@ def run_predict(options: argparse.Namespace) -> int:
             writers.append(files.enter_context(writing_csv(options.csv, min(options.top_k, len(trained.class_names)))))
         if options.json is not None:
             writers.append(files.enter_context(writing_json(options.json)))
-        for prediction in predict(trained, paths, top_k=options.top_k, batch_size=options.batch_size):
+        predictions = predict(
+            trained, paths, top_k=options.top_k, batch_size=options.batch_size, workers=options.workers
+        )
+        for prediction in predictions:
             for write in writers:
                 write(prediction)
             if prediction.error is None:
@@ -332,9 +342,10 @@ def run_predict(options: argparse.Namespace) -> int:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Carry out `evaluate`: a table by class, and a line for each image that was left out."""
-    evaluation = evaluate_folder(
-        load_trained_model(options.model, base=options.base), options.images, batch_size=options.batch_size
-    )
+    device = find_device(options.device)
+    trained = load_trained_model(options.model, base=options.base)
+    trained.model.to(device)
+    evaluation = evaluate_folder(trained, options.images, batch_size=options.batch_size, workers=options.workers)
     for message in evaluation.skipped_images:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
     print(describe_evaluation(evaluation))

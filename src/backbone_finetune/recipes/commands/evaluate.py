@@ -50,7 +50,12 @@ class Evaluation:
 
 
 def evaluate_folder(
-    trained: TrainedModel, folder: Path, *, batch_size: int = 32, show_progress: bool = True
+    trained: TrainedModel,
+    folder: Path,
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    show_progress: bool = True,
 ) -> Evaluation:
     """Evaluate a model on a folder with a sub-folder of images per class, named as the model's classes.
 
@@ -73,7 +78,8 @@ def evaluate_folder(
     Args:
         trained: The model, on any device.
         folder: The folder of the sub-folders.
-        batch_size: How many images are in memory at a time.
+        batch_size: How many images run at a time.
+        workers: How many processes read images; None chooses by the cores and the images.
         show_progress: Whether to show a progress bar on stderr.
 
     Raises:
@@ -90,7 +96,7 @@ def evaluate_folder(
     positions = {name: position for position, name in enumerate(trained.class_names)}
     confusion = [[0] * len(positions) for _ in positions]
     skipped: list[str] = []
-    answers = predict(trained, found.paths, top_k=1, batch_size=batch_size)
+    answers = predict(trained, found.paths, top_k=1, batch_size=batch_size, workers=workers)
     bar = tqdm(answers, total=len(found.paths), desc="evaluating", unit="image", leave=False, disable=not show_progress)
     for prediction, target in zip(bar, found.targets, strict=True):
         if prediction.error is None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from ..checking import expect, is_whole
 from ..data.images import read_image
+from ..data.loading import map_batches
+from ..data.transforms import split_transform
 from ..files import replacing
 from ..models.file import TrainedModel, build_transform
 
@@ -37,7 +40,7 @@ class Prediction:
 
 
 def predict(
-    trained: TrainedModel, images: Iterable[Path], *, top_k: int = 3, batch_size: int = 32
+    trained: TrainedModel, images: Iterable[Path], *, top_k: int = 3, batch_size: int = 32, workers: int | None = None
 ) -> Iterator[Prediction]:
     """Predict the likeliest classes of each image, in order, in float32. An image that cannot be read stops no other.
 
@@ -56,20 +59,28 @@ def predict(
         trained: The model; it runs on the device that it is on.
         images: Paths of image files.
         top_k: How many classes to name for each image.
-        batch_size: How many images are in memory at a time.
+        batch_size: How many images run at a time.
+        workers: How many processes read images; None chooses by the cores and the images.
     """
     expect("top_k", top_k, "a whole number from 1", is_whole(top_k, least=1))
     expect("batch_size", batch_size, "a whole number from 1", is_whole(batch_size, least=1))
     trained.model.eval()
-    transform, config = build_transform(trained.data_config), trained.data_config
+    expect("workers", workers, "a whole number from 0, or None", workers is None or is_whole(workers))
+    config = trained.data_config
+    to_bytes, normalize = split_transform(build_transform(config))
     # The shorter side of an image becomes that of the input before it is cropped, however long the other one is.
     most_elongated = MOST_PIXELS / (max(config["input_size"]) / config["crop_pct"]) ** 2
-    remaining = iter(images)
-    while batch := list(islice(remaining, batch_size)):
-        outcomes = [_read_input(path, transform, most_elongated) for path in batch]
-        inputs = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
-        answers = iter(_classify(trained, torch.stack(inputs), top_k) if inputs else ())
-        for path, outcome in zip(batch, outcomes, strict=True):
+    paths = list(images)
+    read = partial(_read_input, transform=to_bytes, most_elongated=most_elongated)
+    device = next(trained.model.parameters()).device
+    position = iter(paths)
+    for outcomes in map_batches(read, paths, batch_size=batch_size, workers=workers):
+        loaded = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
+        answers: Iterator[tuple[tuple[str, float], ...]] = iter(())
+        if loaded:
+            inputs = torch.stack(loaded).to(device)
+            answers = iter(_classify(trained, inputs if normalize is None else normalize(inputs), top_k))
+        for path, outcome in zip(islice(position, len(outcomes)), outcomes, strict=True):
             yield Prediction(path, error=outcome) if isinstance(outcome, str) else Prediction(path, next(answers))
 
 
@@ -92,8 +103,7 @@ def _read_input(path: Path, transform: Callable[[Image.Image], Tensor], most_elo
 @torch.no_grad()
 def _classify(trained: TrainedModel, inputs: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
     """Name the likeliest classes of each input, ``(B, 3, H, W)``, with their probabilities, best first."""
-    device = next(trained.model.parameters()).device
-    probabilities = trained.model(inputs.to(device)).float().softmax(-1).cpu()
+    probabilities = trained.model(inputs).float().softmax(-1).cpu()
     values, indices = probabilities.topk(min(top_k, len(trained.class_names)))
     return [
         tuple((trained.class_names[index], value) for index, value in zip(*row, strict=True))

@@ -11,7 +11,7 @@ import random
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from .images import IGNORED, ImageDataset, read_image
 from .transforms import Normalize, split_transform
 
-__all__ = ["DeviceLoader", "default_workers"]
+__all__ = ["DeviceLoader", "default_workers", "map_batches"]
 
 # Below it, 1 to 3 s of decoding, workers start for nothing.
 FEWEST_IMAGES = 1000
@@ -146,19 +146,8 @@ class DeviceLoader(DataLoader[Any]):
         seed: str | None = None,
     ) -> None:
         order: Mapping[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
-        can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
-        super().__init__(
-            Samples(data, seed),
-            **order,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=end_with_parent,
-            # With a generator of its own it draws nothing from torch's when it starts: a resumed run is the same run.
-            generator=torch.Generator(),
-            # Forked, a worker is there in milliseconds and needs no `if __name__ == "__main__"` in the script.
-            multiprocessing_context="fork" if workers and can_fork else None,
-        )
+        pin_memory = device.type == "cuda"
+        super().__init__(Samples(data, seed), **order, collate_fn=collate, pin_memory=pin_memory, **_workers(workers))
         self.device = device
 
     def over(self, batches: Sequence[Sequence[int]], *, workers: int | None = None) -> "DeviceLoader":
@@ -169,8 +158,7 @@ class DeviceLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # it is typed as torch's own iterator
         samples: Any = self.dataset
-        with warnings.catch_warnings():  # Python 3.12 and later warn of it; workers call nothing that takes a lock
-            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+        with _forking():
             loaded = super().__iter__()
         for batch in loaded:
             if batch.error is not None:
@@ -181,6 +169,54 @@ class DeviceLoader(DataLoader[Any]):
             if samples.normalize is not None:
                 values[0] = samples.normalize(values[0])
             yield values
+
+
+class _Mapped(Dataset[Any]):
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.function = function
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.items[index])
+
+
+def map_batches(
+    function: Callable[[Any], Any], items: Sequence[Any], *, batch_size: int, workers: int | None = None
+) -> Iterator[list[Any]]:
+    """Apply a function to each item, in worker processes where there are some; yields lists of results, in order.
+
+    >>> list(map_batches(len, ["a", "bb", "ccc"], batch_size=2))
+    [[1, 2], [3]]
+    """
+    number = default_workers(len(items)) if workers is None else workers
+    loader = DataLoader(_Mapped(function, items), batch_size, collate_fn=list, **_workers(number))
+    with _forking():
+        loaded = iter(loader)
+    yield from loaded
+
+
+def _workers(number: int) -> dict[str, Any]:
+    """Choose how a loader's workers start and end."""
+    can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+    return {
+        "num_workers": number,
+        "worker_init_fn": end_with_parent,
+        # With a generator of its own a loader draws nothing from torch's when it starts: a resumed run is the same run.
+        "generator": torch.Generator(),
+        # Forked, a worker is there in milliseconds and needs no `if __name__ == "__main__"` in the script.
+        "multiprocessing_context": "fork" if number and can_fork else None,
+    }
+
+
+@contextmanager
+def _forking() -> Iterator[None]:
+    """Let workers fork without Python's warning, from 3.12 on, of other threads: they take no lock of these."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+        yield
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
