@@ -405,3 +405,23 @@ def test_a_loss_that_is_not_finite_is_enough() -> None:
     with pytest.raises(DivergedError, match="the loss became inf in epoch 1"):
         run(model)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_model_that_is_copied_for_fsdp2_goes_to_the_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is prepared is a copy then; the model itself was left on the CPU by a phase on images."""
+    moved: list[object] = []
+    accelerator = make_accelerator(torch.device("cpu"))
+    monkeypatch.setattr(type(accelerator), "is_fsdp2", property(lambda accelerator: True))
+    monkeypatch.setattr(FineTuneModel, "to", lambda model, device: moved.append(device) or model)
+
+    class EnoughError(Exception):
+        """The phase is prepared."""
+
+    def stop(*arguments: object) -> None:
+        raise EnoughError
+
+    monkeypatch.setattr("backbone_finetune.recipes.training.loop.prepare", stop)
+    config = TrainerConfig(accelerator, show_progress=False)
+    with pytest.raises(EnoughError):
+        fine_tune(make_model(), make_images(), make_images(), [Phase(trainable_groups=1)], config)
+    assert moved == [accelerator.device]

@@ -217,6 +217,8 @@ def prepared_phase(
             for data, features in zip(images, (train, test), strict=True):
                 if isinstance(data, ImageDataset) and isinstance(features, TensorDataset):
                     data.skip_ignored(features.tensors[-1])
+        # The model itself goes there as well: after the phase a caller runs it where its inputs are.
+        model.to(accelerator.device)
         # FSDP2 takes the parameters apart for good, so it gets a copy, which the model takes over in the end.
         copied = copy.deepcopy(model) if accelerator.is_fsdp2 else model
         module = copied.classifier if on_features else copied
