@@ -33,16 +33,22 @@ def main() -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     chosen = [subject for subject in subjects() if not options.names or subject.name in options.names]
     cases = read_cases(log)
-    for subject in tqdm(chosen):
-        for case in examine_both(subject, cases):
-            cases[case.family, case.network, case.trainable] = case
-            with log.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(vars(case)) + "\n")
+    left = [subject.name for subject in chosen]
+    try:
+        for subject in tqdm(chosen):
+            for case in examine_both(subject, cases):
+                cases[case.family, case.network, case.trainable] = case
+                with log.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(vars(case)) + "\n")
+            left.remove(subject.name)
+    except KeyboardInterrupt:
+        print(f"interrupted; the next run goes on from {log}")
     facts = {"command": describe_command(__file__, sys.argv[1:]), **describe_environment(torch.device("cpu"))}
     for package in ("torchvision", "transformers", "open_clip_torch"):
         facts[package] = installed_version(package)
-    write_text(options.output.with_suffix(".md"), as_markdown(list(cases.values()), facts))
-    log.unlink(missing_ok=True)
+    write_text(options.output.with_suffix(".md"), as_markdown(list(cases.values()), facts, left))
+    if not left:
+        log.unlink(missing_ok=True)
 
 
 def examine_both(subject: Subject, done: dict[tuple[str, str, int], Case]) -> list[Case]:
@@ -64,8 +70,8 @@ def read_cases(log: Path) -> dict[tuple[str, str, int], Case]:
     return {(case.family, case.network, case.trainable): case for case in cases}
 
 
-def as_markdown(cases: Sequence[Case], facts: dict[str, object]) -> str:
-    """Give totals, refusals, and a line for each case."""
+def as_markdown(cases: Sequence[Case], facts: dict[str, object], left: Sequence[str]) -> str:
+    """Give totals, refusals, and a line for each case; `left` was not examined."""
     timm = [case for case in cases if case.family not in BESIDE_TIMM]
     refused = [f"- {case.network}, {case.trainable} of {case.groups}: {case.refused}" for case in cases if case.refused]
     sections = [
@@ -78,6 +84,7 @@ def as_markdown(cases: Sequence[Case], facts: dict[str, object]) -> str:
         "network, at this image size, where what each call costs in Python weighs more than at 224. *Native* is "
         "what is kept for an image at the network's own size.",
         f"timm: {_count(timm)}\n\nother libraries: {_count([case for case in cases if case.family in BESIDE_TIMM])}",
+        *([f"**Interrupted.** Not examined yet: {', '.join(left)}."] if left else []),
         "## Refused",
         "\n".join(refused) or "None.",
         "## All",
