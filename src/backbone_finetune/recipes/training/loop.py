@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,83 +19,23 @@ from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 
-from ..checking import expect, is_whole
+from ..checking import expect
 from ..data.images import IGNORED, ImageDataset
-from ..data.loading import default_workers
 from ..data.targets import check_dataset
 from ..features.backbone_pass import trains
-from ..features.cache import FeatureCache
-from ..features.compiled import Compile
 from ..features.extract import module_inputs
 from ..features.gather import gather_phase
 from ..text import printable
 from .batches import Share, epoch_batches, load_batches, local_batch
-from .checkpoints import (
-    EpochResult,
-    Progress,
-    capture,
-    load_by_name,
-    open_checkpoints,
-    resume,
-    write_checkpoint,
-)
+from .checkpoints import EpochResult, Progress, capture, load_by_name, open_checkpoints, resume, write_checkpoint
+from .config import TrainerConfig, count
 from .divergence import DivergedError, count_not_finite
 from .phases import Phase, make_schedule
 from .processes import communicated_bytes, prepare, release, whole
 
-logger = logging.getLogger(__name__)
-
 __all__ = ["EpochResult", "TrainerConfig", "evaluate", "fine_tune"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """How to train, whatever the phases: on which processes, by which batches, kept where.
-
-    A step sees ``batch_size`` images, on however many processes and in ``accumulation`` parts one after another:
-    these two change where the memory goes and not what is learnt. A checkpoint is written into ``checkpoints`` after
-    each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, test), and are computed
-    under bf16 autocast where the device gains from it, but for ``autocast_features=False``. ``workers`` processes load
-    images, None for a number by the cores and the images; the result is the same for any number. ``compile`` makes a
-    faster callable of a frozen backbone; see ``extract_features``.
-
-    >>> TrainerConfig(Accelerator(cpu=True)).batch_size
-    32
-    """
-
-    accelerator: Accelerator
-    batch_size: int = 32
-    accumulation: int = 1
-    seed: int = 0
-    checkpoints: Path | None = None
-    # A step of a whole network takes 0.1 to 1 s, so a killed run loses minutes at most; a step of a classifier on
-    # features takes under a millisecond, so that a checkpoint of some 10 ms costs it about 1 %.
-    checkpoint_steps: int = 1000
-    caches: tuple[FeatureCache, FeatureCache] | None = None
-    autocast_features: bool = True
-    workers: int | None = None
-    compile: Compile | None = None
-    show_progress: bool = True
-
-    def __post_init__(self) -> None:
-        """See that each number is in its range."""
-        for name in ("batch_size", "accumulation", "checkpoint_steps"):
-            value = getattr(self, name)
-            expect(name, value, "a whole number from 1", is_whole(value, least=1))
-        expect("seed", self.seed, "a whole number from 0", is_whole(self.seed))
-
-    def workers_for(self, data: Dataset[Any]) -> int:
-        """Choose how many processes load a dataset."""
-        if self.workers is not None or isinstance(data, TensorDataset):
-            return self.workers or 0
-        return default_workers(count(data), processes=self.accelerator.num_processes)
-
-    @property
-    def shows(self) -> bool:
-        """Whether this process is the one that shows progress."""
-        return self.show_progress and self.accelerator.is_main_process
 
 
 @dataclass
@@ -405,8 +344,3 @@ def keep(stage: Stage, progress: Progress, loop: TrainerConfig) -> None:
     checkpoint = capture(progress, stage.model, stage.changed, optimizer, accelerator=loop.accelerator)
     if loop.accelerator.is_main_process:
         write_checkpoint(loop.checkpoints, checkpoint)
-
-
-def count(data: Dataset[Any]) -> int:
-    """Count a dataset's images; torch's Dataset declares no length, those used here have one."""
-    return len(data)  # type: ignore[arg-type]
