@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import freezing, grad_checkpointing, verification
+from . import freezing, verification
 from .distributed import reshard
 from .eval_caches import clear_caches_on_load
 from .features import classify, detach_from_storage
@@ -17,23 +17,14 @@ from .guards.combined import Guards
 from .guards.frozen_statistics import release
 from .layers import trainable as trainable_parts
 from .layers.groups import LayerGroup, as_layer_groups
-from .layers.param_groups import build_group_matcher, build_param_groups, exempt_names
-from .splitting import (
-    Reassembly,
-    SequentialReassembly,
-    Split,
-    check_width,
-    count_classes,
-    entry_width,
-    measure_features,
-    split_module,
-    split_timm,
-)
+from .layers.param_groups import build_param_groups
+from .splitting import Reassembly, SequentialReassembly, Split, check_width, split_module, split_timm
 from .summary import describe_by_group, describe_by_name
+from .timm_protocol import TimmProtocol
 from .validation import check_module, check_shares_nothing
 
 
-class FineTuneModel(nn.Module):
+class FineTuneModel(TimmProtocol):
     """A backbone and the classifier that stands on it, two explicit submodules.
 
     >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -183,53 +174,6 @@ class FineTuneModel(nn.Module):
         """
         return self._layer_groups
 
-    def get_classifier(self) -> nn.Module:
-        """Give the classifier, by timm's name.
-
-        >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).get_classifier()
-        Linear(in_features=4, out_features=2, bias=True)
-        """
-        return self.classifier
-
-    @property
-    def num_classes(self) -> int | None:
-        """How many classes the classifier tells apart, None where it does not say.
-
-        >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).num_classes
-        2
-        """
-        return count_classes(self.classifier, self.num_features)
-
-    @property
-    def num_features(self) -> int | None:
-        """The width of the features that enter the classifier, None where it is not known.
-
-        >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).num_features
-        4
-        """
-        return entry_width(self.classifier) or measure_features(self.backbone)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turn gradient checkpointing of the backbone on or off, by timm's or transformers' name for it.
-
-        >>> FineTuneModel.from_timm("resnet18", num_classes=10).set_grad_checkpointing()
-
-        Raises AttributeError where the backbone has none.
-        """
-        grad_checkpointing.set_grad_checkpointing(self.backbone, enable)
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """The timm configuration of the backbone, so that `timm.data.resolve_model_data_config(model)` works.
-
-        >>> FineTuneModel.from_timm("resnet18", num_classes=10).pretrained_cfg["input_size"]
-        (3, 224, 224)
-        """
-        configuration: dict[str, Any] = self.backbone.pretrained_cfg  # type: ignore[assignment]
-        return configuration
-
-    default_cfg = pretrained_cfg  # the older name, which timm's ONNX export and its test-time pooling read
-
     @property
     def trainable_groups(self) -> int | None:
         """How many of the last layer groups train, None where what trains is not the last ones.
@@ -335,22 +279,6 @@ class FineTuneModel(nn.Module):
             layer_decay=layer_decay,
             include_frozen=include_frozen,
         )
-
-    def no_weight_decay(self) -> set[str]:
-        """Name the parameters that should not decay, for timm's optimizer factory.
-
-        >>> sorted(FineTuneModel.from_timm("test_vit", num_classes=10).no_weight_decay())
-        ['backbone.cls_token', 'backbone.dist_token', 'backbone.pos_embed', 'backbone.reg_token']
-        """
-        return {f"backbone.{name}" for name in exempt_names(self.backbone)}
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Give the depth of a parameter by name, for timm's optimizer factory (`layer_decay`).
-
-        >>> FineTuneModel.from_timm("resnet18", num_classes=10).group_matcher(coarse=True)("backbone.layer4.0.bn1.bias")
-        4
-        """
-        return build_group_matcher(self.backbone, self._layer_groups, coarse=coarse)
 
     def print_trainable_parameters(self, *, by_name: bool = False) -> None:
         """Print what trains and what does not: a table by layer group, or each parameter by its plain name.
