@@ -73,8 +73,6 @@ def predict(
     paths = list(images)
     read = partial(_read_input, transform=to_bytes, most_elongated=most_elongated)
     device = next(trained.model.parameters()).device
-    if workers is None and device.type == "cpu":
-        workers = 0  # the pass needs the cores, see TrainerConfig.workers_for
     position = iter(paths)
     for outcomes in map_batches(read, paths, batch_size=batch_size, workers=workers):
         loaded = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]

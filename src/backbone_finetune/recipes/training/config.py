@@ -55,9 +55,6 @@ class TrainerConfig:
         """Choose how many processes load a dataset."""
         if self.workers is not None or isinstance(data, TensorDataset):
             return self.workers or 0
-        if self.accelerator.device.type == "cpu":
-            # OpenMP's threads wait by spinning: beside two workers on two cores a run took twice the CPU time.
-            return 0
         return default_workers(count(data), processes=self.accelerator.num_processes)
 
     @property
