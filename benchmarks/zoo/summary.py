@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
-
-POSITION_TABLES = ("rope", "shared_rel_pos")  # eva's rope_mixed, vit_srelpos
 
 
 def as_markdown(rows: Sequence[Row], environment: dict[str, Any]) -> str:
@@ -87,16 +84,9 @@ def _totals(rows: Sequence[Row], family_count: int) -> list[str]:
 
 def _last_groups(wrapped: Sequence[Row]) -> str:
     """What `trainable_groups=1` trains."""
-    shares = sorted((row["last_group_share"], row["name"]) for row in wrapped if row.get("last_group_share"))
-    if not shares:  # a matrix from before such groups were joined to the one before them
-        one_norm = [row for row in wrapped if ends_in_norms(row["name"], row["layer_groups"][-1])]
-        one_table = [row for row in wrapped if row["layer_groups"][-1] in POSITION_TABLES]
-        return (
-            f"- The last layer group is a norm and nothing else for **{len(one_norm)}** in "
-            f"{len({row['family'] for row in one_norm})} families ({_by_family(one_norm, wrapped)}), and a table of "
-            f"positions that all blocks share for {len(one_table)} "
-            f"({_by_family(one_table, wrapped)}): `trainable_groups=1` trains that alone."
-        )
+    shares = sorted((row["last_group_share"], row["name"]) for row in wrapped)
+    if not shares:
+        return "- No architecture wraps."
     most = [name for share, name in shares if share > 0.8]
     return (
         f"- `trainable_groups=1` trains {shares[0][0]:.1%} ({shares[0][1]}) to {shares[-1][0]:.1%} ({shares[-1][1]}) "
@@ -114,15 +104,6 @@ def _refusals(rows: Iterable[Row], what: str, key: str) -> list[str]:
     for reason, members in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         lines.append(f"- {what}: {len(members)} ({_by_family(members)}): {reason}")
     return lines
-
-
-def ends_in_norms(architecture: str, layer_group: str) -> bool:
-    """Say whether a last layer group, which is named after its module, has norms in it and nothing else.
-
-    By name; that the names say so was compared on the meta device for all of timm 1.0.31.
-    """
-    is_called_norm = re.fullmatch(r"norm\d*|fc_norm|norm_pre", layer_group.rpartition(".")[2]) is not None
-    return is_called_norm or architecture == "samvit_base_patch16_224"  # without a convolution in its `neck`
 
 
 def _by_family(members: Iterable[Row], everything: Iterable[Row] = ()) -> str:
