@@ -1,6 +1,6 @@
 """The torture test on one page: every family of timm's against every condition, from the report that pytest wrote.
 
-pytest -m slow tests/test_torture.py --junitxml=torture.xml
+pytest -m slow tests/zoo/test_torture.py --junitxml=torture.xml
 python benchmarks/torture_summary.py torture.xml
 """
 
@@ -19,7 +19,7 @@ from harness.environment import describe_command, describe_environment
 from harness.results import write_text
 
 TEST = "test_every_family_meets_every_condition"
-PYTEST = "pytest -m slow tests/test_torture.py --junitxml=torture.xml"
+PYTEST = "pytest -m slow tests/zoo/test_torture.py --junitxml=torture.xml"
 
 
 class Case(NamedTuple):
@@ -95,9 +95,9 @@ def as_markdown(cases: list[Case], header: str) -> str:
         "",
         f"**{outcomes['passed']}** of {len(cases)} cases passed, {outcomes['failed']} failed, {outcomes['skipped']} "
         f"skipped: {len(cells)} families (the smallest architecture of each below 50 million parameters), each with "
-        f"{optimizers}, each of these with `zero_grad` to None and to zeros, under each circumstance of "
-        "`tests/torture.py`. A case passes when after three steps all that is frozen is bit for bit what it was, and "
-        "all that should train has moved and has a finite gradient.",
+        f"{optimizers}, each of these with `zero_grad` to None and to zeros, under each circumstance "
+        "of `tests/helpers/torture.py`. A case passes when after three steps all that is frozen is bit for bit what it "
+        "was, and all that should train has moved and has a finite gradient.",
         "",
         *(f"- {reason}: {_count(who)}: {', '.join(sorted(who))}" for reason, who in sorted(reasons.items())),
         "",

@@ -24,7 +24,7 @@ NUM_CLASSES = 10
 def _article_module() -> ModuleType:
     # The article's networks are written once, beside the tests that hold us to the article; the benchmarks run from a
     # clone, where that file is at hand, so they load it from there and need no second copy.
-    path = Path(__file__).resolve().parents[2] / "tests" / "article_networks.py"
+    path = Path(__file__).resolve().parents[2] / "tests" / "helpers" / "article_networks.py"
     spec = importlib.util.spec_from_file_location("article_networks", path)
     if spec is None or spec.loader is None:
         raise FileNotFoundError(f"{path}: the article's networks are not there; run the benchmarks from a clone.")

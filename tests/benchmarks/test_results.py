@@ -20,7 +20,7 @@ def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def test_a_report_from_before_kernels_were_counted_can_be_read() -> None:
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "cpu-2-cores" / "backward_time.json"
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "cpu-2-cores" / "backward_time.json"
     report = results.read_report(path)
     assert len(report.rows) > 20
     assert all(row.step_ms and not row.loop_ms and row.backward_kernels is None for row in report.rows)

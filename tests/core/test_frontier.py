@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from backbone_finetune import FineTuneModel
 from backbone_finetune.frontier import Frontier, NoFrontier, find_frontier
 
-WORKER = Path(__file__).with_name("frontier_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "frontier_worker.py"
 BATCH = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 OTHER = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -299,7 +299,7 @@ def test_features_of_the_backbone_before_it_trained_are_replaced(
 def test_mixed_precision_leaves_no_trace_in_the_model() -> None:
     code = """if True:
         import torch
-        from test_recipes_training import make_model, make_images, Phase, TrainerConfig, fine_tune
+        from test_training import make_model, make_images, Phase, TrainerConfig, fine_tune
         from accelerate.state import AcceleratorState
         AcceleratorState._reset_state(True)
         from backbone_finetune.recipes.training.processes import make_accelerator

@@ -36,7 +36,7 @@ from backbone_finetune.recipes.training.checkpoints import (
     write_checkpoint,
 )
 
-WORKER = Path(__file__).with_name("training_worker.py")
+WORKER = Path(__file__).parents[2] / "helpers" / "training_worker.py"
 SIGKILLED = -9
 
 

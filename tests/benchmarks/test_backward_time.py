@@ -231,7 +231,7 @@ def test_bad_input_is_a_clear_error(
 
 
 def test_the_command_runs_as_a_script(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "backward_time.py"
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "backward_time.py"
     small = ["--device", "cpu", "--threads", "1", "--models", "test_vit", "--image-size", "32", "--batch-size", "2"]
     answer = subprocess.run(
         [sys.executable, str(script), *small, "--repeats", "2", "--output", "out"],

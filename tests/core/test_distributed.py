@@ -19,7 +19,7 @@ from backbone_finetune.distributed import active_wrapper
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "distributed_worker.py"
 SECONDS = 300
 
 
