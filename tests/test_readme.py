@@ -1,4 +1,4 @@
-"""README: each Python block runs, its commands are those that CI runs, and what it points at is there."""
+"""The READMEs: each Python block runs, its commands are those that CI runs, and what it points at is there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+BESIDE_CODE = sorted((ROOT / "src").rglob("README.md"))
+BLOCKS = [
+    block
+    for text in (README, *(path.read_text() for path in BESIDE_CODE))
+    for block in re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -28,7 +33,7 @@ def test_commands_are_complete_on_a_fresh_machine() -> None:
     assert commands == [("'.[demo]'", "backbone-finetune train"), ("-e '.[test]'", "pytest")]
 
 
-def test_what_it_points_at_is_there() -> None:
-    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", README)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("path", [ROOT / "README.md", *BESIDE_CODE], ids=lambda path: path.parent.name)
+def test_what_it_points_at_is_there(path: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).exists()] == []

@@ -56,11 +56,11 @@ class FeatureCache:
             your own serves as well, as long as it changes when they do.
         memory_share: features that take more than this share of the machine's memory stay on disk, memory-mapped.
 
-    >>> FeatureCache(Path("cache/train"), data_fingerprint="images of 2024, 224 pixels").memory_share
+    >>> FeatureCache("cache/train", data_fingerprint="images of 2024, 224 pixels").memory_share
     0.25
     """
 
-    folder: Path
+    folder: str | os.PathLike[str]
     data_fingerprint: str
     memory_share: float = 0.25
 
@@ -110,8 +110,8 @@ class FeatureStore:
     'made with other data'
     """
 
-    def __init__(self, folder: Path, *, count: int, key: Mapping[str, str] | None = None) -> None:
-        self.folder, self.count, self.key = folder, count, key
+    def __init__(self, folder: str | os.PathLike[str], *, count: int, key: Mapping[str, str] | None = None) -> None:
+        self.folder, self.count, self.key = Path(folder), count, key
         self.layout: Layout = ()
 
     def check_folder(self) -> None:
