@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .layers.groups import LayerGroup, check_layer_groups
 
@@ -30,8 +31,8 @@ def describe_by_group(backbone: nn.Module, classifier: nn.Module, layer_groups: 
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [f"{n:{widths[0]}}  {p:>{widths[1]}}  {s:{widths[2]}}  {m}".rstrip() for n, p, s, m in rows]
     every = [*parameters.values(), *classifier.parameters()]
-    total = sum(parameter.numel() for parameter in every)
-    trainable = sum(parameter.numel() for parameter in every if parameter.requires_grad)
+    total = _count(every)
+    trainable = _count(parameter for parameter in every if parameter.requires_grad)
     share = f" ({trainable / total:.2%})" if total else ""
     return "\n".join([*lines, f"trainable parameters: {trainable:,} of {total:,}{share}"])
 
@@ -52,8 +53,12 @@ def describe_by_name(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> st
 def _row(name: str, parameters: Sequence[nn.Parameter], owners: Iterable[nn.Module]) -> tuple[str, str, str, str]:
     states = {"trainable" if parameter.requires_grad else "frozen" for parameter in parameters}
     modes = {"train" if module.training else "eval" for module in owners}
-    count = sum(parameter.numel() for parameter in parameters)
-    return name, f"{count:,}", _one_of(states), _one_of(modes)
+    return name, f"{_count(parameters):,}", _one_of(states), _one_of(modes)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    """Count the values; a lazy parameter has none before its first forward."""
+    return sum(parameter.numel() for parameter in parameters if not is_lazy(parameter))
 
 
 def _one_of(words: set[str]) -> str:

@@ -197,3 +197,16 @@ def test_adapters_of_a_wrapped_network_train_alone() -> None:
     assert training(model) == adapters
     assert model.trainable_groups == len(model.layer_groups)
     assert (training(model.freeze_backbone()), model.trainable_groups) == ([], 0)
+
+
+def test_lazy_layers_freeze_before_their_first_forward(capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 8))
+    model = FineTuneModel(backbone, nn.LazyLinear(2)).freeze_backbone(trainable_groups=1)
+    assert training(model) == ["2.weight", "2.bias"]
+    model.print_trainable_parameters()
+    assert "trainable parameters: 72 of 72" in capsys.readouterr().out
+    model(torch.zeros(2, 5)).sum().backward()
+    assert training(model) == ["2.weight", "2.bias"]
+    assert backbone[0].weight.shape == (8, 5)
+    assert backbone[0].weight.grad is None
+    assert training(model.unfreeze_backbone()) == ["0.weight", "0.bias", "2.weight", "2.bias"]

@@ -77,7 +77,8 @@ def set_trainable(backbone: nn.Module, names: Collection[str], left_off: Collect
     """
     quantised: list[str] = []
     for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(name in names and name not in left_off and can_train(parameter))
+        # Set as an attribute: an uninitialised parameter of a lazy layer has no `requires_grad_`.
+        parameter.requires_grad = name in names and name not in left_off and can_train(parameter)
         if name in names and not can_train(parameter) and type(parameter) is not nn.Parameter:
             quantised.append(name)
     if quantised:
