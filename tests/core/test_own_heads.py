@@ -89,6 +89,38 @@ def test_a_head_without_parameters_is_kept_too() -> None:
     assert_trains_alike(model, plain)
 
 
+@pytest.mark.parametrize("together", [tuple, list, lambda outcomes: dict(zip("ab", outcomes, strict=True))])
+def test_a_head_of_several_tasks_is_kept(together: Any) -> None:
+    class Tasks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(96, 5), nn.Linear(96, 3)])
+
+        def forward(self, features: Tensor) -> Any:
+            return together([part(nn.functional.dropout(features, 0.5, self.training)) for part in self.parts])
+
+    network: Any = timm.create_model("test_resnet")
+    network.fc = Tasks()
+    plain = copy.deepcopy(network).eval()
+    model = FineTuneModel.from_timm(network).eval()
+    expected = plain(PICTURES)
+    for outcomes in (model(PICTURES), model.to_module().eval()(PICTURES)):
+        assert type(outcomes) is type(expected)
+        torch.testing.assert_close(outcomes, expected, rtol=0, atol=0)
+    assert model.num_classes is None
+
+
+def test_a_head_whose_outcome_cannot_be_compared_is_refused() -> None:
+    class Says(nn.Linear):
+        def forward(self, features: Tensor) -> Any:
+            return str(super().forward(features).shape)
+
+    network: Any = timm.create_model("test_resnet")
+    network.fc = Says(96, 5)
+    with pytest.raises(ValueError, match=r"a str and a str cannot be compared\); pass num_classes"):
+        FineTuneModel.from_timm(network)
+
+
 @pytest.mark.parametrize("num_classes", [None, 7])
 def test_dropout_inside_of_timms_own_head_is_kept(num_classes: int | None) -> None:
     overlay = {"input_size": (3, 64, 64)}
@@ -164,6 +196,12 @@ def test_a_fresh_classifier_is_fresh_beside_a_checkpoint(tmp_path: Path) -> None
     model = FineTuneModel.from_timm("test_resnet", **keywords)
     assert torch.equal(model.backbone.conv1[0].weight, network.conv1[0].weight)
     assert not torch.equal(model.classifier.weight, network.fc.weight)
+    with pytest.raises(
+        ValueError, match=r"with num_classes=3 .*size mismatch for fc.*from_timm\(network, num_classes=3\)"
+    ):
+        FineTuneModel.from_timm("test_resnet", **{**keywords, "num_classes": 3})
+    own: Any = timm.create_model("test_resnet", num_classes=7, checkpoint_path=keywords["checkpoint_path"])
+    assert FineTuneModel.from_timm(own, num_classes=3).num_classes == 3  # as the message says
 
 
 def test_a_convolution_shares_its_memory_and_is_another_parameter() -> None:

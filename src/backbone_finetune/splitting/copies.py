@@ -7,7 +7,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -186,8 +186,8 @@ def isolated(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise AssertionError unless two tensors are the same but for rounding.
+def assert_same(actual: Any, expected: Any) -> None:
+    """Raise AssertionError unless two tensors, or dicts, lists and tuples of them, are the same but for rounding.
 
     >>> assert_same(torch.tensor([1e-7, 2e-7]), torch.tensor([1e-7, 3e-7]))
     Traceback (most recent call last):
@@ -197,5 +197,13 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     By `torch.testing`'s tolerances for the dtype, measured against the largest value: what is large as a whole rounds
     coarsely near zero too, and what is small as a whole would pass an absolute tolerance whatever it is.
     """
+    if isinstance(expected, Mapping) and isinstance(actual, Mapping) and list(actual) == list(expected):
+        actual, expected = list(actual.values()), list(expected.values())
+    if isinstance(expected, (list, tuple)) and isinstance(actual, (list, tuple)) and len(actual) == len(expected):
+        for pair in zip(actual, expected, strict=True):
+            assert_same(*pair)
+        return
+    if not isinstance(actual, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        raise AssertionError(f"a {type(actual).__name__} and a {type(expected).__name__} cannot be compared")
     largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
     torch.testing.assert_close(actual / largest, expected / largest)

@@ -190,11 +190,11 @@ def _keeps_its_own(backbone: nn.Module) -> bool:
     return True
 
 
-def _one_token(entered: torch.Tensor, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def _one_token(entered: torch.Tensor, features: torch.Tensor, logits: Any) -> torch.Tensor:
     """What enters a classifier, as one vector: CLIP's ResNets classify every token, and take one of the outcomes."""
     if entered.numel() == features.numel() or entered.ndim != 3 or entered.shape[2] != features.shape[1]:
         return entered.reshape_as(features)
-    if (logits == logits[:, :1]).all():
+    if not isinstance(logits, torch.Tensor) or (logits == logits[:, :1]).all():
         raise AssertionError("its logits are all the same, and do not tell which token counts")
     return min(entered.unbind(1), key=lambda token: (token - features).abs().max().item())
 

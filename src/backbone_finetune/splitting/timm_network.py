@@ -97,7 +97,17 @@ def _create(
         create_model_kwargs = {**create_model_kwargs, "num_classes": num_classes}
     if drop_rate is not None:
         create_model_kwargs = {**create_model_kwargs, "drop_rate": 0.0}
-    return timm.create_model(name, pretrained=pretrained, **create_model_kwargs)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **create_model_kwargs)
+    except RuntimeError as error:
+        if num_classes is None or not create_model_kwargs.get("checkpoint_path"):
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"from_timm: the checkpoint does not fit {name} with num_classes={num_classes} ({reason}); build the "
+            "network with the checkpoint's own number of classes, network = timm.create_model(name, num_classes=..., "
+            f"checkpoint_path=...), and put a fresh classifier on it: from_timm(network, num_classes={num_classes})."
+        ) from error
 
 
 def _check_no_arguments_beside_module(
