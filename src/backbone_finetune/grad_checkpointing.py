@@ -8,6 +8,7 @@ from torch import nn
 
 _TIMM = "set_grad_checkpointing"
 _TRANSFORMERS = "activation_checkpointing"
+_SUPPORTED = "supports_gradient_checkpointing"
 _TRANSFORMERS_4 = "gradient_checkpointing"  # its name before transformers 5
 
 
@@ -36,7 +37,9 @@ def set_grad_checkpointing(backbone: nn.Module, enable: bool) -> None:
 
 def _checkpointing_networks(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules that have gradient checkpointing."""
-    if any(hasattr(module, name) for name in (_TIMM, f"{_TRANSFORMERS}_enable", f"{_TRANSFORMERS_4}_enable")):
+    names = (_TIMM, f"{_TRANSFORMERS}_enable", f"{_TRANSFORMERS_4}_enable")
+    # Each of transformers' networks has the methods, and its class says whether they do anything.
+    if any(hasattr(module, name) for name in names) and getattr(module, _SUPPORTED, True):
         yield module
         return
     for child in module.children():

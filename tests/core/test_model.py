@@ -283,6 +283,11 @@ def test_gradient_checkpointing_that_the_backbone_lacks() -> None:
     named = r"Flatten has no gradient checkpointing, neither by timm's name .* nor by transformers'"
     with pytest.raises(AttributeError, match=named):
         FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).set_grad_checkpointing()
+    network: Any = nn.Linear(4, 4)  # as transformers' ConvNeXt: the method is there, and raises an error
+    network.activation_checkpointing_enable = lambda **keywords: pytest.fail("it is not supported")
+    network.supports_gradient_checkpointing = False
+    with pytest.raises(AttributeError, match="Linear has no gradient checkpointing"):
+        FineTuneModel(network, nn.Linear(4, 2)).set_grad_checkpointing()
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
