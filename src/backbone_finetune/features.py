@@ -49,7 +49,7 @@ def describe_misfit(classifier: nn.Module, features: object) -> str | None:
             f"the features are {features.dtype} and the classifier is {own}; give both parts one dtype, "
             f"model.classifier.to({features.dtype}), or run the model in torch.autocast({features.device.type!r})."
         )
-    width = getattr(classifier, "in_features", None)
+    width = entry_width(classifier)
     if width and features.shape[-1:] != (width,):
         shape = ", ".join(["B", *map(str, features.shape[1:])])
         return (
@@ -57,6 +57,20 @@ def describe_misfit(classifier: nn.Module, features: object) -> str | None:
             "features at the end of the backbone, or build the classifier for their width."
         )
     return None
+
+
+def entry_width(classifier: nn.Module) -> int | None:
+    """Give how wide the features are that a classifier takes, None where its first layer does not say.
+
+    >>> entry_width(nn.Sequential(nn.Dropout(0.2), nn.Linear(4, 2))), entry_width(nn.LazyLinear(2))
+    (4, None)
+    """
+    while isinstance(classifier, nn.Sequential) and len(classifier):
+        classifier = next(
+            (part for part in classifier if not isinstance(part, (nn.Dropout, nn.Identity))), nn.Identity()
+        )
+    width = getattr(classifier, "in_features", 0)  # 0 where it is lazy
+    return width if width and isinstance(width, int) else None
 
 
 def detach_from_storage(features: Any) -> Any:

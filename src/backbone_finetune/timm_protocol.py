@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from . import grad_checkpointing
+from .features import entry_width
 from .layers.groups import LayerGroup
 from .layers.param_groups import build_group_matcher, exempt_names
-from .splitting import count_classes, entry_width, measure_features
+from .splitting import count_classes, measure_features
 
 
 class TimmProtocol(nn.Module):

@@ -46,9 +46,12 @@ def test_what_a_classifier_cannot_take(
         FineTuneModel(Returns(convert), classifier)(INPUTS)
 
 
-def test_a_wrong_width_is_named() -> None:
-    with pytest.raises(ValueError, match=r"gives features of shape \(B, 3\), and the classifier \(Linear\) takes"):
-        FineTuneModel(Returns(lambda y: y[:, :3]), nn.Linear(4, 2))(INPUTS)
+@pytest.mark.parametrize("classifier", [nn.Linear(4, 2), nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 2))])
+def test_a_wrong_width_is_named(classifier: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match=r"gives features of shape \(B, 3\), and the classifier \(\w+\) takes \(B, 4\)"
+    ):
+        FineTuneModel(Returns(lambda y: y[:, :3]), classifier)(INPUTS)
 
 
 def test_a_classifier_that_takes_them_gets_them() -> None:

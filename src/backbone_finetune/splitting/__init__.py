@@ -1,7 +1,7 @@
 """A network to (backbone, classifier) and back."""
 
 from .custom import Reassembly, SequentialReassembly, Split, split_module
-from .measures import check_width, count_classes, entry_width, measure_features
+from .measures import check_width, count_classes, measure_features
 from .timm_network import split_timm
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Split",
     "check_width",
     "count_classes",
-    "entry_width",
     "measure_features",
     "split_module",
     "split_timm",

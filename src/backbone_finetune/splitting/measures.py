@@ -6,7 +6,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from ..features import describe_misfit
+from ..features import describe_misfit, entry_width
 from .copies import eval_copy, isolated, meta_copy
 
 
@@ -27,20 +27,6 @@ def measure_features(backbone: nn.Module) -> int | None:
     except Exception:  # it may take more than pictures, or have no shapes without values
         return None
     return features.shape[1] if isinstance(features, torch.Tensor) and features.ndim == 2 else None
-
-
-def entry_width(classifier: nn.Module) -> int | None:
-    """Give how wide the features are that a classifier takes, None where its first layer does not say.
-
-    >>> entry_width(nn.Sequential(nn.Dropout(0.2), nn.Linear(4, 2))), entry_width(nn.LazyLinear(2))
-    (4, None)
-    """
-    while isinstance(classifier, nn.Sequential) and len(classifier):
-        classifier = next(
-            (part for part in classifier if not isinstance(part, (nn.Dropout, nn.Identity))), nn.Identity()
-        )
-    width = getattr(classifier, "in_features", 0)  # 0 where it is lazy
-    return width if width and isinstance(width, int) else None
 
 
 def count_classes(classifier: nn.Module, width: int | None = None) -> int | None:

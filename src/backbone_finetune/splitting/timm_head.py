@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from ..features import entry_width
 from .copies import assert_same, eval_copy, isolated, meta_copy, sharing_copy
 from .custom import copy_along
 from .heads import DistilledClassifier, without_dropout
-from .measures import count_classes, dtype_of, entry_width, measure_features, probe
+from .measures import count_classes, dtype_of, measure_features, probe
 
 
 class TimmReassembly(NamedTuple):
