@@ -99,9 +99,10 @@ def measure(report: CacheReport, task: Task, options: argparse.Namespace, clock:
 
     model = FineTuneModel.from_timm(copy.deepcopy(task.blueprint.network)).freeze_backbone()
     with TemporaryDirectory() as folder:
-        cache = FeatureCache(Path(folder, "features"), "random")
+        stored = Path(folder, "features")
+        cache = FeatureCache(stored, "random")
         features = extract_features(model, DataLoader(task.train, task.batch_size), device=task.device, cache=cache)
-        on_disk = sum(path.stat().st_size for path in cache.folder.iterdir())
+        on_disk = sum(path.stat().st_size for path in stored.iterdir())
     vectors = features.tensors[0]
     yield judge_size(options.model, len(vectors), vectors.nbytes, on_disk)
     yield judge_memory()

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def measure(name: str, bf16: bool, options: argparse.Namespace, report: TargetRe
     calls = (steps.recipe, steps.whole, steps.cached, steps.rest, steps.cached, steps.record)
     for call in calls:
         call()
-    turns = list(take_turns([lambda call=call: _milliseconds(call) for call in calls], options.repeats))
+    turns = list(take_turns([partial(_milliseconds, call) for call in calls], options.repeats))
     recipe, whole, cached, rest, again, record = (list(samples) for samples in zip(*turns, strict=True))
     batches = options.images / options.batch_size
     ours = [search / batches + once + EPOCHS * step for once, step in zip(record, cached, strict=True)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -70,7 +70,7 @@ def read_cases(log: Path) -> dict[tuple[str, str, int], Case]:
     return {(case.family, case.network, case.trainable): case for case in cases}
 
 
-def as_markdown(cases: Sequence[Case], facts: dict[str, object], left: Sequence[str]) -> str:
+def as_markdown(cases: Sequence[Case], facts: Mapping[str, object], left: Sequence[str]) -> str:
     """Give totals, refusals, and a line for each case; `left` was not examined."""
     timm = [case for case in cases if case.family not in BESIDE_TIMM]
     refused = [f"- {case.network}, {case.trainable} of {case.groups}: {case.refused}" for case in cases if case.refused]

@@ -11,13 +11,14 @@ from pathlib import Path
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 
 
 def run_once(folder: Path, name: str, batch_size: int = 32) -> list[torch.Tensor]:
     """Return the features of all images, in bf16 and channels last as the library computes them."""
     network = timm.create_model(name, num_classes=0).eval()
-    transform = create_transform(**resolve_model_data_config(network), is_training=False)
+    transform = create_transform(**resolve_model_data_config(network), is_training=False)  # type: ignore[no-untyped-call]
     paths = sorted(folder.rglob("*.jpg"))
     narrow = torch.cpu._is_avx512_bf16_supported()
     features = []

@@ -10,7 +10,8 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, TensorDataset
 
 from backbone_finetune import FineTuneModel
@@ -31,7 +32,7 @@ def cpu_milliseconds(work: Callable[[], object], images: int) -> float:
 def time_stages(paths: list[Path], name: str) -> dict[str, float]:
     """Take each stage by itself over a batch of images."""
     model = FineTuneModel.from_timm(timm.create_model(name), num_classes=10).freeze_backbone().eval()
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)  # type: ignore[no-untyped-call]
     to_bytes, normalize = split_transform(transform)
     assert normalize is not None
     count = len(paths)
@@ -62,7 +63,7 @@ def time_openvino(name: str, batches: int = 4, batch_size: int = 32) -> tuple[fl
     except ModuleNotFoundError:
         return None
     model = FineTuneModel.from_timm(timm.create_model(name), num_classes=10).freeze_backbone().eval()
-    size = resolve_model_data_config(model)["input_size"]
+    size = resolve_model_data_config(model)["input_size"]  # type: ignore[no-untyped-call]
     few, many = (
         DataLoader(TensorDataset(torch.randn(count * batch_size, *size), torch.zeros(count * batch_size)), batch_size)
         for count in (1, 1 + batches)

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -57,9 +58,9 @@ def examine(family: str, network: str, side: int, model: FineTuneModel, trainabl
         return Case(**facts, refused=found.reason)
     records = [found.record(batch) for batch in batches]
     state = copy.deepcopy(model.state_dict())
-    whole = _train(model, [lambda batch=batch: model(batch) for batch in batches])
+    whole = _train(model, [partial(model, batch) for batch in batches])
     model.load_state_dict(state)
-    cached = _train(model, [lambda record=record: found.replay(record) for record in records])
+    cached = _train(model, [partial(found.replay, record) for record in records])
     return Case(
         **facts,
         kept=tuple(str(found).splitlines()),
@@ -86,7 +87,7 @@ def _train(model: FineTuneModel, forwards: list[Callable[[], Tensor]]) -> _Train
     for forward in forwards:
         optimizer.zero_grad()
         logits.append(forward())
-        nn.functional.cross_entropy(logits[-1], torch.arange(IMAGES) % CLASSES).backward()
+        nn.functional.cross_entropy(logits[-1], torch.arange(IMAGES) % CLASSES).backward()  # type: ignore[no-untyped-call]
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         optimizer.step()
     return _Training(logits, gradients, copy.deepcopy(model.state_dict()))
@@ -103,7 +104,7 @@ def _share_of_step(model: FineTuneModel, batch: Tensor, frontier: Frontier, reco
     def seconds(forward: Callable[[], Tensor]) -> float:
         model.zero_grad()
         started = time.process_time()
-        forward().square().sum().backward()
+        forward().square().sum().backward()  # type: ignore[no-untyped-call]
         return time.process_time() - started
 
     shares = []

@@ -88,7 +88,8 @@ class PooledFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         output: Any = self.network(pixel_values=images)
-        return output.pooler_output if output.pooler_output is not None else output.last_hidden_state[:, 0]
+        pooled: Tensor = output.last_hidden_state[:, 0] if output.pooler_output is None else output.pooler_output
+        return pooled
 
 
 def _transformers(name: str) -> FineTuneModel:
