@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import pickle
 import threading
@@ -89,6 +90,32 @@ def test_a_softmax_that_freezing_turns_on_is_refused() -> None:
 def test_features_returned_in_place_of_the_outcome_are_refused() -> None:
     with pytest.raises(ValueError, match="does not return its outcome"):
         cut(ReturnsFeatures())(INPUTS)
+
+
+def test_a_network_that_returns_more_than_a_tensor_is_refused_with_an_adapter() -> None:
+    @dataclasses.dataclass
+    class Outputs:
+        """Stands for a ModelOutput of transformers."""
+
+        logits: Tensor
+
+    class ReturnsOutputs(Net):
+        def forward(self, x: Tensor) -> Outputs:
+            return Outputs(self.head(self.stem(x)))
+
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = ReturnsOutputs()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x).logits
+
+    with pytest.raises(ValueError, match=r"it returns a Outputs, so give from_module a module around it"):
+        cut(ReturnsOutputs())(INPUTS)
+    adapter = Adapter()
+    model = FineTuneModel.from_module(adapter, adapter.network.head[1], example_input=INPUTS)
+    assert torch.equal(model(INPUTS), adapter(INPUTS))
 
 
 def test_the_backbone_alone_is_checked_too() -> None:

@@ -43,7 +43,8 @@ class Cut(nn.Module):
 
     What is handed on is another tensor object than what arrived, on the same memory. A network that ``watch`` was
     called with has to return this very object, untouched, in each forward: one that applies a softmax to it, or
-    returns the features themselves, is not a backbone followed by a classifier.
+    returns the features themselves, is not a backbone followed by a classifier. Where the network's forward is compiled
+    by itself (``torch.compile(model.backbone)``, not ``torch.compile(model)``), what it does in place is not seen.
     """
 
     def __init__(self, path: str) -> None:
@@ -95,21 +96,30 @@ class Cut(nn.Module):
                 "in a forward, so there is no one place to cut; write the backbone as a module of its own and use "
                 "FineTuneModel(backbone, classifier)."
             )
-        refusal = (
-            f"from_module: the network computes on after its classifier {self.path!r} in {mode} mode (a softmax, a "
-            "reshape, a second output, something in place), or does not return its outcome, which the cut would lose; "
-            "move that into the classifier, turn it off (torchvision's auxiliary heads: net.aux_logits = False), or "
-            "write the backbone as a module of its own and use FineTuneModel(backbone, classifier)."
-        )
         returned = _leaves(output)
         handed_on = arrivals[0].tensors
         if len(returned) != len(handed_on) or not all(map(_is_same, returned, handed_on)):
-            raise ValueError(refusal)
+            raise ValueError(self._refusal(mode, output))
         for tensor, version in zip(returned, arrivals[0].versions, strict=True):
             if torch.compiler.is_dynamo_compiling() and isinstance(tensor, torch.Tensor):
                 _while_tracing(_compare_version, tensor)
             elif version is not None and tensor._version != version:
-                raise ValueError(refusal)
+                raise ValueError(self._refusal(mode, output))
+
+    def _refusal(self, mode: str, output: Any) -> str:
+        """Say what a network that is no backbone followed by a classifier does, and what to do about it."""
+        adapt = ""
+        if not isinstance(output, torch.Tensor):
+            adapt = (
+                f"; it returns a {type(output).__name__}, so give from_module a module around it whose forward returns "
+                "the classifier's outcome alone (of a transformers model: outputs.logits)"
+            )
+        return (
+            f"from_module: the network computes on after its classifier {self.path!r} in {mode} mode (a softmax, a "
+            "reshape, a second output, something in place), or does not return its outcome, which the cut would lose; "
+            "move that into the classifier, turn it off (torchvision's auxiliary heads: net.aux_logits = False), or "
+            f"write the backbone as a module of its own and use FineTuneModel(backbone, classifier){adapt}."
+        )
 
     def release(self, network: nn.Module, inputs: Any, output: Any) -> None:
         """Hold nothing after a forward, one that failed included."""
