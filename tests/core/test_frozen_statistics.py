@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -201,3 +203,18 @@ def test_averages_by_lerp_keep_frozen_parts_exact(use_buffers: bool) -> None:
             average.update_parameters(model)
     for average in averages:
         assert average.module.frozen_fingerprint() == model.frozen_fingerprint()
+
+
+def test_a_dropped_model_is_freed_at_once_and_copies_reset_their_own_modules() -> None:
+    model = model_with_statistics()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.backbone[0][1].reset_running_stats()
+        assert not twin.backbone[0][1].running_mean.any()
+        assert model.backbone[0][1].running_mean.any()
+    parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+    gc.disable()  # a cycle of references would keep a model's memory until the next collection
+    try:
+        del model, twin
+        assert [parameter() for parameter in parameters] == [None] * len(parameters)
+    finally:
+        gc.enable()

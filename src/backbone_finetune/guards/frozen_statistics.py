@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class FrozenStatistics:
                 # Lightning puts new tensors in place of the mean and the variance, but zeroes the count itself.
                 self._kept.append((module, _statistics(module), None if count is None else count.clone()))
                 if _RESET not in vars(module):
-                    vars(module)[_RESET] = partial(_keep_and_reset, module)
+                    vars(module)[_RESET] = _KeepingReset(module)
         self._first = self._kept[0][0] if self._kept else None
 
     def were_reset(self) -> bool:
@@ -90,7 +91,19 @@ def _statistics(module: _BatchNorm) -> dict[str, torch.Tensor]:
     return {name: module.get_buffer(name) for name in ("running_mean", "running_var")}
 
 
-def _keep_and_reset(module: _BatchNorm) -> None:
-    before = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
-    vars(module)[_BEFORE_RESET] = before
-    type(module).reset_running_stats(module)
+class _KeepingReset:
+    """Stands for ``reset_running_stats`` on a frozen module, and keeps what the statistics were before it."""
+
+    def __init__(self, module: _BatchNorm) -> None:
+        # Weak: a reference from the module to itself would keep a dropped model's memory until the next collection.
+        self._module = ref(module)
+
+    def __call__(self) -> None:
+        if (module := self._module()) is not None:
+            before = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
+            vars(module)[_BEFORE_RESET] = before
+            type(module).reset_running_stats(module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled module gets one of its own."""
+        return _KeepingReset, (self._module(),)
