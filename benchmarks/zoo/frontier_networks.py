@@ -28,7 +28,7 @@ TORCHVISION = {
     "googlenet": (None, 64),
     "inception_v3": (None, 96),
 }
-TRANSFORMERS = ("ViT", "Dinov2", "ConvNextV2", "Swin")
+TRANSFORMERS = {"ViT": 64, "Dinov2": 64, "ConvNextV2": 64, "Swin": 224}  # Swin takes whole windows alone
 TRANSFORMERS_BLOCKS = ("layers", "encoder.layer", "encoder.layers", "encoder.stages")
 OPEN_CLIP = {"ViT-B-32": ("transformer.resblocks", 224), "RN50": (None, 64)}
 
@@ -51,8 +51,8 @@ def subjects() -> Iterator[Subject]:
         for name, (blocks, side) in TORCHVISION.items():
             yield Subject("torchvision", name, side, partial(_torchvision, name, blocks))
     if importlib.util.find_spec("transformers"):
-        for name in TRANSFORMERS:
-            yield Subject("transformers", name, 64, partial(_transformers, name))
+        for name, side in TRANSFORMERS.items():
+            yield Subject("transformers", name, side, partial(_transformers, name))
     if importlib.util.find_spec("open_clip"):
         for name, (blocks, side) in OPEN_CLIP.items():
             yield Subject("open_clip", name, side, partial(_open_clip, name, blocks))
