@@ -60,7 +60,7 @@ def subjects() -> Iterator[Subject]:
 
 def _families() -> ModuleType:
     """The table of families is the tests' own."""
-    path = Path(__file__).parents[2] / "tests" / "timm_families.py"
+    path = Path(__file__).parents[2] / "tests" / "helpers" / "timm_families.py"
     spec = importlib.util.spec_from_file_location("timm_families", path)
     assert spec is not None
     assert spec.loader is not None

@@ -29,17 +29,20 @@ class FineTuneModel(TimmProtocol):
 
     >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> model = FineTuneModel(backbone, nn.Linear(8, 10)).freeze_backbone()
-    >>> model(torch.zeros(4, 3, 32, 32)).shape
-    torch.Size([4, 10])
-    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    ['classifier.weight', 'classifier.bias']
+    >>> model(torch.zeros(4, 3, 32, 32)).shape, model.trainable_groups
+    (torch.Size([4, 10]), 0)
 
-    All inputs go to the backbone, (B, 3, H, W) for pictures, its output (B, num_features) to the classifier, which
-    returns (B, num_classes) or whatever it likes. A parameter is frozen when its `requires_grad` is False, and
-    nothing else records it. `layer_groups` are LayerGroups or submodules of the backbone, input to output; left out,
-    they are found. With `norm_eval` (mmpretrain's name) the backbone's running statistics stay fixed even where its
-    weights train. Raises TypeError for what is no module, and ValueError for a parameter that both parts share, a
-    linear classifier of the wrong width on a timm backbone, or a part that is compiled or wrapped already.
+    A parameter is frozen when its ``requires_grad`` is False; nothing else records it.
+
+    Args:
+        backbone: takes all inputs, ``(B, 3, H, W)`` for images, and returns features, ``(B, num_features)``.
+        classifier: takes the features and returns logits, ``(B, num_classes)``, or anything else.
+        layer_groups: LayerGroups or submodules of the backbone, input to output; found where they are left out.
+        norm_eval: keep the backbone's running statistics fixed even where its weights train (mmpretrain's name).
+
+    Raises:
+        TypeError: a part is no module.
+        ValueError: the parts share a parameter or do not fit, or a part is compiled or wrapped already.
     """
 
     backbone: nn.Module
@@ -82,20 +85,25 @@ class FineTuneModel(TimmProtocol):
         norm_eval: bool = False,
         **create_model_kwargs: Any,
     ) -> FineTuneModel:
-        """Wrap a timm architecture by name, or a timm network, which is taken over as by its `reset_classifier`.
+        """Wrap a timm architecture by name, or a timm network, which is taken over as by its ``reset_classifier``.
 
         >>> FineTuneModel.from_timm("resnet18", num_classes=10).classifier
         Linear(in_features=512, out_features=10, bias=True)
-        >>> FineTuneModel.from_timm("resnet18", classifier=lambda width: nn.Linear(width, 2, bias=False)).classifier
-        Linear(in_features=512, out_features=2, bias=False)
 
-        `num_classes` makes a fresh linear classifier, initialised as timm does, beside pretrained weights and a
-        `checkpoint_path` too; `classifier` is a module, or a function from the feature width to one; with neither the
-        network keeps its own, with the dropout and other parts in it, proved on a probe in eval and in train mode
-        (where dropout draws the same twice) to be the same function. `drop_rate` is the dropout before the
-        classifier, where it stays on above a frozen backbone: a hook of the classifier, which changes no name.
-        Raises ValueError for an unknown name, a network without a classifier or pooling, a classifier of the wrong
-        width, or an own classifier that cannot be kept.
+        Without ``num_classes`` and ``classifier`` the network keeps its own classifier, with the dropout in it. A probe
+        proves in eval and in train mode (where dropout draws the same twice) that it is the same function.
+
+        Args:
+            model: a name of timm's, or a timm network, which is taken over.
+            num_classes: makes a new linear classifier, beside pretrained weights and a ``checkpoint_path`` too.
+            classifier: a module, or a function from the feature width to a module.
+            pretrained: load timm's pretrained weights.
+            drop_rate: dropout before the classifier, on above a frozen backbone too; a hook, which changes no key.
+            layer_groups, norm_eval: as for ``FineTuneModel``.
+            **create_model_kwargs: go to ``timm.create_model``.
+
+        Raises:
+            ValueError: unknown name, no classifier or pooling, wrong width, or an own classifier that cannot be kept.
         """
         split = split_timm(
             model,
@@ -121,14 +129,20 @@ class FineTuneModel(TimmProtocol):
         """Wrap a whole custom network, cut at the very submodule object that is its classifier.
 
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 10))
-        >>> model = FineTuneModel.from_module(net, net[3], example_input=torch.zeros(1, 3, 2, 2))
-        >>> model.classifier is net[3], model(torch.ones(4, 3, 2, 2)).equal(net(torch.ones(4, 3, 2, 2)))
-        (True, True)
+        >>> FineTuneModel.from_module(net, net[3], example_input=torch.zeros(1, 3, 2, 2)).classifier is net[3]
+        True
 
-        `net` still runs and shares its parameters with the model, until the model is moved to another dtype or
-        device. Raises ValueError when the classifier is not in the network exactly once, and, in each forward and
-        with an `example_input` (a tuple for several) at construction in both modes, when the network computes on
-        after its classifier or returns something else.
+        ``net`` still runs and shares its parameters, until the model is moved to another dtype or device.
+
+        Args:
+            module: the whole network.
+            classifier: the submodule object of ``module`` to cut at.
+            new_classifier: takes its place.
+            example_input: one input, or a tuple of several; the cut is then proved at construction in both modes.
+            layer_groups, norm_eval: as for ``FineTuneModel``.
+
+        Raises:
+            ValueError: the classifier is not in it exactly once; in any forward, the network computes on after it.
         """
         check_module(module, "network", "from_module")
         split = split_module(module, classifier, new_classifier=new_classifier, example_input=example_input)
@@ -149,25 +163,25 @@ class FineTuneModel(TimmProtocol):
         return classify(self.classifier, detach_from_storage(self.backbone(*inputs, **kwargs)))
 
     def to_module(self) -> nn.Module:
-        """Give the plain network again, with the trained classifier in place; it shares the parameters.
+        """Return the original architecture with the trained classifier attached; parameters are shared.
 
         >>> network = FineTuneModel.from_timm("resnet18", num_classes=10).to_module()
         >>> type(network).__name__, network.fc
         ('ResNet', Linear(in_features=512, out_features=10, bias=True))
 
-        `FineTuneModel(backbone, classifier)` gives an `nn.Sequential`. Dropout that `drop_rate` put before the
-        classifier is left out. Where the classifier is a 1x1 convolution in the network, its weight there is another
-        Parameter on the same memory: to train the plain network, build an optimizer of its own. Parts that cache what
-        they compute in eval, as levit's attention does, keep the hook by which they forget that at a load, so that one
-        into the plain network does not leave the model stale. Raises ValueError where the network cannot hold the
-        classifier.
+        ``FineTuneModel(backbone, classifier)`` gives an ``nn.Sequential``. Dropout from ``drop_rate`` is left out. A
+        classifier that is a 1x1 convolution in the network is another Parameter there, on the same memory: build a new
+        optimizer to train it. Layers with caches (levit's attention) keep the hook that clears them at a load.
+
+        Raises:
+            ValueError: the network cannot hold the classifier.
         """
         release(self.modules())
         return self._reassembly.reassemble(self.backbone, self.classifier)
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        """The ordered partition of the backbone's parameters, input to output.
+        """The ordered partition of the backbone's parameters into stages or blocks, input to output.
 
         >>> FineTuneModel(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)).layer_groups
         (LayerGroup(name='0', parameter_names=('0.weight', '0.bias')),)
@@ -186,16 +200,21 @@ class FineTuneModel(TimmProtocol):
     def freeze_backbone(
         self, *, trainable_groups: int = 0, trainable: Sequence[LayerGroup | nn.Module] | None = None
     ) -> FineTuneModel:
-        """Freeze the backbone but for its last `trainable_groups` layer groups, whatever was frozen before.
+        """Freeze the backbone but for its last ``trainable_groups`` layer groups, whatever was frozen before.
 
         >>> model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone(trainable_groups=1)
         >>> model = model.freeze_backbone(trainable=[model.backbone.layer1])  # surgical fine-tuning, Lee et al. 2023
         >>> model.backbone.layer1.training, model.backbone.layer4.training
         (True, False)
 
-        It takes effect at once, on adapters in the backbone too: name those in `trainable`. Raises ValueError for a
-        count out of range, both arguments, a part that is not in the backbone or has no parameters, and memory that
-        something frozen shares with what trains.
+        It takes effect at once on ``requires_grad``, modes and gradients. Adapters in the backbone are frozen too.
+
+        Args:
+            trainable_groups: how many of the last layer groups train, 0 to ``len(layer_groups)``.
+            trainable: instead, submodules of the backbone or LayerGroups that train, anywhere in it.
+
+        Raises:
+            ValueError: a count out of range, both given, a part that is not in the backbone, or shared memory.
         """
         reshard(self)
         chosen = trainable_parts.choose_parameters(self.backbone, self._layer_groups, trainable_groups, trainable)
@@ -206,12 +225,11 @@ class FineTuneModel(TimmProtocol):
     def unfreeze_backbone(self) -> FineTuneModel:
         """Let all of the backbone train that can, but for what its author had fixed when it was wrapped.
 
-        >>> model = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone().unfreeze_backbone()
-        >>> all(parameter.requires_grad for parameter in model.parameters())
-        True
+        >>> FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone().unfreeze_backbone().trainable_groups
+        1
 
-        Fixed is what came frozen in the midst of groups that trained (a table of positions, weights under adapters),
-        not whole groups, and what timm's `reset_classifier` leaves unused. Warns of quantised weights.
+        Fixed is what came frozen beside parameters that trained (a table of positions, weights under adapters), and
+        what timm's ``reset_classifier`` leaves unused. Whole groups that came frozen train. Quantised weights cannot.
         """
         trainable_parts.warn_of_fixed(self.backbone, self._left_off)
         return self.freeze_backbone(trainable_groups=len(self._layer_groups))
@@ -221,23 +239,21 @@ class FineTuneModel(TimmProtocol):
 
         >>> model = FineTuneModel(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
         >>> _ = model.backbone.append(nn.Linear(2, 2))
-        >>> [group.name for group in model.regroup().layer_groups]
+        >>> [group.name for group in model.regroup().layer_groups]  # what trains and the way back stay as they are
         ['0', '1']
-
-        What trains, `norm_eval` and the way back stay as they are.
         """
         self._layer_groups = as_layer_groups(self.backbone, layer_groups)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> FineTuneModel:
-        """Set the mode, keep what is frozen in eval, and drop gradients that were left on frozen parameters.
+        """Set the mode, keep what is frozen in eval mode, and drop gradients left on frozen parameters.
 
         >>> model = FineTuneModel(nn.BatchNorm1d(2), nn.Linear(2, 2)).freeze_backbone().train()
         >>> model.backbone.training, model.classifier.training
         (False, True)
         """
         reshard(self)
-        # Every module hears the mode first: some of timm's drop their caches when they do.
+        # Set the mode everywhere first: some timm modules clear caches inside train().
         super().train(mode)
         frozen = self._frozen_modules()
         for module in frozen:
@@ -262,11 +278,18 @@ class FineTuneModel(TimmProtocol):
         >>> [(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
         [('classifier', 0.001, 0.05), ('classifier.no_decay', 0.001, 0.0)]
 
-        Rates are absolute. With `layer_decay` they fall from the classifier to the input as in BEiT and in
-        `timm.optim.param_groups_layer_decay` on the whole network; without a `group_matcher` of timm's, by layer group.
-        Biases, 1-d weights and what the backbone's `no_weight_decay()` names do not decay. With `include_frozen` the
-        groups are the same whatever is frozen, so that one optimizer lives through every unfreezing. Raises ValueError
-        when nothing trains, a rate is negative, or the backbone got or lost parameters since it was grouped.
+        Biases, 1-d weights and what the backbone's ``no_weight_decay()`` names do not decay.
+
+        Args:
+            lr: learning rate of the classifier, and of the backbone without ``backbone_lr``.
+            backbone_lr: learning rate of the backbone.
+            weight_decay: for all that decays.
+            layer_decay: factor of the rate per layer towards the input, as ``timm.optim.param_groups_layer_decay``
+                (BEiT); by layer group where timm has no ``group_matcher``.
+            include_frozen: the same groups whatever is frozen, for one optimizer through every unfreezing.
+
+        Raises:
+            ValueError: nothing trains, a rate is negative, or the backbone gained or lost parameters.
         """
         reshard(self)
         return build_param_groups(
@@ -283,11 +306,9 @@ class FineTuneModel(TimmProtocol):
     def print_trainable_parameters(self, *, by_name: bool = False) -> None:
         """Print what trains and what does not: a table by layer group, or each parameter by its plain name.
 
-        >>> FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 3)).freeze_backbone().print_trainable_parameters()
-        group       parameters  state      mode
-        (root)               6  frozen     eval
-        classifier           9  trainable  train
-        trainable parameters: 9 of 15 (60.00%)
+        >>> FineTuneModel(nn.Linear(2, 2, False), nn.Linear(2, 3, False)).print_trainable_parameters(by_name=True)
+        Trainable parameter: backbone.weight
+        Trainable parameter: classifier.weight
         """
         if by_name:
             named = ((self._reassembly.original_name(name), parameter) for name, parameter in self.named_parameters())
@@ -307,10 +328,10 @@ class FineTuneModel(TimmProtocol):
         return verification.fingerprint(verification.frozen_tensors(self, self._frozen_modules()))
 
     def frozen_names(self) -> set[str]:
-        """Name what `frozen_fingerprint` digests.
+        """Name what ``frozen_fingerprint`` digests, without reading it.
 
-        >>> sorted(FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone().frozen_names())
-        ['backbone.bias', 'backbone.weight']
+        >>> FineTuneModel(nn.Linear(2, 2, bias=False), nn.Linear(2, 2)).freeze_backbone().frozen_names()
+        {'backbone.weight'}
         """
         return set(verification.frozen_tensors(self, self._frozen_modules()))
 
@@ -321,7 +342,6 @@ class FineTuneModel(TimmProtocol):
         >>> with model.assert_frozen():
         ...     _ = model.backbone.bias.data.zero_()
         Traceback (most recent call last):
-        ...
         AssertionError: assert_frozen: 1 of 2 frozen tensors changed...
         """
         return verification.assert_unchanged(self, self._frozen_modules, self._layer_groups)
