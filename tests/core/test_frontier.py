@@ -581,6 +581,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert statuses == [0, 0], "\n".join(log.read_text() for log in logs)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch 2.9's own
 def test_compiled() -> None:
     torch.compiler.reset()
     net = Net(plain)

@@ -168,7 +168,7 @@ def test_the_scale_of_the_loss_is_restored(tmp_path: Path) -> None:
 
 def test_every_random_generator_is_restored() -> None:
     def draw() -> tuple[float, float, float, float]:
-        return random.random(), random.gauss(), float(numpy.random.randn()), float(torch.rand(1))
+        return random.random(), random.gauss(0, 1), float(numpy.random.randn()), float(torch.rand(1))
 
     draw()
     state = json.loads(json.dumps(random_state()))
