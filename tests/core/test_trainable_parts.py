@@ -210,3 +210,14 @@ def test_lazy_layers_freeze_before_their_first_forward(capsys: pytest.CaptureFix
     assert backbone[0].weight.shape == (8, 5)
     assert backbone[0].weight.grad is None
     assert training(model.unfreeze_backbone()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_it_is_said_when_all_that_was_asked_for_was_fixed() -> None:
+    backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    backbone[1].weight.requires_grad_(True)
+    model = FineTuneModel(backbone, nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match=r"^freeze_backbone: all 2 parameters asked for \(0\.bias, 0\.weight\) stay frozen"):
+        model.freeze_backbone(trainable=[backbone[0]])
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    model.freeze_backbone(trainable_groups=1)  # some of it trains, as adapters do above weights that are fixed
+    assert [name for name, parameter in backbone.named_parameters() if parameter.requires_grad] == ["1.weight"]

@@ -73,8 +73,16 @@ def set_trainable(backbone: nn.Module, names: Collection[str], left_off: Collect
     [False, False, True, False]
 
     What is in ``left_off`` stays frozen, and what cannot train: whole numbers, and quantised weights (a type of
-    parameter of some library's own), of which it warns.
+    parameter of some library's own), of which it warns, as it does where all that is named is in ``left_off``.
     """
+    if names and all(name in left_off for name in names):
+        shown = f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
+        warnings.warn(
+            f"freeze_backbone: all {len(names)} parameters asked for ({shown}) stay frozen, as they were frozen when "
+            "the model was built beside others that trained; to train them, call requires_grad_(True) on the network "
+            "before it is wrapped.",
+            stacklevel=3,
+        )
     quantised: list[str] = []
     for name, parameter in backbone.named_parameters():
         # Set as an attribute: an uninitialised parameter of a lazy layer has no `requires_grad_`.
