@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
-from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +20,7 @@ from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.data.images import list_images
 from .recipes.models.file import load_trained_model
-from .recipes.text import describe_fault, printable
+from .recipes.text import describe_fault, print_any_name, printable
 from .recipes.training.phases import Phase, read_phases
 from .recipes.training.processes import find_device
 
@@ -97,19 +96,6 @@ def show_log() -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(before[0])
         logger.propagate = before[1]
-
-
-def print_any_name() -> None:
-    """Have stdout and stderr write as an escape what their encoding has no bytes for, from now on.
-
-    The name of an image or class may be bytes that are no text, or in letters that the terminal has not; one such
-    name must not cost the answers for all that come after it.
-
-    >>> print_any_name()
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # what else a caller put there takes any text, or is theirs to mend
-            stream.reconfigure(errors="backslashreplace")
 
 
 def build_parser() -> Parser:

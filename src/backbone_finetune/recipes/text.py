@@ -1,11 +1,13 @@
 """Text for people: safe to print in a terminal, and short."""
 
+import sys
 import unicodedata
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from pydantic import ValidationError
 
-__all__ = ["describe_fault", "has_control_characters", "join_some", "one_line", "printable"]
+__all__ = ["describe_fault", "has_control_characters", "join_some", "one_line", "print_any_name", "printable"]
 
 
 def has_control_characters(text: str) -> bool:
@@ -63,3 +65,15 @@ def describe_fault(error: ValidationError) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return f"{place}{came}: {message}" if place else message
+
+
+def print_any_name() -> None:
+    """Have stdout and stderr write an escape for what their encoding cannot hold, from now on.
+
+    The name of an image may be bytes that are no text; one such name must not end a command for all that follow.
+
+    >>> print_any_name()
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what else a caller put there takes any text, or is theirs to mend
+            stream.reconfigure(errors="backslashreplace")
