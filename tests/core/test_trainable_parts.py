@@ -216,9 +216,7 @@ def test_it_is_said_when_all_that_was_asked_for_was_fixed() -> None:
     backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
     backbone[1].weight.requires_grad_(True)
     model = FineTuneModel(backbone, nn.Linear(4, 2))
-    with pytest.warns(
-        UserWarning, match=r"^freeze_backbone: all 2 parameters asked for \(0\.\w+, 0\.\w+\) stay"
-    ):
+    with pytest.warns(UserWarning, match=r"^freeze_backbone: all 2 parameters asked for \(0\.\w+, 0\.\w+\) stay"):
         model.freeze_backbone(trainable=[backbone[0]])
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     model.freeze_backbone(trainable_groups=1)  # some of it trains, as adapters do above weights that are fixed
