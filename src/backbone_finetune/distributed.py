@@ -1,4 +1,4 @@
-"""What DistributedDataParallel and FSDP2 would let pass in silence."""
+"""What DistributedDataParallel and FSDP2 would do wrong without a message."""
 
 from __future__ import annotations
 
