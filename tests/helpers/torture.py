@@ -159,11 +159,13 @@ def assert_all_moved(model: FineTuneModel, start: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def without_onednns_volumes(model: FineTuneModel, *, bfloat16: bool) -> Iterator[None]:
-    """Leave oneDNN out where it gives NaN: in the backward of a bfloat16 Conv3d (lambda_resnet), with torch 2.14."""
-    is_to_leave = bfloat16 and any(isinstance(module, nn.Conv3d) for module in model.modules())
+def without_onednn(*, bfloat16: bool) -> Iterator[None]:
+    """Leave oneDNN out in bfloat16, whose backward of some convolutions reads memory that nothing wrote (torch 2.14).
+
+    NaN then comes and goes with what the process freed before: lambda_resnet's Conv3d, selecsls' last convolutions.
+    """
     was = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(was and not is_to_leave)
+    torch._C._set_mkldnn_enabled(was and not bfloat16)
     try:
         yield
     finally:
@@ -193,7 +195,7 @@ def torture(model: FineTuneModel, pictures: Tensor, condition: Condition) -> Non
                 whole.eval()(pictures)
         whole.train()
         optimizer.zero_grad(set_to_none=condition.set_to_none)
-        with without_onednns_volumes(model, bfloat16=does.bfloat16):
+        with without_onednn(bfloat16=does.bfloat16):
             with torch.autocast(pictures.device.type, dtype=torch.bfloat16, enabled=does.bfloat16):
                 logits = whole(pictures + 0.1 * step)
                 # Smoothed, for a network that is sure of its two pictures would leave no gradient.

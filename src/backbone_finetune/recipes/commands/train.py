@@ -49,7 +49,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     replace them. A run that was stopped resumes when it is given the same settings again. What it does is logged, by
     the main process.
 
-    >>> train(TrainSettings(images=Path("no such folder")))
+    >>> train(TrainSettings(images=Path("no such folder"), output=Path("no such output")))
     Traceback (most recent call last):
     ...
     FileNotFoundError: no such folder: there is no such folder; ...
