@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy
@@ -26,7 +27,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from .images import IGNORED, ImageDataset, read_image
 from .transforms import Normalize, split_transform
 
-__all__ = ["DeviceLoader", "default_workers", "map_batches"]
+__all__ = ["DeviceLoader", "can_fork", "default_workers", "map_batches"]
 
 # Below it, 1 to 3 s of decoding, workers start for nothing.
 FEWEST_IMAGES = 1000
@@ -43,7 +44,7 @@ def default_workers(count: int, *, processes: int = 1) -> int:
     Where processes do not start by ``fork`` it is 0: there, a script without ``if __name__ == "__main__":`` would run
     again in each worker.
     """
-    if count < FEWEST_IMAGES or "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
+    if count < FEWEST_IMAGES or not can_fork():
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores // processes, MOST_WORKERS)
@@ -75,22 +76,24 @@ class Batch:
 class Samples(Dataset[Sample]):
     """A dataset as workers load it: errors are values, and what is drawn for a sample comes from seed and index."""
 
-    def __init__(self, data: Dataset[Any], seed: str | None) -> None:
+    def __init__(self, data: Dataset[Any], seed: str | None, views: int = 1) -> None:
         self.data = data
         self.seed = seed
+        self.views = views
         self.normalize: Normalize | None = None
         if isinstance(data, ImageDataset):
             self.to_bytes, self.normalize = split_transform(data.transform)
 
     def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]  # torch's Dataset declares no length; those used here have one
+        return self.views * len(self.data)  # type: ignore[arg-type]  # torch's Dataset declares no length; these have one
 
     def __getitem__(self, index: int) -> Sample:
         try:
+            item = index if self.views == 1 else index % len(self.data)  # type: ignore[arg-type]
             if self.seed is None:
-                return self.load(index)
+                return self.load(item)
             with seeded(f"{self.seed} {index}"):
-                return self.load(index)
+                return self.load(item)
         except Exception as error:
             if get_worker_info() is None:
                 raise
@@ -129,6 +132,8 @@ class DeviceLoader(DataLoader[Any]):
         batch_size: Samples in a batch.
         workers: Processes that load; 0 loads in this one.
         seed: What a sample draws comes from it and the sample's index. None leaves the generators alone.
+        views: How often the data comes, one view of all samples after the other, each drawn anew.
+        compute: What becomes of the values of a batch, in the process that loaded it; they stay on the CPU then.
 
     >>> data = [(torch.tensor([1.0]), 0), (torch.tensor([2.0]), 1)]
     >>> [targets.tolist() for _, targets in DeviceLoader(data, torch.device("cpu"), batches=[[1, 0], [1]])]
@@ -144,17 +149,36 @@ class DeviceLoader(DataLoader[Any]):
         batch_size: int = 32,
         workers: int = 0,
         seed: str | None = None,
+        views: int = 1,
+        compute: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         order: Mapping[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
-        pin_memory = device.type == "cuda"
-        super().__init__(Samples(data, seed), **order, collate_fn=collate, pin_memory=pin_memory, **_workers(workers))
+        pin_memory = device.type == "cuda" and compute is None
+        samples = Samples(data, seed, views)
+        put_together = partial(collate, normalize=samples.normalize, compute=compute) if compute else collate
+        super().__init__(samples, **order, collate_fn=put_together, pin_memory=pin_memory, **_workers(workers))
         self.device = device
+        self.compute = compute
 
-    def over(self, batches: Sequence[Sequence[int]], *, workers: int | None = None) -> "DeviceLoader":
+    def over(
+        self,
+        batches: Sequence[Sequence[int]],
+        *,
+        workers: int | None = None,
+        compute: Callable[[list[Any]], Any] | None = None,
+    ) -> "DeviceLoader":
         """Return a loader of these batches of the same data."""
         samples: Any = self.dataset
         number = self.num_workers if workers is None else workers
-        return DeviceLoader(samples.data, self.device, batches=batches, workers=number, seed=samples.seed)
+        return DeviceLoader(
+            samples.data,
+            self.device,
+            batches=batches,
+            workers=number,
+            seed=samples.seed,
+            views=samples.views,
+            compute=compute,
+        )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # it is typed as torch's own iterator
         samples: Any = self.dataset
@@ -165,6 +189,9 @@ class DeviceLoader(DataLoader[Any]):
                 raise batch.error
             if batch.broken:
                 samples.data.broken.update(batch.broken)
+            if self.compute is not None:
+                yield batch.values
+                continue
             values = send_to_device(batch.values, self.device, non_blocking=True)
             if samples.normalize is not None:
                 values[0] = samples.normalize(values[0])
@@ -198,16 +225,24 @@ def map_batches(
     yield from loaded
 
 
+def can_fork() -> bool:
+    """Tell whether workers start as copies of this process, with all that it has loaded and built.
+
+    >>> can_fork() or sys.platform in {"darwin", "win32"}
+    True
+    """
+    return "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+
+
 def _workers(number: int) -> dict[str, Any]:
     """Choose how a loader's workers start and end."""
-    can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
     return {
         "num_workers": number,
         "worker_init_fn": end_with_parent,
         # With a generator of its own a loader draws nothing from torch's when it starts: a resumed run is the same run.
         "generator": torch.Generator(),
         # Forked, a worker is there in milliseconds and needs no `if __name__ == "__main__"` in the script.
-        "multiprocessing_context": "fork" if number and can_fork else None,
+        "multiprocessing_context": "fork" if number and can_fork() else None,
     }
 
 
@@ -219,18 +254,34 @@ def _forking() -> Iterator[None]:
         yield
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples together; the first error stands for all."""
+def collate(
+    samples: Sequence[Sample],
+    *,
+    normalize: Normalize | None = None,
+    compute: Callable[[list[Any]], Any] | None = None,
+) -> Batch:
+    """Put samples together; the first error stands for all. With ``compute``, its result takes the values' place."""
     if error := next((sample.error for sample in samples if sample.error is not None), None):
         return Batch([], {}, error)
     broken = dict(sample.broken for sample in samples if sample.broken is not None)
+    rows = [sample.values for sample in samples]
     if broken and (readable := [sample for sample in samples if sample.broken is None]):
         # Another image of the batch has the right size, and changes the statistics of a BatchNorm least.
         stand_in = (readable[0].values[0], IGNORED)
-        return Batch(
-            default_collate([stand_in if sample.broken else sample.values for sample in samples]), broken, None
-        )
-    return Batch(default_collate([sample.values for sample in samples]), broken, None)
+        rows = [stand_in if sample.broken else sample.values for sample in samples]
+    values = default_collate(rows)
+    if compute is None:
+        return Batch(values, broken, None)
+    if normalize is not None:
+        values[0] = normalize(values[0])
+    try:
+        return Batch(compute(values), broken, None)
+    except Exception as error:
+        if get_worker_info() is None:
+            raise
+        # Errors of other kinds may not survive the way to the main process.
+        is_plain = isinstance(error, ValueError) and error.args == (str(error),)
+        return Batch([], broken, error if is_plain else RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def end_with_parent(worker: int) -> None:
