@@ -13,7 +13,7 @@ import pytest
 from image_folders import COLOURS, make_image
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.models.file import describe_file
+from backbone_finetune.recipes.models.file import load_outline
 
 RAW = os.fsdecode(b"c\xff")
 NAMES = ("Größe", RAW)
@@ -69,7 +69,7 @@ def test_evaluate_and_inspect_take_the_model(trained: Path, tmp_path: Path, enco
 
 
 def test_the_model_file_holds_the_names(trained: Path) -> None:
-    assert describe_file(trained).class_names == NAMES
+    assert load_outline(trained)[0].class_names == NAMES
 
 
 def test_an_error_is_printed_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from backbone_finetune.recipes.models.changes import BaseWeights, find_source, r
 from backbone_finetune.recipes.models.file import (
     TrainedModel,
     build_transform,
-    describe_file,
+    load_outline,
     load_trained_model,
     save_trained_changes,
     save_trained_model,
@@ -69,7 +69,7 @@ def test_arguments_and_freeze_state_come_back(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 96, 64)
     with torch.no_grad():
         assert torch.equal(loaded.model(images), model.eval()(images))
-    description = describe_file(tmp_path / "model.safetensors")
+    description, _ = load_outline(tmp_path / "model.safetensors")
     assert description.versions["timm"] == timm.__version__
 
 

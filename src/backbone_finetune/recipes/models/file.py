@@ -35,7 +35,6 @@ from .metadata import ModelDescription, installed_versions, parse_metadata
 __all__ = [
     "TrainedModel",
     "build_transform",
-    "describe_file",
     "find_size_problem",
     "load_outline",
     "load_trained_model",
@@ -80,12 +79,7 @@ def build_transform(data_config: Mapping[str, Any]) -> Callable[[Image.Image], T
 
 
 def save_trained_model(trained: TrainedModel, path: Path, *, record: Mapping[str, object]) -> None:
-    """Write a trained model to a ``.safetensors`` file, atomically.
-
-    Args:
-        trained: The model, its classes and its data config.
-        path: Where to write.
-        record: What to keep of its training; anything that JSON can hold.
+    """Write a trained model to a ``.safetensors`` file, atomically; ``record`` is JSON to keep about its training.
 
     >>> from tempfile import TemporaryDirectory
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
@@ -144,14 +138,13 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
         ValueError: it is truncated, foreign, or does not fit the network that it names, or its base is another one or
             not on this machine.
     """
-    layouts, metadata = peek_checkpoint(path)
-    description = _describe(path, metadata)
+    description, outline = load_outline(path)
+    tensors, _ = read_checkpoint(path)
     with _naming(path):
-        _, missing = _check_layouts(description, layouts)
+        missing = [name for name in distinct_tensors(outline) if name not in tensors]
         if base is not None and not missing:
             raise ValueError(f"it holds the whole model, and takes no base (given: {base})")
         below = find_base(description, missing, base) if missing else {}
-        tensors, _ = read_checkpoint(path)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
@@ -160,7 +153,8 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
                 )
         model = _build_model(description)
         load_tensors(model, {**below, **tensors})
-        _freeze_as(model, description)
+    for parameter, described in zip(model.parameters(), outline.parameters(), strict=True):
+        parameter.requires_grad_(described.requires_grad)
     return TrainedModel(
         model.eval(),
         description.architecture,
@@ -178,26 +172,16 @@ def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:
         ValueError: it is truncated or foreign, or does not fit the network that it names.
     """
     layouts, metadata = peek_checkpoint(path)
-    description = _describe(path, metadata)
+    with _naming(path, "not a model that `backbone-finetune train` wrote; "):
+        description = parse_metadata(metadata)
     with _naming(path):
-        model, _ = _check_layouts(description, layouts)
-        _freeze_as(model, description)
+        model = _check_layouts(description, layouts)
+        parameters, trainable = dict(model.named_parameters()), set(description.freeze_state.trainable)
+        if unknown := [name for name in trainable if name not in parameters]:
+            raise ValueError(f"trainable: {unknown[0][:80]!r} is no parameter of {description.architecture}")
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trainable)
     return description, model
-
-
-def describe_file(path: Path) -> ModelDescription:
-    """Read what a model file says about its model, and none of its tensors.
-
-    >>> describe_file(Path("tom.jpg"))
-    Traceback (most recent call last):
-    ...
-    FileNotFoundError: tom.jpg: no such file; pass the model.safetensors that a training run wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated or foreign.
-    """
-    return _describe(path, peek_checkpoint(path)[1])
 
 
 def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str | None:
@@ -218,16 +202,11 @@ def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str |
 
 @contextmanager
 def _naming(path: Path, what: str = "") -> Iterator[None]:
-    """Put the name of a file before the message of a ValueError in the block, and that on one line."""
+    """Put the name of a file before the message of a ValueError, all on one line."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{path}: {what}{one_line(error, most=1000)}") from error
-
-
-def _describe(path: Path, metadata: Mapping[str, str]) -> ModelDescription:
-    with _naming(path, "not a model that `backbone-finetune train` wrote; "):
-        return parse_metadata(metadata)
 
 
 def _make_metadata(trained: TrainedModel, record: Mapping[str, object]) -> dict[str, str]:
@@ -265,22 +244,18 @@ def _build_model(description: ModelDescription) -> FineTuneModel:
         ) from error
 
 
-def _check_layouts(
-    description: ModelDescription, layouts: Mapping[str, Layout | torch.Tensor]
-) -> tuple[FineTuneModel, list[str]]:
-    """Compare the layouts of a file's tensors with the network that it names, built on the meta device.
+def _check_layouts(description: ModelDescription, layouts: Mapping[str, Layout | Tensor]) -> FineTuneModel:
+    """Compare the layouts of a file's tensors with the network that it names, built on the meta device: returns that.
 
-    Returns that network, and the names of the tensors that a file of changes leaves to its base.
+    A file with a base may leave out tensors of the backbone.
     """
     with torch.device("meta"):
         model = _build_model(description)
     own = distinct_tensors(model)
-    missing: dict[str, torch.Tensor] = {}
-    if description.base is not None:
-        missing = {name: own[name] for name in own if name.startswith("backbone.") and name not in layouts}
+    left_out = {name: tensor for name, tensor in own.items() if description.base and name.startswith("backbone.")}
     architecture, size = description.architecture, description.data_config.input_size
     try:
-        check_fit(model, {**layouts, **missing})
+        check_fit(model, {**left_out, **layouts})
     except ValueError as error:
         wrote = description.versions.get("timm", "?")
         by = f"as timm {timm.__version__} builds it (the file was written with timm {wrote})"
@@ -296,14 +271,4 @@ def _check_layouts(
             f"{architecture} takes no image of {' x '.join(map(str, size))}, which the file names as its "
             f"input_size ({problem})"
         )
-    return model, list(missing)
-
-
-def _freeze_as(model: FineTuneModel, description: ModelDescription) -> None:
-    """Freeze the parameters of a model except those that trained."""
-    parameters, trainable = dict(model.named_parameters()), set(description.freeze_state.trainable)
-    for name in description.freeze_state.trainable:
-        if name not in parameters or not parameters[name].is_floating_point():
-            raise ValueError(f"trainable: {name[:80]!r} is no parameter of {description.architecture}")
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in trainable)
+    return model
