@@ -1,91 +1,164 @@
-"""What the frontier saves: a cached step against the trainable rest alone, and 20 epochs against the article's recipe.
+"""What the frontier saves: a cached step beside the trainable rest alone, and 20 epochs beside the article's recipe.
 
-    OMP_NUM_THREADS=1 python benchmarks/frontier.py
+    python benchmarks/frontier.py --device cpu --threads 1
 
-CPU time of whole steps (forward, loss, backward, optimizer) on the CPU, in turns, so that a busy machine counts little.
-The epochs are put together from the steps, the search and the recording of one pass, for `--images` images; reading
-images is left out on both sides.
+Whole steps (forward, loss, backward, AdamW) take turns with a pass that records the frontier and with reading JPEGs. 20
+epochs are put together from them. On a CPU the clock is the CPU time of the process, as others may use the machine too.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from harness.environment import describe_command, describe_environment
-from harness.ratios import Paired, TargetReport, compared, write_targets
-from harness.timing import no_garbage_collection, take_turns
-from subjects.frontier_steps import BLUEPRINTS, Steps
-
-EPOCHS = 20
-
-
-def main() -> int:
-    """Measure each network in both precisions, and return 1 where a target was missed."""
-    options = parse_arguments()
-    torch.set_num_threads(1)
-    settings = {name: getattr(options, name) for name in ("batch_size", "image_size", "images", "repeats")}
-    report = TargetReport(
-        describe_environment(torch.device("cpu")),
-        describe_command(__file__, sys.argv[1:]),
-        {**settings, "epochs": EPOCHS},
-    )
-    with no_garbage_collection():
-        for name in options.models:
-            for bf16 in (False, True):
-                measure(name, bf16, options, report)
-                write_targets(report, options.output)
-    return int(report.missed)
-
-
-def measure(name: str, bf16: bool, options: argparse.Namespace, report: TargetReport) -> None:
-    """Time one network in one precision."""
-    steps = Steps(name, options.batch_size, options.image_size, bf16)
-    search = _milliseconds(steps.find)
-    calls = (steps.recipe, steps.whole, steps.cached, steps.rest, steps.cached, steps.record)
-    for call in calls:
-        call()
-    turns = list(take_turns([partial(_milliseconds, call) for call in calls], options.repeats))
-    recipe, whole, cached, rest, again, record = (list(samples) for samples in zip(*turns, strict=True))
-    batches = options.images / options.batch_size
-    ours = [search / batches + once + EPOCHS * step for once, step in zip(record, cached, strict=True)]
-    label = f"{name}, {'bf16' if bf16 else 'float32'}"
-    kept = f"{steps.frontier.bytes_per_image / 1000:.0f} kB per image"
-    noise = Paired(cached, again)
-    report.add(compared(label, "cached step / the rest by hand on ready tensors", 1.05, Paired(cached, rest), noise))
-    fewest = BLUEPRINTS[name].fewest_times_faster[bf16]
-    for what, samples, at_most in (
-        ("the article's recipe", recipe, 1 / fewest),
-        ("ours without a frontier", whole, 1.0),
-    ):
-        epochs = Paired(ours, [EPOCHS * step for step in samples])
-        faster = statistics.median(b / a for a, b in zip(epochs.numerator, epochs.denominator, strict=True))
-        remark = f"{faster:.2f} times faster, {kept}"
-        report.add(compared(label, f"{EPOCHS} epochs on the frontier / {what}", at_most, epochs, noise, remark=remark))
+from caching.training import time_in_turns
+from harness.environment import describe_command, describe_environment, describe_precision, note_end
+from harness.options import add_models_option, add_shared_options, batch_size_on, positive, settle_device
+from harness.ratios import Paired, Target, compared
+from harness.results import reason_of
+from harness.timing import ProcessClock, clock_for, loop_steps_on, no_garbage_collection
+from reading.batch import JpegBatch
+from subjects.frontier_memory import judge_memory
+from subjects.frontier_report import (
+    AGAIN,
+    CACHED,
+    FIND,
+    READ,
+    RECIPE,
+    RECORD,
+    REST,
+    WHOLE,
+    FrontierReport,
+    compared_with,
+    label,
+)
+from subjects.frontier_steps import BLUEPRINTS, FrontierWork, build_partly_frozen, recipe_step
+from subjects.variants import Precision, optimizer_name
+from targets import has_bf16_instructions
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
-    started = time.process_time()
-    call()
-    return 1000 * (time.process_time() - started)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every target, and return 0; 1 where one was missed or could not be measured, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(BLUEPRINTS), default=list(BLUEPRINTS))
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--images", type=int, default=2000, help="of an epoch; default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "frontier")
-    return parser.parse_args()
+    add_shared_options(parser, output="runs/frontier", batch_size=16)
+    add_models_option(parser, [name for name in BLUEPRINTS if name != "test_resnet"])
+    parser.add_argument("--images", type=positive, default=2000, metavar="N", help="of an epoch (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=20, metavar="N", help="default: %(default)s")
+    parser.set_defaults(image_size=224, repeats=8)
+    options = parser.parse_args(given)
+    try:
+        if unknown := [name for name in options.models if name not in BLUEPRINTS]:
+            raise ValueError(f"--models {' '.join(unknown)}: pass some of {', '.join(BLUEPRINTS)}.")
+        device = settle_device(options)
+    except ValueError as error:
+        parser.error(str(error))
+    options.batch_size = batch_size_on(device, options)
+    settings = {name: getattr(options, name) for name in ("batch_size", "image_size", "images", "epochs", "repeats")}
+    settings |= {"precision": describe_precision("off", device), "optimizer": optimizer_name(device)}
+    report = FrontierReport(describe_environment(device), describe_command("frontier.py", given), settings)
+    try:
+        with TemporaryDirectory() as folder, no_garbage_collection():
+            jpegs = JpegBatch(Path(folder), options.batch_size, options.image_size)
+            for name in options.models:
+                answer(report, name, partial(measure, report, name, jpegs, options, device))
+                report.write(options.output / "frontier")
+            answer(report, "peak memory", lambda: [judge_memory(options.images // 5, 2 * options.images)])
+    except KeyboardInterrupt:
+        report.interrupted = True
+        print("interrupted: writing what was measured until then", file=sys.stderr)
+    note_end(report.environment, device)
+    report.write(options.output / "frontier")
+    print(f"written to {options.output}: frontier.json, frontier.md, frontier.png")
+    if report.interrupted:
+        return 130
+    return 1 if report.missed or report.refused else 0
+
+
+def answer(report: FrontierReport, model: str, measure: Callable[[], Iterable[Target]]) -> None:
+    """Add the targets of one question to a report; what keeps it from its answer goes on record."""
+    try:
+        for target in measure():
+            report.add(target)
+    except Exception as error:  # the other networks are measured all the same
+        report.refuse(model, "all of it", reason_of(error))
+
+
+def measure(
+    report: FrontierReport, name: str, jpegs: JpegBatch, options: argparse.Namespace, device: torch.device
+) -> Iterator[Target]:
+    """Time all the work on one network, in both precisions, in turns; yield the targets."""
+    clock = clock_for(device) if device.type == "cuda" else ProcessClock()
+    blueprint = BLUEPRINTS[name]
+    sizes = (options.batch_size, options.image_size)
+    network = build_partly_frozen(blueprint.network, blueprint.trainable_groups, *sizes, device)
+    calls = {RECIPE: recipe_step(network).run}
+    found: dict[Precision, FrontierWork] = {}
+    for precision in blueprint.times_faster:
+        if precision == "bf16" and not has_bf16_instructions(device):
+            reason = "no bf16 instructions here: bf16 is emulated, and slower"
+            yield Target(label(name, precision), "all of it", 1.0, remark=reason)
+            continue
+        work = found[precision] = FrontierWork(network, blueprint.rest, precision, clock)
+        calls |= {
+            label(WHOLE, precision): work.whole.run,
+            label(CACHED, precision): work.cached.run,
+            label(REST, precision): work.rest.run,
+            label(AGAIN, precision): work.cached.run,
+            label(RECORD, precision): work.record_and_store,
+        }
+    taken = report.milliseconds.setdefault(name, {})
+    runs = loop_steps_on(device) or 1
+    time_in_turns(
+        {what: partial(run_several, call, runs) for what, call in calls.items()} | {READ: jpegs.read},
+        options.repeats,
+        clock,
+        taken,
+        title=name,
+    )
+    for what, samples in taken.items():
+        images = options.batch_size * (1 if what == READ else runs)
+        taken[what] = [milliseconds / images for milliseconds in samples]
+    for precision, work in found.items():
+        taken[label(FIND, precision)] = [work.find_ms / options.images]
+        report.kept.setdefault(name, {})[precision] = str(work.frontier)
+        remark = f"{work.bytes_per_image / 1000:.0f} kB per image"
+        own = {what: taken[label(what, precision)] for what in (WHOLE, CACHED, REST, AGAIN, RECORD, FIND)}
+        own |= {what: taken[what] for what in (RECIPE, READ)}
+        yield from judge(label(name, precision), own, blueprint.times_faster[precision], options.epochs, remark)
+
+
+def run_several(call: Callable[[], object], runs: int) -> None:
+    """Run back to back, as a training loop does: a GPU is then not waited for in between."""
+    for _ in range(runs):
+        call()
+
+
+def judge(
+    model: str, taken: Mapping[str, Sequence[float]], fewest: float, epochs: int, remark: str
+) -> Iterator[Target]:
+    """Compare a cached step with the rest by hand, and the epochs on the frontier with those of others."""
+    cached, read = taken[CACHED], taken[READ]
+    noise = Paired(taken[AGAIN], cached)
+    yield compared(model, "cached step / the rest by hand on ready tensors", 1.05, Paired(cached, taken[REST]), noise)
+    ours = [taken[FIND][0] + record + epochs * step for record, step in zip(taken[RECORD], cached, strict=True)]
+    with_reading = [own + once for own, once in zip(ours, read, strict=True)]
+    recipe = [epochs * step for step in taken[RECIPE]]
+    recipe_reading = [steps + epochs * once for steps, once in zip(recipe, read, strict=True)]
+    whole = [epochs * step for step in taken[WHOLE]]
+    for other, reading, samples, wanted in (
+        (RECIPE, False, Paired(ours, recipe), fewest),
+        (RECIPE, True, Paired(with_reading, recipe_reading), fewest),
+        ("ours without the frontier", False, Paired(ours, whole), 1.0),
+    ):
+        what = compared_with(other, epochs, reading=reading)
+        faster = f"{1 / samples.ratio.median:.2f} times faster, {wanted:g} wanted; {remark}"
+        yield compared(model, what, 1 / wanted, samples, noise, remark=faster)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def list_parts(*, on_cuda: bool, folder: str) -> list[Part]:
             ["--pictures", "2048", "--repeats", "3", "--seeds", "0"],
             ["--model", "test_resnet", "--pictures", "8", "--features", "16", "--epochs", "2", "--seeds", "0"],
         ),
+        benchmark("frontier", "frontier", 6, ["--repeats", "12"], [*one_model, "--batch-size", "4", "--images", "20"]),
     ]
 
 

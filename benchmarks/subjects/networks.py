@@ -1,4 +1,4 @@
-"""The networks that the benchmarks know by name: any timm architecture, and the two networks of the article."""
+"""The networks that the benchmarks know by name: any timm architecture, and the networks of the article."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
 
-ARTICLE_NETWORKS = ("ConvModel", "PretrainedResNet")
+ARTICLE_NETWORKS = ("ConvModel", "PretrainedResNet", "PretrainedResNetVariation")
 NUM_CLASSES = 10
 
 
