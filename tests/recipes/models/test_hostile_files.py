@@ -251,7 +251,7 @@ def with_config(content: bytes, **entries: object) -> bytes:
         ),
         (
             lambda c: replace_entry(c, "class_names", json.dumps(["cat\ud800", "dog", "cow"])),
-            "class_names = .*: a name is neither text nor the bytes of a file name",
+            "class_names = .*: 'utf-8' codec can't encode character '.ud800' in position 3: surrogates not allowed",
         ),
         (
             lambda c: replace_entry(c, "versions", json.dumps({"\x1b[2J": "1"})),

@@ -9,7 +9,7 @@ from typing import Literal
 
 import timm
 from huggingface_hub import try_to_load_from_cache  # it comes with timm
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import distinct_tensors
@@ -24,11 +24,7 @@ __all__ = ["BaseWeights", "digest_backbone", "find_base", "refer_to_base", "reme
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Where the weights of a backbone came from, for the machine and in words, and a digest of each of its tensors.
-
-    >>> BaseWeights("file", "weights from resnet18.pth", {}).source
-    'file'
-    """
+    """Where the weights of a backbone came from, for the machine and in words, and a digest of each of its tensors."""
 
     source: Literal["package", "hub", "file"]
     words: str
@@ -39,11 +35,6 @@ def remember_base(model: FineTuneModel, source: Source, words: str) -> BaseWeigh
     """Digest a backbone before its training, so that ``save_trained_changes`` can tell what changed.
 
     ``source`` and ``words`` are what ``load_network`` returned.
-
-    >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
-    >>> base = remember_base(model, "file", "weights from resnet.pth")
-    >>> len(base.digests) == len(model.backbone.state_dict())
-    True
 
     Raises:
         ValueError: the weights are random; such a base cannot be built again.
@@ -57,11 +48,7 @@ def remember_base(model: FineTuneModel, source: Source, words: str) -> BaseWeigh
 
 
 def digest_backbone(model: FineTuneModel) -> dict[str, str]:
-    """Digest the bits, dtype and shape of each tensor of a backbone, by the model's own names.
-
-    >>> list(digest_backbone(FineTuneModel(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))))
-    ['backbone.weight']
-    """
+    """Digest the bits, dtype and shape of each tensor of a backbone, by the model's own names."""
     return {name: digest(tensor) for name, tensor in _backbone_tensors(model).items()}
 
 
@@ -87,11 +74,25 @@ def find_base(description: ModelDescription, missing: Iterable[str], path: Path 
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: the package is not installed.
     """
-    base = description.base
-    if base is None:
-        raise ValueError("its metadata does not name the base weights that it leaves out")
-    wanted = f"{description.architecture} with {base.words}"
-    network = _load_base_network(description, base, wanted, path)
+    architecture, base = description.architecture, description.base
+    assert base is not None  # tensors that a file without a base leaves out are refused before
+    wanted = f"{architecture} with {base.words}"
+    # The dropout before the classifier is no part of the backbone.
+    arguments = {name: value for name, value in description.given_arguments.items() if name != "drop_rate"}
+    if path is None and base.source == "package" and architecture == PACKAGED_ARCHITECTURE:
+        network = load_packaged_network(**arguments)
+    # A file may be a stranger's: it starts no download, and a path that it names is not opened.
+    elif file := path or (_find_cached_weights(architecture) if base.source == "hub" else None):
+        network = load_checkpoint_network(architecture, file, **arguments)
+    else:
+        fetch = (
+            "they are not in the cache of the hub on this machine, and a model file starts no download; fetch them "
+            f"with timm.create_model({architecture!r}, pretrained=True) in Python, or "
+        )
+        raise ValueError(
+            f"it holds only what training changed, on top of {wanted}; {fetch if base.source == 'hub' else ''}give "
+            "that weights file (--base FILE; base=Path(...) in Python)"
+        )
     tensors = _backbone_tensors(FineTuneModel.from_timm(network, num_classes=len(description.class_names)))
     rest = {name: tensors[name] for name in missing if name in tensors}
     found = _fingerprint({name: digest(tensor) for name, tensor in rest.items()})
@@ -102,28 +103,6 @@ def find_base(description: ModelDescription, missing: Iterable[str], path: Path 
             "give the weights file that it was trained on (--base FILE; base=Path(...) in Python)"
         )
     return rest
-
-
-def _load_base_network(description: ModelDescription, base: BaseReference, wanted: str, path: Path | None) -> nn.Module:
-    """Load the network that a base is made of."""
-    # The dropout before the classifier is no part of the backbone.
-    arguments = {name: value for name, value in description.given_arguments.items() if name != "drop_rate"}
-    if path is None and base.source == "package" and description.architecture == PACKAGED_ARCHITECTURE:
-        return load_packaged_network(**arguments)
-    # A file may be a stranger's: it starts no download, and a path that it names is not opened.
-    path = path or (_find_cached_weights(description.architecture) if base.source == "hub" else None)
-    if path is None:
-        hint = (
-            f"they are not in the cache of the hub on this machine, and a model file starts no download; fetch them "
-            f"with timm.create_model({description.architecture!r}, pretrained=True) in Python, or give"
-            if base.source == "hub"
-            else "give"
-        )
-        raise ValueError(
-            f"it holds only what training changed, on top of {wanted}; {hint} that weights file "
-            "(--base FILE; base=Path(...) in Python)"
-        )
-    return load_checkpoint_network(description.architecture, path, **arguments)
 
 
 def _find_cached_weights(architecture: str) -> Path | None:

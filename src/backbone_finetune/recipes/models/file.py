@@ -68,12 +68,7 @@ class TrainedModel:
 
 
 def build_transform(data_config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """Build timm's evaluation transform: resize, centre crop, normalise. The same image always gives the same tensor.
-
-    >>> model = timm.create_model("test_resnet")
-    >>> tuple(build_transform(timm.data.resolve_model_data_config(model))(Image.new("RGB", (64, 48))).shape)
-    (3, 160, 160)
-    """
+    """Build timm's evaluation transform, which gives the same tensor for an image each time."""
     transform: Callable[[Image.Image], Tensor] = create_transform(**data_config, is_training=False)
     return transform
 
@@ -97,22 +92,9 @@ def save_trained_model(trained: TrainedModel, path: Path, *, record: Mapping[str
 
 
 def save_trained_changes(trained: TrainedModel, base: BaseWeights, path: Path, *, record: Mapping[str, object]) -> None:
-    """Write only what training changed: the classifier, and the tensors of the backbone that have other bits now.
+    """Write the classifier, and the tensors of the backbone that training changed; see ``save_trained_model``.
 
-    The file names its base and carries a fingerprint of it, so that it loads onto this base and no other.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> from backbone_finetune.recipes.models.changes import remember_base
-    >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
-    >>> base = remember_base(model, "file", "weights from resnet.pth")  # before the training
-    >>> trained = TrainedModel(model, "test_resnet", ("cat", "dog"), timm.data.resolve_model_data_config(model))
-    >>> with TemporaryDirectory() as folder:
-    ...     save_trained_changes(trained, base, Path(folder, "changes.safetensors"), record={})
-    ...     sorted(read_checkpoint(Path(folder, "changes.safetensors"))[0])
-    ['classifier.bias', 'classifier.weight']
-
-    Raises:
-        ValueError: as `save_trained_model`, or the base is that of another model.
+    The file names its base (``remember_base``) and has a fingerprint of it: it loads onto this base and no other.
     """
     metadata = _make_metadata(trained, record)
     now = digest_backbone(trained.model)
@@ -146,10 +128,9 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
             raise ValueError(f"it holds the whole model, and takes no base (given: {base})")
         below = find_base(description, missing, base) if missing else {}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
-                    f"{name} holds values that are not finite; "
-                    "the training diverged (lower its --lr) or the file is damaged"
+                    f"{name} holds values that are not finite; training diverged (lower --lr) or the file is damaged"
                 )
         model = _build_model(description)
         load_tensors(model, {**below, **tensors})
@@ -165,12 +146,7 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
 
 
 def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:
-    """Read what a model file says about its model, and build that on the meta device, frozen as it was.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated or foreign, or does not fit the network that it names.
-    """
+    """Read what a model file says about its model, and build that on the meta device, frozen as it was."""
     layouts, metadata = peek_checkpoint(path)
     with _naming(path, "not a model that `backbone-finetune train` wrote; "):
         description = parse_metadata(metadata)
@@ -185,13 +161,7 @@ def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:
 
 
 def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str | None:
-    """Tell why a network on the meta device takes no image of a size (channels, height, width); None where it does.
-
-    >>> with torch.device("meta"):
-    ...     model = FineTuneModel.from_timm("vit_tiny_patch16_224", num_classes=2)
-    >>> find_size_problem(model, (3, 224, 224)) is None, find_size_problem(model, (3, 96, 96))
-    (True, "Input height (96) doesn't match model (224).")
-    """
+    """Tell why a network on the meta device takes no image of a size (channels, height, width); None where it does."""
     try:
         with torch.no_grad():
             model.eval()(torch.empty(1, *size, device="meta"))
@@ -212,15 +182,15 @@ def _naming(path: Path, what: str = "") -> Iterator[None]:
 def _make_metadata(trained: TrainedModel, record: Mapping[str, object]) -> dict[str, str]:
     """Describe a model as the metadata of a file, and check that the model can be built again from it."""
     trainable = [name for name, parameter in trained.model.named_parameters() if parameter.requires_grad]
-    metadata = {
-        "architecture": trained.architecture,
-        "arguments": json.dumps(dict(trained.arguments)),
-        "class_names": json.dumps(trained.class_names),
-        "data_config": json.dumps(dict(trained.data_config)),
-        "freeze_state": json.dumps({"norm_eval": trained.model.norm_eval, "trainable": trainable}),
-        "versions": json.dumps(installed_versions()),
-        "record": json.dumps(record),
+    entries = {
+        "arguments": dict(trained.arguments),
+        "class_names": trained.class_names,
+        "data_config": dict(trained.data_config),
+        "freeze_state": {"norm_eval": trained.model.norm_eval, "trainable": trainable},
+        "versions": installed_versions(),
+        "record": record,
     }
+    metadata = {"architecture": trained.architecture, **{name: json.dumps(entries[name]) for name in entries}}
     try:
         _check_layouts(parse_metadata(metadata), distinct_tensors(trained.model))
     except ValueError as error:
@@ -229,7 +199,7 @@ def _make_metadata(trained: TrainedModel, record: Mapping[str, object]) -> dict[
 
 
 def _build_model(description: ModelDescription) -> FineTuneModel:
-    """Build the network of a description, with random weights, on the default device."""
+    """Build the network of a description with random weights."""
     try:
         return FineTuneModel.from_timm(
             description.architecture,

@@ -75,14 +75,6 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
     The file must hold this very network: its classifier may have any number of classes, or be missing from the file,
     but no other tensor may be missing, left over or of another shape.
 
-    >>> from safetensors.torch import save_file
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     path = Path(folder, "weights.safetensors")
-    ...     save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), path)
-    ...     load_checkpoint_network("test_resnet", path).num_classes
-    7
-
     Raises:
         ValueError: no such architecture, or the file can't be read, or it holds another network.
         FileNotFoundError: there is no such file.
@@ -100,34 +92,24 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
     defaults = timm.get_pretrained_cfg(architecture) or PretrainedCfg()
     names = (defaults.classifier,) if isinstance(defaults.classifier, str) else defaults.classifier or ()
     classifier = next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)
-    if classifier is not None:
-        return _create_filled_network(architecture, path, num_classes=len(classifier), **arguments)
-    try:
-        return _create_filled_network(architecture, path, num_classes=defaults.num_classes, **arguments)
-    except ValueError:
-        return _create_filled_network(architecture, path, num_classes=0, **arguments)
-
-
-def _create_filled_network(architecture: str, path: Path, *, num_classes: int, **arguments: Any) -> nn.Module:
-    """Build an architecture with ``num_classes`` classes and load a file that has as many."""
-    overlay = {"file": str(path), "num_classes": num_classes, "label_offset": 0}
-    try:
-        return timm.create_model(
-            architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
-        )
-    except Exception as error:  # timm's translators raise anything for a foreign file
-        raise ValueError(
-            f"{path}: these are not the weights of {architecture} ({one_line(error, most=300)})"
-        ) from error
+    problem: Exception | None = None
+    for num_classes in (defaults.num_classes, 0) if classifier is None else (len(classifier),):
+        overlay = {"file": str(path), "num_classes": num_classes, "label_offset": 0}
+        try:
+            return timm.create_model(
+                architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
+            )
+        except Exception as error:  # timm's translators raise anything for a foreign file
+            problem = error
+    raise ValueError(
+        f"{path}: these are not the weights of {architecture} ({one_line(problem, most=300)})"
+    ) from problem
 
 
 def load_packaged_network(**arguments: Any) -> nn.Module:
     """Build timm's ``tf_efficientnet_lite0`` with the ImageNet weights of the installed package.
 
     ``arguments`` are those of ``timm.create_model``.
-
-    >>> load_packaged_network().num_classes
-    1000
 
     Raises:
         ModuleNotFoundError: the package is not installed.
