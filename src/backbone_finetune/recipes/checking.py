@@ -1,9 +1,18 @@
 """Checks of arguments: what came, and what is allowed."""
 
-import math
-from numbers import Integral, Real
+from numbers import Integral
+from typing import Annotated
 
-__all__ = ["expect", "is_number", "is_whole"]
+from pydantic import ConfigDict, Field, validate_call
+
+__all__ = ["NotNegative", "Positive", "expect", "is_whole", "validated"]
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+# Checks the arguments of a function by their annotations. What is wrong is a ValidationError, which is a ValueError and
+# names each argument, what came and what is allowed.
+validated = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
 
 
 def expect(name: str, value: object, expected: str, fulfilled: bool) -> None:
@@ -25,12 +34,3 @@ def is_whole(value: object, *, least: int = 0) -> bool:
     (True, False, False, False)
     """
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-def is_number(value: object) -> bool:
-    """Say whether a value is a finite number.
-
-    >>> is_number(1e-3), is_number(True), is_number(math.nan), is_number("1")
-    (True, False, False, False)
-    """
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

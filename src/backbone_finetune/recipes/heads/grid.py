@@ -4,31 +4,34 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any
+from itertools import chain, product
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from backbone_finetune.layers.param_groups import build_param_groups
+from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.measures import count_classes
 
-from ..checking import expect, is_whole
+from ..checking import NotNegative, Positive, validated
 from ..data.targets import check_targets
 from ..features.extract import feature_batches, find_device_of, module_inputs, without_unread
 
-__all__ = ["HeadResult", "decaying_names", "fit_heads"]
+__all__ = ["HeadResult", "check_features", "decaying_names", "fit_heads", "head_batch"]
+
+Rates = Annotated[Sequence[NotNegative], BeforeValidator(list), Field(min_length=1)]  # list: of an array, too
 
 
 @dataclass(frozen=True)
 class HeadResult:
     """A head of the grid, and what it made of the validation data: accuracy 0 to 1, and mean loss.
 
-    A head whose weights went beyond all numbers has accuracy 0 and a loss that is not finite.
+    A head that diverged has accuracy 0 and an infinite loss.
 
     >>> HeadResult(lr=1e-3, weight_decay=0.05, validation_accuracy=0.7, validation_loss=0.9).lr
     0.001
@@ -41,12 +44,7 @@ class HeadResult:
 
 
 class StackedHeads:
-    """Copies of one head, each with its own rates, that train as one: every tensor has a first dimension H for them.
-
-    >>> heads = StackedHeads(nn.Linear(3, 2), [(0.1, 0.0), (0.2, 0.0)], device=torch.device("cpu"))
-    >>> tuple(heads.logits(torch.ones(4, 3)).shape)
-    (4, 2, 2)
-    """
+    """Copies of one head, each with its own rates, that train as one: every tensor has a first dimension H for them."""
 
     def __init__(self, head: nn.Module, rates: Sequence[tuple[float, float]], *, device: torch.device) -> None:
         self.head = copy.deepcopy(head).to(device)  # never trained itself: it says how to compute, and in which mode
@@ -58,10 +56,8 @@ class StackedHeads:
         self.rates: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
         for name, tensor in self.trained.items():
-            shape = (-1, *(1 for _ in tensor.shape[1:]))
-            self.rates[name] = lr.to(tensor.dtype).to(device).view(shape)
-            kept = 1 - lr * weight_decay * (name in decays)
-            self.kept[name] = kept.to(tensor.dtype).to(device).view(shape)
+            for into, values in ((self.rates, lr), (self.kept, 1 - lr * weight_decay * (name in decays))):
+                into[name] = values.to(tensor.dtype).to(device).view(-1, *(1 for _ in tensor.shape[1:]))
         # The direction of Adam's step depends neither on the rate nor on the weights: torch's own AdamW takes a step
         # of rate 1 from zero, for all heads in one kernel, and each head goes along it at its own rate.
         self.steps = {name: torch.zeros_like(tensor) for name, tensor in self.trained.items()}
@@ -95,20 +91,21 @@ class StackedHeads:
     @torch.no_grad()
     def copy_to(self, head: nn.Module, index: int) -> None:
         """Copy the parameters and buffers of one head."""
-        own = {**dict(head.named_parameters()), **dict(head.named_buffers())}
+        own = dict(chain(head.named_parameters(), head.named_buffers()))
         for name, tensor in {**self.parameters, **self.buffers}.items():
             own[name].copy_(tensor[index])
 
 
+@validated
 def fit_heads(
     classifier: nn.Module,
     train: TensorDataset,
     validation: TensorDataset,
     *,
-    learning_rates: Sequence[float],
-    weight_decays: Sequence[float] = (0.0,),
-    epochs: int,
-    batch_size: int,
+    learning_rates: Rates,
+    weight_decays: Rates = (0.0,),
+    epochs: Positive,
+    batch_size: Positive,
     device: torch.device | None = None,
     seed: int = 0,
     show_progress: bool = True,
@@ -133,109 +130,73 @@ def fit_heads(
     classifier gets a tuple. On data of one image more than full batches, that one sits the epoch out.
 
     Raises:
-        ValueError: no rates or impossible ones, no epochs, no data, nothing in the classifier trains, or every head
-            diverged.
+        ValueError: a setting is out of range, there are no features, a target is no class of the classifier, nothing in
+            the classifier trains, or every head diverged.
     """
-    expect("epochs", epochs, "a whole number from 1", is_whole(epochs, least=1))
-    expect("batch_size", batch_size, "a whole number from 1", is_whole(batch_size, least=1))
-    expect("len(train)", len(train), "one image or more", len(train) > 0)
-    expect("len(validation)", len(validation), "one image or more", len(validation) > 0)
+    train, validation = check_features("train", train, classifier), check_features("validation", validation, classifier)
     rates = list(product(learning_rates, weight_decays))
-    if not rates or not all(0 <= rate < math.inf for pair in rates for rate in pair):
-        raise ValueError(
-            f"learning_rates={list(learning_rates)}, weight_decays={list(weight_decays)}: pass at least one of each, "
-            "finite and 0 or more"
-        )
-    for name, data in (("train", train), ("validation", validation)):
-        check_targets(name, data.tensors[-1], count_classes(classifier))
-    train, validation = without_unread(train), without_unread(validation)
     device = device or find_device_of(classifier)
     heads = StackedHeads(classifier, rates, device=device)
     generator = torch.Generator().manual_seed(seed)
-    # BatchNorm cannot train on a batch of one, so a last image left alone sits this epoch out.
-    batches = feature_batches(
-        train, batch_size, generator=generator, drop_last=len(train) % batch_size == 1 < len(train)
-    )
+    alone = len(train) % batch_size == 1 < len(train)  # BatchNorm cannot train on a batch of one
+    batches = feature_batches(train, batch_size, generator=generator, drop_last=alone)
     heads.head.train()
     with tqdm(total=epochs * len(batches), desc=f"{len(rates)} heads", unit="batch", disable=not show_progress) as bar:
         for _ in range(epochs):
             for batch in batches:
                 features, targets = head_batch(train, batch, device)
-                heads.step(losses(heads.logits(features), targets))
+                heads.step(_losses(heads.logits(features), targets))
                 bar.update()
-    accuracy, loss = validate(heads, validation, batch_size=batch_size, device=device)
-    results = [HeadResult(*pair, *values) for pair, *values in zip(rates, accuracy, loss, strict=True)]
-    order = sorted(range(len(rates)), key=lambda index: rank(results[index]))
-    best = order[0]
-    if not math.isfinite(results[best].validation_loss):
+    accuracy, loss = _validate(heads, validation, batch_size=batch_size, device=device)
+    order = sorted(range(len(rates)), key=lambda index: (-accuracy[index], loss[index]))
+    if not math.isfinite(loss[order[0]]):
         raise ValueError(f"all {len(rates)} heads diverged; pass smaller learning rates than {min(learning_rates)}")
-    heads.copy_to(classifier, best)
-    return tuple(results[index] for index in order)
+    heads.copy_to(classifier, order[0])
+    return tuple(HeadResult(*rates[index], accuracy[index], loss[index]) for index in order)
+
+
+def check_features(name: str, data: TensorDataset, classifier: nn.Module) -> TensorDataset:
+    """Check that features have targets that a classifier knows; returns them without the images that were not read."""
+    check_targets(name, data.tensors[-1], count_classes(classifier))
+    data = without_unread(data)
+    if not len(data):
+        raise ValueError(f"len({name}) = 0: expected one image or more")
+    return data
 
 
 def decaying_names(classifier: nn.Module) -> set[str]:
-    """Name the parameters of a classifier that weight decay is for, by the rule of `FineTuneModel.param_groups`.
-
-    >>> decaying_names(nn.Linear(2, 2))
-    {'weight'}
-
-    Raises:
-        ValueError: nothing in the classifier trains.
-    """
-    groups = build_param_groups(
-        nn.Identity(),
-        classifier,
-        (),
-        lr=1.0,
-        backbone_lr=None,
-        weight_decay=1.0,
-        layer_decay=None,
-        include_frozen=False,
-    )
+    """Name the parameters of a classifier that weight decay is for; ValueError where nothing trains."""
+    groups = FineTuneModel(nn.Identity(), classifier).param_groups(lr=1.0, weight_decay=1.0)
     names = (name for group in groups if group["weight_decay"] for name in group["param_names"])
     return {name.removeprefix("classifier.") for name in names}
 
 
 def head_batch(data: TensorDataset, batch: Sequence[Tensor], device: torch.device) -> tuple[Any, Tensor]:
-    """Move a batch of features to a device, and arrange it as ``(features, targets)`` for a classifier.
-
-    >>> head_batch(TensorDataset(), (torch.zeros(1), torch.ones(1), torch.tensor([2])), torch.device("cpu"))
-    ((tensor([0.]), tensor([1.])), tensor([2]))
-    """
+    """Move a batch of features to a device, and arrange it as ``(features, targets)`` for a classifier."""
     *features, targets = (tensor.to(device) for tensor in batch)
     arranged = module_inputs(data, features)
     return (arranged[0] if len(arranged) == 1 else arranged), targets.long()
 
 
-def losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Compute each head's mean cross entropy: (B, H, num_classes) and (B,) to (H,).
-
-    >>> losses(torch.zeros(4, 3, 2), torch.zeros(4, dtype=torch.long))
-    tensor([0.6931, 0.6931, 0.6931])
-    """
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Compute each head's mean cross entropy: (B, H, num_classes) and (B,) to (H,)."""
     batch, heads = logits.shape[:2]
     repeated = targets.repeat_interleave(heads)
     return cross_entropy(logits.flatten(0, 1), repeated, reduction="none").view(batch, heads).mean(0)
 
 
 @torch.no_grad()
-def validate(
+def _validate(
     heads: StackedHeads, validation: TensorDataset, *, batch_size: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Compute the accuracy and the mean loss of every head; accuracy 0 where the loss is not finite."""
+    """Compute the accuracy and the mean loss of every head: 0 and infinite where the loss is not finite."""
     heads.head.eval()
-    correct = torch.zeros(heads.count, device=device)
-    loss = torch.zeros(heads.count, device=device)
+    correct, loss = torch.zeros(2, heads.count, device=device)
     for batch in feature_batches(validation, batch_size):
         features, targets = head_batch(validation, batch, device)
         logits = heads.logits(features)
         correct += (logits.argmax(-1) == targets[:, None]).sum(0)
-        loss += losses(logits, targets) * len(targets)
-    accuracy = torch.where(loss.isfinite(), correct / len(validation), 0.0)
-    return accuracy.tolist(), (loss / len(validation)).tolist()
-
-
-def rank(result: HeadResult) -> tuple[float, float]:
-    """Order heads by accuracy, then by loss; one that diverged has no accuracy and comes last (NaN has no order)."""
-    loss = result.validation_loss
-    return -result.validation_accuracy, loss if math.isfinite(loss) else math.inf
+        loss += _losses(logits, targets) * len(targets)
+    diverged = ~loss.isfinite()
+    accuracy, mean_loss = correct / len(validation), loss / len(validation)
+    return accuracy.masked_fill(diverged, 0).tolist(), mean_loss.masked_fill(diverged, math.inf).tolist()

@@ -1,19 +1,18 @@
 """A head by full-batch L-BFGS on cached features, as CLIP's linear probe is trained: no learning rate to choose."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from backbone_finetune.splitting.measures import count_classes
-
-from ..checking import expect, is_number, is_whole
-from ..data.targets import check_targets
+from ..checking import NotNegative, Positive, validated
 from ..features.backbone_pass import in_eval
-from ..features.extract import find_device_of, without_unread
-from .grid import decaying_names, head_batch
+from ..features.extract import find_device_of
+from .grid import check_features, decaying_names, head_batch
 
 __all__ = ["LbfgsResult", "fit_lbfgs"]
 
@@ -32,14 +31,15 @@ class LbfgsResult:
     converged: bool
 
 
+@validated
 def fit_lbfgs(
     classifier: nn.Module,
     features: TensorDataset,
     *,
-    weight_decay: float = 0.0,
-    max_iterations: int = 1000,
-    tolerance: float = 1e-5,
-    chunk_size: int = 8192,
+    weight_decay: NotNegative = 0.0,
+    max_iterations: Positive = 1000,
+    tolerance: NotNegative = 1e-5,
+    chunk_size: Positive = 8192,
     device: torch.device | None = None,
 ) -> LbfgsResult:
     """Minimise a classifier's mean cross entropy over all features at once, by L-BFGS with a strong-Wolfe search.
@@ -61,13 +61,7 @@ def fit_lbfgs(
         ValueError: an argument is out of range, there are no features, nothing in the classifier trains, or the
             objective is not finite.
     """
-    expect("len(features)", len(features), "one image or more", len(features) > 0)
-    expect("weight_decay", weight_decay, "a number from 0", is_number(weight_decay) and weight_decay >= 0)
-    expect("tolerance", tolerance, "a number from 0", is_number(tolerance) and tolerance >= 0)
-    expect("max_iterations", max_iterations, "a whole number from 1", is_whole(max_iterations, least=1))
-    expect("chunk_size", chunk_size, "a whole number from 1", is_whole(chunk_size, least=1))
-    check_targets("features", features.tensors[-1], count_classes(classifier))
-    features = without_unread(features)
+    features = check_features("features", features, classifier)
     decaying = decaying_names(classifier)
     device = device or find_device_of(classifier)
     classifier.to(device)
@@ -90,46 +84,27 @@ def fit_lbfgs(
     precision = torch.float32 if device.type == "mps" else torch.float64
 
     def objective() -> Tensor:
+        """Compute the objective and its gradient, with the graph of one chunk at a time in memory."""
         optimizer.zero_grad()
         total = torch.zeros((), dtype=precision, device=device)
-        for name, parameter in trained.items():
-            if name in decaying:
-                total = backward_and_add(weight_decay / 2 * parameter.to(precision).square().sum(), total)
-        for chunk in chunks:
-            inputs, targets = head_batch(features, chunk, device)
-            logits: Tensor = classifier(inputs)
-            loss = cross_entropy(logits.to(precision), targets, reduction="sum") / len(features)
-            total = backward_and_add(loss, total)
+        weights = [parameter for name, parameter in trained.items() if name in decaying]
+        penalties = (weight_decay / 2 * weight.to(precision).square().sum() for weight in weights)
+        for term in chain(penalties, map(mean_loss, chunks)):
+            term.backward()  # type: ignore[no-untyped-call]
+            total += term.detach()
         return total
 
+    def mean_loss(chunk: Sequence[Tensor]) -> Tensor:
+        inputs, targets = head_batch(features, chunk, device)
+        logits: Tensor = classifier(inputs)
+        return cross_entropy(logits.to(precision), targets, reduction="sum") / len(features)
+
     with in_eval(classifier):
-        refuse_non_finite(objective())  # torch's search fails on it in its own words
+        if not (start := objective()).isfinite():  # torch's search fails on it in its own words
+            raise ValueError(f"the objective is {start}; the features or the classifier's weights are not finite")
         optimizer.step(objective)  # type: ignore[no-untyped-call]
         loss = objective()
     gradient = max(float(parameter.grad.abs().max()) for parameter in trained.values() if parameter.grad is not None)
     optimizer.zero_grad()
     iterations = int(next(iter(optimizer.state.values()))["n_iter"])
     return LbfgsResult(loss.item(), gradient, iterations, converged=gradient <= tolerance)
-
-
-def backward_and_add(term: Tensor, total: Tensor) -> Tensor:
-    """Accumulate a term's gradient, and its value, so that the graph of one term at a time is in memory."""
-    term.backward()  # type: ignore[no-untyped-call]
-    return total + term.detach()
-
-
-def refuse_non_finite(objective: Tensor) -> None:
-    """See that there is something to minimise.
-
-    >>> refuse_non_finite(torch.tensor(float("nan")))
-    Traceback (most recent call last):
-    ...
-    ValueError: the objective is nan; the features or the classifier's weights are not finite
-
-    Raises:
-        ValueError: it is not finite.
-    """
-    if not objective.isfinite():
-        raise ValueError(
-            f"the objective is {objective.item()}; the features or the classifier's weights are not finite"
-        )
