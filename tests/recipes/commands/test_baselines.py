@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.commands import baselines as reference
 from backbone_finetune.recipes.commands.baselines import (
+    baseline_accuracy,
     chance_accuracy,
     measure_backward,
-    random_backbone_accuracy,
-    raw_pixel_accuracy,
+    pixel_model,
+    random_model,
 )
 from backbone_finetune.recipes.training.loop import TrainerConfig
 from backbone_finetune.recipes.training.phases import Phase
@@ -39,27 +39,26 @@ def test_chance_answers_the_commonest_training_class() -> None:
 
 def test_raw_pixels_suffice_where_colour_tells() -> None:
     phase = Phase(epochs=10)
-    assert raw_pixel_accuracy(3, make_images(30), make_images(), phase=phase, loop=LOOP) > 0.9
+    accuracy = baseline_accuracy("raw pixels", pixel_model(3), make_images(30), make_images(), phase=phase, loop=LOOP)
+    assert accuracy > 0.9
 
 
-def test_the_random_backbone_is_random_and_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    models: list[FineTuneModel] = []
-
-    def record(model: FineTuneModel, *arguments: Any, **keywords: Any) -> Any:
-        models.append(model)
-        return fine_tune(model, *arguments, **keywords)
-
-    fine_tune = reference.fine_tune
-    monkeypatch.setattr(reference, "fine_tune", record)
+def test_the_random_backbone_is_random_and_stays_frozen() -> None:
     torch.manual_seed(5)
-    expected = timm.create_model("test_resnet")
+    initial = timm.create_model("test_resnet").state_dict()
     torch.manual_seed(5)
-    phase = Phase(epochs=1)
-    random_backbone_accuracy("test_resnet", 3, make_images(), make_images(), phase=phase, loop=LOOP)
-    (model,) = models
+    model = random_model("test_resnet", 3)
+    baseline_accuracy("random backbone", model, make_images(), make_images(), phase=Phase(epochs=1), loop=LOOP)
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
-    initial = expected.state_dict()
     assert all(torch.equal(tensor, initial[name]) for name, tensor in model.backbone.state_dict().items())
+
+
+def test_a_baseline_may_diverge(caplog: pytest.LogCaptureFixture) -> None:
+    phase = Phase(epochs=1, lr=1e38)
+    accuracy = baseline_accuracy("raw pixels", pixel_model(3), make_images(), make_images(), phase=phase, loop=LOOP)
+    assert 0 <= accuracy <= 1
+    assert "raw pixels: the training diverged at lr = 1e+38" in caplog.text
+    assert caplog.text.endswith("; its last accuracy counts\n")
 
 
 class SlowForward(nn.Module):
@@ -87,7 +86,7 @@ class SlowForward(nn.Module):
 
 def test_only_the_backward_pass_is_timed() -> None:
     model = FineTuneModel(SlowForward(), nn.Linear(8, 2)).freeze_backbone()
-    times = measure_backward(model, torch.randn(6, 4), torch.zeros(6, dtype=torch.long), rounds=3)
+    times = measure_backward(model, torch.randn(6, 4), torch.zeros(6, dtype=torch.long))
     assert times is not None
     # A sleep takes its time at least, and the forward's is far longer than all that a backward does.
     assert times.unfrozen >= 20
@@ -111,7 +110,7 @@ def test_a_model_that_is_too_large_to_unfreeze_is_not_timed(caplog: pytest.LogCa
 def test_timing_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
     model = FineTuneModel(SlowForward(), nn.Linear(8, 2)).freeze_backbone().eval()
     before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    measure_backward(model, torch.randn(6, 4, generator=torch.Generator()), torch.zeros(6, dtype=torch.long), rounds=1)
+    measure_backward(model, torch.randn(6, 4, generator=torch.Generator()), torch.zeros(6, dtype=torch.long))
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == [False] * 4 + [True] * 2

@@ -25,7 +25,6 @@ from backbone_finetune.recipes.commands.train import TrainSettings, train
 from backbone_finetune.recipes.data.images import find_images, split
 from backbone_finetune.recipes.files import replacing
 from backbone_finetune.recipes.models.file import load_trained_model
-from backbone_finetune.recipes.training.divergence import DivergedError
 from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 
@@ -152,7 +151,7 @@ def test_the_model_is_written_before_it_is_compared_with_anything(
     def fail(*arguments: object, **keywords: object) -> float:
         raise fault
 
-    monkeypatch.setattr(run_module, "raw_pixel_accuracy", fail)
+    monkeypatch.setattr(run_module, "baseline_accuracy", fail)
     with pytest.raises(type(fault), match=str(fault)):
         train(TrainSettings(**settings))
     assert names_in(settings["output"]) == {"run.json", MODEL_FILE, ".unfinished"}
@@ -186,21 +185,8 @@ def test_a_run_that_diverges_is_no_success(
 
 
 @pytest.mark.usefixtures("no_timing")
-def test_what_a_model_is_held_against_may_diverge(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def diverge(*arguments: object, **keywords: object) -> float:
-        raise DivergedError("the loss became nan in epoch 1", test_accuracy=0.25)
-
-    monkeypatch.setattr(run_module, "raw_pixel_accuracy", diverge)
-    assert train(TrainSettings(**settings)).raw_pixels == 0.25
-    assert "raw pixels: the loss became nan in epoch 1; its last accuracy counts" in caplog.text
-    assert names_in(settings["output"]) == FILES
-
-
-@pytest.mark.usefixtures("no_timing")
 def test_what_is_written_is_json(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "raw_pixel_accuracy", lambda *arguments, **keywords: float("nan"))
+    monkeypatch.setattr(run_module, "baseline_accuracy", lambda *arguments, **keywords: float("nan"))
     with pytest.raises(ValueError, match="not JSON compliant"):
         train(TrainSettings(**settings))
     assert "metrics.json" not in names_in(settings["output"])

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from backbone_finetune import FineTuneModel
 from backbone_finetune.summary import describe_by_group
 
 from ..data.fingerprint import data_fingerprint
@@ -28,7 +29,7 @@ from ..training.checkpoints import EpochResult
 from ..training.divergence import DivergedError
 from ..training.loop import TrainerConfig, fine_tune
 from ..training.processes import find_device, make_accelerator, run_on_main
-from .baselines import chance_accuracy, measure_backward, random_backbone_accuracy, raw_pixel_accuracy
+from .baselines import baseline_accuracy, chance_accuracy, measure_backward, pixel_model, random_model
 from .metrics import Metrics, describe
 from .run_folder import CURVES_FILE, METRICS_FILE, MODEL_FILE, RUN_FILE, UNFINISHED, finish_run, open_run, publishing
 from .run_record import compare_runs, record_run
@@ -197,25 +198,13 @@ def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, loop: 
     phase = replace(settings.phases[0], epochs=len(metrics.history), trainable_groups=0)
     aside = replace(loop, checkpoints=None, caches=None, compile=None, show_progress=False)
 
-    def compare(name: str, accuracy: Callable[[], float]) -> float:
-        try:
-            return accuracy()
-        except DivergedError as error:
-            if accelerator.is_main_process:
-                logger.warning("%s: %s; its last accuracy counts", name, error)
-            return error.test_accuracy
+    def compare(name: str, model: FineTuneModel) -> float:
+        return baseline_accuracy(name, model, task.train, task.test, phase=phase, loop=aside)
 
     return replace(
         metrics,
-        random_backbone=compare(
-            "random backbone",
-            lambda: random_backbone_accuracy(
-                task.architecture, num_classes, task.train, task.test, phase=phase, loop=aside
-            ),
-        ),
-        raw_pixels=compare(
-            "raw pixels", lambda: raw_pixel_accuracy(num_classes, task.train, task.test, phase=phase, loop=aside)
-        ),
+        random_backbone=compare("random backbone", random_model(task.architecture, num_classes)),
+        raw_pixels=compare("raw pixels", pixel_model(num_classes)),
         backward_milliseconds=run_on_main(
             accelerator, lambda: measure_backward(task.model, *_first_batch(task.train, accelerator.device))
         ),
