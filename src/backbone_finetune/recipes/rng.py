@@ -20,40 +20,28 @@ def random_state() -> dict[str, Any]:
     >>> drawn == (torch.rand(1), random.random(), numpy.random.rand())
     True
     """
-    version, internal, gauss = random.getstate()
-    legacy: Any = numpy.random.get_state()  # numpy types it as either of two forms
-    name, key, *rest = legacy
+    name, key, *rest = numpy.random.get_state(legacy=True)
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, key.tolist(), *rest],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": [state.numpy().tobytes().hex() for state in torch.cuda.get_rng_state_all()]
-        if torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        else [],
+        "python": random.getstate(),
+        "numpy": [name, key.tolist(), *rest],  # type: ignore[union-attr]  # typed for the other form, too
+        "torch": _as_text(torch.get_rng_state()),
+        "cuda": [_as_text(state) for state in on_gpus],
     }
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Restore a state that ``random_state`` returned; see there for an example."""
+    """Restore a state that ``random_state`` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, key, *rest = state["numpy"]
-    numpy.random.set_state((name, numpy.array(key, dtype=numpy.uint32), *rest))
+    numpy.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(_as_bytes(state["torch"]))
     for index, text in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(_as_bytes(text), index)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed all generators.
-
-    >>> with preserve_rng_state():
-    ...     seed_everything(1)
-    ...     first = torch.rand(1), random.random()
-    ...     seed_everything(1)
-    ...     first == (torch.rand(1), random.random())
-    True
-    """
+    """Seed all generators."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -61,18 +49,16 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Restore the state of all generators after the block.
-
-    >>> with preserve_rng_state():
-    ...     drawn = torch.rand(1)
-    >>> torch.equal(drawn, torch.rand(1))
-    True
-    """
+    """Restore the state of all generators after the block."""
     before = random_state()
     try:
         yield
     finally:
         restore_random_state(before)
+
+
+def _as_text(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
 
 
 def _as_bytes(text: str) -> torch.Tensor:

@@ -11,20 +11,12 @@ __all__ = ["describe_fault", "has_control_characters", "join_some", "one_line", 
 
 
 def has_control_characters(text: str) -> bool:
-    r"""Tell whether a text has characters that move a terminal's cursor, colour it or end a line.
-
-    >>> has_control_characters("chat noir"), has_control_characters("cat\x1b[2J")
-    (False, True)
-    """
+    """Tell whether a text has characters that move a terminal's cursor, colour it or end a line."""
     return any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in text)
 
 
 def printable(text: str) -> str:
-    r"""Replace each control character of a text.
-
-    >>> printable("cat\x1b[2J.jpg")
-    'cat�[2J.jpg'
-    """
+    """Replace each control character of a text."""
     return "".join("\N{REPLACEMENT CHARACTER}" if has_control_characters(c) else c for c in text)
 
 
@@ -51,13 +43,7 @@ def join_some(parts: Sequence[str], *, most: int = 3, separator: str = ", ") -> 
 def describe_fault(error: ValidationError) -> str:
     """Write the first fault that pydantic found as one sentence: where it is, what came, and what is allowed.
 
-    >>> from typing import Annotated
-    >>> from pydantic import Field, TypeAdapter
-    >>> try:
-    ...     TypeAdapter(dict[str, Annotated[int, Field(ge=1)]]).validate_python({"epochs": 0})
-    ... except ValidationError as error:
-    ...     describe_fault(error)
-    'epochs = 0: input should be greater than or equal to 1'
+    It is as ``epochs = 0: input should be greater than or equal to 1``.
     """
     fault = error.errors(include_url=False)[0]
     place = " ".join(part if isinstance(part, str) else str(part + 1) for part in fault["loc"])
@@ -68,12 +54,7 @@ def describe_fault(error: ValidationError) -> str:
 
 
 def print_any_name() -> None:
-    """Have stdout and stderr write an escape for what their encoding cannot hold, from now on.
-
-    The name of an image may be bytes that are no text; one such name must not end a command for all that follow.
-
-    >>> print_any_name()
-    """
+    """Have stdout and stderr write an escape for what their encoding cannot hold: bytes in a file's name."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # what else a caller put there takes any text, or is theirs to mend
+        if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
