@@ -63,7 +63,7 @@ def test_any_number_of_workers_gives_the_same_evaluation(trained: TrainedModel, 
     )
     assert one == other
     assert (one.images, len(one.skipped_images)) == (12, 1)
-    with pytest.raises(ValueError, match=r"workers = -1: expected a whole number from 0, or None"):
+    with pytest.raises(ValueError, match=r"workers\n +Input should be greater than or equal to 0 .*input_value=-1"):
         evaluate_folder(trained, tmp_path, workers=-1)
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checking import expect, is_whole
+from ..checking import Positive, Whole, validated
 from ..data.images import read_image
 from ..data.loading import map_batches
 from ..data.transforms import split_transform
@@ -39,8 +39,14 @@ class Prediction:
     error: str | None = None
 
 
+@validated
 def predict(
-    trained: TrainedModel, images: Iterable[Path], *, top_k: int = 3, batch_size: int = 32, workers: int | None = None
+    trained: TrainedModel,
+    images: Iterable[Path],
+    *,
+    top_k: Positive = 3,
+    batch_size: Positive = 32,
+    workers: Whole | None = None,
 ) -> Iterator[Prediction]:
     """Predict the likeliest classes of each image, in order, in float32. An image that cannot be read stops no other.
 
@@ -62,10 +68,7 @@ def predict(
         batch_size: How many images run at a time.
         workers: How many processes read images; None chooses by the cores and the images.
     """
-    expect("top_k", top_k, "a whole number from 1", is_whole(top_k, least=1))
-    expect("batch_size", batch_size, "a whole number from 1", is_whole(batch_size, least=1))
     trained.model.eval()
-    expect("workers", workers, "a whole number from 0, or None", workers is None or is_whole(workers))
     config = trained.data_config
     to_bytes, normalize = split_transform(build_transform(config))
     # The shorter side of an image becomes that of the input before it is cropped, however long the other one is.

