@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from os.path import relpath
 from pathlib import Path
@@ -13,12 +14,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from backbone_finetune.verification import digest
 
 from ..files import digest_file
-from .determinism import digest_item, find_randomness, stated_transforms
+from .determinism import NAME_INSTEAD, digest_item, find_randomness, stated_transforms
 from .images import ImageDataset
 
 __all__ = ["data_fingerprint"]
-
-_INSTEAD = "pass a name of your own: FeatureCache(folder, 'images of 2024, 224 pixels')"
 
 
 def data_fingerprint(dataset: Dataset[Any]) -> str:
@@ -42,7 +41,7 @@ def data_fingerprint(dataset: Dataset[Any]) -> str:
     if isinstance(dataset, DataLoader):
         raise ValueError("data_fingerprint got a DataLoader; pass its dataset: data_fingerprint(loader.dataset)")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(f"{type(dataset).__name__} is a stream of unknown length; {_INSTEAD}")
+        raise ValueError(f"{type(dataset).__name__} is a stream of unknown length; {NAME_INSTEAD}")
     return hashlib.sha256(json.dumps(_describe(dataset)).encode()).hexdigest()
 
 
@@ -57,7 +56,9 @@ def _describe(dataset: Any) -> Any:
         return [kind, [_describe(part) for part in dataset.datasets]]
     # A dataset of your own may state no transform: that it draws nothing is then seen from reading it twice.
     if stated_transforms(dataset) and (reason := find_randomness(dataset)):
-        raise ValueError(f"{reason}; use an evaluation transform, as timm's create_transform(224) gives, or {_INSTEAD}")
+        raise ValueError(
+            f"{reason}; use an evaluation transform, as timm's create_transform(224) gives, or {NAME_INSTEAD}"
+        )
     if type(dataset) is ImageDataset:
         folder = dataset.folder
         return [
@@ -68,24 +69,23 @@ def _describe(dataset: Any) -> Any:
     if kind == "torchvision.datasets.folder.ImageFolder":
         paths, targets = zip(*dataset.samples, strict=True)
         transforms = [_describe_transform(each) for each in (dataset.transform, dataset.target_transform)]
-        files = _describe_files([Path(path) for path in paths], targets, Path(dataset.root))
+        files = _describe_files(map(Path, paths), targets, Path(dataset.root))
         return [kind, files, transforms, f"{dataset.loader.__module__}.{dataset.loader.__qualname__}"]
     items = [digest_item(dataset[index]) for index in range(len(dataset))]
     if not stated_transforms(dataset) and any(digest_item(dataset[i]) != items[i] for i in range(min(len(items), 8))):
-        raise ValueError(f"{type(dataset).__name__} gave another item when it was read twice; {_INSTEAD}")
+        raise ValueError(f"{type(dataset).__name__} gave another item when it was read twice; {NAME_INSTEAD}")
     return [kind, items]
 
 
-def _describe_files(paths: Any, targets: Any, root: Path) -> list[Any]:
+def _describe_files(paths: Iterable[Path], targets: Iterable[int], root: Path) -> list[Any]:
     """Write down images: contents are read, not sizes and times, which can stay the same when an image changes."""
+
+    def describe(path: Path, target: int) -> tuple[str, int, str]:
+        # A pipe or a link to nothing, which would block or fail, is an image that a pass skips.
+        return relpath(path, root), target, digest_file(path) if path.is_file() else "no file"
+
     with ThreadPoolExecutor() as threads:
-        contents = list(threads.map(_digest_image, paths))
-    return list(zip((relpath(path, root) for path in paths), targets, contents, strict=True))
-
-
-def _digest_image(path: Path) -> str:
-    """Digest a file; a pipe or a link to nothing, which would block or fail, is an image that a pass skips."""
-    return digest_file(path) if path.is_file() else "no file"
+        return list(threads.map(describe, paths, targets))
 
 
 def _describe_transform(transform: Any) -> Any:

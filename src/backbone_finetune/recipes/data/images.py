@@ -4,6 +4,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -12,14 +13,7 @@ from torch.utils.data import Dataset
 
 from ..text import has_control_characters
 
-__all__ = [
-    "ImageDataset",
-    "LabelledFolder",
-    "find_images",
-    "list_images",
-    "read_image",
-    "split",
-]
+__all__ = ["ImageDataset", "LabelledFolder", "find_images", "list_images", "read_image", "split"]
 
 # All that Pillow reads by itself: not EPS, which runs Ghostscript, nor formats that are a name and no decoder.
 NO_DECODER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -78,24 +72,25 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         for index in (targets == IGNORED).nonzero().flatten().tolist():
             path = self.folder.paths[index]
             if str(path) not in self.broken:
-                self.broken[str(path)] = find_problem(path) or f"{path}: could not be read before"
+                self.broken[str(path)] = f"{path}: could not be read before"
+                try:
+                    read_image(path)
+                except (ValueError, OSError) as error:
+                    self.broken[str(path)] = str(error)
 
     def check_classes(self) -> None:
-        """See that each class still has an image that can be read.
-
-        Raises:
-            ValueError: one has not.
-        """
-        pairs = zip(self.folder.paths, self.folder.targets, strict=True)
-        readable = {target for path, target in pairs if str(path) not in self.broken}
-        if lost := sorted(set(self.folder.targets) - readable):
-            name = self.folder.class_names[lost[0]]
-            paths = (
-                path for path, target in zip(self.folder.paths, self.folder.targets, strict=True) if target == lost[0]
-            )
+        """Raise ValueError unless each class still has an image that can be read."""
+        faults: dict[int, str] = {}
+        readable: set[int] = set()
+        for path, target in zip(self.folder.paths, self.folder.targets, strict=True):
+            if str(path) in self.broken:
+                faults.setdefault(target, self.broken[str(path)])
+            else:
+                readable.add(target)
+        if lost := sorted(faults.keys() - readable):
             raise ValueError(
-                f"class folder {self.folder.root / name} needs at least 2 readable images, one to train, one to test, "
-                f"and lacks one of these; the first that is broken is {self.broken[str(next(paths))]}"
+                f"class folder {self.folder.root / self.folder.class_names[lost[0]]} needs at least 2 readable images, "
+                f"one to train, one to test, and lacks one of these; the first that is broken is {faults[lost[0]]}"
             )
 
 
@@ -140,22 +135,8 @@ def read_image(path: Path) -> Image.Image:
     except MemoryError:
         raise ValueError(f"{path}: takes more memory than there is") from None
     except Exception as error:  # what Pillow says of a damaged file can be anything, struct.error and KeyError included
-        # Pillow repeats the path in some of its messages
-        reason = str(error).replace(f" {str(path)!r}", "")
+        reason = str(error).replace(f" {str(path)!r}", "")  # Pillow repeats the path in some of its messages
         raise ValueError(f"{path}: not a readable image ({reason})") from error
-
-
-def find_problem(path: Path) -> str | None:
-    """Say why an image can't be read, or None when it can.
-
-    >>> find_problem(Path("tom.jpg"))
-    'tom.jpg: there is no such file'
-    """
-    try:
-        read_image(path)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
 
 
 def find_images(root: Path) -> LabelledFolder:
@@ -184,23 +165,18 @@ def find_images(root: Path) -> LabelledFolder:
         raise FileNotFoundError(f"{root}: there is no such folder; {expected}")
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is a file; {expected}")
-    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    folders.sort()
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if named := [path for path in folders if has_control_characters(path.name)]:
         raise ValueError(f"class folder {str(named[0])!r} has control characters in its name; rename it")
     if not folders:
         raise ValueError(f"{root} has no sub-folders; {expected}")
     if len(folders) == 1:
         raise ValueError(f"{root} has one class only ({folders[0].name}); {expected}, two classes or more")
-    paths: list[Path] = []
-    targets: list[int] = []
-    for target, folder in enumerate(folders):
-        found = images_below(folder)
-        if not found:
-            raise ValueError(f"class folder {folder} holds no image ({EXAMPLES}); add images to it, or remove it")
-        paths += found
-        targets += [target] * len(found)
-    return LabelledFolder(root, tuple(folder.name for folder in folders), tuple(paths), tuple(targets))
+    found = [images_below(folder) for folder in folders]
+    if empty := [folder for folder, paths in zip(folders, found, strict=True) if not paths]:
+        raise ValueError(f"class folder {empty[0]} holds no image ({EXAMPLES}); add images to it, or remove it")
+    targets = tuple(target for target, paths in enumerate(found) for _ in paths)
+    return LabelledFolder(root, tuple(folder.name for folder in folders), tuple(chain(*found)), targets)
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -254,25 +230,17 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
     """
     generator = random.Random(seed)
     held_out: set[int] = set()
-    for target in range(len(folder.class_names)):
+    for target, name in enumerate(folder.class_names):
         members = [index for index, other in enumerate(folder.targets) if other == target]
         if len(members) == 1:
             raise ValueError(
-                f"class folder {folder.root / folder.class_names[target]} holds 1 image, and needs at least 2: one to "
-                "train, one to test"
+                f"class folder {folder.root / name} holds 1 image, and needs at least 2: one to train, one to test"
             )
         count = min(max(round(test_share * len(members)), 1), len(members) - 1)
         held_out.update(generator.sample(members, count))
 
     def select(indices: Sequence[int]) -> LabelledFolder:
-        return replace(
-            folder,
-            paths=tuple(folder.paths[index] for index in indices),
-            targets=tuple(folder.targets[index] for index in indices),
-        )
+        paths, targets = tuple(folder.paths[i] for i in indices), tuple(folder.targets[i] for i in indices)
+        return replace(folder, paths=paths, targets=targets)
 
-    everything = range(len(folder.paths))
-    return (
-        select([index for index in everything if index not in held_out]),
-        select([index for index in everything if index in held_out]),
-    )
+    return select([i for i in range(len(folder.paths)) if i not in held_out]), select(sorted(held_out))

@@ -12,17 +12,15 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from .images import IGNORED, ImageDataset, read_image
 from .transforms import Normalize, split_transform
@@ -50,71 +48,71 @@ def default_workers(count: int, *, processes: int = 1) -> int:
     return min(cores // processes, MOST_WORKERS)
 
 
-@dataclass
-class Sample:
-    """One sample as a worker loads it; or what is wrong with it."""
+class Batch(NamedTuple):
+    """What a worker gives: ``[inputs..., targets]``, the images among them that cannot be read, or what went wrong."""
 
-    values: Any = None
-    broken: tuple[str, str] | None = None
+    values: Any
+    broken: Mapping[str, str] = {}
     error: Exception | None = None
 
 
-@dataclass
-class Batch:
-    """Samples put together, ``(inputs..., targets)``, and the images among them that cannot be read."""
+class Batches(Dataset[Any]):
+    """A dataset as workers load it, by the batch: errors are values, and a sample's draws come from seed and index."""
 
-    values: Any
-    broken: Mapping[str, str]
-    error: Exception | None
-
-    def pin_memory(self) -> "Batch":
-        """Move what is loaded to pinned memory; the loader calls it where it is asked to."""
-        self.values = pin_memory(self.values)  # type: ignore[no-untyped-call]
-        return self
-
-
-class Samples(Dataset[Sample]):
-    """A dataset as workers load it: errors are values, and what is drawn for a sample comes from seed and index."""
-
-    def __init__(self, data: Dataset[Any], seed: str | None, views: int = 1) -> None:
-        self.data = data
+    def __init__(
+        self, data: Dataset[Any], seed: str | None, views: int, compute: Callable[[list[Any]], Any] | None
+    ) -> None:
+        self.data: Any = data
         self.seed = seed
         self.views = views
+        self.compute = compute
         self.normalize: Normalize | None = None
         if isinstance(data, ImageDataset):
             self.to_bytes, self.normalize = split_transform(data.transform)
 
     def __len__(self) -> int:
-        return self.views * len(self.data)  # type: ignore[arg-type]  # torch's Dataset declares no length; these have one
+        return self.views * len(self.data)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        rows: list[Any] = []
+        broken: dict[str, str] = {}
+        place = ""
         try:
-            item = index if self.views == 1 else index % len(self.data)  # type: ignore[arg-type]
-            if self.seed is None:
-                return self.load(item)
-            with seeded(f"{self.seed} {index}"):
-                return self.load(item)
+            for index in indices:
+                place = "" if isinstance(self.data, ImageDataset) else f"sample {index}: "
+                with nullcontext() if self.seed is None else seeded(f"{self.seed} {index}"):
+                    rows.append(self.load(index % len(self.data), broken))
+            place = ""
+            if broken and (readable := [row for row in rows if row[1] != IGNORED]):
+                # Another image of the batch has the right size, and changes the statistics of a BatchNorm least.
+                rows = [(readable[0][0], IGNORED) if row[1] == IGNORED else row for row in rows]
+            values = default_collate(rows)
+            if self.compute is None:
+                return Batch(values, broken)
+            if self.normalize is not None:
+                values[0] = self.normalize(values[0])
+            return Batch(self.compute(values), broken)
         except Exception as error:
             if get_worker_info() is None:
                 raise
-            # torch would raise it with a worker's traceback as its message.
-            kind = type(error) if type(error) is ValueError or isinstance(error, OSError) else RuntimeError
-            text = str(error) if isinstance(self.data, ImageDataset) else f"sample {index}: {error}"
-            return Sample(error=kind(text if kind is not RuntimeError else f"{text} ({type(error).__name__})"))
+            # torch would raise it with a worker's traceback as its message, and not each kind survives the way.
+            if isinstance(error, OSError) or (isinstance(error, ValueError) and error.args == (str(error),)):
+                return Batch([], broken, type(error)(f"{place}{error}"))
+            return Batch([], broken, RuntimeError(f"{place}{error} ({type(error).__name__})"))
 
-    def load(self, index: int) -> Sample:
+    def load(self, index: int, broken: dict[str, str]) -> Any:
         """Load a sample; an image that cannot be read becomes a grey one with the target ``IGNORED``."""
         if not isinstance(self.data, ImageDataset):
-            return Sample(self.data[index])
-        path = self.data.folder.paths[index]
+            return self.data[index]
+        path, target = self.data.folder.paths[index], self.data.folder.targets[index]
         try:
             image = read_image(path)
         except (ValueError, OSError) as error:
             # Where a whole batch is broken; of ImageNet's mean, next to nothing for a BatchNorm.
-            grey = Image.new("RGB", (64, 64), (124, 116, 104))
-            return Sample((self.to_bytes(grey), IGNORED), broken=(str(path), str(error)))
+            image, target = Image.new("RGB", (64, 64), (124, 116, 104)), IGNORED
+            broken[str(path)] = str(error)
         try:
-            return Sample((self.to_bytes(image), self.data.folder.targets[index]))
+            return self.to_bytes(image), target
         except Exception as error:
             raise RuntimeError(f"{path}: its transform failed: {type(error).__name__}: {error}") from error
 
@@ -154,11 +152,9 @@ class DeviceLoader(DataLoader[Any]):
     ) -> None:
         order: Mapping[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
         pin_memory = device.type == "cuda" and compute is None
-        samples = Samples(data, seed, views)
-        put_together = partial(collate, normalize=samples.normalize, compute=compute) if compute else collate
-        super().__init__(samples, **order, collate_fn=put_together, pin_memory=pin_memory, **_workers(workers))
+        self.samples = Batches(data, seed, views, compute)
+        super().__init__(self.samples, **order, collate_fn=_keep, pin_memory=pin_memory, **_workers(workers))
         self.device = device
-        self.compute = compute
 
     def over(
         self,
@@ -168,46 +164,24 @@ class DeviceLoader(DataLoader[Any]):
         compute: Callable[[list[Any]], Any] | None = None,
     ) -> "DeviceLoader":
         """Return a loader of these batches of the same data."""
-        samples: Any = self.dataset
-        number = self.num_workers if workers is None else workers
+        number, own = self.num_workers if workers is None else workers, self.samples
         return DeviceLoader(
-            samples.data,
-            self.device,
-            batches=batches,
-            workers=number,
-            seed=samples.seed,
-            views=samples.views,
-            compute=compute,
+            own.data, self.device, batches=batches, workers=number, seed=own.seed, views=own.views, compute=compute
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # it is typed as torch's own iterator
-        samples: Any = self.dataset
-        with _forking():
-            loaded = super().__iter__()
-        for batch in loaded:
+        for batch in _start(self):
             if batch.error is not None:
                 raise batch.error
             if batch.broken:
-                samples.data.broken.update(batch.broken)
-            if self.compute is not None:
+                self.samples.data.broken.update(batch.broken)
+            if self.samples.compute is not None:
                 yield batch.values
                 continue
             values = send_to_device(batch.values, self.device, non_blocking=True)
-            if samples.normalize is not None:
-                values[0] = samples.normalize(values[0])
+            if self.samples.normalize is not None:
+                values[0] = self.samples.normalize(values[0])
             yield values
-
-
-class _Mapped(Dataset[Any]):
-    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        self.function = function
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.function(self.items[index])
 
 
 def map_batches(
@@ -219,10 +193,16 @@ def map_batches(
     [[1, 2], [3]]
     """
     number = default_workers(len(items)) if workers is None else workers
-    loader = DataLoader(_Mapped(function, items), batch_size, collate_fn=list, **_workers(number))
-    with _forking():
-        loaded = iter(loader)
-    yield from loaded
+    given: Any = items  # a sequence is all that a loader needs
+    yield from _start(DataLoader(given, batch_size, collate_fn=partial(_apply, function), **_workers(number)))
+
+
+def _keep(batch: Any) -> Any:
+    return batch
+
+
+def _apply(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    return [function(item) for item in items]
 
 
 def can_fork() -> bool:
@@ -246,42 +226,11 @@ def _workers(number: int) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _forking() -> Iterator[None]:
-    """Let workers fork without Python's warning, from 3.12 on, of other threads: they take no lock of these."""
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start a loader without Python's warning, from 3.12 on, of other threads: forked workers take no lock of these."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
-        yield
-
-
-def collate(
-    samples: Sequence[Sample],
-    *,
-    normalize: Normalize | None = None,
-    compute: Callable[[list[Any]], Any] | None = None,
-) -> Batch:
-    """Put samples together; the first error stands for all. With ``compute``, its result takes the values' place."""
-    if error := next((sample.error for sample in samples if sample.error is not None), None):
-        return Batch([], {}, error)
-    broken = dict(sample.broken for sample in samples if sample.broken is not None)
-    rows = [sample.values for sample in samples]
-    if broken and (readable := [sample for sample in samples if sample.broken is None]):
-        # Another image of the batch has the right size, and changes the statistics of a BatchNorm least.
-        stand_in = (readable[0].values[0], IGNORED)
-        rows = [stand_in if sample.broken else sample.values for sample in samples]
-    values = default_collate(rows)
-    if compute is None:
-        return Batch(values, broken, None)
-    if normalize is not None:
-        values[0] = normalize(values[0])
-    try:
-        return Batch(compute(values), broken, None)
-    except Exception as error:
-        if get_worker_info() is None:
-            raise
-        # Errors of other kinds may not survive the way to the main process.
-        is_plain = isinstance(error, ValueError) and error.args == (str(error),)
-        return Batch([], broken, error if is_plain else RuntimeError(f"{type(error).__name__}: {error}"))
+        return DataLoader.__iter__(loader)
 
 
 def end_with_parent(worker: int) -> None:
@@ -301,14 +250,14 @@ def seeded(text: str) -> Iterator[None]:
     ...     first == random.random()
     True
     """
-    before = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    python, arrays = random.getstate(), numpy.random.get_state()
     number = random.Random(text).getrandbits(63)
     try:
-        random.seed(number)
-        numpy.random.seed(number % 2**32)
-        torch.default_generator.manual_seed(number)
-        yield
+        with torch.random.fork_rng(devices=[]):
+            random.seed(number)
+            numpy.random.seed(number % 2**32)
+            torch.default_generator.manual_seed(number)
+            yield
     finally:
-        random.setstate(before[0])
-        numpy.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        random.setstate(python)
+        numpy.random.set_state(arrays)
