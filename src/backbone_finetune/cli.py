@@ -14,6 +14,7 @@ from typing import NoReturn
 from pydantic import ValidationError
 
 from .recipes.commands.evaluate import describe_evaluation, evaluate_folder, write_evaluation
+from .recipes.commands.frontier import inspect_frontier
 from .recipes.commands.inspect import inspect, inspect_file
 from .recipes.commands.predict import predict, writing_csv, writing_json
 from .recipes.commands.run_record import read_run
@@ -246,6 +247,12 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
         "architecture of timm, or of a trained model and what of it is frozen. Nothing is downloaded."
     )
     parser.add_argument("network", metavar="NAME|MODEL", help="an architecture, or the model.safetensors of `train`")
+    parser.add_argument(
+        "--trainable-groups",
+        type=int,
+        metavar="N",
+        help="print too what can be cached while the last N layer groups of an architecture train; this runs it",
+    )
     parser.set_defaults(run_command=run_inspect)
 
 
@@ -341,8 +348,14 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Carry out `inspect`: a name of timm has no suffix of a file."""
-    path = Path(options.network)
-    print(inspect_file(path) if path.suffix == ".safetensors" or path.is_file() else inspect(options.network))
+    path, groups = Path(options.network), options.trainable_groups
+    if path.suffix == ".safetensors" or path.is_file():
+        if groups is not None:
+            raise ValueError(f"--trainable-groups and the model file {path} were both given; pass an architecture")
+        print(inspect_file(path))
+    else:
+        parts = [inspect(options.network), *([] if groups is None else [inspect_frontier(options.network, groups)])]
+        print("\n\n".join(parts))
     return 0
 
 

@@ -202,6 +202,27 @@ def test_inspect_knows_networks_without_a_classifier(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.splitlines()[-1].startswith("no classifier: `train` can't use it")
 
 
+def test_inspect_prints_what_trainable_groups_leave_to_cache(capsys: pytest.CaptureFixture[str], fail: Fail) -> None:
+    assert cli.main(["inspect", "test_resnet", "--trainable-groups", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "",
+        "--trainable-groups 2: computed once for each image, and cached:",
+        "  backbone.layer2: 48 x 20 x 20 float32, 76.8 kB per image",
+        "each epoch then computes 11.2% of the forward and 10.5% of the backward operations of training all",
+    ]
+    assert cli.main(["inspect", "test_resnet", "--trainable-groups", "5"]) == 0
+    assert capsys.readouterr().out.endswith("--trainable-groups 5: nothing can be cached: every parameter trains\n")
+    assert "trainable_groups=6: the backbone has 5 layer groups" in fail(
+        "inspect", "test_resnet", "--trainable-groups", 6
+    )
+
+
+def test_inspect_knows_no_trainable_groups_of_a_model_file(trained: Path, fail: Fail) -> None:
+    assert fail("inspect", trained, "--trainable-groups", 1) == (
+        f"--trainable-groups and the model file {trained} were both given; pass an architecture"
+    )
+
+
 @pytest.mark.parametrize("command", ["inspect {}", "train IMAGES --model {}", "train IMAGES --pretrained --model {}"])
 def test_an_unknown_architecture_is_one_line_with_the_nearest(tmp_path: Path, fail: Fail, command: str) -> None:
     images = make_folder(tmp_path / "images")

@@ -1,7 +1,7 @@
 """``backbone-finetune inspect``: layer groups, parameters and cost of a network, without building a single weight."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import timm
@@ -85,27 +85,33 @@ def count_operations(model: FineTuneModel, input_size: tuple[int, int, int]) -> 
 
     >>> with torch.device("meta"):
     ...     model = FineTuneModel(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten()), nn.Linear(8 * 16, 2))
-    >>> dict(count_operations(model, (3, 4, 4)))
-    {'0': 768, 'classifier': 512}
+    >>> sorted(count_operations(model, (3, 4, 4)).items())
+    [('0', 768), ('classifier', 512)]
     """
-    group_of = {f"backbone.{name}": group.name for group in model.layer_groups for name in group.parameter_names}
-    order = [*(group.name for group in model.layer_groups), "classifier"]
+    owners = {"": "classifier", "classifier": "classifier"}  # of modules by path; a later group replaces an earlier one
+    for group in model.layer_groups:
+        for path in (f"backbone.{name}" for name in group.parameter_names):
+            while path := path.rpartition(".")[0]:
+                owners[path] = group.name
     # Without gradients by the parameters' own flags: under no_grad the counter's hooks find no graph and fail.
     model.eval().requires_grad_(False)
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *input_size, device="meta"))
     # "FineTuneModel.backbone.conv1" -> "backbone.conv1"; the whole model is "Global" and "FineTuneModel".
     counted = {path.partition(".")[2]: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
     operations: dict[str, int] = defaultdict(int)
     for path, count in counted.items():  # a module's count includes its children's
-        operations[_find_group(path, group_of, order)] += count
+        operations[owners[_nearest(path, owners)]] += count
         if path:
-            parent = path.rpartition(".")[0]
-            while parent not in counted:
-                parent = parent.rpartition(".")[0]
-            operations[_find_group(parent, group_of, order)] -= count
+            operations[owners[_nearest(_nearest(path.rpartition(".")[0], counted), owners)]] -= count
     return operations
+
+
+def _nearest(path: str, known: Container[str]) -> str:
+    """Return the path of a module, or of its nearest ancestor, that is known; the root is."""
+    while path not in known:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def _state(parameters: Iterable[nn.Parameter]) -> str:
@@ -143,14 +149,3 @@ def _tabulate(
         *(line(name, size, f"{size / total:.1%}") for name, size in group_sizes.items()),
         line("classifier", classifier_size, ""),
     ]
-
-
-def _find_group(path: str, group_of: dict[str, str], order: list[str]) -> str:
-    """Find the layer group of a module: the last one with a parameter in it, else that of its nearest ancestor."""
-    while True:
-        if path.partition(".")[0] == "classifier":
-            return "classifier"
-        groups = {group for name, group in group_of.items() if not path or name.startswith(f"{path}.")}
-        if groups or not path:
-            return max(groups, key=order.index, default="classifier")
-        path = path.rpartition(".")[0]
