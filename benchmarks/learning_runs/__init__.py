@@ -1,0 +1,1 @@
+"""What `learning.py` trains on, and the ways in which it trains."""
