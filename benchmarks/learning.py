@@ -9,7 +9,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ class LearningReport:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train in all ways on all splits; results are written after each."""
+    """Train in all ways on all splits; results are written after each, and a run that was stopped goes on."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parse_arguments(given)
     torch.set_num_threads(1)
@@ -59,19 +59,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings |= {"batch_size": BATCH, "head_lr": HEAD_LR, "backbone_lr": BACKBONE_LR, "weight_decay": WEIGHT_DECAY}
     environment = describe_environment(torch.device("cpu"))
     report = LearningReport(environment, describe_command(__file__, given), settings)
-    for outcome in measure(options):
+    report.outcomes += read_outcomes(options.output.with_suffix(".json"), settings)
+    for outcome in measure(options, {(outcome.data, outcome.seed, outcome.arm) for outcome in report.outcomes}):
         report.outcomes.append(outcome)
         print(f"{outcome.accuracy['plain']:.3f} {outcome.data} {outcome.seed}: {outcome.arm}", flush=True)
-        write_text(options.output.with_suffix(".json"), json.dumps(asdict(report), indent=1) + "\n")
-        write_text(options.output.with_suffix(".md"), as_markdown(report))
+        write_report(report, options.output)
+    write_report(report, options.output)
     return 0
 
 
-def measure(options: argparse.Namespace) -> Iterator[Outcome]:
-    """Give the outcome of each arm, one split of each set after the other."""
+def read_outcomes(path: Path, settings: dict[str, Fact]) -> list[Outcome]:
+    """Read what a run that was stopped has left; ValueError where it had other settings."""
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["settings"] != settings:
+        raise ValueError(f"{path} has results of other settings, {content['settings']}: pass another --output.")
+    return [Outcome(**outcome) for outcome in content["outcomes"]]
+
+
+def write_report(report: LearningReport, stem: Path) -> None:
+    """Write `stem`.json with every outcome, `stem`.md to read."""
+    write_text(stem.with_suffix(".json"), json.dumps(asdict(report), indent=1) + "\n")
+    write_text(stem.with_suffix(".md"), as_markdown(report))
+
+
+def measure(options: argparse.Namespace, done: Container[tuple[str, int, str]]) -> Iterator[Outcome]:
+    """Give the outcome of each arm that is not done, one split of each set after the other."""
     size = (3, options.image_size, options.image_size)
     views = Views(resolve_model_data_config(load_packaged_network(), args={"input_size": size}))  # type: ignore[no-untyped-call]
-    arms = [arm for arm in ARMS if arm.name in options.arms]
     plan = Plan(options.head_epochs, options.backbone_epochs)
     draw: dict[str, Callable[[int], tuple[Images, Images]]] = {
         "clipart": split_clipart,
@@ -79,6 +95,7 @@ def measure(options: argparse.Namespace) -> Iterator[Outcome]:
     }
     for seed in range(options.splits):
         for data in options.sets:
+            arms = [arm for arm in ARMS if arm.name in options.arms and (data, seed, arm.name) not in done]
             torch.manual_seed(seed)
             model = FineTuneModel.from_timm(load_packaged_network(), num_classes=10).freeze_backbone()
             yield from run_split(data, seed, draw[data](seed), arms, network=model, views=views, plan=plan)
@@ -135,7 +152,7 @@ splits, first classifier, order of images and test images. AdamW at constant rat
 
 - `three groups`: a head on plain images first, then the last three layer groups with it.
 - `1 view`: each image as it is. `4 views`, `8 views`: so many seeded augmentations (crop, mirror, colour), of which the
-  frontier is cached; epoch e shows view (e + index) mod K. `fresh views`: new ones in each epoch, the network runs whole.
+  frontier is cached; epoch e shows view (e + index) mod K. `fresh views`: new ones in each epoch, nothing is cached.
 - Running statistics stand still, unless a row says `BatchNorm trains`. The article's recipe trains a head with all
   modules in train mode.
 - `mirror`, `mirror and views`: what the accuracy gains when the test averages the probabilities of the image and its
@@ -153,8 +170,8 @@ def parse_arguments(given: Sequence[str]) -> argparse.Namespace:
     add("--sets", nargs="+", choices=["clipart", "Fashion-MNIST"], default=["clipart", "Fashion-MNIST"])
     add("--arms", nargs="+", choices=names, default=names, metavar="NAME", help="ways to train, of those in the page")
     add("--fashion-mnist", type=Path, default=FASHION, metavar="DIR", help="where the Debian package puts its files")
-    add("--fashion-train", type=positive, default=300, metavar="N")
-    add("--fashion-test", type=positive, default=500, metavar="N")
+    add("--fashion-train", type=positive, default=200, metavar="N")
+    add("--fashion-test", type=positive, default=400, metavar="N")
     add("--splits", type=positive, default=3, metavar="N")
     add("--head-epochs", type=positive, default=20, metavar="N")
     add("--backbone-epochs", type=positive, default=10, metavar="N")
