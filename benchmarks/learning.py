@@ -59,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings |= {"batch_size": BATCH, "head_lr": HEAD_LR, "backbone_lr": BACKBONE_LR, "weight_decay": WEIGHT_DECAY}
     environment = describe_environment(torch.device("cpu"))
     report = LearningReport(environment, describe_command(__file__, given), settings)
-    report.outcomes += read_outcomes(options.output.with_suffix(".json"), settings)
+    try:
+        report.outcomes += read_outcomes(options.output.with_suffix(".json"), settings)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     for outcome in measure(options, {(outcome.data, outcome.seed, outcome.arm) for outcome in report.outcomes}):
         report.outcomes.append(outcome)
         print(f"{outcome.accuracy['plain']:.3f} {outcome.data} {outcome.seed}: {outcome.arm}", flush=True)

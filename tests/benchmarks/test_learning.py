@@ -46,11 +46,19 @@ def train() -> sets.Images:
     return sets.Images("train", images, torch.arange(6) % 2)
 
 
-def test_a_small_run_writes_a_line_for_each_arm_of_each_set(tmp_path: Path, fashion: Path) -> None:
-    sizes = ["--splits", "1", "--head-epochs", "1", "--backbone-epochs", "1", "--image-size", "32"]
-    sizes += ["--fashion-train", "30", "--fashion-test", "20", "--sets", "Fashion-MNIST"]
-    assert learning.main([*sizes, "--fashion-mnist", str(fashion), "--output", str(tmp_path / "learning")]) == 0
+def test_a_small_run_writes_a_line_for_each_arm_and_goes_on_where_it_was(
+    tmp_path: Path, fashion: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--splits", "1", "--head-epochs", "1", "--backbone-epochs", "1", "--image-size", "32"]
+    command += ["--fashion-train", "30", "--fashion-test", "20", "--sets", "Fashion-MNIST"]
+    command += ["--fashion-mnist", str(fashion), "--output", str(tmp_path / "learning")]
+    assert learning.main([*command, "--arms", "frozen head"]) == 0
+    first = json.loads((tmp_path / "learning.json").read_text())["outcomes"]
+    assert learning.main([*command, "--head-epochs", "2"]) == 2
+    assert "learning.json has results of other settings" in capsys.readouterr().err
+    assert learning.main(command) == 0
     content = json.loads((tmp_path / "learning.json").read_text())
+    assert content["outcomes"][:1] == first  # its seconds too: it did not train again
     assert [outcome["arm"] for outcome in content["outcomes"]] == list(BY_NAME)
     assert all(set(outcome["accuracy"]) == {"plain", "mirror", "views"} for outcome in content["outcomes"])
     page = (tmp_path / "learning.md").read_text()
