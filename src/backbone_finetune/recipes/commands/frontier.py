@@ -49,7 +49,7 @@ def inspect_frontier(architecture: str, trainable_groups: int) -> str:
         cached = _count_operations(lambda: found.replay(tensors))
         model.unfreeze_backbone()
         whole = _count_operations(lambda: model(images))
-    forward, backward = (f"{part / max(of_all, 1):.1%}" for part, of_all in zip(cached, whole, strict=True))
+    forward, back = (f"{part / max(of_all, 1):.1%}" for part, of_all in zip(cached, whole, strict=True))
     kept = [f"  {line}" for line in str(found).splitlines()]
     if len(kept) > 1:
         kept.append(f"  together {found.bytes_per_image / 1000:,.1f} kB per image")
@@ -57,7 +57,7 @@ def inspect_frontier(architecture: str, trainable_groups: int) -> str:
         [
             f"--trainable-groups {trainable_groups}: computed once for each image, and cached:",
             *kept,
-            f,
+            f"each epoch then computes {forward} of the forward and {back} of the backward operations of training all",
         ]
     )
 
