@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -124,24 +123,15 @@ def _native_size(network: str, kept: tuple[KeptTensor, ...]) -> str:
     calls: dict[str, list[Any]] = {}
     handles = []
     for tensor in kept:
-        path = _parts(tensor.path)[0]
-        if path not in calls:
-            seen = calls.setdefault(path, [])
-            hook = model.get_submodule(path).register_forward_hook
+        if tensor.path not in calls:
+            seen = calls.setdefault(tensor.path, [])
+            hook = model.get_submodule(tensor.path).register_forward_hook
             handles.append(hook(lambda _module, _inputs, output, seen=seen: seen.append(output)))
     with torch.no_grad():
         model.eval()(batch)
     shapes = []
     for tensor in kept:
-        path, call, leaf = _parts(tensor.path)
-        output = calls[path][call]
-        shapes.append(output if isinstance(output, Tensor) else output[leaf])
+        output = calls[tensor.path][tensor.call]
+        shapes.append(output if tensor.index is None else output[tensor.index])
     kilobytes = sum(shape.numel() * tensor.dtype.itemsize for shape, tensor in zip(shapes, kept, strict=True)) / 1000
     return f"{kilobytes:.0f} at {batch.shape[-1]}"
-
-
-def _parts(path: str) -> tuple[str, int, int]:
-    """A kept tensor's path as the frontier names it, "stages.0 (call 2)[1]": module, call, position."""
-    match = re.fullmatch(r"(.*?)(?: \(call (\d+)\))?(?:\[(\d+)\])?", path)
-    assert match is not None
-    return match[1], int(match[2] or 1) - 1, int(match[3] or 0)

@@ -20,7 +20,7 @@ from torch.nn.functional import dropout, relu_
 from torch.utils.checkpoint import checkpoint
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.frontier import Frontier, NoFrontier, find_frontier
+from backbone_finetune.frontier import Frontier, KeptTensor, NoFrontier, find_frontier
 
 WORKER = Path(__file__).parents[1] / "helpers" / "frontier_worker.py"
 BATCH = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -73,8 +73,8 @@ def reason(network: nn.Module, batch: Tensor = BATCH) -> str:
     return refused.reason
 
 
-def paths(frontier: Frontier) -> list[str]:
-    return [kept.path for kept in frontier.kept]
+def places(frontier: Frontier) -> list[str]:
+    return [kept.place for kept in frontier.kept]
 
 
 def step(network: nn.Module, forward: Callable[[], Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -114,7 +114,7 @@ def test_families(family: str) -> None:
 
 def test_what_it_says_of_what_it_keeps() -> None:
     frontier = found(Net(plain))
-    assert frontier.kept == (("middle", (3, 8, 8), torch.float32, 768),)
+    assert frontier.kept == (KeptTensor("middle", 0, None, (3, 8, 8), torch.float32, 768),)
     assert frontier.bytes_per_image == 768
     assert str(frontier) == "middle: 3 x 8 x 8 float32, 0.8 kB per image"
 
@@ -123,7 +123,7 @@ def test_a_frozen_backbone_keeps_its_features() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=5).freeze_backbone().train()
     images = torch.randn(4, 3, 32, 32)
     frontier = found(model, images)
-    assert frontier.kept == (("backbone", (96,), torch.float32, 384),)
+    assert frontier.kept == (KeptTensor("backbone", 0, None, (96,), torch.float32, 384),)
     assert_equals_whole(model, frontier, images)
 
 
@@ -212,7 +212,10 @@ def only_in_eval(net: Net, images: Tensor) -> Tensor:
 def test_flows(flow: Callable[[Net, Tensor], Tensor], kept: list[str]) -> None:
     net = Net(flow)
     frontier = found(net)
-    assert paths(frontier) == kept
+    assert places(frontier) == kept
+    assert [(kept.path, kept.call) for kept in frontier.kept] == [
+        (place.partition(" ")[0], int("call 2" in place)) for place in kept
+    ]
     assert_equals_whole(net, frontier)
     with torch.no_grad():  # what trains has trained
         for parameter in (*net.back.parameters(), *net.head.parameters()):
@@ -249,7 +252,8 @@ def of_pieces(net: Any, images: Tensor) -> Tensor:
 def test_tuples_and_dicts_of_all_layouts() -> None:
     net = Net(of_pieces, pieces=frozen(Pieces()), head_before=nn.Linear(3, 3))
     frontier = found(net)
-    assert [(kept.path, kept.shape) for kept in frontier.kept] == [("pieces[0]", (2, 3, 8, 4)), ("pieces[1]", (64, 3))]
+    assert [(kept.index, kept.shape) for kept in frontier.kept] == [(0, (2, 3, 8, 4)), (1, (64, 3))]
+    assert places(frontier) == ["pieces[0]", "pieces[1]"]
     assert_equals_whole(net, frontier)
     assert_equals_whole(net, frontier, OTHER[:3])
 
@@ -265,7 +269,7 @@ def test_gradient_checkpointing_computes_what_it_repeats(use_reentrant: bool) ->
 
     net = Net(flow)
     frontier = found(net)
-    assert paths(frontier) == ["front"]
+    assert places(frontier) == ["front"]
     assert_equals_whole(net, frontier)
 
 

@@ -28,13 +28,31 @@ class NoFrontier:
     reason: str
 
 
-class KeptTensor(NamedTuple):
-    """A tensor that is kept for each image: the module call that returns it, its shape without the batch, its dtype."""
+@dataclass(frozen=True)
+class KeptTensor:
+    """A tensor that is kept for each image, and the call of a module that returns it.
 
-    path: str
-    shape: tuple[int, ...]
+    >>> print(KeptTensor("layer2", 0, None, (128, 28, 28), torch.float32, 401_408))
+    layer2: 128 x 28 x 28 float32, 401.4 kB per image
+    >>> print(KeptTensor("patch_embed", 1, 2, (49, 96), torch.bfloat16, 9_408))
+    patch_embed (call 2)[2]: 49 x 96 bfloat16, 9.4 kB per image
+    """
+
+    path: str  # of the module, as named_modules() gives it
+    call: int  # which call of the module in a forward, from 0
+    index: int | None  # of the leaves that the call returns, as torch.utils._pytree lists them; None: one tensor alone
+    shape: tuple[int, ...]  # without the batch
     dtype: torch.dtype
     bytes_per_image: int
+
+    @property
+    def place(self) -> str:
+        """Name the module, the call where it is not the first, and the index."""
+        return str(Call(self.path, self.call)) + ("" if self.index is None else f"[{self.index}]")
+
+    def __str__(self) -> str:
+        shape, dtype = " x ".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
+        return f"{self.place}: {shape} {dtype}, {self.bytes_per_image / 1000:.1f} kB per image"
 
 
 class Returned(NamedTuple):
@@ -147,10 +165,10 @@ class Rest(nn.Module):
         """Describe what is kept."""
         described = []
         for call, position in self._kept:
-            returned = self._returned[call]
-            path = str(call) if len(returned.leaves) == 1 else f"{call}[{position}]"
-            layout = returned.leaves[position]
-            described.append(KeptTensor(path, layout.row_shape, layout.dtype, layout.row_bytes))
+            leaves = self._returned[call].leaves
+            layout = leaves[position]
+            index = None if len(leaves) == 1 else position
+            described.append(KeptTensor(*call, index, layout.row_shape, layout.dtype, layout.row_bytes))
         return tuple(described)
 
     def train(self, mode: bool = True) -> Rest:
@@ -279,8 +297,4 @@ class Frontier:
         return self.rest(*tensors)
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{kept.path}: {' x '.join(map(str, kept.shape))} {str(kept.dtype).removeprefix('torch.')}, "
-            f"{kept.bytes_per_image / 1000:.1f} kB per image"
-            for kept in self.kept
-        )
+        return "\n".join(map(str, self.kept))

@@ -172,9 +172,9 @@ class _Search:
         passes = [self._run(functools.partial(_record, rest), batch, seed) for seed, batch in batches]
         for kept, first, part, second in zip(rest.kept_tensors(), *passes, strict=True):
             if not _same_bits(first, second):
-                return f"{kept.path} gives other values in a second pass over the same images"
+                return f"{kept.place} gives other values in a second pass over the same images"
             if not _is_close(part, first[:_PART]):
-                return f"what {kept.path} gives for an image depends on the other images of the batch"
+                return f"what {kept.place} gives for an image depends on the other images of the batch"
         return None
 
     def _why_unsound(self, rest: Rest) -> str | None:
