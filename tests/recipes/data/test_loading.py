@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -114,6 +115,8 @@ def test_what_a_sample_draws_comes_from_seed_and_index(workers: int) -> None:
     [
         (ValueError("no good"), (ValueError, r"^sample 5: no good$")),
         (KeyError("label"), (RuntimeError, r"^sample 5: 'label' \(KeyError\)$")),
+        (FileNotFoundError("good file"), (FileNotFoundError, r"^sample 5: good file$")),
+        (json.JSONDecodeError("no good", "{", 1), (RuntimeError, r"^sample 5: no good: .* \(JSONDecodeError\)$")),
     ],
 )
 def test_an_error_of_a_worker_names_the_sample(error: Exception, expected: tuple[type[Exception], str]) -> None:

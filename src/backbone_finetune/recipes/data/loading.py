@@ -25,24 +25,23 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from .images import IGNORED, ImageDataset, read_image
 from .transforms import Normalize, split_transform
 
-__all__ = ["DeviceLoader", "can_fork", "default_workers", "map_batches"]
+__all__ = ["DeviceLoader", "default_workers", "map_batches"]
 
 # Below it, 1 to 3 s of decoding, workers start for nothing.
 FEWEST_IMAGES = 1000
 MOST_WORKERS = 16
 PR_SET_PDEATHSIG = 1
 
+Compute = Callable[[list[Any]], Any]
+
 
 def default_workers(count: int, *, processes: int = 1) -> int:
     """Choose how many worker processes load ``count`` images: 0 for few, else one for each core of this machine.
 
-    >>> default_workers(100)
-    0
-
     Where processes do not start by ``fork`` it is 0: there, a script without ``if __name__ == "__main__":`` would run
     again in each worker.
     """
-    if count < FEWEST_IMAGES or not can_fork():
+    if count < FEWEST_IMAGES or not _can_fork():
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores // processes, MOST_WORKERS)
@@ -59,9 +58,7 @@ class Batch(NamedTuple):
 class Batches(Dataset[Any]):
     """A dataset as workers load it, by the batch: errors are values, and a sample's draws come from seed and index."""
 
-    def __init__(
-        self, data: Dataset[Any], seed: str | None, views: int, compute: Callable[[list[Any]], Any] | None
-    ) -> None:
+    def __init__(self, data: Dataset[Any], seed: str | None, views: int, compute: Compute | None) -> None:
         self.data: Any = data
         self.seed = seed
         self.views = views
@@ -96,7 +93,7 @@ class Batches(Dataset[Any]):
             if get_worker_info() is None:
                 raise
             # torch would raise it with a worker's traceback as its message, and not each kind survives the way.
-            if isinstance(error, OSError) or (isinstance(error, ValueError) and error.args == (str(error),)):
+            if isinstance(error, OSError) or type(error).__init__ is ValueError.__init__:
                 return Batch([], broken, type(error)(f"{place}{error}"))
             return Batch([], broken, RuntimeError(f"{place}{error} ({type(error).__name__})"))
 
@@ -148,7 +145,7 @@ class DeviceLoader(DataLoader[Any]):
         workers: int = 0,
         seed: str | None = None,
         views: int = 1,
-        compute: Callable[[list[Any]], Any] | None = None,
+        compute: Compute | None = None,
     ) -> None:
         order: Mapping[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
         pin_memory = device.type == "cuda" and compute is None
@@ -156,18 +153,10 @@ class DeviceLoader(DataLoader[Any]):
         super().__init__(self.samples, **order, collate_fn=_keep, pin_memory=pin_memory, **_workers(workers))
         self.device = device
 
-    def over(
-        self,
-        batches: Sequence[Sequence[int]],
-        *,
-        workers: int | None = None,
-        compute: Callable[[list[Any]], Any] | None = None,
-    ) -> "DeviceLoader":
-        """Return a loader of these batches of the same data."""
-        number, own = self.num_workers if workers is None else workers, self.samples
-        return DeviceLoader(
-            own.data, self.device, batches=batches, workers=number, seed=own.seed, views=own.views, compute=compute
-        )
+    def over(self, batches: Sequence[Sequence[int]], **changes: Any) -> "DeviceLoader":
+        """Return a loader of these batches of the same data, with ``workers`` or ``compute`` changed."""
+        same = {"workers": self.num_workers, "seed": self.samples.seed, "views": self.samples.views}
+        return DeviceLoader(self.samples.data, self.device, batches=batches, **{**same, **changes})
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # it is typed as torch's own iterator
         for batch in _start(self):
@@ -187,11 +176,7 @@ class DeviceLoader(DataLoader[Any]):
 def map_batches(
     function: Callable[[Any], Any], items: Sequence[Any], *, batch_size: int, workers: int | None = None
 ) -> Iterator[list[Any]]:
-    """Apply a function to each item, in worker processes where there are some; yields lists of results, in order.
-
-    >>> list(map_batches(len, ["a", "bb", "ccc"], batch_size=2))
-    [[1, 2], [3]]
-    """
+    """Apply a function to each item, in worker processes where there are some; yields lists of results, in order."""
     number = default_workers(len(items)) if workers is None else workers
     given: Any = items  # a sequence is all that a loader needs
     yield from _start(DataLoader(given, batch_size, collate_fn=partial(_apply, function), **_workers(number)))
@@ -205,12 +190,8 @@ def _apply(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     return [function(item) for item in items]
 
 
-def can_fork() -> bool:
-    """Tell whether workers start as copies of this process, with all that it has loaded and built.
-
-    >>> can_fork() or sys.platform in {"darwin", "win32"}
-    True
-    """
+def _can_fork() -> bool:
+    """Tell whether workers start as copies of this process, with all that it has loaded and built."""
     return "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
 
 
@@ -222,7 +203,7 @@ def _workers(number: int) -> dict[str, Any]:
         # With a generator of its own a loader draws nothing from torch's when it starts: a resumed run is the same run.
         "generator": torch.Generator(),
         # Forked, a worker is there in milliseconds and needs no `if __name__ == "__main__"` in the script.
-        "multiprocessing_context": "fork" if number and can_fork() else None,
+        "multiprocessing_context": "fork" if number and _can_fork() else None,
     }
 
 
@@ -242,14 +223,7 @@ def end_with_parent(worker: int) -> None:
 
 @contextmanager
 def seeded(text: str) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's generators by a text, and give them back as they were.
-
-    >>> with seeded("0 1 2"):
-    ...     first = random.random()
-    >>> with seeded("0 1 2"):
-    ...     first == random.random()
-    True
-    """
+    """Seed Python's, numpy's and torch's generators by a text, and give them back as they were."""
     python, arrays = random.getstate(), numpy.random.get_state()
     number = random.Random(text).getrandbits(63)
     try:

@@ -14,17 +14,9 @@ __all__ = ["check_dataset", "check_targets", "describe_value", "split_row"]
 
 
 def check_dataset(name: str, data: Dataset[Any], classes: int | None) -> None:
-    """Check that a dataset has a length and returns inputs and a class index; all targets, where they are at hand.
+    """Raise ValueError unless a dataset has a length and returns inputs and a class index.
 
-    >>> check_dataset("train", DataLoader([]), classes=3)
-    Traceback (most recent call last):
-    ...
-    ValueError: train is a DataLoader; pass its dataset: train.dataset
-
-    Of a dataset whose targets are not at hand the first item is read.
-
-    Raises:
-        ValueError: it does not.
+    All targets are looked at where they are at hand; else the first item is read.
     """
     if isinstance(data, DataLoader):
         raise ValueError(f"{name} is a DataLoader; pass its dataset: {name}.dataset")
@@ -55,16 +47,7 @@ def _known_targets(data: Any) -> Tensor | None:
 
 
 def check_targets(name: str, targets: Tensor, classes: int | None = None) -> None:
-    """Check that targets are class indices: one whole number per image, from 0 to ``classes - 1``, or ``IGNORED``.
-
-    >>> check_targets("train", torch.tensor([0, 3]), classes=3)
-    Traceback (most recent call last):
-    ...
-    ValueError: train: target 3 is outside the 3 classes of the classifier (0 to 2)
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError unless targets are one whole number per image, from 0 to ``classes - 1``, or ``IGNORED``."""
     if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(
             f"{name}: the targets are {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape[1:])} "
@@ -77,15 +60,7 @@ def check_targets(name: str, targets: Tensor, classes: int | None = None) -> Non
 
 
 def split_row(batch: Any) -> tuple[list[Tensor], Tensor]:
-    """Split what a loader gives, ``(input, ..., target)`` tensors, into inputs and targets.
-
-    >>> split_row((torch.zeros(2, 3), torch.tensor([0, 1])))
-    ([tensor([[0., 0., 0.],
-            [0., 0., 0.]])], tensor([0, 1]))
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Split what a loader gives, ``(input, ..., target)`` tensors, into inputs and targets; else raise ValueError."""
     if not isinstance(batch, tuple | list) or len(batch) < 2 or not all(isinstance(part, Tensor) for part in batch):
         raise ValueError(
             f"the loader gave {describe_value(batch)}; the dataset must return (input, target), or (input, input, ..., "
@@ -96,11 +71,7 @@ def split_row(batch: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def describe_value(value: object) -> str:
-    """Name what came in a few words.
-
-    >>> describe_value(torch.zeros(2, 3)), describe_value([1, 2, 3]), describe_value({"image": 1, "label": 2})
-    ('a tensor of shape (2, 3)', 'a list of 3', 'a dict of image, label')
-    """
+    """Name what came in a few words, such as "a tensor of shape (2, 3)" or "a list of 3"."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict):

@@ -7,7 +7,7 @@ decoder saves 25 % and is deprecated; its resizing of bytes saves 75 % of Pillow
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,38 +21,23 @@ __all__ = ["Normalize", "split_transform"]
 TO_TENSOR = {transforms.ToTensor, timm_transforms.MaybeToTensor, timm_transforms.ToTensor}
 
 
-@dataclass(frozen=True)
-class Normalize:
-    """Normalise images of bytes, ``(..., C, H, W)``, to the bits of torchvision's ``ToTensor`` and ``Normalize``.
-
-    >>> Normalize(mean=(0.5,), std=(0.5,))(torch.tensor([[[0, 255]]], dtype=torch.uint8))
-    tensor([[[-1.,  1.]]])
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (self.mean, self.std))
-        return images.float().div_(255).sub_(mean).div_(std)  # torchvision's operations, in its order
+Decode = Callable[[Image.Image], Tensor]
+Normalize = Callable[[Tensor], Tensor]
 
 
-def split_transform(
-    transform: Callable[[Image.Image], Tensor],
-) -> tuple[Callable[[Image.Image], Tensor], Normalize | None]:
-    """Take a transform apart: what gives ``(C, H, W)`` bytes, and the `Normalize` that is left for the device.
+def split_transform(transform: Decode) -> tuple[Decode, Normalize | None]:
+    """Take a transform apart: what gives ``(C, H, W)`` bytes, and the normalisation that is left for the device.
 
     A transform that does not end in torchvision's conversion and normalisation comes back whole, with None.
-
-    >>> from timm.data import create_transform
-    >>> to_bytes, normalize = split_transform(create_transform(8))
-    >>> to_bytes(Image.new("RGB", (32, 24))).dtype, type(normalize).__name__
-    (torch.uint8, 'Normalize')
-    >>> split_transform(torch.rand_like)[1] is None
-    True
     """
     steps: list[Any] = transform.transforms if isinstance(transform, transforms.Compose) else []
     if len(steps) < 2 or type(steps[-1]) is not transforms.Normalize or type(steps[-2]) not in TO_TENSOR:
         return transform, None
-    mean, std = (tuple(torch.as_tensor(value).flatten().tolist()) for value in (steps[-1].mean, steps[-1].std))
-    return transforms.Compose([*steps[:-2], transforms.PILToTensor()]), Normalize(mean, std)
+    mean, std = (torch.as_tensor(value).flatten().tolist() for value in (steps[-1].mean, steps[-1].std))
+    return transforms.Compose([*steps[:-2], transforms.PILToTensor()]), partial(_normalize, mean=mean, std=std)
+
+
+def _normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """Normalise images of bytes, ``(..., C, H, W)``, to the bits of torchvision's ``ToTensor`` and ``Normalize``."""
+    shift, scale = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
+    return images.float().div_(255).sub_(shift).div_(scale)  # torchvision's operations, in its order
