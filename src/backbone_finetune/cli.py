@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from .recipes.commands.evaluate import describe_evaluation, evaluate_folder, write_evaluation
 from .recipes.commands.frontier import inspect_frontier
 from .recipes.commands.inspect import inspect, inspect_file
-from .recipes.commands.predict import predict, writing_csv, writing_json
+from .recipes.commands.predict import predict, write_csv, write_json
 from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.data.images import list_images
@@ -309,25 +309,19 @@ def run_predict(options: argparse.Namespace) -> int:
     device = find_device(options.device)
     trained = load_trained_model(options.model, base=options.base)
     trained.model.to(device)
+    predictions = predict(trained, paths, top_k=options.top_k, batch_size=options.batch_size, workers=options.workers)
+    if options.csv is not None:
+        predictions = write_csv(predictions, options.csv, min(options.top_k, len(trained.class_names)))
+    if options.json is not None:
+        predictions = write_json(predictions, options.json)
     unreadable = 0
-    with ExitStack() as files:
-        writers = []
-        if options.csv is not None:
-            writers.append(files.enter_context(writing_csv(options.csv, min(options.top_k, len(trained.class_names)))))
-        if options.json is not None:
-            writers.append(files.enter_context(writing_json(options.json)))
-        predictions = predict(
-            trained, paths, top_k=options.top_k, batch_size=options.batch_size, workers=options.workers
-        )
-        for prediction in predictions:
-            for write in writers:
-                write(prediction)
-            if prediction.error is None:
-                answers = ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
-                print(printable(f"{prediction.path}: {answers}"))
-            else:
-                print(printable(f"{PROGRAM}: skipped: {prediction.error}"), file=sys.stderr)
-                unreadable += 1
+    for prediction in predictions:
+        if prediction.error is None:
+            answers = ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
+            print(printable(f"{prediction.path}: {answers}"))
+        else:
+            print(printable(f"{PROGRAM}: skipped: {prediction.error}"), file=sys.stderr)
+            unreadable += 1
     if unreadable:
         raise ValueError(f"{unreadable} of {len(paths)} images could not be read")
     return 0

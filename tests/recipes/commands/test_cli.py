@@ -307,7 +307,7 @@ def test_a_wrong_argument_is_one_line(fail: Fail, arguments: str, message: str) 
 def test_predict_wants_one_or_more(trained: Path, fail: Fail, option: str) -> None:
     image = trained.parents[1] / "images" / "red" / "0.png"
     name = option.removeprefix("--").replace("-", "_")
-    assert fail("predict", trained, image, option, 0) == f"{name} = 0: expected a whole number from 1"
+    assert fail("predict", trained, image, option, 0) == f"{name} = 0: input should be greater than or equal to 1"
 
 
 def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,20 +17,14 @@ __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder",
 
 @dataclass(frozen=True)
 class ClassScore:
-    """Counts for one class: images of it (``support``), images predicted as it, and those of both (``correct``).
-
-    Precision is ``correct / predicted`` and recall ``correct / support``, None where there is nothing to divide by.
-
-    >>> ClassScore("cat", support=4, predicted=3, correct=3, precision=1.0, recall=0.75).recall
-    0.75
-    """
+    """Counts for one class: images of it (``support``), images predicted as it, and those of both (``correct``)."""
 
     name: str
     support: int
     predicted: int
     correct: int
-    precision: float | None
-    recall: float | None
+    precision: float | None  # correct / predicted, None where there is nothing to divide by
+    recall: float | None  # correct / support
 
 
 @dataclass(frozen=True)
@@ -93,53 +87,36 @@ def evaluate_folder(
             f"{folder}: {join_some(unknown, most=5)}: not a class of this model, whose classes are "
             f"{join_some(trained.class_names, most=20)}; rename the folder, or remove it"
         )
-    positions = {name: position for position, name in enumerate(trained.class_names)}
-    confusion = [[0] * len(positions) for _ in positions]
+    names = trained.class_names
+    confusion = [[0] * len(names) for _ in names]
     skipped: list[str] = []
     answers = predict(trained, found.paths, top_k=1, batch_size=batch_size, workers=workers)
     bar = tqdm(answers, total=len(found.paths), desc="evaluating", unit="image", leave=False, disable=not show_progress)
     for prediction, target in zip(bar, found.targets, strict=True):
         if prediction.error is None:
-            confusion[positions[found.class_names[target]]][positions[prediction.classes[0][0]]] += 1
+            confusion[names.index(found.class_names[target])][names.index(prediction.classes[0][0])] += 1
         else:
             skipped.append(prediction.error)
     images = len(found.paths) - len(skipped)
     if images == 0:
         raise ValueError(f"{folder}: none of its {len(found.paths)} images can be read; the first: {skipped[0]}")
+    scores = []
+    for position, (name, row) in enumerate(zip(names, confusion, strict=True)):
+        support, predicted, correct = sum(row), sum(other[position] for other in confusion), row[position]
+        precision, recall = correct / predicted if predicted else None, correct / support if support else None
+        scores.append(ClassScore(name, support, predicted, correct, precision, recall))
     return Evaluation(
-        accuracy=sum(confusion[position][position] for position in positions.values()) / images,
+        accuracy=sum(score.correct for score in scores) / images,
         images=images,
-        classes=tuple(_score_class(name, position, confusion) for name, position in positions.items()),
-        missing_classes=tuple(name for name in trained.class_names if name not in found.class_names),
+        classes=tuple(scores),
+        missing_classes=tuple(name for name in names if name not in found.class_names),
         skipped_images=tuple(skipped),
         confusion=tuple(map(tuple, confusion)),
     )
 
 
-def _score_class(name: str, position: int, confusion: list[list[int]]) -> ClassScore:
-    """Score one class of a confusion matrix, whose rows are true and whose columns are predicted."""
-    correct = confusion[position][position]
-    support, predicted = sum(confusion[position]), sum(row[position] for row in confusion)
-    return ClassScore(
-        name,
-        support,
-        predicted,
-        correct,
-        precision=correct / predicted if predicted else None,
-        recall=correct / support if support else None,
-    )
-
-
 def describe_evaluation(evaluation: Evaluation) -> str:
-    """Format an evaluation as a table by class and a summary.
-
-    >>> cat = ClassScore("cat", support=4, predicted=3, correct=3, precision=1.0, recall=0.75)
-    >>> print(describe_evaluation(Evaluation(0.75, 4, (cat,), ("dog",), (), ((3,),))))
-    class  images  precision  recall
-    cat         4      1.000   0.750
-    accuracy 0.750 of 4 images
-    without a folder: dog
-    """
+    """Format an evaluation as a table by class and a summary."""
     width = max(len("class"), *(len(score.name) for score in evaluation.classes))
     lines = [f"{'class':{width}}  images  precision  recall"]
     for score in evaluation.classes:
@@ -154,21 +131,7 @@ def describe_evaluation(evaluation: Evaluation) -> str:
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
-    """Write ``evaluation.json`` and ``confusion.png`` into a folder, which is created where there is none.
-
-    Bytes of a name that are not text are escaped in JSON as in ``writing_json``.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> cat, dog = (ClassScore(name, 1, 1, 1, 1.0, 1.0) for name in ("cat", "dog"))
-    >>> with TemporaryDirectory() as folder:
-    ...     paths = write_evaluation(Evaluation(1.0, 2, (cat, dog), (), (), ((1, 0), (0, 1))), Path(folder))
-    ...     [path.name for path in paths if path.exists()]
-    ['evaluation.json', 'confusion.png']
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        OSError: the folder can't be written to.
-    """
+    """Write ``evaluation.json`` and ``confusion.png`` into a folder, which is created where there is none."""
     from .plots import draw_confusion  # noqa: PLC0415 (matplotlib, only where it is needed)
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -53,11 +53,6 @@ def inspect_file(path: Path) -> str:
 
     The model is built on the meta device, from metadata and the layouts of the tensors; no tensor is read.
 
-    >>> inspect_file(Path("nowhere.safetensors"))
-    Traceback (most recent call last):
-    ...
-    FileNotFoundError: nowhere.safetensors: no such file; pass the model.safetensors that a training run wrote.
-
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated or foreign, or does not fit the network that it names.

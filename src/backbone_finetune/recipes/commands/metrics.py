@@ -17,9 +17,6 @@ class Metrics:
 
     Baselines that were not measured are None. ``feature_precision`` is the precision of the features behind
     ``test_accuracy``, where it is not the one that ``predict`` computes in.
-
-    >>> next(iter(Metrics.__dataclass_fields__))
-    'test_accuracy'
     """
 
     test_accuracy: float

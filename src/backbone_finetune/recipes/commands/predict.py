@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,7 +19,7 @@ from ..data.transforms import split_transform
 from ..files import replacing
 from ..models.file import TrainedModel, build_transform
 
-__all__ = ["Prediction", "predict", "writing_csv", "writing_json"]
+__all__ = ["Prediction", "predict", "write_csv", "write_json"]
 
 # Of a resized image: half a gigabyte in float32. The largest networks of timm need far less.
 MOST_PIXELS = 2**27
@@ -67,6 +66,9 @@ def predict(
         top_k: How many classes to name for each image.
         batch_size: How many images run at a time.
         workers: How many processes read images; None chooses by the cores and the images.
+
+    Raises:
+        ValueError: a number is out of range (pydantic's ``ValidationError``).
     """
     trained.model.eval()
     config = trained.data_config
@@ -114,52 +116,31 @@ def _classify(trained: TrainedModel, inputs: Tensor, top_k: int) -> list[tuple[t
     ]
 
 
-@contextmanager
-def writing_csv(path: Path, top_k: int) -> Iterator[Callable[[Prediction], None]]:
-    """Yield a function that adds a prediction to a CSV file in UTF-8, which is complete after the block.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     with writing_csv(Path(folder, "answers.csv"), top_k=1) as write:
-    ...         write(Prediction(Path("tom.jpg"), (("cat", 0.9),)))
-    ...     Path(folder, "answers.csv").read_text().splitlines()
-    ['image,class_1,probability_1,error', 'tom.jpg,cat,0.9,']
-    """
-    # Bytes of a name that are not text are written as they are.
+def write_csv(predictions: Iterable[Prediction], path: Path, top_k: int) -> Iterator[Prediction]:
+    """Yield each prediction when it is written to a CSV file, which is complete after the last one."""
+    # In UTF-8; bytes of a name that are not text are written as they are.
     with replacing(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
         rows = csv.writer(file)
         columns = (f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability"))
         rows.writerow(["image", *columns, "error"])
-
-        def write(prediction: Prediction) -> None:
+        for prediction in predictions:
             cells = [cell for pair in prediction.classes for cell in pair]
             rows.writerow([prediction.path, *cells, *[""] * (2 * top_k - len(cells)), prediction.error or ""])
+            yield prediction
 
-        yield write
 
-
-@contextmanager
-def writing_json(path: Path) -> Iterator[Callable[[Prediction], None]]:
-    r"""Yield a function that adds a prediction to a JSON file, which holds the list of them after the block.
+def write_json(predictions: Iterable[Prediction], path: Path) -> Iterator[Prediction]:
+    r"""Yield each prediction when it is written to a JSON file, which holds the list of them after the last one.
 
     Bytes of a name that are not text are escaped as Python does, ``\udcff`` for 255: ``os.fsencode`` restores them.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     with writing_json(Path(folder, "answers.json")) as write:
-    ...         write(Prediction(Path("tom.jpg"), (("cat", 0.9),)))
-    ...     json.loads(Path(folder, "answers.json").read_text())
-    [{'image': 'tom.jpg', 'classes': [{'name': 'cat', 'probability': 0.9}], 'error': None}]
     """
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        separator = "[\n"
-
-        def write(prediction: Prediction) -> None:
-            nonlocal separator
+        file.write("[")
+        separator = "\n"
+        for prediction in predictions:
             classes = [{"name": name, "probability": probability} for name, probability in prediction.classes]
-            file.write(separator)
-            json.dump({"image": str(prediction.path), "classes": classes, "error": prediction.error}, file)
+            entry = {"image": str(prediction.path), "classes": classes, "error": prediction.error}
+            file.write(separator + json.dumps(entry))
             separator = ",\n"
-
-        yield write
-        file.write("\n]\n" if separator == ",\n" else "[]\n")
+            yield prediction
+        file.write("\n]\n")

@@ -18,35 +18,12 @@ from filelock import FileLock, Timeout
 from ..files import replacing, sync_file, sync_folder
 from ..text import join_some, one_line
 
-__all__ = [
-    "CURVES_FILE",
-    "METRICS_FILE",
-    "MODEL_FILE",
-    "RUN_FILE",
-    "UNFINISHED",
-    "check_output_folder",
-    "find_differences",
-    "finish_run",
-    "open_run",
-    "publishing",
-]
-
 RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE = "run.json", "model.safetensors", "metrics.json", "curves.png"
 UNFINISHED, LOCK_FILE = ".unfinished", "lock"
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
-    """Check, and change nothing, that a run may write into a folder.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as parent:
-    ...     check_output_folder(Path(parent, "run"), overwrite=False)
-    ...     _ = Path(parent, "model.safetensors").write_text("")
-    ...     check_output_folder(Path(parent), overwrite=True)
-    ...     check_output_folder(Path(parent), overwrite=False)
-    Traceback (most recent call last):
-    ...
-    FileExistsError: ... already holds model.safetensors; pass --overwrite to replace it, or another folder ...
+    """Check that a run may write into a folder, and change nothing.
 
     Raises:
         FileExistsError: it is not a folder; or it holds results, no run is under way there, and ``overwrite`` is false.
@@ -58,7 +35,10 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
     if overwrite or (unfinished / RUN_FILE).is_file():
         return
     names = [name for name in (RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE) if os.path.lexists(folder / name)]
-    if unfinished.exists() and any(not _precedes_record(path.name) for path in unfinished.iterdir()):
+    # A run writes its lock and a temporary file before its record is there.
+    if unfinished.exists() and any(
+        path.name != LOCK_FILE and not path.name.startswith(f".{RUN_FILE}.") for path in unfinished.iterdir()
+    ):
         names.append(UNFINISHED)
     if names:
         replaced = "it" if len(names) == 1 else "them"
@@ -73,17 +53,6 @@ def open_run(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> Ite
     """Start the run that ``record`` describes in a folder, or resume it, and lock the folder for the block.
 
     ``.unfinished/`` is removed after the block if ``finish_run`` was called in it.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> first, second = ({"arguments": {"seed": seed}} for seed in (0, 1))
-    >>> with TemporaryDirectory() as parent:
-    ...     with open_run(Path(parent, "run"), first, overwrite=False):
-    ...         pass
-    ...     with open_run(Path(parent, "run"), second, overwrite=False):
-    ...         pass
-    Traceback (most recent call last):
-    ...
-    FileExistsError: ... holds an unfinished run with other arguments (seed: 0 there, 1 here); ...
 
     Raises:
         FileExistsError: another process is training there, or an unfinished run has another record and ``overwrite``
@@ -138,15 +107,6 @@ def publishing(folder: Path, name: str) -> Iterator[Path]:
     """Yield a path in ``.unfinished/`` to write to; when the block ends without an error, move it to ``folder / name``.
 
     A process that is killed while it writes leaves the file that was there before.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     with open_run(Path(folder), {}, overwrite=False):
-    ...         with publishing(Path(folder), "metrics.json") as temporary:
-    ...             _ = temporary.write_text("{}")
-    ...         finish_run(Path(folder))
-    ...     [path.name for path in Path(folder).iterdir()]
-    ['metrics.json']
     """
     temporary = folder / UNFINISHED / f"new-{name}"
     yield temporary
@@ -156,16 +116,12 @@ def publishing(folder: Path, name: str) -> Iterator[Path]:
 
 
 def finish_run(folder: Path) -> None:
-    """Mark a run as finished: from now on there is nothing to resume. See ``publishing`` for an example."""
+    """Mark a run as finished: from now on there is nothing to resume."""
     (folder / UNFINISHED / RUN_FILE).unlink()
 
 
 def find_differences(there: Any, here: Any, place: str = "") -> list[str]:
-    """Name what differs between two records.
-
-    >>> find_differences({"phases": [{"lr": 0.1}], "seed": 0}, {"phases": [{"lr": 0.2}], "seed": 0})
-    ['phases 1 lr: 0.1 there, 0.2 here']
-    """
+    """Name what differs between two records: ``["phases 1 lr: 0.1 there, 0.2 here"]``."""
     if isinstance(there, dict) and isinstance(here, dict):
         pairs = [(key, there.get(key), here.get(key)) for key in {**there, **here}]
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
@@ -175,8 +131,3 @@ def find_differences(there: Any, here: Any, place: str = "") -> list[str]:
         return [] if there == here else [f"{place}: {one} there, {other} here"]
     inside = "" if place in {"", "arguments"} else f"{place} "
     return [line for key, one, other in pairs for line in find_differences(one, other, f"{inside}{key}")]
-
-
-def _precedes_record(name: str) -> bool:
-    """Tell whether a file of ``.unfinished/`` is one that a run writes before its record is there."""
-    return name == LOCK_FILE or name.startswith(f".{RUN_FILE}.")

@@ -60,11 +60,7 @@ def record_run(
 
 
 def compare_runs(recorded: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """Name what differs in a run that is done again: versions, images, backbone, or a precision.
-
-    >>> compare_runs({"backbone_digest": "a"}, {"backbone_digest": "b"})
-    ['backbone_digest: "a" there, "b" here']
-    """
+    """Name what differs in a run that is done again: versions, images, backbone, or a precision."""
 
     def compared(run: Mapping[str, Any]) -> dict[str, Any]:
         arguments = run.get("arguments", {})
@@ -76,11 +72,6 @@ def compare_runs(recorded: Mapping[str, Any], record: Mapping[str, Any]) -> list
 
 def read_run(path: Path) -> tuple[TrainSettings, dict[str, Any]]:
     """Read a ``run.json``: the settings, with the default output folder, and the whole record.
-
-    >>> read_run(Path("nowhere.json"))
-    Traceback (most recent call last):
-    ...
-    FileNotFoundError: nowhere.json: there is no such file; pass the run.json that a training run wrote
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -12,6 +12,7 @@ from timm.data.config import resolve_model_data_config
 from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.copies import meta_copy
 
+from ..checking import Positive, Whole
 from ..data.images import ImageDataset, LabelledFolder, find_images, split
 from ..models.changes import BaseWeights, remember_base
 from ..models.file import build_transform, find_size_problem
@@ -28,7 +29,6 @@ CLIPART = Path(__file__).parents[1] / "data" / "clipart" / "pictures"
 # .69 at 128 and .73 at 160, for 2 and 4 times the time; a first look at a library should be quick.
 CLIPART_INPUT_SIZE = (3, 96, 96)
 TEST_SHARE = 0.3
-Positive = Annotated[int, Field(ge=1)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -69,7 +69,7 @@ class TrainSettings:
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
     batch_size: Positive = 32
     accumulation: Positive = 1
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[Whole, Field(lt=2**63)] = 0
     checkpoint_steps: Positive = TrainerConfig.checkpoint_steps
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     autocast_features: bool | None = None
@@ -78,7 +78,7 @@ class TrainSettings:
     trainable_only: bool = False
     overwrite: bool = False
     baselines: bool | None = None
-    workers: Annotated[int, Field(ge=0)] | None = None
+    workers: Whole | None = None
     compile: Literal["inductor", "openvino"] | None = None
 
 
@@ -123,9 +123,6 @@ def _find_classes(settings: TrainSettings) -> LabelledFolder:
 
 def choose_data_config(model: FineTuneModel, architecture: str, *, small: bool) -> dict[str, Any]:
     """Return timm's data config of a model; with ``small`` that of a small input, where the network takes one.
-
-    >>> choose_data_config(FineTuneModel.from_timm("resnet18", num_classes=10), "resnet18", small=True)["input_size"]
-    (3, 96, 96)
 
     Raises:
         ValueError: the network does not take an image of the size that timm names.

@@ -3,11 +3,10 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from ..models.file import TrainedModel, save_trained_changes, save_trained_model
 from ..models.metadata import installed_versions
 from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
-from ..training.checkpoints import EpochResult
 from ..training.divergence import DivergedError
 from ..training.loop import TrainerConfig, fine_tune
 from ..training.processes import find_device, make_accelerator, run_on_main
@@ -50,6 +48,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     replace them. A run that was stopped resumes when it is given the same settings again. What it does is logged, by
     the main process.
 
+    >>> from pathlib import Path
     >>> train(TrainSettings(images=Path("no such folder"), output=Path("no such output")))
     Traceback (most recent call last):
     ...
@@ -68,7 +67,12 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     """
     start = time.monotonic()
     accelerator = make_accelerator(find_device(settings.device), mixed_precision=settings.mixed_precision)
-    draw_curves = _import_draw_curves()
+    try:  # now, in case it is missing; and only here, as matplotlib takes time
+        from .plots import draw_curves  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error.name} is not installed, which draws curves.png; run: pip install 'backbone-finetune[recipes]'"
+        ) from error
     with preserve_rng_state(), ExitStack() as held:
         seed_everything(settings.seed)
         task = make_task(settings, accelerator)
@@ -209,17 +213,6 @@ def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, loop: 
             accelerator, lambda: measure_backward(task.model, *_first_batch(task.train, accelerator.device))
         ),
     )
-
-
-def _import_draw_curves() -> Callable[[Sequence[EpochResult], Mapping[str, float], Path], None]:
-    """Import matplotlib, which takes time, only where it is needed; and before the training, in case it is missing."""
-    try:
-        from .plots import draw_curves  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error.name} is not installed, which draws curves.png; run: pip install 'backbone-finetune[recipes]'"
-        ) from error
-    return draw_curves
 
 
 def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
