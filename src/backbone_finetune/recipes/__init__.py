@@ -3,23 +3,31 @@
 They need the extra ``recipes``; the core never imports them.
 """
 
-from .commands.evaluate import Evaluation, evaluate_folder
+from .commands.evaluate import ClassScore, Evaluation, evaluate_folder
 from .commands.inspect import inspect
+from .commands.metrics import Metrics
 from .commands.predict import Prediction, predict
+from .commands.run_record import read_run
 from .commands.train import TrainSettings, train
 from .data.determinism import is_deterministic
 from .data.fingerprint import data_fingerprint
 from .data.images import ImageDataset, LabelledFolder, find_images
 from .features.cache import FeatureCache
+from .features.compiled import compile_inductor, compile_openvino
 from .features.extract import Features, extract_features, feature_batches
 from .heads.grid import HeadResult, fit_heads
 from .heads.lbfgs import LbfgsResult, fit_lbfgs
 from .models.file import TrainedModel, load_trained_model, save_trained_model
+from .training.checkpoints import EpochResult
+from .training.divergence import DivergedError
 from .training.loop import TrainerConfig, fine_tune
 from .training.phases import Phase, read_phases
 from .training.processes import make_accelerator
 
 __all__ = [
+    "ClassScore",
+    "DivergedError",
+    "EpochResult",
     "Evaluation",
     "FeatureCache",
     "Features",
@@ -27,11 +35,14 @@ __all__ = [
     "ImageDataset",
     "LabelledFolder",
     "LbfgsResult",
+    "Metrics",
     "Phase",
     "Prediction",
     "TrainSettings",
     "TrainedModel",
     "TrainerConfig",
+    "compile_inductor",
+    "compile_openvino",
     "data_fingerprint",
     "evaluate_folder",
     "extract_features",
@@ -46,6 +57,7 @@ __all__ = [
     "make_accelerator",
     "predict",
     "read_phases",
+    "read_run",
     "save_trained_model",
     "train",
 ]

@@ -406,6 +406,27 @@ def test_targets_that_are_no_classes_are_refused(targets: Tensor, message: str) 
         fit_lbfgs(nn.Linear(6, 3), data)
 
 
+def test_what_is_no_dataset_of_features_is_refused() -> None:
+    loader: Any = DataLoader(make_features(), 8)
+    with pytest.raises(ValueError, match="train is a DataLoader; pass what extract_features returns"):
+        fit(nn.Linear(6, 3), loader)
+    with pytest.raises(ValueError, match="features is a DataLoader; pass what extract_features returns"):
+        fit_lbfgs(nn.Linear(6, 3), loader)
+
+
+def test_features_of_which_no_image_could_be_read_are_refused() -> None:
+    unread = TensorDataset(torch.eye(6), torch.full((6,), IGNORED))
+    with pytest.raises(ValueError, match=r"len\(train\) = 0: expected one image or more"):
+        fit(nn.Linear(6, 3), unread)
+
+
+def test_rates_may_be_an_array() -> None:
+    rates: Any = torch.tensor([0.125, 0.25])
+    assert {result.lr for result in fit(nn.Linear(6, 3), make_features(), learning_rates=rates)} == {0.125, 0.25}
+    with pytest.raises(ValueError, match=r"learning_rates\n +Input should be .*input_value=0\.1"):
+        fit(nn.Linear(6, 3), make_features(), learning_rates=0.1)
+
+
 def test_heads_on_an_output_of_several_tensors_get_what_the_backbone_gave() -> None:
     class Named(nn.Module):
         def forward(self, images: Tensor) -> dict[str, Tensor]:

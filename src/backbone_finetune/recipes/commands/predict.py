@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from PIL import Image
+from pydantic import Strict
 from torch import Tensor
 
 from ..checking import Positive, Whole, validated
@@ -41,7 +43,7 @@ class Prediction:
 @validated
 def predict(
     trained: TrainedModel,
-    images: Iterable[Path],
+    images: Iterable[Annotated[Path, Strict()]],  # strict: the characters of a str are no paths
     *,
     top_k: Positive = 3,
     batch_size: Positive = 32,

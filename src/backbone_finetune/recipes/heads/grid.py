@@ -2,13 +2,13 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SkipValidation
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy, linear
@@ -24,7 +24,8 @@ from ..features.extract import feature_batches, find_device_of, module_inputs, w
 
 __all__ = ["HeadResult", "check_features", "decaying_names", "fit_heads", "head_batch"]
 
-Rates = Annotated[Sequence[NotNegative], BeforeValidator(list), Field(min_length=1)]  # list: of an array, too
+_listed = BeforeValidator(lambda rates: list(rates) if isinstance(rates, Iterable) else rates)  # an array, too
+Rates = Annotated[Sequence[NotNegative], _listed, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class StackedHeads:
 @validated
 def fit_heads(
     classifier: nn.Module,
-    train: TensorDataset,
-    validation: TensorDataset,
+    train: SkipValidation[TensorDataset],
+    validation: SkipValidation[TensorDataset],
     *,
     learning_rates: Rates,
     weight_decays: Rates = (0.0,),
@@ -170,6 +171,8 @@ def fit_heads(
 
 def check_features(name: str, data: TensorDataset, classifier: nn.Module) -> TensorDataset:
     """Check that targets are classes of a classifier; returns the features without images that could not be read."""
+    if not isinstance(data, TensorDataset):
+        raise ValueError(f"{name} is a {type(data).__name__}; pass what extract_features returns")
     check_targets(name, data.tensors[-1], count_classes(classifier))
     data = without_unread(data)
     if not len(data):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+from pydantic import SkipValidation
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
@@ -34,7 +35,7 @@ class LbfgsResult:
 @validated
 def fit_lbfgs(
     classifier: nn.Module,
-    features: TensorDataset,
+    features: SkipValidation[TensorDataset],
     *,
     weight_decay: NotNegative = 0.0,
     max_iterations: Positive = 1000,

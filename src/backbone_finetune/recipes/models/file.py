@@ -111,7 +111,7 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
     Parameters are frozen as they were. Nothing is downloaded.
 
     Args:
-        path: A file of ``save_trained_model`` or ``save_trained_changes``.
+        path: A file of ``save_trained_model``, or of ``train`` with ``trainable_only``: a file of changes.
         base: The base weights of a file of changes. None finds those of the package, and of the Hugging Face hub where
             they are in its cache on this machine.
 
