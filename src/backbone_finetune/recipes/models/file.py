@@ -28,6 +28,7 @@ from backbone_finetune.checkpoint import (
     save_tensors,
 )
 
+from ..checking import validated
 from ..text import one_line
 from .changes import BaseWeights, digest_backbone, find_base, refer_to_base
 from .metadata import ModelDescription, installed_versions, parse_metadata
@@ -105,6 +106,7 @@ def save_trained_changes(trained: TrainedModel, base: BaseWeights, path: Path, *
     save_tensors(changes, path, {**metadata, "base": refer_to_base(base, kept).model_dump_json()})
 
 
+@validated
 def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
     """Read a model file, and build its model again, on the CPU and in eval mode; see ``save_trained_model``.
 
