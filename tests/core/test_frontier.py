@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -464,6 +466,57 @@ def test_other_threads_see_the_network_alone() -> None:
     assert torch.equal(output, net(BATCH))
     assert results.keys() == expected.keys()
     assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+class Remembering(nn.Module):
+    """Leaves all that a forward can leave between two frozen modules, and reads some of it later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late = frozen(conv()), frozen(conv())
+        self.norm = nn.BatchNorm2d(3)
+        self.drop = 0.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.images = images
+        early = self.early(images)
+        aside = dropout(self.norm(early), self.drop) if self.drop else self.norm(early)
+        return aside + self.late(self.images + early)
+
+
+def remembering(net: Any, images: Tensor) -> Tensor:
+    return to_head(net, net.remembering(images))
+
+
+def test_threads_record_at_once_and_the_network_sees_nothing_of_it() -> None:
+    net = Net(remembering, remembering=Remembering())
+    frontier = found(net)
+    assert places(frontier) == ["remembering.early", "remembering.late"]
+    batches = [torch.randn(2 + number, 3, 8, 8) for number in range(6)]
+    alone = [frontier.record(batch) for batch in batches]
+    both_are_inside = threading.Barrier(2)
+    net.get_submodule("remembering.norm").register_forward_hook(lambda *_: both_are_inside.wait(60) and None)
+    before = trace_of(net)
+    with ThreadPoolExecutor(2) as threads:
+        at_once = list(threads.map(frontier.record, batches))
+    for one, other in zip(alone, at_once, strict=True):
+        assert all(map(torch.equal, one, other))
+    assert trace_of(net) == before
+
+
+def test_threads_that_draw_random_numbers_give_the_random_state_back() -> None:
+    net = Net(remembering, remembering=Remembering())
+    net.get_submodule("remembering").drop = 0.5  # type: ignore[assignment]
+    frontier = found(net)
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(20)]
+    alone = [frontier.record(batch) for batch in batches]
+    net.get_submodule("remembering.norm").register_forward_hook(lambda *_: time.sleep(0.01))  # let the other run
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(2) as threads:
+        at_once = list(threads.map(frontier.record, batches))
+    for one, other in zip(alone, at_once, strict=True):
+        assert all(map(torch.equal, one, other))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def unfreeze(net: Net) -> None:

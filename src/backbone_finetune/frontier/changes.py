@@ -30,6 +30,7 @@ class ChangeTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recomputed: set[FrameType] = set()  # calls of checkpoint() that backward repeats
+        self.drew = False  # whether the forward has drawn a random number so far
         self._everything = False
         # The storages are kept alive, so that no other gets the identity of one of them.
         self._marked: dict[int, object] = {}
@@ -39,7 +40,7 @@ class ChangeTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> ChangeTrace:
         """Watch one more forward."""
-        self._everything = False
+        self._everything = self.drew = False
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -52,7 +53,9 @@ class ChangeTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self._everything or _draws(func, args, kwargs) or any(map(self.changes, tree_leaves((args, kwargs)))):
+        draws = _draws(func, args, kwargs)
+        self.drew = self.drew or draws
+        if self._everything or draws or any(map(self.changes, tree_leaves((args, kwargs)))):
             self._everything = self._everything or func is torch.ops.aten._local_scalar_dense.default
             for value in tree_leaves((result, list(_written(func, args, kwargs)))):
                 if isinstance(value, torch.Tensor):

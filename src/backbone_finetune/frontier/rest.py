@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,6 +73,18 @@ class Returned(NamedTuple):
 
 
 Place = tuple[Call, int]  # a tensor among those that a call returns
+
+
+class Plan(NamedTuple):
+    """What a forward is made of: what it takes, what its calls return, and which of that is kept."""
+
+    inputs: Returned
+    returned: Mapping[Call, Returned]  # of the calls that can be cached
+    computed: Container[Call]  # the calls that cannot
+    kept: Sequence[Place]
+    draws: bool  # whether it draws random numbers before all that is kept is computed
+
+
 StandIn = Callable[[BatchLayout, int], torch.Tensor]
 
 
@@ -110,22 +122,12 @@ class Rest(nn.Module):
     It shares all parameters with the network, and its modes. Hand it to DistributedDataParallel or `torch.compile`.
     """
 
-    def __init__(
-        self,
-        twin: Twin,
-        inputs: Returned,
-        returned: Mapping[Call, Returned],
-        computed: Container[Call],
-        kept: Sequence[Place],
-    ) -> None:
+    def __init__(self, twin: Twin, plan: Plan) -> None:
         super().__init__()
         self.twin = twin
-        self._inputs = inputs
-        self._returned = returned
-        self._computed = computed
-        self._kept = kept
-        self._conditions = Conditions(twin, {call.path for call in returned})
-        twin.answered = {call.path for call in returned}
+        self._plan = plan
+        self._conditions = Conditions(twin, {call.path for call in plan.returned})
+        twin.answered = {call.path for call in plan.returned}
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         """Run what is not cached: kept tensors -> the output of the network."""
@@ -134,15 +136,15 @@ class Rest(nn.Module):
     def run(self, tensors: Sequence[torch.Tensor], stand_in: StandIn) -> Any:
         """Run with `stand_in` in place of what is neither kept nor computed, the input among it."""
         images = self._check(tensors)
-        rows = dict(zip(self._kept, tensors, strict=True))
-        inputs, keywords = self._inputs.build(lambda _, layout: stand_in(layout, images))
-        answer = answer_from(self._returned, self._computed, rows, images, stand_in)
+        rows = dict(zip(self._plan.kept, tensors, strict=True))
+        inputs, keywords = self._plan.inputs.build(lambda _, layout: stand_in(layout, images))
+        answer = answer_from(self._plan.returned, self._plan.computed, rows, images, stand_in)
         return self.twin.answering(answer, *inputs, **keywords)
 
     def record(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
         """Run the front alone and give the kept tensors."""
         self._conditions.check()
-        wanted = {call for call, _ in self._kept}
+        wanted = {call for call, _ in self._plan.kept}
         values: dict[Call, Any] = {}
 
         def answer(call: Call, compute: Callable[[], Any]) -> Any:
@@ -155,17 +157,18 @@ class Rest(nn.Module):
                     raise _AllRecorded
             return value
 
-        with undisturbed(self.twin), torch.no_grad(), suppress(_AllRecorded):
-            self.twin.answering(answer, *inputs, **keywords)
+        undrawn = undisturbed(self.twin) if self._plan.draws else nullcontext()
+        with undrawn, torch.no_grad(), suppress(_AllRecorded):
+            self.twin.answering_apart(answer, *inputs, **keywords)
         if missing := wanted - values.keys():
             raise RuntimeError(f"record: the forward did not call {min(missing)}, which it called on the first batch.")
-        return tuple(self._rows(place, values[place[0]][place[1]]) for place in self._kept)
+        return tuple(self._rows(place, values[place[0]][place[1]]) for place in self._plan.kept)
 
     def kept_tensors(self) -> tuple[KeptTensor, ...]:
         """Describe what is kept."""
         described = []
-        for call, position in self._kept:
-            leaves = self._returned[call].leaves
+        for call, position in self._plan.kept:
+            leaves = self._plan.returned[call].leaves
             layout = leaves[position]
             index = None if len(leaves) == 1 else position
             described.append(KeptTensor(*call, index, layout.row_shape, layout.dtype, layout.row_bytes))
@@ -178,7 +181,7 @@ class Rest(nn.Module):
         return self
 
     def _rows(self, place: Place, tensor: torch.Tensor) -> torch.Tensor:
-        layout: BatchLayout = self._returned[place[0]].leaves[place[1]]
+        layout: BatchLayout = self._plan.returned[place[0]].leaves[place[1]]
         if tensor.ndim == 0 or not layout.fits(tensor):
             raise ValueError(
                 f"record: {place[0]} returns a tensor of shape {tuple(tensor.shape)}, {tensor.dtype}, and the frontier "
@@ -189,7 +192,7 @@ class Rest(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _check(self, tensors: Sequence[torch.Tensor]) -> int:
         self._conditions.check()
-        shapes = [self._returned[call].leaves[position].row_shape for call, position in self._kept]
+        shapes = [self._plan.returned[call].leaves[position].row_shape for call, position in self._plan.kept]
         given = [tuple(tensor.shape[1:]) for tensor in tensors]
         if given != shapes or len({len(tensor) for tensor in tensors}) != 1:
             raise ValueError(
@@ -286,7 +289,11 @@ class Frontier:
         return sum(kept.bytes_per_image for kept in self.kept)
 
     def record(self, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, ...]:
-        """Compute what is kept for a batch, given as the network takes it: one (B, *shape) for each of `kept`."""
+        """Compute what is kept for a batch, given as the network takes it: one (B, *shape) for each of `kept`.
+
+        Several threads may record at once, each in its own autocast where there is one. They share all parameters. A
+        front that draws random numbers, though what is kept does not depend on them, runs in one thread at a time.
+        """
         return self.rest.record(inputs, keywords)
 
     def replay(self, tensors: Sequence[torch.Tensor]) -> Any:

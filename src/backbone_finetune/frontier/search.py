@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 from ..eval_caches import preserve_modes
 from .changes import ChangeTrace, checkpoints
 from .layouts import BatchLayout, find_layout
-from .rest import Frontier, NoFrontier, Place, Rest, Returned, StandIn, answer_from
+from .rest import Frontier, NoFrontier, Place, Plan, Rest, Returned, StandIn, answer_from
 from .twin import Answer, Call, Twin
 from .undisturbed import undisturbed
 
@@ -63,6 +63,7 @@ class _Search:
         self.twin = Twin(network)
         self.returned: dict[Call, Returned] = {}  # of the calls that can be cached
         self.computed: set[Call] = set()  # the calls that cannot
+        self.after_drawing: set[Call] = set()  # the calls that follow the drawing of random numbers
         self.rows: dict[Place, torch.Tensor] = {}  # what the former return for the smaller batch
 
     def find(self) -> Frontier | NoFrontier:
@@ -81,7 +82,8 @@ class _Search:
         inputs = self._describe(tree_flatten(self.whole), tree_flatten(self.part))
         assert inputs is not None  # the same objects but for tensors of the batch
         order = [place for place in self.rows if place in kept]
-        rest = Rest(self.twin, inputs, self.returned, self.computed, order)
+        draws = any(call in self.after_drawing for call, _ in order)
+        rest = Rest(self.twin, Plan(inputs, self.returned, self.computed, order, draws))
         for training in self.modes:
             with self._mode(training):
                 reason = self._why_records_differ(rest) or self._why_unsound(rest)
@@ -119,6 +121,8 @@ class _Search:
             leaves, structure = tree_flatten(value)
             if any(trace.changes(leaf) for leaf in leaves):
                 self.computed.add(call)
+            if trace.drew:
+                self.after_drawing.add(call)
             within.setdefault(call, []).extend(checkpoints())
             results[call] = [_copy(leaf) for leaf in leaves], structure
             return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import MethodType
 from typing import Any, NamedTuple, Protocol
 
@@ -52,8 +52,11 @@ class Twin(nn.Module):
         self.answered: set[str] = set()  # paths that a forward outside `answering` must not compute
         self._local = threading.local()
         self._original = (network,)  # in a tuple, so that it is no submodule
-        self._copies: list[tuple[nn.Module, nn.Module, list[nn.Module | None]]] = []
-        self.network = self._copy(network, "", {})
+        self._stand_ins: dict[int, nn.Module] = {}  # for frozen modules
+        self._above: dict[int, tuple[nn.Module, list[nn.Module | None]]] = {}  # modules above frozen ones
+        self._find_frozen(network, "", set())
+        self._copies = dict(self._stand_ins)
+        self.network = self._copy(network, self._copies, self._above)
 
     @property
     def original(self) -> nn.Module:
@@ -62,42 +65,77 @@ class Twin(nn.Module):
 
     def answering(self, answer: Answer, *inputs: Any, **keywords: Any) -> Any:
         """Run the network with an answer to each call of a frozen module."""
-        self._bring_up_to_date()
-        self._local.answer, self._local.counts = answer, {}
-        try:
-            output = self.network(*inputs, **keywords)
-        finally:
-            self._local.answer = None
-        self._hand_back()
+        self._check_above()
+        pairs = [(module, self._copies[id(module)]) for module, _ in self._above.values()]
+        for module, copy in pairs:
+            _take_over(module, copy)
+        output = self._run(self.network, answer, inputs, keywords)
+        for module, copy in pairs:  # give the network what its forward set
+            vars(module).update(
+                {k: v for k, v in vars(copy).items() if k != "_modules" and not isinstance(v, MethodType)}
+            )
         return output
 
-    def _copy(self, module: nn.Module, path: str, copies: dict[int, nn.Module]) -> nn.Module:
+    def answering_apart(self, answer: Answer, *inputs: Any, **keywords: Any) -> Any:
+        """Run likewise on copies made for this run: neither the network nor another thread sees what it sets.
+
+        They share all tensors but the buffers of modules in train mode.
+        """
+        self._check_above()
+        network = self._copy(self.original, dict(self._stand_ins), None)
+        return self._run(network, answer, inputs, keywords)
+
+    def _run(self, network: nn.Module, answer: Answer, inputs: Any, keywords: Any) -> Any:
+        self._local.answer, self._local.counts = answer, {}
+        try:
+            return network(*inputs, **keywords)
+        finally:
+            self._local.answer = None
+
+    def _find_frozen(self, module: nn.Module, path: str, seen: set[int]) -> bool:
+        """Make stand-ins for the frozen modules in a module, and say whether there are any."""
+        if id(module) in seen or _is_opaque(module):
+            return id(module) in self._stand_ins or id(module) in self._above
+        seen.add(id(module))
+        trains = [parameter.requires_grad for parameter in module.parameters()]
+        if trains and all(trains):
+            return False
+        if not any(trains) and not any(part.training for part in module.modules()):
+            self.intercepted[path] = module
+            self._stand_ins[id(module)] = self._intercepting(path, module)
+            return True
+        children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+        above = [self._find_frozen(child, child_path, seen) for child_path, child in children]
+        if any(above):
+            self._above[id(module)] = module, list(module._modules.values())
+        return id(module) in self._above
+
+    def _intercepting(self, path: str, module: nn.Module) -> nn.Module:
+        stand_in = type(module).__new__(type(module))
+        # What hooks do is part of what the module returns, and is recorded with it.
+        hooks: dict[str, Any] = {
+            name: {} for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)
+        }
+        forward = functools.partial(self._intercept, path, module)
+        vars(stand_in).update(vars(module), **hooks, forward=forward)
+        return stand_in
+
+    def _copy(self, module: nn.Module, copies: dict[int, nn.Module], chosen: Container[int] | None) -> nn.Module:
+        """Copy the chosen modules, or all; what is in `copies` already stands for its module."""
         if id(module) in copies:
             return copies[id(module)]
-        parameters = list(module.parameters())
-        is_frozen = not any(p.requires_grad for p in parameters) and not any(m.training for m in module.modules())
-        if isinstance(module, (Cut, torch.jit.ScriptModule)) or (
-            parameters and all(p.requires_grad for p in parameters)
-        ):
+        if _is_opaque(module) or (chosen is not None and id(module) not in chosen):
             return module
-        copy = type(module).__new__(type(module))
-        copies[id(module)] = copy
-        vars(copy).update(vars(module))
-        children = {
-            name: child if child is None else self._copy(child, f"{path}.{name}" if path else name, copies)
+        copy = copies[id(module)] = type(module).__new__(type(module))
+        _take_over(module, copy)
+        vars(copy)["_modules"] = {
+            name: child if child is None else self._copy(child, copies, chosen)
             for name, child in module._modules.items()
         }
-        vars(copy)["_modules"] = children
-        if is_frozen:
-            self.intercepted[path] = module
-            # What hooks do is part of what the module returns, and is recorded with it.
-            vars(copy).update({name: {} for name, value in vars(module).items() if _is_hooks(name, value)})
-            vars(copy)["forward"] = functools.partial(self._intercept, path, module)
-        elif all(children[name] is child for name, child in module._modules.items()):
-            copies[id(module)] = module
-            return module
-        else:
-            self._copies.append((module, copy, list(module._modules.values())))
+        if chosen is None and module.training:
+            vars(copy)["_buffers"] = {
+                name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
+            }
         return copy
 
     def _intercept(self, path: str, module: nn.Module, *inputs: Any, **keywords: Any) -> Any:
@@ -114,31 +152,23 @@ class Twin(nn.Module):
         counts[path] = call.earlier + 1
         return answer(call, functools.partial(module, *inputs, **keywords))
 
-    def _bring_up_to_date(self) -> None:
-        for module, copy, children in self._copies:
+    def _check_above(self) -> None:
+        for module, children in self._above.values():
             if list(module._modules.values()) != children:
                 raise RuntimeError(
                     f"frontier: a submodule of {type(module).__name__} was replaced after the frontier was found; find "
                     "it anew."
                 )
-            own = vars(copy)
-            for name, value in vars(module).items():
-                if name != "_modules":
-                    own[name] = _rebind(value, module, copy)
-
-    def _hand_back(self) -> None:
-        """Give the network what its forward set on a copy."""
-        for module, copy, _ in self._copies:
-            own = vars(module)
-            for name, value in vars(copy).items():
-                if name != "_modules" and not isinstance(value, MethodType):
-                    own[name] = value
 
 
-def _is_hooks(name: str, value: object) -> bool:
-    return "_hooks" in name and isinstance(value, dict)
+def _is_opaque(module: nn.Module) -> bool:
+    return isinstance(module, (Cut, torch.jit.ScriptModule))
 
 
-def _rebind(value: object, old: nn.Module, new: nn.Module) -> object:
-    """A method that an object holds of itself (``self.forward = self.forward_fused``) becomes the other object's."""
-    return MethodType(value.__func__, new) if isinstance(value, MethodType) and value.__self__ is old else value
+def _take_over(module: nn.Module, copy: nn.Module) -> None:
+    """Set all attributes of a copy but its submodules; methods that a module holds of itself become the copy's."""
+    own = vars(copy)
+    for name, value in vars(module).items():
+        if name != "_modules":
+            is_own_method = isinstance(value, MethodType) and value.__self__ is module
+            own[name] = MethodType(value.__func__, copy) if is_own_method else value

@@ -1,12 +1,15 @@
-"""Forwards that leave no trace: random state and buffers are given back."""
+"""Forwards that leave no trace: random state and buffers are given back, one forward at a time."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+_ONE_AT_A_TIME = threading.RLock()  # the random state is shared by all threads
 
 
 @contextmanager
@@ -19,19 +22,20 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     >>> layer.running_mean.tolist(), layer.num_batches_tracked.item()
     ([0.0, 0.0], 0)
     """
-    devices = {p.device for p in network.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in network.modules()
-        if module.training
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    with torch.random.fork_rng(sorted(devices, key=str), device_type=kind):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, values in buffers:
-                    module._buffers[name] = buffer.copy_(values)
+    with _ONE_AT_A_TIME:
+        devices = {p.device for p in network.parameters() if p.device.type not in ("cpu", "meta")}
+        kind = next((device.type for device in devices), "cuda")
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in network.modules()
+            if module.training
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        with torch.random.fork_rng(sorted(devices, key=str), device_type=kind):
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for module, name, buffer, values in buffers:
+                        module._buffers[name] = buffer.copy_(values)
