@@ -114,6 +114,9 @@ def test_a_run_writes_its_model_its_metrics_and_its_curves(
     assert loaded.class_names == tuple(COLOURS)
     printed = capsys.readouterr()
     assert "classifier         291  trainable  train" in printed.out
+    share, error = metrics.test_accuracy, (metrics.test_accuracy * (1 - metrics.test_accuracy) / 6) ** 0.5
+    expected = f"test accuracy    {share:.3f}  of 6 images, standard error {error:.3f}"
+    assert expected.replace(" 0.", " .") in printed.out
     assert "13 to train, 6 to test\n" in printed.out
     assert "\nskipped          1 broken image, named above\n\nwrote " in printed.out
     for name in ("test accuracy", "chance", "random backbone", "raw pixels", "backward"):

@@ -29,11 +29,7 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does on images: ``confusion[i][j]`` images of class ``i`` were predicted as class ``j``.
-
-    >>> next(iter(Evaluation.__dataclass_fields__))
-    'accuracy'
-    """
+    """How a model does on images: ``confusion[i][j]`` images of class ``i`` were predicted as class ``j``."""
 
     accuracy: float
     images: int

@@ -28,13 +28,6 @@ def inspect_frontier(architecture: str, trainable_groups: int) -> str:
     --trainable-groups 1: computed once for each image, and cached:
       backbone.layer3: 192 x 10 x 10 float32, 76.8 kB per image
     each epoch then computes 6.5% of the forward and 4.3% of the backward operations of training all
-
-    Args:
-        architecture: A name of timm, of a network with a classifier.
-        trainable_groups: How many of the last layer groups train.
-
-    Raises:
-        ValueError: timm has no such architecture, or it has fewer layer groups.
     """
     check_architecture(architecture)
     with preserve_rng_state():

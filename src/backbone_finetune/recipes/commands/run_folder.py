@@ -23,11 +23,7 @@ UNFINISHED, LOCK_FILE = ".unfinished", "lock"
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
-    """Check that a run may write into a folder, and change nothing.
-
-    Raises:
-        FileExistsError: it is not a folder; or it holds results, no run is under way there, and ``overwrite`` is false.
-    """
+    """Raise FileExistsError unless a run may write into a folder; change nothing."""
     if os.path.lexists(folder) and not folder.is_dir():
         kind = "a file" if folder.exists() else "a broken link"
         raise FileExistsError(f"{folder} is {kind}; pass a folder with --output")
@@ -52,12 +48,8 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
 def open_run(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
     """Start the run that ``record`` describes in a folder, or resume it, and lock the folder for the block.
 
-    ``.unfinished/`` is removed after the block if ``finish_run`` was called in it.
-
-    Raises:
-        FileExistsError: another process is training there, or an unfinished run has another record and ``overwrite``
-            is false; or as ``check_output_folder``.
-        OSError: the folder cannot be created or written to.
+    ``.unfinished/`` is removed after the block if ``finish_run`` was called in it. Raises FileExistsError where another
+    process is training, or an unfinished run has another record and is not to be overwritten.
     """
     check_output_folder(folder, overwrite=overwrite)
     unfinished = folder / UNFINISHED

@@ -63,20 +63,14 @@ def compare_runs(recorded: Mapping[str, Any], record: Mapping[str, Any]) -> list
     """Name what differs in a run that is done again: versions, images, backbone, or a precision."""
 
     def compared(run: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = run.get("arguments", {})
-        precisions = {name: arguments[name] for name in ("mixed_precision", "autocast_features") if name in arguments}
-        return {**{name: part for name, part in run.items() if name != "arguments"}, **precisions}
+        precisions = {name: run["arguments"].get(name) for name in ("mixed_precision", "autocast_features")}
+        return {**run, "arguments": precisions}
 
     return find_differences(compared(recorded), compared(record))
 
 
 def read_run(path: Path) -> tuple[TrainSettings, dict[str, Any]]:
-    """Read a ``run.json``: the settings, with the default output folder, and the whole record.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not the record of a run; the message says why.
-    """
+    """Read a ``run.json``: the settings, with the default output folder, and the whole record."""
     wanted = "pass the run.json that a training run wrote"
     if not path.is_file():
         fault = ValueError if path.exists() else FileNotFoundError

@@ -122,11 +122,7 @@ def _find_classes(settings: TrainSettings) -> LabelledFolder:
 
 
 def choose_data_config(model: FineTuneModel, architecture: str, *, small: bool) -> dict[str, Any]:
-    """Return timm's data config of a model; with ``small`` that of a small input, where the network takes one.
-
-    Raises:
-        ValueError: the network does not take an image of the size that timm names.
-    """
+    """Return timm's data config of a model; with ``small`` that of a small input, where the network takes one."""
     meta = meta_copy(model)  # a pass through the model itself would take time
     problem = None
     fixed = model.pretrained_cfg.get("fixed_input_size", False)

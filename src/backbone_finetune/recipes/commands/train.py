@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.summary import describe_by_group
@@ -111,7 +112,7 @@ def _start(
     The main process holds the lock of the folder until ``held`` is closed. Returns how to train, and the run's record.
     """
     fingerprints = run_on_main(accelerator, lambda: (data_fingerprint(task.train), data_fingerprint(task.test)))
-    unfinished = settings.output / UNFINISHED
+    unfinished, autocast = settings.output / UNFINISHED, settings.autocast_features
     loop = TrainerConfig(
         accelerator,
         batch_size=settings.batch_size,
@@ -123,9 +124,7 @@ def _start(
             FeatureCache(unfinished / "features-train", fingerprints[0]),
             FeatureCache(unfinished / "features-test", fingerprints[1]),
         ),
-        autocast_features=settings.mixed_precision != "no"
-        if settings.autocast_features is None
-        else settings.autocast_features,
+        autocast_features=(settings.mixed_precision != "no") if autocast is None else autocast,
         workers=settings.workers,
         compile=None if settings.compile is None else COMPILERS[settings.compile],
     )
@@ -160,8 +159,6 @@ def _train_model(settings: TrainSettings, task: Task, loop: TrainerConfig, recor
     metrics = Metrics(
         test_accuracy=history[-1].test_accuracy,
         chance=chance_accuracy(task.train.folder.targets, task.test.folder.targets),
-        random_backbone=None,
-        raw_pixels=None,
         architecture=task.architecture,
         weights=task.weights,
         phases=settings.phases,
@@ -174,10 +171,8 @@ def _train_model(settings: TrainSettings, task: Task, loop: TrainerConfig, recor
         test_images=len(task.test) - len(task.test.broken),
         skipped_images=(*task.train.broken.values(), *task.test.broken.values()),
         history=tuple(history),
-        backward_milliseconds=None,
         device=str(accelerator.device),
         feature_precision="bf16" if in_bf16 else None,
-        seconds=None,
         versions=installed_versions(),
     )
     if accelerator.is_main_process:
@@ -218,6 +213,5 @@ def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, loop: 
 def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
     """Stack the first images, 16 at most, to time a step with: ``(B, 3, H, W)`` and ``(B,)``."""
     readable = (index for index, path in enumerate(data.folder.paths) if str(path) not in data.broken)
-    pairs = [data[index] for index in islice(readable, TIMED_BATCH_SIZE)]
-    inputs, targets = zip(*pairs, strict=True)
-    return torch.stack(inputs).to(device), torch.tensor(targets, device=device)
+    inputs, targets = default_collate([data[index] for index in islice(readable, TIMED_BATCH_SIZE)])
+    return inputs.to(device), targets.to(device)
