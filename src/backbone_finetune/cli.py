@@ -20,7 +20,7 @@ from .recipes.commands.predict import predict, write_csv, write_json
 from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.data.images import list_images
-from .recipes.models.file import load_trained_model
+from .recipes.models.file import TrainedModel, load_trained_model
 from .recipes.text import describe_fault, print_any_name, printable
 from .recipes.training.phases import Phase, read_phases
 from .recipes.training.processes import find_device
@@ -31,11 +31,7 @@ PROGRAM = "backbone-finetune"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, as all errors of this command line are.
-
-    >>> Parser().parse_args([])
-    Namespace()
-    """
+    """An argument parser whose errors are one line, as all errors of this command line are."""
 
     def error(self, message: str) -> NoReturn:
         """Print the line and exit with status 2."""
@@ -80,12 +76,7 @@ class LogHandler(logging.Handler):
 
 @contextmanager
 def show_log() -> Iterator[None]:
-    """Print what the library logs in the block, and leave logging as it was after it.
-
-    >>> with show_log():
-    ...     logging.getLogger("backbone_finetune.recipes").info("epoch 1")
-    epoch 1
-    """
+    """Print what the library logs in the block, and leave logging as it was after it."""
     logger, handler = logging.getLogger("backbone_finetune"), LogHandler()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -100,11 +91,7 @@ def show_log() -> Iterator[None]:
 
 
 def build_parser() -> Parser:
-    """Describe the arguments.
-
-    >>> build_parser().parse_args(["inspect", "resnet18"]).network
-    'resnet18'
-    """
+    """Describe the arguments."""
     parser = Parser(prog=PROGRAM, description="Fine-tune any timm network with its backbone frozen.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands.add_parser("train", help="train a classifier on images"))
@@ -116,7 +103,7 @@ def build_parser() -> Parser:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of `train`."""
-    defaults, settings = Phase(), TrainSettings()
+    settings = TrainSettings()
     parser.description = (
         "Train a classifier on images, above a frozen backbone. With no arguments: on the packaged clipart (ten "
         "classes), above EfficientNet-Lite0 with packaged ImageNet weights; nothing is downloaded. A run that was "
@@ -137,28 +124,27 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file")
     add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table each, for several phases")
     one_phase = parser.add_argument_group("one phase (what --phases says of several)")
-    for option, read, metavar, text in (
-        ("--epochs", int, "N", ""),
-        ("--trainable-groups", int, "N", "layer groups of the backbone that train too, from the output; "),
-        ("--lr", float, "RATE", ""),
-        ("--backbone-lr", float, "RATE", ""),
-        ("--layer-decay", float, "SHARE", "of each layer's rate that the one before it gets; "),
-        ("--weight-decay", float, "W", ""),
-        ("--warmup-epochs", float, "N", "in which the rates rise from 0, or a fraction of one; "),
-    ):
-        default = getattr(defaults, option.removeprefix("--").replace("-", "_"))
-        shown = "none" if default is None else default
-        one_phase.add_argument(option, type=read, metavar=metavar, help=f"{text}default: {shown}")
+    add_numbers(
+        one_phase,
+        Phase(),
+        ("epochs", "N", ""),
+        ("trainable_groups", "N", "layer groups of the backbone that train too, from the output; "),
+        ("lr", "RATE", ""),
+        ("backbone_lr", "RATE", ""),
+        ("layer_decay", "SHARE", "of each layer's rate that the one before it gets; "),
+        ("weight_decay", "W", ""),
+        ("warmup_epochs", "N", "in which the rates rise from 0, or a fraction of one; "),
+    )
     one_phase.add_argument("--cosine", action="store_true", default=None, help="let the rates fall to 0 at the end")
     add("--run", type=Path, metavar="FILE", help="a run.json: do that run again, into another folder")
-    for option, read, metavar, text in (
-        ("--seed", int, "S", ""),
-        ("--batch-size", int, "N", "images in a step, on all processes together; "),
-        ("--accumulation", int, "N", "parts of a batch, where it is too large for the memory; "),
-        ("--checkpoint-steps", int, "N", "write a checkpoint so often, and after each epoch; "),
-    ):
-        default = getattr(settings, option.removeprefix("--").replace("-", "_"))
-        add(option, type=read, metavar=metavar, help=f"{text}default: {default}")
+    add_numbers(
+        parser,
+        settings,
+        ("seed", "S", ""),
+        ("batch_size", "N", "images in a step, on all processes together; "),
+        ("accumulation", "N", "parts of a batch, where it is too large for the memory; "),
+        ("checkpoint_steps", "N", "write a checkpoint so often, and after each epoch; "),
+    )
     add("--workers", type=int, metavar="N", help="processes that load images (default: by cores and images)")
     add(
         "--compile",
@@ -182,19 +168,26 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run_command=run_train)
 
 
+def add_numbers(parser: argparse._ActionsContainer, settings: object, *options: tuple[str, str, str]) -> None:
+    """Add options for numbers of some settings, each ``(name, metavar, help)``, of the type and default there."""
+    for name, metavar, text in options:
+        default = getattr(settings, name)
+        read, shown = (float, "none") if default is None else (type(default), default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=read, metavar=metavar, help=f"{text}default: {shown}")
+
+
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of `predict`."""
     parser.description = (
         "Name the likeliest classes of images, by a model that `train` wrote. What can't be read is named and "
         "counted, and the exit status is then 2."
     )
-    add_model(parser)
+    add_inference(parser)
     add = parser.add_argument
     add("images", type=Path, nargs="+", metavar="IMAGE", help="an image, or a folder of them, however deep")
     add("--top-k", type=int, default=3, metavar="K", help="classes for each image (default: %(default)s)")
     add("--csv", type=Path, metavar="FILE", help="write the answers to a CSV file as well")
     add("--json", type=Path, metavar="FILE", help="write the answers to a JSON file as well")
-    add_batch_size(parser)
     parser.set_defaults(run_command=run_predict)
 
 
@@ -204,7 +197,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "Measure a model that `train` wrote on images of known classes: accuracy, precision and recall by class, and "
         "which class was taken for which."
     )
-    add_model(parser)
+    add_inference(parser)
     add = parser.add_argument
     add("images", type=Path, metavar="DATA", help="a folder with a sub-folder per class, named as the model's classes")
     add(
@@ -214,30 +207,22 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where evaluation.json and confusion.png go (default: %(default)s)",
     )
-    add_batch_size(parser)
     parser.set_defaults(run_command=run_evaluate)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments that say which model to use."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the model.safetensors that `train` wrote")
-    parser.add_argument(
+def add_inference(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments that say which model runs, where, and on how many images at once."""
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="the model.safetensors that `train` wrote")
+    add(
         "--base",
         type=Path,
         metavar="FILE",
         help="the weights that a model of --trainable-only was trained on, where they are not found by themselves",
     )
-
-
-def add_batch_size(parser: argparse.ArgumentParser) -> None:
-    """Describe how many images are in memory at once."""
-    parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that read images (default: by cores and images)"
-    )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)")
+    add("--workers", type=int, metavar="N", help="processes that read images (default: by cores and images)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ... (default: %(default)s)")
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -257,11 +242,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(options: argparse.Namespace) -> int:
-    """Carry out `train`.
-
-    Raises:
-        ValueError: there is a run to repeat, and something that it says itself.
-    """
+    """Carry out `train`; a run to repeat and something that it says itself is a ValueError."""
     names = [field.name for field in fields(TrainSettings)]
     given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     if options.run is None:
@@ -283,14 +264,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
-    """Take the phases of a file, or one phase of the options that were given.
-
-    >>> choose_phases(build_parser().parse_args(["train", "--epochs", "3"]))[0].epochs
-    3
-
-    Raises:
-        ValueError: there are both.
-    """
+    """Take the phases of a file, or one phase of the options that were given; both is a ValueError."""
     names = [field.name for field in fields(Phase)]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.phases is None:
@@ -301,14 +275,20 @@ def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
     return read_phases(options.phases)
 
 
+def load_model(options: argparse.Namespace) -> TrainedModel:
+    """Load the model that was named, onto the device that was."""
+    device = find_device(options.device)
+    trained = load_trained_model(options.model, base=options.base)
+    trained.model.to(device)
+    return trained
+
+
 def run_predict(options: argparse.Namespace) -> int:
     """Carry out `predict`: a line for each image, and status 2 when one could not be read."""
     if options.csv is not None and options.json is not None and options.csv.resolve() == options.json.resolve():
         raise ValueError(f"--csv and --json are both {options.csv}; give each a file of its own")
     paths = list_images(options.images)
-    device = find_device(options.device)
-    trained = load_trained_model(options.model, base=options.base)
-    trained.model.to(device)
+    trained = load_model(options)
     predictions = predict(trained, paths, top_k=options.top_k, batch_size=options.batch_size, workers=options.workers)
     if options.csv is not None:
         predictions = write_csv(predictions, options.csv, min(options.top_k, len(trained.class_names)))
@@ -329,9 +309,7 @@ def run_predict(options: argparse.Namespace) -> int:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Carry out `evaluate`: a table by class, and a line for each image that was left out."""
-    device = find_device(options.device)
-    trained = load_trained_model(options.model, base=options.base)
-    trained.model.to(device)
+    trained = load_model(options)
     evaluation = evaluate_folder(trained, options.images, batch_size=options.batch_size, workers=options.workers)
     for message in evaluation.skipped_images:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
