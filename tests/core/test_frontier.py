@@ -508,9 +508,10 @@ def test_threads_that_draw_random_numbers_give_the_random_state_back() -> None:
     net = Net(remembering, remembering=Remembering())
     net.get_submodule("remembering").drop = 0.5  # type: ignore[assignment]
     frontier = found(net)
-    batches = [torch.randn(4, 3, 8, 8) for _ in range(20)]
+    batches = [torch.randn(2 + number % 3, 3, 8, 8) for number in range(20)]
     alone = [frontier.record(batch) for batch in batches]
-    net.get_submodule("remembering.norm").register_forward_hook(lambda *_: time.sleep(0.01))  # let the other run
+    late = net.get_submodule("remembering.late")
+    late.register_forward_pre_hook(lambda _, inputs: time.sleep(0.003 * len(inputs[0])))  # the other begins meanwhile
     before = torch.get_rng_state()
     with ThreadPoolExecutor(2) as threads:
         at_once = list(threads.map(frontier.record, batches))
