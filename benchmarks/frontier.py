@@ -9,6 +9,7 @@ epochs are put together from them. On a CPU the clock is the CPU time of the pro
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,12 +22,13 @@ from harness.environment import describe_command, describe_environment, describe
 from harness.options import add_models_option, add_shared_options, batch_size_on, positive, settle_device
 from harness.ratios import Paired, Target, compared
 from harness.results import reason_of
-from harness.timing import ProcessClock, clock_for, loop_steps_on, no_garbage_collection
+from harness.timing import Clock, ProcessClock, clock_for, milliseconds_of, no_garbage_collection
 from reading.batch import JpegBatch
 from subjects.frontier_memory import judge_memory
 from subjects.frontier_report import (
     AGAIN,
     CACHED,
+    EXACT,
     FIND,
     READ,
     RECIPE,
@@ -37,9 +39,11 @@ from subjects.frontier_report import (
     compared_with,
     label,
 )
-from subjects.frontier_steps import BLUEPRINTS, FrontierWork, build_partly_frozen, recipe_step
+from subjects.frontier_steps import BLUEPRINTS, FrontierWork, build_partly_frozen, names_take_more, recipe_step
 from subjects.variants import Precision, optimizer_name
 from targets import has_bf16_instructions
+
+SHORTEST_SAMPLE_MS = 150.0  # what is shorter runs several times
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +101,9 @@ def measure(
     blueprint = BLUEPRINTS[name]
     sizes = (options.batch_size, options.image_size)
     network = build_partly_frozen(blueprint.network, blueprint.trainable_groups, *sizes, device)
-    calls = {RECIPE: recipe_step(network).run}
+    calls: dict[str, Callable[[], object]] = {RECIPE: recipe_step(network, blueprint.words).run}
+    if names_take_more(network, blueprint.words):
+        calls[EXACT] = recipe_step(network).run
     found: dict[Precision, FrontierWork] = {}
     for precision in blueprint.times_faster:
         if precision == "bf16" and not has_bf16_instructions(device):
@@ -112,25 +118,25 @@ def measure(
             label(AGAIN, precision): work.cached.run,
             label(RECORD, precision): work.record_and_store,
         }
+    calls[READ] = jpegs.read
+    runs = {what: max(1, math.ceil(SHORTEST_SAMPLE_MS / least_ms(call, clock))) for what, call in calls.items()}
     taken = report.milliseconds.setdefault(name, {})
-    runs = loop_steps_on(device) or 1
-    time_in_turns(
-        {what: partial(run_several, call, runs) for what, call in calls.items()} | {READ: jpegs.read},
-        options.repeats,
-        clock,
-        taken,
-        title=name,
-    )
+    visits = {what: partial(run_several, call, runs[what]) for what, call in calls.items()}
+    time_in_turns(visits, options.repeats, clock, taken, title=name)
     for what, samples in taken.items():
-        images = options.batch_size * (1 if what == READ else runs)
-        taken[what] = [milliseconds / images for milliseconds in samples]
+        taken[what] = [milliseconds / (options.batch_size * runs[what]) for milliseconds in samples]
     for precision, work in found.items():
         taken[label(FIND, precision)] = [work.find_ms / options.images]
         report.kept.setdefault(name, {})[precision] = str(work.frontier)
         remark = f"{work.bytes_per_image / 1000:.0f} kB per image"
         own = {what: taken[label(what, precision)] for what in (WHOLE, CACHED, REST, AGAIN, RECORD, FIND)}
-        own |= {what: taken[what] for what in (RECIPE, READ)}
+        own |= {what: taken[what] for what in (RECIPE, READ, EXACT) if what in taken}
         yield from judge(label(name, precision), own, blueprint.times_faster[precision], options.epochs, remark)
+
+
+def least_ms(call: Callable[[], object], clock: Clock) -> float:
+    """Milliseconds of the faster of two calls, the first of which warms up."""
+    return min(milliseconds_of(call, clock) for _ in range(2))
 
 
 def run_several(call: Callable[[], object], runs: int) -> None:
@@ -151,11 +157,14 @@ def judge(
     recipe = [epochs * step for step in taken[RECIPE]]
     recipe_reading = [steps + epochs * once for steps, once in zip(recipe, read, strict=True)]
     whole = [epochs * step for step in taken[WHOLE]]
-    for other, reading, samples, wanted in (
+    others = [
         (RECIPE, False, Paired(ours, recipe), fewest),
         (RECIPE, True, Paired(with_reading, recipe_reading), fewest),
         ("ours without the frontier", False, Paired(ours, whole), 1.0),
-    ):
+    ]
+    if EXACT in taken:
+        others.append((EXACT, False, Paired(ours, [epochs * step for step in taken[EXACT]]), 1.0))
+    for other, reading, samples, wanted in others:
         what = compared_with(other, epochs, reading=reading)
         faster = f"{1 / samples.ratio.median:.2f} times faster, {wanted:g} wanted; {remark}"
         yield compared(model, what, 1 / wanted, samples, noise, remark=faster)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from backbone_finetune.frontier import Frontier, find_frontier
 from subjects.equality import compare
-from subjects.networks import Network, build_network
+from subjects.networks import Network, article_module, build_network
 from subjects.variants import Precision, autocast, training_step
 
 STORED_BATCHES = 8  # more than a cache of the processor holds, as a stored data set is
@@ -25,12 +25,14 @@ STORED_BATCHES = 8  # more than a cache of the processor holds, as a stored data
 class Blueprint:
     """A network, how many of its layer groups train, its rest written by hand, and what is expected of it.
 
-    `rest` takes a `FineTuneModel` and the tensor that is kept for a batch, and gives the logits. `times_faster` is the
-    least by which 20 epochs on the frontier are to be faster than the article's recipe, by precision.
+    `words` name what trains to the article's recipe. `rest` takes a `FineTuneModel` and the tensor that is kept for a
+    batch, and gives the logits. `times_faster` is the least by which 20 epochs on the frontier are to be faster than
+    the article's recipe, by precision.
     """
 
     network: str
     trainable_groups: int
+    words: tuple[str, ...]
     rest: Callable[[Any, Tensor], Tensor]
     times_faster: Mapping[Precision, float]
 
@@ -56,17 +58,27 @@ def _after_efficientnet_stage(stage: int) -> Callable[[Any, Tensor], Tensor]:
     return rest
 
 
-_EFFICIENTNET: Mapping[Precision, float] = {"off": 10.0, "bf16": 18.0}
+_RESNET, _VIT = ("fc", "layer4"), ("blocks.10.", "blocks.11.", "norm.", "head.")
+_EFFICIENTNET = ("blocks.6.", "conv_head.", "bn2.", "classifier.")
 BLUEPRINTS = {
-    "PretrainedResNetVariation": Blueprint("PretrainedResNetVariation", 1, _after_layer3, {"off": 3.0, "bf16": 5.0}),
-    "resnet50": Blueprint("resnet50", 1, _after_layer3, {"off": 2.3, "bf16": 4.0}),
-    "vit_small_patch16_224": Blueprint("vit_small_patch16_224", 2, _after_vit_block_9, {"off": 1.6, "bf16": 2.5}),
-    # The target was set when the head was a layer group of its own: blocks.6 and the head, which are one group today.
-    "tf_efficientnet_lite0": Blueprint("tf_efficientnet_lite0", 1, _after_efficientnet_stage(5), _EFFICIENTNET),
-    "tf_efficientnet_lite0, 2 groups": Blueprint(
-        "tf_efficientnet_lite0", 2, _after_efficientnet_stage(4), _EFFICIENTNET
+    "PretrainedResNetVariation": Blueprint(
+        "PretrainedResNetVariation", 1, _RESNET, _after_layer3, {"off": 3.0, "bf16": 5.0}
     ),
-    "test_resnet": Blueprint("test_resnet", 1, _after_layer3, {"off": 1.0, "bf16": 1.0}),  # to see that all of it runs
+    "resnet50": Blueprint("resnet50", 1, _RESNET, _after_layer3, {"off": 2.3, "bf16": 4.0}),
+    "vit_small_patch16_224": Blueprint("vit_small_patch16_224", 2, _VIT, _after_vit_block_9, {"off": 1.6, "bf16": 2.5}),
+    # The target was set when the head was a layer group of its own: blocks.6 and the head, which are one group today.
+    "tf_efficientnet_lite0": Blueprint(
+        "tf_efficientnet_lite0", 1, _EFFICIENTNET, _after_efficientnet_stage(5), {"off": 10.0, "bf16": 18.0}
+    ),
+    "tf_efficientnet_lite0, 2 groups": Blueprint(
+        "tf_efficientnet_lite0",
+        2,
+        ("blocks.5.", *_EFFICIENTNET),
+        _after_efficientnet_stage(4),
+        {"off": 1.0, "bf16": 1.0},
+    ),
+    # Small, to see that all of it runs.
+    "test_resnet": Blueprint("test_resnet", 1, _RESNET, _after_layer3, {"off": 1.0, "bf16": 1.0}),
 }
 
 
@@ -80,14 +92,25 @@ def build_partly_frozen(
     return replace(network, images=torch.randn(batch_size, 3, image_size, image_size, device=device))
 
 
-def recipe_step(network: Network) -> TrainingStep:
-    """Make the article's step: frozen parameters, every module in train mode, float32.
+def recipe_step(network: Network, words: Collection[str] | None = None) -> TrainingStep:
+    """Make the article's step: parameters frozen by name, every module in train mode, float32.
 
-    It runs on a copy, as its running statistics move, which is the plain network again with nothing of ours around it.
+    Each parameter trains whose name holds one of `words`; without them, those that train in `network`. It runs on a
+    copy, as its running statistics move, which is the plain network again with nothing of ours around it.
     """
     plain = copy.deepcopy(network.model).to_module().train()
+    if words is not None:
+        article_module().freeze_by_name(plain, words)
     return training_step(
-        lambda: cross_entropy(plain(network.images), network.labels), _trainable(plain), network.images.device
+        lambda: cross_entropy(plain(network.images), network.labels), trainable_of(plain), network.images.device
+    )
+
+
+def names_take_more(network: Network, words: Collection[str]) -> bool:
+    """Say whether the recipe's words are in the names of other parameters than those that train in `network`."""
+    plain = copy.deepcopy(network.model).to_module()
+    return any(
+        parameter.requires_grad != any(word in name for word in words) for name, parameter in plain.named_parameters()
     )
 
 
@@ -158,14 +181,15 @@ class FrontierWork:
 
     def _logits_and_gradients(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         logits, loss = self._loss(forward)
-        gradients = torch.autograd.grad(loss, _trainable(self.network.model))
+        gradients = torch.autograd.grad(loss, trainable_of(self.network.model))
         return logits.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
     def _step(self, forward: Callable[[], Tensor]) -> TrainingStep:
-        trainable = _trainable(self.network.model)
+        trainable = trainable_of(self.network.model)
         device = self.network.images.device
         return training_step(lambda: self._loss(forward)[1], trainable, device, moments=self._moments)
 
 
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
+def trainable_of(module: nn.Module) -> list[nn.Parameter]:
+    """List the parameters that train."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -21,7 +21,8 @@ NUM_CLASSES = 10
 
 
 @cache
-def _article_module() -> ModuleType:
+def article_module() -> ModuleType:
+    """Load the article's networks and its recipe."""
     # The article's networks are written once, beside the tests that hold us to the article; the benchmarks run from a
     # clone, where that file is at hand, so they load it from there and need no second copy.
     path = Path(__file__).resolve().parents[2] / "tests" / "helpers" / "article_networks.py"
@@ -83,7 +84,7 @@ def build_network(
 
 
 def _wrap_article_network(name: str) -> FineTuneModel:
-    network: nn.Module = getattr(_article_module(), name)()
+    network: nn.Module = getattr(article_module(), name)()
     classifier = network.get_submodule("fc")
     return FineTuneModel.from_module(network, classifier, example_input=torch.zeros(1, 3, 64, 64))
 

@@ -17,7 +17,7 @@ from reading.batch import JpegBatch
 from subjects import frontier_memory
 from subjects.equality import WrongVariantError
 from subjects.frontier_report import FrontierReport
-from subjects.frontier_steps import BLUEPRINTS, FrontierWork, build_partly_frozen, recipe_step
+from subjects.frontier_steps import BLUEPRINTS, FrontierWork, build_partly_frozen, names_take_more, recipe_step
 from subjects.networks import Network
 from subjects.variants import Precision
 from targets import has_bf16_instructions
@@ -205,3 +205,16 @@ def test_the_time_of_a_process_leaves_out_what_it_waits() -> None:
     _, worked = ProcessClock().time(lambda: sum(range(3_000_000)))
     assert answer == "slept"
     assert waited < worked
+
+
+def test_names_that_take_more_than_was_meant_are_seen() -> None:
+    network = build_partly_frozen("test_resnet", 1, 4, 32, CPU)
+    assert not names_take_more(network, ("fc", "layer4"))
+    assert names_take_more(network, ("fc", "layer4", "bn2"))
+    efficientnet = BLUEPRINTS["tf_efficientnet_lite0"]
+    built = build_partly_frozen(efficientnet.network, efficientnet.trainable_groups, 4, 32, CPU)
+    assert names_take_more(built, efficientnet.words)
+    without_bn2 = [word for word in efficientnet.words if word != "bn2."]
+    norm = {"backbone.bn2.weight", "backbone.bn2.bias"}
+    trains = {name for name, parameter in built.model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trains if not any(word in name for word in without_bn2)} == norm
