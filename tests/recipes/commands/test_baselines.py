@@ -24,7 +24,7 @@ from backbone_finetune.recipes.training.loop import TrainerConfig
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 
-LOOP = TrainerConfig(make_accelerator(torch.device("cpu")), show_progress=False)
+CONFIG = TrainerConfig(make_accelerator(torch.device("cpu")), show_progress=False)
 
 
 def make_images(count: int = 12) -> Any:
@@ -39,7 +39,9 @@ def test_chance_answers_the_commonest_training_class() -> None:
 
 def test_raw_pixels_suffice_where_colour_tells() -> None:
     phase = Phase(epochs=10)
-    accuracy = baseline_accuracy("raw pixels", pixel_model(3), make_images(30), make_images(), phase=phase, loop=LOOP)
+    accuracy = baseline_accuracy(
+        "raw pixels", pixel_model(3), make_images(30), make_images(), phase=phase, config=CONFIG
+    )
     assert accuracy > 0.9
 
 
@@ -48,14 +50,14 @@ def test_the_random_backbone_is_random_and_stays_frozen() -> None:
     initial = timm.create_model("test_resnet").state_dict()
     torch.manual_seed(5)
     model = random_model("test_resnet", 3)
-    baseline_accuracy("random backbone", model, make_images(), make_images(), phase=Phase(epochs=1), loop=LOOP)
+    baseline_accuracy("random backbone", model, make_images(), make_images(), phase=Phase(epochs=1), config=CONFIG)
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert all(torch.equal(tensor, initial[name]) for name, tensor in model.backbone.state_dict().items())
 
 
 def test_a_baseline_may_diverge(caplog: pytest.LogCaptureFixture) -> None:
     phase = Phase(epochs=1, lr=1e38)
-    accuracy = baseline_accuracy("raw pixels", pixel_model(3), make_images(), make_images(), phase=phase, loop=LOOP)
+    accuracy = baseline_accuracy("raw pixels", pixel_model(3), make_images(), make_images(), phase=phase, config=CONFIG)
     assert 0 <= accuracy <= 1
     assert "raw pixels: the training diverged at lr = 1e+38" in caplog.text
     assert caplog.text.endswith("; its last accuracy counts\n")

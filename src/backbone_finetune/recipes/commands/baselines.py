@@ -54,20 +54,20 @@ def baseline_accuracy(
     test: Dataset[tuple[Tensor, int]],
     *,
     phase: Phase,
-    loop: TrainerConfig,
+    config: TrainerConfig,
 ) -> float:
     """Train a model for one phase and return its test accuracy; if it diverges, warn and return its last one.
 
     >>> from accelerate import Accelerator
     >>> images = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
-    >>> loop = TrainerConfig(Accelerator(cpu=True), show_progress=False)
-    >>> baseline_accuracy("raw pixels", pixel_model(2), images, images, phase=Phase(epochs=9), loop=loop)
+    >>> config = TrainerConfig(Accelerator(cpu=True), show_progress=False)
+    >>> baseline_accuracy("raw pixels", pixel_model(2), images, images, phase=Phase(epochs=9), config=config)
     1.0
     """
     try:
-        return fine_tune(model, train, test, [phase], loop)[-1].test_accuracy
+        return fine_tune(model, train, test, [phase], config)[-1].test_accuracy
     except DivergedError as error:
-        if loop.accelerator.is_main_process:
+        if config.accelerator.is_main_process:
             logger.warning("%s: %s; its last accuracy counts", name, error)
         return error.test_accuracy
 

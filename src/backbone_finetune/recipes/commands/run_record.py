@@ -34,13 +34,13 @@ class _RunFile(BaseModel):
 
 
 def record_run(
-    settings: TrainSettings, task: Task, loop: TrainerConfig, fingerprints: tuple[str, str]
+    settings: TrainSettings, task: Task, config: TrainerConfig, fingerprints: tuple[str, str]
 ) -> dict[str, Any]:
     """Describe a run: its settings as they came out, and its versions, images and backbone.
 
     Paths are absolute, so that the run can be done again from any folder, and precisions are those in use.
     """
-    accelerator = loop.accelerator
+    accelerator = config.accelerator
     arguments = {
         name: str(value.absolute()) if isinstance(value, Path) else value
         for name, value in asdict(settings).items()
@@ -48,7 +48,7 @@ def record_run(
     }
     arguments["mixed_precision"] = accelerator.mixed_precision
     arguments["autocast_features"] = (
-        loop.autocast_features and autocast_dtype(task.model.backbone, accelerator.device) is not None
+        config.autocast_features and autocast_dtype(task.model.backbone, accelerator.device) is not None
     )
     return {
         "arguments": arguments,

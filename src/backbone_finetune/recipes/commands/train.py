@@ -74,14 +74,14 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         raise ModuleNotFoundError(
             f"{error.name} is not installed, which draws curves.png; run: pip install 'backbone-finetune[recipes]'"
         ) from error
-    with preserve_rng_state(), ExitStack() as held:
+    with preserve_rng_state(), ExitStack() as exit_stack:
         seed_everything(settings.seed)
         task = make_task(settings, accelerator)
-        loop, record = _start(settings, task, accelerator, held, recorded)
+        config, record = _start(settings, task, accelerator, exit_stack, recorded)
         try:
-            metrics = _train_model(settings, task, loop, record)
+            metrics = _train_model(settings, task, config, record)
             if settings.images is None if settings.baselines is None else settings.baselines:
-                metrics = _add_baselines(metrics, settings, task, loop)
+                metrics = _add_baselines(metrics, settings, task, config)
         except KeyboardInterrupt:
             if accelerator.is_main_process:
                 logger.warning("stopped; the same command resumes this run, which %s keeps", settings.output)
@@ -104,16 +104,16 @@ def _start(
     settings: TrainSettings,
     task: Task,
     accelerator: Accelerator,
-    held: ExitStack,
+    exit_stack: ExitStack,
     recorded: Mapping[str, Any] | None,
 ) -> tuple[TrainerConfig, dict[str, Any]]:
     """Open the output folder, start the run there or resume it, and log what is trained on what.
 
-    The main process holds the lock of the folder until ``held`` is closed. Returns how to train, and the run's record.
+    The main process holds the lock of the folder until ``exit_stack`` is closed. Returns how to train, and the record.
     """
     fingerprints = run_on_main(accelerator, lambda: (data_fingerprint(task.train), data_fingerprint(task.test)))
     unfinished, autocast = settings.output / UNFINISHED, settings.autocast_features
-    loop = TrainerConfig(
+    config = TrainerConfig(
         accelerator,
         batch_size=settings.batch_size,
         accumulation=settings.accumulation,
@@ -128,10 +128,10 @@ def _start(
         workers=settings.workers,
         compile=None if settings.compile is None else COMPILERS[settings.compile],
     )
-    record = record_run(settings, task, loop, fingerprints)
+    record = record_run(settings, task, config, fingerprints)
 
     run_on_main(
-        accelerator, lambda: held.enter_context(open_run(settings.output, record, overwrite=settings.overwrite))
+        accelerator, lambda: exit_stack.enter_context(open_run(settings.output, record, overwrite=settings.overwrite))
     )
     if accelerator.is_main_process:
         if differences := [] if recorded is None else compare_runs(recorded, record):
@@ -143,15 +143,15 @@ def _start(
             f"model:    {task.architecture}, {printable(task.weights)}, on {accelerator.device}\n\n"
             f"{describe_by_group(task.model.backbone, task.model.classifier, task.model.layer_groups)}\n"
         )
-    return loop, record
+    return config, record
 
 
-def _train_model(settings: TrainSettings, task: Task, loop: TrainerConfig, record: Mapping[str, Any]) -> Metrics:
+def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, record: Mapping[str, Any]) -> Metrics:
     """Train the model, and write it before anything else can fail."""
-    accelerator = loop.accelerator
+    accelerator = config.accelerator
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
     try:
-        history = fine_tune(task.model, task.train, task.test, settings.phases, loop)
+        history = fine_tune(task.model, task.train, task.test, settings.phases, config)
     except DivergedError as error:
         hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
         raise DivergedError(f"{error}; {hint}", test_accuracy=error.test_accuracy) from error
@@ -187,18 +187,18 @@ def _train_model(settings: TrainSettings, task: Task, loop: TrainerConfig, recor
     return metrics
 
 
-def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, loop: TrainerConfig) -> Metrics:
+def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig) -> Metrics:
     """Train what the model is compared with, and time its backward pass."""
-    accelerator, num_classes = loop.accelerator, len(metrics.class_names)
+    accelerator, num_classes = config.accelerator, len(metrics.class_names)
     if accelerator.is_main_process:
         logger.info("training the same classifier on a random backbone and on raw pixels, to compare")
     seed_everything(settings.seed)
     # As long as the model itself, with the first phase's rates, and always frozen.
     phase = replace(settings.phases[0], epochs=len(metrics.history), trainable_groups=0)
-    aside = replace(loop, checkpoints=None, caches=None, compile=None, show_progress=False)
+    baseline_config = replace(config, checkpoints=None, caches=None, compile=None, show_progress=False)
 
     def compare(name: str, model: FineTuneModel) -> float:
-        return baseline_accuracy(name, model, task.train, task.test, phase=phase, loop=aside)
+        return baseline_accuracy(name, model, task.train, task.test, phase=phase, config=baseline_config)
 
     return replace(
         metrics,
