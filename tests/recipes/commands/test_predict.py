@@ -1,0 +1,47 @@
+"""Files of predictions: whole, or not there."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from backbone_finetune.recipes.commands.predict import Prediction, write_csv, write_json
+
+Write = Callable[[Iterable[Prediction], Path], Iterator[Prediction]]
+PREDICTIONS = (Prediction(Path("tom.jpg"), (("cat", 0.75),)), Prediction(Path("text.jpg"), error="not an image"))
+WRITERS = pytest.mark.parametrize("write", [partial(write_csv, top_k=1), write_json])
+
+
+@WRITERS
+def test_predictions_pass_through_what_writes_them(write: Write, tmp_path: Path) -> None:
+    assert tuple(write(PREDICTIONS, tmp_path / "answers")) == PREDICTIONS
+
+
+@WRITERS
+def test_a_file_that_was_there_stays_until_the_last_prediction_is_written(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "answers").write_text("earlier")
+    written = write(PREDICTIONS, tmp_path / "answers")
+    next(written)
+    written.close()  # type: ignore[attr-defined]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("answers", "earlier")]
+
+
+@pytest.mark.parametrize("predictions", [(), PREDICTIONS])
+def test_what_is_written_can_be_read(predictions: tuple[Prediction, ...], tmp_path: Path) -> None:
+    list(write_csv(write_json(predictions, tmp_path / "a.json"), tmp_path / "a.csv", top_k=1))
+    expected = [
+        {"image": "tom.jpg", "classes": [{"name": "cat", "probability": 0.75}], "error": None},
+        {"image": "text.jpg", "classes": [], "error": "not an image"},
+    ]
+    assert json.loads((tmp_path / "a.json").read_text()) == expected[: len(predictions)]
+    rows = [
+        {"image": "tom.jpg", "class_1": "cat", "probability_1": "0.75", "error": ""},
+        {"image": "text.jpg", "class_1": "", "probability_1": "", "error": "not an image"},
+    ]
+    with (tmp_path / "a.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == rows[: len(predictions)]
