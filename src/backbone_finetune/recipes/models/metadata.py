@@ -8,16 +8,7 @@ from typing import Annotated, Any, Literal
 
 import timm
 import torch
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Json,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Json, ValidationError, model_validator
 
 from backbone_finetune import __version__
 from backbone_finetune.validation import check_architecture
@@ -66,8 +57,8 @@ Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 Printable = Annotated[str, Field(max_length=200), AfterValidator(_check_printable)]
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+class _Schema(BaseModel, strict=True, extra="forbid"):
+    """What a file may say: these entries of these types, and no others."""
 
 
 class DataConfig(_Schema):
@@ -115,13 +106,11 @@ class BaseReference(_Schema):
     fingerprint: str
 
 
-class ModelDescription(BaseModel):
+class ModelDescription(BaseModel, strict=True, extra="ignore"):
     """All that it takes to build a model again and to feed it an image, except its tensors.
 
     ``arguments`` are further ones of ``FineTuneModel.from_timm``, and ``base`` is what a file of changes builds on.
     """
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     architecture: Annotated[str, AfterValidator(_check_known)]
     class_names: Annotated[tuple[str, ...], BeforeValidator(_parse_class_names)]
