@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import FeatureCache, Phase, TrainerConfig, fine_tune, make_accelerator
-from backbone_finetune.recipes.features.backbone_pass import autocast_dtype, backbone_batches, in_eval
+from backbone_finetune.recipes.features.front import front_of_backbone, in_eval
+from backbone_finetune.recipes.features.frozen_pass import FrozenPass, autocast_dtype
 
 # What ours is held against, and the most that ours may cost of it: in float32, and as its device likes it best.
 PEERS = {
@@ -133,9 +134,10 @@ def run_ours(model: FineTuneModel, task: Task, *, own_way: bool) -> None:
 def run_backbone(model: FineTuneModel, task: Task, *, own_way: bool) -> None:
     """Run the backbone over all pictures once, and keep nothing: what no cached run can do without."""
     narrow = autocast_dtype(model.backbone, task.device) if own_way else None
+    run = FrozenPass(front_of_backbone(model), task.device, narrow)
     with in_eval(model.backbone):
         for data in (task.train, task.test):
-            for _ in backbone_batches(model.backbone, DataLoader(data, task.batch_size), task.device, narrow, None):
+            for _ in run.over(DataLoader(data, task.batch_size)):
                 pass
 
 

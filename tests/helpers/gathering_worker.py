@@ -22,7 +22,10 @@ from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import FeatureCache, make_accelerator
-from backbone_finetune.recipes.features.gather import gather_features
+from backbone_finetune.recipes.data.loading import DeviceLoader
+from backbone_finetune.recipes.features.front import front_of_backbone
+from backbone_finetune.recipes.features.frozen_pass import FrozenPass
+from backbone_finetune.recipes.features.rows import compute_rows
 
 WIDTH = 1 << 14
 COUNT = 1025  # of 64 KiB each: 64 MiB, and no even shares
@@ -72,7 +75,13 @@ def main(folder: str) -> None:
         cache = None if where is None else FeatureCache(where, "images", memory_share=share)
         seen.clear()
         with watching_memory() as peak:
-            dataset = gather_features(model, data, batch_size=4, accelerator=accelerator, cache=cache)
+            dataset = compute_rows(
+                FrozenPass(front_of_backbone(model), accelerator.device, None),
+                DeviceLoader(data, accelerator.device, batch_size=4),
+                cache=cache,
+                memory_share=share if cache else 0.25,
+                accelerator=accelerator,
+            )
         told[name] = {"grown": peak[0] / 2**20, "seen": sum(seen), "count": len(dataset)}
         told[name]["whole"] = is_whole(*dataset.tensors)
 

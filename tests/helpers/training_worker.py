@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel, cli
 from backbone_finetune.recipes import files
-from backbone_finetune.recipes.features.extract import FeatureCache
+from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.rng import seed_everything
 from backbone_finetune.recipes.training import loop as training
 from backbone_finetune.recipes.training.loop import EpochResult, TrainerConfig, fine_tune

@@ -14,7 +14,8 @@ from .data.fingerprint import data_fingerprint
 from .data.images import ImageDataset, LabelledFolder, find_images
 from .features.cache import FeatureCache
 from .features.compiled import compile_inductor, compile_openvino
-from .features.extract import Features, extract_features, feature_batches
+from .features.dataset import Features, feature_batches
+from .features.extract import extract_features
 from .heads.grid import HeadResult, fit_heads
 from .heads.lbfgs import LbfgsResult, fit_lbfgs
 from .models.file import TrainedModel, load_trained_model, save_trained_model

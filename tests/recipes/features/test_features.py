@@ -34,9 +34,8 @@ from backbone_finetune.recipes import (
     fine_tune,
     make_accelerator,
 )
-from backbone_finetune.recipes.features import cache as cache_module
-from backbone_finetune.recipes.features.backbone_pass import autocast_dtype
-from backbone_finetune.recipes.features.cache import MANIFEST
+from backbone_finetune.recipes.features.frozen_pass import autocast_dtype
+from backbone_finetune.recipes.features.store import MANIFEST
 
 CPU = torch.device("cpu")
 
@@ -321,7 +320,7 @@ def test_features_too_large_for_memory_go_to_a_folder_that_disappears(
     assert is_mapped(found[0])
     assert "slot-0.bin" in during
     assert not list(tmp_path.iterdir())
-    assert f"too large for memory; on disk in {tmp_path}" in logged()[0]
+    assert f"features: on disk in {tmp_path}" in logged()[0]
 
 
 def test_a_cache_is_used_again_when_everything_is_the_same(tmp_path: Path, logged: Logged) -> None:
@@ -677,7 +676,7 @@ def fail_while_writing(patched: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise FULL
 
-    patched.setattr(cache_module.os, "fsync", full)
+    patched.setattr(os, "fsync", full)
 
 
 @pytest.mark.parametrize("fail", [fail_at_once, fail_while_writing])
@@ -882,10 +881,5 @@ def test_features_of_a_frozen_phase_serve_the_next_frozen_one(tmp_path: Path) ->
     passes = Passes(model)
     caches = (FeatureCache(tmp_path / "train", "train"), FeatureCache(tmp_path / "test", "test"))
     loop = TrainerConfig(make_accelerator(CPU), batch_size=6, caches=caches, show_progress=False)
-    head, deeper = Phase(epochs=1), Phase(epochs=1, trainable_groups=1)
-    fine_tune(model, images, images, [head, deeper], loop)
-    before = passes.count
-    fine_tune(model, images, images, [deeper, head, head, head], loop)
-    # One step and one look at the test in the deeper phase; train and test once more for all the frozen ones, of which
-    # the second and the third check some images.
-    assert passes.count - before == 1 + 1 + 2 + 2 * 2
+    fine_tune(model, images, images, [Phase(epochs=1)] * 3, loop)
+    assert passes.count == 2 + 2 * 2  # train and test once; the second and the third phase check some images

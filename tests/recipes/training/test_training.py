@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.features.extract import FeatureCache
+from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.training.checkpoints import newest_checkpoint
 from backbone_finetune.recipes.training.divergence import DivergedError
 from backbone_finetune.recipes.training.loop import TrainerConfig, evaluate, fine_tune

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError, field_validator
 
-from ..features.backbone_pass import autocast_dtype
 from ..features.cache import backbone_fingerprint
+from ..features.frozen_pass import autocast_dtype
 from ..models.metadata import installed_versions
 from ..text import describe_fault
 from ..training.loop import TrainerConfig

@@ -17,9 +17,9 @@ from ..data.images import ImageDataset, LabelledFolder, find_images, split
 from ..models.changes import BaseWeights, remember_base
 from ..models.file import build_transform, find_size_problem
 from ..models.weights import load_network
+from ..together import run_on_main
 from ..training.loop import TrainerConfig
 from ..training.phases import Phase
-from ..training.processes import run_on_main
 from .run_folder import check_output_folder
 
 __all__ = ["CLIPART", "Task", "TrainSettings", "make_task"]

@@ -25,9 +25,10 @@ from ..models.file import TrainedModel, save_trained_changes, save_trained_model
 from ..models.metadata import installed_versions
 from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
+from ..together import run_on_main
 from ..training.divergence import DivergedError
 from ..training.loop import TrainerConfig, fine_tune
-from ..training.processes import find_device, make_accelerator, run_on_main
+from ..training.processes import find_device, make_accelerator
 from .baselines import baseline_accuracy, chance_accuracy, measure_backward, pixel_model, random_model
 from .metrics import Metrics, describe
 from .run_folder import CURVES_FILE, METRICS_FILE, MODEL_FILE, RUN_FILE, UNFINISHED, finish_run, open_run, publishing

@@ -153,6 +153,11 @@ class DeviceLoader(DataLoader[Any]):
         super().__init__(self.samples, **order, collate_fn=_keep, pin_memory=pin_memory, **_workers(workers))
         self.device = device
 
+    @property
+    def batches(self) -> list[list[int]]:
+        """The batches of indices."""
+        return list(self.batch_sampler or ())
+
     def over(self, batches: Sequence[Sequence[int]], **changes: Any) -> "DeviceLoader":
         """Return a loader of these batches of the same data, with ``workers`` or ``compute`` changed."""
         same = {"workers": self.num_workers, "seed": self.samples.seed, "views": self.samples.views}

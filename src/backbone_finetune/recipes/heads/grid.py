@@ -20,7 +20,8 @@ from backbone_finetune.splitting.measures import count_classes
 
 from ..checking import NotNegative, Positive, validated
 from ..data.targets import check_targets
-from ..features.extract import feature_batches, find_device_of, module_inputs, without_unread
+from ..features.dataset import feature_batches, module_inputs, without_unread
+from ..features.extract import find_device_of
 
 __all__ = ["HeadResult", "check_features", "decaying_names", "fit_heads", "head_batch"]
 

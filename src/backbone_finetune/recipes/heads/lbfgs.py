@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from ..checking import NotNegative, Positive, validated
-from ..features.backbone_pass import in_eval
 from ..features.extract import find_device_of
+from ..features.front import in_eval
 from .grid import check_features, decaying_names, head_batch
 
 __all__ = ["LbfgsResult", "fit_lbfgs"]

@@ -27,7 +27,8 @@ from backbone_finetune.verification import digest
 
 from ..files import replacing
 from ..rng import random_state, restore_random_state
-from .processes import run_on_main, whole
+from ..together import run_on_main
+from .processes import whole
 
 __all__ = [
     "Checkpoint",

@@ -24,7 +24,10 @@ class TrainerConfig:
     each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, test), and are computed
     under bf16 autocast where the device gains from it, but for ``autocast_features=False``. ``workers`` processes load
     images, None for a number by the cores and the images; the result is the same for any number. ``compile`` makes a
-    faster callable of a frozen backbone; see ``extract_features``.
+    faster callable of a frozen backbone; see ``extract_features``. Features that take more than ``memory_share`` of the
+    machine's memory stay on disk; ``cache_features=False`` runs the whole model in every step. Where the training
+    images are drawn at random, ``views`` of each are computed once, and epoch e shows view (e + index) mod ``views``
+    of an image; 1 draws them anew in each epoch, and runs the whole model.
 
     >>> TrainerConfig(Accelerator(cpu=True)).batch_size
     32
@@ -42,11 +45,14 @@ class TrainerConfig:
     autocast_features: bool = True
     workers: int | None = None
     compile: Compile | None = None
+    memory_share: float = FeatureCache.memory_share
+    cache_features: bool = True
+    views: int = 1
     show_progress: bool = True
 
     def __post_init__(self) -> None:
         """See that each number is in its range."""
-        for name in ("batch_size", "accumulation", "checkpoint_steps"):
+        for name in ("batch_size", "accumulation", "checkpoint_steps", "views"):
             value = getattr(self, name)
             expect(name, value, "a whole number from 1", is_whole(value, least=1))
         expect("seed", self.seed, "a whole number from 0", is_whole(self.seed))

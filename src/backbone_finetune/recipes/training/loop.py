@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
@@ -22,14 +22,13 @@ from backbone_finetune import FineTuneModel
 from ..checking import expect
 from ..data.images import IGNORED, ImageDataset
 from ..data.targets import check_dataset
-from ..features.backbone_pass import trains
-from ..features.extract import module_inputs
-from ..features.gather import gather_phase
+from ..features.dataset import module_inputs
 from ..text import printable
 from .batches import Share, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, capture, load_by_name, open_checkpoints, resume, write_checkpoint
 from .config import TrainerConfig, count
 from .divergence import DivergedError, count_not_finite
+from .phase_data import prepare_data
 from .phases import Phase, make_schedule
 from .processes import communicated_bytes, prepare, release, whole
 
@@ -50,12 +49,14 @@ class Stage:
     changed: set[str]
     train: Dataset[Any]
     test: Dataset[Any]
+    views: int = 1
     not_finite: Tensor | float = 0.0  # tensors that were not when the phase began, as a mask of -inf
 
     def count_not_finite(self, device: torch.device) -> Tensor:
         """Count the tensors that train and are not finite, of this process: ``()``, fetched by nobody yet."""
         # On features only the classifier's: to name all of a large backbone's tensors takes as long as several steps.
-        state = self.module.state_dict(prefix="" if self.module is self.model else "classifier.")
+        on_features = self.module is self.model.classifier
+        state = self.module.state_dict(prefix="classifier.") if on_features else self.model.state_dict()
         return count_not_finite((tensor for name, tensor in state.items() if name in self.changed), device)
 
 
@@ -138,29 +139,13 @@ def prepared_phase(
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
     changed.update(model.state_dict().keys() - model.frozen_names())
     with model.assert_frozen():
-        on_features = not trains(model.backbone)
-        if on_features:
-            images = (train, test)
-            train, test, on_features = gather_phase(
-                model,
-                train,
-                test,
-                batch_size=loop.batch_size,
-                accelerator=accelerator,
-                caches=loop.caches or (None, None),
-                autocast=loop.autocast_features,
-                workers=(loop.workers_for(train), loop.workers_for(test)),
-                compile=loop.compile,
-                show_progress=loop.shows,
-            )
-            for data, features in zip(images, (train, test), strict=True):
-                if isinstance(data, ImageDataset) and isinstance(features, TensorDataset):
-                    data.skip_ignored(features.tensors[-1])
+        data = prepare_data(model, train, test, loop)
         # The model itself goes there as well: after the phase a caller runs it where its inputs are.
         model.to(accelerator.device)
-        # FSDP2 takes the parameters apart for good, so it gets a copy, which the model takes over in the end.
-        copied = copy.deepcopy(model) if accelerator.is_fsdp2 else model
-        module = copied.classifier if on_features else copied
+        copied, module = model, data.module
+        if accelerator.is_fsdp2:  # it takes the parameters apart for good, so a copy trains, and is copied back
+            copied = copy.deepcopy(model)
+            module = copied.classifier if data.cached else copied
         groups = copied.param_groups(
             phase.lr, backbone_lr=phase.backbone_lr, weight_decay=phase.weight_decay, layer_decay=phase.layer_decay
         )
@@ -175,7 +160,7 @@ def prepared_phase(
         )
         steps = len(epoch_batches(count(train), loop.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
-        stage = Stage(copied, module, prepared, optimizer, schedule, changed, train, test)
+        stage = Stage(copied, module, prepared, optimizer, schedule, changed, data.train, data.test, data.views)
         stage.not_finite = stage.count_not_finite(accelerator.device)
         try:
             yield stage
@@ -189,7 +174,10 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: TrainerCon
     """Train what is left of an epoch, evaluate, and write down where the run stands; raises as `fine_tune`."""
     accelerator = loop.accelerator
     process, processes = accelerator.process_index, accelerator.num_processes
-    batches = epoch_batches(count(stage.train), loop.batch_size, seed=loop.seed, epoch=len(progress.history) + 1)
+    images, epoch = count(stage.train) // stage.views, len(progress.history) + 1
+    batches = epoch_batches(images, loop.batch_size, seed=loop.seed, epoch=epoch)
+    if stage.views > 1:
+        batches = tuple((epoch + batch) % stage.views * images + batch for batch in batches)
     shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
     # What was summed before a resumption is the main process's; the others begin at nothing.
     before = [progress.loss_sum, progress.correct, progress.seen] if accelerator.is_main_process else [0.0, 0.0, 0.0]
@@ -199,7 +187,7 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: TrainerCon
         shares,
         device=accelerator.device,
         workers=loop.workers_for(stage.train),
-        seed=f"{loop.seed} {len(progress.history) + 1}",
+        seed=f"{loop.seed} {epoch}",
     )
     stage.prepared.train()
     with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not loop.shows) as bar:
@@ -216,7 +204,7 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: TrainerCon
         average_statistics(stage, accelerator)
         accuracy = evaluate_stage(stage, loop)
         bar.set_postfix(loss=f"{loss_sum / seen:.3f}", train=f"{correct / seen:.3f}", test=f"{accuracy:.3f}")
-    result = EpochResult(len(progress.history) + 1, loss_sum / seen, correct / seen, accuracy)
+    result = EpochResult(epoch, loss_sum / seen, correct / seen, accuracy)
     progress.finish_epoch(result, last_of_phase=progress.epoch + 1 == phase.epochs)
 
 

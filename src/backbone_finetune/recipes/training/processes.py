@@ -2,10 +2,9 @@
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -13,14 +12,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
-    broadcast_object_list,
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["communicated_bytes", "find_device", "make_accelerator", "prepare", "release", "run_on_main", "whole"]
+__all__ = ["communicated_bytes", "find_device", "make_accelerator", "prepare", "release", "whole"]
 
-T = TypeVar("T")
 # One process may compute features or references while the others wait for it.
 PATIENCE = timedelta(hours=6)
 
@@ -131,25 +128,6 @@ def nothing_collected() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Run a function on the main process; its result, or its error, is that of every process.
-
-    >>> run_on_main(make_accelerator(torch.device("cpu")), lambda: 3)
-    3
-    """
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except (ValueError, OSError) as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result
 
 
 def communicated_bytes(module: nn.Module) -> int:

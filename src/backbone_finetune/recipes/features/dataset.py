@@ -1,0 +1,66 @@
+"""A dataset of features: the tensors of each image as rows, and how a module takes them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
+
+from ..data.images import IGNORED
+
+__all__ = ["Features", "feature_batches", "module_inputs", "without_unread"]
+
+
+class Features(TensorDataset):
+    """Features and targets, ``tensors = (*features, targets)``; ``structure`` says what the backbone's output was.
+
+    >>> from torch.utils._pytree import tree_structure
+    >>> Features([torch.ones(2, 4), torch.tensor([0, 1])], tree_structure(0))[1]
+    (tensor([1., 1., 1., 1.]), tensor(1))
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], structure: TreeSpec) -> None:
+        super().__init__(*tensors)
+        self.structure = structure
+
+
+def module_inputs(data: Dataset[Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Arrange a batch of a dataset's input tensors as the arguments of a module: of features, the one it expects.
+
+    >>> module_inputs(TensorDataset(), [torch.ones(1)])
+    (tensor([1.]),)
+    """
+    return (tree_unflatten(list(inputs), data.structure),) if isinstance(data, Features) else tuple(inputs)
+
+
+def without_unread(data: TensorDataset) -> TensorDataset:
+    """Leave out the images that could not be read.
+
+    >>> without_unread(TensorDataset(torch.ones(2, 1), torch.tensor([IGNORED, 1]))).tensors
+    (tensor([[1.]]), tensor([1]))
+    """
+    seen = data.tensors[-1] != IGNORED
+    if seen.all():
+        return data
+    tensors = [tensor[seen] for tensor in data.tensors]
+    return Features(tensors, data.structure) if isinstance(data, Features) else TensorDataset(*tensors)
+
+
+def feature_batches(
+    features: TensorDataset, batch_size: int, *, generator: torch.Generator | None = None, drop_last: bool = False
+) -> DataLoader[Any]:
+    """Load batches of features as fast as memory gives them: a batch is indexed at once, not collated from images.
+
+    With a ``generator`` the order is drawn anew for each epoch: the very order of
+    ``DataLoader(features, batch_size, shuffle=True, generator=generator)``.
+
+    >>> dataset = TensorDataset(torch.arange(5.0), torch.arange(5))
+    >>> [len(targets) for _, targets in feature_batches(dataset, 2)]
+    [2, 2, 1]
+    """
+    order = SequentialSampler(features) if generator is None else RandomSampler(features, generator=generator)
+    batches = BatchSampler(order, batch_size, drop_last)
+    # torch types a loader's sampler by single indices; with batch_size=None it hands these lists of them through.
+    return DataLoader(features, sampler=batches, batch_size=None, generator=generator)

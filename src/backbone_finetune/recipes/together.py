@@ -1,0 +1,63 @@
+"""Blocks that several processes run together: an error of one of them is raised on all, and none waits for ever."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+__all__ = ["is_alone", "run_on_main", "together"]
+
+T = TypeVar("T")
+
+
+def is_alone(accelerator: Accelerator | None) -> bool:
+    """Tell whether this process is the only one, as it is without an accelerator.
+
+    >>> is_alone(None)
+    True
+    """
+    return accelerator is None or accelerator.num_processes == 1
+
+
+@contextmanager
+def together(accelerator: Accelerator | None) -> Iterator[None]:
+    """Wait until every process has finished the block; an error of one of them is raised on all.
+
+    >>> with together(None):
+    ...     pass
+    """
+    if accelerator is None or is_alone(accelerator):
+        yield
+        return
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    sent: Exception | None = error
+    is_plain = isinstance(error, ValueError) and error.args == (str(error),)
+    if error is not None and not isinstance(error, OSError) and not is_plain:
+        # What can't be pickled, or only in part, would end in an error of its own.
+        sent = RuntimeError(f"process {accelerator.process_index}: {type(error).__name__}: {error}")
+    errors = [each for each in gather_object([sent]) if each is not None]
+    if errors:
+        raise error or errors[0]
+
+
+def run_on_main(accelerator: Accelerator | None, function: Callable[[], T]) -> T:
+    """Run a function on the main process; its result, or its error, is that of every process.
+
+    >>> run_on_main(None, lambda: 3)
+    3
+    """
+    if accelerator is None or is_alone(accelerator):
+        return function()
+    outcome: list[Any] = [None]
+    with together(accelerator):
+        if accelerator.is_main_process:
+            outcome[0] = function()
+    broadcast_object_list(outcome)
+    result: T = outcome[0]
+    return result

@@ -1,0 +1,146 @@
+"""What a phase trains on: what is frozen computed once for each image where that can be used in every epoch."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import Dataset
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.frontier import NoFrontier
+
+from ..data.determinism import find_randomness
+from ..data.images import ImageDataset
+from ..data.loading import DeviceLoader
+from ..data.targets import check_targets, split_row
+from ..features.dataset import Features
+from ..features.front import Front, find_front, front_of_backbone, has_trainable, in_eval
+from ..features.frozen_pass import FrozenPass, UncacheableError, autocast_dtype, load_sample, move_inputs
+from ..features.rows import compute_rows
+from ..features.store import bytes_per_row, layout_of
+from ..rng import preserve_rng_state
+from ..together import together
+from .config import TrainerConfig, count
+
+__all__ = ["PhaseData", "prepare_data"]
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PhaseData:
+    """What a phase trains on, and the module that trains on it.
+
+    Args:
+        train: Images, or rows: all images of the first view, then those of the second one, and so on.
+        test: Images, or rows.
+        module: The part of the model that runs in each step: all of it, or the rest behind what is cached.
+        cached: Whether the data is rows of what is frozen.
+        views: The views of each image.
+    """
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    module: nn.Module
+    cached: bool = False
+    views: int = 1
+
+
+def prepare_data(model: FineTuneModel, train: Dataset[Any], test: Dataset[Any], config: TrainerConfig) -> PhaseData:
+    """Compute what is frozen once for each image, where the images are the same in each epoch or views are cached.
+
+    Otherwise a line in the log says why, and the whole model runs in every step.
+
+    >>> from accelerate import Accelerator
+    >>> model = FineTuneModel(nn.Linear(3, 4), nn.Linear(4, 2)).freeze_backbone()
+    >>> images = [(torch.ones(3), 0), (torch.ones(3), 1)]
+    >>> data = prepare_data(model, images, images, TrainerConfig(Accelerator(cpu=True), show_progress=False))
+    >>> data.module, [tuple(tensor.shape) for tensor in data.train.tensors]
+    (Linear(in_features=4, out_features=2, bias=True), [(2, 4), (2,)])
+    """
+    whole = PhaseData(train, test, model)
+    if not config.cache_features or all(parameter.requires_grad for parameter in model.backbone.parameters()):
+        return whole
+    drawn = find_randomness(train)
+    views = config.views if drawn is not None else 1
+    reason = (drawn if views == 1 else None) or find_randomness(test)
+    if reason is None:
+        with preserve_rng_state():
+            try:
+                found = _compute(model, train, test, config, views)
+            except UncacheableError as error:
+                found = NoFrontier(str(error))
+        if isinstance(found, PhaseData):
+            return found
+        reason = found.reason
+    if config.accelerator.is_main_process:
+        logger.warning("features are not cached, and the whole model runs in every step: %s", reason)
+    return whole
+
+
+def _compute(
+    model: FineTuneModel, train: Dataset[Any], test: Dataset[Any], config: TrainerConfig, views: int
+) -> PhaseData | NoFrontier:
+    accelerator, device = config.accelerator, config.accelerator.device
+    model.to(device)
+    is_frozen = not has_trainable(model.backbone)
+    train_loader, test_loader = (
+        DeviceLoader(
+            data,
+            device,
+            batch_size=config.batch_size,
+            workers=config.workers_for(data),
+            views=number,
+            seed=f"{config.seed} view",
+        )
+        for data, number in ((train, views), (test, 1))
+    )
+    if is_frozen:
+        dtype = autocast_dtype(model.backbone, device) if config.autocast_features else None
+    else:  # the precision of the steps, so that they give what the whole model would
+        dtype = PRECISIONS.get(accelerator.mixed_precision)
+    front = front_of_backbone(model) if is_frozen else _find_shared_front(model, train_loader, config, dtype)
+    if isinstance(front, NoFrontier):
+        return front
+    run = FrozenPass(front, device, dtype, widens=is_frozen, compile=config.compile if is_frozen else None)
+    loaders, caches = (train_loader, test_loader), config.caches or (None, None)
+    computed: list[Features] = []
+    with in_eval(front.module):
+        if config.shows and not is_frozen:
+            size = sum(map(bytes_per_row, layout_of(run.sample(train_loader).tensors[:-1])))
+            images = views * count(train) + count(test)
+            logger.info("caching %s: %.1f MB for %d images", front.description, size * images / 1e6, images)
+        for name, data, loader, cache in zip(("train", "test"), (train, test), loaders, caches, strict=True):
+            rows = compute_rows(
+                run,
+                loader,
+                cache=cache,
+                memory_share=config.memory_share,
+                accelerator=accelerator,
+                title=f"features, {name}" if config.shows else None,
+            )
+            check_targets(name, rows.tensors[-1], model.num_classes)
+            if isinstance(data, ImageDataset):
+                data.skip_ignored(rows.tensors[-1][: count(data)])
+            computed.append(rows)
+    return PhaseData(computed[0], computed[1], front.rest, cached=True, views=views)
+
+
+def _find_shared_front(
+    model: FineTuneModel, loader: DeviceLoader, config: TrainerConfig, dtype: torch.dtype | None
+) -> Front | NoFrontier:
+    """Find the front of a partly frozen model on a few images; all processes have it, or none."""
+    accelerator = config.accelerator
+    if accelerator.is_fsdp2:
+        return NoFrontier("FSDP2 shards the model")
+    with together(accelerator):
+        inputs, _ = split_row(load_sample(loader))
+        with torch.autocast(accelerator.device.type, dtype=dtype, enabled=dtype is not None):
+            front = find_front(model, move_inputs(inputs, model, accelerator.device))
+    reasons = gather_object([front.reason if isinstance(front, NoFrontier) else None])
+    return next((NoFrontier(reason) for reason in reasons if reason is not None), front)
