@@ -71,7 +71,10 @@ def test_a_process_that_does_not_see_the_folder_computes_all_for_itself(
 ) -> None:
     assert all(process["apart"]["whole"] for process in told)
     assert [process["apart"]["seen"] for process in told] == [8 + 99, 8 + 99]
-    assert f"not all processes see {worked[0] / 'of machine 0'}; each process computes all features for itself" in worked[1]
+    assert (
+        f"not all processes see {worked[0] / 'of machine 0'}; each process computes all features for itself"
+        in worked[1]
+    )
 
 
 def test_an_error_of_one_process_is_raised_on_all(told: list[dict[str, Any]]) -> None:

@@ -194,7 +194,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "random_backbone_accuracy", interrupt)
+        patch.setattr(run_module, "baseline_accuracy", interrupt)
         assert cli.main(command) == 130
     error = capfd.readouterr().err
     assert f"stopped; the same command resumes this run, which {tmp_path / 'run'} keeps" in error

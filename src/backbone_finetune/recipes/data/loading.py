@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from .images import IGNORED, ImageDataset, read_image
 from .transforms import Normalize, split_transform
 
-__all__ = ["DeviceLoader", "default_workers", "map_batches"]
+__all__ = ["DeviceLoader", "can_fork", "default_workers", "map_batches"]
 
 # Below it, 1 to 3 s of decoding, workers start for nothing.
 FEWEST_IMAGES = 1000
@@ -41,7 +41,7 @@ def default_workers(count: int, *, processes: int = 1) -> int:
     Where processes do not start by ``fork`` it is 0: there, a script without ``if __name__ == "__main__":`` would run
     again in each worker.
     """
-    if count < FEWEST_IMAGES or not _can_fork():
+    if count < FEWEST_IMAGES or not can_fork():
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores // processes, MOST_WORKERS)
@@ -195,7 +195,7 @@ def _apply(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     return [function(item) for item in items]
 
 
-def _can_fork() -> bool:
+def can_fork() -> bool:
     """Tell whether workers start as copies of this process, with all that it has loaded and built."""
     return "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
 
@@ -208,7 +208,7 @@ def _workers(number: int) -> dict[str, Any]:
         # With a generator of its own a loader draws nothing from torch's when it starts: a resumed run is the same run.
         "generator": torch.Generator(),
         # Forked, a worker is there in milliseconds and needs no `if __name__ == "__main__"` in the script.
-        "multiprocessing_context": "fork" if number and _can_fork() else None,
+        "multiprocessing_context": "fork" if number and can_fork() else None,
     }
 
 

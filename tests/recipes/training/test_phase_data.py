@@ -1,0 +1,142 @@
+"""Phases of a partly frozen model: its front runs once, and the steps give what the whole model would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes import FeatureCache, Phase, TrainerConfig, fine_tune, make_accelerator
+
+CPU = torch.device("cpu")
+
+
+class Network(nn.Module):
+    """Two layer groups; it counts the images that its first one sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.last = nn.Sequential(
+            nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        )
+        self.seen = 0
+        self.stem.register_forward_hook(self.count)
+
+    def count(self, _module: Any, inputs: tuple[Tensor, ...], _output: Any) -> None:
+        self.seen += len(inputs[0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.last(self.stem(images))
+        return features.flatten(1)
+
+
+class Noisy(Network):
+    """Its frozen part draws, whatever its mode."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(images, 0.5))
+
+
+def make_images(count: int = 24) -> Any:
+    targets = torch.arange(count) % 3
+    noise = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    return TensorDataset(noise + torch.eye(3)[targets][:, :, None, None], targets)
+
+
+def train(network: nn.Module, data: Any, phases: list[Phase], **settings: Any) -> tuple[FineTuneModel, list[Any]]:
+    torch.manual_seed(1)
+    model = FineTuneModel(network, nn.Sequential(nn.Dropout(0.2), nn.Linear(16, 3)))
+    config = TrainerConfig(make_accelerator(CPU), batch_size=7, show_progress=False, **settings)
+    torch.manual_seed(2)
+    return model, fine_tune(model, data, make_images(12), phases, config)
+
+
+def network(kind: type[Network] = Network) -> Network:
+    torch.manual_seed(0)
+    return kind()
+
+
+ONE_GROUP = Phase(epochs=3, trainable_groups=1, lr=0.01, backbone_lr=0.01)
+
+
+@pytest.mark.parametrize("settings", [{}, {"memory_share": 0.0}, {"accumulation": 2}])
+def test_a_cached_front_trains_as_the_whole_model_does(settings: dict[str, Any], tmp_path: Path) -> None:
+    caches = (FeatureCache(tmp_path / "train", "these"), FeatureCache(tmp_path / "test", "those"))
+    phases = [Phase(epochs=1, lr=0.01), ONE_GROUP]
+    settings = {"autocast_features": False, **settings}
+    whole, expected = train(network(), make_images(), phases, cache_features=False, **settings)
+    for kept in (None, caches):
+        cached, found = train(network(), make_images(), phases, caches=kept, **settings)
+        torch.testing.assert_close(cached.state_dict(), whole.state_dict(), rtol=1e-3, atol=1e-4)
+        for one, other in zip(found, expected, strict=True):
+            assert one.train_loss == pytest.approx(other.train_loss, rel=1e-3)
+            assert one.test_accuracy == pytest.approx(other.test_accuracy, abs=1 / 12 + 1e-6)
+
+
+def test_what_is_frozen_runs_as_often_for_many_epochs_as_for_one() -> None:
+    seen = []
+    for epochs in (1, 9):
+        part = network()
+        train(part, make_images(), [Phase(epochs=epochs, trainable_groups=1)])
+        seen.append(part.seen)
+    assert seen[0] == seen[1]
+    whole = network()
+    train(whole, make_images(), [Phase(epochs=9, trainable_groups=1)], cache_features=False)
+    assert whole.seen == 9 * (24 + 12)
+
+
+def test_a_front_that_draws_is_not_cached_and_a_line_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    _, history = train(network(Noisy), make_images(), [ONE_GROUP])
+    assert len(history) == 3
+    [message] = caplog.messages
+    assert message.startswith("features are not cached, and the whole model runs in every step: ")
+
+
+def test_a_model_that_trains_as_a_whole_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    train(network(), make_images(), [Phase(epochs=1, trainable_groups=2)])
+    assert caplog.messages == []
+
+
+class Drawn(Dataset[tuple[Tensor, int]]):
+    """Images that are drawn whenever they are read; it keeps what it drew."""
+
+    def __init__(self) -> None:
+        self.draws: list[tuple[int, float]] = []
+        self.transform = torch.rand_like
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        value = torch.rand(1)
+        self.draws.append((index, value.item()))
+        return value.expand(3, 8, 8) + 10 * index, index % 3
+
+
+def test_views_are_drawn_once_and_shown_by_epoch_and_index() -> None:
+    """An image is one value in all pixels, 10 apart from other images', so what is shown can be put into order."""
+    data, part = Drawn(), network()
+    shown: list[Tensor] = []
+    part.last.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0].mean((1, 2, 3))))
+    model = FineTuneModel(part, nn.Linear(16, 3))
+    config = TrainerConfig(make_accelerator(CPU), batch_size=5, show_progress=False, views=2)
+    fine_tune(model, data, make_images(3), [Phase(epochs=4, trainable_groups=1)], config)
+    draws = {index: {value for other, value in data.draws if other == index} for index in range(5)}
+    assert [len(values) for values in draws.values()] == [3, 2, 2, 2, 2]  # the first one is looked at before all else
+    first, second, third, fourth = (rows.sort().values for rows in [rows for rows in shown if len(rows) == 5][-4:])
+    assert torch.equal(first, third)
+    assert torch.equal(second, fourth)
+    assert not (first == second).any()
+
+
+@pytest.mark.parametrize(("views", "draws"), [(1, 4), (3, 3)])
+def test_views_serve_a_frozen_backbone_as_well(views: int, draws: int) -> None:
+    data = Drawn()
+    train(network(), data, [Phase(epochs=4)], views=views)
+    assert [len({value for other, value in data.draws if other == index}) for index in range(1, 5)] == [draws] * 4
