@@ -1,5 +1,7 @@
 """``backbone-finetune predict``: images in, class names and probabilities out."""
 
+from __future__ import annotations  # help() shows the names of types, not what pydantic checks
+
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator

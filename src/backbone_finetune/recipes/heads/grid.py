@@ -1,5 +1,7 @@
 """Many heads at once on cached features: a grid of learning rates and weight decays as one batched problem."""
 
+from __future__ import annotations  # help() shows the names of types, not what pydantic checks
+
 import copy
 import math
 from collections.abc import Iterable, Sequence

@@ -1,5 +1,7 @@
 """A head by full-batch L-BFGS on cached features, as CLIP's linear probe is trained: no learning rate to choose."""
 
+from __future__ import annotations  # help() shows the names of types, not what pydantic checks
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
