@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,9 +73,5 @@ def find_layout(whole: torch.Tensor, part: torch.Tensor, whole_images: int, part
     if rest or per_image * part_images != part.shape[grown[0]]:
         return None
     others = tuple(size for dim, size in enumerate(whole.shape) if dim != grown[0])
-    physical = _by_stride(whole.stride())
+    physical = tuple(sorted(range(whole.ndim), key=lambda dim: -whole.stride()[dim]))
     return BatchLayout(grown[0], per_image, others, physical, whole.dtype, whole.device)
-
-
-def _by_stride(strides: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(strides)), key=lambda dim: -strides[dim]))

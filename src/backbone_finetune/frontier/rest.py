@@ -63,16 +63,20 @@ class Returned(NamedTuple):
 
     def build(self, fill: Callable[[int, BatchLayout], torch.Tensor]) -> Any:
         """Give it with tensors of the batch from `fill`, which takes their position and layout."""
-        leaves = []
-        for position, leaf in enumerate(self.leaves):
-            if isinstance(leaf, BatchLayout):
-                leaves.append(fill(position, leaf))
-            else:
-                leaves.append(leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
+        leaves = [
+            fill(index, leaf) if isinstance(leaf, BatchLayout) else copy_leaf(leaf)
+            for index, leaf in enumerate(self.leaves)
+        ]
         return tree_unflatten(leaves, self.structure)
 
 
+def copy_leaf(leaf: Any) -> Any:
+    """Copy a tensor, as a forward may write into it; give anything else as it is."""
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
 Place = tuple[Call, int]  # a tensor among those that a call returns
+StandIn = Callable[[BatchLayout, int], torch.Tensor]  # a tensor for so many images
 
 
 class Plan(NamedTuple):
@@ -81,11 +85,8 @@ class Plan(NamedTuple):
     inputs: Returned
     returned: Mapping[Call, Returned]  # of the calls that can be cached
     computed: Container[Call]  # the calls that cannot
-    kept: Sequence[Place]
-    draws: bool  # whether it draws random numbers before all that is kept is computed
-
-
-StandIn = Callable[[BatchLayout, int], torch.Tensor]
+    kept: Sequence[Place] = ()
+    draws: bool = False  # whether it draws random numbers before all that is kept is computed
 
 
 def uninitialised(layout: BatchLayout, images: int) -> torch.Tensor:
@@ -94,24 +95,19 @@ def uninitialised(layout: BatchLayout, images: int) -> torch.Tensor:
     return tensor if tensor.is_floating_point() else tensor.zero_()
 
 
-def answer_from(
-    returned: Mapping[Call, Returned],
-    computed: Container[Call],
-    rows: Mapping[Place, torch.Tensor],
-    images: int,
-    stand_in: StandIn,
-) -> Answer:
+def answer_from(plan: Plan, rows: Mapping[Place, torch.Tensor], images: int, stand_in: StandIn) -> Answer:
     """Answer calls from rows, with `stand_in` where there are none, and compute the calls that cannot be cached."""
 
     def answer(call: Call, compute: Callable[[], Any]) -> Any:
-        if call in returned:
-            return returned[call].build(lambda position, layout: fill((call, position), layout))
-        if call in computed:
+        def fill(index: int, layout: BatchLayout) -> torch.Tensor:
+            place = call, index
+            return layout.from_rows(rows[place]) if place in rows else stand_in(layout, images)
+
+        if call in plan.returned:
+            return plan.returned[call].build(fill)
+        if call in plan.computed:
             return compute()
         raise RuntimeError(f"frontier: the forward called {call}, which it did not on the first batch; run it whole.")
-
-    def fill(place: Place, layout: BatchLayout) -> torch.Tensor:
-        return layout.from_rows(rows[place]) if place in rows else stand_in(layout, images)
 
     return answer
 
@@ -138,10 +134,9 @@ class Rest(nn.Module):
         images = self._check(tensors)
         rows = dict(zip(self._plan.kept, tensors, strict=True))
         inputs, keywords = self._plan.inputs.build(lambda _, layout: stand_in(layout, images))
-        answer = answer_from(self._plan.returned, self._plan.computed, rows, images, stand_in)
-        return self.twin.answering(answer, *inputs, **keywords)
+        return self.twin.answering(answer_from(self._plan, rows, images, stand_in), *inputs, **keywords)
 
-    def record(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    def record(self, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, ...]:
         """Run the front alone and give the kept tensors."""
         self._conditions.check()
         wanted = {call for call, _ in self._plan.kept}
@@ -150,9 +145,7 @@ class Rest(nn.Module):
         def answer(call: Call, compute: Callable[[], Any]) -> Any:
             value = compute()
             if call in wanted:
-                leaves = tree_leaves(value)
-                # Copies, as the network may go on in place.
-                values[call] = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+                values[call] = [copy_leaf(leaf) for leaf in tree_leaves(value)]
                 if len(values) == len(wanted):
                     raise _AllRecorded
             return value
@@ -167,11 +160,10 @@ class Rest(nn.Module):
     def kept_tensors(self) -> tuple[KeptTensor, ...]:
         """Describe what is kept."""
         described = []
-        for call, position in self._plan.kept:
+        for call, index in self._plan.kept:
             leaves = self._plan.returned[call].leaves
-            layout = leaves[position]
-            index = None if len(leaves) == 1 else position
-            described.append(KeptTensor(*call, index, layout.row_shape, layout.dtype, layout.row_bytes))
+            layout, of_several = leaves[index], index if len(leaves) > 1 else None
+            described.append(KeptTensor(*call, of_several, layout.row_shape, layout.dtype, layout.row_bytes))
         return tuple(described)
 
     def train(self, mode: bool = True) -> Rest:
@@ -294,7 +286,7 @@ class Frontier:
         Several threads may record at once, each in its own autocast where there is one. They share all parameters. A
         front that draws random numbers, though what is kept does not depend on them, runs in one thread at a time.
         """
-        return self.rest.record(inputs, keywords)
+        return self.rest.record(*inputs, **keywords)
 
     def replay(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Give what the network returns for the batch whose tensors these are, or rows of which they are.

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 from ..eval_caches import preserve_modes
 from .changes import ChangeTrace, checkpoints
 from .layouts import BatchLayout, find_layout
-from .rest import Frontier, NoFrontier, Place, Plan, Rest, Returned, StandIn, answer_from
+from .rest import Frontier, NoFrontier, Place, Plan, Rest, Returned, StandIn, answer_from, copy_leaf
 from .twin import Answer, Call, Twin
 from .undisturbed import undisturbed
 
@@ -70,24 +70,23 @@ class _Search:
         self._find_cacheable()
         if not any(next(self.twin.intercepted[call.path].parameters(), None) is not None for call in self.returned):
             return NoFrontier(self._why_nothing_is_cacheable())
+        inputs = self._describe(tree_flatten(self.whole), tree_flatten(self.part))
+        assert inputs is not None  # the same objects but for tensors of the batch
+        plan = Plan(inputs, self.returned, self.computed)
         kept: set[Place] = set()
         for training in self.modes:
             with self._mode(training):
                 expected = self._run(self.network, self.part)
                 if (reason := _why_it_tells_nothing(expected)) is not None:
                     return NoFrontier(reason)
-                kept.update(self._needed([place for place in self.rows if place not in kept], expected))
+                kept.update(self._needed(plan, [place for place in self.rows if place not in kept], expected))
         if not kept:
             return NoFrontier("the output depends on nothing that is frozen")
-        inputs = self._describe(tree_flatten(self.whole), tree_flatten(self.part))
-        assert inputs is not None  # the same objects but for tensors of the batch
-        order = [place for place in self.rows if place in kept]
-        draws = any(call in self.after_drawing for call, _ in order)
-        rest = Rest(self.twin, Plan(inputs, self.returned, self.computed, order, draws))
+        draws = any(call in self.after_drawing for call, _ in kept)
+        rest = Rest(self.twin, plan._replace(kept=[place for place in self.rows if place in kept], draws=draws))
         for training in self.modes:
             with self._mode(training):
-                reason = self._why_records_differ(rest) or self._why_unsound(rest)
-                if reason is not None:
+                if (reason := self._why_unsound(rest)) is not None:
                     return NoFrontier(reason)
         return Frontier(rest)
 
@@ -124,11 +123,11 @@ class _Search:
             if trace.drew:
                 self.after_drawing.add(call)
             within.setdefault(call, []).extend(checkpoints())
-            results[call] = [_copy(leaf) for leaf in leaves], structure
+            results[call] = [copy_leaf(leaf) for leaf in leaves], structure
             return value
 
         with trace:
-            self._run(self._answering(answer), batch)
+            self._answering(answer, batch)
         return results
 
     def _describe(self, whole: Flat | None, part: Flat | None) -> Returned | None:
@@ -150,13 +149,17 @@ class _Search:
                 return None
         return Returned(tuple(leaves), whole[1])
 
-    def _needed(self, places: list[Place], expected: Any) -> list[Place]:
+    def _needed(self, plan: Plan, places: list[Place], expected: Any) -> list[Place]:
         """Find by halves the places that are needed: with them poisoned, the output is another one."""
         spare: set[Place] = set()
 
         def needed(group: list[Place]) -> list[Place]:
             left = {place: rows for place, rows in self.rows.items() if place not in spare and place not in group}
-            if not group or self._difference(expected, lambda poison: self._replay_part(left, poison)) is None:
+
+            def replay(poison: StandIn) -> Any:
+                return self._answering(answer_from(plan, left, _PART, poison), self.part)
+
+            if not group or self._difference(expected, replay) is None:
                 spare.update(group)
                 return []
             if len(group) == 1:
@@ -166,25 +169,23 @@ class _Search:
 
         return needed(places)
 
-    def _replay_part(self, rows: dict[Place, torch.Tensor], poison: StandIn) -> Any:
-        answer = answer_from(self.returned, self.computed, rows, _PART, poison)
-        return self._run(self._answering(answer), self.part)
+    def _answering(self, answer: Answer, batch: Any) -> Any:
+        return self._run(functools.partial(self.twin.answering, answer), batch)
 
-    def _why_records_differ(self, rest: Rest) -> str | None:
-        """Compare what is kept for a batch with a second pass over it, and with a pass over part of it."""
-        batches = enumerate((self.whole, self.part, self.whole))
-        passes = [self._run(functools.partial(_record, rest), batch, seed) for seed, batch in batches]
-        for kept, first, part, second in zip(rest.kept_tensors(), *passes, strict=True):
+    def _why_unsound(self, rest: Rest) -> str | None:
+        """The proof: a replay with all poisoned but what is kept has to give what the network gives.
+
+        And what is kept has to be the same in a second pass over the batch, and in a pass over part of it.
+        """
+        expected = self._run(self.network, self.whole)  # first: a network that counts its forwards has counted on
+        tensors, of_part, again = (
+            self._run(rest.record, batch, seed) for seed, batch in enumerate((self.whole, self.part, self.whole))
+        )
+        for kept, first, part, second in zip(rest.kept_tensors(), tensors, of_part, again, strict=True):
             if not _same_bits(first, second):
                 return f"{kept.place} gives other values in a second pass over the same images"
             if not _is_close(part, first[:_PART]):
                 return f"what {kept.place} gives for an image depends on the other images of the batch"
-        return None
-
-    def _why_unsound(self, rest: Rest) -> str | None:
-        """The proof: a replay with all poisoned but what is kept has to give what the network gives."""
-        expected = self._run(self.network, self.whole)
-        tensors = self._run(functools.partial(_record, rest), self.whole)
         self._run(self.network, self.part)  # what a forward leaves for the next one is of other images now
         difference = self._difference(expected, lambda poison: self._run(lambda: rest.run(tensors, poison), ((), {})))
         if difference is None:
@@ -207,14 +208,11 @@ class _Search:
         return None
 
     def _run(self, call: Callable[..., Any], batch: Any, seed: int = 0) -> Any:
-        inputs, keywords = tree_map(_copy, batch)  # a forward may write into them
+        inputs, keywords = tree_map(copy_leaf, batch)  # a forward may write into them
         with undisturbed(self.network):
             torch.manual_seed(seed)
             torch.clear_autocast_cache()  # what was cast before a trace would not be known to train
             return call(*inputs, **keywords)
-
-    def _answering(self, answer: Answer) -> Callable[..., Any]:
-        return functools.partial(self.twin.answering, answer)
 
     @contextmanager
     def _mode(self, training: bool) -> Iterator[None]:
@@ -232,10 +230,6 @@ class _Search:
             if module.training and own and not any(parameter.requires_grad for parameter in own):
                 return f"{path} is frozen and in train mode; call its eval()"
         return "nothing frozen is computed from the input alone, before what trains and what is random"
-
-
-def _record(rest: Rest, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, ...]:
-    return rest.record(inputs, keywords)
 
 
 def _why_not_to_look(network: nn.Module) -> str | None:
@@ -260,10 +254,6 @@ def _count_images(batch: Any) -> int:
 
 def _is_batch(leaf: object, images: int) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and len(leaf) == images
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _not_a_number(layout: BatchLayout, images: int) -> torch.Tensor:
@@ -306,13 +296,8 @@ def _same_output(expected: Any, output: Any) -> bool:
 
 
 def _same_bits(one: Any, other: Any) -> bool:
-    return (
-        isinstance(one, torch.Tensor)
-        and isinstance(other, torch.Tensor)
-        and one.dtype == other.dtype
-        and one.shape == other.shape
-        and torch.equal(one, other)
-    )
+    both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return both and bool(one.dtype == other.dtype) and torch.equal(one, other)
 
 
 def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:

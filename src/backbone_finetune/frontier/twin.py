@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Container
 from types import MethodType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,12 +24,8 @@ class Call(NamedTuple):
         return f"{self.path} (call {self.earlier + 1})" if self.earlier else self.path
 
 
-class Answer(Protocol):
-    """What to do where a frozen module is called."""
-
-    def __call__(self, call: Call, compute: Callable[[], Any]) -> Any:
-        """Give what the call returns; `compute` lets the module compute it."""
-        ...
+Answer = Callable[[Call, Callable[[], Any]], Any]  # gives what a call returns; the second lets the module compute it
+_OPAQUE = (Cut, torch.jit.ScriptModule)
 
 
 class Twin(nn.Module):
@@ -94,7 +90,7 @@ class Twin(nn.Module):
 
     def _find_frozen(self, module: nn.Module, path: str, seen: set[int]) -> bool:
         """Make stand-ins for the frozen modules in a module, and say whether there are any."""
-        if id(module) in seen or _is_opaque(module):
+        if id(module) in seen or isinstance(module, _OPAQUE):
             return id(module) in self._stand_ins or id(module) in self._above
         seen.add(id(module))
         trains = [parameter.requires_grad for parameter in module.parameters()]
@@ -124,7 +120,7 @@ class Twin(nn.Module):
         """Copy the chosen modules, or all; what is in `copies` already stands for its module."""
         if id(module) in copies:
             return copies[id(module)]
-        if _is_opaque(module) or (chosen is not None and id(module) not in chosen):
+        if isinstance(module, _OPAQUE) or (chosen is not None and id(module) not in chosen):
             return module
         copy = copies[id(module)] = type(module).__new__(type(module))
         _take_over(module, copy)
@@ -159,10 +155,6 @@ class Twin(nn.Module):
                     f"frontier: a submodule of {type(module).__name__} was replaced after the frontier was found; find "
                     "it anew."
                 )
-
-
-def _is_opaque(module: nn.Module) -> bool:
-    return isinstance(module, (Cut, torch.jit.ScriptModule))
 
 
 def _take_over(module: nn.Module, copy: nn.Module) -> None:
