@@ -20,7 +20,7 @@ from harness.environment import describe_command, describe_environment
 from harness.options import make_writable, positive
 from harness.results import describe, table, write_text
 from learning_runs.arms import ARMS, BACKBONE_LR, BATCH, HEAD_LR, WEIGHT_DECAY, Outcome, Plan, run_split
-from learning_runs.sets import FASHION, Images, Views, split_clipart, split_fashion
+from learning_runs.sets import FASHION, Images, make_views, split_clipart, split_fashion
 from timm.data.config import resolve_model_data_config
 
 from backbone_finetune import FineTuneModel
@@ -91,7 +91,7 @@ def write_report(report: LearningReport, stem: Path) -> None:
 def measure(options: argparse.Namespace, done: Container[tuple[str, int, str]]) -> Iterator[Outcome]:
     """Give the outcome of each arm that is not done, one split of each set after the other."""
     size = (3, options.image_size, options.image_size)
-    views = Views(resolve_model_data_config(load_packaged_network(), args={"input_size": size}))  # type: ignore[no-untyped-call]
+    views = make_views(resolve_model_data_config(load_packaged_network(), args={"input_size": size}))  # type: ignore[no-untyped-call]
     plan = Plan(options.head_epochs, options.backbone_epochs)
     draw: dict[str, Callable[[int], tuple[Images, Images]]] = {
         "clipart": split_clipart,

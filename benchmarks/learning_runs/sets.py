@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -21,6 +21,19 @@ from backbone_finetune.recipes.data.loading import seeded
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package has it
 FASHION_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 SIDE = 28  # of an image of Fashion-MNIST
+
+
+class Views(NamedTuple):
+    """How an image is shown: as it is, or augmented."""
+
+    plain: Callable[[Image.Image], Tensor]
+    augmented: Callable[[Image.Image], Tensor]
+
+
+def make_views(config: dict[str, Any]) -> Views:
+    """Make timm's transforms for a network's data config; crops for training have half of the image or more."""
+    augmented = create_transform(**config, is_training=True, scale=(0.5, 1.0), color_jitter=0.2)
+    return Views(create_transform(**config, is_training=False), augmented)
 
 
 @dataclass(frozen=True)
@@ -40,20 +53,6 @@ class Images:
             return views.plain(self.images[index])
         with seeded(f"{self.key} {number} {index}"):
             return views.augmented(self.images[index])
-
-
-@dataclass(frozen=True)
-class Views:
-    """timm's transforms for a network's data config: for evaluation, and for training with crops of half or more."""
-
-    config: dict[str, Any]
-    plain: Callable[[Image.Image], Tensor] = field(init=False)
-    augmented: Callable[[Image.Image], Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "plain", create_transform(**self.config, is_training=False))
-        augmented = create_transform(**self.config, is_training=True, scale=(0.5, 1.0), color_jitter=0.2)
-        object.__setattr__(self, "augmented", augmented)
 
 
 def split_clipart(seed: int) -> tuple[Images, Images]:

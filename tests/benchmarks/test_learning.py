@@ -36,7 +36,7 @@ def fashion(tmp_path: Path) -> Path:
 @pytest.fixture
 def views() -> sets.Views:
     model = FineTuneModel.from_timm("test_resnet", num_classes=2)
-    return sets.Views(resolve_model_data_config(model, args={"input_size": (3, 32, 32)}))
+    return sets.make_views(resolve_model_data_config(model, args={"input_size": (3, 32, 32)}))
 
 
 @pytest.fixture
