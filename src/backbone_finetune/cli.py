@@ -136,6 +136,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         ("warmup_epochs", "N", "in which the rates rise from 0, or a fraction of one; "),
     )
     one_phase.add_argument("--cosine", action="store_true", default=None, help="let the rates fall to 0 at the end")
+    one_phase.add_argument(
+        "--norm-eval",
+        action=argparse.BooleanOptionalAction,
+        help="keep running statistics fixed where weights train (default: yes; no for random weights)",
+    )
     add("--run", type=Path, metavar="FILE", help="a run.json: do that run again, into another folder")
     add_numbers(
         parser,
@@ -146,6 +151,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         ("checkpoint_steps", "N", "write a checkpoint so often, and after each epoch; "),
     )
     add("--workers", type=int, metavar="N", help="processes that load images (default: by cores and images)")
+    add(
+        "--cache",
+        choices=("auto", "memory", "disk", "off"),
+        help="where what is frozen is kept for each image; off runs the whole model in every step (default: auto)",
+    )
+    add("--views", type=int, metavar="K", help="cache K augmented views of each training image (default: 1, as it is)")
     add(
         "--compile",
         choices=("inductor", "openvino"),
@@ -222,6 +233,7 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)")
     add("--workers", type=int, metavar="N", help="processes that read images (default: by cores and images)")
+    add("--tta", action="store_true", help="average over each image and its mirror image, at twice the cost")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ... (default: %(default)s)")
 
 
@@ -250,13 +262,13 @@ def run_train(options: argparse.Namespace) -> int:
         return 0
     for name in dict.fromkeys((*names, *(field.name for field in fields(Phase)))):
         if (
-            name not in {"output", "overwrite", "device", "baselines", "workers"}
+            name not in {"output", "overwrite", "device", "baselines", "workers", "cache"}
             and getattr(options, name, None) is not None
         ):
             option = {"images": "PATH", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(
                 f"{option} and --run {options.run} were both given; the file says all but --output, --overwrite, "
-                "--device, --baselines and --workers"
+                "--device, --baselines, --workers and --cache"
             )
     settings, recorded = read_run(options.run)
     train(replace(settings, **given), recorded=recorded)
@@ -289,7 +301,9 @@ def run_predict(options: argparse.Namespace) -> int:
         raise ValueError(f"--csv and --json are both {options.csv}; give each a file of its own")
     paths = list_images(options.images)
     trained = load_model(options)
-    predictions = predict(trained, paths, top_k=options.top_k, batch_size=options.batch_size, workers=options.workers)
+    predictions = predict(
+        trained, paths, top_k=options.top_k, batch_size=options.batch_size, workers=options.workers, tta=options.tta
+    )
     if options.csv is not None:
         predictions = write_csv(predictions, options.csv, min(options.top_k, len(trained.class_names)))
     if options.json is not None:
@@ -310,7 +324,9 @@ def run_predict(options: argparse.Namespace) -> int:
 def run_evaluate(options: argparse.Namespace) -> int:
     """Carry out `evaluate`: a table by class, and a line for each image that was left out."""
     trained = load_model(options)
-    evaluation = evaluate_folder(trained, options.images, batch_size=options.batch_size, workers=options.workers)
+    evaluation = evaluate_folder(
+        trained, options.images, batch_size=options.batch_size, workers=options.workers, tta=options.tta
+    )
     for message in evaluation.skipped_images:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
     print(describe_evaluation(evaluation))

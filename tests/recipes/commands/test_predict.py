@@ -9,7 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
 
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes import TrainedModel, predict
 from backbone_finetune.recipes.commands.predict import Prediction, write_csv, write_json
 
 Write = Callable[[Iterable[Prediction], Path], Iterator[Prediction]]
@@ -45,3 +51,21 @@ def test_what_is_written_can_be_read(predictions: tuple[Prediction, ...], tmp_pa
     ]
     with (tmp_path / "a.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == rows[: len(predictions)]
+
+
+def test_tta_averages_an_image_and_its_mirror_image(tmp_path: Path) -> None:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    trained = TrainedModel(model, "test_resnet", ("a", "b", "c"), timm.data.resolve_model_data_config(model))
+    image = Image.effect_noise((160, 160), 80).convert("RGB")
+    image.save(tmp_path / "image.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    paths = [tmp_path / "image.png", tmp_path / "mirrored.png"]
+
+    def probabilities(tta: bool) -> list[Tensor]:
+        answers = predict(trained, paths, top_k=3, tta=tta)
+        return [torch.tensor([value for _, value in sorted(answer.classes)]) for answer in answers]
+
+    one, other = probabilities(tta=False)
+    for averaged in probabilities(tta=True):
+        torch.testing.assert_close(averaged, (one + other) / 2)
+    assert not torch.allclose(one, other)

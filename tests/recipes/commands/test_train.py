@@ -215,6 +215,40 @@ def test_layer_groups_can_train_too(settings: dict[str, Any]) -> None:
     assert names_in(settings["output"]) == FILES
 
 
+def test_the_cache_changes_where_rows_are_and_not_what_is_learnt(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "backbone_finetune")
+    phases = (Phase(epochs=1), Phase(epochs=2, trainable_groups=2))
+    settings |= {"phases": phases, "baselines": False, "mixed_precision": "no"}
+    runs = {}
+    for cache in ("auto", "memory", "disk", "off"):
+        caplog.clear()
+        output = tmp_path / cache
+        metrics = train(TrainSettings(**{**settings, "output": output, "cache": cache}))
+        runs[cache] = load_trained_model(output / MODEL_FILE).model.state_dict()
+        assert names_in(output) == FILES
+        announced = [message for message in caplog.messages if message.startswith("caching backbone.")]
+        assert len(announced) == (cache != "off")
+        assert len(metrics.history) == 3
+    for cache in ("memory", "disk"):
+        assert all(torch.equal(tensor, runs[cache][name]) for name, tensor in runs["auto"].items())
+    torch.testing.assert_close(runs["off"], runs["auto"], rtol=0.02, atol=0.01)
+    assert "cache" not in json.loads((tmp_path / "disk" / "run.json").read_text())["arguments"]
+
+
+def test_views_are_augmented_and_seeded(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"baselines": False, "phases": (Phase(epochs=2, lr=0.01), Phase(epochs=2, trainable_groups=1))}
+    runs = []
+    for number, (views, seed) in enumerate([(1, 0), (3, 0), (3, 0), (3, 1)]):
+        output = tmp_path / str(number)
+        train(TrainSettings(**{**settings, "views": views, "seed": seed, "output": output}))
+        runs.append(load_trained_model(output / MODEL_FILE).model.state_dict())
+    assert all(torch.equal(tensor, runs[2][name]) for name, tensor in runs[1].items())
+    for other in (runs[0], runs[3]):
+        assert not torch.equal(other["classifier.weight"], runs[1]["classifier.weight"])
+
+
 @pytest.mark.usefixtures("no_timing")
 def test_the_same_seed_gives_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
     def outcome(name: str, seed: int) -> Any:

@@ -157,10 +157,19 @@ def test_frozen_means_frozen_and_the_classifier_learns() -> None:
 def test_a_trainable_group_trains_with_its_statistics_and_the_others_stay() -> None:
     model = make_model()
     before = tensors(model)
-    run(model, trainable_groups=1)
+    run(model, trainable_groups=1, norm_eval=False)
     moved = changed(before, model)
     assert {name for name in moved if name.startswith("backbone.stem")} == set()
     assert {"backbone.last.0.weight", "backbone.last.1.running_mean", "classifier.weight"} <= moved
+
+
+def test_running_statistics_stay_unless_a_phase_lets_them_move() -> None:
+    model = make_model()
+    before = tensors(model)
+    run(model, trainable_groups=1)
+    moved = changed(before, model)
+    assert "backbone.last.0.weight" in moved
+    assert not any("running" in name for name in moved)
 
 
 def test_each_part_has_its_own_learning_rate() -> None:
@@ -352,7 +361,7 @@ def one_batch() -> Any:
         # A variance that overflows makes all its outputs 0, and the loss stays as it is.
         (
             TensorDataset(one_batch().tensors[0] * 1e25, one_batch().tensors[1]),
-            {"trainable_groups": 1},
+            {"trainable_groups": 1, "norm_eval": False},
             1,
             "a weight or a running statistic became infinite or nan",
         ),

@@ -45,6 +45,7 @@ def evaluate_folder(
     *,
     batch_size: int = 32,
     workers: int | None = None,
+    tta: bool = False,
     show_progress: bool = True,
 ) -> Evaluation:
     """Evaluate a model on a folder with a sub-folder of images per class, named as the model's classes.
@@ -70,6 +71,7 @@ def evaluate_folder(
         folder: The folder of the sub-folders.
         batch_size: How many images run at a time.
         workers: How many processes read images; None chooses by the cores and the images.
+        tta: Whether to average over an image and its mirror image, as ``predict`` does.
         show_progress: Whether to show a progress bar on stderr.
 
     Raises:
@@ -86,7 +88,7 @@ def evaluate_folder(
     names = trained.class_names
     confusion = [[0] * len(names) for _ in names]
     skipped: list[str] = []
-    answers = predict(trained, found.paths, top_k=1, batch_size=batch_size, workers=workers)
+    answers = predict(trained, found.paths, top_k=1, batch_size=batch_size, workers=workers, tta=tta)
     bar = tqdm(answers, total=len(found.paths), desc="evaluating", unit="image", leave=False, disable=not show_progress)
     for prediction, target in zip(bar, found.targets, strict=True):
         if prediction.error is None:

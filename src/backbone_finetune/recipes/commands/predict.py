@@ -50,6 +50,7 @@ def predict(
     top_k: Positive = 3,
     batch_size: Positive = 32,
     workers: Whole | None = None,
+    tta: bool = False,
 ) -> Iterator[Prediction]:
     """Predict the likeliest classes of each image, in order, in float32. An image that cannot be read stops no other.
 
@@ -70,6 +71,7 @@ def predict(
         top_k: How many classes to name for each image.
         batch_size: How many images run at a time.
         workers: How many processes read images; None chooses by the cores and the images.
+        tta: Whether to average over the image and its mirror image (test-time augmentation), at twice the cost.
 
     Raises:
         ValueError: a number is out of range (pydantic's ``ValidationError``).
@@ -88,7 +90,7 @@ def predict(
         answers: Iterator[tuple[tuple[str, float], ...]] = iter(())
         if loaded:
             inputs = torch.stack(loaded).to(device)
-            answers = iter(_classify(trained, inputs if normalize is None else normalize(inputs), top_k))
+            answers = iter(_classify(trained, inputs if normalize is None else normalize(inputs), top_k, tta=tta))
         for path, outcome in zip(islice(position, len(outcomes)), outcomes, strict=True):
             yield Prediction(path, error=outcome) if isinstance(outcome, str) else Prediction(path, next(answers))
 
@@ -110,9 +112,10 @@ def _read_input(path: Path, transform: Callable[[Image.Image], Tensor], most_elo
 
 
 @torch.no_grad()
-def _classify(trained: TrainedModel, inputs: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
+def _classify(trained: TrainedModel, inputs: Tensor, top_k: int, *, tta: bool) -> list[tuple[tuple[str, float], ...]]:
     """Name the likeliest classes of each input, ``(B, 3, H, W)``, with their probabilities, best first."""
-    probabilities = trained.model(inputs).float().softmax(-1).cpu()
+    views = (inputs, inputs.flip(-1)) if tta else (inputs,)
+    probabilities = torch.stack([trained.model(view).float().softmax(-1) for view in views]).mean(0).cpu()
     values, indices = probabilities.topk(min(top_k, len(trained.class_names)))
     return [
         tuple((trained.class_names[index], value) for index, value in zip(*row, strict=True))

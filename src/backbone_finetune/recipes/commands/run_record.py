@@ -19,7 +19,7 @@ from .setup import Task, TrainSettings
 __all__ = ["compare_runs", "read_run", "record_run"]
 
 # What changes nothing in the model; the folder may be moved.
-NOT_RECORDED = {"output", "overwrite", "baselines", "workers"}
+NOT_RECORDED = {"output", "overwrite", "baselines", "workers", "cache"}
 
 
 class _RunFile(BaseModel):

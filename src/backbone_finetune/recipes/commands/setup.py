@@ -57,6 +57,9 @@ class TrainSettings:
         workers: How many processes load images; None is by the cores and the number of images. The model is the
             same with any number.
         compile: How to compile a frozen backbone for its pass, which pays from some 5,000 images on; None does not.
+        cache: Where what is frozen is kept for each image: "memory", "disk" (memory-mapped), "auto" for both, with a
+            quarter of the memory at most, or "off", with which the whole model runs in every step.
+        views: How many augmented views of each training image are cached; 1 trains on the image itself.
 
     >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output
     PosixPath('fine-tuned')
@@ -80,6 +83,8 @@ class TrainSettings:
     baselines: bool | None = None
     workers: Whole | None = None
     compile: Literal["inductor", "openvino"] | None = None
+    cache: Literal["auto", "memory", "disk", "off"] = "auto"
+    views: Positive = 1
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,9 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
     data_config = choose_data_config(model, architecture, small=settings.images is None)
-    transform = build_transform(data_config)
-    train_data, test_data = (
-        ImageDataset(part, transform) for part in split(found, test_share=TEST_SHARE, seed=settings.seed)
-    )
+    parts = split(found, test_share=TEST_SHARE, seed=settings.seed)
+    transforms = (build_transform(data_config, augment=settings.views > 1), build_transform(data_config))
+    train_data, test_data = (ImageDataset(part, each) for part, each in zip(parts, transforms, strict=True))
     return Task(model, architecture, weights, data_config, base, train_data, test_data)
 
 

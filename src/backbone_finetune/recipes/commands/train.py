@@ -112,7 +112,7 @@ def _start(
 
     The main process holds the lock of the folder until ``exit_stack`` is closed. Returns how to train, and the record.
     """
-    fingerprints = run_on_main(accelerator, lambda: (data_fingerprint(task.train), data_fingerprint(task.test)))
+    fingerprints = run_on_main(accelerator, lambda: _fingerprints(settings, task))
     unfinished, autocast = settings.output / UNFINISHED, settings.autocast_features
     config = TrainerConfig(
         accelerator,
@@ -121,10 +121,15 @@ def _start(
         seed=settings.seed,
         checkpoints=unfinished / "checkpoints",
         checkpoint_steps=settings.checkpoint_steps,
-        caches=(
+        caches=None
+        if settings.cache == "memory"
+        else (
             FeatureCache(unfinished / "features-train", fingerprints[0]),
             FeatureCache(unfinished / "features-test", fingerprints[1]),
         ),
+        memory_share={"memory": 1.0, "disk": 0.0}.get(settings.cache, FeatureCache.memory_share),
+        cache_features=settings.cache != "off",
+        views=settings.views,
         autocast_features=(settings.mixed_precision != "no") if autocast is None else autocast,
         workers=settings.workers,
         compile=None if settings.compile is None else COMPILERS[settings.compile],
@@ -145,6 +150,13 @@ def _start(
             f"{describe_by_group(task.model.backbone, task.model.classifier, task.model.layer_groups)}\n"
         )
     return config, record
+
+
+def _fingerprints(settings: TrainSettings, task: Task) -> tuple[str, str]:
+    """Name the images; augmented views are those of the seed."""
+    still = ImageDataset(task.train.folder, task.test.transform)
+    views = f" in {settings.views} views of seed {settings.seed}" if settings.views > 1 else ""
+    return data_fingerprint(still) + views, data_fingerprint(task.test)
 
 
 def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, record: Mapping[str, Any]) -> Metrics:

@@ -68,9 +68,19 @@ class TrainedModel:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build_transform(data_config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """Build timm's evaluation transform, which gives the same tensor for an image each time."""
-    transform: Callable[[Image.Image], Tensor] = create_transform(**data_config, is_training=False)
+def build_transform(data_config: Mapping[str, Any], *, augment: bool = False) -> Callable[[Image.Image], Tensor]:
+    """Build timm's evaluation transform, which gives the same tensor for an image each time.
+
+    With ``augment`` it is timm's training transform: a random crop of at least 35 % of the image, and a random mirror.
+    """
+    if augment:
+        arguments: dict[str, Any] = {
+            name: value for name, value in data_config.items() if name not in {"crop_pct", "crop_mode"}
+        }
+        arguments |= {"is_training": True, "scale": (0.35, 1.0), "color_jitter": None}
+    else:
+        arguments = {**data_config, "is_training": False}
+    transform: Callable[[Image.Image], Tensor] = create_transform(**arguments)
     return transform
 
 

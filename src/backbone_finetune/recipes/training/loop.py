@@ -136,6 +136,7 @@ def prepared_phase(
 ) -> Iterator[Stage]:
     """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move."""
     accelerator = loop.accelerator
+    model.norm_eval = phase.norm_eval
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
     changed.update(model.state_dict().keys() - model.frozen_names())
     with model.assert_frozen():

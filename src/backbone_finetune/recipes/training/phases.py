@@ -44,6 +44,8 @@ class Phase:
         weight_decay: Weight decay of AdamW.
         warmup_epochs: Epochs, or a fraction of one, in which the rates rise from 0.
         cosine: Whether the rates fall to 0 at the end (Loshchilov and Hutter, 2017).
+        norm_eval: Whether the backbone's running statistics stay fixed even where its weights train. On few images,
+            statistics that move cost accuracy (benchmarks/results/learning.md); random weights need them to move.
 
     Raises:
         ValueError: a value is of the wrong type or out of range (pydantic's ``ValidationError``).
@@ -57,6 +59,7 @@ class Phase:
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     cosine: bool = False
+    norm_eval: bool = True
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
