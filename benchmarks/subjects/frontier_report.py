@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -91,7 +92,7 @@ def draw(report: FrontierReport, path: Path) -> None:
     draw_steps(steps, report)
     draw_times_faster(faster, report)
     facts = report.environment
-    where = facts.get("device_name") or f"{facts['cpu']}, {facts['threads']} thread(s)"
+    where = facts.get("device_name") or f"{facts['cpu']}, threads: {facts['threads']}"
     figure.suptitle(f"{where}, torch {facts['torch']}, {facts['date']}", fontsize=10)
     write_file(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
@@ -121,6 +122,9 @@ def draw_times_faster(axes: Any, report: FrontierReport) -> None:
         targets = [target for _, target in ratios]
         ends = [[where + side * 0.4 / len(kinds) for where in places] for side in (-1, 1)]
         axes.hlines(targets, *ends, color="#222222", linewidth=2, label=None if place else "target")
+        exact = compared_with(EXACT, report.settings["epochs"], reading=reading)
+        marks = [_ratio(report, label(name, precision), exact)[0] or math.nan for name in report.kept]
+        axes.plot(places, marks, "D", color="white", markeredgecolor="#222222", label=None if place else EXACT)
     axes.set_ylabel("recipe / on the frontier", fontsize=9)
     _finish(axes, report, f"{report.settings['epochs']} epochs, building counted: times faster than the recipe")
 
