@@ -84,7 +84,7 @@ def test_a_run_is_done_again_with_nothing_else(fail: Fail, others: str, option: 
     line = fail("train", "--run", "run.json", *others.split(), "--output", "again", "--overwrite", "--device", "cpu")
     assert line == (
         f"{option} and --run run.json were both given; the file says all but --output, --overwrite, "
-        "--device, --baselines and --workers"
+        "--device, --baselines, --workers and --cache"
     )
 
 
@@ -95,7 +95,10 @@ def test_a_run_is_done_again_with_nothing_else(fail: Fail, others: str, option: 
         ("[" * 100_000, "run.json: not JSON ("),
         ("[]", "run.json: input should be a valid dictionary"),
         ("{}", "run.json: arguments: field required; pass"),
-        ({"overwrite": True}, "baselines, output, overwrite, workers are not part of a record; pass the run.json that"),
+        (
+            {"overwrite": True},
+            "baselines, cache, output, overwrite, workers are not part of a record; pass the",
+        ),
         ({"more": 1}, "run.json: arguments more = 1: unexpected keyword argument; pass"),
         ({"pretrained": 3}, "run.json: arguments pretrained = 3: input should be a valid boolean"),
         (

@@ -140,3 +140,32 @@ def test_views_serve_a_frozen_backbone_as_well(views: int, draws: int) -> None:
     data = Drawn()
     train(network(), data, [Phase(epochs=4)], views=views)
     assert [len({value for other, value in data.draws if other == index}) for index in range(1, 5)] == [draws] * 4
+
+
+@pytest.mark.parametrize("groups", [0, 1])
+def test_rows_are_the_same_with_any_number_of_workers(groups: int) -> None:
+    phase = Phase(epochs=1, trainable_groups=groups, lr=0.01)
+    states = []
+    for workers in (0, 1, 3, None):
+        model, _ = train(network(), make_images(200), [phase], workers=workers)
+        states.append(model.state_dict())
+    for state in states[1:]:
+        assert all(torch.equal(tensor, state[name]) for name, tensor in states[0].items())
+
+
+class Ragged(nn.Module):
+    """Gives other features from the image of value 100 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.flatten(1) * self.scale)[:, : 5 if bool((images > 100).any()) else 16]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_worker_is_that_of_the_pass(workers: int) -> None:
+    images = TensorDataset(torch.arange(140.0)[:, None, None, None].expand(-1, 3, 8, 8), torch.arange(140) % 3)
+    with pytest.raises(ValueError, match=r"a batch holds .*\(5,\).* per image, the first one .*\(16,\)"):
+        train(Ragged(), images, [Phase(epochs=1)], workers=workers)

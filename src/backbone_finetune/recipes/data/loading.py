@@ -35,13 +35,13 @@ PR_SET_PDEATHSIG = 1
 Compute = Callable[[list[Any]], Any]
 
 
-def default_workers(count: int, *, processes: int = 1) -> int:
+def default_workers(count: int, *, processes: int = 1, fewest: int = FEWEST_IMAGES) -> int:
     """Choose how many worker processes load ``count`` images: 0 for few, else one for each core of this machine.
 
     Where processes do not start by ``fork`` it is 0: there, a script without ``if __name__ == "__main__":`` would run
     again in each worker.
     """
-    if count < FEWEST_IMAGES or not can_fork():
+    if count < fewest or not can_fork():
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores // processes, MOST_WORKERS)

@@ -14,7 +14,7 @@ from backbone_finetune.frontier import NoFrontier
 
 from ..data.determinism import find_randomness
 from ..data.images import ImageDataset
-from ..data.loading import DeviceLoader
+from ..data.loading import DeviceLoader, default_workers
 from ..data.targets import check_targets, split_row
 from ..features.dataset import Features
 from ..features.front import Front, find_front, front_of_backbone, has_trainable, in_eval
@@ -29,6 +29,7 @@ __all__ = ["PhaseData", "prepare_data"]
 
 logger = logging.getLogger(__name__)
 
+FEWEST_COMPUTED = 128  # images that are worth starting processes for
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -94,7 +95,7 @@ def _compute(
             data,
             device,
             batch_size=config.batch_size,
-            workers=config.workers_for(data),
+            workers=_choose_workers(config, number * count(data)),
             views=number,
             seed=f"{config.seed} view",
         )
@@ -129,6 +130,16 @@ def _compute(
                 data.skip_ignored(rows.tensors[-1][: count(data)])
             computed.append(rows)
     return PhaseData(computed[0], computed[1], front.rest, cached=True, views=views)
+
+
+def _choose_workers(config: TrainerConfig, images: int) -> int:
+    """Choose how many processes load images; on a CPU they compute as well, which pays from fewer images on."""
+    if config.workers is not None:
+        return config.workers
+    processes = config.accelerator.num_processes
+    if config.accelerator.device.type != "cpu":
+        return default_workers(images, processes=processes)
+    return default_workers(images, processes=processes, fewest=FEWEST_COMPUTED)
 
 
 def _find_shared_front(
