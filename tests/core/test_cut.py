@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.exc import InternalTorchDynamoError
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.modules import module as torch_module
 
@@ -190,15 +189,6 @@ def test_backward_hooks_around_the_cut_are_no_computation() -> None:
         for handle in everywhere:
             handle.remove()
     assert model.backbone.stem.weight.grad is not None
-
-
-@pytest.fixture
-def mesh() -> Iterator[dist.DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -6,13 +6,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from wrapped_tensors import Quantised, quantise
 
@@ -272,15 +271,6 @@ def test_any_precision_and_any_memory_format(dtype: torch.dtype) -> None:
     before = model.frozen_fingerprint()
     assert model.to(memory_format=torch.channels_last).frozen_fingerprint() == before
     assert model.to(torch.float32).frozen_fingerprint() != before
-
-
-@pytest.fixture
-def mesh() -> Iterator[dist.DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from backbone_finetune import FineTuneModel
+from backbone_finetune.guards.step_watch import STEPS
 
 Build = Callable[[FineTuneModel], list[torch.optim.Optimizer]]
 
@@ -35,7 +35,7 @@ def plain_sgd(model: FineTuneModel) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
 
-def train(model: Callable[[Tensor], Tensor], *optimizers: torch.optim.Optimizer, steps: int = 2) -> None:
+def train(model: Callable[[Tensor], Tensor], *optimizers: torch.optim.Optimizer, steps: int = STEPS) -> None:
     for _ in range(steps):
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -50,12 +50,13 @@ def test_unfreezing_after_the_optimizer_was_built_is_said_once() -> None:
     train(model, optimizer)
     model.unfreeze_backbone()
     before = model.backbone[0].weight.clone()
+    train(model, optimizer, steps=STEPS - 1)
     with pytest.warns(UserWarning, match=SAID) as caught:
         train(model, optimizer, steps=4)
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
     assert torch.equal(model.backbone[0].weight, before)
     model.train()
-    train(model, optimizer, steps=4)
+    train(model, optimizer)
 
 
 def test_by_hand_from_the_next_train_on() -> None:
@@ -67,15 +68,13 @@ def test_by_hand_from_the_next_train_on() -> None:
         train(model, optimizer)
 
 
-def test_it_is_said_where_the_model_clears_all_gradients() -> None:
-    """As transformers' Trainer does."""
+def test_what_trained_before_may_be_frozen_now() -> None:
     model = frozen_model()
     optimizer = plain_sgd(model)
+    model.classifier.requires_grad_(False)
     model.unfreeze_backbone()
-    train(model, optimizer, steps=1)
-    model.zero_grad()
     with pytest.warns(UserWarning, match=SAID):
-        train(model, optimizer, steps=1)
+        train(model, optimizer)
 
 
 def test_only_a_part_was_given_to_the_optimizer() -> None:
@@ -150,14 +149,14 @@ def test_nothing_is_said_where_all_that_trains_moves(
     model = frozen_model()
     optimizers = build(model)
     before = copy.deepcopy(model.state_dict())
-    train(model, *optimizers, steps=4)
+    train(model, *optimizers)
     model.train()
     assert not any(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
-def test_every_kind_of_step_is_seen(kind: type[torch.optim.Optimizer], fused: bool) -> None:
+def test_steps_of_every_kind_are_seen(kind: type[torch.optim.Optimizer], fused: bool) -> None:
     model = frozen_model()
     groups = model.param_groups(lr=0.1)
     optimizer = kind(groups, lr=0.1, fused=fused)
@@ -165,24 +164,82 @@ def test_every_kind_of_step_is_seen(kind: type[torch.optim.Optimizer], fused: bo
     with pytest.warns(UserWarning, match=SAID):
         train(model, optimizer)
     model.freeze_backbone().unfreeze_backbone()
-    train(model, kind(model.param_groups(lr=0.1), lr=0.1, fused=fused), steps=3)
+    train(model, kind(model.param_groups(lr=0.1), lr=0.1, fused=fused))
 
 
-def test_gradients_that_are_gathered_over_forwards_are_no_step() -> None:
+def test_two_optimizers_that_step_in_turn() -> None:
+    model = frozen_model()
+    first = plain_sgd(model)
+    model.unfreeze_backbone()
+    second = torch.optim.SGD(model.backbone.parameters(), lr=0.1)
+    for _ in range(3):
+        train(model, first, steps=5)
+        train(model, second, steps=1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_rate_of_0(fused: bool) -> None:
+    model = frozen_model().unfreeze_backbone()
+    groups = [{"params": model.backbone.parameters(), "lr": 0.0}, {"params": model.classifier.parameters()}]
+    train(model, torch.optim.SGD(groups, lr=0.1, fused=fused), steps=2 * STEPS)
+
+
+def test_a_part_that_no_forward_uses() -> None:
+    class Picky(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            features: Tensor = self[0](inputs)
+            return features
+
+    model = FineTuneModel(Picky(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2)).freeze_backbone()
+    model.unfreeze_backbone()
+    train(model, plain_sgd(model), steps=2 * STEPS)
+    assert model.backbone[1].weight.grad is None
+
+
+def test_what_is_frozen_again_is_not_missed() -> None:
     model = frozen_model()
     optimizer = adamw(model)
     model.unfreeze_backbone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(3):
-            model(INPUTS).sum().backward()
-        model.eval()
-        with torch.no_grad():
-            model(INPUTS)
-        model.train()
-    optimizer.step()
-    with pytest.warns(UserWarning, match=SAID):
+    train(model, optimizer, steps=STEPS - 1)
+    model.backbone.requires_grad_(False)
+    train(model, optimizer, steps=STEPS)
+
+
+def test_forwards_and_steps_of_another_model_do_not_count() -> None:
+    model, other = frozen_model(), frozen_model()
+    optimizer = adamw(model)
+    model.unfreeze_backbone()
+    train(other, adamw(other), steps=2 * STEPS)
+    for _ in range(2 * STEPS):
+        model(INPUTS).sum().backward()
+    model.eval()
+    with torch.no_grad():
         model(INPUTS)
+    model.train()
+    train(model, optimizer, steps=STEPS - 1)
+    with pytest.warns(UserWarning, match=SAID):
+        optimizer.step()
+
+
+def test_a_model_that_is_dropped_is_freed() -> None:
+    model = frozen_model()
+    model.unfreeze_backbone()
+    dropped = weakref.ref(model.backbone[0].weight)
+    del model
+    assert dropped() is None
+
+
+def test_a_compiled_step_runs() -> None:
+    torch.compiler.reset()
+    model = frozen_model()
+    optimizer = plain_sgd(model)
+    model.unfreeze_backbone()
+    model(INPUTS).sum().backward()
+    before = model.classifier.weight.clone()
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2 * STEPS):
+        step()
+    assert not torch.equal(model.classifier.weight, before)
 
 
 def test_a_lazy_classifier_is_no_step() -> None:
@@ -200,31 +257,21 @@ def test_a_copy_is_for_itself() -> None:
     optimizer = adamw(model)
     model.unfreeze_backbone()
     twin = copy.deepcopy(model)
-    train(twin, adamw(twin), steps=3)
+    train(twin, adamw(twin))
     loaded = pickle.loads(pickle.dumps(model))
-    train(loaded, adamw(loaded), steps=3)
+    train(loaded, adamw(loaded))
     with pytest.warns(UserWarning, match=SAID):
         train(model, optimizer)
 
 
-def test_a_compiled_forward_stays_one_graph_and_it_is_said_at_the_next_train() -> None:
+def test_a_compiled_forward_stays_one_graph() -> None:
     torch.compiler.reset()
     model = frozen_model()
     optimizer = adamw(model)
     model.unfreeze_backbone()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    train(compiled, optimizer, steps=3)
     with pytest.warns(UserWarning, match=SAID):
-        model.train()
-
-
-@pytest.fixture
-def mesh() -> Iterator[dist.DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
+        train(compiled, optimizer)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
@@ -242,4 +289,4 @@ def test_sharded_parameters(mesh: dist.DeviceMesh, shards_first: bool) -> None:
     with pytest.warns(UserWarning, match=SAID):
         train(model.train(), optimizer)
     model.freeze_backbone().unfreeze_backbone()
-    train(model, adamw(model), steps=3)
+    train(model, adamw(model))

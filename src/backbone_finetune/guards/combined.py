@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from ..distributed import check_active_wrapper, check_calls_of
@@ -51,14 +50,10 @@ class Guards:
         self._statistics.guard(model.modules(), frozen)
         self._padded_encoders = padded_encoders(model, self._padded_encoders)
         check_calls_of(*model.children())
-        self._steps.look_at_gradients()
         self._steps.note(model.named_parameters())
 
     def look_at_forward(self, model: nn.Module) -> None:
-        """Look before a forward: at DistributedDataParallel, weight averaging, and what no optimizer steps."""
+        """Look before a forward: at DistributedDataParallel and weight averaging."""
         check_active_wrapper()
         if self._statistics.were_reset() and model.training:
             self._statistics.restore()
-        # Not while compiling: a graph would guard on what is pending, and be compiled anew.
-        if not torch.compiler.is_compiling() and self._steps.pending and model.training and torch.is_grad_enabled():
-            self._steps.look_at_forward()

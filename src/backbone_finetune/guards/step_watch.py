@@ -1,22 +1,25 @@
-"""Notice parameters that were unfrozen and that no optimizer steps."""
+"""Notice parameters that were unfrozen and that no optimizer holds."""
 
 from __future__ import annotations
 
+import functools
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..tensor_parts import plain_parts
-
-_SAMPLE = 256  # values of a tensor
+# Two optimizers may step in turn: the critic of a WGAN steps five times for each step of the generator.
+STEPS = 10
 
 
 class StepWatch:
-    """Compare what was unfrozen with what moves from one training forward to the next.
+    """Compare what was unfrozen with what the optimizers hold that step parameters of this model.
 
     >>> layers = nn.ModuleDict({"old": nn.Linear(2, 2), "new": nn.Linear(2, 2).requires_grad_(False)})
     >>> watch = StepWatch()
@@ -24,101 +27,76 @@ class StepWatch:
     >>> watch.note(layers.requires_grad_(True).named_parameters())
     >>> sorted(watch.pending)
     ['new.bias', 'new.weight']
+    >>> torch.optim.SGD(layers.parameters()).step()
+    >>> watch.pending
+    {}
 
-    An optimizer that was built before the unfreezing does not hold what was unfrozen. A module does not know its
-    optimizers, but it sees what they write: where others moved and nothing of what was unfrozen did, no optimizer steps
-    it. A load or an initialisation before the first forward does not count.
+    An optimizer that was built before the unfreezing does not hold what was unfrozen. Each optimizer says what it holds
+    when it steps, also with a rate of 0, without a gradient, and where the forward is compiled. A `step` that is
+    compiled itself is not seen.
     """
 
     def __init__(self) -> None:
-        self.pending: dict[str, nn.Parameter] = {}  # unfrozen, and not seen to move so far
-        self._others: dict[str, nn.Parameter] = {}
+        self.pending: dict[str, nn.Parameter] = {}  # unfrozen, and in no optimizer that has stepped since
+        self._all: dict[str, nn.Parameter] = {}
         self._trainable: frozenset[str] | None = None
-        self._when_noted = _Snapshot({})
-        self._at_forward: _Snapshot | None = None
+        self._steps = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has other parameters, and its own optimizers: nothing is pending there."""
         return {**vars(StepWatch()), "_trainable": self._trainable}
 
     def note(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Take down what trains now; what did not when it was last called is pending until a step moves it."""
-        trainable = {name: p for name, p in parameters if p.requires_grad and not is_lazy(p)}
+        """Take down what trains now; what did not when it was last called is pending until an optimizer holds it."""
+        everything = dict(parameters)
+        trainable = {name: p for name, p in everything.items() if p.requires_grad and not is_lazy(p)}
         newly = frozenset[str]() if self._trainable is None else trainable.keys() - self._trainable
         self._trainable = frozenset(trainable)
-        names = newly | self.pending.keys()
-        kept = {**self._others, **self.pending}
+        if newly:
+            self._steps = 0
         # A parameter may be another object now: fully_shard puts its own in place.
-        is_same = not newly and all(trainable.get(name) is parameter for name, parameter in kept.items())
-        if names and not is_same:
-            self.pending = {name: parameter for name, parameter in trainable.items() if name in names}
-            self._others = {name: parameter for name, parameter in trainable.items() if name not in names}
-            self._when_noted, self._at_forward = _Snapshot({**self.pending, **self._others}), None
+        self.pending = {name: p for name, p in trainable.items() if name in newly or name in self.pending}
+        self._all = everything if self.pending else {}
+        if self.pending:
+            _listen()
+            with _lock:
+                _watches.add(self)
 
-    def look_at_forward(self) -> None:
-        """Warn when a step since an earlier training forward left all of what is pending as it was."""
-        if self._at_forward is None:
-            self._at_forward = _Snapshot({**self.pending, **self._others})
-        elif self._at_forward.sees_step(self._others) or self._at_forward.sees_step(self.pending):
-            if self._at_forward.moved(self.pending):
-                self._conclude(self._at_forward.with_idle_gradients(self.pending))
-            else:
-                self._conclude(list(self.pending))
-
-    def look_at_gradients(self) -> None:
-        """Warn when others moved and what is pending has gradients and did not: also where the forward is compiled."""
-        if self.pending and self._when_noted.sees_step(self._others):
-            left = self._when_noted.with_idle_gradients(self.pending)
-            if left or self._when_noted.moved(self.pending):
-                self._conclude(left)
-
-    def _conclude(self, left: list[str]) -> None:
-        self.pending, self._others, self._when_noted, self._at_forward = {}, {}, _Snapshot({}), None
+    def see_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take what an optimizer holds off what is pending; warn when something is left after `STEPS` steps."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if held.isdisjoint(map(id, self._all.values())):
+            return  # of another model
+        self.pending = {name: p for name, p in self.pending.items() if p.requires_grad and id(p) not in held}
+        self._steps += 1
+        if self.pending and self._steps < STEPS:
+            return
+        left = list(self.pending)
+        self.pending, self._all = {}, {}
         if left:
             names = f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
             warnings.warn(
                 f"{len(left)} parameters were unfrozen ({names}) and no optimizer steps them: one that was built "
                 "earlier holds what trained then. Build a new one from model.param_groups(...), or the first one from "
                 "model.param_groups(..., include_frozen=True), which lives through every unfreezing.",
-                stacklevel=2,
+                stacklevel=4,  # where the optimizer's step() is called
             )
 
 
-class _Snapshot:
-    """The versions of parameters, and a sample of their values: fused optimizers write without a new version."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._versions = {name: parameter._version for name, parameter in parameters.items()}
-        self._samples = {name: _sample(parameter) for name, parameter in parameters.items()}
-
-    def sees_step(self, parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Whether any of them moved: by version of all, else by value of the few smallest, which a step writes too."""
-        if any(parameter._version != self._versions[name] for name, parameter in parameters.items()):
-            return True
-        smallest = sorted(parameters, key=lambda name: parameters[name].numel())[:4]
-        return bool(self.moved({name: parameters[name] for name in smallest}))
-
-    def moved(self, parameters: Mapping[str, nn.Parameter]) -> set[str]:
-        """Name those that moved."""
-        return {
-            name
-            for name, parameter in parameters.items()
-            if parameter._version != self._versions[name]
-            or not all(map(torch.equal, _sample(parameter), self._samples[name]))
-        }
-
-    def with_idle_gradients(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Name those that have a gradient and did not move; what has none may go unused in the forward.
-
-        A sample of a large tensor may be left where a step moves the rest, as rows of an embedding: beside others that
-        moved it counts only where steps show in versions.
-        """
-        moved = self.moved(parameters)
-        if moved and all(parameter._version == self._versions[name] for name, parameter in parameters.items()):
-            return []
-        return [name for name, parameter in parameters.items() if name not in moved and parameter.grad is not None]
+_watches: WeakSet[StepWatch] = WeakSet()
+_lock = threading.Lock()
 
 
-def _sample(parameter: nn.Parameter) -> list[torch.Tensor]:
-    parts = (part.detach().reshape(-1) for part in plain_parts(parameter) if not part.is_meta)
-    return [part[:: part.numel() // _SAMPLE + 1].clone() for part in parts]
+@functools.cache
+def _listen() -> None:
+    """Hear of each step of an optimizer; for good, as torch runs over its hooks while threads step."""
+    register_optimizer_step_post_hook(_tell)
+
+
+def _tell(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():  # the graph of a step would be broken
+        return
+    with _lock:
+        watches = [watch for watch in _watches if watch.pending]
+    for watch in watches:
+        watch.see_step(optimizer)
