@@ -146,7 +146,7 @@ def test_views_serve_a_frozen_backbone_as_well(views: int, draws: int) -> None:
 def test_rows_are_the_same_with_any_number_of_workers(groups: int) -> None:
     phase = Phase(epochs=1, trainable_groups=groups, lr=0.01)
     states = []
-    for workers in (0, 1, 3, None):
+    for workers in (0, 1, 2, None):
         model, _ = train(network(), make_images(200), [phase], workers=workers)
         states.append(model.state_dict())
     for state in states[1:]:
