@@ -74,15 +74,8 @@ COMPILERS: dict[str, Compile] = {"inductor": compile_inductor, "openvino": compi
 def compile_checked(compile: Compile, backbone: nn.Module, inputs: Sequence[Tensor], *, tolerance: float) -> Run:  # noqa: A002
     """Compile a backbone for batches of one size, or return it itself where that fails or gives other features.
 
-    Args:
-        compile: What makes a callable of a module; it returns the module's output, or its tensors in order.
-        backbone: The module.
-        inputs: The first batch, which both compute. A smaller one, the last, is padded to its size.
-        tolerance: The largest difference that is taken, as a share of the largest feature.
-
-    >>> run = compile_checked(lambda module: module.forward, nn.Flatten(), [torch.ones(2, 1, 3)], tolerance=1e-3)
-    >>> run(torch.ones(1, 1, 3))
-    tensor([[1., 1., 1.]])
+    ``inputs`` is the first batch, which both compute; a smaller one, the last, is padded to its size. ``tolerance`` is
+    the largest difference that is taken, as a share of the largest feature.
     """
     expected, structure = tree_flatten(backbone(*inputs))
     count = len(inputs[0])
@@ -108,11 +101,7 @@ def compile_checked(compile: Compile, backbone: nn.Module, inputs: Sequence[Tens
 
 
 def find_difference(found: Sequence[Any], expected: Sequence[Any], tolerance: float) -> str | None:
-    """Say how two results differ beyond a tolerance, None where they do not.
-
-    >>> find_difference((torch.ones(2),), (torch.tensor([1.0, 1.5]),), 1e-3)
-    'its features are off by 33.3 % of the largest'
-    """
+    """Say how two results differ beyond a tolerance, None where they do not."""
     if [slot.shape for slot in found] != [slot.shape for slot in expected]:
         return f"it gives shapes {[tuple(slot.shape) for slot in found]}"
     for one, other in zip(found, expected, strict=True):

@@ -80,25 +80,12 @@ def extract_features(
 
 
 def find_device_of(module: nn.Module) -> torch.device:
-    """Return the device of a module's first tensor, the CPU where it has none.
-
-    >>> find_device_of(nn.Flatten())
-    device(type='cpu')
-    """
+    """Return the device of a module's first tensor, the CPU where it has none."""
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
 def refuse_other_orders(loader: DataLoader[Any]) -> None:
-    """Check that a loader gives each image of its dataset once and in order, as far as can be told.
-
-    >>> refuse_other_orders(DataLoader([1, 2], shuffle=True))
-    Traceback (most recent call last):
-    ...
-    ValueError: the loader draws by RandomSampler; ...
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise ValueError where a loader does not give each image once and in order, as far as can be told."""
     if getattr(loader.batch_sampler, "drop_last", False):
         raise ValueError("the loader drops its last images; pass one with drop_last=False")
     if isinstance(loader.dataset, IterableDataset):

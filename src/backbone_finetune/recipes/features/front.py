@@ -36,31 +36,14 @@ class Front:
 
 
 def front_of_backbone(model: FineTuneModel) -> Front:
-    """Return the front of a model whose whole backbone is frozen: the backbone, and its classifier as the rest.
-
-    >>> front_of_backbone(FineTuneModel(nn.Flatten(), nn.Linear(2, 2))).rest
-    Linear(in_features=2, out_features=2, bias=True)
-
-    Raises:
-        ValueError: part of the backbone trains.
-    """
+    """Return the front of a model whose whole backbone is frozen: the backbone, and its classifier as the rest."""
     if has_trainable(model.backbone):
         raise ValueError("features of a backbone that trains change with every step; call freeze_backbone() first")
     return Front(model.backbone, model.backbone, model.backbone, model.classifier)
 
 
 def find_front(model: FineTuneModel, inputs: Sequence[Tensor]) -> Front | NoFrontier:
-    """Find the front of a model, and prove it on a batch; see ``find_frontier``.
-
-    >>> import torch
-    >>> model = FineTuneModel.from_timm("test_resnet", num_classes=5).freeze_backbone(trainable_groups=1)
-    >>> find_front(model, [torch.randn(4, 3, 32, 32)]).description
-    'backbone.layer3: 192 x 2 x 2 float32, 3.1 kB per image'
-
-    Args:
-        model: The model, frozen as it will train.
-        inputs: The inputs of a batch, on the model's device.
-    """
+    """Find the front of a model that is frozen as it will train, and prove it on a batch; see ``find_frontier``."""
     if not has_trainable(model.backbone):
         return front_of_backbone(model)
     if not len(inputs[0]) > 2:
@@ -88,11 +71,7 @@ class Replay(nn.Module):
 
 
 def has_trainable(module: nn.Module) -> bool:
-    """Tell whether any parameter of a module trains.
-
-    >>> has_trainable(nn.Linear(2, 2)), has_trainable(nn.Linear(2, 2).requires_grad_(False))
-    (True, False)
-    """
+    """Tell whether any parameter of a module trains."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 

@@ -38,18 +38,12 @@ class Rows(NamedTuple):
 
 
 def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | None:
-    """Choose bf16 where a float32 backbone gains from it on a device, else None.
-
-    >>> autocast_dtype(nn.Linear(2, 2).half(), torch.device("cpu")) is None
-    True
-
-    A CPU without bf16 instructions emulates them: EfficientNet-Lite0 took 20 times as long on one of AMD's.
-    """
+    """Choose bf16 where a float32 backbone gains from it on a device, else None."""
     if any(parameter.is_floating_point() and parameter.dtype != torch.float32 for parameter in backbone.parameters()):
         return None
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    if device.type == "cpu":
+    if device.type == "cpu":  # without bf16 instructions, EfficientNet-Lite0 took 20 times as long on one of AMD's
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
     return None
 
@@ -151,14 +145,8 @@ class FrozenPass:
 
 
 def move_inputs(inputs: Sequence[Tensor], module: nn.Module, device: torch.device) -> list[Tensor]:
-    """Move inputs to a device, images to channels_last where the module has convolutions that see them.
-
-    >>> move_inputs([torch.zeros(1, 3, 2, 2)], nn.Conv2d(3, 4, 1), torch.device("cpu"))[0].stride()
-    (12, 1, 6, 3)
-
-    That is enough: convolutions follow their input, so the weights stay as they are. A batch of EfficientNet-Lite0 took
-    .73 of the time on a CPU, with the weights converted as well .70.
-    """
+    """Move inputs to a device, images to channels_last where the module has convolutions, which follow their input."""
+    # The weights stay as they are: a batch of EfficientNet-Lite0 took .73 of the time, with them converted as well .70.
     moved = [tensor.to(device) for tensor in inputs]
     if device.type not in {"cpu", "cuda"} or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return moved
@@ -166,16 +154,7 @@ def move_inputs(inputs: Sequence[Tensor], module: nn.Module, device: torch.devic
 
 
 def check_arguments(module: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Check that a module's forward takes so many inputs.
-
-    >>> check_arguments(nn.Linear(2, 2), [torch.ones(1, 2), torch.ones(1)])
-    Traceback (most recent call last):
-    ...
-    ValueError: the dataset's rows have 2 inputs before the target, which Linear.forward(... does not take
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise ValueError where a module's forward does not take so many inputs."""
     taken = signature(module.forward)
     try:
         taken.bind(*inputs)
@@ -187,11 +166,7 @@ def check_arguments(module: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def checked_rows(count: int) -> list[int]:
-    """Choose up to eight rows, spread over all.
-
-    >>> checked_rows(100)
-    [0, 14, 28, 42, 57, 71, 85, 99]
-    """
+    """Choose up to eight rows, spread over all."""
     return sorted({round(number * (count - 1) / (CHECKED_ROWS - 1)) for number in range(CHECKED_ROWS)})
 
 

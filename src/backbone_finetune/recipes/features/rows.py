@@ -39,21 +39,9 @@ def compute_rows(
 ) -> Features:
     """Run over all images once, or take what is stored of them; the rows are in the order of the dataset.
 
-    Several processes write into one folder, which all must see: the cache's, or a temporary one. Where one does not see
-    it, or its disk is full, each computes all rows for itself. An error of one process is raised on all of them.
-
-    Args:
-        run: What runs; the caller has set its front to eval.
-        loader: Gives each image once and in order; for several processes a ``DeviceLoader``.
-        cache: Where to keep the rows.
-        memory_share: Rows that take more than this share of the machine's memory stay on disk.
-        accelerator: Knows the processes; None is this process alone.
-        title: Show a progress bar under this name.
-
-    Raises:
-        FileExistsError: the cache's folder holds other files.
-        UncacheableError: there is room neither in memory nor in the temporary folder.
-        ValueError: there are no images, or more or fewer than the dataset says, or they differ in shape.
+    The caller has set the front to eval. Several processes, which need a ``DeviceLoader``, write into one folder that
+    all must see: the cache's, or a temporary one. Where one does not see it, or its disk is full, each computes all
+    rows for itself. An error of one process is raised on all of them.
     """
     count, alone = count_images(loader), is_alone(accelerator)
     batches = run.over(loader, title)

@@ -46,40 +46,20 @@ class _Manifest(BaseModel):
 
 
 class RowStore:
-    """``count`` rows of tensors in a folder, a file per tensor (a slot). Without a ``key`` they are temporary.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as parent:
-    ...     store = RowStore(Path(parent, "train"), count=3, key={"data": "a"})
-    ...     store.allocate(layout_of([torch.ones(1, 2)]))
-    ...     with store.writing() as write:
-    ...         write(0, [torch.ones(1, 2)])
-    ...         write(1, [torch.zeros(2, 2)])
-    ...     store.commit()
-    ...     print(store.find_problem(), store.read(in_memory=True)[0].sum(1))
-    ...     RowStore(Path(parent, "train"), count=3, key={"data": "b"}).find_problem()
-    None tensor([2., 0., 0.])
-    'made with other data'
-    """
+    """``count`` rows of tensors in a folder, a file per tensor (a slot). Without a ``key`` they are temporary."""
 
     def __init__(self, folder: str | os.PathLike[str], *, count: int, key: Mapping[str, str] | None = None) -> None:
         self.folder, self.count, self.key = Path(folder), count, key
         self.layout: Layout = ()
 
     def check_folder(self) -> None:
-        """Check that the folder, if it is there, holds nothing but features, which may be replaced.
-
-        Raises:
-            FileExistsError: it holds other files, or it is a file.
-        """
+        """Raise FileExistsError unless the folder, if it is there, holds nothing but features, which are replaced."""
+        instead = "pass a folder of its own for the cache"
         if self.folder.exists() and not self.folder.is_dir():
-            raise FileExistsError(f"{self.folder} is a file; pass a folder of its own for the cache")
-        found = sorted(self.folder.iterdir()) if self.folder.exists() else []
-        others = [path.name for path in found if not (_OWN_FILES.fullmatch(path.name) and path.is_file())]
-        if others:
+            raise FileExistsError(f"{self.folder} is a file; {instead}")
+        if others := sorted({path.name for path in self.folder.glob("*")} - {path.name for path in self._own_files()}):
             raise FileExistsError(
-                f"{self.folder} holds other files than cached features ({', '.join(others[:3])}); "
-                "pass a folder of its own for the cache"
+                f"{self.folder} holds other files than cached features ({', '.join(others[:3])}); {instead}"
             )
 
     @contextmanager
@@ -121,11 +101,7 @@ class RowStore:
         return None
 
     def allocate(self, layout: Layout) -> None:
-        """Remove the features that are there, and create files for those to come at their whole size.
-
-        Raises:
-            UnwritableStoreError: the disk is full or cannot be written to.
-        """
+        """Remove the features that are there, and create files for those to come at their whole size."""
         self.layout = layout
         with self._writing():
             self.folder.resolve().mkdir(parents=True, exist_ok=True)
@@ -141,14 +117,8 @@ class RowStore:
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[int, Sequence[Tensor]], None]]:
-        """Yield ``write(start, rows)``, which writes tensors of (B, ...) as the rows from ``start`` on.
-
-        Several processes may write different rows. Written to files, not to a memory map: on a full disk a write raises
-        an error, where the map would end the process.
-
-        Raises:
-            UnwritableStoreError: the disk is full or cannot be written to.
-        """
+        """Yield ``write(start, rows)``, which writes tensors of (B, ...) as the rows from ``start`` on."""
+        # To files, not to a memory map: on a full disk a write raises an error, where the map would end the process.
         with ExitStack() as opened:
             with self._writing():
                 files = [opened.enter_context(open(self._slot(i), "r+b", 0)) for i in range(len(self.layout))]
@@ -191,7 +161,7 @@ class RowStore:
         return slots
 
     def _own_files(self) -> list[Path]:
-        return [path for path in self.folder.glob("*") if _OWN_FILES.fullmatch(path.name)]
+        return [path for path in self.folder.glob("*") if _OWN_FILES.fullmatch(path.name) and path.is_file()]
 
     def _slot(self, index: int) -> Path:
         return self.folder / f"slot-{index}.bin"
@@ -206,20 +176,12 @@ class RowStore:
 
 
 def layout_of(rows: Sequence[Tensor]) -> Layout:
-    """Name the dtype and shape per image of each tensor.
-
-    >>> layout_of([torch.zeros(2, 3)])
-    ((torch.float32, (3,)),)
-    """
+    """Name the dtype and shape per image of each tensor."""
     return tuple((tensor.dtype, tuple(tensor.shape[1:])) for tensor in rows)
 
 
 def agree(stored: Sequence[Tensor], computed: Sequence[Tensor], *, autocast: bool) -> bool:
-    """Tell whether stored rows are those computed now: to 1e-3 of the largest value of a slot, under bf16 to 5e-2.
-
-    >>> agree([torch.tensor([100.0, 1.0])], [torch.tensor([100.0, 1.05])], autocast=False)
-    True
-    """
+    """Tell whether stored rows are those computed now: to 1e-3 of the largest value of a slot, under bf16 to 5e-2."""
     if layout_of(stored) != layout_of(computed):
         return False
     if computed[-1].ndim == 1:
