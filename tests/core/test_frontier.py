@@ -190,6 +190,13 @@ def always_random(net: Net, images: Tensor) -> Tensor:
     return to_head(net, net.back(net.middle(dropout(net.front(images), 0.5, True))))
 
 
+def from_a_list(net: Any, images: Tensor) -> Tensor:
+    """Of frozen modules in a list, which is never called itself."""
+    for module in net.listed:
+        images = module(images)
+    return to_head(net, net.back(images))
+
+
 def only_in_eval(net: Net, images: Tensor) -> Tensor:
     features = net.front(images)
     middle = net.middle(features)
@@ -209,10 +216,11 @@ def only_in_eval(net: Net, images: Tensor) -> Tensor:
         (through_python, ["front"]),
         (always_random, ["front"]),
         (only_in_eval, ["front", "middle"]),
+        (from_a_list, ["listed.1"]),
     ],
 )
 def test_flows(flow: Callable[[Net, Tensor], Tensor], kept: list[str]) -> None:
-    net = Net(flow)
+    net = Net(flow, listed=frozen(nn.ModuleList([conv(), conv()])))
     frontier = found(net)
     assert places(frontier) == kept
     assert [(kept.path, kept.call) for kept in frontier.kept] == [

@@ -96,12 +96,12 @@ class Twin(nn.Module):
         trains = [parameter.requires_grad for parameter in module.parameters()]
         if trains and all(trains):
             return False
+        children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+        above = [self._find_frozen(child, child_path, seen) for child_path, child in children]
         if not any(trains) and not any(part.training for part in module.modules()):
             self.intercepted[path] = module
             self._stand_ins[id(module)] = self._intercepting(path, module)
             return True
-        children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
-        above = [self._find_frozen(child, child_path, seen) for child_path, child in children]
         if any(above):
             self._above[id(module)] = module, list(module._modules.values())
         return id(module) in self._above
@@ -113,7 +113,9 @@ class Twin(nn.Module):
             name: {} for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)
         }
         forward = functools.partial(self._intercept, path, module)
-        vars(stand_in).update(vars(module), **hooks, forward=forward)
+        # A list of modules, say, is never called itself, and its modules are.
+        children = {name: self._stand_ins.get(id(child), child) for name, child in module._modules.items()}
+        vars(stand_in).update(vars(module), **hooks, _modules=children, forward=forward)
         return stand_in
 
     def _copy(self, module: nn.Module, copies: dict[int, nn.Module], chosen: Container[int] | None) -> nn.Module:
