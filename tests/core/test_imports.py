@@ -25,7 +25,20 @@ def test_the_core_loads_nothing_that_torch_and_timm_do_not() -> None:
 
 
 # Each room may import from those below it; the leaves at the end import from none.
-ROOMS = ("cli", "commands", "training", "heads", "features", "models", "data", "checking", "files", "rng", "text", "together")
+ROOMS = (
+    "cli",
+    "commands",
+    "training",
+    "heads",
+    "features",
+    "models",
+    "data",
+    "checking",
+    "files",
+    "rng",
+    "text",
+    "together",
+)
 
 
 def rooms_imported(path: Path) -> set[str]:

@@ -103,6 +103,13 @@ def test_a_model_that_trains_as_a_whole_says_nothing(caplog: pytest.LogCaptureFi
     assert caplog.messages == []
 
 
+def test_a_compiler_is_not_used_for_a_part_of_a_backbone(caplog: pytest.LogCaptureFixture) -> None:
+    compiled: list[nn.Module] = []
+    train(network(), make_images(), [ONE_GROUP], compile=lambda module: compiled.append(module) or module)
+    assert compiled == []
+    assert caplog.messages == ["features: not compiled; a compiler takes a backbone that is frozen as a whole"]
+
+
 class Drawn(Dataset[tuple[Tensor, int]]):
     """Images that are drawn whenever they are read; it keeps what it drew."""
 

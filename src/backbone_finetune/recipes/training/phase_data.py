@@ -108,6 +108,8 @@ def _compute(
     front = front_of_backbone(model) if is_frozen else _find_shared_front(model, train_loader, config, dtype)
     if isinstance(front, NoFrontier):
         return front
+    if config.compile is not None and not is_frozen and accelerator.is_main_process:
+        logger.warning("features: not compiled; a compiler takes a backbone that is frozen as a whole")
     run = FrozenPass(front, device, dtype, widens=is_frozen, compile=config.compile if is_frozen else None)
     loaders, caches = (train_loader, test_loader), config.caches or (None, None)
     computed: list[Features] = []
