@@ -15,7 +15,8 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from backbone_finetune.recipes.commands.setup import CLIPART, TEST_SHARE
-from backbone_finetune.recipes.data.images import find_images, read_image, split
+from backbone_finetune.recipes.data.finding import find_images
+from backbone_finetune.recipes.data.images import read_image, split
 from backbone_finetune.recipes.data.loading import seeded
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package has it

@@ -19,7 +19,7 @@ from .recipes.commands.inspect import inspect, inspect_file
 from .recipes.commands.predict import predict, write_csv, write_json
 from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
-from .recipes.data.images import list_images
+from .recipes.data.finding import list_images
 from .recipes.models.file import TrainedModel, load_trained_model
 from .recipes.text import describe_fault, print_any_name, printable
 from .recipes.training.phases import Phase, read_phases
@@ -111,7 +111,18 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     # No defaults here: what was not given must not be in the way of --phases and --run.
     add, switch = parser.add_argument, partial(parser.add_argument, action="store_true", default=None)
-    add("images", nargs="?", type=Path, metavar="PATH", help="a folder with a sub-folder of images per class")
+    add(
+        "images",
+        nargs="?",
+        type=Path,
+        metavar="DATA",
+        help="a folder with a sub-folder of images per class, or with train, val and test of these; or a table of "
+        "path, label and, optionally, split (.csv, .tsv)",
+    )
+    add("--validation", type=Path, metavar="DATA", help="images to test on where there is no --test")
+    add(
+        "--test", type=Path, metavar="DATA", help="images to test on (default: DATA's test, else its val, else a share)"
+    )
     add(
         "--model",
         dest="architecture",
@@ -210,7 +221,12 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     add_inference(parser)
     add = parser.add_argument
-    add("images", type=Path, metavar="DATA", help="a folder with a sub-folder per class, named as the model's classes")
+    add(
+        "images",
+        type=Path,
+        metavar="DATA",
+        help="a folder with a sub-folder per class, named as the model's classes; or a table; of parts, the test",
+    )
     add(
         "--output",
         type=Path,
@@ -265,7 +281,7 @@ def run_train(options: argparse.Namespace) -> int:
             name not in {"output", "overwrite", "device", "baselines", "workers", "cache"}
             and getattr(options, name, None) is not None
         ):
-            option = {"images": "PATH", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
+            option = {"images": "DATA", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(
                 f"{option} and --run {options.run} were both given; the file says all but --output, --overwrite, "
                 "--device, --baselines, --workers and --cache"

@@ -10,8 +10,9 @@ from .commands.predict import Prediction, predict
 from .commands.run_record import read_run
 from .commands.train import TrainSettings, train
 from .data.determinism import is_deterministic
+from .data.finding import find_images, find_splits
 from .data.fingerprint import data_fingerprint
-from .data.images import ImageDataset, LabelledFolder, find_images
+from .data.images import ImageDataset, LabelledFolder
 from .features.cache import FeatureCache
 from .features.compiled import compile_inductor, compile_openvino
 from .features.dataset import Features, feature_batches
@@ -49,6 +50,7 @@ __all__ = [
     "extract_features",
     "feature_batches",
     "find_images",
+    "find_splits",
     "fine_tune",
     "fit_heads",
     "fit_lbfgs",

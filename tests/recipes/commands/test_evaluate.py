@@ -56,6 +56,19 @@ def test_each_image_is_counted_in_its_place(trained: TrainedModel, tmp_path: Pat
     assert lines[6:] == ["accuracy 0.857 of 14 images", "without a folder: white"]
 
 
+def test_one_class_is_enough_and_of_what_is_split_the_test_counts(trained: TrainedModel, tmp_path: Path) -> None:
+    make_image(tmp_path / "one" / "red" / "1.png", COLOURS["red"])
+    evaluation = evaluate_folder(trained, tmp_path / "one", show_progress=False)
+    assert (evaluation.images, evaluation.accuracy) == (1, 1.0)
+    assert evaluation.missing_classes == ("green", "blue", "pink", "white")
+    for name, count in (("train", 4), ("val", 3), ("test", 2)):
+        make_folder(tmp_path / "data" / name, per_class=count)
+    assert evaluate_folder(trained, tmp_path / "data", show_progress=False).images == 6
+    table = tmp_path / "images.csv"
+    table.write_text("path,label\none/red/1.png,green\n")
+    assert evaluate_folder(trained, table, show_progress=False).confusion[1][0] == 1
+
+
 def test_any_number_of_workers_gives_the_same_evaluation(trained: TrainedModel, tmp_path: Path) -> None:
     (make_folder(tmp_path, per_class=4) / "red" / "text.jpg").write_text("a text file")
     one, other = (

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from image_folders import make_folder
+from safetensors.torch import load_file
 
+from backbone_finetune.cli import main
 from backbone_finetune.recipes.commands import setup as task_module
 from backbone_finetune.recipes.commands.setup import TrainSettings, make_task
 from backbone_finetune.recipes.commands.train import train
@@ -27,6 +31,41 @@ def test_a_network_gets_clipart_of_a_size_that_it_takes(
     with torch.no_grad():
         assert task.model.eval()(image[None]).shape == (1, 10)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commonest_layout_trains_its_classes_and_tests_on_its_val(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(tmp_path / "data" / "train", per_class=4)
+    make_folder(tmp_path / "data" / "val", per_class=2)
+    small = ["--model", "test_resnet", "--epochs", "1", "--device", "cpu"]
+    assert main(["train", str(tmp_path / "data"), *small, "--output", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr()
+    assert f"train: {tmp_path}/data/train; test: {tmp_path}/data/val (validation)\n" in printed.out
+    assert "images by class, train + test: blue 4 + 2, green 4 + 2, red 4 + 2\n" in printed.out
+    assert "6 of 6 test images are training images, byte for byte" in printed.err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["class_names"], metrics["test_images"]) == (["blue", "green", "red"], 6)
+
+
+def test_a_run_with_a_table_and_a_test_of_its_own_is_done_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(tmp_path / "other", per_class=1)
+    images = sorted(make_folder(tmp_path / "data", per_class=4).rglob("*.png"))
+    table = tmp_path / "images.csv"
+    rows = (f"{path.relative_to(tmp_path)},{path.parent.name}" for path in images)
+    table.write_text("\n".join(["path,label", *rows]))
+    given = [str(table), "--test", str(tmp_path / "other"), "--output", str(tmp_path / "run")]
+    assert main(["train", *given, "--model", "test_resnet", "--epochs", "1", "--device", "cpu"]) == 0
+    assert "12 to train, 3 to test\n" in capsys.readouterr().out
+    again = ["train", "--run", str(tmp_path / "run" / "run.json"), "--output", str(tmp_path / "again")]
+    assert main([*again, "--validation", str(tmp_path / "other")]) == 2
+    assert "--validation and --run" in capsys.readouterr().err
+    assert main(again) == 0
+    assert "this run differs" not in capsys.readouterr().err
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_a_network_that_takes_no_size_is_refused_before_anything_is_written(

@@ -15,9 +15,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import Phase, TrainerConfig, fine_tune, make_accelerator
+from backbone_finetune.recipes import ImageDataset, Phase, TrainerConfig, find_images, fine_tune, make_accelerator
 from backbone_finetune.recipes.data.determinism import find_randomness
-from backbone_finetune.recipes.data.images import ImageDataset, find_images
 
 STILL: Any = create_transform(8)
 RANDOM: Any = create_transform(8, is_training=True)

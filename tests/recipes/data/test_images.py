@@ -14,15 +14,8 @@ from image_folders import make_folder, make_image
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from backbone_finetune.recipes.data.images import (
-    IGNORED,
-    ImageDataset,
-    LabelledFolder,
-    find_images,
-    list_images,
-    read_image,
-    split,
-)
+from backbone_finetune.recipes.data.finding import find_images, list_images
+from backbone_finetune.recipes.data.images import IGNORED, ImageDataset, LabelledFolder, read_image, split
 from backbone_finetune.recipes.data.loading import DeviceLoader
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.images import find_images
+from ..data.finding import choose_test, find_splits
 from ..files import replacing
 from ..models.file import TrainedModel
-from ..text import join_some
 from .predict import predict
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "write_evaluation"]
@@ -50,6 +49,7 @@ def evaluate_folder(
 ) -> Evaluation:
     """Evaluate a model on a folder with a sub-folder of images per class, named as the model's classes.
 
+    Of a folder or table that is split in train, validation and test (`find_splits`) the last that it has counts.
     Images that cannot be read are skipped, each with a message. Classes without a folder are listed as missing.
 
     >>> import timm
@@ -79,12 +79,7 @@ def evaluate_folder(
         NotADirectoryError: it is a file.
         ValueError: a class folder is not one of the model's classes, or is empty, or no image can be read.
     """
-    found = find_images(folder)
-    if unknown := [name for name in found.class_names if name not in trained.class_names]:
-        raise ValueError(
-            f"{folder}: {join_some(unknown, most=5)}: not a class of this model, whose classes are "
-            f"{join_some(trained.class_names, most=20)}; rename the folder, or remove it"
-        )
+    found = choose_test(find_splits(folder, trained.class_names))
     names = trained.class_names
     confusion = [[0] * len(names) for _ in names]
     skipped: list[str] = []
@@ -92,7 +87,7 @@ def evaluate_folder(
     bar = tqdm(answers, total=len(found.paths), desc="evaluating", unit="image", leave=False, disable=not show_progress)
     for prediction, target in zip(bar, found.targets, strict=True):
         if prediction.error is None:
-            confusion[names.index(found.class_names[target])][names.index(prediction.classes[0][0])] += 1
+            confusion[target][names.index(prediction.classes[0][0])] += 1
         else:
             skipped.append(prediction.error)
     images = len(found.paths) - len(skipped)
@@ -107,7 +102,7 @@ def evaluate_folder(
         accuracy=sum(score.correct for score in scores) / images,
         images=images,
         classes=tuple(scores),
-        missing_classes=tuple(name for name in names if name not in found.class_names),
+        missing_classes=tuple(name for target, name in enumerate(names) if target not in found.targets),
         skipped_images=tuple(skipped),
         confusion=tuple(map(tuple, confusion)),
     )

@@ -13,7 +13,8 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.copies import meta_copy
 
 from ..checking import Positive, Whole
-from ..data.images import ImageDataset, LabelledFolder, find_images, split
+from ..data.finding import find_data
+from ..data.images import ImageDataset, LabelledFolder
 from ..models.changes import BaseWeights, remember_base
 from ..models.file import build_transform, find_size_problem
 from ..models.weights import load_network
@@ -36,7 +37,9 @@ class TrainSettings:
     """What to train on what. By default: the packaged ImageNet weights, on the packaged clipart.
 
     Args:
-        images: A folder with a sub-folder of images per class.
+        images: A folder with a sub-folder of images per class; one of train, val and test folders of these; or a table.
+        validation: Images to test on where there is no ``test``. By default the val folder.
+        test: Images to test on. By default the test folder, else the val folder, else a share of each class.
         architecture: A name of timm. Its weights are random, unless ``pretrained`` or ``checkpoint`` is given.
         pretrained: Whether to load timm's pretrained weights, from the hub.
         checkpoint: A file of weights.
@@ -66,6 +69,8 @@ class TrainSettings:
     """
 
     images: Path | None = None
+    validation: Path | None = None
+    test: Path | None = None
     architecture: str | None = None
     pretrained: bool = False
     checkpoint: Path | None = None
@@ -105,24 +110,29 @@ class Task:
 
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     """Find the images and build the model. Nothing is written."""
-    found = run_on_main(accelerator, lambda: _find_classes(settings))
+    parts = run_on_main(accelerator, lambda: _find_data(settings))
     architecture, source, weights, network = load_network(
         settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint
     )
-    model = FineTuneModel.from_timm(network, num_classes=len(found.class_names))
+    model = FineTuneModel.from_timm(network, num_classes=len(parts[0].class_names))
     for phase in reversed(settings.phases):  # each is checked; the model ends as the first has it
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
     data_config = choose_data_config(model, architecture, small=settings.images is None)
-    parts = split(found, test_share=TEST_SHARE, seed=settings.seed)
     transforms = (build_transform(data_config, augment=settings.views > 1), build_transform(data_config))
     train_data, test_data = (ImageDataset(part, each) for part, each in zip(parts, transforms, strict=True))
     return Task(model, architecture, weights, data_config, base, train_data, test_data)
 
 
-def _find_classes(settings: TrainSettings) -> LabelledFolder:
+def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder]:
     check_output_folder(settings.output, overwrite=settings.overwrite)
-    return find_images(settings.images or CLIPART)
+    return find_data(
+        settings.images or CLIPART,
+        validation=settings.validation,
+        test=settings.test,
+        test_share=TEST_SHARE,
+        seed=settings.seed,
+    )
 
 
 def choose_data_config(model: FineTuneModel, architecture: str, *, small: bool) -> dict[str, Any]:

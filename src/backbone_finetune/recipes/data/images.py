@@ -1,28 +1,16 @@
-"""A folder with a sub-folder per class: find its images, hold some out for the test, read them."""
+"""Images and their classes: read them, hold some out for the test."""
 
 import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..text import has_control_characters
-
-__all__ = ["ImageDataset", "LabelledFolder", "find_images", "list_images", "read_image", "split"]
-
-# All that Pillow reads by itself: not EPS, which runs Ghostscript, nor formats that are a name and no decoder.
-NO_DECODER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-IMAGE_EXTENSIONS = frozenset(
-    extension
-    for extension, name in Image.registered_extensions().items()
-    if name in Image.OPEN and name not in NO_DECODER
-)
-EXAMPLES = ".jpg, .png, .webp and all that Pillow reads"
+__all__ = ["ImageDataset", "LabelledFolder", "read_image", "split"]
 
 # The target of an image that cannot be read: it keeps its place, without weight. torch's losses ignore it by default.
 IGNORED = -100
@@ -88,9 +76,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             else:
                 readable.add(target)
         if lost := sorted(faults.keys() - readable):
+            name = self.folder.class_names[lost[0]]
             raise ValueError(
-                f"class folder {self.folder.root / self.folder.class_names[lost[0]]} needs at least 2 readable images, "
-                f"one to train, one to test, and lacks one of these; the first that is broken is {faults[lost[0]]}"
+                f"{self.folder.root}: class {name} needs at least 2 readable images, one to train, one to test, and "
+                f"lacks one of these; the first that is broken is {faults[lost[0]]}"
             )
 
 
@@ -133,71 +122,6 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({reason})") from error
 
 
-def find_images(root: Path) -> LabelledFolder:
-    """List the images of a folder with a sub-folder per class, in an order that does not depend on the file system.
-
-    Only names are looked at. A class is a direct sub-folder; images in deeper folders belong to it as well.
-    Hidden files and folders are passed over.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.png"):
-    ...         Path(folder, name).parent.mkdir(exist_ok=True)
-    ...         Path(folder, name).touch()
-    ...     images = find_images(Path(folder))
-    >>> images.class_names, images.targets
-    (('cat', 'dog'), (0, 0, 1))
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        NotADirectoryError: it is a file.
-        ValueError: it has fewer than two class folders, or one of them holds no image or has a name that no terminal
-            should be given.
-    """
-    expected = "expected a folder with a sub-folder of images per class"
-    if not root.exists():
-        raise FileNotFoundError(f"{root}: there is no such folder; {expected}")
-    if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file; {expected}")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if named := [path for path in folders if has_control_characters(path.name)]:
-        raise ValueError(f"class folder {str(named[0])!r} has control characters in its name; rename it")
-    if not folders:
-        raise ValueError(f"{root} has no sub-folders; {expected}")
-    if len(folders) == 1:
-        raise ValueError(f"{root} has one class only ({folders[0].name}); {expected}, two classes or more")
-    found = [images_below(folder) for folder in folders]
-    if empty := [folder for folder, paths in zip(folders, found, strict=True) if not paths]:
-        raise ValueError(f"class folder {empty[0]} holds no image ({EXAMPLES}); add images to it, or remove it")
-    targets = tuple(target for target, paths in enumerate(found) for _ in paths)
-    return LabelledFolder(root, tuple(folder.name for folder in folders), tuple(chain(*found)), targets)
-
-
-def images_below(folder: Path) -> list[Path]:
-    """List the images in a folder and in those below it, sorted; hidden files and folders are passed over.
-
-    Names count: a link that leads nowhere, or a pipe, is in the list, so that whoever reads it names it.
-    """
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_EXTENSIONS
-        and not path.is_dir()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-
-
-def list_images(given: Sequence[Path]) -> list[Path]:
-    """Replace each folder among paths by the images below it, one at least; any other path stays, whatever it is."""
-    paths: list[Path] = []
-    for path in given:
-        found = images_below(path) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"{path}: a folder without images ({EXAMPLES})")
-        paths += found
-    return paths
-
-
 def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[LabelledFolder, LabelledFolder]:
     """Hold out a share of each class, drawn by ``seed``: returns ``(train, test)``, disjoint and together everything.
 
@@ -210,7 +134,7 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
         members = [index for index, other in enumerate(folder.targets) if other == target]
         if len(members) == 1:
             raise ValueError(
-                f"class folder {folder.root / name} holds 1 image, and needs at least 2: one to train, one to test"
+                f"{folder.root}: class {name} holds 1 image, and needs at least 2: one to train, one to test"
             )
         count = min(max(round(test_share * len(members)), 1), len(members) - 1)
         held_out.update(generator.sample(members, count))

@@ -1,0 +1,268 @@
+"""Which images there are, and of which class: in a folder of classes, in train/, val/ and test/, or in a table."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..files import digest_file
+from ..text import has_control_characters, join_some, printable
+from .images import LabelledFolder, split
+from .tables import TABLES, read_table
+
+__all__ = ["choose_test", "find_data", "find_images", "find_splits", "list_images"]
+
+logger = logging.getLogger(__name__)
+
+# All that Pillow reads by itself: not EPS, which runs Ghostscript, nor formats that are a name and no decoder.
+NO_DECODER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+IMAGE_EXTENSIONS = frozenset(
+    extension
+    for extension, name in Image.registered_extensions().items()
+    if name in Image.OPEN and name not in NO_DECODER
+)
+EXAMPLES = ".jpg, .png, .webp and all that Pillow reads"
+EXPECTED = "expected a folder with a sub-folder of images per class"
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+SPLITS = {"train": TRAIN, "training": TRAIN, "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION}
+SPLITS |= {"test": TEST, "testing": TEST}
+
+
+def find_images(path: Path, class_names: Sequence[str] | None = None) -> LabelledFolder:
+    """List the images of a folder with a sub-folder per class, or of a table, in an order that is always the same.
+
+    Only names are looked at. A class is a direct sub-folder; images in deeper folders belong to it as well. Links to
+    folders are followed. Hidden files and folders are passed over; what else is left out is logged by its kind.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.png"):
+    ...         Path(folder, name).parent.mkdir(exist_ok=True)
+    ...         Path(folder, name).touch()
+    ...     images = find_images(Path(folder))
+    >>> images.class_names, images.targets
+    (('cat', 'dog'), (0, 0, 1))
+
+    Args:
+        path: The folder; or a ``.csv`` or ``.tsv`` table with columns ``path`` and ``label``.
+        class_names: The classes that there may be, in their order. By default those that are found, two at least.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        NotADirectoryError: it is another file than a table.
+        ValueError: it has too few classes, or other ones, or is split in parts (`find_splits` reads these); or a class
+            holds no image, or has a name that no terminal should be given.
+    """
+    parts = find_splits(path, class_names)
+    if len(parts) > 1:
+        raise ValueError(f"{path} is split in {', '.join(parts)}; pass one of these, or call find_splits")
+    return next(iter(parts.values()))
+
+
+def find_splits(path: Path, class_names: Sequence[str] | None = None) -> dict[str, LabelledFolder]:
+    """List images by the part of the data that they belong to: "train" and, if they are there, "validation", "test".
+
+    The parts are folders ``train``, ``val`` (``valid``, ``validation``) and ``test`` that have the same sub-folders,
+    one per class; or what a table says in a column of splits. The classes of all parts are those of "train", unless
+    ``class_names`` are given. What is not split is "train" as a whole.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     for name in ("train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg"):
+    ...         Path(folder, name).parent.mkdir(parents=True)
+    ...         Path(folder, name).touch()
+    ...     {part: found.targets for part, found in find_splits(Path(folder)).items()}
+    {'train': (0, 1), 'validation': (1,)}
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        NotADirectoryError: it is another file than a table.
+        ValueError: as for `find_images`; or a part has a class that "train" has not.
+    """
+    if path.suffix.lower() in TABLES and path.is_file():
+        return _split_table(path, class_names)
+    folders = _folders_in(path)
+    named = {SPLITS[folder.name.lower()]: folder for folder in folders if folder.name.lower() in SPLITS}
+    inside = {part: {folder.name for folder in _folders_in(folder)} for part, folder in named.items()}
+    are_same = any(inside[part] & inside.get(TRAIN, set()) for part in named if part != TRAIN)
+    if TRAIN not in named or not (are_same or len(named) == len(folders)):
+        return {TRAIN: _find_classes(path, class_names)}
+    if others := [folder.name for folder in folders if folder not in named.values()]:
+        logger.warning("%s: left out: %s; only train, val and test are used", _show(path), _show(join_some(others)))
+    parts = {TRAIN: _find_classes(named[TRAIN], class_names)}
+    for part in (VALIDATION, TEST):
+        if part in named and not inside[part]:
+            logger.warning("%s: left out: no sub-folders, so its images are of no known class", _show(named[part]))
+        elif part in named:
+            parts[part] = _find_classes(named[part], class_names or parts[TRAIN].class_names)
+    return parts
+
+
+def _split_table(table: Path, class_names: Sequence[str] | None) -> dict[str, LabelledFolder]:
+    rows = read_table(table)
+    if unknown := [row.split for row in rows if row.split is not None and row.split.lower() not in SPLITS]:
+        raise ValueError(f"{table}: split {unknown[0]!r}; expected one of {', '.join(SPLITS)}")
+    found: dict[str, list[tuple[Path, str]]] = {TRAIN: [], VALIDATION: [], TEST: []}
+    for row in sorted(rows, key=lambda row: row.label):
+        found[TRAIN if row.split is None else SPLITS[row.split.lower()]].append((row.path, row.label))
+    if not found[TRAIN]:
+        raise ValueError(f"{table}: no row has the split train")
+    parts = {TRAIN: _label(table, found[TRAIN], class_names)}
+    known = class_names or parts[TRAIN].class_names
+    return parts | {part: _label(table, found[part], known) for part in (VALIDATION, TEST) if found[part]}
+
+
+def _find_classes(root: Path, class_names: Sequence[str] | None) -> LabelledFolder:
+    """List the images of a folder of classes."""
+    folders = _folders_in(root)
+    if not folders:
+        raise ValueError(f"{root} has no sub-folders; {EXPECTED}")
+    beside = [path for path in root.iterdir() if not path.is_dir() and not path.name.startswith(".")]
+    left_out = Counter(f"{_kind(path)} beside the folders" for path in beside)
+    pairs: list[tuple[Path, str]] = []
+    for folder in folders:
+        files = sorted(_files_below(folder))
+        images = [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
+        if not images:
+            raise ValueError(f"class folder {folder} holds no image ({EXAMPLES}); add images to it, or remove it")
+        left_out += Counter(_kind(path) for path in files if path.suffix.lower() not in IMAGE_EXTENSIONS)
+        pairs += [(path, folder.name) for path in images]
+    if left_out:
+        kinds = join_some([f"{count} {kind}" for kind, count in left_out.most_common()], most=10)
+        logger.warning("%s: %d files left out: %s", _show(root), left_out.total(), _show(kinds))
+    return _label(root, pairs, class_names)
+
+
+def _label(root: Path, pairs: Iterable[tuple[Path, str]], class_names: Sequence[str] | None) -> LabelledFolder:
+    """Number the classes of images, and check their names."""
+    paths, labels = zip(*pairs, strict=True)
+    names = tuple(dict.fromkeys(labels))
+    if named := [name for name in names if has_control_characters(name)]:
+        raise ValueError(f"{root}: class {named[0]!r} has control characters in its name; rename it")
+    if class_names is None and len(names) == 1:
+        raise ValueError(f"{root} has one class only ({names[0]}); {EXPECTED}, two classes or more")
+    if unknown := [name for name in names if class_names is not None and name not in class_names]:
+        raise ValueError(
+            f"{root}: {join_some(unknown, most=5)}: not a class of this model, whose classes are "
+            f"{join_some(class_names or (), most=20)}; rename the class, or remove it"
+        )
+    numbers = {name: number for number, name in enumerate(class_names or names)}
+    return LabelledFolder(root, tuple(numbers), paths, tuple(numbers[label] for label in labels))
+
+
+def _folders_in(root: Path) -> list[Path]:
+    """List the folders in a folder, without those that are hidden or links to where the folder itself is."""
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: there is no such folder; {EXPECTED}")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is a file; {EXPECTED}, or a table ({', '.join(TABLES)})")
+    inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path for path in inside if not root.resolve().is_relative_to(path.resolve())]
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of those below it that are not hidden.
+
+    Links to folders are followed, and each folder is entered once, so that no loop is. A link that leads nowhere and a
+    pipe are among the files, so that whoever reads them names them.
+    """
+    entered = set()
+
+    def enter(folder: str) -> bool:
+        is_new = os.path.realpath(folder) not in entered
+        entered.add(os.path.realpath(folder))
+        return is_new
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    enter(str(root))
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = [
+            name for name in sorted(folders) if not name.startswith(".") and enter(os.path.join(folder, name))
+        ]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def list_images(given: Sequence[Path]) -> list[Path]:
+    """Replace each folder among paths by the images below it, one at least; any other path stays, whatever it is."""
+    paths: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            found = sorted(file for file in _files_below(path) if file.suffix.lower() in IMAGE_EXTENSIONS)
+            if not found:
+                raise ValueError(f"{path}: a folder without images ({EXAMPLES})")
+            paths += found
+        else:
+            paths.append(path)
+    return paths
+
+
+def choose_test(parts: Mapping[str, LabelledFolder]) -> LabelledFolder:
+    """Choose what a model is tested on: "test" if it is there, else "validation", else all images."""
+    return next(parts[part] for part in (TEST, VALIDATION, TRAIN) if part in parts)
+
+
+def find_data(
+    path: Path, *, validation: Path | None = None, test: Path | None = None, test_share: float, seed: int
+) -> tuple[LabelledFolder, LabelledFolder]:
+    """Find the images to train and to test on, and log what is used for what; see `find_splits`.
+
+    ``validation`` and ``test`` are other places of these parts. Where there is neither, a share of each class is held
+    out. Images that are on both sides are logged.
+    """
+    parts = find_splits(path)
+    for part, other in ((VALIDATION, validation), (TEST, test)):
+        if other is not None:
+            parts[part] = choose_test(find_splits(other, parts[TRAIN].class_names))
+    train = parts[TRAIN]
+    if len(parts) == 1:
+        train, held_out = split(train, test_share=test_share, seed=seed)
+        logger.info("train: %s; test: %.0f %% of each class, held out", _show(train.root), 100 * test_share)
+    else:
+        held_out = choose_test(parts)
+        used = TEST if TEST in parts else VALIDATION
+        unused = "; validation is not used, as there is a test" if len(parts) > 2 else ""
+        logger.info("train: %s; test: %s (%s)%s", _show(train.root), _show(held_out.root), used, unused)
+    counts = zip(train.class_names, *map(count_classes, (train, held_out)), strict=True)
+    lines = [f"{name} {one} + {other}" for name, one, other in counts]
+    logger.info("images by class, train + test: %s", _show(join_some(lines, most=20)))
+    if pairs := find_identical(train, held_out):
+        shown = join_some([f"{other} is {path}" for path, other in pairs], separator="; ")
+        logger.warning(
+            "%d of %d test images are training images, byte for byte, which makes the test accuracy too high: %s",
+            len(pairs),
+            len(held_out.paths),
+            _show(shown),
+        )
+    return train, held_out
+
+
+def count_classes(folder: LabelledFolder) -> list[int]:
+    """Count the images of each class."""
+    counts = Counter(folder.targets)
+    return [counts[target] for target in range(len(folder.class_names))]
+
+
+def find_identical(train: LabelledFolder, test: LabelledFolder) -> list[tuple[Path, Path]]:
+    """Find test images that have the bytes of a training image: pairs of that and the test image.
+
+    Only files of a size that is on both sides are read.
+    """
+    sizes = [{path: path.stat().st_size for path in part.paths if path.is_file()} for part in (train, test)]
+    both = set(sizes[0].values()) & set(sizes[1].values())
+    known = {digest_file(path): path for path, size in reversed(sizes[0].items()) if size in both}
+    digests = {path: digest_file(path) for path, size in sizes[1].items() if size in both}
+    return [(known[digest], path) for path, digest in digests.items() if digest in known]
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower() or "without a suffix"
+
+
+def _show(text: object) -> str:
+    return printable(str(text))

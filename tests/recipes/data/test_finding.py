@@ -1,0 +1,207 @@
+"""Which images are found where: classes, train, val and test folders, links, tables, and what is left out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from image_folders import make_folder, make_image
+
+from backbone_finetune.recipes import LabelledFolder, find_images, find_splits
+from backbone_finetune.recipes.data.finding import find_data, list_images
+
+NAMES = ("blue", "green", "red")
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def find(path: Path, *, validation: Path | None = None, test: Path | None = None) -> tuple[LabelledFolder, ...]:
+    return find_data(path, validation=validation, test=test, test_share=0.3, seed=0)
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "training"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test", "Testing"])
+def test_train_and_val_are_told_from_classes(tmp_path: Path, train: str, val: str) -> None:
+    make_folder(tmp_path / train)
+    make_folder(tmp_path / val, per_class=2)
+    parts = find_splits(tmp_path)
+    assert list(parts) == ["train", "test" if val.lower().startswith("test") else "validation"]
+    assert {found.class_names for found in parts.values()} == {NAMES}
+    assert [len(found.paths) for found in find(tmp_path)] == [18, 6]
+    with pytest.raises(ValueError, match=r"is split in train, (test|validation); pass one of these, or call find_spl"):
+        find_images(tmp_path)
+
+
+def test_the_test_folder_goes_before_the_val_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, count in (("train", 3), ("val", 2), ("test", 1), ("extra", 1)):
+        make_folder(tmp_path / name, per_class=count)
+    caplog.set_level("INFO")
+    assert [len(found.paths) for found in find(tmp_path)] == [9, 3]
+    assert f"{tmp_path}: left out: extra; only train, val and test are used" in caplog.messages
+    used = f"train: {tmp_path / 'train'}; test: {tmp_path / 'test'} (test); validation is not used, as there is a test"
+    assert used in caplog.messages
+    assert "images by class, train + test: blue 3 + 1, green 3 + 1, red 3 + 1" in caplog.messages
+
+
+def test_train_alone_has_a_share_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path / "train", per_class=10)
+    caplog.set_level("INFO")
+    assert [len(found.paths) for found in find(tmp_path)] == [21, 9]
+    assert f"train: {tmp_path / 'train'}; test: 30 % of each class, held out" in caplog.messages
+
+
+def test_a_class_may_be_named_train(tmp_path: Path) -> None:
+    touch(tmp_path, "bus/1.jpg", "train/steam/1.jpg", "train/2.jpg", "test/deep/1.jpg")
+    assert find_images(tmp_path).class_names == ("bus", "test", "train")
+
+
+def test_a_part_may_lack_classes_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg", "test/3.jpg")
+    parts = find_splits(tmp_path)
+    assert {part: found.targets for part, found in parts.items()} == {"train": (0, 1), "validation": (1,)}
+    assert f"{tmp_path / 'test'}: left out: no sub-folders, so its images are of no known class" in caplog.messages
+    touch(tmp_path, "val/fox/1.jpg")
+    with pytest.raises(ValueError, match=r"val: fox: not a class of this model, whose classes are cat, dog"):
+        find_splits(tmp_path)
+
+
+def test_parts_without_classes_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "train/1.jpg", "test/2.jpg")
+    with pytest.raises(
+        ValueError, match=r"train has no sub-folders; expected a folder with a sub-folder of images per"
+    ):
+        find(tmp_path)
+
+
+def test_other_places_of_parts(tmp_path: Path) -> None:
+    for name, count in (("data/train", 4), ("data/val", 3), ("other", 2), ("third/train", 9), ("third/test", 1)):
+        make_folder(tmp_path / name, per_class=count)
+    data, other, third = (tmp_path / name for name in ("data", "other", "third"))
+    assert [len(part.paths) for part in find(data, validation=other)] == [12, 6]
+    assert [len(part.paths) for part in find(data, test=third)] == [12, 3]
+    assert [len(part.paths) for part in find(other, validation=data / "val", test=third / "test")] == [6, 3]
+
+
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    elsewhere = touch(tmp_path / "elsewhere", *(f"{index}.jpg" for index in range(5)), "deep/5.jpg")
+    root = touch(tmp_path / "data", "cat/0.jpg", "cat/deep/1.jpg")
+    for link, target in (("dog", elsewhere), ("cat/more", elsewhere), ("cat/up", root / "cat"), ("loop", root)):
+        (root / link).symlink_to(target)
+    (root / "cat" / "deep" / "root").symlink_to(root / "cat")
+    (elsewhere / "back").symlink_to(root / "cat" / "deep")
+    found = find_images(root)
+    assert found.class_names == ("cat", "dog")
+    assert found.targets.count(0) == 8
+    assert found.targets.count(1) == 8  # and those of cat, through `back`
+    assert len(list_images([root / "cat"])) == 8
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all folders")
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.jpg", "cat/deep/1.jpg", "dog/1.jpg")
+    (tmp_path / "cat" / "deep").chmod(0)
+    with pytest.raises(PermissionError, match="deep"):
+        find_images(tmp_path)
+
+
+def test_all_suffixes_of_pillow_are_taken_and_what_is_left_out_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    suffixes = [".jfif", ".ppm", ".pgm", ".jpe", ".jp2", ".avif", ".BMP", ".tiff", ".jpg"]
+    touch(tmp_path, *(f"cat/1{suffix}" for suffix in suffixes), "dog/1.webp", "dog/.hidden", ".git/1.png")
+    assert [path.suffix for path in find_images(tmp_path).paths] == [*sorted(suffixes), ".webp"]
+    assert not caplog.messages
+    touch(tmp_path, "dog/a.txt", "dog/deep/b.TXT", "cat/README", "dog/c.eps", "stray.png")
+    assert len(find_images(tmp_path).paths) == 10
+    kinds = "2 .txt, 1 .png beside the folders, 1 without a suffix and 1 more"
+    assert caplog.messages[0].startswith(f"{tmp_path}: 5 files left out: 2 .txt, "), kinds
+    assert all(kind in caplog.messages[0] for kind in ("1 .png beside the folders", "1 without a suffix", "1 .eps"))
+
+
+@pytest.mark.parametrize(("name", "mark"), [("images.csv", ","), ("images.TSV", "\t")])
+def test_a_table_lists_images(tmp_path: Path, name: str, mark: str) -> None:
+    make_folder(tmp_path / "data")
+    rows = [
+        ("image", " Label ", "id"),
+        ("data/red/0.png", "warm, red", "1"),
+        ("", "", ""),
+        ("data/blue/1.png", "cold", "2"),
+    ]
+    text = "\r\n".join(mark.join(f'"{value}"' if value else "" for value in row).strip(mark) for row in rows)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = find_images(tmp_path / name)
+    assert found.class_names == ("cold", "warm, red")
+    assert found.paths == (tmp_path / "data/blue/1.png", tmp_path / "data/red/0.png")
+    assert found.targets == (0, 1)
+    assert find_images(tmp_path / name, ("warm, red", "other", "cold")).targets == (2, 0)
+
+
+def test_a_table_is_split_by_its_column(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    lines = ["filename,class,split"]
+    lines += [f"{name}/{index}.png,{name},{'train' if index < 4 else 'Val'}" for index in range(6) for name in NAMES]
+    table = tmp_path / "images.csv"
+    table.write_text("\n".join(lines))
+    train, test = find(table)
+    assert [train.targets.count(target) for target in range(3)] == [4, 4, 4]
+    assert [path.name for path in test.paths] == ["4.png", "5.png"] * 3
+    with pytest.raises(ValueError, match=r"images\.csv is split in train, validation; pass one of these, or call"):
+        find_images(table)
+    table.write_text("path,label\n" + "\n".join(f"{name}/{index}.png,{name}" for index in range(6) for name in NAMES))
+    assert [len(part.paths) for part in find(table)] == [12, 6]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"its columns are none; expected one of path, file, filename"),
+        (
+            b"id,breed\n1,pug",
+            r"its columns are id, breed; expected one of path, file.*; the first line names them: path",
+        ),
+        (b"path,file,label\na,b,c", r"its columns are path, file, label; expected one of path"),
+        (b"path,label\n0.png,red\n1.png\n", r"images\.csv, line 3: no label; fill it in, or remove the row"),
+        (b"path,label\n,red\n", r"images\.csv, line 2: no path"),
+        (b"path,label\n0.png,red\n1.png,red\n", r"images\.csv has one class only \(red\)"),
+        (
+            b"path,label\nno.png,red\nnone.png,blue\n",
+            r"none of its 2 paths, relative to .*, is a file; the first: .*no\.",
+        ),
+        (b"path,label\n", r"none of its 0 paths"),
+        (b"path,label\n0.png,re\xff\n", r"images\.csv: not a table in UTF-8"),
+        (b'path,label\n0.png,"red\n', r"images\.csv: not a table in UTF-8 \(unexpected end"),
+        (b"path,label,split\n0.png,red,dev\n", r"split 'dev'; expected one of train, training, val"),
+        (b"path,label,split\n0.png,red,test\n", r"no row has the split train"),
+        (b"path,label\n0.png,red\n1.png,blue\x1b[2J\n", r"class 'blue\\x1b\[2J' has control characters in its name"),
+    ],
+)
+def test_what_is_no_table_of_images_says_so(tmp_path: Path, content: bytes, message: str) -> None:
+    make_image(tmp_path / "0.png", (0, 0, 0))
+    (tmp_path / "images.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        find(tmp_path / "images.csv")
+
+
+def test_images_that_are_on_both_sides_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path / "train")
+    for name, other in (("red/a.png", (1, 2, 3)), ("blue/b.png", (4, 5, 6))):
+        make_image(tmp_path / "test" / name, other)
+    find(tmp_path)
+    assert not caplog.messages
+    shutil.copy(tmp_path / "train" / "red" / "3.png", tmp_path / "test" / "blue" / "copy.png")
+    same_size = bytearray((tmp_path / "train" / "red" / "3.png").read_bytes())
+    same_size[-1] ^= 1
+    (tmp_path / "test" / "blue" / "other.png").write_bytes(same_size)
+    (tmp_path / "test" / "blue" / "nowhere.png").symlink_to(tmp_path / "no such file")
+    find(tmp_path)
+    assert caplog.messages == [
+        "1 of 5 test images are training images, byte for byte, which makes the test accuracy too high: "
+        f"{tmp_path}/test/blue/copy.png is {tmp_path}/train/red/3.png"
+    ]
