@@ -76,8 +76,8 @@ def split_fashion(folder: Path, train_images: int, test_images: int, seed: int) 
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name}: there is no such file. On Debian or Ubuntu run: apt install dataset-fashion-mnist; "
-                "elsewhere pass --fashion-mnist DIR with the files of github.com/zalandoresearch/fashion-mnist, or leave it "
-                "out: --sets clipart."
+                "elsewhere pass --fashion-mnist DIR with the files of github.com/zalandoresearch/fashion-mnist, or "
+                "leave it out: --sets clipart."
             )
     pixels, labels = (gzip.decompress((folder / name).read_bytes()) for name in FASHION_FILES)
     targets = torch.frombuffer(bytearray(labels[8:]), dtype=torch.uint8).long()
