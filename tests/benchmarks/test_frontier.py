@@ -201,10 +201,11 @@ def test_a_batch_of_files_is_read_anew_each_time(tmp_path: Path) -> None:
 
 
 def test_the_time_of_a_process_leaves_out_what_it_waits() -> None:
-    answer, waited = ProcessClock().time(lambda: time.sleep(0.2) or "slept")
+    answer, waited = ProcessClock().time(lambda: time.sleep(0.3) or "slept")
     _, worked = ProcessClock().time(lambda: sum(range(3_000_000)))
     assert answer == "slept"
-    assert waited < worked
+    assert waited < 200  # milliseconds of the processor
+    assert worked > 1
 
 
 def test_names_that_take_more_than_was_meant_are_seen() -> None:
