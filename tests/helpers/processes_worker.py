@@ -37,8 +37,8 @@ def main(folder: str, device: str = "cpu") -> None:
         ("cached", images, Phase(epochs=3, lr=0.02), 1),
         ("uncached", Still(images), Phase(epochs=2, lr=0.02), 1),
         ("accumulated", images, Phase(epochs=2, lr=0.02), 2),
-        ("statistics", images, Phase(epochs=4, trainable_groups=1, lr=0.02, backbone_lr=0.01), 1),
-        ("everything", images, Phase(epochs=2, trainable_groups=2, lr=0.02, backbone_lr=0.01), 2),
+        ("statistics", images, Phase(epochs=4, trainable_groups=1, lr=0.02, backbone_lr=0.01, norm_eval=False), 1),
+        ("everything", images, Phase(epochs=2, trainable_groups=2, lr=0.02, backbone_lr=0.01, norm_eval=False), 2),
     ):
         model = make_model(dropout=0.0, normalises=name != "everything").freeze_backbone()
         if name == "everything":  # BatchNorm in the stem too would make this one noisy
@@ -71,7 +71,9 @@ def average_by_hand(folder: str, accelerator: Any) -> None:
 
     average, training.average_statistics = training.average_statistics, recorded
     loop = TrainerConfig(accelerator, batch_size=4, show_progress=False)
-    fine_tune(model, make_images(23), make_images(7), [Phase(epochs=1, trainable_groups=1, lr=0.02)], loop)
+    fine_tune(
+        model, make_images(23), make_images(7), [Phase(epochs=1, trainable_groups=1, lr=0.02, norm_eval=False)], loop
+    )
     training.average_statistics = average
     Path(folder, "buffers").mkdir(exist_ok=True)
     for when, buffers in (("before", before[-1]), ("after", dict(model.named_buffers()))):

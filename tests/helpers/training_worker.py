@@ -36,7 +36,7 @@ from backbone_finetune.recipes.training.processes import make_accelerator
 
 PHASES = (
     Phase(epochs=3, lr=0.01, cosine=True),
-    Phase(epochs=2, trainable_groups=1, lr=0.01, warmup_epochs=0.5, layer_decay=0.8),
+    Phase(epochs=2, trainable_groups=1, lr=0.01, warmup_epochs=0.5, layer_decay=0.8, norm_eval=False),
     Phase(epochs=2, lr=0.01),
 )
 BATCH_SIZE = 4

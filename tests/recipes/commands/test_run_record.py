@@ -71,7 +71,7 @@ def test_a_run_is_done_again_by_its_record(
 @pytest.mark.parametrize(
     ("others", "option"),
     [
-        ("images", "PATH"),
+        ("images", "DATA"),
         ("--model resnet18", "--model"),
         ("--seed 0", "--seed"),
         ("--epochs 3", "--epochs"),
