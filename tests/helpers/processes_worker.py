@@ -39,6 +39,7 @@ def main(folder: str, device: str = "cpu") -> None:
         ("accumulated", images, Phase(epochs=2, lr=0.02), 2),
         ("statistics", images, Phase(epochs=4, trainable_groups=1, lr=0.02, backbone_lr=0.01, norm_eval=False), 1),
         # BatchNorm in the stem whose statistics move would make this one noisy.
+        ("weighted", Still(images), Phase(epochs=2, lr=0.02), 2),
         ("everything", images, Phase(epochs=2, trainable_groups=2, lr=0.02, backbone_lr=0.01, norm_eval=True), 2),
     ):
         model = make_model(dropout=0.0, normalises=name != "everything").freeze_backbone()
@@ -47,6 +48,7 @@ def main(folder: str, device: str = "cpu") -> None:
             batch_size=4,
             accumulation=accumulation,
             checkpoints=Path(folder, name),
+            class_weights=(0.5, 2.0, 7.0) if name == "weighted" else None,
             autocast_features=False,  # the cached is compared with the uncached, to rounding
         )
         history = fine_tune(model, data, make_images(7), [phase], loop)

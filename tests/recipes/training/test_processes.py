@@ -72,11 +72,12 @@ def printed_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]
 def test_two_processes_end_with_the_weights_of_one(one: Any, printed_by_two: tuple[str, Path]) -> None:
     (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
     assert (told["processes"], told_by_two["processes"]) == (1, 2)
-    for name in ("cached", "uncached", "accumulated", "everything"):
+    for name in ("cached", "uncached", "accumulated", "weighted", "everything"):
         torch.testing.assert_close(weights_of_two[name], weights[name], rtol=1e-5, atol=1e-6, msg=name)
         assert told_by_two[name] == pytest.approx(told[name], rel=1e-5)
         assert told_by_two[f"{name} test"] == told[f"{name} test"]
     torch.testing.assert_close(weights["accumulated"], weights["uncached"], rtol=1e-5, atol=1e-6)
+    assert told["weighted"] != pytest.approx(told["accumulated"], rel=1e-2)
 
 
 @needs_gloo
@@ -108,7 +109,7 @@ def test_statistics_are_the_mean_of_what_each_process_gathered(printed_by_two: t
 @needs_gloo
 def test_only_one_of_them_speaks_and_says_how_much_they_send(printed_by_two: tuple[str, Path]) -> None:
     lines = [line for line in printed_by_two[0].splitlines() if line.startswith("2 processes: ")]
-    assert len(lines) == 5  # the last training shows nothing
+    assert len(lines) == 6  # the last training shows nothing
     head = (16 * 3 + 3) * 4
     assert lines[0] == lines[1] == f"2 processes: each sends {head} bytes of gradients per step"
     assert lines[3] == f"2 processes: each sends {head + (8 * 16 * 9 + 16 + 2 * 16) * 4:,} bytes of gradients per step"

@@ -65,8 +65,8 @@ class EpochResult:
 class Progress:
     """Where a run is: ``epoch`` epochs of phase ``phase`` and ``step`` steps of the next epoch are done.
 
-    ``steps`` counts the steps of the whole run; ``loss_sum``, ``correct`` and ``seen`` are the sums of the current
-    epoch. ``skipped`` says of each image that cannot be read, by its path, why.
+    ``steps`` counts the steps of the whole run; ``loss_sum``, ``correct``, ``seen`` and ``weight`` are the sums of the
+    current epoch. ``skipped`` says of each image that cannot be read, by its path, why.
 
     >>> Progress(history=[EpochResult(1, 2.1, 0.2, 0.3)], step=7, steps=27).describe()
     'epoch 2, step 7'
@@ -79,6 +79,7 @@ class Progress:
     loss_sum: float = 0.0
     correct: float = 0.0
     seen: float = 0.0
+    weight: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
     history: list[EpochResult] = field(default_factory=list)
 
@@ -96,7 +97,7 @@ class Progress:
         """
         self.history.append(result)
         self.phase, self.epoch = (self.phase + 1, 0) if last_of_phase else (self.phase, self.epoch + 1)
-        self.step, self.loss_sum, self.correct, self.seen = 0, 0.0, 0.0, 0.0
+        self.step, self.loss_sum, self.correct, self.seen, self.weight = 0, 0.0, 0.0, 0.0, 0.0
 
 
 @dataclass(frozen=True)

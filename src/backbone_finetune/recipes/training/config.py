@@ -1,10 +1,13 @@
 """How to train, whatever the phases: on which processes, by which batches, kept where."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ..checking import expect, is_whole
@@ -29,6 +32,13 @@ class TrainerConfig:
     images are drawn at random, ``views`` of each are computed once, and epoch e shows view (e + index) mod ``views``
     of an image; 1 draws them anew in each epoch, and runs the whole model.
 
+    The loss is torch's ``cross_entropy`` in every phase, so that the losses of all epochs compare. ``class_weights``,
+    one positive weight per class, and ``label_smoothing``, from 0 to below 1, are its arguments: with weights, the
+    loss of a batch, and that reported of an epoch, is the sum of the weighted losses divided by the sum of the images'
+    weights. Or else ``loss`` is a function of your own, of logits ``(B, K)`` and targets ``(B,)``, that returns one
+    loss per image, ``(B,)``; the mean over the batch is taken. B counts the images of one process and one part of a
+    batch, and may be 0.
+
     >>> TrainerConfig(Accelerator(cpu=True)).batch_size
     32
     """
@@ -48,6 +58,9 @@ class TrainerConfig:
     memory_share: float = FeatureCache.memory_share
     cache_features: bool = True
     views: int = 1
+    class_weights: Sequence[float] | Tensor | None = None
+    label_smoothing: float = 0.0
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
     show_progress: bool = True
 
     def __post_init__(self) -> None:
@@ -56,6 +69,14 @@ class TrainerConfig:
             value = getattr(self, name)
             expect(name, value, "a whole number from 1", is_whole(value, least=1))
         expect("seed", self.seed, "a whole number from 0", is_whole(self.seed))
+        smoothing = self.label_smoothing
+        expect("label_smoothing", smoothing, "a number from 0 to below 1", 0 <= smoothing < 1)
+        if self.class_weights is not None:
+            weights = torch.as_tensor(self.class_weights, dtype=torch.float32)
+            fit = weights.ndim == 1 and bool((weights.isfinite() & (weights > 0)).all())
+            expect("class_weights", self.class_weights, "one finite number above 0 per class", fit)
+        if self.loss is not None and (self.class_weights is not None or smoothing):
+            raise ValueError("loss and class_weights or label_smoothing were both given; weigh and smooth in your loss")
 
     def workers_for(self, data: Dataset[Any]) -> int:
         """Choose how many processes load a dataset."""

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from .batches import Share, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, capture, load_by_name, open_checkpoints, resume, write_checkpoint
 from .config import TrainerConfig, count
 from .divergence import DivergedError, count_not_finite
+from .losses import sum_losses, sum_weights
 from .phase_data import prepare_data
 from .phases import Phase, make_schedule
 from .processes import communicated_bytes, prepare, release, whole
@@ -50,6 +50,7 @@ class Stage:
     train: Dataset[Any]
     test: Dataset[Any]
     views: int = 1
+    class_weights: Tensor | None = None
     not_finite: Tensor | float = 0.0  # tensors that were not when the phase began, as a mask of -inf
 
     def count_not_finite(self, device: torch.device) -> Tensor:
@@ -93,6 +94,9 @@ def fine_tune(
     expect("phases", phases, "one Phase or more", len(phases) > 0)
     for name, data in (("train", train), ("test", test)):
         check_dataset(name, data, model.num_classes)
+    if loop.class_weights is not None and model.num_classes is not None:
+        fit = len(loop.class_weights) == model.num_classes
+        expect("class_weights", loop.class_weights, f"one for each of the {model.num_classes} classes", fit)
     begun, saved = (False, None) if loop.checkpoints is None else open_checkpoints(loop.checkpoints, loop.accelerator)
     progress, changed = Progress(), set[str]()
     if saved is not None:
@@ -162,6 +166,8 @@ def prepared_phase(
         steps = len(epoch_batches(count(train), loop.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
         stage = Stage(copied, module, prepared, optimizer, schedule, changed, data.train, data.test, data.views)
+        if loop.class_weights is not None:
+            stage.class_weights = torch.as_tensor(loop.class_weights, dtype=torch.float32, device=accelerator.device)
         stage.not_finite = stage.count_not_finite(accelerator.device)
         try:
             yield stage
@@ -181,8 +187,8 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: TrainerCon
         batches = tuple((epoch + batch) % stage.views * images + batch for batch in batches)
     shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
     # What was summed before a resumption is the main process's; the others begin at nothing.
-    before = [progress.loss_sum, progress.correct, progress.seen] if accelerator.is_main_process else [0.0, 0.0, 0.0]
-    sums = torch.tensor(before, device=accelerator.device)
+    before = [progress.loss_sum, progress.correct, progress.seen, progress.weight]
+    sums = torch.tensor(before if accelerator.is_main_process else [0.0] * 4, device=accelerator.device)
     loaded_batches = load_batches(
         stage.train,
         shares,
@@ -199,29 +205,30 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: TrainerCon
             progress.steps += 1
             bar.update()
             if progress.steps % loop.checkpoint_steps == 0 and progress.step < len(batches):
-                progress.loss_sum, progress.correct, progress.seen = fetch_sums(stage, sums, phase, progress, loop)
+                fetched = fetch_sums(stage, sums, phase, progress, loop)
+                progress.loss_sum, progress.correct, progress.seen, progress.weight = fetched
                 keep(stage, progress, loop)
-        loss_sum, correct, seen = fetch_sums(stage, sums, phase, progress, loop)
+        loss_sum, correct, seen, weight = fetch_sums(stage, sums, phase, progress, loop)
         average_statistics(stage, accelerator)
         accuracy = evaluate_stage(stage, loop)
-        bar.set_postfix(loss=f"{loss_sum / seen:.3f}", train=f"{correct / seen:.3f}", test=f"{accuracy:.3f}")
-    result = EpochResult(epoch, loss_sum / seen, correct / seen, accuracy)
+        bar.set_postfix(loss=f"{loss_sum / weight:.3f}", train=f"{correct / seen:.3f}", test=f"{accuracy:.3f}")
+    result = EpochResult(epoch, loss_sum / weight, correct / seen, accuracy)
     progress.finish_epoch(result, last_of_phase=progress.epoch + 1 == phase.epochs)
 
 
 def fetch_sums(
     stage: Stage, sums: Tensor, phase: Phase, progress: Progress, loop: TrainerConfig
-) -> tuple[float, float, float]:
-    """Fetch the sum of losses and the counts of correct answers and of images, of all processes together.
+) -> tuple[float, float, float, float]:
+    """Fetch the sums of losses, correct answers, images and weights, of all processes together.
 
     Raises:
         DivergedError: the losses, or what trains, are not finite: no checkpoint is to hold that, to go on with.
     """
     accelerator = loop.accelerator
     faults = stage.count_not_finite(accelerator.device) - stage.not_finite
-    loss_sum, correct, seen, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
+    loss_sum, correct, seen, weight, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
     if math.isfinite(loss_sum) and not_finite <= 0:
-        return loss_sum, correct, seen
+        return loss_sum, correct, seen, weight
     fault = f"the loss became {loss_sum}"
     if math.isfinite(loss_sum):
         fault = "a weight or a running statistic became infinite or nan"
@@ -259,12 +266,17 @@ def evaluate_stage(stage: Stage, loop: TrainerConfig) -> float:
 
 
 def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_size: int, loop: TrainerConfig) -> Tensor:
-    """Take one step of the optimizer; returns sums of this process, ``(3,)``: losses, correct answers and images.
+    """Take one step of the optimizer; returns sums of this process, ``(4,)``: losses, correct answers, images, weights.
 
     The gradient is that of the mean loss over the whole batch, whatever the shares: each process sums over its own
-    images, and the processes' gradients are averaged.
+    images, and the processes' gradients are averaged. With class weights it is the weighted mean, divided by the sum of
+    the weights of the whole batch; without, the weight of an image is 1.
     """
-    accelerator = loop.accelerator
+    accelerator, weights = loop.accelerator, stage.class_weights
+    factor: Tensor | float = accelerator.num_processes / batch_size
+    if weights is not None:
+        total = accelerator.reduce(sum_weights(loaded[-1][: share.own].to(accelerator.device).long(), weights))
+        factor = accelerator.num_processes / total  # where no image can be read, torch's gradient is 0 all the same
     # Parts of two images at least, which BatchNorm needs to train.
     count_of_parts = min(loop.accumulation, max(len(share) // 2, 1))
     parts = share.split(count_of_parts) if count_of_parts > 1 else [share]
@@ -279,12 +291,15 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
             logits = stage.prepared(*module_inputs(stage.train, inputs))
             if part.own < len(part):  # others' images, seen once more
                 logits, targets = logits[: part.own], targets[: part.own]
-            loss = cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+            loss = sum_losses(logits, targets, loop, weights)
             # The factor of the mean is where the backward begins, and costs no product of its own. A tensor made of a
             # number would wait for the device.
-            accelerator.backward(loss, gradient=loss.new_full((), accelerator.num_processes / batch_size))
+            gradient = factor.to(loss.dtype) if isinstance(factor, Tensor) else loss.new_full((), factor)
+            accelerator.backward(loss, gradient=gradient)
         correct = (logits.detach().argmax(-1) == targets).sum()
-        sums.append(torch.stack((loss.detach(), correct, (targets != IGNORED).sum())))
+        seen = (targets != IGNORED).sum()
+        weight = seen if weights is None else sum_weights(targets, weights)
+        sums.append(torch.stack((loss.detach(), correct, seen, weight)))
     stage.optimizer.step()
     return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
