@@ -11,9 +11,7 @@ from image_folders import make_folder
 from safetensors.torch import load_file
 
 from backbone_finetune.cli import main
-from backbone_finetune.recipes.commands import setup as task_module
 from backbone_finetune.recipes.commands.setup import TrainSettings, make_task
-from backbone_finetune.recipes.commands.train import train
 from backbone_finetune.recipes.training.processes import make_accelerator
 
 
@@ -66,13 +64,3 @@ def test_a_run_with_a_table_and_a_test_of_its_own_is_done_again(
     assert "this run differs" not in capsys.readouterr().err
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-
-
-def test_a_network_that_takes_no_size_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(task_module, "find_size_problem", lambda model, size: f"not {size[1]}")
-    settings = TrainSettings(architecture="test_resnet", output=tmp_path / "run")
-    with pytest.raises(ValueError, match=r"test_resnet takes no image of 3 x 160 x 160, .*\(not 160\); choose another"):
-        train(settings)
-    assert list(tmp_path.iterdir()) == []

@@ -413,7 +413,7 @@ def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:
     flexible = FineTuneModel.from_timm("test_resnet", num_classes=2)
     fixed = FineTuneModel.from_timm("test_vit", num_classes=2)
     size = {
-        (name, small): choose_data_config(model, name, small=small)["input_size"]
+        (name, small): choose_data_config(model, small=small)["input_size"]
         for name, model in (("flexible", flexible), ("fixed", fixed))
         for small in (True, False)
     }

@@ -118,7 +118,7 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     for phase in reversed(settings.phases):  # each is checked; the model ends as the first has it
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
-    data_config = choose_data_config(model, architecture, small=settings.images is None)
+    data_config = choose_data_config(model, small=settings.images is None)
     transforms = (build_transform(data_config, augment=settings.views > 1), build_transform(data_config))
     train_data, test_data = (ImageDataset(part, each) for part, each in zip(parts, transforms, strict=True))
     return Task(model, architecture, weights, data_config, base, train_data, test_data)
@@ -135,17 +135,10 @@ def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder]
     )
 
 
-def choose_data_config(model: FineTuneModel, architecture: str, *, small: bool) -> dict[str, Any]:
+def choose_data_config(model: FineTuneModel, *, small: bool) -> dict[str, Any]:
     """Return timm's data config of a model; with ``small`` that of a small input, where the network takes one."""
-    meta = meta_copy(model)  # a pass through the model itself would take time
-    problem = None
-    fixed = model.pretrained_cfg.get("fixed_input_size", False)
-    for wanted in [{"input_size": CLIPART_INPUT_SIZE}, {}] if small and not fixed else [{}]:
-        config: dict[str, Any] = resolve_model_data_config(model, args=wanted)  # type: ignore[no-untyped-call]
-        problem = find_size_problem(meta, config["input_size"])
-        if problem is None:
+    if small and not model.pretrained_cfg.get("fixed_input_size", False):
+        config: dict[str, Any] = resolve_model_data_config(model, args={"input_size": CLIPART_INPUT_SIZE})  # type: ignore[no-untyped-call]
+        if find_size_problem(meta_copy(model), config["input_size"]) is None:
             return config
-    raise ValueError(
-        f"{architecture} takes no image of {' x '.join(map(str, config['input_size']))}, which timm names as its "
-        f"input size ({problem}); choose another --model"
-    )
+    return dict(resolve_model_data_config(model))  # type: ignore[no-untyped-call]
