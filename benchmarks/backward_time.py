@@ -158,7 +158,7 @@ def prepare(options: argparse.Namespace) -> Setup:
 
 
 def save(report: Report, folder: Path) -> None:
-    """Write all files of a report; no picture before there is a row to draw."""
+    """Write all files of a report; no plot before there is a row to draw."""
     write_report(report, folder / "backward_time")
     if report.rows:
         draw_report(report, folder / "backward_time.png")
@@ -260,7 +260,7 @@ def check(variant: Variant, network: Network, setup: Setup, measured: Measured) 
     try:
         prove_equal(variant, network, setup.precision)
         return inspect(variant, network, setup)
-    except Exception as error:  # a BatchNorm that trains wants two pictures, a frozen one does not: others may run
+    except Exception as error:  # a BatchNorm that trains wants two images, a frozen one does not: others may run
         if is_out_of_memory(error):
             raise
         measured.refuse(network.name, variant.label, reason_of(error))

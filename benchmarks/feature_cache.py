@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     try:
         device = settle_device(options)
-        # Of the CPU's network and pictures a GPU has done its part before the host has begun on its own.
+        # Of the CPU's network and images a GPU has done its part before the host has begun on its own.
         model, pictures = ("vit_large_patch16_224", 4096) if device.type == "cuda" else ("tf_efficientnet_lite0", 512)
         options.model, options.pictures = options.model or model, options.pictures or pictures
         check_names([options.model])

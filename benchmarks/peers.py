@@ -58,7 +58,7 @@ DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224")
 
 @dataclass(frozen=True)
 class Batch:
-    """The pictures and labels that all methods see, in the memory format that their weights are put into as well."""
+    """The images and labels that all methods see, in the memory format that their weights are put into as well."""
 
     images: Tensor  # (B, 3, H, W)
     labels: Tensor  # (B,)
@@ -72,7 +72,7 @@ class Batch:
         return functional.cross_entropy(logits.float(), self.labels)
 
     def settle(self, module: nn.Module) -> nn.Module:
-        """Put a module where the pictures are, and its weights into their memory format."""
+        """Put a module where the images are, and its weights into their memory format."""
         moved: nn.Module = module.to(device=self.images.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         return moved
 
@@ -93,7 +93,7 @@ class Conditions:
     channels_last: bool = False
 
     def batch(self, count: int, size: tuple[int, int, int]) -> Batch:
-        """Draw random pictures and labels."""
+        """Draw random images and labels."""
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         images = torch.randn(count, *size, device=self.device).contiguous(memory_format=memory_format)
         labels = torch.randint(NUM_CLASSES, (count,), device=self.device)

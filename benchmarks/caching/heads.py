@@ -90,7 +90,7 @@ def time_epochs(task: HeadTask, turns: int, clock: Clock, samples: Samples) -> N
 
 
 class PlainHead:
-    """A bare linear head with AdamW, fused as ours is, and the order in which it sees its pictures."""
+    """A bare linear head with AdamW, fused as ours is, and the order in which it sees its images."""
 
     def __init__(self, task: HeadTask, lr: float = 1e-3, weight_decay: float = 0.01) -> None:
         self.layer = nn.Linear(task.width, NUM_CLASSES).to(task.device)

@@ -30,7 +30,7 @@ FEW, MANY = 2_000, 10_000
 
 
 class DrawnPictures(Dataset[tuple[Tensor, int]]):
-    """Random pictures that are drawn when they are asked for, so that they are never all in memory."""
+    """Random images that are drawn when they are asked for, so that they are never all in memory."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -43,7 +43,7 @@ class DrawnPictures(Dataset[tuple[Tensor, int]]):
 
 
 def build(count: int, *, on_disk: bool) -> dict[str, int]:
-    """Build the features of so many pictures: gives the bytes of the features, on disk, and of memory at the peak."""
+    """Build the features of so many images: gives the bytes of the features, on disk, and of memory at the peak."""
     model = FineTuneModel(nn.Flatten(), nn.Linear(WIDTH, 10))
     with TemporaryDirectory() as folder:
         where = Path(folder, "features")
@@ -94,7 +94,7 @@ def judge_size(model: str, count: int, features_bytes: int, folder_bytes: int) -
 
 
 def judge_memory(few: int = FEW, many: int = MANY) -> Target:
-    """Compare the peak of memory with few pictures and with many: how much of the further features is in it.
+    """Compare the peak of memory with few images and with many: how much of the further features is in it.
 
     The same is measured without a cache on disk, where the features are in memory: were that not seen, nothing was.
     """

@@ -38,7 +38,7 @@ CACHED_OF_ONE_PASS = 1.10
 
 @dataclass(frozen=True)
 class Task:
-    """A network, and the pictures that every method trains on: random ones, as their content changes no cost."""
+    """A network, and the images that every method trains on: random ones, as their content changes no cost."""
 
     model: str
     blueprint: Blueprint
@@ -60,7 +60,7 @@ class Samples:
 def make_task(  # noqa: PLR0917  all that a task is made of
     model: str, pictures: int, image_size: int | None, batch_size: int, epochs: int, device: torch.device
 ) -> Task:
-    """Build the network, and draw random pictures, with as many more for one batch of a test, which only ours looks at.
+    """Build the network, and draw random images, with as many more for one batch of a test, which only ours looks at.
 
     ValueError where the network's classifier is not one layer, which is what the peers leave trainable.
     """
@@ -132,7 +132,7 @@ def run_ours(model: FineTuneModel, task: Task, *, own_way: bool) -> None:
 
 
 def run_backbone(model: FineTuneModel, task: Task, *, own_way: bool) -> None:
-    """Run the backbone over all pictures once, and keep nothing: what no cached run can do without."""
+    """Run the backbone over all images once, and keep nothing: what no cached run can do without."""
     narrow = autocast_dtype(model.backbone, task.device) if own_way else None
     run = FrozenPass(front_of_backbone(model), task.device, narrow)
     with in_eval(model.backbone):

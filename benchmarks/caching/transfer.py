@@ -1,4 +1,4 @@
-"""What is learnt in the same time: real pictures, real ImageNet weights, four ways to train, several splits."""
+"""What is learnt in the same time: real images, real ImageNet weights, four ways to train, several splits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FINE_TUNING_RATES = (1e-4, 3e-4, 1e-3)
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way to train, on one split: accuracy on its test pictures, 0 to 1, seconds, and the rate it chose."""
+    """One way to train, on one split: accuracy on its test images, 0 to 1, seconds, and the rate it chose."""
 
     method: str
     seed: int
@@ -53,7 +53,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Pictures:
-    """One split. What chooses a rate chooses it on `validation`; nothing is chosen by the test pictures."""
+    """One split. What chooses a rate chooses it on `validation`; nothing is chosen by the test images."""
 
     fit: TensorDataset  # (N, 3, H, W) and (N,)
     validation: TensorDataset
@@ -87,7 +87,7 @@ def compare_methods(seeds: int, plan: Plan, device: torch.device) -> Iterator[Ou
 
 
 def draw_split(folder: LabelledFolder, pictures: Tensor, seed: int) -> Pictures:
-    """Hold out test pictures of each class, and of the rest some to choose rates by."""
+    """Hold out test images of each class, and of the rest some to choose rates by."""
     position = {path: index for index, path in enumerate(folder.paths)}
 
     def take(part: LabelledFolder) -> TensorDataset:
@@ -122,7 +122,7 @@ def train_recipe(
 def train_best_head(
     network: nn.Module, pictures: Pictures, seed: int, plan: Plan, device: torch.device
 ) -> Iterator[Outcome]:
-    """Choose among 32 heads on the validation pictures, then train one as chosen on those too, as the recipe does."""
+    """Choose among 32 heads on the validation images, then train one as chosen on those too, as the recipe does."""
     model = FineTuneModel.from_timm(network, num_classes=pictures.num_classes).freeze_backbone()
     best, seconds = timed(lambda: fit_best_head(model, pictures, plan, device), device)
     accuracy = accuracy_of(model, pictures.test, plan.batch_size, device)
@@ -130,7 +130,7 @@ def train_best_head(
 
 
 def fit_best_head(model: FineTuneModel, pictures: Pictures, plan: Plan, device: torch.device) -> float:
-    """Choose among the heads, fit one as chosen on all training pictures, and return its learning rate."""
+    """Choose among the heads, fit one as chosen on all training images, and return its learning rate."""
     first = copy.deepcopy(model.classifier)
     fit, validation, both = (
         extract_features(model, DataLoader(part, plan.batch_size), device=device)
@@ -209,7 +209,7 @@ def timed(train: Callable[[], Result], device: torch.device) -> tuple[Result, fl
 
 
 def accuracy_of(module: nn.Module, data: TensorDataset, batch_size: int, device: torch.device) -> float:
-    """Give the share of pictures whose largest logit is their target."""
+    """Give the share of images whose largest logit is their target."""
     module.eval()
     with torch.no_grad():
         right = [

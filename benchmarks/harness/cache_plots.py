@@ -1,4 +1,4 @@
-"""Pictures of what running a frozen backbone once saves, and of what is learnt in the same time."""
+"""Plots of what running a frozen backbone once saves, and of what is learnt in the same time."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def add_precision_options(parser: argparse.ArgumentParser) -> None:
 
 
 def batch_size_on(device: torch.device, options: argparse.Namespace) -> int:
-    """Return how many pictures a batch has: as many as asked for, else what suits the device."""
+    """Return how many images a batch has: as many as asked for, else what suits the device."""
     asked: int | None = options.batch_size
     return asked or int(options.default_batch_size[device.type])
 

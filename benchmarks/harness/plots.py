@@ -1,4 +1,4 @@
-"""Pictures of a report: what a step costs beside its limit, and how the cost falls with the depth of freezing."""
+"""Plots of a report: what a step costs beside its limit, and how the cost falls with the depth of freezing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LIMIT_COLOUR = "#222222"
 
 
 def draw_report(report: Report, path: Path) -> None:
-    """Draw a line of pictures for each model: backward time, step time, and the curve of cost against depth."""
+    """Draw a row of plots for each model: backward time, step time, and the curve of cost against depth."""
     models = report.models()
     figure = Figure(figsize=(15, 3.6 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), 3, squeeze=False)

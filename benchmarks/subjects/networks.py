@@ -47,7 +47,7 @@ def check_names(names: Sequence[str], *, beside_timm: Sequence[str] = ()) -> Non
 
 @dataclass(frozen=True)
 class Network:
-    """A network ready to measure, with the pictures and labels that all its variants share."""
+    """A network ready to measure, with the images and labels that all its variants share."""
 
     name: str
     model: FineTuneModel
@@ -68,7 +68,7 @@ def build_network(
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Network:
-    """Build a network with random weights, as weights do not change what a step costs, and a batch of random pictures.
+    """Build a network with random weights, as weights do not change what a step costs, and a batch of random images.
 
     `image_size` None takes timm's input size. The article's networks see its 64 pixels: ConvModel fits no others.
     """
@@ -95,7 +95,7 @@ def _wrap_timm_network(name: str, image_size: int | None) -> tuple[FineTuneModel
 
 
 def picture_size(name: str, image_size: int | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Give the size of a timm architecture's pictures, (channels, height, width), and what to build it with for them.
+    """Give the size of a timm architecture's images, (channels, height, width), and what to build it with for them.
 
     `image_size` None takes the architecture's own.
     """
@@ -103,6 +103,6 @@ def picture_size(name: str, image_size: int | None) -> tuple[tuple[int, int, int
     size = config.input_size if config is not None else (3, 224, 224)
     if image_size is None:
         return size, {}
-    # A network whose position embeddings have a fixed size must be built for the pictures it will see.
+    # A network whose position embeddings have a fixed size must be built for the images it will see.
     built_for_size = config is not None and config.fixed_input_size
     return (size[0], image_size, image_size), {"img_size": image_size} if built_for_size else {}

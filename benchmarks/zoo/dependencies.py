@@ -18,7 +18,7 @@ _NOTHING = -1
 
 @dataclass
 class Sources:
-    """What a tensor was computed from: the first and the last layer group, and whether the picture is in it."""
+    """What a tensor was computed from: the first and the last layer group, and whether the image is in it."""
 
     first_group: int = _NOTHING
     last_group: int = _NOTHING

@@ -116,7 +116,7 @@ def _refuses_round_trip(model: FineTuneModel, expected_names: set[str]) -> str |
 
 
 def _build_small(structure: Structure, classes: int) -> tuple[Any, torch.Tensor]:
-    """Build it for the smallest picture that it runs on, which says as much about the classifier at less cost."""
+    """Build it for the smallest image that it runs on, which says as much about the classifier at less cost."""
     sides = [side for side in SIDES if side < max(structure.input_size[1:])]
     for side in sides:
         size = (structure.input_size[0], side, side)

@@ -197,7 +197,7 @@ def test_memory_that_runs_out_is_not_one_methods_failure(
 
     methods = [_method(peer_methods.ours), peer_methods.Method("late", freeze, "torch", "network.")]
     monkeypatch.setattr(peers, "METHODS", methods)
-    # A picture of its own statistics: test_vit has no BatchNorm, which needs two.
+    # A image of its own statistics: test_vit has no BatchNorm, which needs two.
     assert peers.main(_small(tmp_path, "--models", "test_vit")) == 0
     rows = _rows(tmp_path)
     assert [(row["method"], row["error"]) for row in rows] == [
@@ -251,7 +251,7 @@ def test_methods_run_in_the_precision_and_the_layout_asked_for(
 
     def note(layer: nn.Module, given: object, output: torch.Tensor) -> None:
         weight = layer.get_parameter("weight")
-        if len(output) == 3:  # the wrapper tries a network with fewer pictures, when it is made
+        if len(output) == 3:  # the wrapper tries a network with fewer images, when it is made
             seen.add((output.dtype, weight.is_contiguous(memory_format=torch.channels_last)))
 
     monkeypatch.setattr(peers, "make_blueprint", spied)

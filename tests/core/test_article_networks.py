@@ -27,7 +27,7 @@ def wrap(network: Any, trainable_groups: int) -> FineTuneModel:
 
 
 def train(network: nn.Module, steps: int = 3) -> None:
-    """Adam, lr 0.001, trainable parameters only, on the same pictures for whoever calls."""
+    """Adam, lr 0.001, trainable parameters only, on the same images for whoever calls."""
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=0.001)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):

@@ -114,7 +114,7 @@ class MovingNorm(nn.Module):
 
 
 class PicturesOfOneMean(nn.Module):
-    """A whole network that keeps the mean of the pictures: no normalisation that has statistics."""
+    """A whole network that keeps the mean of the images: no normalisation that has statistics."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -30,14 +30,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 def build(architecture: str) -> FineTuneModel:
     torch.manual_seed(0)  # the same on every process
-    # Running statistics of a trainable BatchNorm belong to each process's own pictures; here gradients are compared.
+    # Running statistics of a trainable BatchNorm belong to each process's own images; here gradients are compared.
     model = FineTuneModel.from_timm(architecture, num_classes=5, norm_eval=True)
     settle(model, batch(0)[0])
     return model
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """The pictures of all processes, and their labels."""
+    """The images of all processes, and their labels."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 5
 
@@ -65,7 +65,7 @@ def assert_replicas_equal(model: FineTuneModel) -> None:
 
 
 def assert_same_gradients(model: FineTuneModel, single: FineTuneModel) -> None:
-    """Those of a single process that saw all pictures."""
+    """Those of a single process that saw all images."""
     expected = {name: parameter.grad for name, parameter in single.named_parameters()}
     for name, parameter in model.named_parameters():
         gradient = expected[name]

@@ -1,4 +1,4 @@
-"""The smallest architecture of each family of timm 1.0.31, and the smallest picture that it runs on.
+"""The smallest architecture of each family of timm 1.0.31, and the smallest image that it runs on.
 
 Of byoanet it is not the smallest, whose halo attention wants 256 pixels, but the smallest that runs on 32.
 """
@@ -39,7 +39,7 @@ class Family(NamedTuple):
         return timm.create_model(self.architecture, **self.keywords, **keywords)
 
     def pictures(self, count: int = 2) -> torch.Tensor:
-        """Draw random pictures, (count, 3, side, side)."""
+        """Draw random images, (count, 3, side, side)."""
         return torch.randn(count, 3, self.side, self.side, generator=torch.Generator().manual_seed(count))
 
 

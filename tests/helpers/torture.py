@@ -198,7 +198,7 @@ def torture(model: FineTuneModel, pictures: Tensor, condition: Condition) -> Non
         with without_onednn(bfloat16=does.bfloat16):
             with torch.autocast(pictures.device.type, dtype=torch.bfloat16, enabled=does.bfloat16):
                 logits = whole(pictures + 0.1 * step)
-                # Smoothed, for a network that is sure of its two pictures would leave no gradient.
+                # Smoothed, for a network that is sure of its two images would leave no gradient.
                 loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
             loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # some of the networks leap at the first step

@@ -11,7 +11,7 @@ from .copies import eval_copy, isolated, meta_copy
 
 
 def measure_features(backbone: nn.Module) -> int | None:
-    """Measure how wide the features of a timm backbone are, None where it gives no (B, width) for a picture.
+    """Measure how wide the features of a timm backbone are, None where it gives no (B, width) for an image.
 
     >>> import timm
     >>> measure_features(timm.create_model("mobilenetv3_small_050", num_classes=0)), measure_features(nn.Flatten())
@@ -24,7 +24,7 @@ def measure_features(backbone: nn.Module) -> int | None:
     try:
         with isolated(backbone):
             features = meta_copy(backbone)(probe(backbone, "meta"))
-    except Exception:  # it may take more than pictures, or have no shapes without values
+    except Exception:  # it may take more than images, or have no shapes without values
         return None
     return features.shape[1] if isinstance(features, torch.Tensor) and features.ndim == 2 else None
 
@@ -98,7 +98,7 @@ def check_classifier_fits(classifier: nn.Module, features: object, origin: str) 
 
 
 def probe(network: nn.Module, device: str | torch.device) -> torch.Tensor:
-    """Draw two pictures of the size that a network is built for.
+    """Draw two images of the size that a network is built for.
 
     >>> import timm
     >>> probe(timm.create_model("test_resnet"), "cpu").shape

@@ -130,11 +130,11 @@ def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmRe
         reassembly = reassembly._replace(is_one_layer=True)
     own = _take_classifier(network, reassembly)
     with isolated(network):
-        pictures = probe(network, next(network.parameters()).device)
+        images = probe(network, next(network.parameters()).device)
     training = False
     try:
         for training in (False, True):
-            _assert_same_function(network, own, reassembly.paths, pictures, training=training)
+            _assert_same_function(network, own, reassembly.paths, images, training=training)
     except _NotOneVectorError as error:
         raise ValueError(
             f"from_timm: the classifier of {kind} is not one that takes one feature vector; {remedy}."
@@ -153,7 +153,7 @@ class _NotOneVectorError(Exception):
 
 
 def _assert_same_function(
-    network: Any, own: nn.Module, paths: tuple[str, ...], pictures: torch.Tensor, *, training: bool
+    network: Any, own: nn.Module, paths: tuple[str, ...], images: torch.Tensor, *, training: bool
 ) -> None:
     headed, headless, head = (eval_copy(part).train(training) for part in (network, network, own))
     for part in (*headed.modules(), *headless.modules(), *head.modules()):
@@ -163,12 +163,12 @@ def _assert_same_function(
     for path in paths:
         headed.get_submodule(path).register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
     with isolated(network):
-        logits = headed(pictures)
+        logits = headed(images)
     if len(entered) != len(paths):
         raise _NotOneVectorError
     headless.reset_classifier(0)  # type: ignore[operator]
     with isolated(network):  # from the same random state, so that dropout draws the same
-        features = headless(pictures)
+        features = headless(images)
         outcome = head(features)
     for tensor in entered:
         assert_same(_one_token(tensor, features, logits), features)
@@ -255,7 +255,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def as_linear(layer: nn.Module) -> nn.Module:
-    """Give a 1x1 convolution as the linear layer that it is on a pooled picture, on the same memory.
+    """Give a 1x1 convolution as the linear layer that it is on a pooled image, on the same memory.
 
     >>> as_linear(nn.Conv2d(4, 2, 1))
     Linear(in_features=4, out_features=2, bias=True)

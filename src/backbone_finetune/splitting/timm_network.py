@@ -90,7 +90,7 @@ def _create(
     if ":" not in name:  # else it is on the hub or in a folder, where timm looks for itself
         check_architecture(name)
     if create_model_kwargs.get("features_only"):
-        raise ValueError(f"from_timm: features_only=True gives maps, not one vector per picture; {_WRITE_IT}.")
+        raise ValueError(f"from_timm: features_only=True gives maps, not one vector per image; {_WRITE_IT}.")
     if create_model_kwargs.get("global_pool") == "":
         raise ValueError(f"from_timm: global_pool='' leaves the features unpooled; leave it out, or {_WRITE_IT}.")
     if num_classes is not None:
