@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from training_worker import Shaken, make_images, make_model
 
 from backbone_finetune.recipes.training import loop as training
-from backbone_finetune.recipes.training.loop import TrainerConfig, evaluate, fine_tune
+from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
+from backbone_finetune.recipes.training.scoring import evaluate
 
 
 class Still(Shaken):
@@ -53,7 +54,7 @@ def main(folder: str, device: str = "cpu") -> None:
         )
         history = fine_tune(model, data, make_images(7), [phase], loop)
         told[name] = [result.train_loss for result in history]
-        told[f"{name} test"] = evaluate(model, make_images(7), batch_size=3, accelerator=accelerator)
+        told[f"{name} test"] = evaluate(model, make_images(7), batch_size=3, accelerator=accelerator).accuracy
         if accelerator.is_main_process:
             save_file(model.cpu().state_dict(), Path(folder, f"{name}.safetensors"))
     average_by_hand(folder, accelerator)

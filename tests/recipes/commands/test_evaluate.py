@@ -47,13 +47,17 @@ def test_each_image_is_counted_in_its_place(trained: TrainedModel, tmp_path: Pat
         (0, 0, 0, 0, 0),
     )
     assert (evaluation.accuracy, evaluation.images) == (12 / 14, 14)
+    assert evaluation.balanced_accuracy == pytest.approx((4 / 5 + 1 + 1 + 0) / 4)  # white has no images
     assert [score.precision for score in evaluation.classes] == [1.0, 4 / 5, 4 / 5, None, None]
     assert [score.recall for score in evaluation.classes] == [4 / 5, 1.0, 1.0, 0.0, None]
     assert evaluation.missing_classes == ("white",)
     lines = describe_evaluation(evaluation).splitlines()
     assert lines[1].split() == ["red", "5", "1.000", "0.800"]
     assert lines[5].split() == ["white", "0", "-", "-"]
-    assert lines[6:] == ["accuracy 0.857 of 14 images", "without a folder: white"]
+    balanced = "balanced accuracy 0.700, the mean recall of the classes"
+    assert lines[6:] == ["accuracy 0.857 of 14 images", balanced, "without a folder: white"]
+    alike = evaluate_folder(trained, make_folder(tmp_path / "alike"), show_progress=False)
+    assert "balanced" not in describe_evaluation(alike)
 
 
 def test_one_class_is_enough_and_of_what_is_split_the_test_counts(trained: TrainedModel, tmp_path: Path) -> None:

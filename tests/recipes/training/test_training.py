@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.data.images import IGNORED
 from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.training.checkpoints import newest_checkpoint
 from backbone_finetune.recipes.training.divergence import DivergedError
-from backbone_finetune.recipes.training.loop import TrainerConfig, evaluate, fine_tune
+from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
+from backbone_finetune.recipes.training.scoring import evaluate
 
 ACCELERATOR = make_accelerator(torch.device("cpu"))
 
@@ -245,7 +247,16 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [5.0, 4.0]])
     data = TensorDataset(logits, torch.tensor([0, 1, 1, 0]))
     module = nn.Sequential(nn.Identity(), nn.Dropout(0.9))
-    assert evaluate(module, data, batch_size=3, accelerator=ACCELERATOR) == 0.75
+    score = evaluate(module, data, batch_size=3, accelerator=ACCELERATOR)
+    assert (score.accuracy, score.balanced_accuracy) == (0.75, (1 + 1 / 2) / 2)
+
+
+def test_what_cannot_be_read_and_what_is_no_class_are_never_right() -> None:
+    logits = torch.eye(4)[[0, 0, 0, 2, 2]]
+    data = TensorDataset(logits, torch.tensor([0, IGNORED, 4, 2, 0]))
+    score = evaluate(nn.Identity(), data, batch_size=2, accelerator=ACCELERATOR)
+    assert (score.correct, score.images) == ([1, 0, 1, 0, 0], [2, 0, 1, 0, 1])
+    assert (score.accuracy, score.balanced_accuracy) == (2 / 4, (1 / 2 + 1 + 0) / 3)
 
 
 def test_progress_is_shown_for_each_epoch(capfd: pytest.CaptureFixture[str]) -> None:

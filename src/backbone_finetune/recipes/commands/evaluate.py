@@ -31,6 +31,7 @@ class Evaluation:
     """How a model does on images: ``confusion[i][j]`` images of class ``i`` were predicted as class ``j``."""
 
     accuracy: float
+    balanced_accuracy: float  # the mean recall of the classes that have images
     images: int
     classes: tuple[ClassScore, ...]
     missing_classes: tuple[str, ...]
@@ -98,8 +99,10 @@ def evaluate_folder(
         support, predicted, correct = sum(row), sum(other[position] for other in confusion), row[position]
         precision, recall = correct / predicted if predicted else None, correct / support if support else None
         scores.append(ClassScore(name, support, predicted, correct, precision, recall))
+    recalls = [score.recall for score in scores if score.recall is not None]
     return Evaluation(
         accuracy=sum(score.correct for score in scores) / images,
+        balanced_accuracy=sum(recalls) / len(recalls),
         images=images,
         classes=tuple(scores),
         missing_classes=tuple(name for target, name in enumerate(names) if target not in found.targets),
@@ -116,6 +119,8 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         precision, recall = ("-" if share is None else f"{share:.3f}" for share in (score.precision, score.recall))
         lines.append(f"{score.name:{width}}  {score.support:>6,}  {precision:>9}  {recall:>6}")
     lines.append(f"accuracy {evaluation.accuracy:.3f} of {evaluation.images:,} images")
+    if len({score.support for score in evaluation.classes if score.support}) > 1:
+        lines.append(f"balanced accuracy {evaluation.balanced_accuracy:.3f}, the mean recall of the classes")
     if evaluation.skipped_images:
         lines.append(f"skipped: {len(evaluation.skipped_images):,} images that cannot be read")
     if evaluation.missing_classes:

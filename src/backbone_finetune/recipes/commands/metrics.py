@@ -16,13 +16,15 @@ class Metrics:
     """The record of a run, as ``metrics.json`` holds it. Accuracies are shares of the test images, 0 to 1.
 
     Baselines that were not measured are None. ``feature_precision`` is the precision of the features behind
-    ``test_accuracy``, where it is not the one that ``predict`` computes in.
+    ``test_accuracy``, where it is not the one that ``predict`` computes in. ``test_balanced_accuracy`` is the mean
+    recall of the classes that have test images.
     """
 
     test_accuracy: float
     chance: float
     random_backbone: float | None = None
     raw_pixels: float | None = None
+    test_balanced_accuracy: float | None = None
     architecture: str
     weights: str
     phases: tuple[Phase, ...]
@@ -57,9 +59,13 @@ def describe(metrics: Metrics) -> str:
         "raw pixels": "the same classifier on 32 x 32 pixels",
     }
     precision = f"; features in {metrics.feature_precision}, predict: float32" if metrics.feature_precision else ""
+    mean = metrics.test_balanced_accuracy  # where the classes are of one size it is the accuracy
+    line = "balanced         {}  mean recall of the classes"
+    balanced = [] if mean is None or math.isclose(mean, share) else [line.format(_decimals(mean))]
     lines = [
         f"test accuracy    {_decimals(share)}  of {metrics.test_images} images, "
         f"standard error {_decimals(standard_error)}{precision}",
+        *balanced,
         *(f"{name:15}  {_decimals(value)}  {explanations[name]}" for name, value in metrics.references().items()),
     ]
     if times is not None:

@@ -171,6 +171,7 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
     in_bf16 = record["arguments"]["autocast_features"] and settings.phases[-1].trainable_groups == 0
     metrics = Metrics(
         test_accuracy=history[-1].test_accuracy,
+        test_balanced_accuracy=history[-1].test_balanced_accuracy,
         chance=chance_accuracy(task.train.folder.targets, task.test.folder.targets),
         architecture=task.architecture,
         weights=task.weights,

@@ -49,7 +49,9 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch: mean loss and accuracy while training, and the test accuracy after it.
+    """One epoch: mean loss and accuracy while training, and the test accuracies after it.
+
+    ``test_balanced_accuracy`` is the mean recall of the classes that have test images.
 
     >>> EpochResult(epoch=1, train_loss=2.1, train_accuracy=0.2, test_accuracy=0.3).epoch
     1
@@ -59,6 +61,7 @@ class EpochResult:
     train_loss: float
     train_accuracy: float
     test_accuracy: float
+    test_balanced_accuracy: float | None = None
 
 
 @dataclass

@@ -31,8 +31,9 @@ from .losses import sum_losses, sum_weights
 from .phase_data import prepare_data
 from .phases import Phase, make_schedule
 from .processes import communicated_bytes, prepare, release, whole
+from .scoring import Score, evaluate
 
-__all__ = ["EpochResult", "TrainerConfig", "evaluate", "fine_tune"]
+__all__ = ["EpochResult", "TrainerConfig", "fine_tune"]
 
 logger = logging.getLogger(__name__)
 
@@ -210,9 +211,9 @@ def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: TrainerCon
                 keep(stage, progress, loop)
         loss_sum, correct, seen, weight = fetch_sums(stage, sums, phase, progress, loop)
         average_statistics(stage, accelerator)
-        accuracy = evaluate_stage(stage, loop)
-        bar.set_postfix(loss=f"{loss_sum / weight:.3f}", train=f"{correct / seen:.3f}", test=f"{accuracy:.3f}")
-    result = EpochResult(epoch, loss_sum / weight, correct / seen, accuracy)
+        score = evaluate_stage(stage, loop)
+        bar.set_postfix(loss=f"{loss_sum / weight:.3f}", train=f"{correct / seen:.3f}", test=f"{score.accuracy:.3f}")
+    result = EpochResult(epoch, loss_sum / weight, correct / seen, score.accuracy, score.balanced_accuracy)
     progress.finish_epoch(result, last_of_phase=progress.epoch + 1 == phase.epochs)
 
 
@@ -235,7 +236,7 @@ def fetch_sums(
     raise DivergedError(
         f"the training diverged at lr = {phase.lr}: {fault} in epoch {len(progress.history) + 1}; pass "
         "a lower --lr (in Python: Phase(lr=...))",
-        test_accuracy=evaluate_stage(stage, loop),
+        test_accuracy=evaluate_stage(stage, loop).accuracy,
     )
 
 
@@ -258,7 +259,7 @@ def report_skipped(data: Sequence[Dataset[Any]], progress: Progress, loop: Train
         images.check_classes()
 
 
-def evaluate_stage(stage: Stage, loop: TrainerConfig) -> float:
+def evaluate_stage(stage: Stage, loop: TrainerConfig) -> Score:
     """Evaluate what trains on the test data."""
     module = loop.accelerator.unwrap_model(stage.prepared)
     workers = loop.workers_for(stage.test)
@@ -302,32 +303,6 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
         sums.append(torch.stack((loss.detach(), correct, seen, weight)))
     stage.optimizer.step()
     return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
-
-
-@torch.no_grad()
-def evaluate(
-    module: nn.Module, data: Dataset[Any], *, batch_size: int, accelerator: Accelerator, workers: int = 0
-) -> float:
-    """The share of inputs whose largest logit is their target, 0 to 1. Leaves the module in eval mode.
-
-    Each process takes a share of each batch; no image counts twice, and one that cannot be read does not count.
-
-    >>> data = [(torch.tensor([0.0, 1.0]), 1)]
-    >>> evaluate(nn.Identity(), data, batch_size=1, accelerator=Accelerator(cpu=True))
-    1.0
-    """
-    module.eval()
-    shares = [
-        local_batch(batch, process=accelerator.process_index, processes=accelerator.num_processes)
-        for batch in torch.split(torch.arange(count(data)), batch_size)
-    ]
-    counts = torch.zeros(2, dtype=torch.long, device=accelerator.device)
-    loaded = load_batches(data, shares, device=accelerator.device, workers=workers)
-    for share, (*inputs, targets) in zip(shares, loaded, strict=True):
-        predicted, true = module(*module_inputs(data, inputs)).argmax(-1)[: share.own], targets[: share.own]
-        counts += torch.stack(((predicted == true).sum(), (true != IGNORED).sum()))
-    correct, seen = accelerator.reduce(counts).tolist()
-    return float(correct / max(seen, 1))
 
 
 def average_statistics(stage: Stage, accelerator: Accelerator) -> None:

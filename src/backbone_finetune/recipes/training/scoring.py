@@ -1,0 +1,75 @@
+"""How many test images a model gets right, of all and of each class."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..data.images import IGNORED
+from ..features.dataset import module_inputs
+from .batches import load_batches, local_batch
+from .config import count
+
+__all__ = ["Score", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers and images of each class.
+
+    >>> score = Score(correct=(9, 1), images=(10, 2))
+    >>> round(score.accuracy, 3), score.balanced_accuracy
+    (0.833, 0.7)
+    """
+
+    correct: Sequence[int]
+    images: Sequence[int]
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images whose answer is right."""
+        return sum(self.correct) / max(sum(self.images), 1)
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean recall of the classes that have images; a rare class counts as much as a common one."""
+        recalls = [correct / images for correct, images in zip(self.correct, self.images, strict=True) if images]
+        return sum(recalls) / max(len(recalls), 1)
+
+
+@torch.no_grad()
+def evaluate(
+    module: nn.Module, data: Dataset[Any], *, batch_size: int, accelerator: Accelerator, workers: int = 0
+) -> Score:
+    """Count the inputs whose largest logit is their target. Leaves the module in eval mode.
+
+    Each process takes a share of each batch; no image counts twice, and one that cannot be read does not count. What
+    has a target outside the classes counts as wrong, as of one class more.
+
+    >>> data = [(torch.tensor([0.0, 1.0]), 1)]
+    >>> evaluate(nn.Identity(), data, batch_size=1, accelerator=Accelerator(cpu=True)).accuracy
+    1.0
+    """
+    module.eval()
+    shares = [
+        local_batch(batch, process=accelerator.process_index, processes=accelerator.num_processes)
+        for batch in torch.split(torch.arange(count(data)), batch_size)
+    ]
+    answers: list[Tensor] = []
+    targets: list[Tensor] = []
+    loaded = load_batches(data, shares, device=accelerator.device, workers=workers)
+    for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
+        logits = module(*module_inputs(data, inputs))
+        answers.append(logits.argmax(-1)[: share.own])
+        targets.append(batch_targets[: share.own].long())
+    classes, true = logits.shape[-1], torch.cat(targets)
+    right = true[torch.cat(answers) == true]
+    readable = true[true != IGNORED]
+    readable = readable.where((readable >= 0) & (readable < classes), classes)
+    counts = torch.stack([torch.bincount(part, minlength=classes + 1) for part in (right, readable)])
+    correct, images = accelerator.reduce(counts).tolist()
+    return Score(correct, images)
