@@ -161,6 +161,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         ("accumulation", "N", "parts of a batch, where it is too large for the memory; "),
         ("checkpoint_steps", "N", "write a checkpoint so often, and after each epoch; "),
     )
+    add(
+        "--class-weights",
+        choices=("balanced",),
+        help="weigh the loss of an image by N / (K * count), of N images in K classes and those of its class",
+    )
+    add_numbers(parser, settings, ("label_smoothing", "SHARE", "of each target, spread evenly over all classes; "))
     add("--workers", type=int, metavar="N", help="processes that load images (default: by cores and images)")
     add(
         "--cache",

@@ -63,6 +63,9 @@ class TrainSettings:
         cache: Where what is frozen is kept for each image: "memory", "disk" (memory-mapped), "auto" for both, with a
             quarter of the memory at most, or "off", with which the whole model runs in every step.
         views: How many augmented views of each training image are cached; 1 trains on the image itself.
+        class_weights: "balanced" weighs the loss of an image by N / (K * count), of N training images in K classes and
+            those of its class; None weighs all images alike.
+        label_smoothing: The share of each target that is spread evenly over all classes.
 
     >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output
     PosixPath('fine-tuned')
@@ -90,6 +93,8 @@ class TrainSettings:
     compile: Literal["inductor", "openvino"] | None = None
     cache: Literal["auto", "memory", "disk", "off"] = "auto"
     views: Positive = 1
+    class_weights: Literal["balanced"] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from ..text import join_some, printable
 from ..together import run_on_main
 from ..training.divergence import DivergedError
 from ..training.loop import TrainerConfig, fine_tune
+from ..training.losses import balanced_weights
 from ..training.processes import find_device, make_accelerator
 from .baselines import baseline_accuracy, chance_accuracy, measure_backward, pixel_model, random_model
 from .metrics import Metrics, describe
@@ -130,6 +131,8 @@ def _start(
         memory_share={"memory": 1.0, "disk": 0.0}.get(settings.cache, FeatureCache.memory_share),
         cache_features=settings.cache != "off",
         views=settings.views,
+        class_weights=None if settings.class_weights is None else balanced_weights(task.train.folder.targets),
+        label_smoothing=settings.label_smoothing,
         autocast_features=(settings.mixed_precision != "no") if autocast is None else autocast,
         workers=settings.workers,
         compile=None if settings.compile is None else COMPILERS[settings.compile],
