@@ -91,6 +91,14 @@ def test_what_is_frozen_runs_as_often_for_many_epochs_as_for_one() -> None:
     assert whole.seen == 9 * (24 + 12)
 
 
+def test_a_backbone_without_parameters_runs_once_as_well() -> None:
+    seen: list[int] = []
+    pixels = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.ZeroPad1d((0, -32)))
+    pixels.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    train(pixels, make_images(), [Phase(epochs=5)])
+    assert sum(seen) == 24 + 12
+
+
 def test_a_front_that_draws_is_not_cached_and_a_line_says_why(caplog: pytest.LogCaptureFixture) -> None:
     _, history = train(network(Noisy), make_images(), [ONE_GROUP])
     assert len(history) == 3

@@ -65,7 +65,8 @@ def prepare_data(model: FineTuneModel, train: Dataset[Any], test: Dataset[Any], 
     (Linear(in_features=4, out_features=2, bias=True), [(2, 4), (2,)])
     """
     whole = PhaseData(train, test, model)
-    if not config.cache_features or all(parameter.requires_grad for parameter in model.backbone.parameters()):
+    trains = [parameter.requires_grad for parameter in model.backbone.parameters()]
+    if not config.cache_features or (trains and all(trains)):
         return whole
     drawn = find_randomness(train)
     views = config.views if drawn is not None else 1
