@@ -445,3 +445,18 @@ def test_a_model_that_is_copied_for_fsdp2_goes_to_the_device_too(monkeypatch: py
     with pytest.raises(EnoughError):
         fine_tune(make_model(), make_images(), make_images(), [Phase(trainable_groups=1)], config)
     assert set(moved) == {accelerator.device}
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_default_device_of_the_users_changes_nothing(as_list: bool) -> None:
+    """What the recipes make on the CPU says so; "meta" holds no values, so that one tensor made there is an error."""
+    results = []
+    for default in ("cpu", "meta"):
+        model, data = make_model(), make_images()
+        images = [(image, int(target)) for image, target in data] if as_list else data
+        config = TrainerConfig(ACCELERATOR, batch_size=8, class_weights=(1.0, 2.0, 1.0), show_progress=False, workers=0)
+        with torch.device(default):
+            results.append(
+                fine_tune(model, images, images, [Phase(epochs=1), Phase(epochs=1, trainable_groups=2)], config)
+            )
+    assert results[0] == results[1]

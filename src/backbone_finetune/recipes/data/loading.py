@@ -83,7 +83,8 @@ class Batches(Dataset[Any]):
             if broken and (readable := [row for row in rows if row[1] != IGNORED]):
                 # Another image of the batch has the right size, and changes the statistics of a BatchNorm least.
                 rows = [(readable[0][0], IGNORED) if row[1] == IGNORED else row for row in rows]
-            values = default_collate(rows)
+            with torch.device("cpu"):  # targets that are numbers become a tensor here
+                values = default_collate(rows)
             if self.compute is None:
                 return Batch(values, broken)
             if self.normalize is not None:
@@ -214,7 +215,8 @@ def _workers(number: int) -> dict[str, Any]:
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     """Start a loader without Python's warning, from 3.12 on, of other threads: forked workers take no lock of these."""
-    with warnings.catch_warnings():
+    # torch draws a seed as it starts, with a generator of the CPU: another default device of the user's would not do.
+    with warnings.catch_warnings(), torch.device("cpu"):
         warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
         return DataLoader.__iter__(loader)
 

@@ -26,7 +26,7 @@ def check_dataset(name: str, data: Dataset[Any], classes: int | None) -> None:
         raise ValueError(f"len({name}) = 0: expected one image or more")
     targets = _known_targets(data)
     if targets is None:
-        with preserve_rng_state():
+        with preserve_rng_state(), torch.device("cpu"):
             _, targets = split_row(default_collate([data[0]]))
     check_targets(name, targets, classes)
 
@@ -34,7 +34,7 @@ def check_dataset(name: str, data: Dataset[Any], classes: int | None) -> None:
 def _known_targets(data: Any) -> Tensor | None:
     """Return the targets of a dataset that has them at hand."""
     if type(data) is ImageDataset:
-        return torch.tensor(data.folder.targets)
+        return torch.tensor(data.folder.targets, device="cpu")
     if isinstance(data, TensorDataset):
         return data.tensors[-1] if len(data.tensors) > 1 else None
     if type(data) is Subset:

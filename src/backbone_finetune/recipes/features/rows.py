@@ -51,7 +51,9 @@ def compute_rows(
             rows = [tensors for _, tensors in _checked(batches, first)]
             return Features([torch.cat(parts) for parts in zip(*rows, strict=True)], first.structure)
         if _fits(_bytes_of(count, first), memory_share):
-            tensors = [torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype) for tensor in first.tensors]
+            tensors = [
+                torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype, device="cpu") for tensor in first.tensors
+            ]
 
             def copy(start: int, part: Sequence[Tensor]) -> None:
                 for tensor, values in zip(tensors, part, strict=True):

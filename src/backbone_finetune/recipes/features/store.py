@@ -152,7 +152,7 @@ class RowStore:
         for index, (dtype, shape) in enumerate(self.layout):
             size = math.prod((self.count, *shape))
             if in_memory or not size:  # an empty file cannot be mapped
-                flat = torch.empty(size, dtype=dtype)
+                flat = torch.empty(size, dtype=dtype, device="cpu")
                 with open(self._slot(index), "rb") as file:  # not a copy of the map, which would be in memory as well
                     file.readinto(flat.view(torch.uint8).numpy().data)
             else:

@@ -54,7 +54,7 @@ class StackedHeads:
         self.head = copy.deepcopy(head).to(device)  # never trained itself: it says how to compute, and in which mode
         self.count, self.device = len(rates), device
         self.parameters, self.buffers = stack_module_state([self.head] * self.count)
-        lr, weight_decay = torch.tensor(rates, dtype=torch.float64).T  # on the CPU, as MPS has no float64
+        lr, weight_decay = torch.tensor(rates, dtype=torch.float64, device="cpu").T  # on the CPU, as MPS has no float64
         decays = decaying_names(self.head)
         self.trained = {name: tensor for name, tensor in self.parameters.items() if tensor.requires_grad}
         self.rates: dict[str, Tensor] = {}

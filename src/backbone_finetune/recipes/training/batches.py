@@ -23,7 +23,7 @@ def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tupl
     """
     # Python's seeding by text mixes both numbers well, and is the same everywhere.
     drawn = random.Random(f"{seed} {epoch}").getrandbits(63)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(drawn))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(drawn), device="cpu")
     batches = torch.split(order, batch_size)
     return batches[:-1] if len(batches[-1]) == 1 < len(batches) else batches
 
@@ -67,7 +67,7 @@ def local_batch(batch: Tensor, *, process: int, processes: int) -> Share:
     if processes == 1:
         return Share(batch, len(batch))
     size = max(-(-len(batch) // processes), 2)
-    positions = torch.arange(process, process + size * processes, processes)
+    positions = torch.arange(process, process + size * processes, processes, device="cpu")
     return Share(batch[positions % len(batch)], int((positions < len(batch)).sum()))
 
 

@@ -72,7 +72,7 @@ class TrainerConfig:
         smoothing = self.label_smoothing
         expect("label_smoothing", smoothing, "a number from 0 to below 1", 0 <= smoothing < 1)
         if self.class_weights is not None:
-            weights = torch.as_tensor(self.class_weights, dtype=torch.float32)
+            weights = torch.as_tensor(self.class_weights, dtype=torch.float32, device="cpu")
             fit = weights.ndim == 1 and bool((weights.isfinite() & (weights > 0)).all())
             expect("class_weights", self.class_weights, "one finite number above 0 per class", fit)
         if self.loss is not None and (self.class_weights is not None or smoothing):

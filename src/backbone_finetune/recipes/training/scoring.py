@@ -57,7 +57,7 @@ def evaluate(
     module.eval()
     shares = [
         local_batch(batch, process=accelerator.process_index, processes=accelerator.num_processes)
-        for batch in torch.split(torch.arange(count(data)), batch_size)
+        for batch in torch.split(torch.arange(count(data), device="cpu"), batch_size)
     ]
     answers: list[Tensor] = []
     targets: list[Tensor] = []
