@@ -253,10 +253,10 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
 
 def test_what_cannot_be_read_and_what_is_no_class_are_never_right() -> None:
     logits = torch.eye(4)[[0, 0, 0, 2, 2]]
-    data = TensorDataset(logits, torch.tensor([0, IGNORED, 4, 2, 0]))
+    data = TensorDataset(logits, torch.tensor([0, IGNORED, 9, 2, -1]))
     score = evaluate(nn.Identity(), data, batch_size=2, accelerator=ACCELERATOR)
-    assert (score.correct, score.images) == ([1, 0, 1, 0, 0], [2, 0, 1, 0, 1])
-    assert (score.accuracy, score.balanced_accuracy) == (2 / 4, (1 / 2 + 1 + 0) / 3)
+    assert (score.correct, score.images) == ([1, 0, 1, 0, 0], [1, 0, 1, 0, 2])
+    assert (score.accuracy, score.balanced_accuracy) == (2 / 4, (1 + 1 + 0) / 3)
 
 
 def test_progress_is_shown_for_each_epoch(capfd: pytest.CaptureFixture[str]) -> None:
