@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parse_arguments(given)
     torch.set_num_threads(1)
-    settings = {name: value for name, value in vars(options).items() if isinstance(value, int)}
+    settings: dict[str, Fact] = {name: value for name, value in vars(options).items() if isinstance(value, int)}
     settings |= {"batch_size": BATCH, "head_lr": HEAD_LR, "backbone_lr": BACKBONE_LR, "weight_decay": WEIGHT_DECAY}
     environment = describe_environment(torch.device("cpu"))
     report = LearningReport(environment, describe_command(__file__, given), settings)

@@ -113,7 +113,7 @@ def _train(model: FineTuneModel, train: Images, views: Views, count: int, epochs
 
 
 def _record(frontier: Frontier, images: Tensor) -> list[Tensor]:
-    batches = [frontier.record(_channels_last(batch)) for batch in images.split(BATCH)]
+    batches = [frontier.record(_channels_last(batch)) for batch in images.split(BATCH)]  # type: ignore[no-untyped-call]
     return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
@@ -136,7 +136,7 @@ def _epoch(
 ) -> None:
     """Take a step for each batch, in an order that all arms share; a last image alone is no batch for BatchNorm."""
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(epoch))
-    for chosen in order.split(BATCH):
+    for chosen in order.split(BATCH):  # type: ignore[no-untyped-call]
         if len(chosen) > 1:
             optimizer.zero_grad()
             cross_entropy(forward(*(tensor[chosen] for tensor in tensors)), targets[chosen]).backward()  # type: ignore[no-untyped-call]
@@ -154,7 +154,7 @@ def accuracies(model: nn.Module, shown: Sequence[Tensor], targets: Tensor) -> di
     model.eval()
     with torch.no_grad():
         answers = torch.stack(
-            [torch.cat([model(_channels_last(batch)).softmax(-1) for batch in view.split(BATCH)]) for view in shown]
+            [torch.cat([model(_channels_last(batch)).softmax(-1) for batch in view.split(BATCH)]) for view in shown]  # type: ignore[no-untyped-call]
         )
     return {
         name: (answers[:count].mean(0).argmax(-1) == targets).double().mean().item() for name, count in SHOWN.items()

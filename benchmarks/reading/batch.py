@@ -17,7 +17,7 @@ class JpegBatch:
     def __init__(self, folder: Path, count: int, image_size: int) -> None:
         make_folder(folder, count)
         self._paths = sorted(folder.rglob("*.jpg"))
-        self._transform = create_transform(image_size, is_training=False)  # type: ignore[no-untyped-call]
+        self._transform = create_transform(image_size, is_training=False)
 
     def read(self) -> torch.Tensor:
         """Give the images, (count, 3, H, W)."""
