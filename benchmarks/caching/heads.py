@@ -76,13 +76,13 @@ def time_epochs(task: HeadTask, turns: int, clock: Clock, samples: Samples) -> N
     model = FineTuneModel(nn.Identity(), nn.Linear(task.width, NUM_CLASSES))
     # One batch to test on after each epoch: the loop wants to know how well it does, which the plain one does not ask.
     test = TensorDataset(*(tensor[: task.batch_size] for tensor in task.in_memory.tensors))
-    loop = TrainerConfig(make_accelerator(task.device), batch_size=task.batch_size, show_progress=False)
+    config = TrainerConfig(make_accelerator(task.device), batch_size=task.batch_size, show_progress=False)
     phase = Phase(epochs=10**9)
-    with prepared_phase(model, task.cached, test, phase=phase, changed=set(), loop=loop) as stage:
+    with prepared_phase(model, task.cached, test, phase=phase, changed=set(), config=config) as state:
         # The phase has put the features through its backbone, the identity, into memory: back to what is on disk.
-        stage.train = task.cached
+        state.train = task.cached
         calls = {
-            "cached epoch": partial(train_epoch, stage, phase, Progress(), loop, title=""),
+            "cached epoch": partial(train_epoch, state, phase, Progress(), config, title=""),
             "plain epoch": partial(plain_epoch, PlainHead(task), task.in_memory),
             "plain epoch again": partial(plain_epoch, PlainHead(task), task.in_memory),
         }

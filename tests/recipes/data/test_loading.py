@@ -27,7 +27,7 @@ from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import IGNORED, ImageDataset
 from backbone_finetune.recipes.data.loading import DeviceLoader, default_workers
 from backbone_finetune.recipes.data.transforms import split_transform
-from backbone_finetune.recipes.training.batches import Share, load_batches
+from backbone_finetune.recipes.training.batches import LocalBatch, load_batches
 
 CPU = torch.device("cpu")
 
@@ -96,7 +96,7 @@ def test_images_are_loaded_as_bytes_and_come_normalised(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_what_a_sample_draws_comes_from_seed_and_index(workers: int) -> None:
-    shares = [Share(torch.tensor(indices), own=len(indices)) for indices in ([6, 0, 3], [1, 2])]
+    shares = [LocalBatch(torch.tensor(indices), num_real=len(indices)) for indices in ([6, 0, 3], [1, 2])]
     expected = [list(load_batches(Drawn(), shares, seed="0 1")), list(load_batches(Drawn(), shares[1:], seed="0 1"))]
     before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
     loaded = list(load_batches(Drawn(), shares, workers=workers, seed="0 1"))

@@ -165,10 +165,10 @@ def test_shares_are_equally_long_and_count_each_image_once(size: int, processes:
     shares = [local_batch(batch, process=process, processes=processes) for process in range(processes)]
     assert len({len(share) for share in shares}) == 1
     assert processes == 1 or len(shares[0]) >= 2
-    assert sorted(index for share in shares for index in share.indices[: share.own].tolist()) == batch.tolist()
+    assert sorted(index for share in shares for index in share.indices[: share.num_real].tolist()) == batch.tolist()
     assert set(torch.cat([share.indices for share in shares]).tolist()) <= set(batch.tolist())
     for share in shares:
-        assert sum(part.own for part in share.split(2)) == share.own
+        assert sum(part.num_real for part in share.split(2)) == share.num_real
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:

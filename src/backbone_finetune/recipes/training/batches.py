@@ -1,7 +1,8 @@
-"""Which images a step sees, on how many processes ever: a function of the seed and the epoch, and of nothing else."""
+"""Which images a step sees: a function of the seed and the epoch, on any number of processes."""
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ..data.loading import DeviceLoader
 
-__all__ = ["Share", "epoch_batches", "load_batches", "local_batch"]
+__all__ = ["LocalBatch", "epoch_batches", "load_batches", "local_batch"]
 
 
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tuple[Tensor, ...]:
@@ -28,61 +29,61 @@ def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tupl
     return batches[:-1] if len(batches[-1]) == 1 < len(batches) else batches
 
 
-class Share:
-    """One process's part of a batch: ``indices`` of images, of which only the first ``own`` count.
+@dataclass(frozen=True)
+class LocalBatch:
+    """One process's part of a batch: ``indices`` of images, of which only the first ``num_real`` count.
 
-    The processes' shares of a batch are equally long, as what they compute together must be; the images beyond
-    ``own`` are others' images, seen once more without weight.
+    All processes' parts of a batch are equally long, as what they compute together must be; the images after the first
+    ``num_real`` belong to other processes and have no weight.
 
-    >>> share = Share(torch.tensor([4, 7, 4]), own=2)
-    >>> [(part.indices.tolist(), part.own) for part in share.split(2)]
+    >>> batch = LocalBatch(torch.tensor([4, 7, 4]), num_real=2)
+    >>> [(part.indices.tolist(), part.num_real) for part in batch.split(2)]
     [([4, 7], 2), ([4], 0)]
     """
 
-    def __init__(self, indices: Tensor, own: int) -> None:
-        self.indices = indices
-        self.own = own
+    indices: Tensor
+    num_real: int
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def split(self, parts: int) -> "list[Share]":
+    def split(self, parts: int) -> "list[LocalBatch]":
         """Cut into consecutive parts, nearly equal."""
         cut, start = [], 0
         for indices in self.indices.tensor_split(parts):
-            cut.append(Share(indices, min(max(self.own - start, 0), len(indices))))
+            cut.append(LocalBatch(indices, min(max(self.num_real - start, 0), len(indices))))
             start += len(indices)
         return cut
 
 
-def local_batch(batch: Tensor, *, process: int, processes: int) -> Share:
-    """Take a process's share of a batch: together the shares' own images are the batch, each image once.
+def local_batch(batch: Tensor, *, process: int, processes: int) -> LocalBatch:
+    """Take a process's part of a batch: the real images of all parts are the batch, each image once.
 
-    >>> [(share.indices.tolist(), share.own) for share in (
+    >>> [(part.indices.tolist(), part.num_real) for part in (
     ...     local_batch(torch.tensor([5, 6, 7, 8, 9]), process=process, processes=2) for process in (0, 1))]
     [([5, 7, 9], 3), ([6, 8, 5], 2)]
 
-    With several processes no share is shorter than two, which BatchNorm needs to train.
+    With several processes no part is shorter than two, which BatchNorm needs to train.
     """
     if processes == 1:
-        return Share(batch, len(batch))
+        return LocalBatch(batch, len(batch))
     size = max(-(-len(batch) // processes), 2)
     positions = torch.arange(process, process + size * processes, processes, device="cpu")
-    return Share(batch[positions % len(batch)], int((positions < len(batch)).sum()))
+    return LocalBatch(batch[positions % len(batch)], int((positions < len(batch)).sum()))
 
 
 def load_batches(
     data: Dataset[Any],
-    shares: Sequence[Share],
+    shares: Sequence[LocalBatch],
     *,
     device: torch.device | None = None,
     workers: int = 0,
     seed: str | None = None,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Load the images of each share: a batch of ``(inputs..., targets)`` each, on ``device``; see `DeviceLoader`.
+    """Load the images of each local batch: a batch of ``(inputs..., targets)`` each, on ``device``; see `DeviceLoader`.
 
     >>> data = TensorDataset(torch.arange(4.0), torch.arange(4))
-    >>> next(load_batches(data, [Share(torch.tensor([3, 1]), own=2)]))
+    >>> next(load_batches(data, [LocalBatch(torch.tensor([3, 1]), num_real=2)]))
     (tensor([3., 1.]), tensor([3, 1]))
     """
     device = torch.device("cpu") if device is None else device

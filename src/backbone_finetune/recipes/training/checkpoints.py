@@ -28,7 +28,7 @@ from backbone_finetune.verification import digest
 from ..files import replacing
 from ..rng import random_state, restore_random_state
 from ..together import run_on_main
-from .processes import whole
+from .processes import full_tensor
 
 __all__ = [
     "Checkpoint",
@@ -142,7 +142,7 @@ def capture(
         state = get_optimizer_state_dict(model, _unwrap(optimizer), options=options).get("state", {})
     return Checkpoint(
         progress,
-        model={name: whole(tensor) for name, tensor in distinct_tensors(model).items() if name in changed},
+        model={name: full_tensor(tensor) for name, tensor in distinct_tensors(model).items() if name in changed},
         optimizer=state,
         random_states=gather_object([random_state()]),
         scaler={} if accelerator.scaler is None else accelerator.scaler.state_dict(),

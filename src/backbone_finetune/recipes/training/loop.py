@@ -23,14 +23,14 @@ from ..data.images import IGNORED, ImageDataset
 from ..data.targets import check_dataset
 from ..features.dataset import module_inputs
 from ..text import printable
-from .batches import Share, epoch_batches, load_batches, local_batch
+from .batches import LocalBatch, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, capture, load_by_name, open_checkpoints, resume, write_checkpoint
 from .config import TrainerConfig, count
 from .divergence import DivergedError, count_not_finite
 from .losses import sum_losses, sum_weights
 from .phase_data import prepare_data
 from .phases import Phase, make_schedule
-from .processes import communicated_bytes, prepare, release, whole
+from .processes import communicated_bytes, full_tensor, prepare, release
 from .scoring import Score, evaluate
 
 __all__ = ["EpochResult", "TrainerConfig", "fine_tune"]
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Stage:
+class PhaseState:
     """What one phase works with: ``prepared`` is what the accelerator made of ``module``, which is in ``model``."""
 
     model: FineTuneModel
@@ -58,8 +58,8 @@ class Stage:
         """Count the tensors that train and are not finite, of this process: ``()``, fetched by nobody yet."""
         # On features only the classifier's: to name all of a large backbone's tensors takes as long as several steps.
         on_features = self.module is self.model.classifier
-        state = self.module.state_dict(prefix="classifier.") if on_features else self.model.state_dict()
-        return count_not_finite((tensor for name, tensor in state.items() if name in self.changed), device)
+        tensors = self.module.state_dict(prefix="classifier.") if on_features else self.model.state_dict()
+        return count_not_finite((tensor for name, tensor in tensors.items() if name in self.changed), device)
 
 
 def fine_tune(
@@ -67,7 +67,7 @@ def fine_tune(
     train: Dataset[Any],
     test: Dataset[Any],
     phases: Sequence[Phase],
-    loop: TrainerConfig,
+    config: TrainerConfig,
 ) -> list[EpochResult]:
     """Train a model in phases, and prove for each that what is frozen in it did not move.
 
@@ -84,8 +84,8 @@ def fine_tune(
     >>> len(fine_tune(model, images, images, phases, TrainerConfig(Accelerator(cpu=True), show_progress=False)))
     3
 
-    With ``loop.checkpoints``, a run that was killed goes on after its last checkpoint, and on a CPU, as one process,
-    ends with the same weights to the bit: the model must come in as it came in then, and phases and loop be the same.
+    With ``config.checkpoints``, a run that was killed goes on after its last checkpoint, and on a CPU, as one process,
+    ends with the same weights to the bit: the model must come in as it came in then, and phases and config be the same.
 
     Raises:
         AssertionError: a frozen parameter or buffer changed.
@@ -95,10 +95,12 @@ def fine_tune(
     expect("phases", phases, "one Phase or more", len(phases) > 0)
     for name, data in (("train", train), ("test", test)):
         check_dataset(name, data, model.num_classes)
-    if loop.class_weights is not None and model.num_classes is not None:
-        fit = len(loop.class_weights) == model.num_classes
-        expect("class_weights", loop.class_weights, f"one for each of the {model.num_classes} classes", fit)
-    begun, saved = (False, None) if loop.checkpoints is None else open_checkpoints(loop.checkpoints, loop.accelerator)
+    if config.class_weights is not None and model.num_classes is not None:
+        fit = len(config.class_weights) == model.num_classes
+        expect("class_weights", config.class_weights, f"one for each of the {model.num_classes} classes", fit)
+    begun, saved = (
+        (False, None) if config.checkpoints is None else open_checkpoints(config.checkpoints, config.accelerator)
+    )
     progress, changed = Progress(), set[str]()
     if saved is not None:
         progress = saved.progress
@@ -109,21 +111,21 @@ def fine_tune(
             known = {path: progress.skipped[path] for path in map(str, data.folder.paths) if path in progress.skipped}
             data.broken.update(known)
             progress.skipped.update(data.broken)  # named already, by this run or another on the same data
-    if begun and loop.shows:
+    if begun and config.shows:
         done = progress.phase == len(phases)
         logger.info("the training was finished before" if done else f"resuming at {progress.describe()}")
     total = sum(phase.epochs for phase in phases)
     while progress.phase < len(phases):
         phase = phases[progress.phase]
-        with prepared_phase(model, train, test, phase=phase, changed=changed, loop=loop) as stage:
-            report_skipped((train, test), progress, loop)
+        with prepared_phase(model, train, test, phase=phase, changed=changed, config=config) as state:
+            report_skipped((train, test), progress, config)
             if saved is not None:
-                resume(saved, stage.model, stage.optimizer, loop.accelerator)
+                resume(saved, state.model, state.optimizer, config.accelerator)
                 saved = None
             while progress.epoch < phase.epochs:
-                train_epoch(stage, phase, progress, loop, title=f"epoch {len(progress.history) + 1}/{total}")
-                report_skipped((stage.train, stage.test), progress, loop)
-                keep(stage, progress, loop)
+                train_epoch(state, phase, progress, config, title=f"epoch {len(progress.history) + 1}/{total}")
+                report_skipped((state.train, state.test), progress, config)
+                save_checkpoint(state, progress, config)
                 if progress.epoch == 0:  # the next phase's
                     break
     return progress.history
@@ -137,15 +139,15 @@ def prepared_phase(
     *,
     phase: Phase,
     changed: set[str],
-    loop: TrainerConfig,
-) -> Iterator[Stage]:
+    config: TrainerConfig,
+) -> Iterator[PhaseState]:
     """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move."""
-    accelerator = loop.accelerator
+    accelerator = config.accelerator
     model.norm_eval = phase.norm_eval
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
     changed.update(model.state_dict().keys() - model.frozen_names())
     with model.assert_frozen():
-        data = prepare_data(model, train, test, loop)
+        data = prepare_data(model, train, test, config)
         # The model itself goes there as well: after the phase a caller runs it where its inputs are.
         model.to(accelerator.device)
         copied, module = model, data.module
@@ -155,7 +157,7 @@ def prepared_phase(
         groups = copied.param_groups(
             phase.lr, backbone_lr=phase.backbone_lr, weight_decay=phase.weight_decay, layer_decay=phase.layer_decay
         )
-        if loop.shows and accelerator.num_processes > 1:
+        if config.shows and accelerator.num_processes > 1:
             logger.info(
                 "%d processes: each sends %s bytes of gradients per step",
                 accelerator.num_processes,
@@ -164,69 +166,69 @@ def prepared_phase(
         prepared, optimizer = prepare(
             accelerator, module, torch.optim.AdamW([dict(group) for group in groups], fused=True)
         )
-        steps = len(epoch_batches(count(train), loop.batch_size, seed=0, epoch=0))
+        steps = len(epoch_batches(count(train), config.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
-        stage = Stage(copied, module, prepared, optimizer, schedule, changed, data.train, data.test, data.views)
-        if loop.class_weights is not None:
-            stage.class_weights = torch.as_tensor(loop.class_weights, dtype=torch.float32, device=accelerator.device)
-        stage.not_finite = stage.count_not_finite(accelerator.device)
+        state = PhaseState(copied, module, prepared, optimizer, schedule, changed, data.train, data.test, data.views)
+        if config.class_weights is not None:
+            state.class_weights = torch.as_tensor(config.class_weights, dtype=torch.float32, device=accelerator.device)
+        state.not_finite = state.count_not_finite(accelerator.device)
         try:
-            yield stage
+            yield state
         finally:  # who catches the error may train the model again
             release(accelerator, prepared)
         if copied is not model:
-            load_by_name(model, {name: whole(tensor) for name, tensor in copied.state_dict().items()})
+            load_by_name(model, {name: full_tensor(tensor) for name, tensor in copied.state_dict().items()})
 
 
-def train_epoch(stage: Stage, phase: Phase, progress: Progress, loop: TrainerConfig, *, title: str) -> None:
+def train_epoch(state: PhaseState, phase: Phase, progress: Progress, config: TrainerConfig, *, title: str) -> None:
     """Train what is left of an epoch, evaluate, and write down where the run stands; raises as `fine_tune`."""
-    accelerator = loop.accelerator
+    accelerator = config.accelerator
     process, processes = accelerator.process_index, accelerator.num_processes
-    images, epoch = count(stage.train) // stage.views, len(progress.history) + 1
-    batches = epoch_batches(images, loop.batch_size, seed=loop.seed, epoch=epoch)
-    if stage.views > 1:
-        batches = tuple((epoch + batch) % stage.views * images + batch for batch in batches)
+    images, epoch = count(state.train) // state.views, len(progress.history) + 1
+    batches = epoch_batches(images, config.batch_size, seed=config.seed, epoch=epoch)
+    if state.views > 1:
+        batches = tuple((epoch + batch) % state.views * images + batch for batch in batches)
     shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
     # What was summed before a resumption is the main process's; the others begin at nothing.
     before = [progress.loss_sum, progress.correct, progress.seen, progress.weight]
     sums = torch.tensor(before if accelerator.is_main_process else [0.0] * 4, device=accelerator.device)
     loaded_batches = load_batches(
-        stage.train,
+        state.train,
         shares,
         device=accelerator.device,
-        workers=loop.workers_for(stage.train),
-        seed=f"{loop.seed} {epoch}",
+        workers=config.workers_for(state.train),
+        seed=f"{config.seed} {epoch}",
     )
-    stage.prepared.train()
-    with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not loop.shows) as bar:
+    state.prepared.train()
+    with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not config.shows) as bar:
         for share, loaded in zip(shares, loaded_batches, strict=True):
-            stage.schedule.step_update(progress.epoch * len(batches) + progress.step + 1)
-            sums += train_step(stage, share, loaded, len(batches[progress.step]), loop)
+            state.schedule.step_update(progress.epoch * len(batches) + progress.step + 1)
+            sums += train_step(state, share, loaded, len(batches[progress.step]), config)
             progress.step += 1
             progress.steps += 1
             bar.update()
-            if progress.steps % loop.checkpoint_steps == 0 and progress.step < len(batches):
-                fetched = fetch_sums(stage, sums, phase, progress, loop)
+            if progress.steps % config.checkpoint_steps == 0 and progress.step < len(batches):
+                fetched = fetch_sums(state, sums, phase, progress, config)
                 progress.loss_sum, progress.correct, progress.seen, progress.weight = fetched
-                keep(stage, progress, loop)
-        loss_sum, correct, seen, weight = fetch_sums(stage, sums, phase, progress, loop)
-        average_statistics(stage, accelerator)
-        score = evaluate_stage(stage, loop)
+                save_checkpoint(state, progress, config)
+        loss_sum, correct, seen, weight = fetch_sums(state, sums, phase, progress, config)
+        average_statistics(state, accelerator)
+        score = evaluate_state(state, config)
         bar.set_postfix(loss=f"{loss_sum / weight:.3f}", train=f"{correct / seen:.3f}", test=f"{score.accuracy:.3f}")
     result = EpochResult(epoch, loss_sum / weight, correct / seen, score.accuracy, score.balanced_accuracy)
     progress.finish_epoch(result, last_of_phase=progress.epoch + 1 == phase.epochs)
 
 
 def fetch_sums(
-    stage: Stage, sums: Tensor, phase: Phase, progress: Progress, loop: TrainerConfig
+    state: PhaseState, sums: Tensor, phase: Phase, progress: Progress, config: TrainerConfig
 ) -> tuple[float, float, float, float]:
     """Fetch the sums of losses, correct answers, images and weights, of all processes together.
 
     Raises:
         DivergedError: the losses, or what trains, are not finite: no checkpoint is to hold that, to go on with.
     """
-    accelerator = loop.accelerator
-    faults = stage.count_not_finite(accelerator.device) - stage.not_finite
+    accelerator = config.accelerator
+    faults = state.count_not_finite(accelerator.device) - state.not_finite
     loss_sum, correct, seen, weight, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
     if math.isfinite(loss_sum) and not_finite <= 0:
         return loss_sum, correct, seen, weight
@@ -236,11 +238,11 @@ def fetch_sums(
     raise DivergedError(
         f"the training diverged at lr = {phase.lr}: {fault} in epoch {len(progress.history) + 1}; pass "
         "a lower --lr (in Python: Phase(lr=...))",
-        test_accuracy=evaluate_stage(stage, loop).accuracy,
+        test_accuracy=evaluate_state(state, config).accuracy,
     )
 
 
-def report_skipped(data: Sequence[Dataset[Any]], progress: Progress, loop: TrainerConfig) -> None:
+def report_skipped(data: Sequence[Dataset[Any]], progress: Progress, config: TrainerConfig) -> None:
     """Name the images that turned out to be broken since the last call; every process calls it.
 
     Raises:
@@ -249,50 +251,52 @@ def report_skipped(data: Sequence[Dataset[Any]], progress: Progress, loop: Train
     for images in data:
         if not isinstance(images, ImageDataset):
             continue
-        if loop.accelerator.num_processes > 1:
+        if config.accelerator.num_processes > 1:
             for broken in gather_object([images.broken]):
                 images.broken.update(broken)
         for path, problem in images.broken.items():
-            if path not in progress.skipped and loop.accelerator.is_main_process:
+            if path not in progress.skipped and config.accelerator.is_main_process:
                 logger.warning("%s", printable(f"skipped: {problem}"))
         progress.skipped.update(images.broken)
         images.check_classes()
 
 
-def evaluate_stage(stage: Stage, loop: TrainerConfig) -> Score:
+def evaluate_state(state: PhaseState, config: TrainerConfig) -> Score:
     """Evaluate what trains on the test data."""
-    module = loop.accelerator.unwrap_model(stage.prepared)
-    workers = loop.workers_for(stage.test)
-    return evaluate(module, stage.test, batch_size=loop.batch_size, accelerator=loop.accelerator, workers=workers)
+    module = config.accelerator.unwrap_model(state.prepared)
+    workers = config.workers_for(state.test)
+    return evaluate(module, state.test, batch_size=config.batch_size, accelerator=config.accelerator, workers=workers)
 
 
-def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_size: int, loop: TrainerConfig) -> Tensor:
+def train_step(
+    state: PhaseState, share: LocalBatch, loaded: tuple[Tensor, ...], batch_size: int, config: TrainerConfig
+) -> Tensor:
     """Take one step of the optimizer; returns sums of this process, ``(4,)``: losses, correct answers, images, weights.
 
     The gradient is that of the mean loss over the whole batch, whatever the shares: each process sums over its own
     images, and the processes' gradients are averaged. With class weights it is the weighted mean, divided by the sum of
     the weights of the whole batch; without, the weight of an image is 1.
     """
-    accelerator, weights = loop.accelerator, stage.class_weights
+    accelerator, weights = config.accelerator, state.class_weights
     factor: Tensor | float = accelerator.num_processes / batch_size
     if weights is not None:
-        total = accelerator.reduce(sum_weights(loaded[-1][: share.own].to(accelerator.device).long(), weights))
+        total = accelerator.reduce(sum_weights(loaded[-1][: share.num_real].to(accelerator.device).long(), weights))
         factor = accelerator.num_processes / total  # where no image can be read, torch's gradient is 0 all the same
     # Parts of two images at least, which BatchNorm needs to train.
-    count_of_parts = min(loop.accumulation, max(len(share) // 2, 1))
+    count_of_parts = min(config.accumulation, max(len(share) // 2, 1))
     parts = share.split(count_of_parts) if count_of_parts > 1 else [share]
     sums: list[Tensor] = []
-    stage.optimizer.zero_grad()
+    state.optimizer.zero_grad()
     start = 0
     for number, part in enumerate(parts, start=1):
         *inputs, targets = (tensor[start : start + len(part)].to(accelerator.device) for tensor in loaded)
         start += len(part)
         targets = targets.long()
-        with nullcontext() if number == len(parts) else accelerator.no_sync(stage.prepared):
-            logits = stage.prepared(*module_inputs(stage.train, inputs))
-            if part.own < len(part):  # others' images, seen once more
-                logits, targets = logits[: part.own], targets[: part.own]
-            loss = sum_losses(logits, targets, loop, weights)
+        with nullcontext() if number == len(parts) else accelerator.no_sync(state.prepared):
+            logits = state.prepared(*module_inputs(state.train, inputs))
+            if part.num_real < len(part):  # others' images, seen once more
+                logits, targets = logits[: part.num_real], targets[: part.num_real]
+            loss = sum_losses(logits, targets, config, weights)
             # The factor of the mean is where the backward begins, and costs no product of its own. A tensor made of a
             # number would wait for the device.
             gradient = factor.to(loss.dtype) if isinstance(factor, Tensor) else loss.new_full((), factor)
@@ -301,25 +305,25 @@ def train_step(stage: Stage, share: Share, loaded: tuple[Tensor, ...], batch_siz
         seen = (targets != IGNORED).sum()
         weight = seen if weights is None else sum_weights(targets, weights)
         sums.append(torch.stack((loss.detach(), correct, seen, weight)))
-    stage.optimizer.step()
+    state.optimizer.step()
     return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
 
-def average_statistics(stage: Stage, accelerator: Accelerator) -> None:
+def average_statistics(state: PhaseState, accelerator: Accelerator) -> None:
     """Average over the processes what each gathered of its own images: running means and variances that train."""
     if accelerator.num_processes == 1:
         return
-    frozen = stage.model.frozen_names()
-    for name, buffer in stage.model.named_buffers():
+    frozen = state.model.frozen_names()
+    for name, buffer in state.model.named_buffers():
         if name not in frozen and buffer.is_floating_point():
             buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
 
 
-def keep(stage: Stage, progress: Progress, loop: TrainerConfig) -> None:
-    """Write a checkpoint, if the loop has a place for it; all processes take part, and the main one writes."""
-    if loop.checkpoints is None:
+def save_checkpoint(state: PhaseState, progress: Progress, config: TrainerConfig) -> None:
+    """Write a checkpoint, if the config has a place for it; all processes take part, and the main one writes."""
+    if config.checkpoints is None:
         return
-    optimizer = stage.optimizer if progress.epoch or progress.step else None  # the next phase begins with its own
-    checkpoint = capture(progress, stage.model, stage.changed, optimizer, accelerator=loop.accelerator)
-    if loop.accelerator.is_main_process:
-        write_checkpoint(loop.checkpoints, checkpoint)
+    optimizer = state.optimizer if progress.epoch or progress.step else None  # the next phase begins with its own
+    checkpoint = capture(progress, state.model, state.changed, optimizer, accelerator=config.accelerator)
+    if config.accelerator.is_main_process:
+        write_checkpoint(config.checkpoints, checkpoint)

@@ -16,7 +16,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["communicated_bytes", "find_device", "make_accelerator", "prepare", "release", "whole"]
+__all__ = ["communicated_bytes", "find_device", "full_tensor", "make_accelerator", "prepare", "release"]
 
 # One process may compute features or references while the others wait for it.
 PATIENCE = timedelta(hours=6)
@@ -139,10 +139,10 @@ def communicated_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Give the values on all processes together, where a tensor is in parts (FSDP2); all of them must ask.
 
-    >>> whole(torch.ones(2))
+    >>> full_tensor(torch.ones(2))
     tensor([1., 1.])
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

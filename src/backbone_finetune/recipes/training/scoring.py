@@ -64,8 +64,8 @@ def evaluate(
     loaded = load_batches(data, shares, device=accelerator.device, workers=workers)
     for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
         logits = module(*module_inputs(data, inputs))
-        answers.append(logits.argmax(-1)[: share.own])
-        targets.append(batch_targets[: share.own].long())
+        answers.append(logits.argmax(-1)[: share.num_real])
+        targets.append(batch_targets[: share.num_real].long())
     classes, true = logits.shape[-1], torch.cat(targets)
     right = true[torch.cat(answers) == true]
     readable = true[true != IGNORED]
