@@ -126,11 +126,11 @@ def test_a_loss_that_is_not_one_number_per_image_is_refused(loss: Any, came: str
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"class_weights": [1.0, 2.0]}, "class_weights = [1.0, 2.0]: expected one for each of the 3 classes"),
-        ({"class_weights": [1.0, 0.0, 1.0]}, "class_weights = [1.0, 0.0, 1.0]: expected one finite number above 0"),
-        ({"class_weights": [1.0, float("nan"), 1.0]}, "expected one finite number above 0 per class"),
-        ({"class_weights": [[1.0, 1.0, 1.0]]}, "expected one finite number above 0 per class"),
-        ({"label_smoothing": 1.0}, "label_smoothing = 1.0: expected a number from 0 to below 1"),
+        ({"class_weights": [1.0, 2.0]}, "class_weights has 2 entries for 3 classes"),
+        ({"class_weights": [1.0, 0.0, 1.0]}, "class_weights.1\n  Input should be greater than 0"),
+        ({"class_weights": [1.0, float("nan"), 1.0]}, "class_weights.1\n  Input should be a finite number"),
+        ({"class_weights": [[1.0, 1.0, 1.0]]}, "class_weights.0\n  Input should be a valid number"),
+        ({"label_smoothing": 1.0}, "label_smoothing\n  Input should be less than 1"),
         (
             {"loss": cross_entropy, "class_weights": WEIGHTS},
             "loss and class_weights or label_smoothing were both given",

@@ -339,18 +339,18 @@ def test_mixed_precision_leaves_no_trace_in_the_model() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "accumulation", "checkpoint_steps"])
-def test_a_loop_refuses_what_it_cannot_do(name: str) -> None:
-    for value in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match=rf"{name} = {value}: expected a whole number from 1"):
+@pytest.mark.parametrize("name", ["batch_size", "accumulation", "checkpoint_steps", "views"])
+def test_a_config_names_the_number_that_is_out_of_range(name: str) -> None:
+    for value in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=rf"{name}\n +Input should be .*input_value={value}"):
             TrainerConfig(ACCELERATOR, **{name: value})
-    with pytest.raises(ValueError, match="seed = -1: expected a whole number from 0"):
+    with pytest.raises(ValueError, match=r"seed\n +Input should be greater than or equal to 0 .*input_value=-1"):
         TrainerConfig(ACCELERATOR, seed=-1)
 
 
 def test_no_phases_and_no_images_are_refused() -> None:
     none: Any = TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0))
-    with pytest.raises(ValueError, match=r"phases = \[\]: expected one Phase or more"):
+    with pytest.raises(ValueError, match="phases is empty; pass one Phase or more"):
         fine_tune(make_model(), make_images(), make_images(), [], TrainerConfig(ACCELERATOR))
     for data, name in ((none, "train"), (make_images(), "test")):
         with pytest.raises(ValueError, match=rf"len\({name}\) = 0: expected one image or more"):

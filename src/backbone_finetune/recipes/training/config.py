@@ -1,16 +1,17 @@
 """How to train, whatever the phases: on which processes, by which batches, kept where."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
 from accelerate import Accelerator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
+from typing_extensions import Self
 
-from ..checking import expect, is_whole
+from ..checking import NotNegative, Positive, Whole
 from ..data.loading import default_workers
 from ..features.cache import FeatureCache
 from ..features.compiled import Compile
@@ -18,7 +19,13 @@ from ..features.compiled import Compile
 __all__ = ["TrainerConfig", "count"]
 
 
-@dataclass(frozen=True)
+ClassWeights = Annotated[
+    tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...],
+    BeforeValidator(lambda weights: weights.tolist() if isinstance(weights, Tensor) else weights),
+]
+
+
+@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
 class TrainerConfig:
     """How to train, whatever the phases: on which processes, by which batches, kept where.
 
@@ -44,39 +51,30 @@ class TrainerConfig:
     """
 
     accelerator: Accelerator
-    batch_size: int = 32
-    accumulation: int = 1
-    seed: int = 0
+    batch_size: Positive = 32
+    accumulation: Positive = 1
+    seed: Whole = 0
     checkpoints: Path | None = None
     # A step of a whole network takes 0.1 to 1 s, so a killed run loses minutes at most; a step of a classifier on
     # features takes under a millisecond, so that a checkpoint of some 10 ms costs it about 1 %.
-    checkpoint_steps: int = 1000
+    checkpoint_steps: Positive = 1000
     caches: tuple[FeatureCache, FeatureCache] | None = None
     autocast_features: bool = True
-    workers: int | None = None
+    workers: Whole | None = None
     compile: Compile | None = None
-    memory_share: float = FeatureCache.memory_share
+    memory_share: NotNegative = FeatureCache.memory_share
     cache_features: bool = True
-    views: int = 1
-    class_weights: Sequence[float] | Tensor | None = None
-    label_smoothing: float = 0.0
+    views: Positive = 1
+    class_weights: ClassWeights | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
     show_progress: bool = True
 
-    def __post_init__(self) -> None:
-        """See that each number is in its range."""
-        for name in ("batch_size", "accumulation", "checkpoint_steps", "views"):
-            value = getattr(self, name)
-            expect(name, value, "a whole number from 1", is_whole(value, least=1))
-        expect("seed", self.seed, "a whole number from 0", is_whole(self.seed))
-        smoothing = self.label_smoothing
-        expect("label_smoothing", smoothing, "a number from 0 to below 1", 0 <= smoothing < 1)
-        if self.class_weights is not None:
-            weights = torch.as_tensor(self.class_weights, dtype=torch.float32, device="cpu")
-            fit = weights.ndim == 1 and bool((weights.isfinite() & (weights > 0)).all())
-            expect("class_weights", self.class_weights, "one finite number above 0 per class", fit)
-        if self.loss is not None and (self.class_weights is not None or smoothing):
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.loss is not None and (self.class_weights is not None or self.label_smoothing):
             raise ValueError("loss and class_weights or label_smoothing were both given; weigh and smooth in your loss")
+        return self
 
     def workers_for(self, data: Dataset[Any]) -> int:
         """Choose how many processes load a dataset."""

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 
-from ..checking import expect
 from ..data.images import IGNORED, ImageDataset
 from ..data.targets import check_dataset
 from ..features.dataset import module_inputs
@@ -92,12 +91,12 @@ def fine_tune(
         DivergedError: an epoch's loss, or what it trained, is not finite; a ValueError.
         ValueError: there are no phases or no images, or nothing trains.
     """
-    expect("phases", phases, "one Phase or more", len(phases) > 0)
+    if not phases:
+        raise ValueError("phases is empty; pass one Phase or more")
     for name, data in (("train", train), ("test", test)):
         check_dataset(name, data, model.num_classes)
-    if config.class_weights is not None and model.num_classes is not None:
-        fit = len(config.class_weights) == model.num_classes
-        expect("class_weights", config.class_weights, f"one for each of the {model.num_classes} classes", fit)
+    if config.class_weights is not None and model.num_classes not in {None, len(config.class_weights)}:
+        raise ValueError(f"class_weights has {len(config.class_weights)} entries for {model.num_classes} classes")
     begun, saved = (
         (False, None) if config.checkpoints is None else open_checkpoints(config.checkpoints, config.accelerator)
     )
