@@ -1,0 +1,21 @@
+"""The libraries take seconds to import: their tests are looked at only where the marker `clients` is asked for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from torch.utils.data import TensorDataset
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    return True if "not clients" in config.option.markexpr else None
+
+
+@pytest.fixture
+def images() -> TensorDataset:
+    from client_loops import small_images  # noqa: PLC0415  # not where nothing of this folder runs
+
+    return small_images()

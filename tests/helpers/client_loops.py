@@ -1,0 +1,90 @@
+"""What the tests of clients share: the README's recipes, small images and models, and a plain loop to compare with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.functional import pil_to_tensor
+
+import backbone_finetune
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.commands.setup import CLIPART
+from backbone_finetune.recipes.data.images import read_image
+
+README = Path(backbone_finetune.__file__).parent / "recipes" / "README.md"
+CLASSES = ("bird", "clothing", "vehicle")
+BATCH_SIZE = 6
+EPOCHS = 3
+
+
+def recipe(title: str, **given: Any) -> dict[str, Any]:
+    """Run the README's code under a title, with the names that it takes for given; returns all names that are left."""
+    names = {"__name__": "recipe", **given}
+    exec(compile(recipe_code(title), str(README), "exec"), names)
+    return names
+
+
+def recipe_titles() -> list[str]:
+    return re.findall(r"^### (.*)$", _own_loops(), flags=re.MULTILINE)
+
+
+def _own_loops() -> str:
+    return README.read_text(encoding="utf-8").split("\n## In your own loop\n")[1]
+
+
+def recipe_code(title: str) -> str:
+    section = _own_loops().split(f"\n### {title}\n")[1].split("\n#")[0]
+    (code,) = re.findall(r"^```py\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+    return code
+
+
+def small_images() -> TensorDataset:
+    """Eight images of each of three classes of the packaged clipart, 32 pixels, the classes in turn."""
+    files = [sorted((CLIPART / name).iterdir())[index] for index in range(8) for name in CLASSES]
+    pixels = torch.stack([pil_to_tensor(read_image(file).resize((32, 32))) for file in files])
+    return TensorDataset(pixels / 127.5 - 1, torch.arange(len(files)) % len(CLASSES))
+
+
+def small_model(architecture: str = "test_resnet", **arguments: Any) -> FineTuneModel:
+    """The same random weights each time, with running statistics that are not those of a new network."""
+    torch.manual_seed(0)
+    model = FineTuneModel.from_timm(architecture, num_classes=len(CLASSES), **arguments).train()
+    with torch.no_grad():
+        model(small_images().tensors[0])
+    return model
+
+
+def make_optimizer(model: FineTuneModel) -> torch.optim.Optimizer:
+    """One for all phases; weight decay would move whatever it holds and should not."""
+    return torch.optim.AdamW(model.param_groups(lr=1e-2, backbone_lr=1e-3, weight_decay=0.1, include_frozen=True))
+
+
+def train_plainly(
+    model: FineTuneModel,
+    images: TensorDataset,
+    groups_at: Callable[[int], int] = lambda epoch: 0,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    epochs: int = EPOCHS,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+) -> FineTuneModel:
+    """The loop that a client's result should equal: in each epoch `groups_at(epoch)` layer groups train."""
+    optimizer = optimizer or make_optimizer(model)
+    for epoch in range(epochs):
+        model.freeze_backbone(trainable_groups=groups_at(epoch)).train()
+        for inputs, targets in DataLoader(images, BATCH_SIZE):
+            optimizer.zero_grad()
+            loss(model(inputs), targets).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def assert_equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor], *, atol: float = 0.0) -> None:
+    """All tensors by name, to the bit unless a tolerance is given."""
+    torch.testing.assert_close(dict(state), dict(other), rtol=0.0, atol=atol)
