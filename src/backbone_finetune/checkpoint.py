@@ -1,4 +1,4 @@
-"""safetensors in, safetensors out."""
+"""Write and read checkpoints in the safetensors format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .eval_caches import clear_caches
 _FORMAT = {"format": "backbone-finetune", "format_version": "1"}
 
 
-_DTYPES = {  # safetensors' names; what else there is, no network of ours has
+_DTYPES = {  # by safetensors' names; no network here has others
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -34,7 +34,7 @@ _DTYPES = {  # safetensors' names; what else there is, no network of ours has
 
 
 class Layout(NamedTuple):
-    """Shape and dtype of a tensor that is still in its file.
+    """Shape and dtype of a tensor in a file.
 
     >>> Layout((2, 3), torch.float32).shape
     (2, 3)
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
 
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write the parameters and persistent buffers of a model, and text about them, to a `.safetensors` file.
+    """Write the parameters and persistent buffers of a model, and metadata, to a ``.safetensors`` file.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -54,7 +54,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], metadata: Ma
     >>> sorted(tensors), metadata
     (['bias', 'weight'], {'architecture': 'none'})
 
-    The file appears whole or not at all: it is written under a temporary name beside it and moved into place.
+    The write is atomic: the file is written under a temporary name in the same folder and then renamed.
     """
     save_tensors(distinct_tensors(model), path, metadata)
 
@@ -62,7 +62,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], metadata: Ma
 def save_tensors(
     tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors by name, no two of which share memory, as `save_checkpoint` writes those of a model.
+    """Write tensors by name, as ``save_checkpoint`` does. No two of them may share memory.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def save_tensors(
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.touch()
-    mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
+    mode = temporary.stat().st_mode  # from the umask; safetensors' own files are readable by their owner only
     try:
         save_file(contiguous, temporary, metadata={**metadata, **_FORMAT})
         os.chmod(temporary, mode)
@@ -87,16 +87,20 @@ def save_tensors(
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a file that `save_checkpoint` wrote; see there for an example.
+    """Read the tensors and the metadata of a file that ``save_checkpoint`` wrote; see there for an example.
 
-    Raises FileNotFoundError, or ValueError for a file that is truncated or not ours. Nothing in a file is executed.
+    Nothing in a file is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, or not a checkpoint of this package.
     """
     with _opened(Path(path)) as (opened, metadata):
         return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118 (no mapping)
 
 
 def peek_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Layout], dict[str, str]]:
-    """Read the layouts of the tensors and the metadata of a file, but no tensor, however large it says it is.
+    """Read the metadata of a file and the layouts of its tensors, but no tensor.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -104,7 +108,7 @@ def peek_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Layout], di
     ...     peek_checkpoint(f"{folder}/model.safetensors")
     ({'weight': Layout(shape=(1, 2), dtype=torch.float32)}, {})
 
-    Raises as `read_checkpoint` does.
+    Raises the errors of ``read_checkpoint``, and ValueError for an unknown dtype.
     """
     layouts: dict[str, Layout] = {}
     with _opened(Path(path)) as (opened, metadata):
@@ -112,21 +116,21 @@ def peek_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Layout], di
             part = opened.get_slice(name)
             if part.get_dtype() not in _DTYPES:
                 raise ValueError(
-                    f"{path}: {name[:80]!r} is of dtype {part.get_dtype()}; known are {', '.join(_DTYPES)}."
+                    f"{path}: {name[:80]!r} has dtype {part.get_dtype()}; known dtypes are {', '.join(_DTYPES)}."
                 )
             layouts[name] = Layout(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
     return layouts, metadata
 
 
 def check_fit(model: nn.Module, layouts: Mapping[str, Layout | torch.Tensor]) -> None:
-    """Raise ValueError unless tensors of these layouts are all that a model has, no more and no less, by name.
+    """Raise ValueError unless the names and layouts are exactly those of a model's tensors.
 
     >>> check_fit(nn.Linear(2, 1, device="meta"), {"weight": Layout((1, 2), torch.float16)})
     Traceback (most recent call last):
     ...
     ValueError: the tensors do not fit the Linear: bias is missing; load them into the architecture ...
 
-    Floating-point tensors of any precision fit one another. The model may be on the meta device.
+    Floating-point tensors match in any precision. The model may be on the meta device.
     """
     own = distinct_tensors(model)
     faults = [f"{name} is missing" for name in own if name not in layouts]
@@ -137,7 +141,7 @@ def check_fit(model: nn.Module, layouts: Mapping[str, Layout | torch.Tensor]) ->
         if tuple(layouts[name].shape) != tuple(tensor.shape):
             faults.append(f"{name} has shape {tuple(layouts[name].shape)}, not {tuple(tensor.shape)}")
         elif _kind(layouts[name].dtype) != _kind(tensor.dtype):
-            faults.append(f"{name} is of {layouts[name].dtype}, not {tensor.dtype}")
+            faults.append(f"{name} has dtype {layouts[name].dtype}, not {tensor.dtype}")
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(
@@ -147,7 +151,7 @@ def check_fit(model: nn.Module, layouts: Mapping[str, Layout | torch.Tensor]) ->
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy tensors into a model by name, all of them or none.
+    """Copy tensors into a model by name, either all of them or none.
 
     >>> model = nn.Linear(2, 1)
     >>> load_tensors(model, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
@@ -156,7 +160,8 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     ...
     ValueError: the tensors do not fit the Linear: weight has shape (3, 2), not (1, 2)...
 
-    Raises ValueError for missing, unexpected or misshapen tensors.
+    Raises:
+        ValueError: a tensor is missing, unexpected, or has another shape or kind of dtype.
     """
     check_fit(model, tensors)
     with torch.no_grad():
@@ -166,7 +171,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Give the state dict of a model, tied tensors once: what a file of it holds.
+    """Return the state dict of a model with each tied tensor once, as it is written to a file.
 
     >>> sorted(distinct_tensors(nn.Linear(2, 1)))
     ['bias', 'weight']
@@ -182,7 +187,7 @@ def distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Open a file of ours: gives safetensors' handle, and the metadata without the marks of the format."""
+    """Open a checkpoint; yields safetensors' handle, and the metadata without the entries of the format."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; pass the model.safetensors that a training run wrote.")
     try:
@@ -191,7 +196,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
             if metadata.get("format") != _FORMAT["format"]:
                 raise ValueError(
                     f"{path}: a safetensors file, but not one of backbone-finetune; pass the model.safetensors that a "
-                    "training run wrote (weights of other origin go to `train --checkpoint`)."
+                    "training run wrote (for other weights use `train --checkpoint`)."
                 )
             if metadata.get("format_version") != _FORMAT["format_version"]:
                 raise ValueError(
@@ -200,9 +205,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
                 )
             yield opened, {name: text for name, text in metadata.items() if name not in _FORMAT}
     except SafetensorError as error:
-        reason = " ".join(str(error)[:200].split())  # it repeats what it found, newlines too
+        reason = " ".join(str(error)[:200].split())  # it quotes the file, including newlines
         raise ValueError(
-            f"{path}: no safetensors file, or a truncated one ({reason}); copy or train it again."
+            f"{path}: not a safetensors file, or a truncated one ({reason}); copy or train it again."
         ) from error
 
 

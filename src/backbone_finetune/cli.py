@@ -1,4 +1,4 @@
-"""The command line: arguments in, recipes called, errors as one line. No logic of its own."""
+"""The command line: parse arguments, call recipes, and print errors as one line."""
 
 import argparse
 import logging
@@ -31,7 +31,7 @@ PROGRAM = "backbone-finetune"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, as all errors of this command line are."""
+    """An argument parser that prints errors as one line."""
 
     def error(self, message: str) -> NoReturn:
         """Print the line and exit with status 2."""
@@ -39,10 +39,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line: returns 0, or 2 for a mistake of the user's, 130 when interrupted.
+    """Run the command line.
 
     >>> main(["predict", "no such model", "tom.jpg"])
     2
+
+    Args:
+        arguments: the arguments. Default: those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for a user error, or 130 if interrupted.
     """
     print_any_name()
     try:
@@ -51,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status: int = options.run_command(options)
         sys.stdout.flush()
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        if isinstance(error, BrokenPipeError):  # `... | head` has read enough
+        if isinstance(error, BrokenPipeError):  # the reader, e.g. `| head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        # Of several processes, only the first prints. A RANK without a WORLD_SIZE is not one of several.
+        # Of several processes, only the first prints. RANK without WORLD_SIZE means a single process.
         if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
             message = describe_fault(error) if isinstance(error, ValidationError) else str(error)
             print(f"{PROGRAM}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
@@ -66,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class LogHandler(logging.Handler):
-    """Print the library's log as plain lines: information on stdout, warnings on stderr."""
+    """Print the library's log messages: information on stdout, warnings on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
@@ -76,7 +82,7 @@ class LogHandler(logging.Handler):
 
 @contextmanager
 def show_log() -> Iterator[None]:
-    """Print what the library logs in the block, and leave logging as it was after it."""
+    """Print the library's log messages in the block, and restore the logging configuration after it."""
     logger, handler = logging.getLogger("backbone_finetune"), LogHandler()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -91,7 +97,7 @@ def show_log() -> Iterator[None]:
 
 
 def build_parser() -> Parser:
-    """Describe the arguments."""
+    """Build the parser of all commands."""
     parser = Parser(prog=PROGRAM, description="Fine-tune any timm network with its backbone frozen.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands.add_parser("train", help="train a classifier on images"))
@@ -102,24 +108,24 @@ def build_parser() -> Parser:
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of `train`."""
+    """Add the arguments of ``train``."""
     settings = TrainSettings()
     parser.description = (
-        "Train a classifier on images, above a frozen backbone. With no arguments: on the packaged clipart (ten "
-        "classes), above EfficientNet-Lite0 with packaged ImageNet weights; nothing is downloaded. A run that was "
-        "stopped goes on where it was when the same command is given again."
+        "Train a classifier on images, on a frozen backbone. Without arguments: on the packaged clipart (ten "
+        "classes), with EfficientNet-Lite0 and its packaged ImageNet weights; nothing is downloaded. To resume a "
+        "stopped run, give the same command again."
     )
-    # No defaults here: what was not given must not be in the way of --phases and --run.
+    # No defaults here: only options that were given conflict with --phases and --run.
     add, switch = parser.add_argument, partial(parser.add_argument, action="store_true", default=None)
     add(
         "images",
         nargs="?",
         type=Path,
         metavar="DATA",
-        help="a folder with a sub-folder of images per class, or with train, val and test of these; or a table of "
-        "path, label and, optionally, split (.csv, .tsv)",
+        help="a folder with a sub-folder of images per class, or with train, val and test of such folders; or a table "
+        "with the columns path, label and, optionally, split (.csv, .tsv)",
     )
-    add("--validation", type=Path, metavar="DATA", help="images to test on where there is no --test")
+    add("--validation", type=Path, metavar="DATA", help="images to test on if --test is not given")
     add(
         "--test", type=Path, metavar="DATA", help="images to test on (default: DATA's test, else its val, else a share)"
     )
@@ -133,51 +139,51 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     text = "timm's pretrained weights, from the hub"
     weights.add_argument("--pretrained", action="store_true", default=None, help=text)
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file")
-    add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table each, for several phases")
-    one_phase = parser.add_argument_group("one phase (what --phases says of several)")
+    add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table for each phase")
+    one_phase = parser.add_argument_group("one phase (for several, use --phases)")
     add_numbers(
         one_phase,
         Phase(),
         ("epochs", "N", ""),
-        ("trainable_groups", "N", "layer groups of the backbone that train too, from the output; "),
+        ("trainable_groups", "N", "number of last layer groups of the backbone that train; "),
         ("lr", "RATE", ""),
         ("backbone_lr", "RATE", ""),
-        ("layer_decay", "SHARE", "of each layer's rate that the one before it gets; "),
+        ("layer_decay", "FACTOR", "factor on the rate for each layer towards the input; "),
         ("weight_decay", "W", ""),
-        ("warmup_epochs", "N", "in which the rates rise from 0, or a fraction of one; "),
+        ("warmup_epochs", "N", "epochs, or a fraction of one, in which the rates rise from 0; "),
     )
     one_phase.add_argument("--cosine", action="store_true", default=None, help="let the rates fall to 0 at the end")
     one_phase.add_argument(
         "--norm-eval",
         action=argparse.BooleanOptionalAction,
-        help="keep running statistics fixed where weights train (default: yes; no for random weights)",
+        help="keep running statistics fixed even if weights train (default: yes; no for random weights)",
     )
-    add("--run", type=Path, metavar="FILE", help="a run.json: do that run again, into another folder")
+    add("--run", type=Path, metavar="FILE", help="a run.json: repeat that run, into another folder")
     add_numbers(
         parser,
         settings,
         ("seed", "S", ""),
-        ("batch_size", "N", "images in a step, on all processes together; "),
-        ("accumulation", "N", "parts of a batch, where it is too large for the memory; "),
-        ("checkpoint_steps", "N", "write a checkpoint so often, and after each epoch; "),
+        ("batch_size", "N", "images per step, in all processes together; "),
+        ("accumulation", "N", "split each batch into N parts, to save memory; "),
+        ("checkpoint_steps", "N", "write a checkpoint every N steps, and after each epoch; "),
     )
     add(
         "--class-weights",
         choices=("balanced",),
-        help="weigh the loss of an image by N / (K * count), of N images in K classes and those of its class",
+        help="weight the loss of each image by N / (K * images of its class), for N images in K classes",
     )
-    add_numbers(parser, settings, ("label_smoothing", "SHARE", "of each target, spread evenly over all classes; "))
+    add_numbers(parser, settings, ("label_smoothing", "SHARE", "share of each target spread over all classes; "))
     add("--workers", type=int, metavar="N", help="processes that load images (default: by cores and images)")
     add(
         "--cache",
         choices=("auto", "memory", "disk", "off"),
-        help="where what is frozen is kept for each image; off runs the whole model in every step (default: auto)",
+        help="where to cache the frozen features; off runs the whole model in every step (default: auto)",
     )
-    add("--views", type=int, metavar="K", help="cache K augmented views of each training image (default: 1, as it is)")
+    add("--views", type=int, metavar="K", help="cache K augmented views of each training image (default: 1, unchanged)")
     add(
         "--compile",
         choices=("inductor", "openvino"),
-        help="compile the frozen backbone; openvino (an extra) pays on a CPU from some 5,000 images on",
+        help="compile the frozen backbone; openvino (an extra) is faster on a CPU from about 5,000 images",
     )
     add("--output", type=Path, metavar="DIR", help=f"default: {settings.output}")
     add(
@@ -190,14 +196,14 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         choices=("no", "fp16", "bf16"),
         help="default: the launcher's, or no; unless no is given, features are in bf16 where that is faster",
     )
-    switch("--trainable-only", help="write only what training changed; loading then takes the base")
-    switch("--baselines", help="train on a random backbone and on raw pixels too, to compare (the clipart: always)")
+    switch("--trainable-only", help="write only the tensors that training changed; loading needs the base weights")
+    switch("--baselines", help="also train on a random backbone and on raw pixels, to compare (always for the clipart)")
     switch("--overwrite", help="replace a finished model, or another run, in the output folder")
     parser.set_defaults(run_command=run_train)
 
 
 def add_numbers(parser: argparse._ActionsContainer, settings: object, *options: tuple[str, str, str]) -> None:
-    """Add options for numbers of some settings, each ``(name, metavar, help)``, of the type and default there."""
+    """Add numeric options ``(name, metavar, help)``, with the types and defaults of ``settings``."""
     for name, metavar, text in options:
         default = getattr(settings, name)
         read, shown = (float, "none") if default is None else (type(default), default)
@@ -205,25 +211,25 @@ def add_numbers(parser: argparse._ActionsContainer, settings: object, *options: 
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of `predict`."""
+    """Add the arguments of ``predict``."""
     parser.description = (
-        "Name the likeliest classes of images, by a model that `train` wrote. What can't be read is named and "
-        "counted, and the exit status is then 2."
+        "Print the most likely classes of images, with a model that `train` wrote. Images that cannot be read are "
+        "listed and counted, and the exit status is then 2."
     )
     add_inference(parser)
     add = parser.add_argument
-    add("images", type=Path, nargs="+", metavar="IMAGE", help="an image, or a folder of them, however deep")
+    add("images", type=Path, nargs="+", metavar="IMAGE", help="an image, or a folder of images at any depth")
     add("--top-k", type=int, default=3, metavar="K", help="classes for each image (default: %(default)s)")
-    add("--csv", type=Path, metavar="FILE", help="write the answers to a CSV file as well")
-    add("--json", type=Path, metavar="FILE", help="write the answers to a JSON file as well")
+    add("--csv", type=Path, metavar="FILE", help="also write the predictions to a CSV file")
+    add("--json", type=Path, metavar="FILE", help="also write the predictions to a JSON file")
     parser.set_defaults(run_command=run_predict)
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of `evaluate`."""
+    """Add the arguments of ``evaluate``."""
     parser.description = (
         "Measure a model that `train` wrote on images of known classes: accuracy, precision and recall by class, and "
-        "which class was taken for which."
+        "a confusion matrix."
     )
     add_inference(parser)
     add = parser.add_argument
@@ -231,52 +237,52 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "images",
         type=Path,
         metavar="DATA",
-        help="a folder with a sub-folder per class, named as the model's classes; or a table; of parts, the test",
+        help="a folder with a sub-folder for each of the model's classes, or a table; a test split in it is used alone",
     )
     add(
         "--output",
         type=Path,
         default=Path("evaluation"),
         metavar="DIR",
-        help="where evaluation.json and confusion.png go (default: %(default)s)",
+        help="folder for evaluation.json and confusion.png (default: %(default)s)",
     )
     parser.set_defaults(run_command=run_evaluate)
 
 
 def add_inference(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments that say which model runs, where, and on how many images at once."""
+    """Add the arguments for the model, the device and the batch size."""
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="the model.safetensors that `train` wrote")
     add(
         "--base",
         type=Path,
         metavar="FILE",
-        help="the weights that a model of --trainable-only was trained on, where they are not found by themselves",
+        help="the base weights of a model of --trainable-only, if they are not found automatically",
     )
-    add("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)")
+    add("--batch-size", type=int, default=32, metavar="N", help="images per batch (default: %(default)s)")
     add("--workers", type=int, metavar="N", help="processes that read images (default: by cores and images)")
     add("--tta", action="store_true", help="average over each image and its mirror image, at twice the cost")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ... (default: %(default)s)")
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of `inspect`."""
+    """Add the arguments of ``inspect``."""
     parser.description = (
-        "Print the layer groups, parameters and cost (floating-point operations of one image's forward pass) of an "
-        "architecture of timm, or of a trained model and what of it is frozen. Nothing is downloaded."
+        "Print the layer groups, parameters and cost (floating-point operations of a forward pass of one image) of an "
+        "architecture of timm, or of a trained model and which of its groups are frozen. Nothing is downloaded."
     )
     parser.add_argument("network", metavar="NAME|MODEL", help="an architecture, or the model.safetensors of `train`")
     parser.add_argument(
         "--trainable-groups",
         type=int,
         metavar="N",
-        help="print too what can be cached while the last N layer groups of an architecture train; this runs it",
+        help="also print what can be cached while the last N layer groups of an architecture train; this runs it",
     )
     parser.set_defaults(run_command=run_inspect)
 
 
 def run_train(options: argparse.Namespace) -> int:
-    """Carry out `train`; a run to repeat and something that it says itself is a ValueError."""
+    """Run ``train``; raise ValueError for --run with an option that the recorded run already has."""
     names = [field.name for field in fields(TrainSettings)]
     given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     if options.run is None:
@@ -289,8 +295,8 @@ def run_train(options: argparse.Namespace) -> int:
         ):
             option = {"images": "DATA", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(
-                f"{option} and --run {options.run} were both given; the file says all but --output, --overwrite, "
-                "--device, --baselines, --workers and --cache"
+                f"{option} and --run {options.run} were both given; the file has all options except --output, "
+                "--overwrite, --device, --baselines, --workers and --cache"
             )
     settings, recorded = read_run(options.run)
     train(replace(settings, **given), recorded=recorded)
@@ -298,7 +304,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
-    """Take the phases of a file, or one phase of the options that were given; both is a ValueError."""
+    """Return the phases of a file, or one phase from the options; raise ValueError if both were given."""
     names = [field.name for field in fields(Phase)]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.phases is None:
@@ -310,7 +316,7 @@ def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
 
 
 def load_model(options: argparse.Namespace) -> TrainedModel:
-    """Load the model that was named, onto the device that was."""
+    """Load the given model onto the given device."""
     device = find_device(options.device)
     trained = load_trained_model(options.model, base=options.base)
     trained.model.to(device)
@@ -318,9 +324,9 @@ def load_model(options: argparse.Namespace) -> TrainedModel:
 
 
 def run_predict(options: argparse.Namespace) -> int:
-    """Carry out `predict`: a line for each image, and status 2 when one could not be read."""
+    """Run ``predict``: print a line for each image; raise ValueError if one could not be read."""
     if options.csv is not None and options.json is not None and options.csv.resolve() == options.json.resolve():
-        raise ValueError(f"--csv and --json are both {options.csv}; give each a file of its own")
+        raise ValueError(f"--csv and --json are both {options.csv}; use a separate file for each")
     paths = list_images(options.images)
     trained = load_model(options)
     predictions = predict(
@@ -344,7 +350,7 @@ def run_predict(options: argparse.Namespace) -> int:
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
-    """Carry out `evaluate`: a table by class, and a line for each image that was left out."""
+    """Run ``evaluate``: print a table by class, and a line for each image that was skipped."""
     trained = load_model(options)
     evaluation = evaluate_folder(
         trained, options.images, batch_size=options.batch_size, workers=options.workers, tta=options.tta
@@ -357,7 +363,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    """Carry out `inspect`: a name of timm has no suffix of a file."""
+    """Run ``inspect`` on a model file, or else on the name of an architecture."""
     path, groups = Path(options.network), options.trainable_groups
     if path.suffix == ".safetensors" or path.is_file():
         if groups is not None:

@@ -1,4 +1,4 @@
-"""What DistributedDataParallel and FSDP2 would do wrong without a message."""
+"""Checks for DistributedDataParallel, and resharding for FSDP2."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# The reducer of a wrapper keeps its parameters for good, so they are looked up once.
+# The parameters of a wrapper's reducer never change, so they are looked up once.
 _frozen_at_wrap: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
 
 
 def active_wrapper() -> DistributedDataParallel | None:
-    """Give the DistributedDataParallel whose forward is running.
+    """Return the DistributedDataParallel whose forward is running, or None.
 
     >>> active_wrapper() is None
     True
     """
-    # A private attribute, but the compiler reads it for the same end; a test fails if torch drops it.
+    # A private attribute, which torch's compiler also reads; a test fails if torch removes it.
     return getattr(DistributedDataParallel, "_active_ddp_module", None)
 
 
 def check_calls_of(*parts: nn.Module) -> None:
-    """Where there are several processes, let each part look for itself at what was unfrozen when it is called.
+    """If there are several processes, register a hook on each part that runs ``check_active_wrapper``.
 
     >>> check_calls_of(nn.Linear(2, 2))
 
-    A module around the model may call ``model.backbone`` and ``model.classifier`` and never the model.
+    A module around the model may call ``model.backbone`` and ``model.classifier`` without calling the model.
     """
     if dist.is_available() and dist.is_initialized():
         for part in parts:
@@ -42,7 +42,7 @@ def _check_before_forward(module: nn.Module, inputs: object) -> None:
 
 
 def check_active_wrapper() -> None:
-    """Raise RuntimeError in a forward within DistributedDataParallel when what it took for frozen trains.
+    """Raise RuntimeError in a DistributedDataParallel forward if parameters were unfrozen after wrapping.
 
     >>> check_active_wrapper()
     """
@@ -51,22 +51,22 @@ def check_active_wrapper() -> None:
 
 
 @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-    reason="what trains is compared at each forward within DistributedDataParallel"
+    reason="each forward in DistributedDataParallel checks for parameters that were unfrozen after wrapping"
 )
 def check_unfrozen_since(wrapper: DistributedDataParallel) -> None:
-    """Raise RuntimeError when parameters train that were frozen when they were wrapped.
+    """Raise RuntimeError if parameters train that were frozen when they were wrapped.
 
     >>> wrapper = active_wrapper()
     >>> if wrapper is not None and torch.is_grad_enabled():
     ...     check_unfrozen_since(wrapper)
 
-    DistributedDataParallel averages the gradients of the parameters that train when it wraps them, and never looks
-    again: the others would take each process's own gradients, and the replicas drift apart.
+    DistributedDataParallel averages only the gradients of parameters that require gradients at construction. Others
+    would use the gradients of their own process, and the replicas would drift apart.
     """
     if wrapper not in _frozen_at_wrap:
         buckets = wrapper.reducer._get_zeros_like_grad_buckets()
         averaged = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
-        # Without what the user told DistributedDataParallel to ignore.
+        # Parameters that the user told DistributedDataParallel to ignore are not among them.
         _frozen_at_wrap[wrapper] = [p for p in wrapper._module_parameters if id(p) not in averaged]
     if any(parameter.requires_grad for parameter in _frozen_at_wrap[wrapper]):
         unfrozen = {id(parameter) for parameter in _frozen_at_wrap[wrapper] if parameter.requires_grad}
@@ -80,14 +80,14 @@ def check_unfrozen_since(wrapper: DistributedDataParallel) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let the modules that `fully_shard` took over show their own parameters again.
+    """Reshard all FSDP2 modules, so that ``parameters()`` returns the sharded parameters.
 
     >>> reshard(nn.Linear(2, 2))
 
-    After a forward without gradients the root of FSDP2 shows whole ones, which go at the next step, and with them what
-    was said of them: whether they train, that an optimizer holds them, their digest.
+    After a forward without gradients, FSDP2's root keeps unsharded parameters until the next step. Changes made to
+    those (``requires_grad``, membership in an optimizer) would be lost.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded where it was never imported
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it was never imported, nothing is sharded
     if fsdp is not None:
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):

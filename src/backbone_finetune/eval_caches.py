@@ -1,4 +1,4 @@
-"""Modes given back as they were, and what modules cached in eval forgotten on the way."""
+"""Restore module modes, and clear what modules cache in eval mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def preserve_modes(module: nn.Module) -> Iterator[None]:
-    """Change modes inside: at the end each submodule has its own again, and its caches are forgotten.
+    """Restore the mode of each submodule on exit, and clear caches that depend on the weights.
 
     >>> layer = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
     >>> with preserve_modes(layer):
@@ -23,32 +23,32 @@ def preserve_modes(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        module.train(True)  # attention biases that levit and its like cached in eval are forgotten when they hear this
+        module.train(True)  # clears the attention biases that levit and similar networks cache in eval mode
         for part, training in modes:
             part.training = training
 
 
 def clear_caches(module: nn.Module, *_: Any) -> None:
-    """Forget what modules computed from their weights in eval, and leave modes as they are.
+    """Clear what modules computed from their weights in eval mode. Modes do not change.
 
     >>> clear_caches(nn.Linear(2, 2))
 
-    It takes a second argument so that it can be a hook of `load_state_dict`.
+    The further arguments are those of a hook of ``load_state_dict``.
     """
     with preserve_modes(module):
         pass
 
 
 def clear_caches_on_load(module: nn.Module) -> None:
-    """Let each part that does something of its own in `train()` forget caches when a state dict is loaded into it.
+    """Clear the caches of each submodule that overrides ``train()`` when a state dict is loaded into it.
 
     >>> layer = nn.MultiheadAttention(2, 1)
     >>> clear_caches_on_load(layer)
     >>> clear_caches in layer._load_state_dict_post_hooks.values()
     False
 
-    The hook stands on those parts themselves, so it holds whichever module the load begins at: the model, a stage of
-    its backbone, a module that the model is in, or the plain network that shares the parts.
+    The hooks are registered on those submodules, so they run whichever module is loaded: the model, a stage of its
+    backbone, a module that contains the model, or the original network that shares the submodules.
     """
     for part in module.modules():
         if type(part).train is not nn.Module.train and clear_caches not in part._load_state_dict_post_hooks.values():

@@ -1,4 +1,4 @@
-"""Features on their way from the backbone to the classifier."""
+"""Pass features from the backbone to the classifier, with errors that explain a mismatch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def classify(classifier: nn.Module, features: Any) -> Any:
-    """Classify features; where that fails for what they are, say what came and what to do.
+    """Classify features. If their kind, dtype or width does not match, raise ValueError with a remedy.
 
     >>> classify(nn.Linear(4, 2), [torch.zeros(1, 4)])
     Traceback (most recent call last):
@@ -26,7 +26,7 @@ def classify(classifier: nn.Module, features: Any) -> Any:
 
 
 def describe_misfit(classifier: nn.Module, features: object) -> str | None:
-    """Say why a classifier failed on features and what to do, None where it is not for their kind, dtype or width.
+    """Describe why a classifier failed on features; None if their kind, dtype and width match.
 
     >>> describe_misfit(nn.Linear(4, 2), {"map": torch.zeros(1, 4)})
     'the backbone returned a dict (map), and the classifier (Linear) takes one tensor; ...'
@@ -39,9 +39,9 @@ def describe_misfit(classifier: nn.Module, features: object) -> str | None:
         size = f" of {len(features)}" if isinstance(features, (list, tuple)) else ""
         return (
             f"the backbone returned a {type(features).__name__}{size}{f' ({entries})' if entries else ''}, and the "
-            f"classifier ({kind}) takes one tensor; wrap the backbone in a module whose forward returns the one that "
-            "is to be classified (of a transformers model: outputs.pooler_output), or pass a classifier that takes "
-            "what the backbone returns."
+            f"classifier ({kind}) takes one tensor; wrap the backbone in a module whose forward returns the tensor to "
+            "classify (of a transformers model: outputs.pooler_output), or pass a classifier that takes what the "
+            "backbone returns."
         )
     own = next((p.dtype for p in classifier.parameters() if p.is_floating_point()), features.dtype)
     if features.is_floating_point() and own != features.dtype and not torch.is_autocast_enabled(features.device.type):
@@ -53,14 +53,14 @@ def describe_misfit(classifier: nn.Module, features: object) -> str | None:
     if width and features.shape[-1:] != (width,):
         shape = ", ".join(["B", *map(str, features.shape[1:])])
         return (
-            f"the backbone gives features of shape ({shape}), and the classifier ({kind}) takes (B, {width}); pool the "
-            "features at the end of the backbone, or build the classifier for their width."
+            f"the backbone returned features of shape ({shape}), and the classifier ({kind}) takes (B, {width}); pool "
+            "the features at the end of the backbone, or build the classifier for their width."
         )
     return None
 
 
 def entry_width(classifier: nn.Module) -> int | None:
-    """Give how wide the features are that a classifier takes, None where its first layer does not say.
+    """Return the width of the features that a classifier takes; None if its first layer does not define it.
 
     >>> entry_width(nn.Sequential(nn.Dropout(0.2), nn.Linear(4, 2))), entry_width(nn.LazyLinear(2))
     (4, None)
@@ -69,25 +69,25 @@ def entry_width(classifier: nn.Module) -> int | None:
         classifier = next(
             (part for part in classifier if not isinstance(part, (nn.Dropout, nn.Identity))), nn.Identity()
         )
-    width = getattr(classifier, "in_features", 0)  # 0 where it is lazy
+    width = getattr(classifier, "in_features", 0)  # 0 if it is lazy
     return width if width and isinstance(width, int) else None
 
 
 def detach_from_storage(features: Any) -> Any:
-    """Free the features from a larger tensor that they are a view of, where only the classifier needs a gradient.
+    """Copy features that are a view of a larger tensor, if no gradient flows into the backbone.
 
     >>> tokens = torch.zeros(8, 50, 16)
     >>> detach_from_storage(tokens[:, 0]).untyped_storage().nbytes() == 8 * 16 * 4
     True
 
-    A ViT's ``x[:, 0]`` would keep every token alive until the backward pass.
+    Autograd would otherwise keep the larger tensor until the backward pass: all tokens of a ViT for ``x[:, 0]``.
     """
     if not isinstance(features, torch.Tensor) or features.requires_grad or not torch.is_grad_enabled():
         return features
-    if torch.compiler.is_compiling():  # the compiler decides itself what is kept
+    if torch.compiler.is_compiling():  # the compiler decides what is kept
         return features
     try:
         is_small_view = features.untyped_storage().nbytes() >= 2 * features.nbytes
-    except NotImplementedError:  # inside torch.func's transforms, and for sparse tensors: there is none to look at
+    except NotImplementedError:  # in torch.func's transforms, and for sparse tensors, there is no storage
         return features
     return features.clone(memory_format=torch.contiguous_format) if is_small_view else features

@@ -1,4 +1,4 @@
-"""Frozen, trainable and mode, all derived from `requires_grad`."""
+"""Which modules are frozen and in eval mode, derived from ``requires_grad`` alone."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _STATISTICS = frozenset({"running", "moving", "ema", "avg", "average", "mean", "
 def frozen_modules(
     model: nn.Module, backbone: nn.Module, layer_groups: Sequence[LayerGroup], *, norm_eval: bool = False
 ) -> Iterator[nn.Module]:
-    """Yield the modules that belong in eval mode, each with all that is below it.
+    """Yield the modules that must be in eval mode, each including its submodules.
 
     >>> model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
     >>> list(frozen_modules(model, model[0], ()))
     [Linear(in_features=2, out_features=2, bias=True)]
 
-    A module is frozen when its subtree has parameters and none of them trains. One without parameters follows its
-    nearest ancestor that has some; directly under the root of the backbone it goes with the first layer group.
-    With `norm_eval`, modules of the backbone that keep running statistics are in eval whatever trains. The model
-    itself is never among them: its own flag is the mode that was asked for, for the day when something trains again.
+    A module is frozen if it has parameters, its own or its submodules', and none of them trains. A module without
+    parameters follows its nearest ancestor with parameters; directly under the root of the backbone it follows the
+    first layer group. With ``norm_eval``, modules of the backbone that keep running statistics are always in eval mode.
+    The model itself is never yielded: its own flag keeps the mode that was set, for when parameters train again.
     """
     parameters = dict(backbone.named_parameters())
     first_group = layer_groups[0].parameter_names if layer_groups else ()
@@ -51,13 +51,13 @@ def _frozen_below(module: nn.Module, backbone: nn.Module, *, stem_trains: bool) 
 
 
 def keeps_running_statistics(module: nn.Module) -> bool:
-    """Say whether a module is a normalisation that updates running statistics in train mode.
+    """Return whether a module is a normalization layer that updates running statistics in train mode.
 
     >>> keeps_running_statistics(nn.BatchNorm1d(2)), keeps_running_statistics(nn.LayerNorm(2))
     (True, False)
 
-    A layer of any library or of a user's own counts when one of its buffers is named for a statistic, and when it has
-    no other layer inside but an activation: a whole network with such a buffer (``pixel_mean``) is no normalisation.
+    A layer of any library counts if one of its buffers is named after a statistic and it contains no layer other than
+    an activation. A whole network with such a buffer (``pixel_mean``) does not count.
     """
     is_layer = all(parameter.ndim <= 1 for child in module.children() for parameter in child.parameters())
     return is_layer and any(
@@ -67,7 +67,7 @@ def keeps_running_statistics(module: nn.Module) -> bool:
 
 
 def is_statistic(name: str) -> bool:
-    """Say whether a buffer is named as running statistics are.
+    """Return whether a buffer has the name of a running statistic.
 
     >>> [is_statistic(name) for name in ("running_mean", "moving_variance", "num_batches_tracked", "pos_embed")]
     [True, True, True, False]
@@ -76,7 +76,7 @@ def is_statistic(name: str) -> bool:
 
 
 def drop_frozen_gradients(model: nn.Module) -> None:
-    """Forget the gradients of frozen parameters: with one left, momentum and weight decay would still move them.
+    """Drop the gradients of frozen parameters: an optimizer would still update a parameter with a stale gradient.
 
     >>> import torch
     >>> layer = nn.Linear(2, 2)

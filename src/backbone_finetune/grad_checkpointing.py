@@ -1,4 +1,4 @@
-"""Gradient checkpointing, by the name that the backbone's library gives it."""
+"""Gradient checkpointing of timm and transformers networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TRANSFORMERS_4 = "gradient_checkpointing"  # its name before transformers 5
 
 
 def set_grad_checkpointing(backbone: nn.Module, enable: bool) -> None:
-    """Turn gradient checkpointing on or off in a timm or transformers network, or in those inside an adapter.
+    """Turn gradient checkpointing on or off in a timm or transformers network, also inside an adapter.
 
     >>> import timm
     >>> adapter = nn.Sequential(timm.create_model("resnet18", num_classes=0))
@@ -27,8 +27,8 @@ def set_grad_checkpointing(backbone: nn.Module, enable: bool) -> None:
     networks = list(_checkpointing_networks(backbone))
     if not networks:
         raise AttributeError(
-            f"set_grad_checkpointing: {type(backbone).__name__} has no gradient checkpointing, neither by timm's name "
-            f"({_TIMM}) nor by transformers' ({_TRANSFORMERS_4}_enable); give the backbone a method "
+            f"set_grad_checkpointing: {type(backbone).__name__} has no gradient checkpointing, neither timm's "
+            f"({_TIMM}) nor transformers' ({_TRANSFORMERS_4}_enable); give the backbone a method "
             f"{_TIMM}(enable), and use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) in its forward."
         )
     for network in networks:
@@ -36,9 +36,9 @@ def set_grad_checkpointing(backbone: nn.Module, enable: bool) -> None:
 
 
 def _checkpointing_networks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules that have gradient checkpointing."""
+    """Yield the outermost modules that have gradient checkpointing."""
     names = (_TIMM, f"{_TRANSFORMERS}_enable", f"{_TRANSFORMERS_4}_enable")
-    # Each of transformers' networks has the methods, and its class says whether they do anything.
+    # Every transformers network has the methods; an attribute of its class tells whether they are supported.
     if any(hasattr(module, name) for name in names) and getattr(module, _SUPPORTED, True):
         yield module
         return
@@ -52,7 +52,7 @@ def _switch(network: nn.Module, enable: bool) -> None:
         return
     name = _TRANSFORMERS if hasattr(network, f"{_TRANSFORMERS}_enable") else _TRANSFORMERS_4
     if enable:
-        # The reentrant kind gives no gradients above a frozen stem, whose output requires none.
+        # Reentrant checkpointing computes no gradients above a frozen stem, whose output does not require them.
         getattr(network, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
     else:
         getattr(network, f"{name}_disable")()

@@ -1,4 +1,4 @@
-"""FineTuneModel: a backbone and a classifier, and what follows from which of their parameters train."""
+"""FineTuneModel: a backbone and a classifier as two explicit submodules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .validation import check_module, check_shares_nothing
 
 
 class FineTuneModel(TimmProtocol):
-    """A backbone and the classifier that stands on it, two explicit submodules.
+    """A backbone and a classifier as two explicit submodules.
 
     >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> model = FineTuneModel(backbone, nn.Linear(8, 10)).freeze_backbone()
@@ -35,14 +35,14 @@ class FineTuneModel(TimmProtocol):
     A parameter is frozen when its ``requires_grad`` is False; nothing else records it.
 
     Args:
-        backbone: takes all inputs, ``(B, 3, H, W)`` for images, and returns features, ``(B, num_features)``.
-        classifier: takes the features and returns logits, ``(B, num_classes)``, or anything else.
-        layer_groups: LayerGroups or submodules of the backbone, input to output; found where they are left out.
-        norm_eval: keep the backbone's running statistics fixed even where its weights train (mmpretrain's name).
+        backbone: takes all inputs, for images ``(B, 3, H, W)``, and returns features ``(B, num_features)``.
+        classifier: takes the features and returns logits ``(B, num_classes)``, or any other output.
+        layer_groups: LayerGroups or submodules of the backbone, from input to output. Default: found automatically.
+        norm_eval: keep the backbone's running statistics fixed even if its weights train (mmpretrain's name).
 
     Raises:
-        TypeError: a part is no module.
-        ValueError: the parts share a parameter or do not fit, or a part is compiled or wrapped already.
+        TypeError: a part is not an ``nn.Module``.
+        ValueError: the parts share a parameter, their widths differ, or a part is already compiled or wrapped.
     """
 
     backbone: nn.Module
@@ -64,7 +64,7 @@ class FineTuneModel(TimmProtocol):
         check_width(backbone, classifier)
         self.backbone = backbone
         self.classifier = classifier
-        self.training = backbone.training  # so that freezing a network that came in eval does not wake it
+        self.training = backbone.training  # a network in eval mode stays in eval mode when it is frozen
         self.norm_eval = norm_eval
         self._layer_groups = as_layer_groups(backbone, layer_groups)
         self._reassembly: Reassembly = SequentialReassembly()
@@ -85,25 +85,27 @@ class FineTuneModel(TimmProtocol):
         norm_eval: bool = False,
         **create_model_kwargs: Any,
     ) -> FineTuneModel:
-        """Wrap a timm architecture by name, or a timm network, which is taken over as by its ``reset_classifier``.
+        """Wrap a timm architecture by name, or a timm network, whose classifier is removed in place.
 
         >>> FineTuneModel.from_timm("resnet18", num_classes=10).classifier
         Linear(in_features=512, out_features=10, bias=True)
 
-        Without ``num_classes`` and ``classifier`` the network keeps its own classifier, with the dropout in it. A probe
-        proves in eval and in train mode (where dropout draws the same twice) that it is the same function.
+        Without ``num_classes`` and ``classifier`` the network keeps its own classifier and its dropout. Random images
+        in eval and in train mode (with the same dropout masks) then check that the split changes no output.
 
         Args:
-            model: a name of timm's, or a timm network, which is taken over.
-            num_classes: makes a new linear classifier, beside pretrained weights and a ``checkpoint_path`` too.
+            model: an architecture name, or a timm network, which is modified in place.
+            num_classes: create a new linear classifier, also with pretrained weights or a ``checkpoint_path``.
             classifier: a module, or a function from the feature width to a module.
             pretrained: load timm's pretrained weights.
-            drop_rate: dropout before the classifier, on above a frozen backbone too; a hook, which changes no key.
+            drop_rate: dropout before the classifier, also active if the backbone is frozen. It is a forward pre-hook,
+                so state-dict keys do not change.
             layer_groups, norm_eval: as for ``FineTuneModel``.
-            **create_model_kwargs: go to ``timm.create_model``.
+            **create_model_kwargs: passed to ``timm.create_model``.
 
         Raises:
-            ValueError: unknown name, no classifier or pooling, wrong width, or an own classifier that cannot be kept.
+            ValueError: the name is unknown, the network has no classifier or no pooling, the width of ``classifier``
+                is wrong, or the network's own classifier cannot be kept.
         """
         split = split_timm(
             model,
@@ -126,23 +128,24 @@ class FineTuneModel(TimmProtocol):
         layer_groups: Sequence[LayerGroup | nn.Module] | None = None,
         norm_eval: bool = False,
     ) -> FineTuneModel:
-        """Wrap a whole custom network, cut at the very submodule object that is its classifier.
+        """Wrap a custom network and cut it at the submodule that is its classifier.
 
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 10))
         >>> FineTuneModel.from_module(net, net[3], example_input=torch.zeros(1, 3, 2, 2)).classifier is net[3]
         True
 
-        ``net`` still runs and shares its parameters, until the model is moved to another dtype or device.
+        ``net`` still works. It shares its parameters until the model is moved to another dtype or device.
 
         Args:
             module: the whole network.
             classifier: the submodule object of ``module`` to cut at.
-            new_classifier: takes its place.
-            example_input: one input, or a tuple of several; the cut is then proved at construction in both modes.
+            new_classifier: replaces ``classifier``.
+            example_input: one input, or a tuple of several. If given, the cut is checked at construction in both modes.
             layer_groups, norm_eval: as for ``FineTuneModel``.
 
         Raises:
-            ValueError: the classifier is not in it exactly once; in any forward, the network computes on after it.
+            ValueError: the network does not contain the classifier exactly once. Also raised in any forward if the
+                network processes the output of its classifier.
         """
         check_module(module, "network", "from_module")
         split = split_module(module, classifier, new_classifier=new_classifier, example_input=example_input)
@@ -158,30 +161,33 @@ class FineTuneModel(TimmProtocol):
         return model
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Compute features, then classify them; ValueError says why where the classifier cannot take them."""
+        """Compute features and classify them: images ``(B, 3, H, W)`` to logits ``(B, num_classes)``.
+
+        All arguments are passed to the backbone. Raises ValueError if the classifier cannot take the features.
+        """
         self._guards.look_at_forward(self)
         return classify(self.classifier, detach_from_storage(self.backbone(*inputs, **kwargs)))
 
     def to_module(self) -> nn.Module:
-        """Return the original architecture with the trained classifier attached; parameters are shared.
+        """Return the original architecture with the trained classifier attached. Parameters are shared.
 
         >>> network = FineTuneModel.from_timm("resnet18", num_classes=10).to_module()
         >>> type(network).__name__, network.fc
         ('ResNet', Linear(in_features=512, out_features=10, bias=True))
 
-        ``FineTuneModel(backbone, classifier)`` gives an ``nn.Sequential``. Dropout from ``drop_rate`` is left out. A
-        classifier that is a 1x1 convolution in the network is another Parameter there, on the same memory: build a new
-        optimizer to train it. Layers with caches (levit's attention) keep the hook that clears them at a load.
+        For ``FineTuneModel(backbone, classifier)`` this is an ``nn.Sequential``. Dropout from ``drop_rate`` is left
+        out. If the network's classifier is a 1x1 convolution, its weight is a new Parameter on the same memory: build a
+        new optimizer to train it. Layers with caches (levit's attention) keep the hook that clears them on load.
 
         Raises:
-            ValueError: the network cannot hold the classifier.
+            ValueError: the architecture cannot contain the classifier.
         """
         release(self.modules())
         return self._reassembly.reassemble(self.backbone, self.classifier)
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        """The ordered partition of the backbone's parameters into stages or blocks, input to output.
+        """The backbone's parameters, partitioned into stages or blocks, from input to output.
 
         >>> FineTuneModel(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)).layer_groups
         (LayerGroup(name='0', parameter_names=('0.weight', '0.bias')),)
@@ -190,7 +196,7 @@ class FineTuneModel(TimmProtocol):
 
     @property
     def trainable_groups(self) -> int | None:
-        """How many of the last layer groups train, None where what trains is not the last ones.
+        """The number of last layer groups that train; None if the trainable parameters are not the last groups.
 
         >>> FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone(trainable_groups=2).trainable_groups
         2
@@ -200,21 +206,22 @@ class FineTuneModel(TimmProtocol):
     def freeze_backbone(
         self, *, trainable_groups: int = 0, trainable: Sequence[LayerGroup | nn.Module] | None = None
     ) -> FineTuneModel:
-        """Freeze the backbone but for its last ``trainable_groups`` layer groups, whatever was frozen before.
+        """Freeze the backbone except its last ``trainable_groups`` layer groups, which are unfrozen.
 
         >>> model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone(trainable_groups=1)
         >>> model = model.freeze_backbone(trainable=[model.backbone.layer1])  # surgical fine-tuning, Lee et al. 2023
         >>> model.backbone.layer1.training, model.backbone.layer4.training
         (True, False)
 
-        It takes effect at once on ``requires_grad``, modes and gradients. Adapters in the backbone are frozen too.
+        Sets ``requires_grad`` and modes, drops stale gradients, and returns the model. Adapters are frozen too.
 
         Args:
-            trainable_groups: how many of the last layer groups train, 0 to ``len(layer_groups)``.
-            trainable: instead, submodules of the backbone or LayerGroups that train, anywhere in it.
+            trainable_groups: number of last layer groups that train, 0 to ``len(layer_groups)``.
+            trainable: submodules of the backbone or LayerGroups that train, in place of ``trainable_groups``.
 
         Raises:
-            ValueError: a count out of range, both given, a part that is not in the backbone, or shared memory.
+            ValueError: the count is out of range, both arguments are given, a part is not in the backbone, or a frozen
+                parameter would share memory with a trainable one.
         """
         reshard(self)
         chosen = trainable_parts.choose_parameters(self.backbone, self._layer_groups, trainable_groups, trainable)
@@ -223,30 +230,31 @@ class FineTuneModel(TimmProtocol):
         return self.train(self.training)
 
     def unfreeze_backbone(self) -> FineTuneModel:
-        """Let all of the backbone train that can, but for what its author had fixed when it was wrapped.
+        """Unfreeze the backbone, except parameters that its author had fixed when it was wrapped.
 
         >>> FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone().unfreeze_backbone().trainable_groups
         1
 
-        Fixed is what came frozen beside parameters that trained (a table of positions, weights under adapters), and
-        what timm's ``reset_classifier`` leaves unused. Whole groups that came frozen train. Quantised weights cannot.
+        Fixed parameters are those that were frozen next to trainable ones (a position table, the weights under
+        adapters), and those that timm's ``reset_classifier`` leaves unused. Layer groups that were frozen as a whole
+        are unfrozen. Quantised weights stay frozen, because they cannot train.
         """
         trainable_parts.warn_of_fixed(self.backbone, self._left_off)
         return self.freeze_backbone(trainable_groups=len(self._layer_groups))
 
     def regroup(self, *, layer_groups: Sequence[LayerGroup | nn.Module] | None = None) -> FineTuneModel:
-        """Find the layer groups anew, or take these, after adapters or parametrizations came into the backbone.
+        """Find the layer groups again, or set them, after adapters or parametrizations were added to the backbone.
 
         >>> model = FineTuneModel(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
         >>> _ = model.backbone.append(nn.Linear(2, 2))
-        >>> [group.name for group in model.regroup().layer_groups]  # what trains and the way back stay as they are
+        >>> [group.name for group in model.regroup().layer_groups]  # requires_grad does not change
         ['0', '1']
         """
         self._layer_groups = as_layer_groups(self.backbone, layer_groups)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> FineTuneModel:
-        """Set the mode, keep what is frozen in eval mode, and drop gradients left on frozen parameters.
+        """Set the mode, keep frozen modules in eval mode, and drop gradients left on frozen parameters.
 
         >>> model = FineTuneModel(nn.BatchNorm1d(2), nn.Linear(2, 2)).freeze_backbone().train()
         >>> model.backbone.training, model.classifier.training
@@ -271,25 +279,25 @@ class FineTuneModel(TimmProtocol):
         layer_decay: float | None = None,
         include_frozen: bool = False,
     ) -> list[dict[str, Any]]:
-        """Give optimizer groups of what trains, each parameter once.
+        """Return optimizer groups of the trainable parameters, each parameter once.
 
         >>> model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone()
         >>> optimizer = torch.optim.AdamW(model.param_groups(lr=1e-3, weight_decay=0.05))
         >>> [(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
         [('classifier', 0.001, 0.05), ('classifier.no_decay', 0.001, 0.0)]
 
-        Biases, 1-d weights and what the backbone's ``no_weight_decay()`` names do not decay.
+        Biases, 1-d weights and the parameters in the backbone's ``no_weight_decay()`` get no weight decay.
 
         Args:
-            lr: learning rate of the classifier, and of the backbone without ``backbone_lr``.
+            lr: learning rate of the classifier, and of the backbone if ``backbone_lr`` is not given.
             backbone_lr: learning rate of the backbone.
-            weight_decay: for all that decays.
-            layer_decay: factor of the rate per layer towards the input, as ``timm.optim.param_groups_layer_decay``
-                (BEiT); by layer group where timm has no ``group_matcher``.
-            include_frozen: the same groups whatever is frozen, for one optimizer through every unfreezing.
+            weight_decay: weight decay of all other parameters.
+            layer_decay: factor on the learning rate for each layer towards the input, as in
+                ``timm.optim.param_groups_layer_decay`` (BEiT); per layer group if timm has no ``group_matcher``.
+            include_frozen: include frozen parameters, so that one optimizer works through every unfreezing.
 
         Raises:
-            ValueError: nothing trains, a rate is negative, or the backbone gained or lost parameters.
+            ValueError: no parameter trains, a rate is negative, or the backbone gained or lost parameters.
         """
         reshard(self)
         return build_param_groups(
@@ -304,11 +312,14 @@ class FineTuneModel(TimmProtocol):
         )
 
     def print_trainable_parameters(self, *, by_name: bool = False) -> None:
-        """Print what trains and what does not: a table by layer group, or each parameter by its plain name.
+        """Print which parameters are frozen and which train.
 
         >>> FineTuneModel(nn.Linear(2, 2, False), nn.Linear(2, 3, False)).print_trainable_parameters(by_name=True)
         Trainable parameter: backbone.weight
         Trainable parameter: classifier.weight
+
+        Args:
+            by_name: list each parameter by its name in the original network. Default: a table by layer group.
         """
         if by_name:
             named = ((self._reassembly.original_name(name), parameter) for name, parameter in self.named_parameters())
@@ -317,18 +328,18 @@ class FineTuneModel(TimmProtocol):
             print(describe_by_group(self.backbone, self.classifier, self._layer_groups))
 
     def frozen_fingerprint(self) -> dict[str, str]:
-        """Digest everything that is frozen, parameters and buffers, by state-dict name.
+        """Return a digest of each frozen parameter and buffer, by state-dict name.
 
         >>> sorted(FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone().frozen_fingerprint())
         ['backbone.bias', 'backbone.weight']
 
-        Buffers count where their module belongs in eval. A DTensor counts by its local shard.
+        A buffer is frozen if its module is. The digest of a DTensor is that of its local shard.
         """
         reshard(self)
         return verification.fingerprint(verification.frozen_tensors(self, self._frozen_modules()))
 
     def frozen_names(self) -> set[str]:
-        """Name what ``frozen_fingerprint`` digests, without reading it.
+        """Return the names that ``frozen_fingerprint`` returns, without reading the tensors.
 
         >>> FineTuneModel(nn.Linear(2, 2, bias=False), nn.Linear(2, 2)).freeze_backbone().frozen_names()
         {'backbone.weight'}
@@ -336,13 +347,15 @@ class FineTuneModel(TimmProtocol):
         return set(verification.frozen_tensors(self, self._frozen_modules()))
 
     def assert_frozen(self) -> AbstractContextManager[None]:
-        """Raise AssertionError, naming what moved, unless all that is frozen on entry is bit-equal on exit.
+        """Return a context that raises AssertionError if a tensor that is frozen on entry has changed on exit.
 
         >>> model = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone()
         >>> with model.assert_frozen():
         ...     _ = model.backbone.bias.data.zero_()
         Traceback (most recent call last):
         AssertionError: assert_frozen: 1 of 2 frozen tensors changed...
+
+        Tensors are compared bit by bit. The message lists those that changed, with the likely cause.
         """
         return verification.assert_unchanged(self, self._frozen_modules, self._layer_groups)
 

@@ -1,4 +1,4 @@
-"""What trains and what does not, in words."""
+"""Text reports of which parameters are frozen and which train."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .layers.groups import LayerGroup, check_layer_groups
 
 
 def describe_by_group(backbone: nn.Module, classifier: nn.Module, layer_groups: Sequence[LayerGroup]) -> str:
-    """Tabulate parameters, state and mode of each layer group and of the classifier.
+    """Return a table of parameters, state and mode of each layer group and of the classifier.
 
     >>> backbone, head = nn.Linear(2, 2).requires_grad_(False).eval(), nn.Linear(2, 3)
     >>> print(describe_by_group(backbone, head, [LayerGroup("(root)", ("weight", "bias"))]))
@@ -38,7 +38,7 @@ def describe_by_group(backbone: nn.Module, classifier: nn.Module, layer_groups: 
 
 
 def describe_by_name(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
-    """List each parameter as frozen or trainable.
+    """Return one line for each parameter, frozen or trainable.
 
     >>> print(describe_by_name(nn.Linear(2, 2).requires_grad_(False).named_parameters()))
     Frozen parameter: weight
@@ -57,7 +57,7 @@ def _row(name: str, parameters: Sequence[nn.Parameter], owners: Iterable[nn.Modu
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
-    """Count the values; a lazy parameter has none before its first forward."""
+    """Count the values. A lazy parameter has none before its first forward."""
     return sum(parameter.numel() for parameter in parameters if not is_lazy(parameter))
 
 

@@ -1,4 +1,4 @@
-"""The plain tensors that a tensor of any kind is made of, and the memory that parameters share."""
+"""The plain tensors inside tensor subclasses, and parameters that share memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.nn.parameter import is_lazy
 
 
 def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the strided tensors that hold the values of a tensor, itself where it is one.
+    """Yield the strided tensors that hold the values of a tensor; a strided tensor yields itself.
 
     >>> [part.tolist() for part in plain_parts(torch.eye(2).to_sparse())]
     [[[0, 1], [0, 1]], [1.0, 1.0]]
 
-    Of a DTensor that is the local shard. Other subclasses that wrap tensors, as torchao's, name them by
-    `__tensor_flatten__`.
+    For a DTensor this is the local shard. Other wrapper subclasses, such as torchao's, list their tensors in
+    ``__tensor_flatten__``.
     """
     parts: Iterable[torch.Tensor]
     if hasattr(tensor, "to_local"):
@@ -38,7 +38,7 @@ def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def shared_memory(parameters: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, str]]:
-    """Pair each frozen parameter whose memory a trainable one shares with that one.
+    """Return pairs of names: a frozen parameter, and a trainable one that shares its memory.
 
     >>> weight = torch.zeros(2, 2, requires_grad=True)
     >>> shared_memory([("weight", weight), ("transposed", weight.detach().t())])
@@ -61,7 +61,7 @@ def shared_memory(parameters: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors of one storage surely overlap: two that interleave, as columns of one matrix, do not."""
+    """Return whether two tensors of one storage are sure to overlap: interleaved ones, such as columns, are not."""
     starts = [part.storage_offset() * part.element_size() for part in (first, second)]
     if starts[0] == starts[1]:
         return True

@@ -1,4 +1,4 @@
-"""What timm's own helpers ask of a network: its classifier, widths, configuration and groups."""
+"""The attributes of a network that timm's helpers use: classifier, widths, configuration and groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .splitting import count_classes, measure_features
 
 
 class TimmProtocol(nn.Module):
-    """The methods and properties by which timm's scripts, optimizer factory and data helpers know a network.
+    """The methods and properties that timm's scripts, optimizer factory and data helpers use.
 
     >>> from backbone_finetune import FineTuneModel
     >>> isinstance(FineTuneModel.from_timm("test_resnet", num_classes=2), TimmProtocol)
@@ -27,7 +27,7 @@ class TimmProtocol(nn.Module):
     _layer_groups: tuple[LayerGroup, ...]
 
     def get_classifier(self) -> nn.Module:
-        """Give the classifier, by timm's name.
+        """Return the classifier.
 
         >>> from backbone_finetune import FineTuneModel
         >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).get_classifier()
@@ -37,7 +37,7 @@ class TimmProtocol(nn.Module):
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes the classifier tells apart, None where it does not say.
+        """The number of classes of the classifier; None if it is unknown.
 
         >>> from backbone_finetune import FineTuneModel
         >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).num_classes
@@ -47,7 +47,7 @@ class TimmProtocol(nn.Module):
 
     @property
     def num_features(self) -> int | None:
-        """The width of the features that enter the classifier, None where it is not known.
+        """The width of the features that enter the classifier; None if it is unknown.
 
         >>> from backbone_finetune import FineTuneModel
         >>> FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).num_features
@@ -56,18 +56,19 @@ class TimmProtocol(nn.Module):
         return entry_width(self.classifier) or measure_features(self.backbone)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turn gradient checkpointing of the backbone on or off, by timm's or transformers' name for it.
+        """Turn gradient checkpointing of a timm or transformers backbone on or off.
 
         >>> from backbone_finetune import FineTuneModel
         >>> FineTuneModel.from_timm("resnet18", num_classes=10).set_grad_checkpointing()
 
-        Raises AttributeError where the backbone has none.
+        Raises:
+            AttributeError: the backbone has none.
         """
         grad_checkpointing.set_grad_checkpointing(self.backbone, enable)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """The timm configuration of the backbone, so that `timm.data.resolve_model_data_config(model)` works.
+        """The timm configuration of the backbone, so that ``timm.data.resolve_model_data_config(model)`` works.
 
         >>> from backbone_finetune import FineTuneModel
         >>> FineTuneModel.from_timm("resnet18", num_classes=10).pretrained_cfg["input_size"]
@@ -76,10 +77,10 @@ class TimmProtocol(nn.Module):
         configuration: dict[str, Any] = self.backbone.pretrained_cfg  # type: ignore[assignment]
         return configuration
 
-    default_cfg = pretrained_cfg  # the older name, which timm's ONNX export and its test-time pooling read
+    default_cfg = pretrained_cfg  # the older name, used by timm's ONNX export and test-time pooling
 
     def no_weight_decay(self) -> set[str]:
-        """Name the parameters that should not decay, for timm's optimizer factory.
+        """Return the names of parameters without weight decay, for timm's optimizer factory.
 
         >>> from backbone_finetune import FineTuneModel
         >>> sorted(FineTuneModel.from_timm("test_vit", num_classes=10).no_weight_decay())
@@ -88,7 +89,7 @@ class TimmProtocol(nn.Module):
         return {f"backbone.{name}" for name in exempt_names(self.backbone)}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Give the depth of a parameter by name, for timm's optimizer factory (`layer_decay`).
+        """Return a function from parameter name to depth, for timm's optimizer factory (``layer_decay``).
 
         >>> from backbone_finetune import FineTuneModel
         >>> FineTuneModel.from_timm("resnet18", num_classes=10).group_matcher(coarse=True)("backbone.layer4.0.bn1.bias")

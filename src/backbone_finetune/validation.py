@@ -1,4 +1,4 @@
-"""What is given to FineTuneModel, checked before anything is built of it."""
+"""Checks of the arguments of FineTuneModel, made before anything is built."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def check_module(module: object, name: str, origin: str) -> None:
-    """Raise TypeError for what is no module, and ValueError for one that is compiled or wrapped for many processes.
+    """Check that an argument is a module, and neither compiled nor wrapped in DistributedDataParallel.
 
     >>> check_module("resnet18", "backbone", "FineTuneModel")
     Traceback (most recent call last):
     ...
     TypeError: FineTuneModel: backbone='resnet18'; pass a torch.nn.Module (by name: FineTuneModel.from_timm(...)).
+
+    Raises:
+        TypeError: it is not a module.
+        ValueError: it is compiled or wrapped.
     """
     if not isinstance(module, nn.Module):
         by_name = " (by name: FineTuneModel.from_timm(...))" if isinstance(module, str) else ""
         raise TypeError(f"{origin}: {name}={module!r}; pass a torch.nn.Module{by_name}.")
-    compiler = sys.modules.get("torch._dynamo.eval_frame")  # nothing is compiled where it was never imported
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # if it was never imported, nothing is compiled
     if compiler is not None and isinstance(module, compiler.OptimizedModule):
         raise ValueError(
-            f"{origin}: the {name} is compiled, and its layer groups can't be told; pass the network itself, and "
+            f"{origin}: the {name} is compiled, so its layer groups cannot be found; pass the network itself, and "
             "compile the FineTuneModel: freeze, wrap, compile."
         )
     if isinstance(module, DistributedDataParallel):
@@ -36,12 +40,16 @@ def check_module(module: object, name: str, origin: str) -> None:
 
 
 def check_network(model: object) -> None:
-    """Raise TypeError for what is neither the name of an architecture nor a network, and ValueError for no name.
+    """Check that an argument is the name of an architecture or a network.
 
     >>> check_network(None)
     Traceback (most recent call last):
     ...
     TypeError: from_timm: model=None; pass the name of an architecture (timm.list_models()) or a timm network.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the name is empty, or the network is compiled or wrapped.
     """
     if model == "" or not isinstance(model, (str, nn.Module)):
         raise (ValueError if isinstance(model, str) else TypeError)(
@@ -52,7 +60,7 @@ def check_network(model: object) -> None:
 
 
 def check_shares_nothing(backbone: nn.Module, classifier: nn.Module) -> None:
-    """Raise ValueError for a parameter that both parts share.
+    """Raise ValueError if both parts share a parameter.
 
     >>> check_shares_nothing(nn.Linear(2, 2), nn.Linear(2, 2))
     """
@@ -61,12 +69,12 @@ def check_shares_nothing(backbone: nn.Module, classifier: nn.Module) -> None:
         if id(parameter) in inside:
             raise ValueError(
                 f"FineTuneModel: backbone.{inside[id(parameter)]} and classifier.{name} are one parameter, which "
-                "cannot be frozen and trained at once; give the classifier its own, e.g. copy.deepcopy(classifier)."
+                "cannot be frozen and trained at once; copy it, e.g. with copy.deepcopy(classifier)."
             )
 
 
 def check_drop_rate(drop_rate: object) -> None:
-    """Raise ValueError for what is no share of the features.
+    """Raise ValueError unless the dropout rate is None or a number from 0 to 1.
 
     >>> check_drop_rate(1.5)
     Traceback (most recent call last):
@@ -79,15 +87,13 @@ def check_drop_rate(drop_rate: object) -> None:
 
 
 def check_architecture(name: str) -> None:
-    """Raise ValueError unless timm knows an architecture and, where the name has one, its weights tag.
+    """Raise ValueError unless timm has an architecture and, if the name has one, its weights tag.
 
     >>> check_architecture("resnet18.a1_in1k")
     >>> check_architecture("resnet81")
     Traceback (most recent call last):
     ...
     ValueError: resnet81: timm ... has no such architecture; the nearest names are ...resnet18...
-
-    The message lists the nearest names, or the tags that there are.
     """
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):

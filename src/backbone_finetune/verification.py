@@ -1,4 +1,4 @@
-"""The proof that nothing frozen changed: digests of what is frozen, and what moved, by layer group and cause."""
+"""Check that no frozen tensor changed, and report which changed, by layer group and likely cause."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .tensor_parts import plain_parts, shared_memory
 
 
 def frozen_tensors(model: nn.Module, frozen: Iterable[nn.Module]) -> dict[str, torch.Tensor]:
-    """Collect frozen parameters and the buffers, persistent or not, of frozen modules, by state-dict name.
+    """Return frozen parameters and all buffers of frozen modules, by state-dict name.
 
     >>> layer = nn.BatchNorm1d(2).requires_grad_(False)
     >>> sorted(frozen_tensors(layer, [layer]))
@@ -35,7 +35,7 @@ def frozen_tensors(model: nn.Module, frozen: Iterable[nn.Module]) -> dict[str, t
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Digest tensors by name.
+    """Return the digest of each tensor, by name.
 
     >>> list(fingerprint({"weight": torch.zeros(2)}))
     ['weight']
@@ -44,13 +44,13 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Digest the exact bits, dtype and shape of a tensor; of a DTensor, those of the local shard.
+    """Return a digest of the bits, dtype and shape of a tensor; for a DTensor, of its local shard.
 
     >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(-torch.zeros(2))
     (True, False)
 
-    A tensor that is made of others (sparse, nested, quantised) counts by these. One without values, on the meta device
-    or of a lazy module, counts by what is known of it.
+    A tensor that consists of others (sparse, nested, quantised) is digested through those. A tensor without values, on
+    the meta device or uninitialized, is digested by its metadata.
     """
     hashed = hashlib.sha256()
     for part in plain_parts(tensor):
@@ -61,7 +61,7 @@ def digest(tensor: torch.Tensor) -> str:
         if part.is_meta:
             hashed.update(b"meta")
             continue
-        # One tensor at a time leaves the device, and on the CPU its own memory is read: no second copy of the model.
+        # Only one tensor at a time is copied from the device, and none on the CPU: never a second copy of the model.
         bits = part.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         hashed.update(bits.data)
     return hashed.hexdigest()
@@ -71,7 +71,7 @@ def digest(tensor: torch.Tensor) -> str:
 def assert_unchanged(
     model: nn.Module, frozen_modules: Callable[[], Iterable[nn.Module]], layer_groups: Sequence[LayerGroup]
 ) -> Iterator[None]:
-    """Raise AssertionError unless all that is frozen on entry is bit-equal on exit, naming what moved and why.
+    """Raise AssertionError on exit if a tensor that was frozen on entry has changed.
 
     >>> layer = nn.Linear(2, 2).requires_grad_(False)
     >>> with assert_unchanged(layer, lambda: [layer], ()):
@@ -98,11 +98,18 @@ def describe_changes(
     unfrozen: Collection[str],
     layer_groups: Sequence[LayerGroup],
 ) -> str:
-    """List by layer group what moved, each with its likely cause.
+    """List the changed tensors by layer group, each with its likely cause.
 
     >>> model = nn.ModuleDict({"backbone": nn.Linear(2, 2)})
     >>> print(describe_changes(model, ["backbone.bias"], ["backbone.bias"], [], [LayerGroup("0", ("bias",))]))
     0: backbone.bias: written to, by an optimizer that held a gradient of it, or by a load
+
+    Args:
+        model: the model after the change.
+        changed: names of the tensors that changed.
+        parameters: names of the parameters that were frozen before.
+        unfrozen: names of the parameters that train now.
+        layer_groups: the layer groups of the backbone.
     """
     sharing = dict(shared_memory(model.named_parameters()))
     present = {name for name, _ in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False))}
@@ -112,20 +119,20 @@ def describe_changes(
         if name in unfrozen:
             cause = "unfrozen inside"
         elif name not in present:
-            cause = "no longer in the model, since a module was replaced"
+            cause = "no longer in the model, because a module was replaced"
         elif name in sharing:
             cause = f"it shares memory with {sharing[name]}, which trains; tie them as one parameter, or copy one"
         elif name in parameters and getattr(model.get_submodule(path), "max_norm", None) is not None:
-            cause = "scaled down in the forward by the max_norm of its embedding; set max_norm to None"
+            cause = "rescaled in the forward by the max_norm of its embedding; set max_norm to None"
         elif name in parameters:
             cause = "written to, by an optimizer that held a gradient of it, or by a load"
         elif is_statistic(attribute):
             cause = (
-                "a running statistic, moved by a forward with its module in train mode (call the model's own train()), "
-                "or by a load"
+                "a running statistic, updated by a forward with its module in train mode (call the model's own "
+                "train()), or by a load"
             )
         else:
-            cause = "a buffer, written by a load or a forward (some fill a table in their first forward)"
+            cause = "a buffer, written by a load or a forward (some modules fill a table in their first forward)"
         by_cause.setdefault((_group_of(name, layer_groups), cause), []).append(name)
     return "\n".join(
         f"{group}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {cause}"
@@ -134,7 +141,7 @@ def describe_changes(
 
 
 def _group_of(name: str, layer_groups: Sequence[LayerGroup]) -> str:
-    """The layer group of a parameter, and of a buffer that of the parameters nearest to it."""
+    """Return the layer group of a parameter; for a buffer, that of the nearest parameters."""
     part, _, owner = name.partition(".")
     while part == "backbone" and owner:
         for group in layer_groups:

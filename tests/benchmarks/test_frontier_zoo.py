@@ -64,7 +64,7 @@ def test_what_is_said_of_a_network_with_a_frontier() -> None:
 def test_a_network_without_one_is_refused_with_the_reason() -> None:
     case = examine("own", "random", 8, FineTuneModel(RandomFront(), nn.Linear(4, CLASSES)), 1)
     assert case.refused is not None
-    assert "nothing frozen is computed from the input alone" in case.refused
+    assert "no frozen module depends on the input alone" in case.refused
     assert case.kept == ()
     assert case.share_of_step is None
 

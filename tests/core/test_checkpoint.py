@@ -59,10 +59,10 @@ def test_truncated_foreign_and_missing_files(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 4, 20, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="no safetensors file, or a truncated one"):
+        with pytest.raises(ValueError, match="not a safetensors file, or a truncated one"):
             read_checkpoint(path)
     path.write_bytes(b"this is a text file, whatever it is called" * 10)
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         read_checkpoint(path)
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match=r"not one of backbone-finetune; pass the model\.safetensors"):

@@ -109,7 +109,7 @@ class Probabilities(Convolutions):
 def test_a_network_that_computes_on_is_refused_compiled_as_well() -> None:
     network = Probabilities()
     model = FineTuneModel.from_module(network, network.fc)
-    with pytest.raises(ValueError, match="computes on after its classifier 'fc'"):
+    with pytest.raises(ValueError, match="processes the output of its classifier 'fc'"):
         torch.compile(model, backend="aot_eager")(PICTURES)
 
 

@@ -211,5 +211,5 @@ def test_compiled_around_or_within_the_wrapper(group_of_one: None) -> None:
 def test_one_graph_within_the_wrapper_is_refused_with_the_reason(group_of_one: None) -> None:
     torch.compiler.reset()
     wrapped = DistributedDataParallel(torch.compile(frozen_model(), backend="aot_eager", fullgraph=True))
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="what trains is compared at each forward within"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="each forward in DistributedDataParallel checks for"):
         wrapped(PICTURES)

@@ -49,7 +49,7 @@ def test_what_a_classifier_cannot_take(
 @pytest.mark.parametrize("classifier", [nn.Linear(4, 2), nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 2))])
 def test_a_wrong_width_is_named(classifier: nn.Module) -> None:
     with pytest.raises(
-        ValueError, match=r"gives features of shape \(B, 3\), and the classifier \(\w+\) takes \(B, 4\)"
+        ValueError, match=r"returned features of shape \(B, 3\), and the classifier \(\w+\) takes \(B, 4\)"
     ):
         FineTuneModel(Returns(lambda y: y[:, :3]), classifier)(INPUTS)
 

@@ -169,8 +169,8 @@ def test_construction_leaves_the_random_state_as_timm_would() -> None:
         (("resnet18", 3), {"drop_rate": -0.1}, r"drop_rate=-0\.1; pass a number from 0 to 1"),
         (("resnet18", 3), {"drop_rate": "0.1"}, r"drop_rate='0\.1'; pass a number from 0 to 1"),
         (("resnet18", 3), {"drop_rate": True}, "drop_rate=True; pass a number from 0 to 1"),
-        (("resnet18", 0), {}, "num_classes=0; pass a whole number from 1"),
-        (("resnet18", 3), {"features_only": True}, "features_only=True gives maps"),
+        (("resnet18", 0), {}, "num_classes=0; pass an integer from 1"),
+        (("resnet18", 3), {"features_only": True}, "features_only=True returns feature maps"),
         (("resnet18", 3), {"global_pool": ""}, "global_pool='' leaves the features unpooled"),
         (("resnet18",), {"classifier": nn.Linear(100, 3)}, r"\(Linear\) cannot take .* \(B, 512\)"),
         (("gemma4_vit_167m_enc", 3), {}, r"has no classifier to take off .*FineTuneModel\(backbone, classifier\)"),
@@ -185,9 +185,9 @@ def test_refusals_by_name(arguments: tuple[Any, ...], keywords: dict[str, Any], 
 @pytest.mark.parametrize(
     ("build", "keywords", "message"),
     [
-        ("resnet18", {"num_classes": 3, "pretrained": True}, "pretrained beside a network that is built already"),
-        ("resnet18", {"num_classes": 3, "drop_rate": 0.1}, "drop_rate beside a network that is built already"),
-        ("resnet18", {"num_classes": 3, "img_size": 64}, "img_size beside a network that is built already"),
+        ("resnet18", {"num_classes": 3, "pretrained": True}, "pretrained and a network were both given"),
+        ("resnet18", {"num_classes": 3, "drop_rate": 0.1}, "drop_rate and a network were both given"),
+        ("resnet18", {"num_classes": 3, "img_size": 64}, "img_size and a network were both given"),
         ("resnet18", {"classifier": nn.Linear(100, 3)}, "cannot take the backbone's features"),
         ("crossvit_tiny_240", {}, "is not one that takes one feature vector; pass num_classes"),
     ],
@@ -201,7 +201,7 @@ def test_a_refused_module_is_left_untouched(build: str, keywords: dict[str, Any]
 
 
 def test_unpooled_and_foreign_modules_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"gives \(2, 512, 7, 7\), not \(B, width\)"):
+    with pytest.raises(ValueError, match=r"returns \(2, 512, 7, 7\), not \(B, width\)"):
         FineTuneModel.from_timm(timm.create_model("resnet18", num_classes=0, global_pool=""), num_classes=3)
     with pytest.raises(ValueError, match="a features_only model, or no timm network"):
         FineTuneModel.from_timm(timm.create_model("resnet18", features_only=True), num_classes=3)
@@ -216,7 +216,7 @@ def test_whole_numbers_of_any_library_are_taken() -> None:
     assert model.num_classes == 3
     assert model.backbone.layer4.training
     for wrong in (True, 2.0, "2"):
-        with pytest.raises(ValueError, match=f"num_classes={wrong!r}; pass a whole number from 1"):
+        with pytest.raises(ValueError, match=f"num_classes={wrong!r}; pass an integer from 1"):
             FineTuneModel.from_timm("test_resnet", num_classes=wrong)
 
 
@@ -239,7 +239,7 @@ def test_a_function_that_gives_no_module_is_refused() -> None:
         FineTuneModel.from_timm(None, num_classes=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="classifier=5; pass a module, or a function"):
         FineTuneModel.from_timm("resnet18", classifier=5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"classifier\(512\) gave a int"):
+    with pytest.raises(TypeError, match=r"classifier\(512\) returned a int"):
         FineTuneModel.from_timm("resnet18", classifier=lambda width: width)  # type: ignore[arg-type,return-value]
 
 
@@ -272,7 +272,7 @@ def test_the_way_back_leaves_the_random_state_alone() -> None:
 
 
 KEEP = "keep the FineTuneModel"
-START_FROM_ITS_OWN = KEEP + r", or start from the network's own classifier \(num_classes and classifier left out\)"
+START_FROM_ITS_OWN = KEEP + r", or use the network's own classifier \(from_timm without num_classes and classifier\)"
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def test_checkpointing_that_is_turned_on_later_is_noticed() -> None:
     frontier = found(net)
     tensors = frontier.record(BATCH)
     net.saves_memory = True
-    with pytest.raises(RuntimeError, match="backward computes middle again, which is cached"):
+    with pytest.raises(RuntimeError, match="backward recomputes middle, which is cached"):
         frontier.replay(tensors).sum().backward()
 
 
@@ -356,20 +356,20 @@ def with_normalisation(net: Any, images: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("flow", "why"),
     [
-        (batch_contrast, "what middle gives for an image depends on the other images"),
-        (with_normalisation, "what middle gives for an image depends on the other images"),
-        (python_random, "middle gives other values in a second pass over the same images"),
-        (counting, "the network gives another output for the same images"),
-        (image_again, "what trains needs more than frozen modules return"),
-        (a_rare_comparison, "what trains needs more than frozen modules return"),
-        (lambda net, images: to_head(net, net.back(images)), "nothing frozen is computed from the input alone"),
+        (batch_contrast, "the output of middle for an image depends on the other images"),
+        (with_normalisation, "the output of middle for an image depends on the other images"),
+        (python_random, "middle returns other values in a second pass over the same images"),
+        (counting, "the network returns another output for the same images"),
+        (image_again, "the trainable part needs more than the outputs"),
+        (a_rare_comparison, "the trainable part needs more than the outputs"),
+        (lambda net, images: to_head(net, net.back(images)), "no frozen module depends on the input alone"),
         (
             lambda net, images: (net.front(images), to_head(net, net.back(images)))[1],
-            "depends on nothing that is frozen",
+            "does not depend on frozen modules",
         ),
-        (lambda net, images: to_head(net, net.middle(net.back(images))), "nothing frozen is computed from the input"),
-        (lambda net, images: plain(net, images) * torch.nan, "holds NaN"),
-        (lambda net, images: plain(net, images).detach(), "needs no gradient"),
+        (lambda net, images: to_head(net, net.middle(net.back(images))), "no frozen module depends on the input alone"),
+        (lambda net, images: plain(net, images) * torch.nan, "contains NaN"),
+        (lambda net, images: plain(net, images).detach(), "does not require a gradient"),
     ],
 )
 def test_refused(flow: Callable[[Net, Tensor], Tensor], why: str) -> None:
@@ -384,14 +384,14 @@ def test_what_a_hook_leaves_aside_is_noticed() -> None:
     net = Net(flow)
     net.aside = {}
     net.front.register_forward_hook(lambda module, inputs, output: net.aside.update(features=output))
-    assert "what a hook or an earlier call left" in reason(net)
+    assert "state from a hook or an earlier call" in reason(net)
 
 
 def test_nothing_to_find() -> None:
     assert reason(Net(plain).requires_grad_(True)) == "every parameter trains"
     assert reason(Net(plain).requires_grad_(False)) == "no parameter trains"
     assert reason(Net(plain).train()) == "front is frozen and in train mode; call its eval()"
-    with pytest.raises(ValueError, match=r"got tensors of shape \(2, 3, 8, 8\); pass a batch of 3 images or more"):
+    with pytest.raises(ValueError, match=r"got tensors of shape \(2, 3, 8, 8\); pass a batch of 3 or more images"):
         find_frontier(Net(plain), BATCH[:2])
 
 
@@ -599,7 +599,7 @@ def test_a_path_that_the_first_batch_did_not_take() -> None:
     frontier = found(net)
     net.picky = True
     tensors = frontier.record(BATCH[:2])
-    with pytest.raises(RuntimeError, match="the forward called extra, which it did not on the first batch"):
+    with pytest.raises(RuntimeError, match="the forward called extra, which it did not call on the first batch"):
         frontier.replay(tensors)
 
 

@@ -254,11 +254,11 @@ def test_given_groups_that_are_no_partition_are_refused() -> None:
         FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[backbone.second])
     with pytest.raises(ValueError, match=r"'second\.0\.weight' is in both 'second' and 'second\.0'"):
         FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[backbone.second, backbone.second[0]])
-    with pytest.raises(ValueError, match="'third' in group 'a' is no parameter of the backbone"):
+    with pytest.raises(ValueError, match="'third' in group 'a' is not a parameter of the backbone"):
         FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[LayerGroup("a", ("third",))])
     with pytest.raises(ValueError, match=r"Linear is not a submodule of the backbone \(Custom\)"):
         FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[nn.Linear(2, 2)])
-    with pytest.raises(ValueError, match="the name 'a' stands twice"):
+    with pytest.raises(ValueError, match="two groups have the name 'a'"):
         FineTuneModel(
             nn.Linear(2, 2),
             nn.Linear(2, 2),

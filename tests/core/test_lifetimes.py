@@ -156,7 +156,7 @@ def test_groups_hold_exactly_what_trains_each_once(
         parameter.requires_grad_(flip)
     expected = {id(p): name for name, p in model.named_parameters() if include_frozen or p.requires_grad}
     if not expected:
-        with pytest.raises(ValueError, match="nothing trains"):
+        with pytest.raises(ValueError, match="no parameter trains"):
             model.param_groups(lr=0.1, layer_decay=layer_decay)
         return
     groups = model.param_groups(

@@ -161,7 +161,7 @@ def test_a_count_out_of_range_names_the_groups(count: int) -> None:
 @pytest.mark.parametrize("count", ["2", 1.0, True, None])
 def test_a_count_that_is_no_integer_is_refused(count: Any) -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
-    with pytest.raises(TypeError, match=r"has 5 layer groups \(stem, layer1, .*\); pass a whole number, 0 to 5\."):
+    with pytest.raises(TypeError, match=r"has 5 layer groups \(stem, layer1, .*\); pass an integer, 0 to 5\."):
         model.freeze_backbone(trainable_groups=count)
 
 
@@ -219,7 +219,7 @@ def test_a_network_that_is_compiled_is_refused(build: Any) -> None:
 def test_a_backbone_with_other_parameters_than_it_was_built_with_is_refused() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
     model.backbone.layer1.extra = nn.Linear(2, 2)
-    got = r"has got 2 parameters \(layer1\.extra\.weight, layer1\.extra\.bias\) since .*; call model\.regroup\(\)"
+    got = r"has gained 2 parameters \(layer1\.extra\.weight, layer1\.extra\.bias\) since .*; call model\.regroup\(\)"
     for call in (
         model.freeze_backbone,
         model.unfreeze_backbone,
@@ -280,7 +280,7 @@ def test_gradient_checkpointing_is_handed_on() -> None:
 
 
 def test_gradient_checkpointing_that_the_backbone_lacks() -> None:
-    named = r"Flatten has no gradient checkpointing, neither by timm's name .* nor by transformers'"
+    named = r"Flatten has no gradient checkpointing, neither timm's .* nor transformers'"
     with pytest.raises(AttributeError, match=named):
         FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).set_grad_checkpointing()
     network: Any = nn.Linear(4, 4)  # as transformers' ConvNeXt: the method is there, and raises an error

@@ -124,7 +124,7 @@ def test_a_name_that_is_not_the_models_is_refused() -> None:
     depth_of = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).group_matcher()
     for name in ("_orig_mod.backbone.weight", "weight", "backbone.2.weight"):
         with pytest.raises(
-            ValueError, match=rf"group_matcher: '{name}' is no parameter of this FineTuneModel, .* before"
+            ValueError, match=rf"group_matcher: '{name}' is not a parameter of this FineTuneModel, .* before"
         ):
             depth_of(name)
 
@@ -209,5 +209,5 @@ def test_impossible_rates_are_refused(keywords: dict[str, Any], message: str) ->
 def test_nothing_to_train_is_refused() -> None:
     model = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone()
     model.classifier.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"nothing trains, so there is nothing to optimize; unfreeze"):
+    with pytest.raises(ValueError, match=r"no parameter trains; unfreeze"):
         model.param_groups(lr=0.1)

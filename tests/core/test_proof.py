@@ -178,7 +178,7 @@ def test_parameters_that_interleave_in_one_storage_share_no_memory() -> None:
 
 def test_an_embedding_that_scales_itself_is_named() -> None:
     model = FineTuneModel(nn.Embedding(3, 4, max_norm=0.1), nn.Linear(4, 2)).freeze_backbone()
-    cause = "weight: scaled down in the forward by the max_norm of its embedding"
+    cause = "weight: rescaled in the forward by the max_norm of its embedding"
     with pytest.raises(AssertionError, match=cause), model.assert_frozen():
         model(torch.arange(3))
 
@@ -214,7 +214,7 @@ def test_the_error_goes_by_layer_group_and_names_the_cause() -> None:
     by_group = {line.partition(": ")[0]: line for line in lines}
     assert list(by_group) == ["layer1", "layer3", "layer4"]
     assert "layer1.0.conv1.weight: written to, by an optimizer" in by_group["layer1"]
-    assert "more: a running statistic, moved by a forward" in by_group["layer3"]
+    assert "more: a running statistic, updated by a forward" in by_group["layer3"]
     assert by_group["layer3"].endswith(", or by a load")
     assert "layer4.0.conv1.weight: unfrozen inside" in by_group["layer4"]
 

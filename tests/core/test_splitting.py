@@ -139,7 +139,7 @@ def test_the_way_back_has_the_old_names_and_nothing_of_ours() -> None:
 @pytest.mark.parametrize("kind", [LogSoftmax, Reshaped, SoftmaxInEvaluation, InPlace, TwoOutputs])
 def test_a_network_that_computes_on_is_refused_at_construction(kind: type[Net]) -> None:
     net = kind()
-    with pytest.raises(ValueError, match=r"computes on after its classifier 'head\.fc' in eval mode"):
+    with pytest.raises(ValueError, match=r"processes the output of its classifier 'head\.fc' in eval mode"):
         FineTuneModel.from_module(net, net.head.fc, example_input=INPUTS)
 
 
@@ -149,7 +149,7 @@ def test_a_network_that_computes_on_is_refused_at_the_first_forward(kind: type[N
     net = kind()
     model = FineTuneModel.from_module(net, net.head.fc).train(mode)
     for _ in range(2):
-        with pytest.raises(ValueError, match="computes on after its classifier"):
+        with pytest.raises(ValueError, match="processes the output of its classifier"):
             model(INPUTS)
 
 
@@ -170,7 +170,7 @@ def test_a_classifier_that_is_not_called_once_is_refused(kind: type[Net], times:
 
 def test_what_goes_on_in_place_is_refused_in_inference_mode_too() -> None:
     net = InPlace()
-    with torch.inference_mode(), pytest.raises(ValueError, match="something in place"):
+    with torch.inference_mode(), pytest.raises(ValueError, match="an in-place operation"):
         FineTuneModel.from_module(net, net.head.fc)(INPUTS)
     clean = Net()
     with torch.inference_mode():
@@ -182,7 +182,7 @@ def test_a_classifier_that_is_used_otherwise_is_refused() -> None:
     with pytest.raises(ValueError, match="with 0 positional and 1 keyword arguments"):
         FineTuneModel.from_module(net, net.head.fc)(INPUTS)
     reader = ReadsWeight()
-    with pytest.raises(AttributeError, match="reads 'weight' of its classifier, which has been cut off"):
+    with pytest.raises(AttributeError, match="reads 'weight' of its classifier, which was removed"):
         FineTuneModel.from_module(reader, reader.head.fc)(INPUTS)
 
 

@@ -80,13 +80,17 @@ def test_a_tied_parameter_trains_by_any_of_its_names() -> None:
             ValueError,
             r"trainable: Linear is not a submodule of the backbone \(S",
         ),
-        (lambda m: [m.classifier], ValueError, r"trainable: Linear is not a submodule .* pass the very submodule"),
-        (lambda m: [m.backbone[0][2]], ValueError, r"trainable: '0\.2' has no parameters, so nothing of it can train"),
-        (lambda m: [LayerGroup("a", ("third",))], ValueError, "'third' in group 'a' is no parameter of the backbone"),
+        (lambda m: [m.classifier], ValueError, r"trainable: Linear is not a submodule .* pass its submodule objects"),
+        (lambda m: [m.backbone[0][2]], ValueError, r"trainable: '0\.2' has no parameters, so it cannot train"),
+        (
+            lambda m: [LayerGroup("a", ("third",))],
+            ValueError,
+            "'third' in group 'a' is not a parameter of the backbone",
+        ),
         (lambda m: [LayerGroup("a", ())], ValueError, "trainable: 'a' has no parameters"),
-        (lambda m: ["0"], TypeError, "trainable: '0' is neither a module nor a LayerGroup; pass the very submodule"),
+        (lambda m: ["0"], TypeError, "trainable: '0' is neither a module nor a LayerGroup; pass submodule objects"),
         (lambda m: m.backbone[0], TypeError, r"trainable: a Sequential; pass a list of .*, e\.g\. trainable=\["),
-        (lambda m: [], ValueError, r"trainable=\[\]: it names nothing; .* call freeze_backbone\(\)"),
+        (lambda m: [], ValueError, r"trainable=\[\]: the list is empty; .* call freeze_backbone\(\)"),
     ],
 )
 def test_what_is_no_part_is_refused_and_nothing_changes(choose: Any, kind: type[Exception], message: str) -> None:
@@ -168,7 +172,7 @@ def test_regroup_takes_what_came_after_wrapping() -> None:
     nn.utils.parametrizations.weight_norm(model.backbone.layer4[0].conv1)
     adapter = model.backbone.layer4[0].adapter = nn.Linear(4, 4)
     with pytest.raises(
-        ValueError, match=r"has lost 1 parameter \(.*\) and got 4 parameters .* call model\.regroup\(\)"
+        ValueError, match=r"has lost 1 parameter \(.*\) and gained 4 parameters .* call model\.regroup\(\)"
     ):
         model.freeze_backbone()
     model.backbone.requires_grad_(False)
@@ -192,7 +196,7 @@ def test_adapters_of_a_wrapped_network_train_alone() -> None:
     assert training(model) == adapters
     assert training(model.freeze_backbone(trainable_groups=1)) == adapters[-2:]
     assert model.trainable_groups == 1
-    with pytest.warns(UserWarning, match="stay frozen, as they were frozen when the model was built"):
+    with pytest.warns(UserWarning, match="stay frozen, because they were frozen next to trainable ones"):
         model.unfreeze_backbone()
     assert training(model) == adapters
     assert model.trainable_groups == len(model.layer_groups)
@@ -216,7 +220,7 @@ def test_it_is_said_when_all_that_was_asked_for_was_fixed() -> None:
     backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
     backbone[1].weight.requires_grad_(True)
     model = FineTuneModel(backbone, nn.Linear(4, 2))
-    with pytest.warns(UserWarning, match=r"^freeze_backbone: all 2 parameters asked for \(0\.\w+, 0\.\w+\) stay"):
+    with pytest.warns(UserWarning, match=r"^freeze_backbone: all 2 parameters to unfreeze \(0\.\w+, 0\.\w+\) stay"):
         model.freeze_backbone(trainable=[backbone[0]])
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     model.freeze_backbone(trainable_groups=1)  # some of it trains, as adapters do above weights that are fixed

@@ -1,4 +1,4 @@
-"""What of a partly frozen network can be computed once for each image, found and proved on one batch."""
+"""Find which tensors of a partly frozen network can be cached for each image, and run the rest on them."""
 
 from .rest import Frontier, KeptTensor, NoFrontier
 from .search import find_frontier

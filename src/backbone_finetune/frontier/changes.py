@@ -1,4 +1,4 @@
-"""Which tensors of a forward are the same in each epoch: computed from nothing that trains, and from nothing random."""
+"""Trace which tensors of a forward change between epochs: those that depend on trainable parameters or randomness."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class ChangeTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches forwards below autograd, and marks what is computed from a trainable parameter or drawn at random.
+    """Marks the tensors of a forward that are computed from a trainable parameter or a random number.
 
     >>> network = nn.Linear(2, 2)
     >>> with ChangeTrace(network) as trace:
@@ -23,8 +23,8 @@ class ChangeTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     >>> trace.changes(output), trace.changes(torch.ones(1, 2))
     (True, False)
 
-    `requires_grad` does not say it: ``detach``, ``no_grad`` and reentrant checkpoints lose it. A marked value that
-    Python reads, as ``if x.sum() > 0`` does, marks all that follows.
+    ``requires_grad`` is not enough: ``detach``, ``no_grad`` and reentrant checkpoints drop it. If Python reads a marked
+    value, as in ``if x.sum() > 0``, every later tensor is marked.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -32,20 +32,20 @@ class ChangeTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recomputed: set[FrameType] = set()  # calls of checkpoint() that backward repeats
         self.drew = False  # whether the forward has drawn a random number so far
         self._everything = False
-        # The storages are kept alive, so that no other gets the identity of one of them.
+        # References keep the storages alive, so that no other storage gets the same identity.
         self._marked: dict[int, object] = {}
         for parameter in network.parameters():
             if parameter.requires_grad:
                 self._mark(parameter)
 
     def __enter__(self) -> ChangeTrace:
-        """Watch one more forward."""
+        """Start tracing a forward."""
         self._everything = self.drew = False
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def changes(self, value: object) -> bool:
-        """Say whether a value differs from epoch to epoch; values that are no tensors do not."""
+        """Return whether a value can differ between epochs. Values that are not tensors cannot."""
         return isinstance(value, torch.Tensor) and (
             self._everything or value.requires_grad or _identity(value)[0] in self._marked
         )
@@ -69,7 +69,7 @@ class ChangeTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def checkpoints() -> Iterator[FrameType]:
-    """Yield the calls of `torch.utils.checkpoint.checkpoint` that are running, the innermost first.
+    """Yield the calls of ``torch.utils.checkpoint.checkpoint`` that are running, the innermost first.
 
     >>> list(checkpoints())
     []
@@ -82,7 +82,7 @@ def checkpoints() -> Iterator[FrameType]:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[int, object]:
-    """By storage, as a view of what changes does too; some tensor subclasses have none."""
+    """Identify a tensor by its storage, which views share. Some tensor subclasses have none."""
     try:
         storage = tensor.untyped_storage()
     except NotImplementedError:
@@ -103,7 +103,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator is random; fused attention is tagged so though its dropout is off."""
+    """Return whether an operator is random. Fused attention has that tag, but is not random without dropout."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     names = {argument.name for argument in func._schema.arguments}

@@ -1,4 +1,4 @@
-"""The frontier of a network: the tensors that are kept for each image, and the rest that runs on them."""
+"""The frontier of a network: the tensors that are kept for each image, and the rest of the network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .undisturbed import undisturbed
 
 @dataclass(frozen=True)
 class NoFrontier:
-    """Why a network has to run whole.
+    """The reason why nothing of a network can be cached.
 
     >>> NoFrontier("every parameter trains").reason
     'every parameter trains'
@@ -30,7 +30,7 @@ class NoFrontier:
 
 @dataclass(frozen=True)
 class KeptTensor:
-    """A tensor that is kept for each image, and the call of a module that returns it.
+    """A tensor that is kept for each image, and the module call that returns it.
 
     >>> print(KeptTensor("layer2", 0, None, (128, 28, 28), torch.float32, 401_408))
     layer2: 128 x 28 x 28 float32, 401.4 kB per image
@@ -38,16 +38,16 @@ class KeptTensor:
     patch_embed (call 2)[2]: 49 x 96 bfloat16, 9.4 kB per image
     """
 
-    path: str  # of the module, as named_modules() gives it
-    call: int  # which call of the module in a forward, from 0
-    index: int | None  # of the leaves that the call returns, as torch.utils._pytree lists them; None: one tensor alone
-    shape: tuple[int, ...]  # without the batch
+    path: str  # the module's name in named_modules()
+    call: int  # index of the call among those of the module in a forward, from 0
+    index: int | None  # index among the leaves of the output, as torch.utils._pytree lists them; None for one tensor
+    shape: tuple[int, ...]  # without the batch dimension
     dtype: torch.dtype
     bytes_per_image: int
 
     @property
     def place(self) -> str:
-        """Name the module, the call where it is not the first, and the index."""
+        """The module, the call if it is not the first, and the index, as text."""
         return str(Call(self.path, self.call)) + ("" if self.index is None else f"[{self.index}]")
 
     def __str__(self) -> str:
@@ -56,13 +56,13 @@ class KeptTensor:
 
 
 class Returned(NamedTuple):
-    """What a call returns: tensors of the batch by their layout, all else by the value that it has for every batch."""
+    """The output of a call: layouts for tensors of the batch, and values for everything else."""
 
     leaves: tuple[Any, ...]
     structure: TreeSpec
 
     def build(self, fill: Callable[[int, BatchLayout], torch.Tensor]) -> Any:
-        """Give it with tensors of the batch from `fill`, which takes their position and layout."""
+        """Build the output, with tensors of the batch from ``fill(index, layout)``."""
         leaves = [
             fill(index, leaf) if isinstance(leaf, BatchLayout) else copy_leaf(leaf)
             for index, leaf in enumerate(self.leaves)
@@ -71,32 +71,32 @@ class Returned(NamedTuple):
 
 
 def copy_leaf(leaf: Any) -> Any:
-    """Copy a tensor, as a forward may write into it; give anything else as it is."""
+    """Copy a tensor, because a forward may modify it; return any other object unchanged."""
     return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
-Place = tuple[Call, int]  # a tensor among those that a call returns
-StandIn = Callable[[BatchLayout, int], torch.Tensor]  # a tensor for so many images
+Place = tuple[Call, int]  # a call, and the index of a tensor in its output
+StandIn = Callable[[BatchLayout, int], torch.Tensor]  # returns a replacement tensor for a number of images
 
 
 class Plan(NamedTuple):
-    """What a forward is made of: what it takes, what its calls return, and which of that is kept."""
+    """The inputs of a forward, the outputs of its calls, and which of these are kept."""
 
     inputs: Returned
-    returned: Mapping[Call, Returned]  # of the calls that can be cached
-    computed: Container[Call]  # the calls that cannot
+    returned: Mapping[Call, Returned]  # outputs of the calls that can be cached
+    computed: Container[Call]  # calls that cannot be cached
     kept: Sequence[Place] = ()
-    draws: bool = False  # whether it draws random numbers before all that is kept is computed
+    draws: bool = False  # whether the forward draws random numbers before the last kept tensor
 
 
 def uninitialised(layout: BatchLayout, images: int) -> torch.Tensor:
-    """Stand for a tensor that nothing reads; integers might be read as indices."""
+    """Return a replacement for a tensor that is not read; integers are 0, which is a valid index."""
     tensor = layout.empty(images)
     return tensor if tensor.is_floating_point() else tensor.zero_()
 
 
 def answer_from(plan: Plan, rows: Mapping[Place, torch.Tensor], images: int, stand_in: StandIn) -> Answer:
-    """Answer calls from rows, with `stand_in` where there are none, and compute the calls that cannot be cached."""
+    """Return a function that answers calls from rows or ``stand_in``, and computes calls that cannot be cached."""
 
     def answer(call: Call, compute: Callable[[], Any]) -> Any:
         def fill(index: int, layout: BatchLayout) -> torch.Tensor:
@@ -107,15 +107,17 @@ def answer_from(plan: Plan, rows: Mapping[Place, torch.Tensor], images: int, sta
             return plan.returned[call].build(fill)
         if call in plan.computed:
             return compute()
-        raise RuntimeError(f"frontier: the forward called {call}, which it did not on the first batch; run it whole.")
+        raise RuntimeError(
+            f"frontier: the forward called {call}, which it did not call on the first batch; run the whole network."
+        )
 
     return answer
 
 
 class Rest(nn.Module):
-    """The network from the frontier on: kept tensors, each (B, *shape), to what the network returns.
+    """The network after the frontier. It takes the kept tensors, each (B, *shape), and returns the network's output.
 
-    It shares all parameters with the network, and its modes. Hand it to DistributedDataParallel or `torch.compile`.
+    It shares parameters and modes with the network. It can be passed to DistributedDataParallel or ``torch.compile``.
     """
 
     def __init__(self, twin: Twin, plan: Plan) -> None:
@@ -126,18 +128,18 @@ class Rest(nn.Module):
         twin.answered = {call.path for call in plan.returned}
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        """Run what is not cached: kept tensors -> the output of the network."""
+        """Run what is not cached: maps kept tensors to the output of the network."""
         return self.run(tensors, uninitialised)
 
     def run(self, tensors: Sequence[torch.Tensor], stand_in: StandIn) -> Any:
-        """Run with `stand_in` in place of what is neither kept nor computed, the input among it."""
+        """Run with ``stand_in`` in place of the input and of every output that is neither kept nor computed."""
         images = self._check(tensors)
         rows = dict(zip(self._plan.kept, tensors, strict=True))
         inputs, keywords = self._plan.inputs.build(lambda _, layout: stand_in(layout, images))
         return self.twin.answering(answer_from(self._plan, rows, images, stand_in), *inputs, **keywords)
 
     def record(self, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, ...]:
-        """Run the front alone and give the kept tensors."""
+        """Run the forward up to the last kept tensor, and return the kept tensors."""
         self._conditions.check()
         wanted = {call for call, _ in self._plan.kept}
         values: dict[Call, Any] = {}
@@ -154,11 +156,14 @@ class Rest(nn.Module):
         with undrawn, torch.no_grad(), suppress(_AllRecorded):
             self.twin.answering_apart(answer, *inputs, **keywords)
         if missing := wanted - values.keys():
-            raise RuntimeError(f"record: the forward did not call {min(missing)}, which it called on the first batch.")
+            raise RuntimeError(
+                f"record: the forward did not call {min(missing)}, which it called on the first batch; run the whole "
+                "network."
+            )
         return tuple(self._rows(place, values[place[0]][place[1]]) for place in self._plan.kept)
 
     def kept_tensors(self) -> tuple[KeptTensor, ...]:
-        """Describe what is kept."""
+        """Describe the kept tensors."""
         described = []
         for call, index in self._plan.kept:
             leaves = self._plan.returned[call].leaves
@@ -167,7 +172,7 @@ class Rest(nn.Module):
         return tuple(described)
 
     def train(self, mode: bool = True) -> Rest:
-        """Set the mode of the network, which is the mode of the rest."""
+        """Set the mode of the whole network."""
         self._conditions.network.train(mode)
         self.training = mode
         return self
@@ -177,7 +182,8 @@ class Rest(nn.Module):
         if tensor.ndim == 0 or not layout.fits(tensor):
             raise ValueError(
                 f"record: {place[0]} returns a tensor of shape {tuple(tensor.shape)}, {tensor.dtype}, and the frontier "
-                f"keeps {layout.row_shape}, {layout.dtype} for each image; find one for this size and precision."
+                f"keeps {layout.row_shape}, {layout.dtype} for each image; call find_frontier for this size and "
+                "precision."
             )
         return layout.to_rows(tensor)
 
@@ -194,12 +200,12 @@ class Rest(nn.Module):
         return len(tensors[0])
 
 
-class _AllRecorded(Exception):  # noqa: N818  # no BaseException: hooks that are always called are called
-    """Ends a forward once all that is kept has been seen."""
+class _AllRecorded(Exception):  # noqa: N818  # not a BaseException: hooks with always_call=True must run
+    """Ends a forward when all kept tensors are recorded."""
 
 
 class Conditions:
-    """What cached tensors depend on: frozen values, the precision, and the modes that were proved."""
+    """The state that cached tensors depend on: frozen values, precision and modes."""
 
     def __init__(self, twin: Twin, paths: Iterable[str]) -> None:
         self.network = twin.original
@@ -218,32 +224,32 @@ class Conditions:
         ]
 
     def check(self) -> None:
-        """Raise RuntimeError when what is cached no longer is what the network computes."""
+        """Raise RuntimeError if the state has changed, so that cached tensors are stale."""
         if self.network.training not in self.proved_modes:
-            self._refuse("the network is in train mode, and was in eval when the frontier was found")
+            self._refuse("the network is in train mode, and was in eval mode when the frontier was found")
         if (precision := _precision(self.network)) != self._precision:
             self._refuse(f"autocast is {precision}, and was {self._precision} when the frontier was found")
         for path, module, children in self._modules:
             if module.training:
-                self._refuse(f"{path} is in train mode, and was frozen in eval")
+                self._refuse(f"{path} is in train mode, and was frozen in eval mode")
             if list(module._modules.values()) != children:
                 self._refuse(f"a submodule of {path} was replaced")
         for entry in self._tensors:
             tensor, version, before, path = entry
             if tensor.requires_grad:
                 self._refuse(f"{path} trains, and was frozen")
-            if _version(tensor) != version:  # written to, which DistributedDataParallel does with equal values
+            if _version(tensor) != version:  # DistributedDataParallel writes equal values
                 if digest(tensor) != before:
                     self._refuse(f"{path} has changed")
                 entry[1] = _version(tensor)
 
     @staticmethod
     def _refuse(what: str) -> None:
-        raise RuntimeError(f"frontier: {what}; find the frontier anew, and record again.")
+        raise RuntimeError(f"frontier: {what}; call find_frontier and record again.")
 
 
 def _version(tensor: torch.Tensor) -> tuple[int, int]:
-    """Tells cheaply that a tensor was written to, or moved to another device or dtype."""
+    """Return a value that changes when a tensor is written to or moved to another device or dtype."""
     return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
@@ -253,7 +259,7 @@ def _precision(network: nn.Module) -> str:
 
 
 class Frontier:
-    """What of a partly frozen network can be computed once for each image, and the rest that runs in each epoch.
+    """The tensors of a partly frozen network that are computed once for each image, and the rest of the network.
 
     >>> from backbone_finetune import FineTuneModel
     >>> from backbone_finetune.frontier import find_frontier
@@ -265,10 +271,10 @@ class Frontier:
     >>> frontier.replay(tensors).shape
     torch.Size([4, 5])
 
-    It holds as long as what is frozen stays frozen and as it is, in eval; each call looks, and raises RuntimeError
-    otherwise. Equal batches give the logits and gradients of the whole network bit for bit; a batch that is put
-    together anew gives them up to rounding, as the whole network itself does. Hooks of cached modules run in `record`
-    alone. Images have one size.
+    It is valid as long as frozen modules stay frozen, unchanged and in eval mode; each call checks this and raises
+    RuntimeError otherwise. For the batches that were recorded, logits and gradients are those of the whole network, bit
+    for bit; for other compositions of the images, up to rounding, as in the whole network. Hooks of cached modules run
+    in ``record`` only. All images have one size.
     """
 
     def __init__(self, rest: Rest) -> None:
@@ -277,21 +283,33 @@ class Frontier:
 
     @property
     def bytes_per_image(self) -> int:
-        """How much is kept for each image."""
+        """The size of the kept tensors of one image in bytes."""
         return sum(kept.bytes_per_image for kept in self.kept)
 
     def record(self, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, ...]:
-        """Compute what is kept for a batch, given as the network takes it: one (B, *shape) for each of `kept`.
+        """Compute the kept tensors of a batch.
 
-        Several threads may record at once, each in its own autocast where there is one. They share all parameters. A
-        front that draws random numbers, though what is kept does not depend on them, runs in one thread at a time.
+        Args:
+            *inputs: the inputs of the network.
+            **keywords: the keyword arguments of the network.
+
+        Returns:
+            One tensor (B, *shape) for each of ``kept``.
+
+        Several threads may record at the same time, each with its own autocast context. Recording a network that draws
+        random numbers before the last kept tensor runs in one thread at a time.
         """
         return self.rest.record(*inputs, **keywords)
 
     def replay(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Give what the network returns for the batch whose tensors these are, or rows of which they are.
+        """Return the network's output for kept tensors.
 
-        Tensors of another dtype or device are converted. Raises ValueError for other shapes.
+        Args:
+            tensors: tensors from ``record``, or any rows of them. Other dtypes and devices are converted.
+
+        Raises:
+            ValueError: a shape is wrong.
+            RuntimeError: the tensors are stale, because frozen state has changed.
         """
         return self.rest(*tensors)
 

@@ -1,4 +1,4 @@
-"""Finding the frontier of a network, and proving it, on one batch."""
+"""Find the frontier of a network on one batch, and check it by a replay."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Flat = tuple[list[Any], TreeSpec]
 
 
 def find_frontier(network: nn.Module, *inputs: Any, **keywords: Any) -> Frontier | NoFrontier:
-    """Find what of a partly frozen network can be computed once for each image, and prove it.
+    """Find the tensors of a partly frozen network that can be cached for each image.
 
     >>> network = nn.Sequential(nn.Linear(4, 8).requires_grad_(False).eval(), nn.Linear(8, 2))
     >>> print(find_frontier(network, torch.randn(4, 4)))
@@ -33,16 +33,21 @@ def find_frontier(network: nn.Module, *inputs: Any, **keywords: Any) -> Frontier
     >>> find_frontier(network.requires_grad_(True), torch.randn(4, 4)).reason
     'every parameter trains'
 
-    `inputs` and `keywords` are the user's first batch, as `network` takes it: 3 images or more. A call of a frozen
-    module can be cached when nothing that it returns depends on what trains or is random. Those calls whose results
-    are needed are found by poisoning results with NaN and with noise, in train and in eval mode, and the proof is a
-    replay with all else, and the input, poisoned: its output has to be the network's, bit for bit. The network is
-    left as it was, random state and running statistics included. Raises ValueError for a batch of other sizes.
+    A call of a frozen module can be cached if its output depends neither on trainable parameters nor on randomness.
+    Which of these outputs are needed is found by replacing outputs with NaN and with large values, in train and in eval
+    mode. The result is checked by a replay in which everything else, including the input, is replaced: its output must
+    be that of the network, bit for bit. The network does not change, including random state and running statistics.
 
     Args:
-        network: any network whose frozen modules are in eval, a `FineTuneModel` say, in the mode that it trains in.
-        inputs: what its forward takes, images (B, 3, H, W) say.
-        keywords: what its forward takes by keyword.
+        network: any network whose frozen modules are in eval mode, e.g. a ``FineTuneModel``, in its mode for training.
+        inputs: one batch of 3 images or more, as the network takes it, e.g. images (B, 3, H, W).
+        keywords: keyword arguments of the network's forward.
+
+    Returns:
+        The frontier, or a ``NoFrontier`` with the reason why there is none.
+
+    Raises:
+        ValueError: the batch has fewer than 3 images.
     """
     images = _count_images((inputs, keywords))
     if (reason := _why_not_to_look(network)) is not None:
@@ -52,7 +57,7 @@ def find_frontier(network: nn.Module, *inputs: Any, **keywords: Any) -> Frontier
 
 
 class _Search:
-    """Runs of one network on one batch, and on its first images."""
+    """The search: runs of one network on one batch and on the first images of the batch."""
 
     def __init__(self, network: nn.Module, inputs: Any, keywords: Any, images: int) -> None:
         self.network = network
@@ -61,17 +66,17 @@ class _Search:
         self.part = tree_map(lambda leaf: leaf[:_PART] if _is_batch(leaf, images) else leaf, self.whole)
         self.modes = sorted({network.training, False}, reverse=True)
         self.twin = Twin(network)
-        self.returned: dict[Call, Returned] = {}  # of the calls that can be cached
-        self.computed: set[Call] = set()  # the calls that cannot
-        self.after_drawing: set[Call] = set()  # the calls that follow the drawing of random numbers
-        self.rows: dict[Place, torch.Tensor] = {}  # what the former return for the smaller batch
+        self.returned: dict[Call, Returned] = {}  # outputs of the calls that can be cached
+        self.computed: set[Call] = set()  # calls that cannot be cached
+        self.after_drawing: set[Call] = set()  # calls after a random number was drawn
+        self.rows: dict[Place, torch.Tensor] = {}  # cacheable outputs for the smaller batch
 
     def find(self) -> Frontier | NoFrontier:
         self._find_cacheable()
         if not any(next(self.twin.intercepted[call.path].parameters(), None) is not None for call in self.returned):
             return NoFrontier(self._why_nothing_is_cacheable())
         inputs = self._describe(tree_flatten(self.whole), tree_flatten(self.part))
-        assert inputs is not None  # the same objects but for tensors of the batch
+        assert inputs is not None  # both contain the same objects, apart from tensors of the batch
         plan = Plan(inputs, self.returned, self.computed)
         kept: set[Place] = set()
         for training in self.modes:
@@ -81,7 +86,7 @@ class _Search:
                     return NoFrontier(reason)
                 kept.update(self._needed(plan, [place for place in self.rows if place not in kept], expected))
         if not kept:
-            return NoFrontier("the output depends on nothing that is frozen")
+            return NoFrontier("the output does not depend on frozen modules")
         draws = any(call in self.after_drawing for call, _ in kept)
         rest = Rest(self.twin, plan._replace(kept=[place for place in self.rows if place in kept], draws=draws))
         for training in self.modes:
@@ -105,14 +110,14 @@ class _Search:
                 for position, layout in enumerate(described.leaves):
                     if isinstance(layout, BatchLayout):
                         self.rows.setdefault((call, position), layout.to_rows(part[call][0][position]))
-        # Backward computes again what stands in a checkpoint with something that trains, when the replay is over.
+        # Backward recomputes every module in a checkpoint that contains trainable parameters, after the replay.
         again = {call.path for call, frames in within.items() if not trace.recomputed.isdisjoint(frames)}
         self.computed |= {call for call in within if call.path in again}
         self.returned = {call: returned for call, returned in self.returned.items() if call not in self.computed}
         self.rows = {place: rows for place, rows in self.rows.items() if place[0] in self.returned}
 
     def _trace(self, batch: Any, trace: ChangeTrace, within: dict[Call, list[FrameType]]) -> dict[Call, Flat]:
-        """Run a forward and give what its calls return; those that differ between epochs go to `computed`."""
+        """Run a forward and return the outputs of its calls; calls that differ between epochs go to ``computed``."""
         results: dict[Call, Flat] = {}
 
         def answer(call: Call, compute: Callable[[], Any]) -> Any:
@@ -131,7 +136,7 @@ class _Search:
         return results
 
     def _describe(self, whole: Flat | None, part: Flat | None) -> Returned | None:
-        """What is returned for a batch of any size, told from two of them; None where they do not tell."""
+        """Describe an output for any batch size, from the outputs for two sizes; None if that is not possible."""
         if whole is None or part is None or whole[1] != part[1]:
             return None
         leaves: list[Any] = []
@@ -150,7 +155,7 @@ class _Search:
         return Returned(tuple(leaves), whole[1])
 
     def _needed(self, plan: Plan, places: list[Place], expected: Any) -> list[Place]:
-        """Find by halves the places that are needed: with them poisoned, the output is another one."""
+        """Find by bisection the tensors that are needed: replacing them changes the output."""
         spare: set[Place] = set()
 
         def needed(group: list[Place]) -> list[Place]:
@@ -173,45 +178,45 @@ class _Search:
         return self._run(functools.partial(self.twin.answering, answer), batch)
 
     def _why_unsound(self, rest: Rest) -> str | None:
-        """The proof: a replay with all poisoned but what is kept has to give what the network gives.
+        """Check that a replay with all but the kept tensors replaced has the output of the network.
 
-        And what is kept has to be the same in a second pass over the batch, and in a pass over part of it.
+        The kept tensors must also be equal in a second pass over the batch, and in a pass over a part of it.
         """
-        expected = self._run(self.network, self.whole)  # first: a network that counts its forwards has counted on
+        expected = self._run(self.network, self.whole)  # first: the network may count its forwards
         tensors, of_part, again = (
             self._run(rest.record, batch, seed) for seed, batch in enumerate((self.whole, self.part, self.whole))
         )
         for kept, first, part, second in zip(rest.kept_tensors(), tensors, of_part, again, strict=True):
             if not _same_bits(first, second):
-                return f"{kept.place} gives other values in a second pass over the same images"
+                return f"{kept.place} returns other values in a second pass over the same images"
             if not _is_close(part, first[:_PART]):
-                return f"what {kept.place} gives for an image depends on the other images of the batch"
-        self._run(self.network, self.part)  # what a forward leaves for the next one is of other images now
+                return f"the output of {kept.place} for an image depends on the other images of the batch"
+        self._run(self.network, self.part)  # state that a forward leaves for the next one is now of other images
         difference = self._difference(expected, lambda poison: self._run(lambda: rest.run(tensors, poison), ((), {})))
         if difference is None:
             return None
         if not _same_output(expected, self._run(self.network, self.whole)):
-            return "the network gives another output for the same images and the same random numbers"
+            return "the network returns another output for the same images and the same random numbers"
         return (
-            "what trains needs more than frozen modules return (the input, the result of a function, or what a hook "
-            f"or an earlier call left): without that {difference}"
+            "the trainable part needs more than the outputs of frozen modules (the input, the result of a function, or "
+            f"state from a hook or an earlier call): without that {difference}"
         )
 
     def _difference(self, expected: Any, replay: Callable[[StandIn], Any]) -> str | None:
         for poison in _POISONS:
             try:
                 output = replay(poison)
-            except Exception as error:  # what a forward says to poison is for its author to choose
+            except Exception as error:  # a forward may raise any error for such values
                 return f"it raises {type(error).__name__} ({str(error).partition(chr(10))[0][:200]})"
             if not _same_output(expected, output):
-                return "its output is another one"
+                return "its output differs"
         return None
 
     def _run(self, call: Callable[..., Any], batch: Any, seed: int = 0) -> Any:
-        inputs, keywords = tree_map(copy_leaf, batch)  # a forward may write into them
+        inputs, keywords = tree_map(copy_leaf, batch)  # a forward may modify its inputs
         with undisturbed(self.network):
             torch.manual_seed(seed)
-            torch.clear_autocast_cache()  # what was cast before a trace would not be known to train
+            torch.clear_autocast_cache()  # a trace does not know that a weight cast before it is trainable
             return call(*inputs, **keywords)
 
     @contextmanager
@@ -229,7 +234,7 @@ class _Search:
             own = list(module.parameters(recurse=False))
             if module.training and own and not any(parameter.requires_grad for parameter in own):
                 return f"{path} is frozen and in train mode; call its eval()"
-        return "nothing frozen is computed from the input alone, before what trains and what is random"
+        return "no frozen module depends on the input alone, without trainable parameters and randomness before it"
 
 
 def _why_not_to_look(network: nn.Module) -> str | None:
@@ -246,8 +251,8 @@ def _count_images(batch: Any) -> int:
     if not tensors or len(tensors[0]) <= _PART:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "none"
         raise ValueError(
-            f"find_frontier: got tensors of shape {shapes}; pass a batch of {_PART + 1} images or more, as the network "
-            "takes it."
+            f"find_frontier: got tensors of shape {shapes}; pass a batch of {_PART + 1} or more images in the form "
+            "that the network takes."
         )
     return len(tensors[0])
 
@@ -262,10 +267,10 @@ def _not_a_number(layout: BatchLayout, images: int) -> torch.Tensor:
 
 
 def _large(layout: BatchLayout, images: int) -> torch.Tensor:
-    """Large values of both signs, for those whom NaN does not reach: a comparison, say, or `nan_to_num`."""
+    """Return large values of both signs, for operations that hide NaN: comparisons, ``nan_to_num``."""
     tensor = layout.empty(images)
     if not _has_nan(tensor):
-        return tensor.fill_(1)  # an index that is most likely valid
+        return tensor.fill_(1)  # most likely a valid index
     signs = torch.arange(tensor.numel(), device=tensor.device).remainder(2).mul(2).sub(1)
     return layout.from_rows(signs.mul(10_000.0).reshape(images, *layout.row_shape))
 
@@ -280,9 +285,9 @@ def _has_nan(tensor: torch.Tensor) -> bool:
 def _why_it_tells_nothing(output: Any) -> str | None:
     tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     if not any(tensor.requires_grad for tensor in tensors):
-        return "the output needs no gradient"
+        return "the output does not require a gradient"
     if any(_has_nan(tensor) and bool(tensor.isnan().any()) for tensor in tensors):
-        return "the output for this batch holds NaN"
+        return "the output for this batch contains NaN"
     return None
 
 
@@ -301,7 +306,7 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 
 def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """But for rounding, measured against the largest value."""
+    """Return whether two tensors are equal up to rounding, relative to the largest value."""
     if not one.is_floating_point():
         return torch.equal(one, other)
     largest = other.abs().max().clamp_min(torch.finfo(other.dtype).tiny)

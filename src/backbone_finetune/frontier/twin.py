@@ -1,4 +1,4 @@
-"""A twin of a network, in which the calls of frozen modules can be recorded and answered."""
+"""A copy of a network in which the calls of frozen modules can be recorded and answered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..splitting.cut import Cut
 
 
 class Call(NamedTuple):
-    """One call of a frozen module in a forward: its path, and how many calls of it came before."""
+    """One call of a frozen module in a forward: its path, and the number of its earlier calls."""
 
     path: str
     earlier: int
@@ -24,7 +24,7 @@ class Call(NamedTuple):
         return f"{self.path} (call {self.earlier + 1})" if self.earlier else self.path
 
 
-Answer = Callable[[Call, Callable[[], Any]], Any]  # gives what a call returns; the second lets the module compute it
+Answer = Callable[[Call, Callable[[], Any]], Any]  # returns the output of a call; the second argument computes it
 _OPAQUE = (Cut, torch.jit.ScriptModule)
 
 
@@ -37,9 +37,9 @@ class Twin(nn.Module):
     0
     torch.Size([1, 2])
 
-    Frozen is a module in eval whose subtree has no parameter that trains. Modules with nothing frozen inside are the
-    network's own; those above frozen ones are copies, brought up to date before each run. Where a frozen module is
-    called by another one, only the outer call is intercepted.
+    A module is frozen here if it is in eval mode and neither it nor its submodules have trainable parameters. Modules
+    without frozen ones inside are shared with the network; modules that contain frozen ones are copied, and updated
+    before each run. If a frozen module calls another one, only the outer call is intercepted.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -47,35 +47,35 @@ class Twin(nn.Module):
         self.intercepted: dict[str, nn.Module] = {}
         self.answered: set[str] = set()  # paths that a forward outside `answering` must not compute
         self._local = threading.local()
-        self._original = (network,)  # in a tuple, so that it is no submodule
+        self._original = (network,)  # in a tuple, so that it is not registered as a submodule
         self._stand_ins: dict[int, nn.Module] = {}  # for frozen modules
-        self._above: dict[int, tuple[nn.Module, list[nn.Module | None]]] = {}  # modules above frozen ones
+        self._above: dict[int, tuple[nn.Module, list[nn.Module | None]]] = {}  # modules that contain frozen ones
         self._find_frozen(network, "", set())
         self._copies = dict(self._stand_ins)
         self.network = self._copy(network, self._copies, self._above)
 
     @property
     def original(self) -> nn.Module:
-        """The network that this is a twin of."""
+        """The network that was copied."""
         return self._original[0]
 
     def answering(self, answer: Answer, *inputs: Any, **keywords: Any) -> Any:
-        """Run the network with an answer to each call of a frozen module."""
+        """Run the network; ``answer`` returns the output of each call of a frozen module."""
         self._check_above()
         pairs = [(module, self._copies[id(module)]) for module, _ in self._above.values()]
         for module, copy in pairs:
             _take_over(module, copy)
         output = self._run(self.network, answer, inputs, keywords)
-        for module, copy in pairs:  # give the network what its forward set
+        for module, copy in pairs:  # copy attributes that the forward has set back to the network
             vars(module).update(
                 {k: v for k, v in vars(copy).items() if k != "_modules" and not isinstance(v, MethodType)}
             )
         return output
 
     def answering_apart(self, answer: Answer, *inputs: Any, **keywords: Any) -> Any:
-        """Run likewise on copies made for this run: neither the network nor another thread sees what it sets.
+        """Run like ``answering``, on copies made for this run: attributes that it sets have no effect elsewhere.
 
-        They share all tensors but the buffers of modules in train mode.
+        The copies share all tensors except the buffers of modules in train mode.
         """
         self._check_above()
         network = self._copy(self.original, dict(self._stand_ins), None)
@@ -89,7 +89,7 @@ class Twin(nn.Module):
             self._local.answer = None
 
     def _find_frozen(self, module: nn.Module, path: str, seen: set[int]) -> bool:
-        """Make stand-ins for the frozen modules in a module, and say whether there are any."""
+        """Create stand-ins for the frozen modules in a module; return whether there are any."""
         if id(module) in seen or isinstance(module, _OPAQUE):
             return id(module) in self._stand_ins or id(module) in self._above
         seen.add(id(module))
@@ -108,18 +108,18 @@ class Twin(nn.Module):
 
     def _intercepting(self, path: str, module: nn.Module) -> nn.Module:
         stand_in = type(module).__new__(type(module))
-        # What hooks do is part of what the module returns, and is recorded with it.
+        # The original module runs its hooks, so their effect is part of the recorded output.
         hooks: dict[str, Any] = {
             name: {} for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)
         }
         forward = functools.partial(self._intercept, path, module)
-        # A list of modules, say, is never called itself, and its modules are.
+        # A container such as nn.ModuleList is never called itself, only its modules.
         children = {name: self._stand_ins.get(id(child), child) for name, child in module._modules.items()}
         vars(stand_in).update(vars(module), **hooks, _modules=children, forward=forward)
         return stand_in
 
     def _copy(self, module: nn.Module, copies: dict[int, nn.Module], chosen: Container[int] | None) -> nn.Module:
-        """Copy the chosen modules, or all; what is in `copies` already stands for its module."""
+        """Copy the chosen modules, or all of them; entries of ``copies`` already replace their modules."""
         if id(module) in copies:
             return copies[id(module)]
         if isinstance(module, _OPAQUE) or (chosen is not None and id(module) not in chosen):
@@ -138,11 +138,11 @@ class Twin(nn.Module):
 
     def _intercept(self, path: str, module: nn.Module, *inputs: Any, **keywords: Any) -> Any:
         answer = getattr(self._local, "answer", None)
-        if answer is None:  # a checkpoint computes again in backward
+        if answer is None:  # gradient checkpointing recomputes in backward
             if path in self.answered:
                 raise RuntimeError(
-                    f"frontier: backward computes {path} again, which is cached; find the frontier anew after gradient "
-                    "checkpointing was turned on."
+                    f"frontier: backward recomputes {path}, which is cached; call find_frontier again after turning "
+                    "on gradient checkpointing."
                 )
             return module(*inputs, **keywords)
         counts: dict[str, int] = self._local.counts
@@ -154,13 +154,13 @@ class Twin(nn.Module):
         for module, children in self._above.values():
             if list(module._modules.values()) != children:
                 raise RuntimeError(
-                    f"frontier: a submodule of {type(module).__name__} was replaced after the frontier was found; find "
-                    "it anew."
+                    f"frontier: a submodule of {type(module).__name__} was replaced after the frontier was found; call "
+                    "find_frontier again."
                 )
 
 
 def _take_over(module: nn.Module, copy: nn.Module) -> None:
-    """Set all attributes of a copy but its submodules; methods that a module holds of itself become the copy's."""
+    """Set all attributes of a copy except its submodules. Bound methods of the module are bound to the copy."""
     own = vars(copy)
     for name, value in vars(module).items():
         if name != "_modules":

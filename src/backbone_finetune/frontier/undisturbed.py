@@ -1,4 +1,4 @@
-"""Forwards that leave no trace: random state and buffers are given back, one forward at a time."""
+"""Run a forward without side effects on the random state and on buffers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-_ONE_AT_A_TIME = threading.RLock()  # the random state is shared by all threads
+_ONE_AT_A_TIME = threading.RLock()  # all threads share the random state
 
 
 @contextmanager
 def undisturbed(network: nn.Module) -> Iterator[None]:
-    """Run forwards inside; at the end the random state, and the buffers of modules in train mode, are as they were.
+    """Restore the random state, and the buffers of modules in train mode, on exit.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> with undisturbed(layer):

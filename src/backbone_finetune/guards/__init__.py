@@ -1,4 +1,4 @@
-"""What a model looks at so that nothing it promises is broken without a word: each look is a file of its own."""
+"""Checks that detect, repair or report what would change frozen tensors or leave unfrozen ones untrained."""
 
 from .combined import Guards
 

@@ -1,4 +1,4 @@
-"""What a model looks at when its freezing changes, when its mode is set, and at each forward."""
+"""All guards of a model, run when its freezing changes, when its mode is set, and before each forward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .step_watch import StepWatch
 
 
 class Guards:
-    """Notice what would make a statement of the model untrue: each is a file of its own.
+    """Run the guards of a model. Each guard has its own file.
 
     >>> layer = nn.Linear(2, 2)
     >>> guards = Guards(layer)
@@ -33,7 +33,7 @@ class Guards:
 
     @contextmanager
     def change(self, model: nn.Module, frozen_modules: Callable[[], Sequence[nn.Module]]) -> Iterator[None]:
-        """Change inside what trains; where frozen and trainable parameters then share memory, nothing has changed."""
+        """Change ``requires_grad`` inside; undone if a frozen parameter then shares memory with a trainable one."""
         self._steps.note(model.named_parameters())
         before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
@@ -46,14 +46,14 @@ class Guards:
         warn_of_shared_modes(model, frozen_modules())
 
     def settle(self, model: nn.Module, frozen: Sequence[nn.Module]) -> None:
-        """Take down what is frozen and what trains, once modes are set."""
+        """Record which parts are frozen and which train, after modes were set."""
         self._statistics.guard(model.modules(), frozen)
         self._padded_encoders = padded_encoders(model, self._padded_encoders)
         check_calls_of(*model.children())
         self._steps.note(model.named_parameters())
 
     def look_at_forward(self, model: nn.Module) -> None:
-        """Look before a forward: at DistributedDataParallel and weight averaging."""
+        """Check DistributedDataParallel and weight averaging before a forward."""
         check_active_wrapper()
         if self._statistics.were_reset() and model.training:
             self._statistics.restore()

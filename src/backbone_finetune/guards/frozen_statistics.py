@@ -1,4 +1,4 @@
-"""Running statistics that are frozen, given back where weight averaging resets those of every BatchNorm."""
+"""Restore frozen running statistics after weight averaging resets those of every BatchNorm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BEFORE_RESET = "_statistics_before_reset"
 
 
 class FrozenStatistics:
-    """Give frozen running statistics back at the first training forward after weight averaging has reset them.
+    """Restore frozen running statistics in the first training forward after weight averaging has reset them.
 
     >>> norm = nn.BatchNorm1d(2).eval()
     >>> norm.running_mean.fill_(3.0)
@@ -30,9 +30,9 @@ class FrozenStatistics:
     >>> norm.running_mean
     tensor([3., 3.])
 
-    `torch.optim.swa_utils.update_bn` and Lightning's `StochasticWeightAveraging` reset every BatchNorm, set its
-    momentum to None and run forwards in train mode. What is frozen would stay at mean 0 and variance 1. The momentum
-    tells their reset from one that the user asks for, which stays.
+    ``torch.optim.swa_utils.update_bn`` and Lightning's ``StochasticWeightAveraging`` reset every BatchNorm, set its
+    momentum to None and run forwards in train mode. Frozen statistics would stay at mean 0 and variance 1. The
+    momentum distinguishes this reset from one by the user, which is kept.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class FrozenStatistics:
         self._first: _BatchNorm | None = None
 
     def guard(self, modules: Iterable[nn.Module], frozen: Iterable[nn.Module]) -> None:
-        """Take down the statistics of frozen modules, and let these keep them when they are reset in place."""
+        """Record the statistics of frozen modules, and make these save them when they are reset in place."""
         if self.were_reset():
             self.restore()
         inside = {id(module) for root in frozen for module in root.modules()}
@@ -52,21 +52,21 @@ class FrozenStatistics:
                 release([module])
             elif module.momentum is not None:
                 count = module.num_batches_tracked
-                # Lightning puts new tensors in place of the mean and the variance, but zeroes the count itself.
+                # Lightning replaces the tensors of mean and variance, but zeroes the count in place.
                 self._kept.append((module, _statistics(module), None if count is None else count.clone()))
                 if _RESET not in vars(module):
                     vars(module)[_RESET] = _KeepingReset(module)
         self._first = self._kept[0][0] if self._kept else None
 
     def were_reset(self) -> bool:
-        """Say whether weight averaging has reset the statistics."""
+        """Return whether weight averaging has reset the statistics."""
         return self._first is not None and self._first.momentum is None
 
     @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-        reason="frozen running statistics were reset by weight averaging, and are given back"
+        reason="restores frozen running statistics that weight averaging has reset"
     )
     def restore(self) -> None:
-        """Give the statistics back as they were."""
+        """Restore the statistics."""
         with torch.no_grad():
             for module, statistics, count in self._kept:
                 before = vars(module).pop(_BEFORE_RESET, {})
@@ -78,7 +78,7 @@ class FrozenStatistics:
 
 
 def release(modules: Iterable[nn.Module]) -> None:
-    """Take away from modules what `FrozenStatistics.guard` has put there.
+    """Remove from modules the attributes that ``FrozenStatistics.guard`` has set.
 
     >>> release([nn.BatchNorm1d(2)])
     """
@@ -92,10 +92,10 @@ def _statistics(module: _BatchNorm) -> dict[str, torch.Tensor]:
 
 
 class _KeepingReset:
-    """Stands for ``reset_running_stats`` on a frozen module, and keeps what the statistics were before it."""
+    """Replaces ``reset_running_stats`` of a frozen module, and saves the statistics before the reset."""
 
     def __init__(self, module: _BatchNorm) -> None:
-        # Weak: a reference from the module to itself would keep a dropped model's memory until the next collection.
+        # A weak reference: with a cycle, memory of a deleted model would be freed only by the garbage collector.
         self._module = ref(module)
 
     def __call__(self) -> None:
@@ -105,5 +105,5 @@ class _KeepingReset:
             type(module).reset_running_stats(module)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled module gets one of its own."""
+        """Let a copied or pickled module get its own instance."""
         return _KeepingReset, (self._module(),)

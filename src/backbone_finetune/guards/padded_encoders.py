@@ -1,4 +1,4 @@
-"""Transformer encoders that are partly frozen, kept from the nested tensors that layers which train refuse."""
+"""Turn off nested tensors in partly frozen transformer encoders, whose trainable layers do not support them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import nn
 
 
 def padded_encoders(model: nn.Module, before: Iterable[nn.TransformerEncoder] = ()) -> list[nn.TransformerEncoder]:
-    """Keep from nested tensors, and list, the encoders whose first layer is frozen below a layer that trains.
+    """Turn off nested tensors in encoders with a frozen first layer and a trainable later one; return these.
 
     >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(2, 2, 2, batch_first=True), 2)
     >>> _ = encoder.layers[0].requires_grad_(False)
     >>> padded_encoders(encoder) == [encoder], encoder.use_nested_tensor
     (True, False)
 
-    `nn.TransformerEncoder` asks its first layer alone whether nested tensors can replace a padding mask, and layers
-    that train refuse them. Those of `before` that it no longer holds for get them back.
+    ``nn.TransformerEncoder`` decides by its first layer whether to replace a padding mask by nested tensors, and
+    trainable layers raise an error for these. Encoders in ``before`` that changed get nested tensors again.
     """
     for encoder in before:
         encoder.use_nested_tensor = True

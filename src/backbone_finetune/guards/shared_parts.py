@@ -1,4 +1,4 @@
-"""What a frozen and a trainable part of a model share, memory or a module, so that freezing one touches the other."""
+"""Find memory and modules that a frozen and a trainable part of a model share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..tensor_parts import shared_memory
 
 
 def check_shares_no_memory(model: nn.Module) -> None:
-    """Raise ValueError when a frozen parameter shares its memory with one that trains, and would move with it.
+    """Raise ValueError if a frozen parameter shares its memory with a trainable one, and would change with it.
 
     >>> model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
     >>> model[0].weight.data = model[1].weight.data
@@ -24,18 +24,18 @@ def check_shares_no_memory(model: nn.Module) -> None:
     for frozen, trainable in shared_memory(model.named_parameters()):
         raise ValueError(
             f"freezing: {frozen} would be frozen, and shares memory with {trainable}, which trains; tie them as one "
-            "parameter (b.weight = a.weight), or give one a copy (b.weight.data = a.weight.data.clone())."
+            "parameter (b.weight = a.weight), or copy one (b.weight.data = a.weight.data.clone())."
         )
 
 
 def warn_of_shared_modes(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
-    """Warn of a module without parameters that depends on its mode, and stands in a frozen and a trainable place.
+    """Warn about a module without parameters that depends on its mode and is in a frozen and a trainable part.
 
     >>> dropout = nn.Dropout()
     >>> model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), dropout), nn.Sequential(nn.Linear(2, 2), dropout))
     >>> warn_of_shared_modes(model, [])
 
-    One object has one mode, which is eval then: dropout is off where things train.
+    One object has one mode, which is then eval: dropout is off in the trainable part too.
     """
     places: dict[int, tuple[nn.Module, list[str], list[str]]] = {}
     for path, module, is_frozen in _places(model, "", {id(module) for module in frozen}, is_frozen=False):
@@ -45,9 +45,9 @@ def warn_of_shared_modes(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
     for module, in_frozen, in_trainable in places.values():
         if in_frozen and in_trainable:
             warnings.warn(
-                f"one {type(module).__name__} object stands in {in_frozen[0]}, which is frozen, and in "
-                f"{in_trainable[0]}, which trains; it is in eval in both, and so off where things train. Give each "
-                "place an object of its own.",
+                f"{in_frozen[0]}, which is frozen, and {in_trainable[0]}, which trains, are the same "
+                f"{type(module).__name__} object; it is in eval mode, so it is off in the trainable part too. Use a "
+                "separate object in each place.",
                 stacklevel=5,
             )
 
@@ -55,7 +55,7 @@ def warn_of_shared_modes(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
 def _places(
     module: nn.Module, path: str, frozen: Collection[int], *, is_frozen: bool
 ) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Each place of each module, one that stands in several several times, and whether something frozen is above it."""
+    """Yield each path of each module, and whether it or a module above it is frozen. A shared module has several."""
     is_frozen = is_frozen or id(module) in frozen
     yield path, module, is_frozen
     for name, child in module._modules.items():
@@ -64,7 +64,7 @@ def _places(
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
-    """Whether a module's forward reads its mode, and its rate, as dropouts name it, is not 0."""
+    """Return whether a module's forward reads its mode and, for a dropout, its rate is not 0."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     rate = getattr(module, "p", getattr(module, "drop_prob", None))
     return code is not None and "training" in code.co_names and rate != 0

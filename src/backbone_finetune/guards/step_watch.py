@@ -1,4 +1,4 @@
-"""Notice parameters that were unfrozen and that no optimizer holds."""
+"""Warn about unfrozen parameters that are in no optimizer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# Two optimizers may step in turn: the critic of a WGAN steps five times for each step of the generator.
+# Optimizers may alternate: the critic of a WGAN takes five steps for each step of the generator.
 STEPS = 10
 
 
 class StepWatch:
-    """Compare what was unfrozen with what the optimizers hold that step parameters of this model.
+    """Compare unfrozen parameters with those in the optimizers that step parameters of this model.
 
     >>> layers = nn.ModuleDict({"old": nn.Linear(2, 2), "new": nn.Linear(2, 2).requires_grad_(False)})
     >>> watch = StepWatch()
@@ -31,30 +31,30 @@ class StepWatch:
     >>> watch.pending
     {}
 
-    An optimizer that was built before the unfreezing does not hold what was unfrozen. Each optimizer says what it holds
-    when it steps, also with a rate of 0, without a gradient, and where the forward is compiled. A `step` that is
-    compiled itself is not seen.
+    An optimizer that was built before the unfreezing does not contain the unfrozen parameters. A hook on each
+    optimizer step reads its parameters, also with a learning rate of 0, without gradients, and with a compiled
+    forward. A compiled ``step`` is not seen.
     """
 
     def __init__(self) -> None:
-        self.pending: dict[str, nn.Parameter] = {}  # unfrozen, and in no optimizer that has stepped since
+        self.pending: dict[str, nn.Parameter] = {}  # unfrozen, and in no optimizer that has taken a step since
         self._all: dict[str, nn.Parameter] = {}
         self._trainable: frozenset[str] | None = None
         self._steps = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has other parameters, and its own optimizers: nothing is pending there."""
+        """Copy without pending parameters: a copy has other parameters and its own optimizers."""
         return {**vars(StepWatch()), "_trainable": self._trainable}
 
     def note(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Take down what trains now; what did not when it was last called is pending until an optimizer holds it."""
+        """Record what trains now. Newly trainable parameters are pending until an optimizer contains them."""
         everything = dict(parameters)
         trainable = {name: p for name, p in everything.items() if p.requires_grad and not is_lazy(p)}
         newly = frozenset[str]() if self._trainable is None else trainable.keys() - self._trainable
         self._trainable = frozenset(trainable)
         if newly:
             self._steps = 0
-        # A parameter may be another object now: fully_shard puts its own in place.
+        # A parameter may be another object now: fully_shard replaces them.
         self.pending = {name: p for name, p in trainable.items() if name in newly or name in self.pending}
         self._all = everything if self.pending else {}
         if self.pending:
@@ -63,7 +63,7 @@ class StepWatch:
                 _watches.add(self)
 
     def see_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take what an optimizer holds off what is pending; warn when something is left after `STEPS` steps."""
+        """Remove an optimizer's parameters from the pending ones; warn if some are left after ``STEPS`` steps."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if held.isdisjoint(map(id, self._all.values())):
             return  # of another model
@@ -76,9 +76,9 @@ class StepWatch:
         if left:
             names = f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
             warnings.warn(
-                f"{len(left)} parameters were unfrozen ({names}) and no optimizer steps them: one that was built "
-                "earlier holds what trained then. Build a new one from model.param_groups(...), or the first one from "
-                "model.param_groups(..., include_frozen=True), which lives through every unfreezing.",
+                f"{len(left)} parameters were unfrozen ({names}) but are in no optimizer, so they do not train. Build "
+                "a new optimizer from model.param_groups(...), or the first one from "
+                "model.param_groups(..., include_frozen=True), which includes parameters that are unfrozen later.",
                 stacklevel=4,  # where the optimizer's step() is called
             )
 
@@ -89,7 +89,7 @@ _lock = threading.Lock()
 
 @functools.cache
 def _listen() -> None:
-    """Hear of each step of an optimizer; for good, as torch runs over its hooks while threads step."""
+    """Register a hook on every optimizer step. It is never removed: other threads may be running the hooks."""
     register_optimizer_step_post_hook(_tell)
 
 

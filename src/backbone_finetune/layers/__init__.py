@@ -1,1 +1,1 @@
-"""The ordered layer groups of a backbone: found, chosen to train, and made optimizer groups of."""
+"""Layer groups of a backbone: find them, choose which train, and build optimizer groups."""

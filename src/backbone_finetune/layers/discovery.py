@@ -1,4 +1,4 @@
-"""Where the layer groups of any network are found: by timm's own matcher, by timm's stages, or by structure."""
+"""Find the layer groups of any network: by timm's group matcher, by timm's stages, or by structure."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from timm.models import group_parameters
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-# A last group below this share is no block: a norm, a table of positions, the pooler of a transformer (d x d, where
-# each of its 12 blocks has 12 d x d).
+# A last group with a smaller share of the parameters is not a block, but a norm, a position table, or the pooler of a
+# transformer (d x d parameters, while each of 12 blocks has 12 d x d).
 SMALLEST_LAST_SHARE = 0.01
-# A part above this share is never a group where it can be taken apart; resnet18's last stage holds 75 %.
+# A part with a larger share is split if possible. resnet18's last stage has 75 %.
 LARGEST_SHARE = 0.8
 
 
 class Part(NamedTuple):
-    """A module inside a backbone and where it stands: names of its parameters begin with ``prefix``."""
+    """A module inside a backbone; the names of its parameters begin with ``prefix``."""
 
     prefix: str
     module: nn.Module
 
 
 class Structure(NamedTuple):
-    """A backbone seen as what comes before its body, the body, and what comes after it; names of parameters."""
+    """The body of a backbone, and the names of the parameters before and after it."""
 
     before: list[str]
     body: Part
@@ -35,13 +35,13 @@ class Structure(NamedTuple):
 
 
 class Names:
-    """The parameters of a backbone by name, tied ones by their first name, with sizes.
+    """The names and sizes of the parameters of a backbone. Tied parameters count once, by their first name.
 
     >>> names = Names(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3, bias=False)))
     >>> names.sizes, names.below[""], names.below["0."]
     ({'0.weight': 4, '0.bias': 2, '1.weight': 6}, 12, 6)
 
-    ``below`` holds, for each prefix, how many values stand below it, and ``counts`` how many parameters.
+    ``below`` is the number of values below each prefix, and ``counts`` the number of parameters.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -63,24 +63,24 @@ class Names:
                 self.counts[prefix] += 1
 
     def every(self) -> list[str]:
-        """Give every name, also the further ones of tied parameters."""
+        """Return every name, including all names of tied parameters."""
         return [alias for names in self.aliases.values() for alias in names]
 
     def share(self, names: Iterable[str]) -> float:
-        """Give the share of the backbone's values that these parameters hold."""
+        """Return the share of these parameters in the backbone's values, 0 to 1."""
         return sum(self.sizes[name] for name in names) / max(self.below[""], 1)
 
 
 def find_structure(backbone: nn.Module, names: Names) -> Structure:
-    """Find the body of a backbone: the timm network inside, or the smallest part whose children are its blocks.
+    """Find the body of a backbone: the timm network inside it, or the module whose children are its blocks.
 
     >>> layers = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(3)))
     >>> backbone = nn.Sequential(nn.Linear(4, 4), nn.Sequential(layers), nn.LayerNorm(4))
     >>> find_structure(backbone, Names(backbone)).body.prefix
     '1.0.'
 
-    Descends into a child that holds more than ``LARGEST_SHARE`` of all parameters, or more than half while no sibling
-    is built like it, as the stages of a ResNet are built like each other.
+    Descends into a child that has more than ``LARGEST_SHARE`` of all parameters, or more than half if no sibling has
+    the same structure. The stages of a ResNet have the same structure.
     """
     before: list[str] = []
     after: list[list[str]] = []
@@ -98,7 +98,7 @@ def find_structure(backbone: nn.Module, names: Names) -> Structure:
 
 
 def find_groups(backbone: nn.Module, names: Names) -> list[tuple[str, list[str]]]:
-    """Give title and parameters of each layer group; the rule is stated in ``layer_groups.find_layer_groups``."""
+    """Return the name and the parameter names of each layer group; for the rule see ``groups.find_layer_groups``."""
     before, body, after = find_structure(backbone, names)
     first_is_stem = False
     if is_timm_network(body.module):
@@ -124,12 +124,12 @@ def find_groups(backbone: nn.Module, names: Names) -> list[tuple[str, list[str]]
 
 
 def find_depths(backbone: nn.Module, names: Names) -> tuple[dict[str, int], int] | None:
-    """Give timm's fine depth of each parameter and of the classifier; None where no matcher of timm's is inside."""
+    """Return timm's fine depth of each parameter and of the classifier; None without a timm group matcher."""
     before, body, after = find_structure(backbone, names)
     if not _has_matcher(body.module):
         return None
     inside = _inside(body, names)
-    # timm numbers only the layers that it meets, so the classifier has to be among the names for it to be counted.
+    # timm numbers only the layers among the given names, so the classifier must be one of them to be counted.
     classifier_names = [f"{path}.weight" for path in _classifier_paths(body.module)]
     matcher = cast(Any, body.module).group_matcher(coarse=False)
     indices = match([*(alias for aliases in inside.values() for alias in aliases), *classifier_names], matcher)
@@ -145,7 +145,7 @@ def find_depths(backbone: nn.Module, names: Names) -> tuple[dict[str, int], int]
 
 
 def find_timm_network(backbone: nn.Module) -> Part:
-    """Give the timm network that a backbone is or holds, else the backbone itself.
+    """Return the timm network that a backbone is or contains, else the backbone itself.
 
     >>> import timm
     >>> find_timm_network(nn.Sequential(timm.create_model("test_resnet"), nn.Flatten())).prefix
@@ -156,20 +156,20 @@ def find_timm_network(backbone: nn.Module) -> Part:
 
 
 def is_timm_network(module: nn.Module) -> bool:
-    """Say whether a module itself tells its layers, by timm's ``group_matcher`` or by its ``feature_info``.
+    """Return whether a module itself defines its layers, by timm's ``group_matcher`` or its ``feature_info``.
 
     >>> import timm
     >>> is_timm_network(timm.create_model("test_resnet")), is_timm_network(nn.Linear(2, 2))
     (True, False)
 
-    Looked up without ``__getattr__``, by which a wrapper, as PEFT's, would pass for the network inside it.
+    The lookup does not use ``__getattr__``, which a wrapper such as PEFT's forwards to the network inside it.
     """
     return _has_matcher(module) or bool(_feature_stages(module))
 
 
 def match(names: Iterable[str], matcher: Any) -> dict[str, int]:
-    """Number names by timm's own reading of a matcher, which also merges (99999,) entries and puts others last."""
-    # timm asks a network for its names; here those of tied parameters and of the classifier stand beside its own.
+    """Number names by timm's ``group_parameters``, which also merges (99999,) entries and puts unmatched names last."""
+    # timm reads the names from a network; this one adds those of tied parameters and of the classifier.
     network = SimpleNamespace(named_parameters=lambda: ((name, name) for name in names))
     return cast("dict[str, int]", group_parameters(cast(nn.Module, network), matcher, reverse=True))
 
@@ -180,7 +180,7 @@ class _Child(NamedTuple):
 
 
 def _split_by_child(body: Part, names: Names) -> tuple[list[str], list[_Child]]:
-    """The parameters that a module itself holds, and its children that hold others, in definition order."""
+    """Return a module's own parameters, and its children that have parameters, in definition order."""
     own: list[str] = []
     by_child: dict[str, list[str]] = {}
     for name in _inside(body, names):
@@ -195,7 +195,7 @@ def _split_by_child(body: Part, names: Names) -> tuple[list[str], list[_Child]]:
 
 
 def _inside(body: Part, names: Names) -> dict[str, list[str]]:
-    """First name -> every name that stands in this part, both without its prefix."""
+    """Map the first name of each parameter of this part to all its names there, both without the prefix."""
     size = len(body.prefix)
     return {
         first[size:]: [alias[size:] for alias in aliases if alias.startswith(body.prefix)]
@@ -205,7 +205,7 @@ def _inside(body: Part, names: Names) -> dict[str, list[str]]:
 
 
 def _dominant(children: Sequence[_Child], names: Names) -> int | None:
-    """The position of the child to take apart, if there is one."""
+    """Return the position of the child to descend into, if there is one."""
     for position, child in enumerate(children):
         share = names.share(child.names)
         if share <= 0.5 or not _kinds_of_layers(child.part.module):
@@ -225,7 +225,7 @@ def _kinds_of_layers(module: nn.Module) -> set[type[nn.Module]]:
 
 
 def _join_vectors(groups: Sequence[list[str]], names: Names) -> list[list[str]]:
-    """Let what only scales and shifts (a norm, a bias) go with what it follows, the first with what follows it."""
+    """Join groups of vectors alone (a norm, a bias) with the group before them, or after them if they come first."""
     joined: list[list[str]] = []
     leading: list[str] = []
     for group in groups:
@@ -245,7 +245,7 @@ def _is_no_block(groups: Sequence[list[str]], names: Names) -> bool:
 
 
 def _has_matcher(module: nn.Module) -> bool:
-    """Whether a matcher stands on the module itself and tells its parameters apart; else its names are not those."""
+    """Return whether the module itself has a matcher that matches its parameter names."""
     if getattr_static(module, "group_matcher", None) is None:
         return False
     names = (name for name, _ in module.named_parameters(remove_duplicate=False))
@@ -253,7 +253,7 @@ def _has_matcher(module: nn.Module) -> bool:
 
 
 def _groups_of_timm(body: Part, names: Names) -> tuple[list[list[str]], bool]:
-    """The groups of a timm network, input to output, and whether the first one is what timm calls the stem."""
+    """Return the groups of a timm network, from input to output, and whether the first is what timm calls the stem."""
     inside = _inside(body, names)
     every_name = [alias for aliases in inside.values() for alias in aliases]
     if _has_matcher(body.module):
@@ -271,12 +271,12 @@ def _groups_of_timm(body: Part, names: Names) -> tuple[list[list[str]], bool]:
 def _coarse_matcher(network: Any) -> Any:
     try:
         return network.group_matcher(coarse=True)
-    except AssertionError:  # rdnet states that it has no coarse grouping; its fine one is by stage
+    except AssertionError:  # rdnet has no coarse grouping; its fine grouping is by stage
         return network.group_matcher(coarse=False)
 
 
 def _feature_stages(module: nn.Module) -> list[str]:
-    """Names of a timm network's stages, input to output; empty where it does not name modules that it has."""
+    """Return the names of a timm network's stages, from input to output; empty if it has no such modules."""
     information = getattr_static(module, "feature_info", None)
     if not isinstance(information, (list, tuple)):
         return []
@@ -296,7 +296,7 @@ def _has_submodule(module: nn.Module, path: str) -> bool:
 
 
 def _index_by_stage(names: Sequence[str], stages: Sequence[str]) -> dict[str, int]:
-    """Stem parameters -1, a stage's its position, those after the last stage one more; between two, the later one."""
+    """Number parameters by stage: the stem is -1, between two stages the later counts, after the last one more."""
     stage_of = [next((i for i, stage in enumerate(stages) if name.startswith((f"{stage}.",))), None) for name in names]
     first = next((position for position, stage in enumerate(stage_of) if stage is not None), len(names))
     indices: dict[str, int] = {}
@@ -315,7 +315,7 @@ def _classifier_paths(network: nn.Module) -> tuple[str, ...]:
 
 
 def _recognisable_name(paths: set[str], names: Names, group: Sequence[str], *, of_timm: bool) -> str:
-    """The module that most of a group is: ``layer4``, ``blocks.11`` (also where the last norm is in it)."""
+    """Return the module that contains most of a group: ``layer4``, ``blocks.11`` (also with the last norm in it)."""
     below: dict[str, list[str]] = {}
     for name in group:
         for prefix in _prefixes(name):
@@ -324,21 +324,21 @@ def _recognisable_name(paths: set[str], names: Names, group: Sequence[str], *, o
     while True:
         steps: Counter[str] = Counter()
         for name in below[prefix]:
-            # By size a stem is called `conv1`, not `bn1`; timm's groups are called by what has most parameters.
+            # By size the stem is `conv1`, not `bn1`; timm's groups are named by the number of parameters.
             steps[name[len(prefix) :].partition(".")[0]] += 1 if of_timm else names.sizes[name]
         ranked = sorted(steps, key=lambda step: (prefix + step not in paths, -steps[step]))
         path = prefix + ranked[0]
-        if path not in paths:  # a parameter that the network's root holds
-            # "(root)" cannot be the name of a child that someone reached by attribute.
+        if path not in paths:  # a parameter of the network's root
+            # "(root)" is not a valid attribute name, so no child is called that.
             return "(root)" if len(steps) == len(names.sizes) else path
         prefix = f"{path}."
         if len(below[prefix]) == names.counts[prefix]:
             leaf = below[prefix][0].rpartition(".")[0]
-            # `head` alone would read like the classifier that timm took off; `head.norm` says what is left of it.
+            # `head` alone would suggest the classifier, which timm removed; `head.norm` is what is left of it.
             return leaf if of_timm and all(name.rpartition(".")[0] == leaf for name in below[prefix]) else path
 
 
 def _prefixes(name: str) -> list[str]:
-    """Each module that a parameter stands in, with its dot, from the root inwards."""
+    """Return the prefix of each module that contains a parameter, from the root inwards."""
     steps = name.split(".")
     return ["".join(f"{step}." for step in steps[:depth]) for depth in range(len(steps))]

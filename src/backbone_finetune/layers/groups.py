@@ -1,4 +1,4 @@
-"""The one home of depth: an ordered, complete partition of a backbone, coarse to freeze by, fine to decay by."""
+"""Layer groups: an ordered, complete partition of a backbone's parameters, and their depths."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from .discovery import Names, find_depths, find_groups
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """A named part of a backbone that freezes and unfreezes as one.
+    """A named part of a backbone that is frozen and unfrozen as a whole.
 
     >>> LayerGroup("stem", ("conv1.weight", "bn1.weight"))
     LayerGroup(name='stem', parameter_names=('conv1.weight', 'bn1.weight'))
 
-    `parameter_names` are relative to the backbone.
+    Args:
+        name: usually the path of a module of the backbone.
+        parameter_names: names relative to the backbone.
     """
 
     name: str
@@ -26,7 +28,7 @@ class LayerGroup:
 
 
 def find_layer_groups(backbone: nn.Module) -> tuple[LayerGroup, ...]:
-    """Partition the parameters of any backbone into layer groups, input to output: its stages or its blocks.
+    """Partition the parameters of any backbone into layer groups, its stages or blocks, from input to output.
 
     >>> import timm
     >>> [group.name for group in find_layer_groups(timm.create_model("resnet18", num_classes=0))]
@@ -36,32 +38,34 @@ def find_layer_groups(backbone: nn.Module) -> tuple[LayerGroup, ...]:
     >>> [group.name for group in find_layer_groups(vit)]
     ['0', '1.0', '1.1', '1.2']
 
-    The rule, in this order:
+    The rules, in this order:
 
-    1. A timm network is grouped by its own ``group_matcher(coarse=True)``, one without a matcher by the stages that
-       its ``feature_info`` names. Both are looked up on the network itself, and used where its names are those that
-       they know; what a matcher does not name goes last, as timm has it (a neck, a norm).
-    2. Any other module is taken apart: where one child holds more than 80 % of the parameters, or more than half and
-       no sibling is built like it, that child is looked at in its place, for a timm network first (an adapter, a
-       wrapper as PEFT's). Siblings that are built alike, as the stages of a ResNet, stay whole. What the network
-       holds before that child is one group, each part after it another.
-    3. Where no child is to be taken apart, each child that has parameters is a group. What the module holds itself
-       goes with the first, and a norm or whatever else has vectors alone with the layer that it follows.
-    4. A last group of less than 1 % (a norm, a table of positions, a transformer's pooler) joins the one before it,
-       in timm's networks as well, so that ``trainable_groups=1`` trains a block. A layer with a matrix of its own does
-       not join where both would hold more than 80 %.
+    1. A timm network is grouped by its ``group_matcher(coarse=True)``, or without one by the stages in its
+       ``feature_info``. They are used only if they match the network's names. Parameters that a matcher does not match
+       (a neck, a norm) go last, as in timm.
+    2. Otherwise, if one child has more than 80 % of the parameters, or more than half and no sibling has the same
+       structure, the rules apply to that child (the network inside an adapter or a PEFT wrapper). Siblings with the
+       same structure, such as the stages of a ResNet, are not split. Parameters before that child are one group; each
+       module after it is another.
+    3. Without such a child, each child with parameters is a group. Parameters of the module itself join the first
+       group. A child with vectors alone (a norm) joins the group before it.
+    4. A last group with less than 1 % of the parameters (a norm, a position table, a transformer's pooler) joins the
+       group before it, also in timm networks, so that ``trainable_groups=1`` trains a block. A layer with a matrix does
+       not join if both together would have more than 80 %.
     """
     return tuple(LayerGroup(title, tuple(names)) for title, names in find_groups(backbone, Names(backbone)))
 
 
 def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module] | None) -> tuple[LayerGroup, ...]:
-    """Check layer groups that the user gives, as groups or as submodules of the backbone; None finds them.
+    """Check layer groups from the user, given as LayerGroups or as submodules; None finds them.
 
     >>> backbone = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> as_layer_groups(backbone, [backbone[0], LayerGroup("top", ("2.weight", "2.bias"))])[0].name
     '0'
 
-    Raises ValueError unless they cover each parameter of the backbone exactly once, and have different names.
+    Raises:
+        TypeError: an entry is neither a module nor a LayerGroup.
+        ValueError: they do not cover each parameter of the backbone exactly once, or two have the same name.
     """
     if given is None:
         return find_layer_groups(backbone)
@@ -75,7 +79,7 @@ def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module]
         for alias in group.parameter_names:
             if alias not in first_name:
                 raise ValueError(
-                    f"layer_groups: {alias!r} in group {group.name!r} is no parameter of the backbone; "
+                    f"layer_groups: {alias!r} in group {group.name!r} is not a parameter of the backbone; "
                     "names are relative to the backbone, as in backbone.named_parameters()."
                 )
             if alias in taken:
@@ -92,15 +96,15 @@ def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module]
     if missing := [name for name in aliases if name not in covered]:
         raise ValueError(
             f"layer_groups: {len(missing)} parameters of the backbone are in no group ({_shortened(missing)}); "
-            "add them to a group, the one they run with."
+            "add them to a group."
         )
     if twice := [name for name, count in Counter(group.name for group in groups).items() if count > 1]:
-        raise ValueError(f"layer_groups: the name {twice[0]!r} stands twice; give each group its own name.")
+        raise ValueError(f"layer_groups: two groups have the name {twice[0]!r}; give each group its own name.")
     return tuple(groups)
 
 
 def check_layer_groups(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> dict[str, nn.Parameter]:
-    """Give the parameters of a backbone by name; raise ValueError unless they are those of its layer groups.
+    """Return the parameters of a backbone by name; raise ValueError unless they are those of its layer groups.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2))
     >>> groups = find_layer_groups(backbone)
@@ -113,7 +117,7 @@ def check_layer_groups(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) 
     parameters = dict(backbone.named_parameters())
     grouped = {name for group in layer_groups for name in group.parameter_names}
     changes = {"lost": [name for group in layer_groups for name in group.parameter_names if name not in parameters]}
-    changes["got"] = [name for name in parameters if name not in grouped]
+    changes["gained"] = [name for name in parameters if name not in grouped]
     if found := [
         f"{verb} {len(names)} parameter{'s' * (len(names) > 1)} ({_shortened(names)})"
         for verb, names in changes.items()
@@ -121,13 +125,13 @@ def check_layer_groups(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) 
     ]:
         raise ValueError(
             f"layer groups: the backbone has {' and '.join(found)} since it was grouped; call "
-            "model.regroup(), which finds its layer groups anew, or takes yours: model.regroup(layer_groups=[...])."
+            "model.regroup() to find its layer groups again, or set them: model.regroup(layer_groups=[...])."
         )
     return parameters
 
 
 def layer_depths(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> tuple[dict[str, int], int]:
-    """Give the depth of each backbone parameter and of the classifier that stands on it, counted from the input.
+    """Return the depth of each backbone parameter and of the classifier, counted from the input.
 
     >>> import timm
     >>> backbone = timm.create_model("resnet18", num_classes=0)
@@ -135,9 +139,11 @@ def layer_depths(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> tup
     >>> depths["conv1.weight"], depths["layer4.1.bn2.weight"], classifier_depth
     (0, 8, 9)
 
-    Follows `timm.optim.param_groups_layer_decay` on the network with its classifier: timm's fine layers, the
-    classifier last. A network without a `group_matcher` counts its layer groups instead. Raises ValueError where the
-    backbone got or lost parameters since it was grouped.
+    The depths are those of ``timm.optim.param_groups_layer_decay`` for the network with its classifier, which is last.
+    For a network without a ``group_matcher`` they count its layer groups.
+
+    Raises:
+        ValueError: the backbone gained or lost parameters since it was grouped.
     """
     check_layer_groups(backbone, layer_groups)
     if (found := find_depths(backbone, Names(backbone))) is not None:
@@ -147,13 +153,15 @@ def layer_depths(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> tup
 
 
 def as_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module], argument: str) -> list[LayerGroup]:
-    """Give each entry as a LayerGroup, a submodule with the names of all that is below it.
+    """Convert each entry to a LayerGroup; a submodule becomes the group of all its parameters.
 
     >>> backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     >>> as_groups(backbone, [backbone[1]], "layer_groups")
     [LayerGroup(name='1', parameter_names=('1.weight', '1.bias'))]
 
-    Raises TypeError for what is neither, and ValueError for a module that is not in the backbone.
+    Raises:
+        TypeError: an entry is neither a module nor a LayerGroup.
+        ValueError: a module is not in the backbone.
     """
     paths: dict[int, str] = {}
     for path, module in backbone.named_modules(remove_duplicate=False):
@@ -165,13 +173,13 @@ def as_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module], argu
             continue
         if not isinstance(entry, nn.Module):
             raise TypeError(
-                f"{argument}: {entry!r} is neither a module nor a LayerGroup; pass the very submodule objects, e.g. "
+                f"{argument}: {entry!r} is neither a module nor a LayerGroup; pass submodule objects, e.g. "
                 "backbone.layer4, or LayerGroups."
             )
         if id(entry) not in paths:
             raise ValueError(
                 f"{argument}: {type(entry).__name__} is not a submodule of the backbone ({type(backbone).__name__}); "
-                "pass the very submodule objects, e.g. backbone.layer4."
+                "pass its submodule objects, e.g. backbone.layer4."
             )
         path = paths[id(entry)]
         names = [name for name, _ in entry.named_parameters(path, remove_duplicate=False)]

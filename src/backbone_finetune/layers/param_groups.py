@@ -1,4 +1,4 @@
-"""Layer groups to optimizer groups: pure, mutates nothing."""
+"""Build optimizer groups from layer groups. Nothing is modified."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_param_groups(
     layer_decay: float | None,
     include_frozen: bool,
 ) -> list[dict[str, Any]]:
-    """Group the parameters that train by part, depth and decay.
+    """Group the trainable parameters by part, depth and weight decay.
 
     >>> groups = build_param_groups(
     ...     nn.Linear(2, 2), nn.Linear(2, 2), [LayerGroup("(root)", ("weight", "bias"))], lr=0.1, backbone_lr=None,
@@ -35,11 +35,18 @@ def build_param_groups(
     [('backbone.0', 0.05, 0.05), ('backbone.0.no_decay', 0.05, 0.0),
      ('classifier', 0.1, 0.05), ('classifier.no_decay', 0.1, 0.0)]
 
-    Each group has `name`, absolute `lr` (a tensor of its own where it is given as one), `weight_decay`, `params`
-    (tensors) and `param_names`. Biases, 1-d weights and what the network's `no_weight_decay()` names (fnmatch
-    patterns as in timm) do not decay. With `layer_decay` a backbone parameter at depth d learns at rate * layer_decay
-    ** (classifier_depth - d), as in BEiT and `timm.optim.param_groups_layer_decay`. Raises ValueError when nothing
-    trains or a rate is negative.
+    Biases, 1-d weights and the names in the network's ``no_weight_decay()`` (fnmatch patterns, as in timm) do not
+    decay. With ``layer_decay``, the learning rate of a backbone parameter at depth d is rate * layer_decay **
+    (classifier_depth - d), as in BEiT and ``timm.optim.param_groups_layer_decay``.
+
+    Args: see ``FineTuneModel.param_groups``.
+
+    Returns:
+        Groups with ``name``, absolute ``lr`` (if given as a tensor, a separate one per group), ``weight_decay``,
+        ``params`` and ``param_names``.
+
+    Raises:
+        ValueError: no parameter trains, a rate is negative, or the backbone gained or lost parameters.
     """
     _check_rates(lr=lr, backbone_lr=backbone_lr, weight_decay=weight_decay, layer_decay=layer_decay)
     depths, classifier_depth = layer_depths(backbone, layer_groups)
@@ -64,7 +71,7 @@ def build_param_groups(
             if weight_decay > 0 and not decays:
                 title += ".no_decay"
             if title not in groups:
-                # A tensor of its own for each group: optimizers and schedulers change it in place.
+                # A separate tensor for each group: optimizers and schedulers change it in place.
                 rate = rate.clone() if isinstance(rate, torch.Tensor) else rate
                 groups[title] = {"name": title, "lr": rate, "weight_decay": weight_decay * decays}
                 groups[title] |= {"params": [], "param_names": []}
@@ -72,7 +79,7 @@ def build_param_groups(
             groups[title]["param_names"].append(f"{part}.{name}")
     if not groups:
         raise ValueError(
-            "param_groups: nothing trains, so there is nothing to optimize; unfreeze something first "
+            "param_groups: no parameter trains; unfreeze some first "
             "(unfreeze_backbone(), freeze_backbone(trainable_groups=1), classifier.requires_grad_(True))."
         )
     return list(groups.values())
@@ -81,14 +88,14 @@ def build_param_groups(
 def build_group_matcher(
     backbone: nn.Module, layer_groups: Sequence[LayerGroup], *, coarse: bool
 ) -> Callable[[str], int]:
-    """Give the depth of a FineTuneModel's parameter by its name, for timm's optimizer factory.
+    """Return a function from a parameter name of a FineTuneModel to its depth, for timm's optimizer factory.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2))
     >>> depth_of = build_group_matcher(backbone, [LayerGroup("0", ("0.weight", "0.bias"))], coarse=True)
     >>> depth_of("backbone.0.weight"), depth_of("classifier.weight")
     (0, 1)
 
-    The function that it gives raises ValueError for a name that is neither in the backbone nor in the classifier.
+    The function raises ValueError for a name that is neither in the backbone nor in the classifier.
     """
     if coarse:
         check_layer_groups(backbone, layer_groups)
@@ -97,7 +104,7 @@ def build_group_matcher(
     else:
         depths, classifier_depth = layer_depths(backbone, layer_groups)
 
-    for first, aliases in Names(backbone).aliases.items():  # a tied parameter may be asked for by any of its names
+    for first, aliases in Names(backbone).aliases.items():  # a tied parameter is found by any of its names
         depths |= dict.fromkeys(aliases, depths[first])
 
     def depth_of(name: str) -> int:
@@ -106,7 +113,7 @@ def build_group_matcher(
             return classifier_depth
         if part != "backbone" or rest not in depths:
             raise ValueError(
-                f"group_matcher: {name!r} is no parameter of this FineTuneModel, whose names begin with 'backbone.' "
+                f"group_matcher: {name!r} is not a parameter of this FineTuneModel, whose names begin with 'backbone.' "
                 "and 'classifier.'; build the optimizer from the model itself, before it is compiled or wrapped."
             )
         return depths[rest]
@@ -115,7 +122,7 @@ def build_group_matcher(
 
 
 def exempt_names(backbone: nn.Module) -> set[str]:
-    """Name what a timm network, also one in an adapter or a wrapper, says should not decay.
+    """Return a timm network's ``no_weight_decay()`` names, also if it is inside an adapter or a wrapper.
 
     >>> import timm
     >>> sorted(exempt_names(nn.Sequential(timm.create_model("test_vit"))))
@@ -134,7 +141,7 @@ def _check_rates(**rates: float | torch.Tensor | None) -> None:
         if isinstance(rate, torch.Tensor) and rate.numel() != 1:
             raise ValueError(
                 f"param_groups: {name} is a tensor of shape {tuple(rate.shape)}; pass one finite number, 0 or more, as "
-                "a float or as a tensor that holds it alone."
+                "a float or as a tensor with one element."
             )
         if not isinstance(rate, (Real, torch.Tensor)) or not 0 <= rate < float("inf"):
             raise ValueError(f"param_groups: {name}={rate!r}; pass a finite number, 0 or more.")

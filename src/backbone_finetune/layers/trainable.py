@@ -1,4 +1,4 @@
-"""Which parameters of a backbone train: those of its last layer groups, or of any of its parts, named as objects."""
+"""Choose which parameters of a backbone train: those of its last layer groups, or of any submodules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def choose_parameters(
     trainable_groups: int = 0,
     trainable: Sequence[LayerGroup | nn.Module] | None = None,
 ) -> set[str]:
-    """Name the parameters of the last layer groups, or of the parts that are given.
+    """Return the names of the parameters of the last layer groups, or of the given parts.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> groups = (LayerGroup("0", ("0.weight", "0.bias")), LayerGroup("1", ("1.weight", "1.bias")))
@@ -29,9 +29,9 @@ def choose_parameters(
     ['0.bias', '0.weight']
 
     Raises:
-        TypeError: ``trainable_groups`` is no whole number, or ``trainable`` no list of modules and LayerGroups.
+        TypeError: ``trainable_groups`` is not an integer, or ``trainable`` not a list of modules and LayerGroups.
         ValueError: both are given, the count is out of range, a part has no parameters or is not in the backbone, or
-            the backbone has other parameters than its groups.
+            the backbone gained or lost parameters since it was grouped.
     """
     check_layer_groups(backbone, layer_groups)
     if trainable is None:
@@ -44,56 +44,56 @@ def choose_parameters(
         )
     if trainable_groups:
         raise ValueError(
-            f"trainable_groups={trainable_groups!r} and trainable=[...] are both given; pass one: the last layer "
-            "groups are trainable=model.layer_groups[-1:]."
+            f"trainable_groups={trainable_groups!r} and trainable=[...] are both given; pass one of them. The last "
+            "layer group is trainable=model.layer_groups[-1:]."
         )
     if not trainable:
-        raise ValueError("trainable=[]: it names nothing; to freeze all of the backbone call freeze_backbone().")
+        raise ValueError("trainable=[]: the list is empty; to freeze the whole backbone call freeze_backbone().")
     groups = as_groups(backbone, trainable, "trainable")
     first_name = {alias: name for name, aliases in Names(backbone).aliases.items() for alias in aliases}
     for group in groups:
         if not group.parameter_names:
             raise ValueError(
-                f"trainable: {group.name!r} has no parameters, so nothing of it can train; pass modules that have some."
+                f"trainable: {group.name!r} has no parameters, so it cannot train; pass modules with parameters."
             )
         if unknown := [name for name in group.parameter_names if name not in first_name]:
             raise ValueError(
-                f"trainable: {unknown[0]!r} in group {group.name!r} is no parameter of the backbone; "
+                f"trainable: {unknown[0]!r} in group {group.name!r} is not a parameter of the backbone; "
                 "names are relative to the backbone, as in backbone.named_parameters()."
             )
     return {first_name[name] for group in groups for name in group.parameter_names}
 
 
 def set_trainable(backbone: nn.Module, names: Collection[str], left_off: Collection[str] = ()) -> None:
-    """Let the named parameters of a backbone train and freeze all others.
+    """Unfreeze the named parameters of a backbone and freeze all others.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> set_trainable(backbone, {"1.weight", "1.bias"}, left_off={"1.bias"})
     >>> [parameter.requires_grad for parameter in backbone.parameters()]
     [False, False, True, False]
 
-    What is in ``left_off`` stays frozen, and what cannot train: whole numbers, and quantised weights (a type of
-    parameter of some library's own), of which it warns, as it does where all that is named is in ``left_off``.
+    Parameters in ``left_off`` stay frozen, and so do integers and quantised weights, which cannot train. Warns about
+    quantised weights among ``names``, and if all of ``names`` are in ``left_off``.
     """
     if names and all(name in left_off for name in names):
         shown = f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
         warnings.warn(
-            f"freeze_backbone: all {len(names)} parameters asked for ({shown}) stay frozen, as they were frozen when "
-            "the model was built beside others that trained; to train them, call requires_grad_(True) on the network "
+            f"freeze_backbone: all {len(names)} parameters to unfreeze ({shown}) stay frozen, because they were frozen "
+            "next to trainable ones when the model was built; to train them, call requires_grad_(True) on the network "
             "before it is wrapped.",
             stacklevel=3,
         )
     quantised: list[str] = []
     for name, parameter in backbone.named_parameters():
-        # Set as an attribute: an uninitialised parameter of a lazy layer has no `requires_grad_`.
+        # Set as an attribute: an uninitialized parameter of a lazy layer has no `requires_grad_`.
         parameter.requires_grad = name in names and name not in left_off and can_train(parameter)
         if name in names and not can_train(parameter) and type(parameter) is not nn.Parameter:
             quantised.append(name)
     if quantised:
         shown = f"{', '.join(quantised[:3])}{', ...' if len(quantised) > 3 else ''}"
         warnings.warn(
-            f"{len(quantised)} quantised parameters ({shown}) get no gradient and stay frozen; train adapters beside "
-            "them (PEFT), or the network before it is quantised.",
+            f"{len(quantised)} quantised parameters ({shown}) get no gradient and stay frozen; train adapters (PEFT), "
+            "or train the network before it is quantised.",
             stacklevel=3,
         )
 
@@ -101,7 +101,7 @@ def set_trainable(backbone: nn.Module, names: Collection[str], left_off: Collect
 def count_trainable_groups(
     backbone: nn.Module, layer_groups: Sequence[LayerGroup], left_off: Collection[str] = ()
 ) -> int | None:
-    """Count the layer groups that train, None where these are not the last ones.
+    """Return the number of layer groups that train; None if they are not the last ones.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     >>> groups = (LayerGroup("0", ("0.weight", "0.bias")), LayerGroup("1", ("1.weight", "1.bias")))
@@ -119,12 +119,12 @@ def count_trainable_groups(
     for count, group in enumerate(reversed(layer_groups), start=1):
         expected |= {name for name in group.parameter_names if name not in left_off and can_train(parameters[name])}
         if training == expected:
-            found = count  # a group in which nothing can train counts with those that train
+            found = count  # a group whose parameters cannot train counts as trainable
     return found
 
 
 def find_fixed(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> frozenset[str]:
-    """Name what the author of a network had fixed: what is frozen, where that does not follow the layer groups.
+    """Return the parameters that the author of a network fixed: those frozen independently of the layer groups.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> groups = (LayerGroup("0", ("0.weight", "0.bias")), LayerGroup("1", ("1.weight", "1.bias")))
@@ -135,8 +135,8 @@ def find_fixed(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> froze
     >>> sorted(find_fixed(backbone, groups))
     ['0.bias', '0.weight', '1.bias']
 
-    A table of positions stands beside parameters that train, as base weights do beside PEFT's adapters. Where each
-    group is frozen as a whole or not at all, someone froze it to fine-tune, and nothing is fixed.
+    A fixed position table or the weights under PEFT's adapters share their group with trainable parameters. If each
+    group is frozen either as a whole or not at all, the network was frozen for fine-tuning, and nothing is fixed.
     """
     parameters = dict(backbone.named_parameters())
     able = {name: parameter for name, parameter in parameters.items() if can_train(parameter)}
@@ -147,28 +147,28 @@ def find_fixed(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) -> froze
 
 
 def warn_of_fixed(backbone: nn.Module, fixed: Collection[str]) -> None:
-    """Warn where ``unfreeze_backbone`` leaves off much of a backbone.
+    """Warn if ``unfreeze_backbone`` leaves more than a tenth of a backbone frozen.
 
     >>> warn_of_fixed(nn.Linear(2, 2), [])
     """
     names = Names(backbone)
     found = [name for name in names.sizes if name in fixed]
-    if names.share(found) > 0.1:  # more than a table of positions
+    if names.share(found) > 0.1:  # more than a position table
         warnings.warn(
-            f"unfreeze_backbone: {len(found)} parameters ({names.share(found):.1%} of the backbone) stay frozen, as "
-            f"they were frozen when the model was built beside others that trained ({', '.join(found[:3])}, ...); "
+            f"unfreeze_backbone: {len(found)} parameters ({names.share(found):.1%} of the backbone) stay frozen, "
+            f"because they were frozen next to trainable ones when the model was built ({', '.join(found[:3])}, ...); "
             "to train them, call requires_grad_(True) on the network before it is wrapped.",
             stacklevel=3,
         )
 
 
 def can_train(parameter: torch.Tensor) -> bool:
-    """Say whether a parameter can train: integers have no gradient, and quantised weights get none.
+    """Return whether a parameter can train: integers and quantised weights get no gradient.
 
     >>> can_train(torch.zeros(2)), can_train(torch.zeros(2, dtype=torch.int8))
     (True, False)
 
-    A quantised weight, as torchao's, is a subclass that says it is floating-point, and wraps values of another type.
+    A quantised weight, such as torchao's, is a subclass with a floating-point dtype that wraps values of another dtype.
     """
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return False
@@ -187,7 +187,7 @@ def _check_count(layer_groups: Sequence[LayerGroup], trainable_groups: int) -> i
         names = ", ".join(group.name for group in layer_groups)
         raise (ValueError if is_whole else TypeError)(
             f"trainable_groups={trainable_groups!r}: the backbone has {len(layer_groups)} layer groups "
-            f"({names or 'none, as it has no parameters'}); pass {'' if is_whole else 'a whole number, '}0 to "
+            f"({names or 'none, as it has no parameters'}); pass {'' if is_whole else 'an integer, '}0 to "
             f"{len(layer_groups)}."
         )
     return operator.index(trainable_groups)

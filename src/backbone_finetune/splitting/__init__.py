@@ -1,4 +1,4 @@
-"""A network to (backbone, classifier) and back."""
+"""Split a network into backbone and classifier, and reassemble it."""
 
 from .custom import Reassembly, SequentialReassembly, Split, split_module
 from .measures import check_width, count_classes, measure_features

@@ -1,4 +1,4 @@
-"""What a network computes, run on a copy that shares its weights, leaving the network unchanged."""
+"""Copies of a network that share its weights, to run it without changing it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def eval_copy(network: ModuleT) -> ModuleT:
-    """Copy a network in eval mode; it shares the parameters, and has modes, buffers and caches of its own.
+    """Copy a network in eval mode. The copy shares the parameters and has its own modes, buffers and caches.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> twin = eval_copy(layer)
     >>> twin.weight is layer.weight, twin.running_mean is layer.running_mean, twin.training
     (True, False, False)
 
-    Modules, and the lists, dicts and bound methods that hold them, are copied; any other attribute (a lock, a process
-    group) is shared. Forward hooks are left out, but for those that torch itself computes weights with.
+    Modules, and the lists, dicts and bound methods that contain them, are copied; any other attribute (a lock, a
+    process group) is shared. Hooks are left out, except those with which torch itself computes weights.
     """
     return _StructureCopier(_keep_parameter).copy(network).eval()
 
 
 def meta_copy(network: ModuleT) -> ModuleT:
-    """Copy a network in eval mode with its parameters and buffers on the meta device: shapes without values.
+    """Copy a network in eval mode, with its parameters and buffers on the meta device.
 
     >>> meta_copy(nn.Linear(4, 2))(torch.empty(8, 4, device="meta")).shape
     torch.Size([8, 2])
@@ -43,7 +43,7 @@ def meta_copy(network: ModuleT) -> ModuleT:
 
 
 def sharing_copy(module: ModuleT) -> ModuleT:
-    """Copy a module onto the same parameters and buffers, with its hooks and modes.
+    """Copy a module with its hooks and modes. The copy shares the parameters and buffers.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> twin = sharing_copy(layer)
@@ -54,7 +54,7 @@ def sharing_copy(module: ModuleT) -> ModuleT:
 
 
 def shallow_copy(module: ModuleT) -> ModuleT:
-    """Copy a module alone: children and hooks become the copy's own, parameters and buffers stay in step.
+    """Copy a module but not its children. The dicts of children and hooks are copied; tensors are shared.
 
     >>> layer = nn.Linear(4, 2)
     >>> shallow_copy(layer).weight is layer.weight
@@ -68,7 +68,7 @@ def shallow_copy(module: ModuleT) -> ModuleT:
 
 
 def rebind(value: Any, copies: dict[int, Any]) -> Any:
-    """Let a bound method, or a partial of one, belong to the copy of the module that it belonged to.
+    """Bind a bound method, or a partial of one, to the copy of its module.
 
     >>> layer, twin = nn.Linear(4, 2), nn.Linear(4, 2)
     >>> rebind(layer.forward, {id(layer): twin}).__self__ is twin
@@ -82,7 +82,7 @@ def rebind(value: Any, copies: dict[int, Any]) -> Any:
 
 
 class _StructureCopier:
-    """Copies the modules of a network; `state` says what becomes of a parameter or buffer."""
+    """Copies the modules of a network; ``state`` converts each parameter and buffer."""
 
     def __init__(self, state: Callable[[torch.Tensor], torch.Tensor], *, keep_hooks: bool = False) -> None:
         self.state = state
@@ -116,9 +116,9 @@ class _StructureCopier:
     def copy_value(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
             return self.copy(value)
-        if isinstance(value, nn.Parameter) or id(value) in self.copies:  # in a list of an RNN's weights, say
+        if isinstance(value, nn.Parameter) or id(value) in self.copies:  # e.g. in an RNN's list of weights
             return self.copy_state(value)
-        if isinstance(value, torch.Tensor):  # a cache; one that autograd has computed has no deepcopy
+        if isinstance(value, torch.Tensor):  # a cache; deepcopy fails for a tensor with a gradient function
             return value.detach().clone()
         if type(value) in (list, tuple, set):
             return type(value)(self.copy_value(entry) for entry in value)
@@ -129,7 +129,7 @@ class _StructureCopier:
             twin = self.copies[id(value)] = copy.copy(value)
             twin.update((key, self.copy_value(entry)) for key, entry in value.items())
             return twin
-        if isinstance(value, RemovableHandle):  # a lazy layer takes its hook off by it
+        if isinstance(value, RemovableHandle):  # a lazy layer removes its hook with it
             twin = copy.copy(value)
             twin.hooks_dict_ref = self.copy_reference(value.hooks_dict_ref)
             twin.extra_dict_ref = tuple(map(self.copy_reference, value.extra_dict_ref))
@@ -144,7 +144,7 @@ class _StructureCopier:
 
 
 def _keep_parameter(tensor: torch.Tensor) -> torch.Tensor:
-    if is_lazy(tensor):  # the first forward gives it a shape, in place
+    if is_lazy(tensor):  # the first forward initializes it in place
         return _uninitialized(tensor, tensor.device)
     return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
@@ -154,7 +154,7 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
         return _uninitialized(tensor, torch.device("meta"))
     if type(tensor) in (torch.Tensor, nn.Parameter):
         values = torch.empty_like(tensor, device="meta")
-    else:  # a quantised weight, which may have no operators there
+    else:  # a quantised weight may have no operators on the meta device
         values = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
@@ -165,13 +165,13 @@ def _uninitialized(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _computes(hook: Any) -> bool:
-    """Say whether a hook is part of what a module computes: torch's own, as of a lazy layer, or of our cut."""
+    """Return whether a hook is part of a module's computation: torch's own (lazy layers), or this package's cut."""
     return (getattr(hook, "__module__", None) or "").partition(".")[0] in ("torch", __name__.partition(".")[0])
 
 
 @contextmanager
 def isolated(network: nn.Module) -> Iterator[None]:
-    """Run without gradients, and leave the random state of the CPU and of the network's devices as it was.
+    """Run without gradients, and restore the random state of the CPU and of the network's devices on exit.
 
     >>> network = nn.Linear(2, 2)
     >>> before = torch.get_rng_state()
@@ -187,15 +187,15 @@ def isolated(network: nn.Module) -> Iterator[None]:
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Raise AssertionError unless two tensors, or dicts, lists and tuples of them, are the same but for rounding.
+    """Raise AssertionError unless two tensors, or dicts, lists and tuples of them, are equal up to rounding.
 
     >>> assert_same(torch.tensor([1e-7, 2e-7]), torch.tensor([1e-7, 3e-7]))
     Traceback (most recent call last):
     ...
     AssertionError: Tensor-likes are not close!...
 
-    By `torch.testing`'s tolerances for the dtype, measured against the largest value: what is large as a whole rounds
-    coarsely near zero too, and what is small as a whole would pass an absolute tolerance whatever it is.
+    The tolerances are ``torch.testing``'s for the dtype, relative to the largest value: values near zero have the
+    rounding error of the large ones, and an absolute tolerance would accept any two tensors of small values.
     """
     if isinstance(expected, Mapping) and isinstance(actual, Mapping) and list(actual) == list(expected):
         actual, expected = list(actual.values()), list(expected.values())

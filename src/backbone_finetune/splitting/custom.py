@@ -1,4 +1,4 @@
-"""A custom network to (backbone, classifier) and back, cut at the very submodule that is its classifier."""
+"""Split a custom network at the submodule that is its classifier, and reassemble it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Reassembly(Protocol):
-    """Where the two parts came from: how they become the plain network again, and what `unused_parameters` it has."""
+    """How a backbone and a classifier become the original network again."""
 
     @property
     def unused_parameters(self) -> frozenset[str]:
-        """Name the parameters that nothing uses without the network's own classifier."""
+        """The parameters of the backbone that are unused without the network's own classifier."""
         ...
 
     def reassemble(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
-        """Build the plain network; it shares the parameters of both parts."""
+        """Build the original network; it shares the parameters of both parts."""
         ...
 
     def original_name(self, name: str) -> str:
-        """Translate a parameter name of the FineTuneModel into that of the plain network."""
+        """Convert a parameter name of the FineTuneModel to that of the original network."""
         ...
 
 
 class Split(NamedTuple):
-    """A network in two parts, and the way back."""
+    """A network in two parts, and its reassembly."""
 
     backbone: nn.Module
     classifier: nn.Module
@@ -40,7 +40,7 @@ class Split(NamedTuple):
 
 
 class SequentialReassembly:
-    """The way back for two modules that never were one network.
+    """Reassembly of two modules that were not one network.
 
     >>> SequentialReassembly().reassemble(nn.Flatten(), nn.Linear(4, 2))[1]
     Linear(in_features=4, out_features=2, bias=True)
@@ -49,16 +49,16 @@ class SequentialReassembly:
     unused_parameters: frozenset[str] = frozenset()
 
     def reassemble(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
-        """Chain both parts."""
+        """Return an ``nn.Sequential`` of both parts."""
         return nn.Sequential(backbone, classifier)
 
     def original_name(self, name: str) -> str:
-        """Keep the name, which says more than the index in the chain."""
+        """Return the name unchanged: it is clearer than an index in the ``nn.Sequential``."""
         return name
 
 
 class SubmoduleReassembly(NamedTuple):
-    """The way back for a network whose classifier stood at `path`.
+    """Reassembly of a network whose classifier was at ``path``.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> SubmoduleReassembly("1").reassemble(replace_submodule(net, "1", nn.Identity()), net[1])[1]
@@ -69,14 +69,14 @@ class SubmoduleReassembly(NamedTuple):
     unused_parameters: frozenset[str] = frozenset()
 
     def reassemble(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
-        """Put the classifier where it stood."""
+        """Put the classifier back at its path."""
         network = replace_submodule(backbone, self.path, classifier)
         if isinstance(cut := backbone.get_submodule(self.path), Cut):
             cut.unwatch(network)
         return network
 
     def original_name(self, name: str) -> str:
-        """Drop `backbone.`, and name the classifier by its path."""
+        """Remove ``backbone.``, and replace ``classifier`` by its path."""
         part, _, rest = name.partition(".")
         return f"{self.path}.{rest}" if part == "classifier" else rest
 
@@ -88,16 +88,21 @@ def split_module(
     new_classifier: nn.Module | None = None,
     example_input: torch.Tensor | tuple[Any, ...] | None = None,
 ) -> Split:
-    """Cut a custom network at the very submodule that is its classifier.
+    """Split a custom network at the submodule that is its classifier.
 
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     >>> split = split_module(net, net[1], example_input=torch.zeros(1, 4))
     >>> split.backbone[1], split.classifier is net[1]
     (Cut(), True)
 
-    Each forward of the backbone proves the cut. With an `example_input` copies of it run at once, in eval and in train
-    mode. Raises ValueError when the classifier is not in the network exactly once, or, given an `example_input`, when
-    the network computes on after it or `new_classifier` cannot take the features.
+    Each forward of the backbone checks the cut. With an ``example_input``, copies of the backbone run at once, in eval
+    and in train mode.
+
+    Args: see ``FineTuneModel.from_module``.
+
+    Raises:
+        ValueError: the classifier is not in the network exactly once. With an ``example_input``, also if the network
+            processes the output of its classifier, or if ``new_classifier`` cannot take the features.
     """
     path = _path_of(module, classifier)
     cut = Cut(path)
@@ -109,7 +114,7 @@ def split_module(
         with isolated(backbone):
             features = eval_copy(backbone)(*inputs)
             twin = eval_copy(backbone).train()
-            for norm in twin.modules():  # in train mode it refuses a batch of one
+            for norm in twin.modules():  # in train mode, a norm raises an error for a batch of one
                 norm.train(norm.training and not isinstance(norm, nn.modules.batchnorm._NormBase))
             twin(*inputs)
         check_classifier_fits(kept, features, "from_module")
@@ -117,7 +122,7 @@ def split_module(
 
 
 def replace_submodule(network: ModuleT, path: str, replacement: nn.Module) -> ModuleT:
-    """Copy a network with another module at `path`; everything else is shared with the original, which still runs.
+    """Return a copy of a network with another module at ``path``. It shares everything else with the original.
 
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     >>> twin = replace_submodule(net, "1", nn.Identity())
@@ -130,7 +135,7 @@ def replace_submodule(network: ModuleT, path: str, replacement: nn.Module) -> Mo
 
 
 def copy_along(network: ModuleT, path: str) -> ModuleT:
-    """Copy a network and the modules that stand along `path`, shallowly: what is set there leaves the original alone.
+    """Return a shallow copy of a network and of the modules along ``path``, which can be set without side effects.
 
     >>> net = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2))
     >>> twin = copy_along(net, "0")
@@ -145,7 +150,7 @@ def copy_along(network: ModuleT, path: str) -> ModuleT:
             break
         owner._modules[child] = copies[id(inside)] = shallow_copy(inside)
         owner = copies[id(inside)]
-    for copied in copies.values():  # a `self.forward = self.implementation` would run the original
+    for copied in copies.values():  # after `self.forward = self.implementation`, the copy would run the original
         copied.__dict__.update({name: rebind(value, copies) for name, value in vars(copied).items()})
     return twin
 
@@ -155,8 +160,8 @@ def _path_of(module: nn.Module, classifier: nn.Module) -> str:
     kind, owner = type(classifier).__name__, type(module).__name__
     if not paths:
         raise ValueError(
-            f"from_module: the classifier ({kind}) is not a submodule of the network ({owner}); pass the very object, "
-            f"e.g. FineTuneModel.from_module(net, net.fc), and a replacement for it as new_classifier=..."
+            f"from_module: the classifier ({kind}) is not a submodule of the network ({owner}); pass the submodule "
+            "object, e.g. FineTuneModel.from_module(net, net.fc), and a replacement for it as new_classifier=..."
         )
     if paths[0] == "":
         raise ValueError(
@@ -165,7 +170,7 @@ def _path_of(module: nn.Module, classifier: nn.Module) -> str:
     if len(paths) > 1:
         raise ValueError(
             f"from_module: the classifier ({kind}) occurs {len(paths)} times in the network ({', '.join(paths)}), so "
-            "there is no one place to cut; give each place a module of its own, or write the backbone as a module "
+            "there is no single place to cut; use a separate module in each place, or write the backbone as a module "
             "and use FineTuneModel(backbone, classifier)."
         )
     return str(paths[0])

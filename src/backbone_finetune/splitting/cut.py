@@ -1,4 +1,4 @@
-"""The place where a network was cut, and the proof, at each call, that the network returns what reached it."""
+"""The module that replaces a classifier, and checks in each forward that the network returns its features."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# By the tensors that dynamo traces with: a graph knows no versions, so that nothing is checked when it runs.
+# Keyed by the tensors that dynamo traces with. A graph has no tensor versions, so the check runs while tracing only.
 _traced_versions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class _Arrival(NamedTuple):
-    """What the cut handed on in one call: each tensor, and the version that it had."""
+    """The tensors that the cut returned in one call, and their versions."""
 
     tensors: list[Any]
     versions: list[int | None]
 
 
 class _Calls(threading.local):
-    """The arrivals of the forward that runs in this thread; None where none runs."""
+    """The arrivals of the forward that runs in this thread; None if none runs."""
 
     def __init__(self) -> None:
         self.arrivals: list[_Arrival] | None = None
@@ -32,19 +32,22 @@ class _Calls(threading.local):
 
 
 class Cut(nn.Module):
-    """Stands where the classifier stood and hands on the features that reach it.
+    """Replaces the classifier of a network and returns the features that it is called with.
 
     >>> network = nn.Sequential(nn.Linear(4, 2), Cut("1"), nn.Softmax(dim=1))
     >>> network[1].watch(network)
     >>> network(torch.zeros(1, 4))
     Traceback (most recent call last):
     ...
-    ValueError: from_module: the network computes on after its classifier '1' ...
+    ValueError: from_module: the network processes the output of its classifier '1' ...
 
-    What is handed on is another tensor object than what arrived, on the same memory. A network that ``watch`` was
-    called with has to return this very object, untouched, in each forward: one that applies a softmax to it, or
-    returns the features themselves, is not a backbone followed by a classifier. Where the network's forward is compiled
-    by itself (``torch.compile(model.backbone)``, not ``torch.compile(model)``), what it does in place is not seen.
+    It returns a new tensor object on the same memory. After ``watch(network)``, the network must return this object,
+    unmodified, in each forward: a network that applies a softmax to it, or returns the features themselves, is not a
+    backbone followed by a classifier. If the backbone alone is compiled (``torch.compile(model.backbone)``, not
+    ``torch.compile(model)``), in-place operations after the cut are not detected.
+
+    Args:
+        path: the path of the classifier, for error messages.
     """
 
     def __init__(self, path: str) -> None:
@@ -53,16 +56,16 @@ class Cut(nn.Module):
         self.calls = _Calls()
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
-        """Hand on the features, past global hooks, which would count the classifier as called twice."""
+        """Return the features without global hooks, which would count two calls of the classifier."""
         return self.forward(*inputs, **keywords)
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """Hand on the features: any shape -> the same values."""
+        """Return the features, of any shape, unchanged."""
         if len(inputs) != 1 or keywords:
             raise ValueError(
                 f"from_module: the network calls its classifier {self.path!r} with {len(inputs)} positional and "
-                f"{len(keywords)} keyword arguments, and only one positional can be cut; write the backbone as a "
-                "module of its own and use FineTuneModel(backbone, classifier)."
+                f"{len(keywords)} keyword arguments, and only one positional argument is supported; write the backbone "
+                "as a separate module and use FineTuneModel(backbone, classifier)."
             )
         features = _alias(inputs[0])
         if self.calls.arrivals is not None:
@@ -71,29 +74,29 @@ class Cut(nn.Module):
         return features
 
     def watch(self, network: nn.Module) -> None:
-        """Check each forward of the network; hooks that it has now act before the check, later ones after it."""
+        """Check each forward of the network. Its existing hooks run before the check, later ones after it."""
         network.register_forward_pre_hook(self.start)
         network.register_forward_hook(self.check)
         network.register_forward_hook(self.release, always_call=True)
 
     def unwatch(self, network: nn.Module) -> None:
-        """Take the check off again."""
+        """Remove the check."""
         for hooks in (network._forward_pre_hooks, network._forward_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[key]
 
     def start(self, network: nn.Module, inputs: Any) -> None:
-        """Begin to note what reaches the cut."""
+        """Start recording calls of the cut."""
         self.calls.arrivals = []
 
     def check(self, network: nn.Module, inputs: Any, output: Any) -> None:
-        """Raise ValueError unless the network returns what the cut handed on."""
+        """Raise ValueError unless the network returns exactly what the cut returned."""
         arrivals = self.calls.arrivals or []
         mode = "train" if network.training else "eval"
         if len(arrivals) != 1:
             raise ValueError(
                 f"from_module: in {mode} mode the network calls its classifier {self.path!r} {len(arrivals)} times "
-                "in a forward, so there is no one place to cut; write the backbone as a module of its own and use "
+                "in a forward, so there is no single place to cut; write the backbone as a separate module and use "
                 "FineTuneModel(backbone, classifier)."
             )
         returned = _leaves(output)
@@ -107,37 +110,37 @@ class Cut(nn.Module):
                 raise ValueError(self._refusal(mode, output))
 
     def _refusal(self, mode: str, output: Any) -> str:
-        """Say what a network that is no backbone followed by a classifier does, and what to do about it."""
+        """Describe why the network is not a backbone followed by a classifier, and the remedies."""
         adapt = ""
         if not isinstance(output, torch.Tensor):
             adapt = (
-                f"; it returns a {type(output).__name__}, so give from_module a module around it whose forward returns "
-                "the classifier's outcome alone (of a transformers model: outputs.logits)"
+                f"; it returns a {type(output).__name__}, so wrap it in a module whose forward returns the output of "
+                "the classifier alone (of a transformers model: outputs.logits)"
             )
         return (
-            f"from_module: the network computes on after its classifier {self.path!r} in {mode} mode (a softmax, a "
-            "reshape, a second output, something in place), or does not return its outcome, which the cut would lose; "
-            "move that into the classifier, turn it off (torchvision's auxiliary heads: net.aux_logits = False), or "
-            f"write the backbone as a module of its own and use FineTuneModel(backbone, classifier){adapt}."
+            f"from_module: the network processes the output of its classifier {self.path!r} in {mode} mode (a softmax, "
+            "a reshape, a second output, an in-place operation), or does not return it, and the cut would lose that; "
+            "move it into the classifier, turn it off (torchvision's auxiliary heads: net.aux_logits = False), or "
+            f"write the backbone as a separate module and use FineTuneModel(backbone, classifier){adapt}."
         )
 
     def release(self, network: nn.Module, inputs: Any, output: Any) -> None:
-        """Hold nothing after a forward, one that failed included."""
+        """Release the tensors after a forward, also if it failed."""
         self.calls.arrivals = None
 
     def __getattr__(self, name: str) -> Any:
-        """Say what is wrong when the network reads an attribute of the classifier that is no longer there."""
+        """Explain the error when the network reads an attribute of the removed classifier."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             raise AttributeError(
-                f"from_module: the network reads {name!r} of its classifier, which has been cut off; write the "
-                "backbone as a module of its own and use FineTuneModel(backbone, classifier)."
+                f"from_module: the network reads {name!r} of its classifier, which was removed; write the "
+                "backbone as a separate module and use FineTuneModel(backbone, classifier)."
             ) from None
 
 
 def _alias(features: Any) -> Any:
-    """Give another object with the same values, whose version counter tells of writes in place."""
+    """Return a new object with the same values, whose version counter detects in-place writes."""
     if type(features) in (list, tuple):
         return type(features)(_alias(entry) for entry in features)
     if type(features) is dict:
@@ -146,7 +149,7 @@ def _alias(features: Any) -> Any:
         return features
     if torch.compiler.is_compiling():
         return features.view_as(features)
-    if features.is_inference():  # these have no version
+    if features.is_inference():  # inference tensors have no version
         with torch.inference_mode(mode=False):
             return features.clone()
     return features.view_as(features) if features.layout == torch.strided else features.clone()
@@ -161,7 +164,7 @@ def _leaves(features: Any) -> list[Any]:
 
 
 def _version(leaf: Any) -> int | None:
-    """Read how often a tensor was written to; where dynamo traces, note it beside the tensor that it traces with."""
+    """Return the version of a tensor. While dynamo traces, store it by the traced tensor instead."""
     if not isinstance(leaf, torch.Tensor):
         return None
     if torch.compiler.is_dynamo_compiling():
@@ -171,7 +174,7 @@ def _version(leaf: Any) -> int | None:
 
 
 def _while_tracing(look: Callable[[Any], None], leaf: torch.Tensor) -> None:
-    from torch._dynamo.comptime import comptime  # noqa: PLC0415  it takes a second, and is there where dynamo traces
+    from torch._dynamo.comptime import comptime  # noqa: PLC0415  a slow import, already done while dynamo traces
 
     comptime(look)
 
@@ -186,14 +189,14 @@ def _compare_version(context: Any) -> None:
     traced = context.get_local("leaf").as_fake()
     if traced in _traced_versions and traced._version != _traced_versions[traced]:
         raise ValueError(
-            "from_module: the network computes on in place after its classifier, which the cut would lose; move that "
-            "into the classifier, or write the backbone as a module of its own and use FineTuneModel(backbone, "
+            "from_module: the network modifies the output of its classifier in place, and the cut would lose that; "
+            "move it into the classifier, or write the backbone as a separate module and use FineTuneModel(backbone, "
             "classifier)."
         )
 
 
 def _is_same(returned: Any, handed_on: Any) -> bool:
-    """Say whether this is the tensor that was handed on, or its alias by a backward hook of a module around the cut."""
+    """Return whether both are one tensor, or an alias created by a full backward hook of a module around the cut."""
     if returned is handed_on:
         return True
     if not isinstance(returned, torch.Tensor) or not isinstance(handed_on, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Classifiers that are more than one linear layer: two heads, and dropout before a head."""
+"""Classifiers with two heads, and dropout before a classifier."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class DistilledClassifier(nn.Module):
     >>> DistilledClassifier(nn.Linear(4, 2), nn.Linear(4, 2))(torch.zeros(8, 4)).shape
     torch.Size([8, 2])
 
-    Their mean, or both as a tuple when training after `set_distilled_training()`: (B, C) -> (B, num_classes).
+    Maps features (B, num_features) to the mean of both logits, (B, num_classes). In train mode after
+    ``set_distilled_training()``, returns both logits as a tuple.
     """
 
     def __init__(self, head: nn.Module, head_dist: nn.Module) -> None:
@@ -38,7 +39,7 @@ class DistilledClassifier(nn.Module):
 
 
 class _Dropout:
-    """A forward pre-hook: dropout of what enters a module, while that module is in train mode."""
+    """A forward pre-hook: dropout of the input of a module while that module is in train mode."""
 
     def __init__(self, drop_rate: float) -> None:
         self.drop_rate = drop_rate
@@ -49,15 +50,15 @@ class _Dropout:
 
 
 def add_dropout(classifier: nn.Module, drop_rate: float) -> None:
-    """Drop features before a classifier, which keeps its class and its state-dict keys.
+    """Add dropout before a classifier, which keeps its class and its state-dict keys.
 
     >>> classifier = nn.Linear(4, 2)
     >>> add_dropout(classifier, 0.2)
     >>> classifier, list(classifier.state_dict())
     (Linear(in_features=4, out_features=2, bias=True), ['weight', 'bias'])
 
-    As in ``torch.nn.utils.prune`` it is a forward pre-hook: it goes along into copies, pickles and graphs, and is on
-    while the classifier is in train mode. What was added before goes.
+    Like ``torch.nn.utils.prune``, this registers a forward pre-hook, which copies, pickles and graphs include. It is
+    active while the classifier is in train mode. A dropout that was added earlier is replaced.
     """
     for key in _added_to(classifier):
         del classifier._forward_pre_hooks[key]
@@ -65,7 +66,7 @@ def add_dropout(classifier: nn.Module, drop_rate: float) -> None:
 
 
 def without_dropout(classifier: nn.Module) -> nn.Module:
-    """Give a classifier without the dropout of ``add_dropout``: itself, or a copy on the same parameters.
+    """Return a classifier without the dropout of ``add_dropout``: itself, or a copy that shares its parameters.
 
     >>> classifier = nn.Linear(4, 2)
     >>> add_dropout(classifier, 0.2)

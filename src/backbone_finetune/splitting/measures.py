@@ -1,4 +1,4 @@
-"""Widths of features and logits, measured on copies, and whether a classifier fits a backbone."""
+"""Measure the widths of features and logits on copies, and check that a classifier fits a backbone."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from .copies import eval_copy, isolated, meta_copy
 
 
 def measure_features(backbone: nn.Module) -> int | None:
-    """Measure how wide the features of a timm backbone are, None where it gives no (B, width) for an image.
+    """Return the feature width of a timm backbone; None if its output is not (B, width).
 
     >>> import timm
     >>> measure_features(timm.create_model("mobilenetv3_small_050", num_classes=0)), measure_features(nn.Flatten())
     (1024, None)
 
-    It runs on the meta device, so that a neck or a head in the backbone counts.
+    Measured with a forward pass on the meta device, so that a neck or a head in the backbone is included.
     """
-    if not hasattr(backbone, "pretrained_cfg"):  # what it takes is not known
+    if not hasattr(backbone, "pretrained_cfg"):  # its input size is unknown
         return None
     try:
         with isolated(backbone):
             features = meta_copy(backbone)(probe(backbone, "meta"))
-    except Exception:  # it may take more than images, or have no shapes without values
+    except Exception:  # it may need other inputs, or an operator may not support the meta device
         return None
     return features.shape[1] if isinstance(features, torch.Tensor) and features.ndim == 2 else None
 
 
 def count_classes(classifier: nn.Module, width: int | None = None) -> int | None:
-    """Count the classes that a classifier tells apart, None where it gives no (B, num_classes).
+    """Return the number of classes of a classifier; None if its output is not (B, num_classes).
 
     >>> count_classes(nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(dim=1))), count_classes(nn.ReLU())
     (3, None)
 
-    Other than of a linear layer, they are measured on the meta device, for features of that `width` or, where it is
-    not known, as wide as the first linear layer takes them.
+    Except for a linear layer, it is measured with a forward pass on the meta device.
+
+    Args:
+        classifier: takes features (B, width).
+        width: the width of the features. Default: that of the first linear layer.
     """
     if isinstance(classifier, nn.Linear):
         return classifier.out_features
@@ -50,13 +53,13 @@ def count_classes(classifier: nn.Module, width: int | None = None) -> int | None
         with isolated(classifier):
             twin = meta_copy(classifier)
             logits = twin(torch.empty(2, width, device="meta", dtype=dtype_of(classifier)))
-    except Exception:  # it may take more than one vector, or have no shapes without values
+    except Exception:  # it may need other inputs, or an operator may not support the meta device
         return None
     return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None
 
 
 def check_width(backbone: nn.Module, classifier: nn.Module) -> None:
-    """Raise ValueError for a linear classifier that a timm backbone does not fit, where both say their width.
+    """Raise ValueError if the widths of a linear classifier and a timm backbone are known and differ.
 
     >>> import timm
     >>> check_width(timm.create_model("test_resnet", num_classes=0), nn.Linear(3, 2))
@@ -66,8 +69,8 @@ def check_width(backbone: nn.Module, classifier: nn.Module) -> None:
     """
     said = getattr(backbone, "head_hidden_size", None)
     if not isinstance(classifier, nn.Linear) or not isinstance(said, int) or classifier.in_features in {0, said}:
-        return  # 0 is a lazy one's, which takes what it is given
-    # A backbone that the user has changed may give something else than it says, so that it is measured.
+        return  # a lazy layer has width 0 and takes any
+    # The user may have changed the backbone after construction, so its output is measured.
     width = measure_features(backbone)
     if width is not None and width != classifier.in_features:
         raise ValueError(
@@ -78,7 +81,7 @@ def check_width(backbone: nn.Module, classifier: nn.Module) -> None:
 
 
 def check_classifier_fits(classifier: nn.Module, features: object, origin: str) -> None:
-    """Raise ValueError when a classifier cannot take these features.
+    """Raise ValueError if a classifier cannot take these features.
 
     >>> check_classifier_fits(nn.Linear(3, 2), torch.zeros(1, 4), "from_timm")
     Traceback (most recent call last):
@@ -89,7 +92,7 @@ def check_classifier_fits(classifier: nn.Module, features: object, origin: str) 
         with isolated(classifier):
             eval_copy(classifier)(features)
     except (AttributeError, RuntimeError, TypeError) as error:
-        reason = describe_misfit(classifier, features) or f"{error}. Size it for what the backbone gives."
+        reason = describe_misfit(classifier, features) or f"{error}. Build it for the width of the features."
         shape = ", ".join(["B", *map(str, features.shape[1:])]) if isinstance(features, torch.Tensor) else "unknown"
         raise ValueError(
             f"{origin}: the classifier ({type(classifier).__name__}) cannot take the backbone's features of shape "
@@ -98,7 +101,7 @@ def check_classifier_fits(classifier: nn.Module, features: object, origin: str) 
 
 
 def probe(network: nn.Module, device: str | torch.device) -> torch.Tensor:
-    """Draw two images of the size that a network is built for.
+    """Return two random images of a network's input size, (2, C, H, W).
 
     >>> import timm
     >>> probe(timm.create_model("test_resnet"), "cpu").shape
@@ -108,7 +111,7 @@ def probe(network: nn.Module, device: str | torch.device) -> torch.Tensor:
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """Give the precision that a network computes in.
+    """Return the dtype of a network's first floating-point parameter.
 
     >>> dtype_of(nn.Linear(2, 2).half())
     torch.float16

@@ -1,4 +1,4 @@
-"""The classifier of a timm network: where it stands, taken off as a module of its own, and put back."""
+"""The classifier of a timm network: find it, remove it, and put it back."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from .measures import count_classes, dtype_of, measure_features, probe
 
 
 class TimmReassembly(NamedTuple):
-    """The way back for a timm network whose classifier stood at `paths`: two where it has two heads.
+    """Reassembly of a timm network.
 
-    `own_names` are the parameters that `reset_classifier` takes away. Where they are one layer, the network applies
-    that layer to the features and returns the outcome, so that any module can stand there; elsewhere only the
-    network's own kind of classifier can.
+    Args:
+        paths: the paths of the classifier: one, or two for a network with two heads.
+        own_names: the parameters that ``reset_classifier`` removes.
+        is_one_layer: whether they are one layer that the network applies to the features last. Then any module can
+            take its place, otherwise only the network's own kind of classifier.
+        unused_parameters: see ``Reassembly``.
     """
 
     paths: tuple[str, ...]
@@ -29,15 +32,15 @@ class TimmReassembly(NamedTuple):
     unused_parameters: frozenset[str] = frozenset()
 
     def reassemble(self, backbone: nn.Module, classifier: nn.Module) -> nn.Module:
-        """Put the classifier into a copy of the network, in which timm has made the place for it."""
+        """Put the classifier into a copy of the network, after timm's ``reset_classifier`` made a place for it."""
         plain_names = {self.original_name(f"classifier.{name}") for name, _ in classifier.named_parameters()}
-        classifier = without_dropout(classifier)  # it acts in training alone, and is no part of a timm network
+        classifier = without_dropout(classifier)  # it is not part of a timm network
         if not self.is_one_layer and plain_names != self.own_names:
-            own = ", or start from the network's own classifier (num_classes and classifier left out)"
+            own = ", or use the network's own classifier (from_timm without num_classes and classifier)"
             raise ValueError(
                 f"to_module: {type(backbone).__name__} has more in its classifier than one linear layer "
-                f"({', '.join(sorted(self.own_names))}) and cannot hold this {type(classifier).__name__}; keep the "
-                f"FineTuneModel{own if _keeps_its_own(backbone) else ''}."
+                f"({', '.join(sorted(self.own_names))}), so this {type(classifier).__name__} cannot replace it; keep "
+                f"the FineTuneModel{own if _keeps_its_own(backbone) else ''}."
             )
         network: Any = backbone
         for path in self.paths:
@@ -57,7 +60,7 @@ class TimmReassembly(NamedTuple):
         return cast(nn.Module, network)
 
     def original_name(self, name: str) -> str:
-        """Drop `backbone.`, and name the classifier by its path."""
+        """Remove ``backbone.``, and replace ``classifier`` by its path."""
         part, _, rest = name.partition(".")
         if part == "backbone":
             return rest
@@ -65,15 +68,15 @@ class TimmReassembly(NamedTuple):
 
 
 def locate_head(headed: Any, headless: nn.Module) -> TimmReassembly:
-    """Find where the classifier stands, by what a network has more than the same one without it.
+    """Find the classifier of a network by comparing the network with the same one without classifier.
 
     >>> import timm
     >>> network = timm.create_model("test_resnet")
     >>> locate_head(network, timm.create_model("test_resnet", num_classes=0)).paths
     ('fc',)
 
-    A linear layer stands alone where timm wraps it in nothing that counts; else the classifier is all that
-    `reset_classifier` replaces: dropout and other parts without parameters belong to it.
+    The classifier is a linear layer if the modules around it do nothing. Otherwise it is everything that
+    ``reset_classifier`` replaces, including dropout and other modules without parameters.
     """
     own_names = _parameter_names(headed) - _parameter_names(headless)
     path = _common_module(own_names)
@@ -90,7 +93,7 @@ def locate_head(headed: Any, headless: nn.Module) -> TimmReassembly:
 
 
 def fresh_classifier(network: nn.Module, reassembly: TimmReassembly, width: int, num_classes: int) -> nn.Module:
-    """Take the linear classifier as timm has initialised it, or build one where timm's is more than that.
+    """Return the linear classifier that timm has initialized, or a new one if timm's is more than a linear layer.
 
     >>> import timm
     >>> network = timm.create_model("test_resnet", num_classes=3)
@@ -106,24 +109,23 @@ def fresh_classifier(network: nn.Module, reassembly: TimmReassembly, width: int,
 
 
 def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmReassembly]:
-    """Take a network's own classifier, proved on a probe to be the same function behind the headless network.
+    """Return a network's own classifier, after checking that it gives the same outputs after the headless network.
 
     >>> import timm
     >>> network = timm.create_model("test_resnet")
     >>> own_classifier(network, timm.create_model("test_resnet", num_classes=0, device="meta"))[0] is network.fc
     True
 
-    Raises ValueError where it is another function there.
+    Raises:
+        ValueError: its outputs differ, or the network is on the meta device.
     """
     kind = type(network).__name__
-    remedy = "pass num_classes=... for a fresh linear classifier, or classifier=... for one of your own"
+    remedy = "pass num_classes=... for a new linear classifier, or classifier=... for your own"
     reassembly = locate_head(network, headless)
-    if not reassembly.own_names and _is_absent(network.get_classifier()):  # an encoder as timm ships it
+    if not reassembly.own_names and _is_absent(network.get_classifier()):  # timm's encoders have none
         return nn.Identity(), reassembly
     if any(parameter.is_meta for parameter in network.parameters()):
-        raise ValueError(
-            f"from_timm: on the meta device no value can prove that {kind} keeps its classifier; {remedy}."
-        )
+        raise ValueError(f"from_timm: {kind} is on the meta device, so its own classifier cannot be checked; {remedy}.")
     fresh: Any = meta_copy(network)
     fresh.reset_classifier(2)
     if len(reassembly.paths) == 1 and _holds_linear(fresh, reassembly.paths[0]):
@@ -139,17 +141,18 @@ def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmRe
         raise ValueError(
             f"from_timm: the classifier of {kind} is not one that takes one feature vector; {remedy}."
         ) from error
-    except (AssertionError, IndexError, RuntimeError) as difference:  # IndexError: a head that wants a map
+    except (AssertionError, IndexError, RuntimeError) as difference:  # IndexError: a head that takes a feature map
         raise ValueError(
-            f"from_timm: behind {kind} without its classifier ({', '.join(reassembly.paths)}) that classifier is not "
-            f"the same function any more in {'train' if training else 'eval'} mode, because a norm, dropout or a "
-            f"second head goes with it or more tokens enter it ({str(difference).splitlines()[0]}); {remedy}."
+            f"from_timm: after {kind} without its classifier ({', '.join(reassembly.paths)}), that classifier is not "
+            f"the same function any more in {'train' if training else 'eval'} mode, because reset_classifier also "
+            "removes a norm, dropout or a second head, or because the classifier takes several tokens "
+            f"({str(difference).splitlines()[0]}); {remedy}."
         ) from difference
     return own, reassembly
 
 
 class _NotOneVectorError(Exception):
-    """A classifier that is not called once in a forward."""
+    """A classifier that is not called exactly once in a forward."""
 
 
 def _assert_same_function(
@@ -157,7 +160,7 @@ def _assert_same_function(
 ) -> None:
     headed, headless, head = (eval_copy(part).train(training) for part in (network, network, own))
     for part in (*headed.modules(), *headless.modules(), *head.modules()):
-        if hasattr(part, "distilled_training"):  # else these give two outcomes in train mode
+        if hasattr(part, "distilled_training"):  # otherwise they return two outputs in train mode
             part.distilled_training = False
     entered: list[torch.Tensor] = []
     for path in paths:
@@ -167,16 +170,16 @@ def _assert_same_function(
     if len(entered) != len(paths):
         raise _NotOneVectorError
     headless.reset_classifier(0)  # type: ignore[operator]
-    with isolated(network):  # from the same random state, so that dropout draws the same
+    with isolated(network):  # the same random state, so that dropout masks are the same
         features = headless(images)
-        outcome = head(features)
+        output = head(features)
     for tensor in entered:
         assert_same(_one_token(tensor, features, logits), features)
-    assert_same(outcome, logits)
+    assert_same(output, logits)
 
 
 def _keeps_its_own(backbone: nn.Module) -> bool:
-    """Say whether the classifier that `reset_classifier` took off could have been kept."""
+    """Return whether the classifier that ``reset_classifier`` removed could have been kept."""
     trains = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
     headed: Any = eval_copy(backbone)
     try:
@@ -185,18 +188,18 @@ def _keeps_its_own(backbone: nn.Module) -> bool:
         own_classifier(headed, meta_copy(backbone))
     except ValueError:
         return False
-    finally:  # efficientvim's method says of a parameter, which the copy shares, that it trains
+    finally:  # efficientvim's reset_classifier sets requires_grad of a parameter, which the copy shares
         for parameter, it_trains in trains:
             parameter.requires_grad_(it_trains)
     return True
 
 
 def _one_token(entered: torch.Tensor, features: torch.Tensor, logits: Any) -> torch.Tensor:
-    """What enters a classifier, as one vector: CLIP's ResNets classify every token, and take one of the outcomes."""
+    """Return a classifier's input as one vector: CLIP's ResNets classify every token and use one of the outputs."""
     if entered.numel() == features.numel() or entered.ndim != 3 or entered.shape[2] != features.shape[1]:
         return entered.reshape_as(features)
     if not isinstance(logits, torch.Tensor) or (logits == logits[:, :1]).all():
-        raise AssertionError("its logits are all the same, and do not tell which token counts")
+        raise AssertionError("its logits are all equal, so the token that is used cannot be identified")
     return min(entered.unbind(1), key=lambda token: (token - features).abs().max().item())
 
 
@@ -204,7 +207,7 @@ def _take_classifier(network: Any, reassembly: TimmReassembly) -> nn.Module:
     own: list[nn.Module] = [network.get_submodule(path) for path in reassembly.paths]
     if reassembly.is_one_layer:
         return as_linear(own[0])
-    # reset_classifier empties some of these in place, so the classifier gets modules of its own on the same tensors.
+    # reset_classifier changes some of these in place, so the classifier gets copies that share the tensors.
     own = [sharing_copy(module) for module in own]
     if len(own) == 1:
         return own[0]
@@ -214,7 +217,7 @@ def _take_classifier(network: Any, reassembly: TimmReassembly) -> nn.Module:
 
 
 def _common_module(names: Collection[str]) -> str:
-    """The smallest module that holds all of these parameters, an empty name where that is the root."""
+    """Return the path of the smallest module that contains all of these parameters; empty for the root."""
     owners = [name.split(".")[:-1] for name in names]
     depth = 0
     while owners and all(len(owner) > depth for owner in owners) and len({owner[depth] for owner in owners}) == 1:
@@ -223,7 +226,7 @@ def _common_module(names: Collection[str]) -> str:
 
 
 def _replaced_module(path: str, headed: nn.Module, headless: nn.Module) -> str:
-    """The outermost module on a path that is another kind of module in the headless network, or is not there."""
+    """Return the outermost module on a path that is missing or has another type in the headless network."""
     kinds = {name: type(module) for name, module in headless.named_modules()}
     parts = path.split(".")
     prefixes = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
@@ -231,7 +234,7 @@ def _replaced_module(path: str, headed: nn.Module, headless: nn.Module) -> str:
 
 
 def _counts_alone(network: nn.Module, path: str, around: str) -> bool:
-    """Say whether the module at `path` is all that does something in the one around it, as far as structure tells."""
+    """Return whether the module at ``path`` is the only one in the module around it that is not a no-op."""
     for name, module in network.get_submodule(around).named_modules(prefix=around):
         if name == path or name.startswith(f"{path}."):
             continue
@@ -255,7 +258,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def as_linear(layer: nn.Module) -> nn.Module:
-    """Give a 1x1 convolution as the linear layer that it is on a pooled image, on the same memory.
+    """Convert a 1x1 convolution to the equivalent linear layer on pooled features. It shares the memory.
 
     >>> as_linear(nn.Conv2d(4, 2, 1))
     Linear(in_features=4, out_features=2, bias=True)
@@ -271,8 +274,8 @@ def as_linear(layer: nn.Module) -> nn.Module:
 def _as_convolution(head: nn.Module, place: nn.Conv2d) -> nn.Module:
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"to_module: the network's classifier is a 1x1 convolution, and a {type(head).__name__} cannot stand "
-            "there; keep the FineTuneModel."
+            f"to_module: the network's classifier is a 1x1 convolution, and a {type(head).__name__} cannot replace "
+            "it; keep the FineTuneModel."
         )
     place.weight = nn.Parameter(head.weight.detach()[:, :, None, None], requires_grad=head.weight.requires_grad)
     place.bias = head.bias

@@ -1,4 +1,4 @@
-"""A timm network to (backbone, classifier) and back, by timm's own `reset_classifier`."""
+"""Split a timm network into backbone and classifier with timm's ``reset_classifier``."""
 
 from __future__ import annotations
 
@@ -29,21 +29,24 @@ def split_timm(
     drop_rate: float | None,
     create_model_kwargs: dict[str, Any],
 ) -> Split:
-    """Build or take over a timm network, take its classifier off, and choose the one that stands on it.
+    """Build or take a timm network, remove its classifier, and choose the new classifier.
 
     >>> split = split_timm("resnet18", 10, classifier=None, pretrained=False, drop_rate=None, create_model_kwargs={})
     >>> split.classifier, split.backbone.fc
     (Linear(in_features=512, out_features=10, bias=True), Identity())
 
-    Nothing of a network that is refused has been changed. Raises ValueError where it cannot be split.
+    Args: see ``FineTuneModel.from_timm``.
+
+    Raises:
+        ValueError: it cannot be split. A given network is then unchanged.
     """
     if num_classes is not None and classifier is not None:
         raise ValueError("from_timm: num_classes and classifier were both given; pass one of them.")
     if num_classes is not None:
         if isinstance(num_classes, bool) or not hasattr(num_classes, "__index__") or num_classes < 1:
             raise ValueError(
-                f"from_timm: num_classes={num_classes!r}; pass a whole number from 1, or leave it out to keep the own "
-                "one."
+                f"from_timm: num_classes={num_classes!r}; pass an integer from 1, or leave it out to keep the "
+                "network's own classifier."
             )
         num_classes = operator.index(num_classes)
     check_drop_rate(drop_rate)
@@ -77,7 +80,7 @@ def split_timm(
     example = next(network.parameters())
     check_classifier_fits(chosen, torch.zeros(2, width, device=example.device, dtype=example.dtype), "from_timm")
     network.reset_classifier(0)
-    if getattr(network, "distilled_training", False):  # else it gives its features twice; the classifier has the switch
+    if getattr(network, "distilled_training", False):  # otherwise it returns its features twice
         network.set_distilled_training(False)
     if drop_rate:
         add_dropout(chosen, drop_rate)
@@ -87,10 +90,10 @@ def split_timm(
 def _create(
     name: str, num_classes: int | None, pretrained: bool, drop_rate: float | None, create_model_kwargs: dict[str, Any]
 ) -> Any:
-    if ":" not in name:  # else it is on the hub or in a folder, where timm looks for itself
+    if ":" not in name:  # otherwise timm finds it on the hub or in a folder
         check_architecture(name)
     if create_model_kwargs.get("features_only"):
-        raise ValueError(f"from_timm: features_only=True gives maps, not one vector per image; {_WRITE_IT}.")
+        raise ValueError(f"from_timm: features_only=True returns feature maps, not one vector per image; {_WRITE_IT}.")
     if create_model_kwargs.get("global_pool") == "":
         raise ValueError(f"from_timm: global_pool='' leaves the features unpooled; leave it out, or {_WRITE_IT}.")
     if num_classes is not None:
@@ -106,7 +109,7 @@ def _create(
         raise ValueError(
             f"from_timm: the checkpoint does not fit {name} with num_classes={num_classes} ({reason}); build the "
             "network with the checkpoint's own number of classes, network = timm.create_model(name, num_classes=..., "
-            f"checkpoint_path=...), and put a fresh classifier on it: from_timm(network, num_classes={num_classes})."
+            f"checkpoint_path=...), and replace its classifier: from_timm(network, num_classes={num_classes})."
         ) from error
 
 
@@ -116,9 +119,9 @@ def _check_no_arguments_beside_module(
     beside = [*create_model_kwargs, *["pretrained"] * pretrained, *["drop_rate"] * (drop_rate is not None)]
     if beside:
         raise ValueError(
-            f"from_timm: {', '.join(beside)} beside a network that is built already; give these to "
-            "timm.create_model, or pass the architecture's name (dropout: classifier=lambda width: "
-            "nn.Sequential(nn.Dropout(0.2), nn.Linear(width, num_classes)))."
+            f"from_timm: {', '.join(beside)} and a network were both given; pass these to timm.create_model, or pass "
+            "the architecture's name (for dropout: classifier=lambda width: nn.Sequential(nn.Dropout(0.2), "
+            "nn.Linear(width, num_classes)))."
         )
 
 
@@ -126,7 +129,7 @@ def _check_has_classifier(network: nn.Module) -> None:
     if not (hasattr(network, "reset_classifier") and hasattr(network, "get_classifier")):
         raise ValueError(
             f"from_timm: {type(network).__name__} has no classifier to take off (no reset_classifier: an encoder, a "
-            f"features_only model, or no timm network); use FineTuneModel.from_module(net, net.fc), or {_WRITE_IT}."
+            f"features_only model, or not a timm network); use FineTuneModel.from_module(net, net.fc), or {_WRITE_IT}."
         )
 
 
@@ -134,7 +137,7 @@ def _measure_width(network: Any, headless: nn.Module) -> int:
     features: object
     try:
         features = headless(probe(network, "meta"))
-    except RuntimeError:  # some operator knows no shapes without values; its real error, if any, comes from here
+    except RuntimeError:  # an operator may not support the meta device; a real error is raised again here
         twin: Any = eval_copy(network)
         twin.reset_classifier(0)
         with isolated(network):
@@ -142,22 +145,22 @@ def _measure_width(network: Any, headless: nn.Module) -> int:
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise ValueError(
-            f"from_timm: without its classifier {type(network).__name__} gives {got}, not (B, width): it does not pool "
-            f"(global_pool=''); build it with pooling, or {_WRITE_IT}."
+            f"from_timm: without its classifier {type(network).__name__} returns {got}, not (B, width): it does not "
+            f"pool (global_pool=''); build it with pooling, or {_WRITE_IT}."
         )
     return features.shape[1]
 
 
 def _unused_after_reset(twin: Any) -> frozenset[str]:
-    """Take the classifier off, and see what that freezes, since nothing uses it any more (efficientvim's `weights`)."""
+    """Remove the classifier and return what that freezes because it is unused then (efficientvim's ``weights``)."""
     able = {name for name, p in twin.named_parameters() if p.is_floating_point() or p.is_complex()}
     for name in able:
-        twin.get_parameter(name).requires_grad = True  # a lazy one has no `requires_grad_`
+        twin.get_parameter(name).requires_grad = True  # a lazy parameter has no `requires_grad_`
     try:
         twin.reset_classifier(0)
-    except AttributeError as error:  # of a head that the user has put in the place of timm's
+    except AttributeError as error:  # the user has replaced timm's head
         raise ValueError(
-            f"from_timm: reset_classifier of {type(twin).__name__} fails on the classifier that it has now ({error}); "
+            f"from_timm: reset_classifier of {type(twin).__name__} fails on its present classifier ({error}); "
             "use FineTuneModel.from_module(net, net.head), with the module that is its classifier."
         ) from error
     return frozenset(name for name, p in twin.named_parameters() if name in able and not p.requires_grad)
@@ -171,7 +174,7 @@ def _call(build: Callable[[int], nn.Module], width: int) -> nn.Module:
     classifier = build(width)
     if not isinstance(classifier, nn.Module):
         raise TypeError(
-            f"from_timm: classifier({width}) gave a {type(classifier).__name__}; pass a module, or a function from the "
-            "feature width to a module."
+            f"from_timm: classifier({width}) returned a {type(classifier).__name__}; pass a module, or a function from "
+            "the feature width to a module."
         )
     return classifier

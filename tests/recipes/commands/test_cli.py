@@ -251,10 +251,10 @@ def test_each_mistake_is_one_line(tmp_path: Path, fail: Fail) -> None:
         "train", images, *small, "--checkpoint", tmp_path / "text.pth"
     )
     assert "nowhere.pth: there is no such weights" in fail("train", images, *small, "--checkpoint", "nowhere.pth")
-    assert "text.pth: no safetensors file" in fail("predict", tmp_path / "text.pth", "tom.jpg")
+    assert "text.pth: not a safetensors file" in fail("predict", tmp_path / "text.pth", "tom.jpg")
     assert "nowhere.safetensors: no such file" in fail("predict", tmp_path / "nowhere.safetensors", "tom.jpg")
     assert "nowhere.safetensors: no such file" in fail("inspect", tmp_path / "nowhere.safetensors")
-    assert "text.pth: no safetensors file" in fail("inspect", tmp_path / "text.pth")
+    assert "text.pth: not a safetensors file" in fail("inspect", tmp_path / "text.pth")
     assert "empty: a folder without images" in fail("predict", tmp_path / "nowhere.safetensors", tmp_path / "empty")
     assert not output.exists()
 
@@ -273,7 +273,7 @@ def test_a_finished_model_is_refused(trained: Path, fail: Fail) -> None:
 def test_a_truncated_model_is_refused(trained: Path, tmp_path: Path, fail: Fail) -> None:
     truncated = tmp_path / "model.safetensors"
     truncated.write_bytes(trained.read_bytes()[:-1])
-    assert "model.safetensors: no safetensors file, or a truncated one" in fail("predict", truncated, "tom.jpg")
+    assert "model.safetensors: not a safetensors file, or a truncated one" in fail("predict", truncated, "tom.jpg")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_only_a_process_beside_others_leaves_its_error_to_them(
 def test_one_file_for_csv_and_json_is_refused(tmp_path: Path, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     line = fail("predict", "model.safetensors", "tom.jpg", "--csv", "answers", "--json", tmp_path / "answers")
-    assert line == "--csv and --json are both answers; give each a file of its own"
+    assert line == "--csv and --json are both answers; use a separate file for each"
 
 
 def test_an_error_of_many_lines_is_one_line(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:

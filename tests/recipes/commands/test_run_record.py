@@ -83,7 +83,7 @@ def test_a_run_is_done_again_by_its_record(
 def test_a_run_is_done_again_with_nothing_else(fail: Fail, others: str, option: str) -> None:
     line = fail("train", "--run", "run.json", *others.split(), "--output", "again", "--overwrite", "--device", "cpu")
     assert line == (
-        f"{option} and --run run.json were both given; the file says all but --output, --overwrite, "
+        f"{option} and --run run.json were both given; the file has all options except --output, --overwrite, "
         "--device, --baselines, --workers and --cache"
     )
 

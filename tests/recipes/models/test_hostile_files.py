@@ -222,9 +222,9 @@ def with_config(content: bytes, **entries: object) -> bytes:
 @pytest.mark.parametrize(
     ("tamper", "message"),
     [
-        (lambda c: b"\x80\x04PK" + c, "no safetensors file"),
-        (lambda c: struct.pack("<Q", 2**62) + c[8:], "no safetensors file"),
-        (lambda c: struct.pack("<Q", 200_000) + b"[" * 200_000, "no safetensors file"),
+        (lambda c: b"\x80\x04PK" + c, "not a safetensors file"),
+        (lambda c: struct.pack("<Q", 2**62) + c[8:], "not a safetensors file"),
+        (lambda c: struct.pack("<Q", 200_000) + b"[" * 200_000, "not a safetensors file"),
         (
             lambda c: replace_entry(c, "architecture", "hf-hub:someone/model"),
             "architecture = 'hf-hub:someone/model': timm .* has no",

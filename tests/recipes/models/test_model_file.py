@@ -215,7 +215,7 @@ def test_a_truncated_file_is_refused(written: Path, kept: int) -> None:
 
 def test_a_foreign_file_is_refused(written: Path) -> None:
     written.write_text("a text file that is not a model")
-    with pytest.raises(ValueError, match=r"model\.safetensors: no safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file"):
         load_trained_model(written)
 
 
