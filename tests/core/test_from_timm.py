@@ -203,7 +203,7 @@ def test_a_refused_module_is_left_untouched(build: str, keywords: dict[str, Any]
 def test_unpooled_and_foreign_modules_are_refused() -> None:
     with pytest.raises(ValueError, match=r"returns \(2, 512, 7, 7\), not \(B, width\)"):
         FineTuneModel.from_timm(timm.create_model("resnet18", num_classes=0, global_pool=""), num_classes=3)
-    with pytest.raises(ValueError, match="a features_only model, or no timm network"):
+    with pytest.raises(ValueError, match="a features_only model, or not a timm network"):
         FineTuneModel.from_timm(timm.create_model("resnet18", features_only=True), num_classes=3)
     with pytest.raises(ValueError, match=r"use FineTuneModel\.from_module"):
         FineTuneModel.from_timm(nn.Sequential(nn.Linear(4, 4)), num_classes=3)
