@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from client_loops import BATCH_SIZE, assert_equal, recipe, small_model, train_plainly
+from client_loops import BATCH_SIZE, DEEPEST, assert_equal, groups_at, recipe, small_model, train_plainly
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("lightning")
 import lightning
-from client_lightning import DEEPEST, fit, groups_at
+from client_lightning import fit
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 
 pytestmark = [
@@ -30,7 +30,7 @@ WORKER = Path(__file__).parents[1] / "helpers" / "client_lightning.py"
 
 
 def by_epoch() -> lightning.Callback:
-    callback: lightning.Callback = recipe("Lightning")["TrainableGroups"](groups_at)
+    callback: lightning.Callback = recipe("Lightning", groups_at=groups_at)["TrainableGroups"]()
     return callback
 
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_goes_to_a_model_outside_lightning(images: TensorDataset, t
     model = small_model()
     fit(model, by_epoch(), ModelCheckpoint(tmp_path, filename="last"))
     state = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
-    other = small_model(pretrained=False)
+    other = small_model()
     other.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()}, strict=True)
     assert torch.equal(other.eval()(images.tensors[0]), model.eval()(images.tensors[0]))
 

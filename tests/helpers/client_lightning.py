@@ -10,9 +10,12 @@ import lightning
 import torch
 from client_loops import (
     BATCH_SIZE,
+    DEEPEST,
     EPOCHS,
     assert_equal,
+    groups_at,
     make_optimizer,
+    make_sgd,
     recipe,
     small_images,
     small_model,
@@ -22,13 +25,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from backbone_finetune import FineTuneModel
-
-DEEPEST = 2
-
-
-def groups_at(epoch: int) -> int:
-    """Nothing of the backbone in the first epoch, and one layer group more in each of the next two."""
-    return min(epoch, DEEPEST)
 
 
 class Classifier(lightning.LightningModule):
@@ -67,16 +63,12 @@ def fit(
     return trainer
 
 
-def make_sgd(model: FineTuneModel) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.param_groups(lr=0.05, weight_decay=0.1, include_frozen=True), momentum=0.9)
-
-
 def main() -> None:
     """Each process gets half of each batch; the result is that of one process on whole batches."""
     torch.set_num_threads(1)
     # Running statistics of a trainable BatchNorm would belong to each process's own images.
     model, plain = small_model(norm_eval=True), small_model(norm_eval=True)
-    callback = recipe("Lightning")["TrainableGroups"](groups_at)
+    callback = recipe("Lightning", groups_at=groups_at)["TrainableGroups"]()
     # Lightning's own sampler would shuffle.
     sampler = DistributedSampler(small_images(), 2, int(os.environ.get("LOCAL_RANK", "0")), shuffle=False)
     loader = DataLoader(small_images(), BATCH_SIZE // 2, sampler=sampler)

@@ -21,6 +21,12 @@ README = Path(backbone_finetune.__file__).parent / "recipes" / "README.md"
 CLASSES = ("bird", "clothing", "vehicle")
 BATCH_SIZE = 6
 EPOCHS = 3
+DEEPEST = 2
+
+
+def groups_at(epoch: int) -> int:
+    """Nothing of the backbone in the first epoch, and one layer group more in each of the next two."""
+    return min(epoch, DEEPEST)
 
 
 def recipe(title: str, **given: Any) -> dict[str, Any]:
@@ -63,6 +69,11 @@ def small_model(architecture: str = "test_resnet", **arguments: Any) -> FineTune
 def make_optimizer(model: FineTuneModel) -> torch.optim.Optimizer:
     """One for all phases; weight decay would move whatever it holds and should not."""
     return torch.optim.AdamW(model.param_groups(lr=1e-2, backbone_lr=1e-3, weight_decay=0.1, include_frozen=True))
+
+
+def make_sgd(model: FineTuneModel) -> torch.optim.Optimizer:
+    """For where sums are rounded in another order, of which Adam makes much where a gradient is near zero."""
+    return torch.optim.SGD(model.param_groups(lr=0.05, weight_decay=0.1, include_frozen=True), momentum=0.9)
 
 
 def train_plainly(
