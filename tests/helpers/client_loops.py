@@ -32,7 +32,7 @@ def groups_at(epoch: int) -> int:
 def recipe(title: str, **given: Any) -> dict[str, Any]:
     """Run the README's code under a title, with the names that it takes for given; returns all names that are left."""
     names = {"__name__": "recipe", **given}
-    exec(compile(recipe_code(title), str(README), "exec"), names)
+    exec(compile(recipe_code(title), f"the recipe {title}", "exec"), names)
     return names
 
 
