@@ -1,4 +1,4 @@
-"""The article's three networks: ours trains exactly what its recipe trains, and holds where the recipe does not."""
+"""The article's three networks: the same parameters train as in its recipe, and frozen statistics do not change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wrap(network: Any, trainable_groups: int) -> FineTuneModel:
 
 
 def train(network: nn.Module, steps: int = 3) -> None:
-    """Adam, lr 0.001, trainable parameters only, on the same images for whoever calls."""
+    """Train with Adam, lr 0.001, on the trainable parameters and the same images in every call."""
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=0.001)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -62,7 +62,7 @@ def test_prints_the_same_list(
 
 
 @pytest.mark.parametrize(("build", "trainable_groups", "words"), CASES)
-def test_trains_bit_for_bit_as_the_recipe_in_the_same_modes(
+def test_training_equals_the_recipe_in_the_same_modes(
     build: Build, trainable_groups: int, words: Collection[str]
 ) -> None:
     network = build()
@@ -84,7 +84,7 @@ def test_trains_bit_for_bit_as_the_recipe_in_the_same_modes(
         assert torch.equal(ours[name], start[name]) != name.startswith(tuple(words)), name
 
 
-def test_conv_model_trains_bit_for_bit_as_the_recipe_as_it_stands() -> None:
+def test_conv_model_training_equals_the_unmodified_recipe() -> None:
     network = ConvModel()
     recipe = copy.deepcopy(network)
     freeze_by_name(recipe, ("fc",))
@@ -96,7 +96,7 @@ def test_conv_model_trains_bit_for_bit_as_the_recipe_as_it_stands() -> None:
 
 
 @pytest.mark.parametrize(("build", "trainable_groups", "words"), CASES[1:])
-def test_statistics_stay_put_where_the_recipe_moves_them(
+def test_statistics_are_constant_where_the_recipe_updates_them(
     build: Build, trainable_groups: int, words: Collection[str]
 ) -> None:
     network = build()
@@ -116,7 +116,7 @@ def test_statistics_stay_put_where_the_recipe_moves_them(
 
 
 @pytest.mark.parametrize(("build", "trainable_groups", "words"), CASES)
-def test_saves_nothing_for_a_backward_through_the_frozen_part(
+def test_no_activations_of_the_frozen_part_are_saved_for_backward(
     build: Build, trainable_groups: int, words: Collection[str]
 ) -> None:
     model = wrap(build(), trainable_groups).train()

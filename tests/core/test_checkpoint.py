@@ -1,4 +1,4 @@
-"""Files: whole or not at all, and a clear error for what is not ours."""
+"""Checkpoints: atomic writes, and clear errors for foreign files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import load_tensors, read_checkpoint, save_checkpoint
 
 
-def test_round_trip_with_buffers_and_metadata(tmp_path: Path) -> None:
+def test_buffers_and_metadata_round_trip(tmp_path: Path) -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3).train()
     model(torch.randn(2, 3, 32, 32))
     save_checkpoint(model, tmp_path / "model.safetensors", {"classes": "a,b,c"})
@@ -43,7 +43,7 @@ def test_tied_parameters_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     assert torch.equal(fresh[1].weight, model[1].weight)
 
 
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     save_checkpoint(nn.Linear(2, 2), path, {"run": "old"})
     monkeypatch.setattr("os.replace", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
@@ -53,7 +53,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_truncated_foreign_and_missing_files(tmp_path: Path) -> None:
+def test_truncated_foreign_and_missing_files_raise(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_checkpoint(nn.Linear(2, 2), path, {})
     whole = path.read_bytes()
@@ -71,7 +71,7 @@ def test_truncated_foreign_and_missing_files(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "absent.safetensors")
 
 
-def test_tensors_that_do_not_fit_change_nothing() -> None:
+def test_tensors_that_do_not_fit_raise_and_change_nothing() -> None:
     model = nn.Linear(2, 1)
     before = model.weight.clone()
     for tensors, message in (
@@ -99,7 +99,7 @@ def test_cached_attention_biases_are_not_stale_after_a_load() -> None:
         assert torch.equal(model(pictures), other(pictures))
 
 
-def test_others_may_read_the_file_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         save_checkpoint(nn.Linear(2, 2), tmp_path / "model.safetensors", {})

@@ -1,4 +1,4 @@
-"""`torch.compile` across freeze states, there and back: right numbers, nothing compiled twice, no graph break."""
+"""`torch.compile` while freezing and unfreezing: correct numbers, no state compiled twice, no graph break."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ needs_a_c_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="ind
 
 
 def step(compiled: Callable[[Tensor], Tensor], model: FineTuneModel) -> None:
-    """One forward and backward of the compiled model, held against an eager copy of it."""
+    """Compare a forward and backward of the compiled model with an eager copy."""
     eager = copy.deepcopy(model)
     outputs, expected = compiled(PICTURES), eager(PICTURES)
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
@@ -78,7 +78,7 @@ def step(compiled: Callable[[Tensor], Tensor], model: FineTuneModel) -> None:
         pytest.param(lambda: from_timm("test_coatnet"), "aot_eager", id="hybrid"),
     ],
 )
-def test_three_freeze_states_there_and_back(build: Callable[[], FineTuneModel], backend: str) -> None:
+def test_three_freeze_states_back_and_forth(build: Callable[[], FineTuneModel], backend: str) -> None:
     model = build()
     compiled = torch.compile(model, backend=backend, fullgraph=True)  # a graph break would raise
     every = len(model.layer_groups)
@@ -91,7 +91,7 @@ def test_three_freeze_states_there_and_back(build: Callable[[], FineTuneModel], 
     assert graphs == [1, 2, 3, 3, 3, 3, 3]
 
 
-def test_an_eager_forward_between_compiles_nothing_anew() -> None:
+def test_an_eager_forward_in_between_causes_no_recompilation() -> None:
     model = from_module(None).freeze_backbone()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for forward in (compiled, model, compiled):
@@ -104,9 +104,9 @@ class Probabilities(Convolutions):
         return super().forward(pictures).softmax(dim=1)
 
 
-# The compiler looks at `.grad` of whatever it hands back to Python at the break that the refusal makes.
+# The compiler reads `.grad` of the tensors that it returns to Python at the graph break of the error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_a_network_that_computes_on_is_refused_compiled_as_well() -> None:
+def test_a_compiled_network_that_processes_its_logits_raises() -> None:
     network = Probabilities()
     model = FineTuneModel.from_module(network, network.fc)
     with pytest.raises(ValueError, match="processes the output of its classifier 'fc'"):

@@ -1,4 +1,4 @@
-"""Copies that a network is probed with: its structure, and nothing else of it is touched, fired or deep-copied."""
+"""Copies of a network: modules are copied, tensors shared, and no hook of the user runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INPUTS = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Uncopyable(nn.Module):
-    """Holds what `copy.deepcopy` refuses: (B, 4) -> (B, 2)."""
+    """A network with attributes that `copy.deepcopy` cannot copy: (B, 4) -> (B, 2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Uncopyable(nn.Module):
         return self.fc(self.lazy(self.activations[-1] * scale))
 
 
-def test_a_network_that_has_no_deepcopy_is_cut_and_probed() -> None:
+def test_a_network_without_deepcopy_is_split() -> None:
     network = Uncopyable()
     model = FineTuneModel.from_module(network, network.fc, example_input=INPUTS)
     assert len(network.activations) == 1
@@ -72,7 +72,7 @@ def tied() -> nn.Module:
 
 
 @pytest.mark.parametrize("build", [lambda: nn.LSTM(4, 2), lambda: nn.MultiheadAttention(4, 2), tied])
-def test_copies_keep_what_is_shared(build: Callable[[], nn.Module]) -> None:
+def test_copies_keep_shared_tensors_shared(build: Callable[[], nn.Module]) -> None:
     network = build()
     names = [name for name, _ in network.named_parameters()]
     for twin in (eval_copy(network), meta_copy(network), sharing_copy(network)):
@@ -85,7 +85,7 @@ def test_an_lstm_runs_on_the_meta_device() -> None:
     assert outputs.shape == (5, 3, 2)
 
 
-def test_a_probe_fires_no_hook_of_the_user() -> None:
+def test_a_probe_runs_no_hook_of_the_user() -> None:
     fired: list[str] = []
 
     def note(name: str) -> Any:
@@ -109,7 +109,7 @@ def test_a_probe_fires_no_hook_of_the_user() -> None:
 
 
 class Quantised(torch.Tensor):
-    """Stands for a quantised weight: a subclass that knows few operators."""
+    """Like a quantised weight: a subclass with few operators."""
 
     @classmethod
     def __torch_function__(
@@ -128,7 +128,7 @@ def test_a_weight_of_a_tensor_subclass_has_a_shape_on_the_meta_device() -> None:
     assert not twin[0].weight.requires_grad
 
 
-def test_hooks_that_compute_weights_stay() -> None:
+def test_hooks_that_compute_weights_are_kept() -> None:
     net = nn.Sequential(prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5), nn.Linear(4, 2))
     assert torch.equal(eval_copy(net)(INPUTS), net(INPUTS))
     assert FineTuneModel.from_module(net, net[1], example_input=INPUTS)(INPUTS).shape == (3, 2)

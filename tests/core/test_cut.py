@@ -1,4 +1,4 @@
-"""The proof of the cut: in each call, whatever the network does in it; clean networks pass, and nothing is held."""
+"""The check of the cut in each forward: it detects processing of the logits, and keeps no tensors alive."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def cut(network: nn.Module, example_input: Tensor | None = None) -> FineTuneMode
     return FineTuneModel.from_module(network, network.head[1], example_input=example_input)
 
 
-def test_a_keyword_that_adds_a_softmax_is_refused_after_a_proved_call() -> None:
+def test_a_keyword_that_adds_a_softmax_raises_after_a_valid_call() -> None:
     model = cut(Net(), INPUTS)
     assert torch.equal(model(INPUTS), model(INPUTS))
     with pytest.raises(ValueError, match="processes the output of its classifier"):
@@ -79,7 +79,7 @@ def test_a_keyword_that_adds_a_softmax_is_refused_after_a_proved_call() -> None:
     assert model(INPUTS).shape == (3, 2)
 
 
-def test_a_softmax_that_freezing_turns_on_is_refused() -> None:
+def test_a_softmax_that_freezing_turns_on_raises() -> None:
     model = cut(SoftmaxOfAFrozenHead())
     assert model.train()(INPUTS).shape == (3, 2)
     model.backbone.head.eval()
@@ -87,15 +87,15 @@ def test_a_softmax_that_freezing_turns_on_is_refused() -> None:
         model(INPUTS)
 
 
-def test_features_returned_in_place_of_the_outcome_are_refused() -> None:
+def test_features_returned_instead_of_logits_raise() -> None:
     with pytest.raises(ValueError, match="or does not return it, and the cut"):
         cut(ReturnsFeatures())(INPUTS)
 
 
-def test_a_network_that_returns_more_than_a_tensor_is_refused_with_an_adapter() -> None:
+def test_a_network_that_returns_more_than_a_tensor_raises_and_an_adapter_works() -> None:
     @dataclasses.dataclass
     class Outputs:
-        """Stands for a ModelOutput of transformers."""
+        """Like a ModelOutput of transformers."""
 
         logits: Tensor
 
@@ -118,7 +118,7 @@ def test_a_network_that_returns_more_than_a_tensor_is_refused_with_an_adapter() 
     assert torch.equal(model(INPUTS), adapter(INPUTS))
 
 
-def test_the_backbone_alone_is_checked_too() -> None:
+def test_a_forward_of_the_backbone_alone_is_checked() -> None:
     model = cut(Net())
     assert model.backbone(INPUTS).shape == (3, 6)
     with pytest.raises(ValueError, match="processes the output of its classifier"):
@@ -127,7 +127,7 @@ def test_the_backbone_alone_is_checked_too() -> None:
 
 @pytest.mark.parametrize("tail", [scale, rectify])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_writes_in_place_are_refused(tail: Callable[[Tensor], Tensor], mode: Callable[[], torch.no_grad]) -> None:
+def test_in_place_writes_raise(tail: Callable[[Tensor], Tensor], mode: Callable[[], torch.no_grad]) -> None:
     model, clean = cut(Net(tail)), cut(Net())
     with mode():
         for _ in range(2):
@@ -146,7 +146,7 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
-def test_writes_in_place_are_refused_where_a_compiler_traces(backend: str, mode: Callable[[], torch.no_grad]) -> None:
+def test_in_place_writes_raise_while_a_compiler_traces(backend: str, mode: Callable[[], torch.no_grad]) -> None:
     clean = cut(Net()).eval()
     with mode():
         outputs = torch.compile(clean, backend=backend, fullgraph=True)(INPUTS)
@@ -158,10 +158,10 @@ def test_writes_in_place_are_refused_where_a_compiler_traces(backend: str, mode:
 @pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects:UserWarning")
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("strict", [True, False])
-def test_writes_in_place_are_refused_at_an_export(strict: bool) -> None:
+def test_in_place_writes_raise_in_an_export(strict: bool) -> None:
     program = torch.export.export(cut(Net()).eval(), (INPUTS,), strict=strict)
     assert program.module()(INPUTS).shape == (3, 2)
-    # Before torch 2.10 a strict export wraps the error in one of its own.
+    # Before torch 2.10, a strict export wraps the error in another one.
     with pytest.raises(
         (ValueError, InternalTorchDynamoError), match=r"(processes|modifies) the output of its classifier"
     ):
@@ -169,7 +169,7 @@ def test_writes_in_place_are_refused_at_an_export(strict: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning")
-def test_backward_hooks_around_the_cut_are_no_computation() -> None:
+def test_backward_hooks_around_the_cut_are_allowed() -> None:
     model = cut(Net())
     called: list[str] = []
 
@@ -195,7 +195,7 @@ def test_backward_hooks_around_the_cut_are_no_computation() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
-def test_a_sharded_backbone_that_casts_its_output_is_no_computation(mesh: dist.DeviceMesh) -> None:
+def test_a_sharded_backbone_may_cast_its_output(mesh: dist.DeviceMesh) -> None:
     model = cut(Net())
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
     fully_shard(model.backbone, mesh=mesh, mp_policy=policy)
@@ -206,7 +206,7 @@ def test_a_sharded_backbone_that_casts_its_output_is_no_computation(mesh: dist.D
         model(INPUTS, probabilities=True)
 
 
-def test_hooks_of_the_network_act_before_the_check_and_later_ones_on_the_features() -> None:
+def test_existing_hooks_run_before_the_check_and_later_ones_after_it() -> None:
     network = Net()
     network.register_forward_hook(lambda module, inputs, output: output.softmax(dim=1))
     with pytest.raises(ValueError, match="processes the output of its classifier"):
@@ -216,7 +216,7 @@ def test_hooks_of_the_network_act_before_the_check_and_later_ones_on_the_feature
     assert model(INPUTS).shape == (3, 2)
 
 
-def test_threads_do_not_share_a_proof() -> None:
+def test_threads_are_checked_independently() -> None:
     model = cut(Net())
     start = threading.Barrier(4)
     failures: list[BaseException] = []
@@ -237,7 +237,7 @@ def test_threads_do_not_share_a_proof() -> None:
     assert not failures
 
 
-def test_a_forward_that_fails_holds_nothing() -> None:
+def test_a_failed_forward_keeps_no_tensor_alive() -> None:
     network = Fails()
     model = cut(network)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -250,7 +250,7 @@ def test_a_forward_that_fails_holds_nothing() -> None:
     assert cause.backbone.head[1].calls.arrivals is None
 
 
-def test_copies_and_pickles_prove_their_own_cut() -> None:
+def test_copies_and_pickles_check_their_own_cut() -> None:
     model = cut(Net())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(INPUTS), model(INPUTS))
@@ -289,7 +289,7 @@ class PairClassifier(nn.Module):
         return pair[1], pair[0]
 
 
-def test_a_classifier_of_several_tensors() -> None:
+def test_a_classifier_with_several_output_tensors() -> None:
     left, right = cut(TupleOfFeatures(lambda pair: pair), INPUTS)(INPUTS)
     torch.testing.assert_close(left, 2 * right)
     for wrong in (lambda pair: pair[0], lambda pair: (pair[1], pair[0]), lambda pair: (pair[0], pair[1] + 0)):
@@ -303,11 +303,11 @@ class AuxiliaryInTraining(Net):
         return (logits, x) if self.training else logits
 
 
-def test_an_example_proves_both_modes_at_construction() -> None:
+def test_an_example_input_checks_both_modes_at_construction() -> None:
     network = AuxiliaryInTraining().eval()
     with pytest.raises(ValueError, match=r"in train mode \(.*auxiliary heads: net\.aux_logits = False"):
         cut(network, INPUTS)
-    normed = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))  # one sample is no batch to train on
+    normed = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))  # BatchNorm cannot train on one sample
     model = FineTuneModel.from_module(normed, normed[2], example_input=INPUTS[:1])
     assert model.train()(INPUTS).shape == (3, 2)
     assert normed[1].num_batches_tracked == 1

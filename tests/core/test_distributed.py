@@ -1,4 +1,4 @@
-"""Frozen in several processes: DistributedDataParallel, FSDP2, and the unfreezing that one of them would not see."""
+"""Freezing in several processes: DistributedDataParallel, FSDP2, and unfreezing after wrapping."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def group_of_one() -> Iterator[None]:
 
 
 class Larger(nn.Module):
-    """A user's module that holds the model among other things."""
+    """A user's module that contains the model."""
 
     def __init__(self, model: FineTuneModel) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ def frozen_model() -> FineTuneModel:
 PICTURES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_torch_still_says_which_wrapper_is_running(group_of_one: None) -> None:
-    """Should this fail, torch has dropped what `active_wrapper` reads, and the refusal needs another way."""
+def test_torch_has_the_attribute_that_active_wrapper_reads(group_of_one: None) -> None:
+    """If this fails, torch has removed the attribute, and the check needs another way to find the wrapper."""
     seen: list[object] = []
     model = frozen_model()
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(active_wrapper()))
@@ -79,7 +79,7 @@ def test_torch_still_says_which_wrapper_is_running(group_of_one: None) -> None:
     assert seen == [wrapped, None]
 
 
-def test_unfreezing_after_the_wrap_is_refused_until_it_is_wrapped_again(group_of_one: None) -> None:
+def test_unfreezing_after_wrapping_raises_until_wrapped_again(group_of_one: None) -> None:
     model = frozen_model()
     wrapped = DistributedDataParallel(model)
     wrapped(PICTURES).sum().backward()
@@ -93,7 +93,7 @@ def test_unfreezing_after_the_wrap_is_refused_until_it_is_wrapped_again(group_of
     wrapped(PICTURES)
 
 
-def test_unfreezing_before_the_first_forward_is_refused_too(group_of_one: None) -> None:
+def test_unfreezing_before_the_first_forward_raises(group_of_one: None) -> None:
     model = frozen_model()
     wrapped = DistributedDataParallel(model)
     model.unfreeze_backbone()
@@ -101,7 +101,7 @@ def test_unfreezing_before_the_first_forward_is_refused_too(group_of_one: None) 
         wrapped(PICTURES)
 
 
-def test_a_swap_that_keeps_the_count_is_refused(group_of_one: None) -> None:
+def test_unfreezing_one_part_and_freezing_another_raises(group_of_one: None) -> None:
     model = frozen_model()
     wrapped = DistributedDataParallel(model)
     model.classifier.bias.requires_grad_(False)
@@ -110,7 +110,7 @@ def test_a_swap_that_keeps_the_count_is_refused(group_of_one: None) -> None:
         wrapped(PICTURES)
 
 
-def test_a_backbone_that_is_wrapped_is_refused(group_of_one: None) -> None:
+def test_a_wrapped_backbone_raises(group_of_one: None) -> None:
     wrapped = DistributedDataParallel(nn.Linear(4, 4))
     with pytest.raises(
         ValueError, match=r"backbone is wrapped in .*; pass the network itself \(its \.module\), and wrap"
@@ -118,7 +118,7 @@ def test_a_backbone_that_is_wrapped_is_refused(group_of_one: None) -> None:
         FineTuneModel(wrapped, nn.Linear(4, 2))
 
 
-def test_without_gradients_nothing_can_drift(group_of_one: None) -> None:
+def test_forwards_without_gradients_are_not_checked(group_of_one: None) -> None:
     model = frozen_model()
     wrapped = DistributedDataParallel(model)
     model.unfreeze_backbone().eval()
@@ -126,7 +126,7 @@ def test_without_gradients_nothing_can_drift(group_of_one: None) -> None:
         assert torch.equal(wrapped(PICTURES), model(PICTURES))
 
 
-def test_no_sync_is_refused_as_well(group_of_one: None) -> None:
+def test_no_sync_is_checked_too(group_of_one: None) -> None:
     model = frozen_model()
     wrapped = DistributedDataParallel(model)
     model.unfreeze_backbone()
@@ -134,7 +134,7 @@ def test_no_sync_is_refused_as_well(group_of_one: None) -> None:
         wrapped(PICTURES)
 
 
-def test_a_model_within_a_larger_wrapped_module(group_of_one: None) -> None:
+def test_a_model_in_a_larger_wrapped_module(group_of_one: None) -> None:
     model = frozen_model()
     wrapped = DistributedDataParallel(Larger(model))
     wrapped(PICTURES).sum().backward()
@@ -144,7 +144,7 @@ def test_a_model_within_a_larger_wrapped_module(group_of_one: None) -> None:
 
 
 class CallsTheParts(nn.Module):
-    """A user's module that calls backbone and classifier itself, and never the model."""
+    """A user's module that calls backbone and classifier, but not the model."""
 
     def __init__(self, model: FineTuneModel) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class CallsTheParts(nn.Module):
         return self.model.classifier(self.model.backbone(pictures))
 
 
-def test_a_module_that_calls_the_parts_itself(group_of_one: None) -> None:
+def test_a_module_that_calls_the_parts_is_checked(group_of_one: None) -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=5).freeze_backbone()
     wrapped = DistributedDataParallel(CallsTheParts(model))
     for _ in range(2):
@@ -173,12 +173,12 @@ def test_a_module_that_calls_the_parts_itself(group_of_one: None) -> None:
     copy.deepcopy(model)(PICTURES)
 
 
-def test_one_process_hangs_nothing_on_the_parts() -> None:
+def test_a_single_process_registers_no_hooks() -> None:
     model = frozen_model().train()
     assert not model.backbone._forward_pre_hooks
 
 
-def test_what_the_user_told_the_wrapper_to_ignore_is_left_to_the_user(group_of_one: None) -> None:
+def test_parameters_that_the_wrapper_ignores_are_not_checked(group_of_one: None) -> None:
     larger = Larger(frozen_model())
     ignored = [name for name, _ in larger.named_parameters() if name.startswith("model.backbone.layer4")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(larger, ignored)
@@ -190,7 +190,7 @@ def test_what_the_user_told_the_wrapper_to_ignore_is_left_to_the_user(group_of_o
         wrapped(PICTURES)
 
 
-# A compiler breaks the graph at the wrapper's own code and says so; torch warns of its profiler marks besides.
+# The compiler warns about a graph break in the wrapper's code, and torch about its profiler marks.
 @pytest.mark.filterwarnings("ignore:.*Profiler.*")
 def test_compiled_around_or_within_the_wrapper(group_of_one: None) -> None:
     for compile_around in (True, False):
@@ -208,7 +208,7 @@ def test_compiled_around_or_within_the_wrapper(group_of_one: None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler.*")
-def test_one_graph_within_the_wrapper_is_refused_with_the_reason(group_of_one: None) -> None:
+def test_fullgraph_in_the_wrapper_raises_with_the_reason(group_of_one: None) -> None:
     torch.compiler.reset()
     wrapped = DistributedDataParallel(torch.compile(frozen_model(), backend="aot_eager", fullgraph=True))
     with pytest.raises(torch._dynamo.exc.Unsupported, match="each forward in DistributedDataParallel checks for"):

@@ -1,4 +1,4 @@
-"""Features that the classifier cannot take: an error that says what came and what to do, and no other is touched."""
+"""Features that the classifier cannot take raise an error with the reason; other errors pass through."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INPUTS = torch.ones(2, 4)
 
 
 class Returns(nn.Module):
-    """A backbone that returns what `convert` makes of its features."""
+    """A backbone that returns `convert(features)`."""
 
     def __init__(self, convert: Callable[[Tensor], object]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Returns(nn.Module):
 
 
 class Outputs(dict[str, Tensor]):
-    """Stands for a ModelOutput of transformers."""
+    """Like a ModelOutput of transformers."""
 
 
 @pytest.mark.parametrize("classifier", [nn.Linear(4, 2), nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 2))])
@@ -39,7 +39,7 @@ class Outputs(dict[str, Tensor]):
         (lambda y: y.bfloat16(), r"features are torch\.bfloat16 and the classifier is torch\.float32; .*autocast"),
     ],
 )
-def test_what_a_classifier_cannot_take(
+def test_features_that_a_classifier_cannot_take_raise(
     classifier: nn.Module, convert: Callable[[Tensor], object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -47,14 +47,14 @@ def test_what_a_classifier_cannot_take(
 
 
 @pytest.mark.parametrize("classifier", [nn.Linear(4, 2), nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 2))])
-def test_a_wrong_width_is_named(classifier: nn.Module) -> None:
+def test_a_wrong_width_raises(classifier: nn.Module) -> None:
     with pytest.raises(
         ValueError, match=r"returned features of shape \(B, 3\), and the classifier \(\w+\) takes \(B, 4\)"
     ):
         FineTuneModel(Returns(lambda y: y[:, :3]), classifier)(INPUTS)
 
 
-def test_a_classifier_that_takes_them_gets_them() -> None:
+def test_a_classifier_that_takes_several_tensors_gets_them() -> None:
     class Takes(nn.Module):
         def forward(self, features: dict[str, Tensor]) -> Tensor:
             return features["out"]
@@ -65,7 +65,7 @@ def test_a_classifier_that_takes_them_gets_them() -> None:
         assert mixed(INPUTS).dtype == torch.bfloat16
 
 
-def test_an_error_of_the_classifiers_own_is_left_alone() -> None:
+def test_other_errors_of_the_classifier_are_not_changed() -> None:
     class Fails(nn.Module):
         def forward(self, features: Tensor) -> Tensor:
             raise RuntimeError("a fault of its own")

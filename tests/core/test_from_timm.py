@@ -1,4 +1,4 @@
-"""from_timm: what it builds, what it takes over, what it refuses, and that a refusal changes nothing."""
+"""from_timm: the models that it builds, its errors, and that an error changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
 
-PICTURES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def snapshot(network: nn.Module) -> tuple[Any, ...]:
@@ -32,34 +32,34 @@ def assert_untouched(network: nn.Module, before: tuple[Any, ...]) -> None:
     assert all(torch.equal(tensors[name], before[0][name]) for name in tensors)
 
 
-def test_a_name_gives_the_network_that_timm_would_build() -> None:
+def test_a_name_builds_the_same_network_as_timm() -> None:
     torch.manual_seed(3)
     theirs = timm.create_model("test_resnet", num_classes=7)
     torch.manual_seed(3)
     ours = FineTuneModel.from_timm("test_resnet", num_classes=7)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours.to_module().state_dict()[name], tensor), name
-    assert torch.equal(ours.eval()(PICTURES), theirs.eval()(PICTURES))
+    assert torch.equal(ours.eval()(IMAGES), theirs.eval()(IMAGES))
 
 
-def test_a_module_is_taken_over_as_reset_classifier_would() -> None:
+def test_a_network_is_modified_in_place_by_reset_classifier() -> None:
     network = timm.create_model("test_resnet", num_classes=7)
     layer4 = network.layer4
     model = FineTuneModel.from_timm(network, num_classes=3)
     assert model.backbone is network
     assert model.backbone.layer4 is layer4
     assert isinstance(network.fc, nn.Identity)
-    assert model(PICTURES).shape == (2, 3)
+    assert model(IMAGES).shape == (2, 3)
 
 
-def test_own_classifier_gives_the_same_logits_and_gradients() -> None:
+def test_a_kept_classifier_has_the_same_logits_and_gradients() -> None:
     network = timm.create_model("test_resnet", num_classes=7)
     plain = copy.deepcopy(network)
     model = FineTuneModel.from_timm(network)
     for mode in (True, False):
         model.zero_grad()
         plain.zero_grad()
-        ours, theirs = model.train(mode)(PICTURES), plain.train(mode)(PICTURES)
+        ours, theirs = model.train(mode)(IMAGES), plain.train(mode)(IMAGES)
         assert torch.equal(ours, theirs)
         ours.square().sum().backward()
         theirs.square().sum().backward()
@@ -69,20 +69,20 @@ def test_own_classifier_gives_the_same_logits_and_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", ["dpn48b", "resnetv2_18"])
-def test_a_convolution_is_kept_as_a_linear_layer_and_goes_back(name: str) -> None:
+def test_a_1x1_convolution_becomes_a_linear_layer_and_is_restored(name: str) -> None:
     network = timm.create_model(name, num_classes=7).eval()
     plain = copy.deepcopy(network)
     model = FineTuneModel.from_timm(network).eval()
     assert isinstance(model.classifier, nn.Linear)
-    torch.testing.assert_close(model(PICTURES), plain(PICTURES))
+    torch.testing.assert_close(model(IMAGES), plain(IMAGES))
     with torch.no_grad():
         model.classifier.weight.add_(1)
     again = model.to_module()
-    torch.testing.assert_close(again(PICTURES), model(PICTURES))
+    torch.testing.assert_close(again(IMAGES), model(IMAGES))
     assert again.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_a_classifier_of_the_users_own() -> None:
+def test_a_custom_classifier() -> None:
     head = nn.Sequential(nn.LayerNorm(384), nn.Linear(384, 2))
     widths: list[int] = []
 
@@ -96,11 +96,11 @@ def test_a_classifier_of_the_users_own() -> None:
     assert widths == [384]
     assert model.classifier is head
     assert model.num_classes == 2
-    pictures = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model.eval()(pictures), model.to_module()(pictures))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), model.to_module()(images))
 
 
-def test_pretrained_with_as_many_classes_still_gets_a_fresh_classifier(tmp_path: Path) -> None:
+def test_num_classes_creates_a_new_classifier_even_if_the_count_is_the_pretrained_one(tmp_path: Path) -> None:
     network = timm.create_model("test_resnet")
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     model = FineTuneModel.from_timm(
@@ -113,36 +113,36 @@ def test_pretrained_with_as_many_classes_still_gets_a_fresh_classifier(tmp_path:
     assert not torch.equal(model.classifier.weight, network.fc.weight)
 
 
-def test_pretrained_keeps_its_classifier_when_none_is_asked_for(tmp_path: Path) -> None:
+def test_pretrained_without_num_classes_keeps_its_classifier(tmp_path: Path) -> None:
     network = timm.create_model("test_resnet").eval()
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     overlay = {"file": str(tmp_path / "weights.pth")}
     model = FineTuneModel.from_timm("test_resnet", pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    assert torch.equal(model(PICTURES), network(PICTURES))
+    assert torch.equal(model(IMAGES), network(IMAGES))
 
 
 def varies(function: Any) -> bool:
-    return not torch.equal(function(PICTURES), function(PICTURES))
+    return not torch.equal(function(IMAGES), function(IMAGES))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_vit", "convnext_atto", "mobilenetv3_small_050"])
-def test_dropout_lives_on_above_a_frozen_backbone_and_nowhere_else(name: str) -> None:
+def test_drop_rate_is_active_on_a_frozen_backbone_in_train_mode_only(name: str) -> None:
     size = {"img_size": 64} if name == "test_vit" else {}
     model = FineTuneModel.from_timm(name, num_classes=50, drop_rate=0.5, **size).freeze_backbone().train()
     assert varies(model)
     model.unfreeze_backbone()
-    for module in model.backbone.modules():  # batch statistics would vary nothing, but keep the comparison exact
+    for module in model.backbone.modules():  # keeps the comparison exact
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     assert not varies(model.backbone)
     model.eval()
     assert not varies(model)
     plain = model.to_module().eval()
-    assert torch.equal(plain(PICTURES), model(PICTURES))
+    assert torch.equal(plain(IMAGES), model(IMAGES))
     assert plain.state_dict().keys() == timm.create_model(name, num_classes=50, **size).state_dict().keys()
 
 
-def test_dropout_is_no_part_of_a_plain_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropout_does_not_change_printed_names(capsys: pytest.CaptureFixture[str]) -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3, drop_rate=0.5).freeze_backbone()
     model.print_trainable_parameters(by_name=True)
     assert capsys.readouterr().out.splitlines()[-2:] == [
@@ -151,7 +151,7 @@ def test_dropout_is_no_part_of_a_plain_name(capsys: pytest.CaptureFixture[str]) 
     ]
 
 
-def test_construction_leaves_the_random_state_as_timm_would() -> None:
+def test_construction_keeps_the_random_state() -> None:
     network = timm.create_model("test_resnet", num_classes=7)
     before = torch.get_rng_state()
     FineTuneModel.from_timm(network)
@@ -176,7 +176,7 @@ def test_construction_leaves_the_random_state_as_timm_would() -> None:
         (("gemma4_vit_167m_enc", 3), {}, r"has no classifier to take off .*FineTuneModel\(backbone, classifier\)"),
     ],
 )
-def test_refusals_by_name(arguments: tuple[Any, ...], keywords: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise(arguments: tuple[Any, ...], keywords: dict[str, Any], message: str) -> None:
     context = torch.device("meta") if "gemma" in arguments[0] else torch.device("cpu")
     with context, pytest.raises(ValueError, match=message):
         FineTuneModel.from_timm(*arguments, **keywords)
@@ -192,7 +192,7 @@ def test_refusals_by_name(arguments: tuple[Any, ...], keywords: dict[str, Any], 
         ("crossvit_tiny_240", {}, "is not one that takes one feature vector; pass num_classes"),
     ],
 )
-def test_a_refused_module_is_left_untouched(build: str, keywords: dict[str, Any], message: str) -> None:
+def test_a_network_is_unchanged_after_an_error(build: str, keywords: dict[str, Any], message: str) -> None:
     network = timm.create_model(build)
     before = snapshot(network)
     with pytest.raises(ValueError, match=message):
@@ -200,7 +200,7 @@ def test_a_refused_module_is_left_untouched(build: str, keywords: dict[str, Any]
     assert_untouched(network, before)
 
 
-def test_unpooled_and_foreign_modules_are_refused() -> None:
+def test_unpooled_and_foreign_networks_raise() -> None:
     with pytest.raises(ValueError, match=r"returns \(2, 512, 7, 7\), not \(B, width\)"):
         FineTuneModel.from_timm(timm.create_model("resnet18", num_classes=0, global_pool=""), num_classes=3)
     with pytest.raises(ValueError, match="a features_only model, or not a timm network"):
@@ -209,7 +209,7 @@ def test_unpooled_and_foreign_modules_are_refused() -> None:
         FineTuneModel.from_timm(nn.Sequential(nn.Linear(4, 4)), num_classes=3)
 
 
-def test_whole_numbers_of_any_library_are_taken() -> None:
+def test_numpy_integers_are_accepted() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=np.int64(3)).freeze_backbone(
         trainable_groups=np.int64(1)
     )
@@ -220,21 +220,21 @@ def test_whole_numbers_of_any_library_are_taken() -> None:
             FineTuneModel.from_timm("test_resnet", num_classes=wrong)
 
 
-def test_a_network_that_came_in_eval_is_not_woken() -> None:
+def test_a_network_in_eval_mode_stays_in_eval_mode() -> None:
     model = FineTuneModel.from_timm(timm.create_model("test_resnet").eval()).freeze_backbone(trainable_groups=1)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.no_grad():
-        model(PICTURES)
+        model(IMAGES)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert model.train().backbone.layer4.training
 
 
-def test_a_fresh_classifier_is_of_the_networks_own_type() -> None:
+def test_a_new_classifier_has_the_networks_dtype() -> None:
     network = timm.create_model("levit_128s").to(torch.bfloat16)  # whose head is more than one layer
     assert {p.dtype for p in FineTuneModel.from_timm(network, num_classes=3).parameters()} == {torch.bfloat16}
 
 
-def test_a_function_that_gives_no_module_is_refused() -> None:
+def test_wrong_types_raise() -> None:
     with pytest.raises(TypeError, match="from_timm: model=None; pass the name of an architecture"):
         FineTuneModel.from_timm(None, num_classes=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="classifier=5; pass a module, or a function"):
@@ -243,7 +243,7 @@ def test_a_function_that_gives_no_module_is_refused() -> None:
         FineTuneModel.from_timm("resnet18", classifier=lambda width: width)  # type: ignore[arg-type,return-value]
 
 
-def test_a_network_that_computes_on_after_its_classifier_is_not_kept() -> None:
+def test_a_network_that_processes_its_logits_raises() -> None:
     class Scaled(timm.models.resnet.ResNet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).log_softmax(dim=1)
@@ -253,7 +253,7 @@ def test_a_network_that_computes_on_after_its_classifier_is_not_kept() -> None:
         FineTuneModel.from_timm(network)
 
 
-def test_a_network_that_scales_its_logits_alone_is_not_kept() -> None:
+def test_a_network_that_scales_its_logits_raises() -> None:
     class Softened(timm.models.resnet.ResNet):
         def forward(self, x: Tensor) -> Tensor:
             x = super().forward(x)
@@ -264,7 +264,7 @@ def test_a_network_that_scales_its_logits_alone_is_not_kept() -> None:
         FineTuneModel.from_timm(network)
 
 
-def test_the_way_back_leaves_the_random_state_alone() -> None:
+def test_to_module_keeps_the_random_state() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
     before = torch.get_rng_state()
     model.to_module()
@@ -272,20 +272,20 @@ def test_the_way_back_leaves_the_random_state_alone() -> None:
 
 
 KEEP = "keep the FineTuneModel"
-START_FROM_ITS_OWN = KEEP + r", or use the network's own classifier \(from_timm without num_classes and classifier\)"
+KEEP_OR_USE_ITS_OWN = KEEP + r", or use the network's own classifier \(from_timm without num_classes and classifier\)"
 
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("levit", START_FROM_ITS_OWN),
-        ("repvit", START_FROM_ITS_OWN),
+        ("levit", KEEP_OR_USE_ITS_OWN),
+        ("repvit", KEEP_OR_USE_ITS_OWN),
         ("crossvit", KEEP),
         ("efficientvim", KEEP),
         ("volo", KEEP),
     ],
 )
-def test_a_head_that_the_network_cannot_hold_does_not_go_back(name: str, remedy: str) -> None:
+def test_to_module_raises_for_a_classifier_that_the_network_cannot_contain(name: str, remedy: str) -> None:
     network = FAMILIES[name].build()
     model = FineTuneModel.from_timm(network, num_classes=3)
     before = snapshot(network)
@@ -293,6 +293,6 @@ def test_a_head_that_the_network_cannot_hold_does_not_go_back(name: str, remedy:
     with pytest.raises(ValueError, match=message):
         model.to_module()
     assert_untouched(network, before)
-    if remedy == KEEP:  # what is not advised would be refused
+    if remedy == KEEP:  # then the network's own classifier cannot be kept either
         with pytest.raises(ValueError, match=r"pass num_classes=\.\.\."):
             FineTuneModel.from_timm(FAMILIES[name].build())

@@ -1,4 +1,4 @@
-"""The frontier: what of a partly frozen network is computed once, proved equal to the whole network or refused."""
+"""The frontier: cached tensors give the same results as the whole network, or NoFrontier has the reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def conv(width: int = 3, out: int = 3) -> nn.Module:
 
 
 class Net(nn.Module):
-    """Frozen `front` and `middle`, trainable `back` and `head`; a test says how they are put together."""
+    """Frozen `front` and `middle`, trainable `back` and `head`; each test combines them."""
 
     def __init__(self, flow: Callable[[Any, Tensor], Any], **parts: nn.Module) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def places(frontier: Frontier) -> list[str]:
 
 
 def step(network: nn.Module, forward: Callable[[], Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Logits, gradients and buffers of one step, from one and the same start."""
+    """Return logits, gradients and buffers of one step, always from the same initial state."""
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     network.zero_grad()
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def step(network: nn.Module, forward: Callable[[], Any]) -> tuple[Tensor, dict[s
 
 
 def assert_equals_whole(network: nn.Module, frontier: Frontier, batch: Tensor = OTHER) -> None:
-    """On a batch that the frontier has not seen, with another recorded in between."""
+    """Compare on a new batch, with another batch recorded in between."""
     tensors = frontier.record(batch)
     frontier.record(batch.flip(0))
     expected, actual = step(network, lambda: network(batch)), step(network, lambda: frontier.replay(tensors))
@@ -114,7 +114,7 @@ def test_families(family: str) -> None:
     assert_equals_whole(model, frontier, SMALL[family].pictures(4))
 
 
-def test_what_it_says_of_what_it_keeps() -> None:
+def test_kept_tensors_are_described() -> None:
     frontier = found(Net(plain))
     assert frontier.kept == (KeptTensor("middle", 0, None, (3, 8, 8), torch.float32, 768),)
     assert frontier.bytes_per_image == 768
@@ -129,7 +129,7 @@ def test_a_frozen_backbone_keeps_its_features() -> None:
     assert_equals_whole(model, frontier, images)
 
 
-def test_a_classifier_cut_out_of_a_network() -> None:
+def test_a_model_from_from_module() -> None:
     net = Net(plain)
     model = FineTuneModel.from_module(net, net.head)
     for groups in (0, 1):
@@ -174,7 +174,7 @@ def with_gradients_off(net: Net, images: Tensor) -> Tensor:
 
 
 def detached(net: Net, images: Tensor) -> Tensor:
-    """`middle` computes from what trains, though no gradient says so."""
+    """`middle` depends on trainable parameters, but autograd does not track it."""
     features = net.front(images)
     return to_head(net, net.back(features) + net.middle(net.back(features).detach()))
 
@@ -186,12 +186,12 @@ def through_python(net: Net, images: Tensor) -> Tensor:
 
 
 def always_random(net: Net, images: Tensor) -> Tensor:
-    """Nothing after the dropout is the same in each epoch, so it is computed anew."""
+    """Everything after the dropout differs between epochs, so it is not cached."""
     return to_head(net, net.back(net.middle(dropout(net.front(images), 0.5, True))))
 
 
 def from_a_list(net: Any, images: Tensor) -> Tensor:
-    """Of frozen modules in a list, which is never called itself."""
+    """Frozen modules in a list, which is never called itself."""
     for module in net.listed:
         images = module(images)
     return to_head(net, net.back(images))
@@ -227,7 +227,7 @@ def test_flows(flow: Callable[[Net, Tensor], Tensor], kept: list[str]) -> None:
         (place.partition(" ")[0], int("call 2" in place)) for place in kept
     ]
     assert_equals_whole(net, frontier)
-    with torch.no_grad():  # what trains has trained
+    with torch.no_grad():  # the trainable part has changed
         for parameter in (*net.back.parameters(), *net.head.parameters()):
             parameter.add_(0.1)
     assert_equals_whole(net, frontier)
@@ -240,7 +240,7 @@ def test_flows(flow: Callable[[Net, Tensor], Tensor], kept: list[str]) -> None:
 
 
 class Pieces(nn.Module):
-    """Frozen, and returns a tuple and a dict: windows, tokens by (L, B, C), a table, a size, the batch's own mean."""
+    """Frozen, returns a tuple and a dict: windows, tokens (L, B, C), a table, a size, the mean of the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,9 +269,9 @@ def test_tuples_and_dicts_of_all_layouts() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_computes_what_it_repeats(use_reentrant: bool) -> None:
+def test_modules_in_a_checkpoint_are_not_cached(use_reentrant: bool) -> None:
     def flow(net: Net, images: Tensor) -> Tensor:
-        early = checkpoint(net.front, images, use_reentrant=False)  # frozen as a whole: nothing to repeat
+        early = checkpoint(net.front, images, use_reentrant=False)  # frozen as a whole: no recomputation
         late = checkpoint(
             lambda x: net.back(net.middle(x)), early.requires_grad_(use_reentrant), use_reentrant=use_reentrant
         )
@@ -283,7 +283,7 @@ def test_gradient_checkpointing_computes_what_it_repeats(use_reentrant: bool) ->
     assert_equals_whole(net, frontier)
 
 
-def test_checkpointing_that_is_turned_on_later_is_noticed() -> None:
+def test_checkpointing_that_is_turned_on_later_raises() -> None:
     def flow(net: Any, images: Tensor) -> Tensor:
         inner = lambda x: net.back(net.middle(x))  # noqa: E731
         early = net.front(images)
@@ -310,7 +310,7 @@ def test_autocast_and_channels_last() -> None:
         frontier.replay(tensors)
 
 
-def test_hooks_of_what_is_cached_run_when_it_is_recorded() -> None:
+def test_hooks_of_cached_modules_run_in_record() -> None:
     net, calls = Net(plain), []
     net.middle.register_forward_hook(lambda module, inputs, output: output * 2)
     net.back.register_forward_hook(lambda module, inputs, output: calls.append("back"))
@@ -372,12 +372,12 @@ def with_normalisation(net: Any, images: Tensor) -> Tensor:
         (lambda net, images: plain(net, images).detach(), "does not require a gradient"),
     ],
 )
-def test_refused(flow: Callable[[Net, Tensor], Tensor], why: str) -> None:
+def test_networks_without_a_frontier(flow: Callable[[Net, Tensor], Tensor], why: str) -> None:
     net = Net(flow, whiten=nn.BatchNorm2d(3, affine=False))
     assert re.search(why, reason(net))
 
 
-def test_what_a_hook_leaves_aside_is_noticed() -> None:
+def test_state_that_a_hook_keeps_is_detected() -> None:
     def flow(net: Any, images: Tensor) -> Tensor:
         return plain(net, images) + to_head(net, net.aside["features"])
 
@@ -387,7 +387,7 @@ def test_what_a_hook_leaves_aside_is_noticed() -> None:
     assert "state from a hook or an earlier call" in reason(net)
 
 
-def test_nothing_to_find() -> None:
+def test_networks_with_nothing_to_cache() -> None:
     assert reason(Net(plain).requires_grad_(True)) == "every parameter trains"
     assert reason(Net(plain).requires_grad_(False)) == "no parameter trains"
     assert reason(Net(plain).train()) == "front is frozen and in train mode; call its eval()"
@@ -396,7 +396,7 @@ def test_nothing_to_find() -> None:
 
 
 def trace_of(network: nn.Module) -> list[Any]:
-    """All that could have been left on a network."""
+    """Return all state of a network that a search could have changed."""
     return [
         [(id(module), {k: id(v) for k, v in vars(module).items() if k != "count"}) for module in network.modules()],
         [[list(v) for k, v in vars(module).items() if "_hooks" in k] for module in network.modules()],
@@ -408,7 +408,7 @@ def trace_of(network: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("flow", [plain, functional_dropout, image_again, only_in_eval])
-def test_the_network_is_left_as_it_was(flow: Callable[[Net, Tensor], Tensor]) -> None:
+def test_the_search_does_not_change_the_network(flow: Callable[[Net, Tensor], Tensor]) -> None:
     net = Net(flow)
     before = trace_of(net)
     frontier = find_frontier(net, BATCH)
@@ -418,7 +418,7 @@ def test_the_network_is_left_as_it_was(flow: Callable[[Net, Tensor], Tensor]) ->
         assert trace_of(net) == before
 
 
-def test_the_network_is_left_as_it_was_by_an_error() -> None:
+def test_an_error_does_not_change_the_network() -> None:
     def flow(net: Net, images: Tensor) -> Tensor:
         output = plain(net, images)
         if not net.training:
@@ -432,7 +432,7 @@ def test_the_network_is_left_as_it_was_by_an_error() -> None:
     assert trace_of(net) == before
 
 
-def test_what_a_forward_sets_on_the_network_is_set() -> None:
+def test_attributes_that_a_forward_sets_are_set_on_the_network() -> None:
     def flow(net: Any, images: Tensor) -> Tensor:
         features = net.middle(net.front(images))
         net.steps = getattr(net, "steps", 0) + 1
@@ -448,8 +448,8 @@ def test_what_a_forward_sets_on_the_network_is_set() -> None:
     assert torch.equal(output, net(BATCH))
 
 
-def test_other_threads_see_the_network_alone() -> None:
-    """While one thread replays, another computes whole and a third replays other images."""
+def test_other_threads_are_not_affected() -> None:
+    """One thread replays, another runs the whole network, and a third replays other images."""
     net = Net(plain).eval()
     frontier = found(net)
     tensors, others = frontier.record(BATCH), frontier.record(OTHER)
@@ -477,7 +477,7 @@ def test_other_threads_see_the_network_alone() -> None:
 
 
 class Remembering(nn.Module):
-    """Leaves all that a forward can leave between two frozen modules, and reads some of it later."""
+    """Sets attributes, buffers and globals between two frozen modules, and reads some of them later."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -496,7 +496,7 @@ def remembering(net: Any, images: Tensor) -> Tensor:
     return to_head(net, net.remembering(images))
 
 
-def test_threads_record_at_once_and_the_network_sees_nothing_of_it() -> None:
+def test_threads_record_at_the_same_time_without_changing_the_network() -> None:
     net = Net(remembering, remembering=Remembering())
     frontier = found(net)
     assert places(frontier) == ["remembering.early", "remembering.late"]
@@ -512,14 +512,14 @@ def test_threads_record_at_once_and_the_network_sees_nothing_of_it() -> None:
     assert trace_of(net) == before
 
 
-def test_threads_that_draw_random_numbers_give_the_random_state_back() -> None:
+def test_threads_that_draw_random_numbers_restore_the_random_state() -> None:
     net = Net(remembering, remembering=Remembering())
     net.get_submodule("remembering").drop = 0.5  # type: ignore[assignment]
     frontier = found(net)
     batches = [torch.randn(2 + number % 3, 3, 8, 8) for number in range(20)]
     alone = [frontier.record(batch) for batch in batches]
     late = net.get_submodule("remembering.late")
-    late.register_forward_pre_hook(lambda _, inputs: time.sleep(0.003 * len(inputs[0])))  # the other begins meanwhile
+    late.register_forward_pre_hook(lambda _, inputs: time.sleep(0.003 * len(inputs[0])))  # the other starts meanwhile
     before = torch.get_rng_state()
     with ThreadPoolExecutor(2) as threads:
         at_once = list(threads.map(frontier.record, batches))
@@ -559,7 +559,7 @@ def replace_trainable(net: Net) -> None:
         (replace_trainable, "a submodule of Net was replaced"),
     ],
 )
-def test_what_the_frontier_depends_on(meddle: Callable[[Net], None], what: str) -> None:
+def test_changed_state_raises(meddle: Callable[[Net], None], what: str) -> None:
     net = Net(plain)
     frontier = found(net)
     tensors = frontier.record(BATCH)
@@ -570,14 +570,14 @@ def test_what_the_frontier_depends_on(meddle: Callable[[Net], None], what: str) 
         frontier.record(BATCH)
 
 
-def test_equal_values_written_again_change_nothing() -> None:
+def test_rewriting_equal_values_does_not_raise() -> None:
     net = Net(plain)
     frontier = found(net)
     net.load_state_dict(net.state_dict())
     assert_equals_whole(net, frontier)
 
 
-def test_train_mode_is_proved_or_refused() -> None:
+def test_train_mode_raises_unless_it_was_checked() -> None:
     net = Net(plain)
     net.training = False
     frontier = found(net)
@@ -587,7 +587,7 @@ def test_train_mode_is_proved_or_refused() -> None:
         frontier.replay(tensors)
 
 
-def test_a_path_that_the_first_batch_did_not_take() -> None:
+def test_a_call_that_the_first_batch_did_not_make_raises() -> None:
     def flow(net: Any, images: Tensor) -> Tensor:
         features = net.middle(net.front(images))
         if len(images) < 3 and net.picky:
@@ -612,7 +612,7 @@ def test_records_are_not_written_to() -> None:
     assert all(map(torch.equal, tensors, before))
 
 
-def test_rows_of_records_make_other_batches_in_another_precision() -> None:
+def test_rows_of_records_form_other_batches_in_another_precision() -> None:
     net = Net(plain).eval()
     frontier = found(net)
     (rows,) = frontier.record(torch.cat([BATCH, OTHER]))
@@ -659,7 +659,7 @@ def test_compiled() -> None:
     torch.testing.assert_close(compiled(*tensors), net(OTHER))
 
 
-def test_the_mode_of_the_rest_is_that_of_the_network() -> None:
+def test_the_rest_has_the_mode_of_the_network() -> None:
     model = FineTuneModel(Net(plain).front, nn.Sequential(nn.Flatten(), nn.Linear(192, 2))).freeze_backbone().train()
     frontier = found(model)
     frontier.rest.eval()

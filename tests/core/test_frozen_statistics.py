@@ -1,4 +1,4 @@
-"""Weight averaging resets the statistics of every BatchNorm; those that are frozen come through as they were."""
+"""Frozen BatchNorm statistics are restored after weight averaging resets those of every BatchNorm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backbone_finetune import FineTuneModel
 
 
 def model_with_statistics(**keywords: bool) -> FineTuneModel:
-    """Three groups with a BatchNorm each, whose statistics are far from a reset one's; the last group trains."""
+    """Build three groups, each with a BatchNorm with other than initial statistics; the last group trains."""
     blocks = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(3)]
     model = FineTuneModel(nn.Sequential(*blocks), nn.Linear(8, 2), **keywords)
     with torch.no_grad():
@@ -29,7 +29,7 @@ LOADER = [(torch.randn(32, 8, generator=torch.Generator().manual_seed(step)),) f
 
 
 def expected_statistics(model: FineTuneModel) -> dict[str, Tensor]:
-    """Those of a re-estimation that leaves what is frozen alone, by hand."""
+    """Return the statistics of a re-estimation by hand, without frozen modules."""
     twin = copy.deepcopy(model).train()
     norm = twin.backbone[2][1]
     norm.reset_running_stats()
@@ -47,7 +47,7 @@ def assert_buffers(model: FineTuneModel, expected: dict[str, Tensor]) -> None:
         assert torch.equal(buffer, expected[name]), name
 
 
-def test_update_bn_estimates_what_trains_and_leaves_what_is_frozen() -> None:
+def test_update_bn_changes_only_trainable_statistics() -> None:
     model = model_with_statistics()
     expected = expected_statistics(model)
     for _ in range(2):
@@ -68,7 +68,7 @@ def test_update_bn_of_an_averaged_copy() -> None:
     assert averaged.module.frozen_fingerprint() == model.frozen_fingerprint() == frozen
 
 
-def test_update_bn_of_a_copy_that_was_loaded_into() -> None:
+def test_update_bn_of_a_copy_with_a_loaded_state_dict() -> None:
     model = model_with_statistics()
     averaged = AveragedModel(FineTuneModel(copy.deepcopy(model.backbone), nn.Linear(8, 2)).freeze_backbone())
     averaged.module.backbone.load_state_dict(model_with_statistics().backbone.state_dict())
@@ -78,7 +78,7 @@ def test_update_bn_of_a_copy_that_was_loaded_into() -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_with_norm_eval_no_statistic_is_estimated_anew() -> None:
+def test_norm_eval_keeps_all_statistics() -> None:
     model = model_with_statistics(norm_eval=True).unfreeze_backbone()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     update_bn(LOADER, model)
@@ -146,7 +146,7 @@ def test_lightning_itself() -> None:
     assert not torch.equal(model.backbone[2][1].running_mean, last)
 
 
-def test_a_reset_that_the_user_asks_for_stays() -> None:
+def test_a_reset_by_the_user_is_kept() -> None:
     model = model_with_statistics()
     for block in model.backbone:
         block[1].reset_running_stats()
@@ -155,7 +155,7 @@ def test_a_reset_that_the_user_asks_for_stays() -> None:
     assert all(not block[1].running_mean.any() for block in model.backbone[:2])
 
 
-def test_nothing_of_it_is_left_where_nothing_is_frozen_and_in_the_plain_network() -> None:
+def test_unfrozen_and_reassembled_networks_have_no_leftover_attributes() -> None:
     model = model_with_statistics()
     assert "reset_running_stats" in vars(model.backbone[0][1])
     model.to_module()
@@ -166,7 +166,7 @@ def test_nothing_of_it_is_left_where_nothing_is_frozen_and_in_the_plain_network(
     assert all(block[1].num_batches_tracked == len(LOADER) for block in model.backbone)
 
 
-def test_copies_and_pickles_guard_their_own() -> None:
+def test_copies_and_pickles_restore_their_own_statistics() -> None:
     model = model_with_statistics()
     frozen = model.frozen_fingerprint()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -189,7 +189,7 @@ def test_compiled() -> None:
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])
-def test_averages_by_lerp_keep_frozen_parts_exact(use_buffers: bool) -> None:
+def test_averages_by_lerp_keep_frozen_tensors_exact(use_buffers: bool) -> None:
     model = model_with_statistics()
     averages = [
         AveragedModel(model, use_buffers=use_buffers),
@@ -205,14 +205,14 @@ def test_averages_by_lerp_keep_frozen_parts_exact(use_buffers: bool) -> None:
         assert average.module.frozen_fingerprint() == model.frozen_fingerprint()
 
 
-def test_a_dropped_model_is_freed_at_once_and_copies_reset_their_own_modules() -> None:
+def test_a_deleted_model_is_freed_at_once_and_copies_reset_their_own_modules() -> None:
     model = model_with_statistics()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin.backbone[0][1].reset_running_stats()
         assert not twin.backbone[0][1].running_mean.any()
         assert model.backbone[0][1].running_mean.any()
     parameters = [weakref.ref(parameter) for parameter in model.parameters()]
-    gc.disable()  # a cycle of references would keep a model's memory until the next collection
+    gc.disable()  # with a reference cycle, memory would be kept until the next garbage collection
     try:
         del model, twin
         assert [parameter() for parameter in parameters] == [None] * len(parameters)

@@ -1,4 +1,4 @@
-"""The core needs torch and timm alone; within the recipes, imports go one way."""
+"""The core imports only torch and timm; imports between the folders of the recipes go one way."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def modules_after(statement: str) -> set[str]:
     return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
 
 
-def test_the_core_loads_nothing_that_torch_and_timm_do_not() -> None:
+def test_the_core_imports_only_torch_and_timm() -> None:
     beyond = modules_after("import backbone_finetune") - modules_after("import torch, timm")
     assert {name for name in beyond if not name.startswith("backbone_finetune")} == set()
     assert not any(name.startswith(("backbone_finetune.recipes", "backbone_finetune.cli")) for name in beyond)
 
 
-# Each room may import from those below it; the leaves at the end import from none.
-ROOMS = (
+# Each folder may import from those below it.
+FOLDERS = (
     "cli",
     "commands",
     "training",
@@ -41,8 +41,8 @@ ROOMS = (
 )
 
 
-def rooms_imported(path: Path) -> set[str]:
-    """Name the rooms of the recipes that a file imports from: ``from ..data.images import read_image`` is of data."""
+def imported_folders(path: Path) -> set[str]:
+    """Return the folders of the recipes that a file imports: ``data`` for ``from ..data.images import read_image``."""
     here = path.relative_to(RECIPES).parent.parts if path.is_relative_to(RECIPES) else ()
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -50,7 +50,7 @@ def rooms_imported(path: Path) -> set[str]:
             continue
         names = (node.module or "").split(".")
         if node.level:
-            parents = len(here) + 1 - node.level  # from recipes/ inwards; below 0, out of it
+            parents = len(here) + 1 - node.level  # relative to recipes/; below 0 outside of it
             names = [*here[:parents], *names] if parents >= 0 else []
         elif names[:2] == ["backbone_finetune", "recipes"]:
             names = names[2:]
@@ -62,13 +62,13 @@ def rooms_imported(path: Path) -> set[str]:
 
 def test_the_recipes_import_one_way() -> None:
     for path in RECIPES.rglob("*.py"):
-        room = path.relative_to(RECIPES).parts[0].removesuffix(".py")
-        if room == "__init__":
+        folder = path.relative_to(RECIPES).parts[0].removesuffix(".py")
+        if folder == "__init__":
             continue
-        above = ROOMS[: ROOMS.index(room)]
-        assert rooms_imported(path) & set(above) == set(), f"{path.relative_to(RECIPES)} imports from a room above"
-        assert rooms_imported(path) <= set(ROOMS), path
+        above = FOLDERS[: FOLDERS.index(folder)]
+        assert imported_folders(path) & set(above) == set(), f"{path.relative_to(RECIPES)} imports from above"
+        assert imported_folders(path) <= set(FOLDERS), path
 
 
-def test_the_recipes_load_no_matplotlib() -> None:
+def test_the_recipes_do_not_import_matplotlib() -> None:
     assert "matplotlib" not in modules_after("import backbone_finetune.recipes")

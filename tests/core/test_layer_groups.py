@@ -31,7 +31,7 @@ def names(backbone: nn.Module, **keywords: object) -> list[str]:
         ("pit_ti_224", ["stem", "transformers.0", "transformers.1", "transformers.2"]),
     ],
 )
-def test_names_that_people_recognise(name: str, expected: list[str]) -> None:
+def test_groups_have_recognizable_names(name: str, expected: list[str]) -> None:
     with torch.device("meta"):
         assert names(timm.create_model(name, num_classes=0)) == expected
 
@@ -55,7 +55,7 @@ class Custom(nn.Module):
         self.token = nn.Parameter(torch.zeros(2))
 
 
-def test_a_custom_network_goes_by_its_children() -> None:
+def test_a_custom_network_is_grouped_by_its_children() -> None:
     backbone = Custom()
     backbone.first = nn.Linear(2, 8)
     groups = FineTuneModel(backbone, nn.Linear(2, 2)).layer_groups
@@ -65,7 +65,7 @@ def test_a_custom_network_goes_by_its_children() -> None:
     )
 
 
-def test_a_part_that_holds_most_is_taken_apart() -> None:
+def test_a_child_with_most_parameters_is_split() -> None:
     assert FineTuneModel(Custom(), nn.Linear(2, 2)).layer_groups == (
         LayerGroup("first", ("token", "first.weight", "first.bias")),
         LayerGroup("second.0", ("second.0.weight", "second.0.bias")),
@@ -85,7 +85,7 @@ def test_a_tied_parameter_belongs_to_its_first_group() -> None:
 
 
 class Transformer(nn.Module):
-    """In the shape of transformers' ViT: the blocks in a ModuleList two levels down, then a norm and a pooler."""
+    """Like transformers' ViT: blocks in a ModuleList two levels down, then a norm and a pooler."""
 
     def __init__(self, depth: int = 12) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def stage(width: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Sequential(nn.Linear(width, width)) for _ in range(2)))
 
 
-def test_stages_that_are_built_alike_stay_whole() -> None:
+def test_stages_with_the_same_structure_are_not_split() -> None:
     backbone = nn.Sequential()
     backbone.features = nn.Sequential(nn.Linear(4, 8), stage(8), nn.Linear(8, 16), stage(16), nn.LayerNorm(16))
     assert names(backbone) == ["features.0", "features.1", "features.2", "features.3"]
@@ -127,7 +127,7 @@ def test_stages_that_are_built_alike_stay_whole() -> None:
     ]
 
 
-def test_a_norm_goes_with_the_layer_that_it_follows_and_a_first_one_with_the_next() -> None:
+def test_a_norm_joins_the_layer_before_it_or_else_the_next() -> None:
     backbone = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
     groups = FineTuneModel(backbone, nn.Linear(4, 2)).layer_groups
     assert [group.name for group in groups] == ["1", "4"]
@@ -135,12 +135,12 @@ def test_a_norm_goes_with_the_layer_that_it_follows_and_a_first_one_with_the_nex
     assert groups[0].parameter_names[-1] == "2.bias"
 
 
-def test_a_small_last_layer_does_not_join_what_is_nearly_everything() -> None:
+def test_a_small_last_layer_does_not_join_a_group_with_most_parameters() -> None:
     assert names(nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 1))) == ["0", "2"]
 
 
 class Wrapper(nn.Module):
-    """Hands on what it does not have, as PEFT's models do."""
+    """Forwards unknown attributes to the network inside, like PEFT's models."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("wrap", [nn.Sequential, Wrapper, lambda network: Wrapper(Wrapper(network))])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "poolformer_s12"])
-def test_a_timm_network_inside_is_asked_itself(wrap: Callable[[nn.Module], nn.Module], name: str) -> None:
+def test_a_timm_network_inside_another_module_is_found(wrap: Callable[[nn.Module], nn.Module], name: str) -> None:
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=0)
     inside, outside = FineTuneModel(network, nn.Identity()), FineTuneModel(wrap(network), nn.Identity())
@@ -186,7 +186,7 @@ def test_features_only_of_timm(name: str, expected: list[str]) -> None:
         assert names(timm.create_model(name, features_only=True)) == expected
 
 
-def test_a_matcher_that_knows_other_names_is_not_believed() -> None:
+def test_a_matcher_for_other_names_is_ignored() -> None:
     class Renamed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -200,14 +200,14 @@ def test_a_matcher_that_knows_other_names_is_not_believed() -> None:
     assert model.group_matcher()("classifier.weight") == 3
 
 
-def test_stages_that_are_not_in_the_network_are_not_believed() -> None:
+def test_feature_info_with_unknown_stages_is_ignored() -> None:
     backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     backbone.feature_info = [{"module": "stages.0"}, {"module": "1"}]
     assert names(backbone) == ["0", "1"]
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_the_work_grows_with_the_number_of_blocks_and_no_faster(given: bool) -> None:
+def test_the_work_is_linear_in_the_number_of_blocks(given: bool) -> None:
     def calls(count: int) -> int:
         backbone = nn.Sequential(*(nn.Linear(1, 1) for _ in range(count)))
         head, total = nn.Linear(1, 1), 0
@@ -227,7 +227,7 @@ def test_the_work_grows_with_the_number_of_blocks_and_no_faster(given: bool) -> 
     assert calls(400) < 2.2 * calls(200)
 
 
-def test_given_as_modules_or_as_groups() -> None:
+def test_groups_are_given_as_modules_or_layer_groups() -> None:
     backbone = Custom()
     rest = LayerGroup("entrance", ("token", "first.weight", "first.bias"))
     model = FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[rest, backbone.second[0], backbone.second[1]])
@@ -236,7 +236,7 @@ def test_given_as_modules_or_as_groups() -> None:
     assert [n for n, p in backbone.named_parameters() if p.requires_grad] == ["second.1.weight", "second.1.bias"]
 
 
-def test_given_groups_reach_from_timm_and_from_module() -> None:
+def test_from_timm_and_from_module_accept_groups() -> None:
     network = timm.create_model("test_resnet")
     halves = [
         LayerGroup("early", tuple(n for n, _ in network.named_parameters() if not n.startswith(("layer4", "fc")))),
@@ -248,7 +248,7 @@ def test_given_groups_reach_from_timm_and_from_module() -> None:
     assert FineTuneModel.from_module(net, net[2], layer_groups=whole).layer_groups == tuple(whole)
 
 
-def test_given_groups_that_are_no_partition_are_refused() -> None:
+def test_given_groups_that_are_not_a_partition_raise() -> None:
     backbone = Custom()
     with pytest.raises(ValueError, match=r"3 parameters of the backbone are in no group \(token, first\.weight"):
         FineTuneModel(backbone, nn.Linear(2, 2), layer_groups=[backbone.second])
@@ -276,7 +276,7 @@ trees = st.recursive(
 
 
 @given(tree=trees, data=st.data())
-def test_any_tree_is_partitioned_in_order_and_frozen_from_the_input(tree: object, data: st.DataObject) -> None:
+def test_any_module_tree_is_partitioned_in_order_and_frozen_from_the_input(tree: object, data: st.DataObject) -> None:
     backbone = tree()  # type: ignore[operator]
     model = FineTuneModel(backbone, nn.Linear(2, 2))
     every = [name for group in model.layer_groups for name in group.parameter_names]

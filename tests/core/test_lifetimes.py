@@ -1,4 +1,4 @@
-"""One optimizer and one scheduler through every unfreezing; groups and freezing as properties of any network."""
+"""One optimizer and scheduler through all phases; properties of groups and freezing for random networks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
 
-PHASES = (0, 1, 3, 5, 2, 0)  # trainable layer groups: there and back
+PHASES = (0, 1, 3, 5, 2, 0)  # numbers of trainable layer groups
 
 
 class Training(NamedTuple):
-    """What lives through all phases."""
+    """The objects that are used in all phases."""
 
     model: FineTuneModel
     optimizer: torch.optim.Optimizer
@@ -62,7 +62,7 @@ def test_groups_are_the_same_whatever_is_frozen() -> None:
         assert groups() == expected
 
 
-def test_one_optimizer_and_one_scheduler_live_through_every_unfreezing() -> None:
+def test_one_optimizer_and_one_scheduler_work_through_every_unfreezing() -> None:
     training = start()
     rates = [[group["lr"] for group in training.optimizer.param_groups]]
     state: dict[str, dict[str, Tensor]] = {}
@@ -81,14 +81,14 @@ def test_one_optimizer_and_one_scheduler_live_through_every_unfreezing() -> None
             else:
                 assert torch.equal(parameter, before[name]), name
                 assert name not in state or torch.equal(entries["exp_avg"], averages[name]), name
-    assert state.keys() == before.keys()  # all of it trained at some time
+    assert state.keys() == before.keys()  # every part trained in some phase
     for earlier, later in pairwise(rates):
         assert later == pytest.approx([rate / 2 for rate in earlier])
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.RMSprop])
 @pytest.mark.parametrize("cut", [1, 4])  # while unfreezing, and while freezing again
-def test_it_resumes_in_any_phase_bit_for_bit(optimizer_class: type[torch.optim.Optimizer], cut: int) -> None:
+def test_resuming_in_any_phase_is_exact(optimizer_class: type[torch.optim.Optimizer], cut: int) -> None:
     uninterrupted = start(optimizer_class)
     resumed = start(optimizer_class)
     for seed, trainable_groups in enumerate(PHASES):
@@ -106,7 +106,7 @@ def test_it_resumes_in_any_phase_bit_for_bit(optimizer_class: type[torch.optim.O
     assert [g["lr"] for g in resumed.optimizer.param_groups] == [g["lr"] for g in uninterrupted.optimizer.param_groups]
 
 
-def test_a_fresh_optimizer_for_each_phase_holds_only_what_trains() -> None:
+def test_a_new_optimizer_for_each_phase_has_only_trainable_parameters() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
     for trainable_groups in PHASES:
         model.freeze_backbone(trainable_groups=trainable_groups)
@@ -124,7 +124,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Tied(nn.Module):
-    """Layers of which some share their weight, some are equal by value alone, some hold statistics or nothing."""
+    """Layers: some share their weight, some have equal values, some have statistics, some no parameters."""
 
     def __init__(self, kinds: list[str]) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Tied(nn.Module):
             layer = LAYERS[kind]()
             if kind == "tied":
                 layer.register_parameter("weight", shared.weight)
-            self.add_module(f"part{len(self._modules)}", layer)  # each is a layer group of its own
+            self.add_module(f"part{len(self._modules)}", layer)  # each is a separate layer group
 
 
 NETWORKS = st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=6)
@@ -148,7 +148,7 @@ NETWORKS = st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=6)
     include_frozen=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_groups_hold_exactly_what_trains_each_once(
+def test_groups_have_exactly_the_trainable_parameters_once(
     kinds: list[str], flips: list[bool], layer_decay: float | None, weight_decay: float, include_frozen: bool
 ) -> None:
     model = FineTuneModel(Tied(kinds), nn.Linear(4, 2))
@@ -186,7 +186,7 @@ def settled_state(model: FineTuneModel) -> list[Any]:
     mode=st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
-def test_freezing_is_absolute_and_idempotent_whatever_came_before(
+def test_freezing_does_not_depend_on_earlier_states(
     kinds: list[str], history: list[tuple[str, int]], last: int, mode: bool
 ) -> None:
     fresh = FineTuneModel(Tied(kinds), nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""FineTuneModel itself: what goes in, what comes out, what it saves for backward, what it refuses."""
+"""FineTuneModel: inputs, outputs, memory for the backward pass, and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TwoInputs(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A backbone that hands on the first of many tokens, as a ViT does: (B, N, C) -> (B, C)."""
+    """A backbone that returns the first of many tokens, like a ViT: (B, N, C) -> (B, C)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Tokens(nn.Module):
 
 
 def bytes_saved_for_backward(model: nn.Module, inputs: Tensor) -> int:
-    """Bytes of distinct storages that autograd keeps, parameters left out."""
+    """Return the bytes of distinct storages that autograd keeps, without parameters."""
     owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
 
@@ -106,7 +106,7 @@ def test_a_small_view_does_not_keep_its_tokens_alive() -> None:
     assert bytes_saved_for_backward(model, torch.randn(1, 50, 16)) == 16 * 4
 
 
-def test_a_view_is_left_alone_where_the_backbone_needs_it() -> None:
+def test_a_view_is_not_copied_if_the_backbone_trains() -> None:
     model = FineTuneModel(Tokens(16), nn.Linear(16, 3))
     assert bytes_saved_for_backward(model, torch.randn(4, 50, 16)) >= 4 * 50 * 16 * 4
 
@@ -150,7 +150,7 @@ def test_freezing_replaces_no_object() -> None:
 
 
 @pytest.mark.parametrize("count", [-1, 6])
-def test_a_count_out_of_range_names_the_groups(count: int) -> None:
+def test_a_count_out_of_range_raises_and_names_the_groups(count: int) -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=2)
     expected = rf"trainable_groups={count}: the backbone has 5 layer groups \(stem, layer1, .*\); pass 0 to 5\."
     with pytest.raises(ValueError, match=expected):
@@ -159,13 +159,13 @@ def test_a_count_out_of_range_names_the_groups(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", ["2", 1.0, True, None])
-def test_a_count_that_is_no_integer_is_refused(count: Any) -> None:
+def test_a_count_that_is_not_an_integer_raises(count: Any) -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
     with pytest.raises(TypeError, match=r"has 5 layer groups \(stem, layer1, .*\); pass an integer, 0 to 5\."):
         model.freeze_backbone(trainable_groups=count)
 
 
-def test_a_parameter_in_both_parts_is_refused() -> None:
+def test_a_parameter_in_both_parts_raises() -> None:
     layer = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"backbone\.0\.weight and classifier\.weight are one parameter"):
         FineTuneModel(nn.Sequential(layer), layer)
@@ -178,14 +178,14 @@ def test_a_parameter_in_both_parts_is_refused() -> None:
         ((nn.Linear(4, 4), None), r"FineTuneModel: classifier=None; pass a torch\.nn\.Module\."),
     ],
 )
-def test_what_is_no_module_is_refused(arguments: Any, message: str) -> None:
+def test_a_part_that_is_not_a_module_raises(arguments: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         FineTuneModel(*arguments)
     with pytest.raises(TypeError, match="from_module: network=None; pass a torch"):
         FineTuneModel.from_module(None, nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
-def test_a_classifier_of_the_wrong_width_is_refused_on_a_timm_backbone() -> None:
+def test_a_classifier_of_the_wrong_width_raises_on_a_timm_backbone() -> None:
     backbone = timm.create_model("mobilenetv3_small_050", num_classes=0)
     with pytest.raises(
         ValueError, match=r"takes 288 features, and MobileNetV3 gives 1024; .*head_hidden_size \(1024\)"
@@ -193,11 +193,11 @@ def test_a_classifier_of_the_wrong_width_is_refused_on_a_timm_backbone() -> None
         FineTuneModel(backbone, nn.Linear(backbone.num_features, 3))
     assert FineTuneModel(backbone, nn.Linear(1024, 3)).num_features == 1024
     projected = timm.create_model("test_resnet", num_classes=0)
-    projected.fc = nn.Linear(projected.head_hidden_size, 8)  # it does not say so in head_hidden_size
+    projected.fc = nn.Linear(projected.head_hidden_size, 8)  # head_hidden_size does not have this width
     assert FineTuneModel(projected, nn.Linear(8, 3))(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
-def test_a_timm_backbone_may_take_more_than_pictures() -> None:
+def test_a_timm_backbone_may_take_more_than_images() -> None:
     class WithMore(timm.models.ResNet):
         def forward(self, pictures: Tensor, more: Tensor) -> Tensor:
             return torch.cat([super().forward(pictures), more], dim=1)
@@ -208,7 +208,7 @@ def test_a_timm_backbone_may_take_more_than_pictures() -> None:
 
 
 @pytest.mark.parametrize("build", [FineTuneModel, FineTuneModel.from_module])
-def test_a_network_that_is_compiled_is_refused(build: Any) -> None:
+def test_a_compiled_part_raises(build: Any) -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     with pytest.raises(ValueError, match=r"is compiled, .*; pass the network itself, .*: freeze, wrap, compile"):
         build(torch.compile(network, backend="eager"), network[1])
@@ -216,7 +216,7 @@ def test_a_network_that_is_compiled_is_refused(build: Any) -> None:
         FineTuneModel.from_timm(torch.compile(timm.create_model("test_resnet"), backend="eager"), num_classes=3)
 
 
-def test_a_backbone_with_other_parameters_than_it_was_built_with_is_refused() -> None:
+def test_a_backbone_with_changed_parameters_raises() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
     model.backbone.layer1.extra = nn.Linear(2, 2)
     got = r"has gained 2 parameters \(layer1\.extra\.weight, layer1\.extra\.bias\) since .*; call model\.regroup\(\)"
@@ -241,7 +241,7 @@ def test_a_backbone_with_other_parameters_than_it_was_built_with_is_refused() ->
     assert model.train().training
 
 
-def test_copies_and_pickles_like_any_module() -> None:
+def test_copies_and_pickles() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     for model in (
         FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1).eval(),
@@ -256,14 +256,14 @@ def test_copies_and_pickles_like_any_module() -> None:
 
 def test_num_features_and_num_classes() -> None:
     model = FineTuneModel.from_timm("mobilenetv3_small_050", num_classes=7)
-    assert (model.num_features, model.num_classes) == (1024, 7)  # num_features of the bare network says 288
+    assert (model.num_features, model.num_classes) == (1024, 7)  # num_features of the bare network is 288
     assert FineTuneModel(nn.Flatten(), nn.ReLU()).num_features is None
     with_a_head = timm.create_model("test_resnet", num_classes=20)
     assert FineTuneModel(with_a_head, nn.Linear(20, 3)).num_features == 20
     assert FineTuneModel(with_a_head, nn.Sequential(nn.ReLU(), nn.Linear(20, 3))).num_features == 20
 
 
-def test_a_lazy_classifier_takes_what_the_backbone_gives() -> None:
+def test_a_lazy_classifier_takes_the_width_of_the_features() -> None:
     model = FineTuneModel.from_timm("test_resnet", classifier=nn.LazyLinear(3)).freeze_backbone()
     assert model.num_features == 96
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
@@ -271,7 +271,7 @@ def test_a_lazy_classifier_takes_what_the_backbone_gives() -> None:
     assert FineTuneModel.from_timm("test_resnet").num_classes == 1000
 
 
-def test_gradient_checkpointing_is_handed_on() -> None:
+def test_gradient_checkpointing_is_set_in_the_backbone() -> None:
     model = FineTuneModel.from_timm("test_vit", num_classes=3)
     model.set_grad_checkpointing()
     assert model.backbone.grad_checkpointing
@@ -279,11 +279,11 @@ def test_gradient_checkpointing_is_handed_on() -> None:
     assert not model.backbone.grad_checkpointing
 
 
-def test_gradient_checkpointing_that_the_backbone_lacks() -> None:
+def test_gradient_checkpointing_raises_if_the_backbone_has_none() -> None:
     named = r"Flatten has no gradient checkpointing, neither timm's .* nor transformers'"
     with pytest.raises(AttributeError, match=named):
         FineTuneModel(nn.Flatten(), nn.Linear(4, 2)).set_grad_checkpointing()
-    network: Any = nn.Linear(4, 4)  # as transformers' ConvNeXt: the method is there, and raises an error
+    network: Any = nn.Linear(4, 4)  # as in transformers' ConvNeXt: the method exists, and raises an error
     network.activation_checkpointing_enable = lambda **keywords: pytest.fail("it is not supported")
     network.supports_gradient_checkpointing = False
     with pytest.raises(AttributeError, match="Linear has no gradient checkpointing"):
@@ -291,15 +291,15 @@ def test_gradient_checkpointing_that_the_backbone_lacks() -> None:
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
-def test_gradient_checkpointing_by_the_names_of_transformers(name: str) -> None:
+def test_gradient_checkpointing_with_the_method_names_of_transformers(name: str) -> None:
     calls: list[object] = []
     network = nn.Linear(4, 4)
     setattr(network, f"{name}_enable", lambda **keywords: calls.append(keywords))
     setattr(network, f"{name}_disable", lambda: calls.append("off"))
-    model = FineTuneModel(nn.Sequential(network), nn.Linear(4, 2))  # in an adapter, which it needs for its output
+    model = FineTuneModel(nn.Sequential(network), nn.Linear(4, 2))  # in an adapter that returns its features
     model.set_grad_checkpointing()
     model.set_grad_checkpointing(False)
-    # The reentrant kind gives no gradients above a frozen stem.
+    # Reentrant checkpointing computes no gradients above a frozen stem.
     assert calls == [{f"{name}_kwargs": {"use_reentrant": False}}, "off"]
 
 
@@ -333,11 +333,11 @@ def test_data_config_of_timm_works_on_the_model() -> None:
     expected = timm.data.resolve_model_data_config(network)
     model = FineTuneModel.from_timm(network, num_classes=3)
     assert timm.data.resolve_model_data_config(model) == expected
-    assert model.default_cfg == model.pretrained_cfg  # the older name, which timm's ONNX export reads
+    assert model.default_cfg == model.pretrained_cfg  # the older name, used by timm's ONNX export
     assert not hasattr(FineTuneModel(nn.Flatten(), nn.Linear(4, 2)), "pretrained_cfg")
 
 
-def test_table_of_what_trains(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(
         trainable_groups=1
     ).print_trainable_parameters()
@@ -351,7 +351,7 @@ def test_table_of_what_trains(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1].startswith("trainable parameters: ")
 
 
-def test_the_mode_that_was_asked_for_outlives_a_model_in_which_nothing_trains() -> None:
+def test_the_mode_is_kept_while_nothing_trains() -> None:
     model = FineTuneModel(nn.BatchNorm1d(4), nn.Sequential(nn.Dropout(), nn.Linear(4, 2))).train()
     model.classifier.requires_grad_(False)
     model.freeze_backbone()
@@ -383,7 +383,7 @@ class Table(nn.Module):
         return self.layer(x) + self.table
 
 
-def test_one_buffer_in_two_modules_stays_in_the_proof() -> None:
+def test_a_buffer_shared_by_two_modules_is_in_the_fingerprint() -> None:
     table = torch.ones(3)
     model = FineTuneModel(nn.Sequential(Table(table), Table(table)), nn.Linear(3, 2)).freeze_backbone()
     with model.assert_frozen():
@@ -392,7 +392,7 @@ def test_one_buffer_in_two_modules_stays_in_the_proof() -> None:
         table.zero_()
 
 
-def test_parameters_of_whole_numbers_are_left_alone() -> None:
+def test_integer_parameters_are_not_changed() -> None:
     backbone = nn.Linear(2, 2)
     backbone.codes = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     model = FineTuneModel(backbone, nn.Linear(2, 2)).freeze_backbone().unfreeze_backbone()

@@ -1,4 +1,4 @@
-"""Which modules are in train mode and which in eval, what that does, and what must not be left over from before."""
+"""Which modules are in train and in eval mode, and that no stale caches remain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CACHING = ["levit", "tiny_vit", "efficientformer", "efficientformer_v2", "effici
 
 
 class Block(nn.Module):
-    """A layer group with statistics and chance in it: (B, 8) -> (B, 8)."""
+    """A layer group with running statistics and dropout: (B, 8) -> (B, 8)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def three_blocks(**keywords: bool) -> FineTuneModel:
 
 
 @pytest.mark.parametrize("trainable_groups", [0, 1, 2, 3])
-def test_statistics_and_dropout_go_with_their_group(trainable_groups: int) -> None:
+def test_statistics_and_dropout_follow_their_group(trainable_groups: int) -> None:
     model = three_blocks().freeze_backbone(trainable_groups=trainable_groups).train()
     inputs = torch.randn(16, 8)
     for position, block in enumerate(model.backbone):
@@ -55,7 +55,7 @@ def test_statistics_and_dropout_go_with_their_group(trainable_groups: int) -> No
 
 
 def expected_mode(backbone: nn.Module, path: str, first_group: set[str]) -> bool:
-    """The rule of the design, read off module names: the nearest owner that has parameters decides."""
+    """Compute the rule from module names: the nearest owner with parameters decides."""
     while path and not list(backbone.get_submodule(path).parameters()):
         path = path.rpartition(".")[0]
         if not path:
@@ -78,7 +78,7 @@ def test_every_module_of_a_timm_network_follows_the_rule(name: str) -> None:
         assert modes == {path: module.training for path, module in model.backbone.named_modules()}
 
 
-def test_norm_eval_fixes_statistics_where_weights_train() -> None:
+def test_norm_eval_fixes_statistics_of_trainable_groups() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3, norm_eval=True).unfreeze_backbone().train()
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -97,7 +97,7 @@ def test_norm_eval_fixes_statistics_where_weights_train() -> None:
 
 
 class MovingNorm(nn.Module):
-    """A normalisation as people write them who come from Keras: (B, 8) -> (B, 8)."""
+    """A normalization layer with the buffer names of Keras: (B, 8) -> (B, 8)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,8 +113,8 @@ class MovingNorm(nn.Module):
         return self.activation(self.gain * (inputs - self.moving_mean) / self.moving_variance.sqrt())
 
 
-class PicturesOfOneMean(nn.Module):
-    """A whole network that keeps the mean of the images: no normalisation that has statistics."""
+class ImagesOfOneMean(nn.Module):
+    """A whole network with the mean of the images in a buffer, which is not a normalization layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,11 +140,11 @@ STATISTICS = {
 
 
 @pytest.mark.parametrize("kind", STATISTICS)
-def test_norm_eval_knows_statistics_by_any_name(kind: str) -> None:
+def test_norm_eval_finds_statistics_by_all_common_names(kind: str) -> None:
     def moved(*, norm_eval: bool) -> bool:
-        backbone = nn.Sequential(nn.Linear(8, 8), STATISTICS[kind](), PicturesOfOneMean())
+        backbone = nn.Sequential(nn.Linear(8, 8), STATISTICS[kind](), ImagesOfOneMean())
         model = FineTuneModel(backbone, nn.Linear(8, 2), norm_eval=norm_eval)
-        model.eval()(torch.zeros(2, 8))  # a lazy one finds its size
+        model.eval()(torch.zeros(2, 8))  # initializes the lazy layer
         model.unfreeze_backbone().train()
         assert backbone[2].dropout.training
         before = {name: buffer.clone() for name, buffer in backbone[1].named_buffers()}
@@ -157,7 +157,7 @@ def test_norm_eval_knows_statistics_by_any_name(kind: str) -> None:
     assert not moved(norm_eval=True)
 
 
-def test_norm_eval_leaves_dropout_and_the_classifier_alone() -> None:
+def test_norm_eval_does_not_change_dropout_and_the_classifier() -> None:
     model = three_blocks(norm_eval=True).train()
     model.classifier.append(nn.BatchNorm1d(2))
     model.train()
@@ -167,18 +167,18 @@ def test_norm_eval_leaves_dropout_and_the_classifier_alone() -> None:
 
 
 @pytest.mark.parametrize("trainable_groups", [0, 2, 3])
-def test_eval_reaches_everything(trainable_groups: int) -> None:
-    """Where a frozen part skips `train()` altogether, its dropout stays on (segmentation_models_pytorch)."""
+def test_eval_sets_every_module(trainable_groups: int) -> None:
+    """If `train()` skips a frozen part, its dropout stays on (as in segmentation_models_pytorch)."""
     model = three_blocks().train()
     model.freeze_backbone(trainable_groups=trainable_groups)
-    nn.Module.train(model, True)  # a trainer that went past our own train()
+    nn.Module.train(model, True)  # a trainer that does not call the model's train()
     nn.Sequential(model).eval()
     assert not any(module.training for module in model.modules())
     inputs = torch.randn(4, 8)
     assert torch.equal(model(inputs), model(inputs))
 
 
-def test_chance_without_parameters_is_off_where_all_is_frozen() -> None:
+def test_dropout_is_off_if_everything_is_frozen() -> None:
     model = FineTuneModel(nn.Linear(8, 8), nn.Dropout()).train().freeze_backbone()
     inputs = torch.randn(4, 8)
     assert not model.classifier.training
@@ -186,7 +186,7 @@ def test_chance_without_parameters_is_off_where_all_is_frozen() -> None:
     assert model.unfreeze_backbone().classifier.training
 
 
-def test_an_outer_module_cannot_wake_what_is_frozen() -> None:
+def test_train_of_an_outer_module_keeps_frozen_modules_in_eval_mode() -> None:
     model = three_blocks().freeze_backbone(trainable_groups=1)
     nn.ModuleDict({"network": model}).eval().train()
     assert [block.training for block in model.backbone] == [False, False, True]
@@ -211,8 +211,8 @@ def caching_model(name: str) -> tuple[FineTuneModel, Tensor]:
     return model.freeze_backbone(), pictures
 
 
-def test_the_trap_is_there() -> None:
-    """A plain network of timm's, loaded in eval, still computes with the biases of before."""
+def test_a_plain_timm_network_keeps_stale_caches() -> None:
+    """A plain timm network that is loaded in eval mode still uses the cached old biases."""
     network = timm.create_model("levit_128s", img_size=32, num_classes=3).eval()
     pictures = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -254,7 +254,7 @@ def test_no_load_leaves_stale_attention_biases(name: str) -> None:
             prefix = f"backbone.{path}."
             part.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
-    # The frozen backbone is in eval, and caching, in both modes of the model.
+    # The frozen backbone is in eval mode, and caches, in both modes of the model.
     for load, mode in (
         (model.load_state_dict, False),
         (model.load_state_dict, True),
@@ -273,7 +273,7 @@ def test_no_load_leaves_stale_attention_biases(name: str) -> None:
             torch.testing.assert_close(model(pictures), expected)
 
 
-def test_a_load_into_the_plain_network_leaves_none_either() -> None:
+def test_a_load_into_the_reassembled_network_leaves_no_stale_biases() -> None:
     model, pictures = caching_model("tiny_vit")
     network = model.to_module()
     weights = {
@@ -289,7 +289,7 @@ def test_a_load_into_the_plain_network_leaves_none_either() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_forget_at_a_load_as_well(copied: Callable[[FineTuneModel], FineTuneModel]) -> None:
+def test_copies_clear_caches_on_load(copied: Callable[[FineTuneModel], FineTuneModel]) -> None:
     model, pictures = caching_model("levit")
     twin = copied(model.eval())
     with torch.no_grad():
@@ -300,7 +300,7 @@ def test_copies_forget_at_a_load_as_well(copied: Callable[[FineTuneModel], FineT
     assert not torch.allclose(loaded, before)
 
 
-def test_a_compiled_model_forgets_at_a_load_as_well() -> None:
+def test_a_compiled_model_clears_caches_on_load() -> None:
     model, pictures = caching_model("levit")
     compiled = torch.compile(model.eval(), backend="aot_eager")
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_a_compiled_model_forgets_at_a_load_as_well() -> None:
 
 
 class Doubled(nn.Linear):
-    """A classifier that keeps what it computed in eval from its weight, until it hears `train()`."""
+    """A classifier that caches a function of its weight in eval mode, until `train()` is called."""
 
     cache: Tensor | None = None
 
@@ -327,7 +327,7 @@ class Doubled(nn.Linear):
         return nn.functional.linear(features, self.cache)
 
 
-def test_a_classifier_forgets_at_a_load_as_well() -> None:
+def test_a_classifier_clears_caches_on_load() -> None:
     model = FineTuneModel(nn.Linear(2, 2), Doubled(2, 2)).eval()
     inputs = torch.randn(3, 2)
     before = model(inputs)
@@ -343,13 +343,13 @@ class Strict(nn.Linear):
         return self
 
 
-def test_a_part_whose_train_takes_its_mode_in_any_case_can_be_loaded_into() -> None:
+def test_a_load_works_with_a_train_method_without_default() -> None:
     model = FineTuneModel(nn.Sequential(Strict(2, 2)), nn.Linear(2, 2))
     model.load_state_dict(model.state_dict())
     assert model.backbone[0].training
 
 
-def test_only_what_may_keep_a_cache_has_the_hook() -> None:
+def test_only_modules_that_override_train_have_the_hook() -> None:
     def hooked(network: nn.Module) -> list[str]:
         return [path for path, module in network.named_modules() if module._load_state_dict_post_hooks]
 
@@ -365,10 +365,10 @@ def test_only_what_may_keep_a_cache_has_the_hook() -> None:
     assert all(len(again.get_submodule(path)._load_state_dict_post_hooks) == 1 for path in attentions)
 
 
-def test_a_load_leaves_modes_and_gradients_as_they_were() -> None:
+def test_a_load_does_not_change_modes_and_gradients() -> None:
     model = three_blocks().train()
     model(torch.randn(4, 8)).sum().backward()
-    model.backbone[1].eval()  # by hand, until the next train()
+    model.backbone[1].eval()  # set by hand until the next train()
     modes = [module.training for module in model.modules()]
     gradient = model.backbone[0].linear.weight.grad
     model.load_state_dict(model.state_dict())
@@ -377,7 +377,7 @@ def test_a_load_leaves_modes_and_gradients_as_they_were() -> None:
 
 
 class Encoder(nn.Module):
-    """A transformer on padded sequences, averaged over what is not padding: (B, T, 8), (B, T) -> (B, 8)."""
+    """A transformer on padded sequences, averaged without padding: (B, T, 8), (B, T) -> (B, 8)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -392,7 +392,7 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize("frozen_layers", [0, 1, 2, 3])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 def test_frozen_layers_of_a_transformer_take_a_padding_mask(frozen_layers: int) -> None:
-    """torch hands nested tensors from frozen layers in eval to those that train, which refuse them."""
+    """torch passes nested tensors from frozen layers in eval mode to trainable ones, which do not support them."""
     model = FineTuneModel(Encoder(), nn.Linear(8, 2))
     sequences, padding = torch.randn(4, 5, 8), torch.arange(5) >= torch.tensor([[5], [3], [1], [4]])
     expected = model.unfreeze_backbone()(sequences, padding=padding)
@@ -417,7 +417,7 @@ def test_frozen_layers_of_a_transformer_take_a_padding_mask(frozen_layers: int) 
     assert model.backbone.encoder.use_nested_tensor
 
 
-def test_a_transformer_without_nested_tensors_stays_so() -> None:
+def test_nested_tensors_that_were_off_stay_off() -> None:
     backbone = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2, enable_nested_tensor=False)
     model = FineTuneModel(backbone, nn.Linear(8, 2))
     backbone.layers[0].requires_grad_(False)
@@ -434,23 +434,23 @@ SHARED = {"torch's": nn.Dropout, "timm's": lambda: timm.layers.DropPath(0.1), "h
 
 
 @pytest.mark.parametrize("kind", SHARED)
-def test_one_dropout_in_a_frozen_and_a_trainable_place_is_said(kind: str) -> None:
+def test_one_dropout_in_a_frozen_and_a_trainable_part_warns(kind: str) -> None:
     dropout = SHARED[kind]()
     backbone = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), dropout) for _ in range(3)))
     model = FineTuneModel(backbone, nn.Linear(8, 2))
     named = rf"backbone\.0\.1, which is frozen, and backbone\.2\.1, .* the same {type(dropout).__name__} object"
     with pytest.warns(UserWarning, match=named):
         model.freeze_backbone(trainable_groups=1)
-    model.freeze_backbone().unfreeze_backbone()  # it is the same in all its places
+    model.freeze_backbone().unfreeze_backbone()  # no warning: all places are equal
 
 
-def test_what_is_shared_and_the_same_in_both_modes_is_not_said() -> None:
+def test_shared_modules_that_do_not_depend_on_the_mode_do_not_warn() -> None:
     shared = nn.ModuleList([nn.ReLU(), nn.Dropout(0.0), timm.layers.DropPath(0.0)])
     backbone = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), *shared) for _ in range(3)))
     FineTuneModel(backbone, nn.Linear(8, 2)).freeze_backbone(trainable_groups=1)
 
 
-def test_memory_that_is_shared_across_the_frontier_is_refused() -> None:
+def test_memory_shared_by_a_frozen_and_a_trainable_parameter_raises() -> None:
     model = FineTuneModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8))
     model.backbone[0].weight.data = model.backbone[1].weight.data.t()
     before = [parameter.requires_grad for parameter in model.parameters()]

@@ -1,4 +1,4 @@
-"""A timm network's own head: kept whole or refused, with dropout, and what is said of its classes and widths."""
+"""A timm network's own head is kept with its dropout or raises; num_classes and num_features."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
 
-PICTURES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 class Head(nn.Module):
-    """Says nothing of its classes: (B, 96) -> (B, 5)."""
+    """A head without an attribute for its classes: (B, 96) -> (B, 5)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Head(nn.Module):
 
 
 class Several(Head):
-    """Two outcomes: (B, 96) -> (B, 5), (B, 5)."""
+    """Two outputs: (B, 96) -> (B, 5), (B, 5)."""
 
     def forward(self, features: Tensor) -> Any:
         return features @ self.weight, features @ self.weight
@@ -55,15 +55,15 @@ HEADS = {
 
 def assert_trains_alike(model: FineTuneModel, plain: nn.Module) -> None:
     for mode in (True, False):
-        outcomes = []
+        outputs = []
         for either in (model.train(mode), plain.train(mode)):
             torch.manual_seed(3)
-            outcomes.append(either(PICTURES))
-        assert torch.equal(*outcomes)
+            outputs.append(either(IMAGES))
+        assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_users_own_head_is_kept_whole(kind: str) -> None:
+def test_a_custom_head_is_kept_completely(kind: str) -> None:
     network: Any = timm.create_model("test_resnet")
     network.fc = HEADS[kind]()
     plain = copy.deepcopy(network)
@@ -77,10 +77,10 @@ def test_a_users_own_head_is_kept_whole(kind: str) -> None:
     assert again.num_classes == 5
     assert_trains_alike(model, again)
     model.classifier = nn.Linear(96, 2)
-    assert model.to_module()(PICTURES).shape == (4, 2)
+    assert model.to_module()(IMAGES).shape == (4, 2)
 
 
-def test_a_head_without_parameters_is_kept_too() -> None:
+def test_a_head_without_parameters_is_kept() -> None:
     network: Any = timm.create_model("test_resnet", num_classes=0)
     network.fc = nn.BatchNorm1d(96, affine=False)
     plain = copy.deepcopy(network)
@@ -89,7 +89,7 @@ def test_a_head_without_parameters_is_kept_too() -> None:
     assert_trains_alike(model, plain)
 
 
-@pytest.mark.parametrize("together", [tuple, list, lambda outcomes: dict(zip("ab", outcomes, strict=True))])
+@pytest.mark.parametrize("together", [tuple, list, lambda outputs: dict(zip("ab", outputs, strict=True))])
 def test_a_head_of_several_tasks_is_kept(together: Any) -> None:
     class Tasks(nn.Module):
         def __init__(self) -> None:
@@ -103,14 +103,14 @@ def test_a_head_of_several_tasks_is_kept(together: Any) -> None:
     network.fc = Tasks()
     plain = copy.deepcopy(network).eval()
     model = FineTuneModel.from_timm(network).eval()
-    expected = plain(PICTURES)
-    for outcomes in (model(PICTURES), model.to_module().eval()(PICTURES)):
-        assert type(outcomes) is type(expected)
-        torch.testing.assert_close(outcomes, expected, rtol=0, atol=0)
+    expected = plain(IMAGES)
+    for outputs in (model(IMAGES), model.to_module().eval()(IMAGES)):
+        assert type(outputs) is type(expected)
+        torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
     assert model.num_classes is None
 
 
-def test_a_head_whose_outcome_cannot_be_compared_is_refused() -> None:
+def test_a_head_whose_output_cannot_be_compared_raises() -> None:
     class Says(nn.Linear):
         def forward(self, features: Tensor) -> Any:
             return str(super().forward(features).shape)
@@ -122,19 +122,19 @@ def test_a_head_whose_outcome_cannot_be_compared_is_refused() -> None:
 
 
 @pytest.mark.parametrize("num_classes", [None, 7])
-def test_dropout_inside_of_timms_own_head_is_kept(num_classes: int | None) -> None:
+def test_dropout_inside_timms_own_head_is_kept(num_classes: int | None) -> None:
     overlay = {"input_size": (3, 64, 64)}
     network: Any = timm.create_model("cpubone_nano", num_classes=3, drop_rate=0.5, pretrained_cfg_overlay=overlay)
     model = FineTuneModel.from_timm(network, num_classes=num_classes)
     assert [part.p for part in model.classifier.modules() if isinstance(part, nn.Dropout)] == [0.5]
     again: Any = model.to_module().eval()
     assert again.head.classifier.dropout.p == 0.5
-    assert torch.equal(again(PICTURES), model.eval()(PICTURES))
+    assert torch.equal(again(IMAGES), model.eval()(IMAGES))
     without = timm.create_model("cpubone_nano", num_classes=3, pretrained_cfg_overlay=overlay)
     assert isinstance(FineTuneModel.from_timm(without, num_classes=7).classifier, nn.Linear)
 
 
-def test_dropout_that_the_reset_would_lose_is_refused() -> None:
+def test_dropout_that_reset_classifier_would_lose_raises() -> None:
     class DropsItsLogits(timm.models.ResNet):
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.dropout(super().forward(x), 0.3, self.training and self.num_classes > 0)
@@ -144,7 +144,7 @@ def test_dropout_that_the_reset_would_lose_is_refused() -> None:
         FineTuneModel.from_timm(network)
 
 
-def test_a_head_that_reset_classifier_cannot_take_off_is_refused_with_a_remedy() -> None:
+def test_a_head_that_reset_classifier_cannot_remove_raises_with_a_remedy() -> None:
     network: Any = timm.create_model("convnext_atto")
     network.head = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"reset_classifier of ConvNeXt fails .*from_module\(net, net\.head\)"):
@@ -152,7 +152,7 @@ def test_a_head_that_reset_classifier_cannot_take_off_is_refused_with_a_remedy()
 
 
 @pytest.mark.parametrize("kind", ["num_classes", "own", "module"])
-def test_drop_rate_changes_no_name(kind: str) -> None:
+def test_drop_rate_changes_no_state_dict_key(kind: str) -> None:
     def build(**keywords: Any) -> FineTuneModel:
         if kind == "num_classes":
             return FineTuneModel.from_timm("test_resnet", num_classes=3, **keywords)
@@ -173,7 +173,7 @@ def test_drop_rate_changes_no_name(kind: str) -> None:
     assert torch.equal(dropping.eval().classifier(features), without.eval().classifier(features))
 
 
-def test_dropout_goes_along_into_copies_and_not_into_the_plain_network() -> None:
+def test_drop_rate_is_in_copies_and_not_in_the_reassembled_network() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3, drop_rate=0.5).freeze_backbone()
     features = torch.ones(2, 96)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -189,7 +189,7 @@ def test_dropout_goes_along_into_copies_and_not_into_the_plain_network() -> None
     assert torch.equal(model.classifier(features), model.classifier(features))
 
 
-def test_a_fresh_classifier_is_fresh_beside_a_checkpoint(tmp_path: Path) -> None:
+def test_num_classes_creates_a_new_classifier_with_a_checkpoint(tmp_path: Path) -> None:
     network: Any = timm.create_model("test_resnet", num_classes=7)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     keywords = {"checkpoint_path": str(tmp_path / "weights.pth"), "num_classes": 7}
@@ -204,7 +204,7 @@ def test_a_fresh_classifier_is_fresh_beside_a_checkpoint(tmp_path: Path) -> None
     assert FineTuneModel.from_timm(own, num_classes=3).num_classes == 3  # as the message says
 
 
-def test_a_convolution_shares_its_memory_and_is_another_parameter() -> None:
+def test_a_1x1_convolution_is_another_parameter_on_the_same_memory() -> None:
     model = FineTuneModel.from_timm("dla46x_c", num_classes=3)
     plain: Any = model.to_module()
     optimizer = torch.optim.SGD(model.param_groups(lr=1.0))
@@ -214,13 +214,13 @@ def test_a_convolution_shares_its_memory_and_is_another_parameter() -> None:
     assert torch.equal(plain.fc.weight, before - 1)
 
 
-def test_classes_and_widths_are_those_of_what_is_there() -> None:
+def test_num_classes_and_num_features_follow_the_present_parts() -> None:
     model = FineTuneModel.from_timm("test_resnet")
     assert (model.num_classes, model.num_features) == (1000, 96)
     model.classifier = Head()
     assert (model.num_classes, model.num_features) == (5, 96)
     plain: Any = model.to_module()
-    assert plain.num_classes == plain.eval()(PICTURES).shape[1] == 5
+    assert plain.num_classes == plain.eval()(IMAGES).shape[1] == 5
     model.classifier = nn.Sequential(nn.Linear(96, 4), nn.LogSoftmax(dim=1))
     assert model.num_classes == 4
     model.classifier = Several()

@@ -1,4 +1,4 @@
-"""Optimizer groups: what trains, each once, at the right rate and decay."""
+"""Optimizer groups: each trainable parameter once, with its learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def by_name(groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     return {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["param_names"]}
 
 
-def test_parts_stand_apart_and_biases_do_not_decay() -> None:
+def test_parts_are_separate_groups_and_biases_do_not_decay() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
     groups = model.param_groups(lr=0.1, backbone_lr=0.01, weight_decay=0.05)
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
@@ -34,7 +34,7 @@ def test_parts_stand_apart_and_biases_do_not_decay() -> None:
     assert sorted(by_name(groups)) == sorted(parameters)
 
 
-def test_without_weight_decay_there_is_nothing_to_tell_apart() -> None:
+def test_without_weight_decay_there_are_no_separate_groups() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1)
     groups = model.param_groups(lr=0.1)
     assert [(group["name"], group["lr"]) for group in groups] == [("backbone", 0.1), ("classifier", 0.1)]
@@ -42,7 +42,7 @@ def test_without_weight_decay_there_is_nothing_to_tell_apart() -> None:
     assert {id(p) for group in groups for p in group["params"]} == trainable
 
 
-def test_a_matrix_called_bias_does_not_decay_either() -> None:
+def test_a_matrix_named_bias_does_not_decay() -> None:
     backbone = nn.Module()
     backbone.bias = nn.Parameter(torch.zeros(2, 2))
     backbone.qkv_bias_table = nn.Parameter(torch.zeros(2, 2))
@@ -51,7 +51,7 @@ def test_a_matrix_called_bias_does_not_decay_either() -> None:
     assert rates["backbone.qkv_bias_table"] == (1.0, 0.1)
 
 
-def test_what_the_network_exempts_does_not_decay() -> None:
+def test_names_in_no_weight_decay_do_not_decay() -> None:
     model = FineTuneModel.from_timm("test_vit", num_classes=3)
     rates = by_name(model.param_groups(lr=1.0, weight_decay=0.1))
     assert model.backbone.pos_embed.ndim == 3
@@ -61,7 +61,7 @@ def test_what_the_network_exempts_does_not_decay() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "test_vit", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 @pytest.mark.parametrize("trainable_groups", [1, None])
-def test_layer_decay_is_timms_on_the_whole_network(name: str, trainable_groups: int | None) -> None:
+def test_layer_decay_equals_timms_on_the_whole_network(name: str, trainable_groups: int | None) -> None:
     network = timm.create_model(name, num_classes=3)
     scales = {
         parameter: group["lr_scale"]
@@ -80,7 +80,7 @@ def test_layer_decay_is_timms_on_the_whole_network(name: str, trainable_groups: 
         assert rate == pytest.approx(base * expected[plain]), parameter_name
 
 
-def test_layer_decay_of_a_custom_network_goes_by_layer_group() -> None:
+def test_layer_decay_of_a_custom_network_is_by_layer_group() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 2))
     groups = FineTuneModel.from_module(net, net[3]).param_groups(lr=1.0, layer_decay=0.5)
     assert [(group["name"], group["lr"]) for group in groups] == [
@@ -90,7 +90,7 @@ def test_layer_decay_of_a_custom_network_goes_by_layer_group() -> None:
     ]
 
 
-def test_timms_own_factory_gives_the_same_scales() -> None:
+def test_timms_optimizer_factory_has_the_same_scales() -> None:
     network = timm.create_model("test_vit", num_classes=3)
     keywords: dict[str, Any] = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "layer_decay": 0.75}
 
@@ -102,10 +102,10 @@ def test_timms_own_factory_gives_the_same_scales() -> None:
     assert rates(FineTuneModel.from_timm(network)) == plain
 
 
-def test_a_child_of_the_backbone_may_be_called_classifier() -> None:
+def test_a_child_of_the_backbone_may_be_named_classifier() -> None:
     backbone = nn.Sequential()
     backbone.features = nn.Linear(4, 4)
-    backbone.classifier = nn.Linear(4, 4)  # as torchvision's vgg has it
+    backbone.classifier = nn.Linear(4, 4)  # as in torchvision's vgg
     model = FineTuneModel(backbone, nn.Linear(4, 2))
     optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=1.0, weight_decay=0.0, layer_decay=0.1)
     scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
@@ -120,7 +120,7 @@ def test_a_tied_parameter_has_its_depth_by_each_of_its_names() -> None:
     assert depth_of("backbone.1.weight") == depth_of("backbone.0.weight") == 0
 
 
-def test_a_name_that_is_not_the_models_is_refused() -> None:
+def test_a_name_that_is_not_in_the_model_raises() -> None:
     depth_of = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).group_matcher()
     for name in ("_orig_mod.backbone.weight", "weight", "backbone.2.weight"):
         with pytest.raises(
@@ -140,7 +140,7 @@ def test_a_timm_network_in_an_adapter_keeps_its_depths_and_exemptions() -> None:
     assert by_name(inside.param_groups(**keywords)) == expected
 
 
-def test_depths_count_what_stands_around_a_timm_network() -> None:
+def test_depths_include_the_modules_around_a_timm_network() -> None:
     network = timm.create_model("test_resnet", num_classes=0)
     depth = FineTuneModel(network, nn.Linear(96, 3)).group_matcher()("classifier.weight")
     around = nn.Sequential(nn.Conv2d(1, 3, 1), network, nn.Linear(96, 64))
@@ -160,7 +160,7 @@ def test_groups_are_the_same_whatever_is_frozen() -> None:
         assert by_name(model.param_groups(**keywords)) == whole
 
 
-def test_optimizers_take_the_groups() -> None:
+def test_optimizers_accept_the_groups() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone()
     optimizer = torch.optim.SGD(model.param_groups(lr=0.1), momentum=0.9)
     assert optimizer.param_groups[0]["param_names"] == ["classifier.weight", "classifier.bias"]
@@ -170,7 +170,7 @@ def test_optimizers_take_the_groups() -> None:
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_rates_given_as_tensors_are_those_given_as_numbers(layer_decay: float | None, shape: tuple[int, ...]) -> None:
+def test_rates_given_as_tensors_equal_those_given_as_numbers(layer_decay: float | None, shape: tuple[int, ...]) -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
     keywords: dict[str, Any] = {"weight_decay": 0.05, "layer_decay": layer_decay}
     expected = model.param_groups(lr=0.5, backbone_lr=0.25, **keywords)
@@ -179,7 +179,7 @@ def test_rates_given_as_tensors_are_those_given_as_numbers(layer_decay: float | 
     assert [group["lr"].item() for group in groups] == [group["lr"] for group in expected]
     assert [group["param_names"] for group in groups] == [group["param_names"] for group in expected]
     for group in groups:
-        group["lr"].zero_()  # as a scheduler does it
+        group["lr"].zero_()  # like a scheduler
         assert [other["lr"].item() == 0 for other in groups].count(True) == 1
         group["lr"].fill_(1.0)
     assert (lr.item(), backbone_lr.item()) == (0.5, 0.25)
@@ -201,12 +201,12 @@ def test_rates_given_as_tensors_are_those_given_as_numbers(layer_decay: float | 
         ({"lr": 0.1, "weight_decay": None}, "weight_decay=None"),
     ],
 )
-def test_impossible_rates_are_refused(keywords: dict[str, Any], message: str) -> None:
+def test_invalid_rates_raise(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).param_groups(**keywords)
 
 
-def test_nothing_to_train_is_refused() -> None:
+def test_no_trainable_parameter_raises() -> None:
     model = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone()
     model.classifier.requires_grad_(False)
     with pytest.raises(ValueError, match=r"no parameter trains; unfreeze"):

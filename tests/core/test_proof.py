@@ -1,4 +1,4 @@
-"""`frozen_fingerprint` and `assert_frozen`: what they cover, what they cost, what they say."""
+"""`frozen_fingerprint` and `assert_frozen`: coverage, cost and error messages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small_model() -> FineTuneModel:
     return FineTuneModel(backbone, nn.Linear(4, 2)).freeze_backbone()
 
 
-def test_it_covers_parameters_and_buffers_saved_or_not() -> None:
+def test_it_covers_parameters_and_all_buffers() -> None:
     model = small_model()
     names = {name for name, _ in (*model.backbone.named_parameters(), *model.backbone.named_buffers())}
     assert set(model.frozen_fingerprint()) == {f"backbone.{name}" for name in names}
@@ -49,7 +49,7 @@ def test_it_covers_parameters_and_buffers_saved_or_not() -> None:
 @pytest.mark.parametrize(
     "name", ["0.weight", "0.bias", "1.running_var", "1.num_batches_tracked", "2.saved", "2.derived", "2.linear.bias"]
 )
-def test_one_changed_bit_is_seen(name: str) -> None:
+def test_one_changed_bit_is_detected(name: str) -> None:
     model = small_model()
     tensors = {**dict(model.backbone.named_parameters()), **dict(model.backbone.named_buffers())}
     before = model.frozen_fingerprint()
@@ -63,7 +63,7 @@ def test_one_changed_bit_is_seen(name: str) -> None:
     assert [key for key in before if before[key] != after[key]] == [f"backbone.{name}"]
 
 
-def test_minus_zero_and_nan_are_bits_like_any_other() -> None:
+def test_minus_zero_and_nan_are_compared_as_bits() -> None:
     model = small_model()
     with torch.no_grad():
         model.backbone[0].bias.fill_(float("nan"))
@@ -74,7 +74,7 @@ def test_minus_zero_and_nan_are_bits_like_any_other() -> None:
         model.backbone[0].weight.neg_()
 
 
-def test_dtype_and_shape_count_though_the_bits_are_the_same() -> None:
+def test_a_changed_dtype_or_shape_is_detected_with_equal_bits() -> None:
     zeros = torch.zeros(4)
     others = (torch.zeros(4, dtype=torch.int32), torch.zeros(2, 2), torch.zeros(1, 4))
     assert len({digest(tensor) for tensor in (zeros, *others)}) == 4
@@ -86,7 +86,7 @@ def values_of(sparse: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
-def test_a_sparse_buffer_counts(layout: torch.layout) -> None:
+def test_a_changed_sparse_buffer_is_detected(layout: torch.layout) -> None:
     model = small_model()
     model.backbone.register_buffer("graph", torch.eye(3).to_sparse(layout=layout))
     with model.assert_frozen():
@@ -108,7 +108,7 @@ WITHOUT_STRIDES = {
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 @pytest.mark.parametrize("kind", WITHOUT_STRIDES)
-def test_a_buffer_that_is_made_of_other_tensors_counts(kind: str) -> None:
+def test_a_changed_tensor_subclass_is_detected(kind: str) -> None:
     model = small_model()
     model.backbone.register_buffer("table", WITHOUT_STRIDES[kind](1.0))
     with model.assert_frozen():
@@ -117,7 +117,7 @@ def test_a_buffer_that_is_made_of_other_tensors_counts(kind: str) -> None:
         model.backbone.table = WITHOUT_STRIDES[kind](2.0)
 
 
-def test_what_has_no_values_counts_by_its_shape() -> None:
+def test_tensors_without_values_are_compared_by_shape() -> None:
     model = small_model()
     model.backbone.append(nn.LazyBatchNorm1d(affine=False).eval())
     model.backbone.register_buffer("table", torch.empty(2, device="meta"))
@@ -130,7 +130,7 @@ def test_what_has_no_values_counts_by_its_shape() -> None:
         assert name in str(caught.value)
 
 
-def test_quantised_weights_are_proved_and_stay_frozen() -> None:
+def test_quantised_weights_are_checked_and_stay_frozen() -> None:
     model = small_model()
     model.backbone[0].weight = quantise(model.backbone[0].weight)
     before = model.frozen_fingerprint()
@@ -161,7 +161,7 @@ def test_weights_that_torchao_quantised() -> None:
 
 
 @pytest.mark.parametrize("view", [lambda weight: weight, lambda weight: weight.t(), lambda weight: weight[1:]])
-def test_memory_that_is_shared_with_what_trains_is_named(view: Callable[[Tensor], Tensor]) -> None:
+def test_memory_shared_with_a_trainable_parameter_is_reported(view: Callable[[Tensor], Tensor]) -> None:
     model = FineTuneModel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
     model.backbone[0].weight.data = view(model.backbone[1].weight.data)
     model.backbone[0].requires_grad_(False)
@@ -170,26 +170,26 @@ def test_memory_that_is_shared_with_what_trains_is_named(view: Callable[[Tensor]
         model.backbone[1].weight.data += 1
 
 
-def test_parameters_that_interleave_in_one_storage_share_no_memory() -> None:
+def test_interleaved_parameters_in_one_storage_do_not_share_memory() -> None:
     whole = torch.zeros(4, 8)
     left, right = nn.Parameter(whole[:, :4], requires_grad=False), nn.Parameter(whole[:, 4:])
     assert shared_memory([("left", left), ("right", right)]) == []
 
 
-def test_an_embedding_that_scales_itself_is_named() -> None:
+def test_max_norm_of_an_embedding_is_reported() -> None:
     model = FineTuneModel(nn.Embedding(3, 4, max_norm=0.1), nn.Linear(4, 2)).freeze_backbone()
     cause = "weight: rescaled in the forward by the max_norm of its embedding"
     with pytest.raises(AssertionError, match=cause), model.assert_frozen():
         model(torch.arange(3))
 
 
-def test_names_of_what_is_frozen_are_those_of_the_fingerprint() -> None:
+def test_frozen_names_are_those_of_the_fingerprint() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1)
     assert model.frozen_names() == set(model.frozen_fingerprint())
     assert "backbone.bn1.running_mean" in model.frozen_names()
 
 
-def test_training_passes_and_what_trains_is_free_to_move() -> None:
+def test_training_passes_and_trainable_parameters_may_change() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone(trainable_groups=1)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     before = model.backbone.layer4[0].bn1.running_mean.clone()
@@ -202,11 +202,11 @@ def test_training_passes_and_what_trains_is_free_to_move() -> None:
     assert not torch.equal(model.backbone.layer4[0].bn1.running_mean, before)
 
 
-def test_the_error_goes_by_layer_group_and_names_the_cause() -> None:
+def test_the_error_lists_layer_groups_and_causes() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=3).freeze_backbone()
     with pytest.raises(AssertionError) as caught, model.assert_frozen(), torch.no_grad():  # noqa: PT012
         model.backbone.layer1[0].conv1.weight.mul_(0.9)
-        nn.Module.train(model.backbone.layer3, True)  # behind our back, as a trainer does it
+        nn.Module.train(model.backbone.layer3, True)  # as a trainer would do
         model(torch.randn(2, 3, 32, 32))
         model.backbone.layer4[0].conv1.weight.requires_grad_(True)
     first, *lines = str(caught.value).splitlines()
@@ -219,7 +219,7 @@ def test_the_error_goes_by_layer_group_and_names_the_cause() -> None:
     assert "layer4.0.conv1.weight: unfrozen inside" in by_group["layer4"]
 
 
-def test_a_table_that_a_forward_replaces_is_not_blamed_on_an_optimizer() -> None:
+def test_a_buffer_that_a_forward_replaces_is_reported_as_such() -> None:
     model = FineTuneModel.from_timm("convit_tiny", num_classes=3, img_size=32).freeze_backbone()
     pictures = torch.randn(1, 3, 32, 32)
     with pytest.raises(AssertionError, match=r"rel_indices: a buffer, .*first forward"), model.assert_frozen():
@@ -228,27 +228,27 @@ def test_a_table_that_a_forward_replaces_is_not_blamed_on_an_optimizer() -> None
         model(pictures)
 
 
-def test_a_replaced_module_is_named() -> None:
+def test_a_replaced_module_is_reported() -> None:
     model = small_model()
     with pytest.raises(AssertionError, match="no longer in the model"), model.assert_frozen():
         model.backbone[1] = nn.Identity()
 
 
-def test_unfrozen_inside_is_named_though_nothing_moved() -> None:
+def test_unfreezing_inside_is_reported_even_without_changes() -> None:
     model = small_model()
     named = r"2: backbone\.2\.linear\.bias.*: unfrozen inside"
     with pytest.raises(AssertionError, match=named), model.assert_frozen():
         model.freeze_backbone(trainable_groups=1)
 
 
-def test_nothing_frozen_passes() -> None:
+def test_a_model_without_frozen_tensors_passes() -> None:
     model = small_model().unfreeze_backbone()
     with model.assert_frozen(), torch.no_grad():
         model.backbone[0].weight.zero_()
     assert model.frozen_fingerprint() == {}
 
 
-def test_an_exception_inside_comes_through_unchanged() -> None:
+def test_an_exception_inside_is_not_changed() -> None:
     model = small_model()
     error = KeyError("the loader's own")
     with pytest.raises(KeyError) as caught, model.assert_frozen():  # noqa: PT012
@@ -259,7 +259,7 @@ def test_an_exception_inside_comes_through_unchanged() -> None:
     assert caught.value.__context__ is None
 
 
-def test_freezing_more_inside_passes() -> None:
+def test_freezing_inside_passes() -> None:
     model = small_model().freeze_backbone(trainable_groups=1)
     with model.assert_frozen():
         model.freeze_backbone()
@@ -274,12 +274,12 @@ def test_any_precision_and_any_memory_format(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
-def test_a_sharded_tensor_counts_by_its_local_shard(mesh: dist.DeviceMesh) -> None:
+def test_a_sharded_tensor_is_compared_by_its_local_shard(mesh: dist.DeviceMesh) -> None:
     model = small_model()
     plain = model.frozen_fingerprint()["backbone.0.weight"]
     sharded = distribute_tensor(model.backbone[0].weight.detach(), mesh, [Shard(0)])
     model.backbone[0].weight = nn.Parameter(sharded, requires_grad=False)
-    assert model.frozen_fingerprint()["backbone.0.weight"] == plain  # one process: its shard is all of it
+    assert model.frozen_fingerprint()["backbone.0.weight"] == plain  # one process: its shard is the whole tensor
     weight = model.backbone[0].weight
     assert isinstance(weight, DTensor)
     with pytest.raises(AssertionError, match=r"0: backbone\.0\.weight: written to"), model.assert_frozen():
@@ -304,7 +304,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux alone")
 def test_no_second_copy_of_the_model_in_memory() -> None:
-    # A process of its own, since the peak of this one may be anything.
+    # A separate process, because the peak memory of this one depends on other tests.
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_A_COPY], capture_output=True, text=True, timeout=300, check=False
     )
@@ -313,9 +313,9 @@ def test_no_second_copy_of_the_model_in_memory() -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_it_costs_a_fraction_of_a_forward_over_64_pictures() -> None:
+def test_it_costs_a_fraction_of_a_forward_of_64_images() -> None:
     model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone()
-    pictures = torch.randn(64, 3, 128, 128)  # harder than at the network's own 224 pixels
+    pictures = torch.randn(64, 3, 128, 128)  # stricter than at the network's own 224 pixels
 
     def seconds_of_proof() -> float:
         start = time.process_time()
@@ -328,6 +328,6 @@ def test_it_costs_a_fraction_of_a_forward_over_64_pictures() -> None:
             model(pictures)
         return time.process_time() - start
 
-    # CPU seconds, both in turns, so that what else the machine does counts for neither.
+    # CPU seconds, measured alternately, so that other load on the machine does not count.
     ratios = [seconds_of_proof() / seconds_of_forward() for _ in range(3)]
     assert statistics.median(ratios) < 0.25, ratios

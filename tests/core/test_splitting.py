@@ -1,4 +1,4 @@
-"""from_module: the cut is at the very object, it is proved, and the network handed in still runs."""
+"""from_module: the network is split at the given object, the split is checked, and the network still works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backbone_finetune import FineTuneModel
 
 
 class Net(nn.Module):
-    """A network whose classifier sits at `head.fc`: (B, 6) -> (B, 3)."""
+    """A network with its classifier at `head.fc`: (B, 6) -> (B, 3)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ INPUTS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("example_input", [None, INPUTS, (INPUTS,)])
-def test_the_same_function_in_two_parts(example_input: Any) -> None:
+def test_the_split_network_computes_the_same_function(example_input: Any) -> None:
     net = Net()
     twin = copy.deepcopy(net)
     model = FineTuneModel.from_module(net, net.head.fc, example_input=example_input)
@@ -90,7 +90,7 @@ def test_the_same_function_in_two_parts(example_input: Any) -> None:
     assert model.num_classes == 3
 
 
-def test_the_network_handed_in_still_runs_and_shares_its_parameters() -> None:
+def test_the_given_network_still_works_and_shares_its_parameters() -> None:
     net = Net().eval()
     before = net(INPUTS)
     model = FineTuneModel.from_module(net, net.head.fc, example_input=INPUTS)
@@ -102,7 +102,7 @@ def test_the_network_handed_in_still_runs_and_shares_its_parameters() -> None:
     assert torch.equal(net.eval()(INPUTS), model.eval()(INPUTS))
 
 
-def test_construction_leaves_no_trace() -> None:
+def test_construction_does_not_change_the_network() -> None:
     net = Net()
     state = copy.deepcopy(net.state_dict())
     random_state = torch.get_rng_state()
@@ -125,7 +125,7 @@ def test_a_replacement_for_the_classifier() -> None:
         FineTuneModel.from_module(net, net.head.fc, new_classifier=nn.Linear(9, 5), example_input=INPUTS)
 
 
-def test_the_way_back_has_the_old_names_and_nothing_of_ours() -> None:
+def test_to_module_has_the_original_names_and_modules() -> None:
     net = Net()
     names = list(net.state_dict())
     model = FineTuneModel.from_module(net, net.head.fc).freeze_backbone()
@@ -137,7 +137,7 @@ def test_the_way_back_has_the_old_names_and_nothing_of_ours() -> None:
 
 
 @pytest.mark.parametrize("kind", [LogSoftmax, Reshaped, SoftmaxInEvaluation, InPlace, TwoOutputs])
-def test_a_network_that_computes_on_is_refused_at_construction(kind: type[Net]) -> None:
+def test_a_network_that_processes_its_logits_raises_at_construction(kind: type[Net]) -> None:
     net = kind()
     with pytest.raises(ValueError, match=r"processes the output of its classifier 'head\.fc' in eval mode"):
         FineTuneModel.from_module(net, net.head.fc, example_input=INPUTS)
@@ -145,7 +145,7 @@ def test_a_network_that_computes_on_is_refused_at_construction(kind: type[Net]) 
 
 @pytest.mark.parametrize("kind", [LogSoftmax, Reshaped, InPlace, TwoOutputs])
 @pytest.mark.parametrize("mode", [True, False])
-def test_a_network_that_computes_on_is_refused_at_the_first_forward(kind: type[Net], mode: bool) -> None:
+def test_a_network_that_processes_its_logits_raises_in_the_first_forward(kind: type[Net], mode: bool) -> None:
     net = kind()
     model = FineTuneModel.from_module(net, net.head.fc).train(mode)
     for _ in range(2):
@@ -153,7 +153,7 @@ def test_a_network_that_computes_on_is_refused_at_the_first_forward(kind: type[N
             model(INPUTS)
 
 
-def test_each_mode_is_proved_on_its_own() -> None:
+def test_each_mode_is_checked_separately() -> None:
     net = SoftmaxInEvaluation()
     model = FineTuneModel.from_module(net, net.head.fc)
     model.train()(INPUTS)
@@ -162,13 +162,13 @@ def test_each_mode_is_proved_on_its_own() -> None:
 
 
 @pytest.mark.parametrize(("kind", "times"), [(CalledTwice, 2), (NeverCalled, 0)])
-def test_a_classifier_that_is_not_called_once_is_refused(kind: type[Net], times: int) -> None:
+def test_a_classifier_that_is_not_called_exactly_once_raises(kind: type[Net], times: int) -> None:
     net = kind()
     with pytest.raises(ValueError, match=rf"calls its classifier 'head\.fc' {times} times"):
         FineTuneModel.from_module(net, net.head.fc)(INPUTS)
 
 
-def test_what_goes_on_in_place_is_refused_in_inference_mode_too() -> None:
+def test_in_place_operations_raise_in_inference_mode_too() -> None:
     net = InPlace()
     with torch.inference_mode(), pytest.raises(ValueError, match="an in-place operation"):
         FineTuneModel.from_module(net, net.head.fc)(INPUTS)
@@ -177,7 +177,7 @@ def test_what_goes_on_in_place_is_refused_in_inference_mode_too() -> None:
         FineTuneModel.from_module(clean, clean.head.fc)(INPUTS * float("nan"))
 
 
-def test_a_classifier_that_is_used_otherwise_is_refused() -> None:
+def test_other_uses_of_the_classifier_raise() -> None:
     net = ByKeyword()
     with pytest.raises(ValueError, match="with 0 positional and 1 keyword arguments"):
         FineTuneModel.from_module(net, net.head.fc)(INPUTS)
@@ -186,7 +186,7 @@ def test_a_classifier_that_is_used_otherwise_is_refused() -> None:
         FineTuneModel.from_module(reader, reader.head.fc)(INPUTS)
 
 
-def test_features_asked_of_the_backbone_are_not_held() -> None:
+def test_features_from_the_backbone_are_not_kept_alive() -> None:
     net = Net()
     model = FineTuneModel.from_module(net, net.head.fc)
     features = model.backbone(INPUTS)
@@ -196,7 +196,7 @@ def test_features_asked_of_the_backbone_are_not_held() -> None:
     assert model(INPUTS).shape == (4, 3)
 
 
-def test_what_is_no_submodule_or_occurs_twice_is_refused() -> None:
+def test_a_classifier_that_is_missing_or_occurs_twice_raises() -> None:
     net = Net()
     with pytest.raises(ValueError, match=r"\(Linear\) is not a submodule of the network \(Net\)"):
         FineTuneModel.from_module(net, nn.Linear(8, 3))
@@ -207,7 +207,7 @@ def test_what_is_no_submodule_or_occurs_twice_is_refused() -> None:
         FineTuneModel.from_module(net, net.head.fc)
 
 
-def test_two_modules_go_back_to_a_sequential() -> None:
+def test_two_modules_become_a_sequential() -> None:
     backbone, classifier = nn.Linear(6, 4), nn.Linear(4, 2)
     plain = FineTuneModel(backbone, classifier).to_module()
     assert isinstance(plain, nn.Sequential)
@@ -215,7 +215,7 @@ def test_two_modules_go_back_to_a_sequential() -> None:
 
 
 class Counts(nn.Module):
-    """Counts its forwards, in eval too: (B, 4) -> (B, 4)."""
+    """Counts its forwards, also in eval mode: (B, 4) -> (B, 4)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class Counts(nn.Module):
         return inputs
 
 
-def test_a_probe_leaves_a_buffer_that_every_forward_writes_as_it_found_it() -> None:
+def test_a_probe_does_not_change_a_buffer_that_every_forward_writes() -> None:
     network = nn.Sequential(Counts(), nn.Linear(4, 2))
     FineTuneModel.from_module(network, network[1], example_input=torch.zeros(1, 4))
     assert network[0].forwards == 0

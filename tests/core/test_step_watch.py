@@ -1,4 +1,4 @@
-"""What is unfrozen after the optimizer was built is in no optimizer: said once, and only where it is so."""
+"""A warning for parameters that were unfrozen after the optimizer was built, once, and only if they are in none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from backbone_finetune.guards.step_watch import STEPS
 Build = Callable[[FineTuneModel], list[torch.optim.Optimizer]]
 
 INPUTS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-SAID = r"4 parameters were unfrozen \(backbone\.0\.weight, .*\.\.\.\) but are in no optimizer.*include_frozen=True"
+WARNING = r"4 parameters were unfrozen \(backbone\.0\.weight, .*\.\.\.\) but are in no optimizer.*include_frozen=True"
 
 
 def frozen_model() -> FineTuneModel:
@@ -44,14 +44,14 @@ def train(model: Callable[[Tensor], Tensor], *optimizers: torch.optim.Optimizer,
             optimizer.step()
 
 
-def test_unfreezing_after_the_optimizer_was_built_is_said_once() -> None:
+def test_unfreezing_after_the_optimizer_was_built_warns_once() -> None:
     model = frozen_model()
     optimizer = adamw(model)
     train(model, optimizer)
     model.unfreeze_backbone()
     before = model.backbone[0].weight.clone()
     train(model, optimizer, steps=STEPS - 1)
-    with pytest.warns(UserWarning, match=SAID) as caught:
+    with pytest.warns(UserWarning, match=WARNING) as caught:
         train(model, optimizer, steps=4)
     assert [warning.filename for warning in caught] == [__file__]
     assert torch.equal(model.backbone[0].weight, before)
@@ -59,25 +59,25 @@ def test_unfreezing_after_the_optimizer_was_built_is_said_once() -> None:
     train(model, optimizer)
 
 
-def test_by_hand_from_the_next_train_on() -> None:
+def test_unfreezing_by_hand_warns_after_the_next_train() -> None:
     model = frozen_model()
     optimizer = adamw(model)
     model.backbone.requires_grad_(True)
     model.train()
-    with pytest.warns(UserWarning, match=SAID):
+    with pytest.warns(UserWarning, match=WARNING):
         train(model, optimizer)
 
 
-def test_what_trained_before_may_be_frozen_now() -> None:
+def test_freezing_does_not_warn() -> None:
     model = frozen_model()
     optimizer = plain_sgd(model)
     model.classifier.requires_grad_(False)
     model.unfreeze_backbone()
-    with pytest.warns(UserWarning, match=SAID):
+    with pytest.warns(UserWarning, match=WARNING):
         train(model, optimizer)
 
 
-def test_only_a_part_was_given_to_the_optimizer() -> None:
+def test_an_optimizer_of_a_part_does_not_warn() -> None:
     model = frozen_model()
     optimizer = plain_sgd(model)
     model.unfreeze_backbone()
@@ -143,7 +143,7 @@ def new_optimizer_after_all(model: FineTuneModel) -> list[torch.optim.Optimizer]
         new_optimizer_after_all,
     ],
 )
-def test_nothing_is_said_where_all_that_trains_moves(
+def test_no_warning_if_every_trainable_parameter_is_in_an_optimizer(
     build: Build,
 ) -> None:
     model = frozen_model()
@@ -161,13 +161,13 @@ def test_steps_of_every_kind_are_seen(kind: type[torch.optim.Optimizer], fused: 
     groups = model.param_groups(lr=0.1)
     optimizer = kind(groups, lr=0.1, fused=fused)
     model.unfreeze_backbone()
-    with pytest.warns(UserWarning, match=SAID):
+    with pytest.warns(UserWarning, match=WARNING):
         train(model, optimizer)
     model.freeze_backbone().unfreeze_backbone()
     train(model, kind(model.param_groups(lr=0.1), lr=0.1, fused=fused))
 
 
-def test_two_optimizers_that_step_in_turn() -> None:
+def test_two_alternating_optimizers() -> None:
     model = frozen_model()
     first = plain_sgd(model)
     model.unfreeze_backbone()
@@ -196,7 +196,7 @@ def test_a_part_that_no_forward_uses() -> None:
     assert model.backbone[1].weight.grad is None
 
 
-def test_what_is_frozen_again_is_not_missed() -> None:
+def test_parameters_that_are_frozen_again_do_not_warn() -> None:
     model = frozen_model()
     optimizer = adamw(model)
     model.unfreeze_backbone()
@@ -217,11 +217,11 @@ def test_forwards_and_steps_of_another_model_do_not_count() -> None:
         model(INPUTS)
     model.train()
     train(model, optimizer, steps=STEPS - 1)
-    with pytest.warns(UserWarning, match=SAID):
+    with pytest.warns(UserWarning, match=WARNING):
         optimizer.step()
 
 
-def test_a_model_that_is_dropped_is_freed() -> None:
+def test_a_deleted_model_is_freed() -> None:
     model = frozen_model()
     model.unfreeze_backbone()
     dropped = weakref.ref(model.backbone[0].weight)
@@ -242,17 +242,17 @@ def test_a_compiled_step_runs() -> None:
     assert not torch.equal(model.classifier.weight, before)
 
 
-def test_a_lazy_classifier_is_no_step() -> None:
+def test_initializing_a_lazy_classifier_does_not_warn() -> None:
     model = FineTuneModel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.LazyLinear(2)).freeze_backbone()
     optimizer = torch.optim.SGD(model.classifier.parameters(), lr=0.1)
     model.unfreeze_backbone()
-    model(INPUTS)  # it finds its size
+    model(INPUTS)  # initializes it
     model.train()
-    with pytest.warns(UserWarning, match=SAID):
+    with pytest.warns(UserWarning, match=WARNING):
         train(model, optimizer)
 
 
-def test_a_copy_is_for_itself() -> None:
+def test_a_copy_is_independent() -> None:
     model = frozen_model()
     optimizer = adamw(model)
     model.unfreeze_backbone()
@@ -260,7 +260,7 @@ def test_a_copy_is_for_itself() -> None:
     train(twin, adamw(twin))
     loaded = pickle.loads(pickle.dumps(model))
     train(loaded, adamw(loaded))
-    with pytest.warns(UserWarning, match=SAID):
+    with pytest.warns(UserWarning, match=WARNING):
         train(model, optimizer)
 
 
@@ -270,7 +270,7 @@ def test_a_compiled_forward_stays_one_graph() -> None:
     optimizer = adamw(model)
     model.unfreeze_backbone()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with pytest.warns(UserWarning, match=SAID):
+    with pytest.warns(UserWarning, match=WARNING):
         train(compiled, optimizer)
 
 
@@ -286,7 +286,7 @@ def test_sharded_parameters(mesh: dist.DeviceMesh, shards_first: bool) -> None:
         model.unfreeze_backbone()
         fully_shard(model, mesh=mesh)
         optimizer = torch.optim.SGD(model.classifier.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=SAID):
+    with pytest.warns(UserWarning, match=WARNING):
         train(model.train(), optimizer)
     model.freeze_backbone().unfreeze_backbone()
     train(model, adamw(model))

@@ -1,4 +1,4 @@
-"""What trains in a backbone: any part of it, the last groups, and never what its author had fixed."""
+"""Which parts of a backbone train: any submodules or the last groups, but not parameters that its author fixed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def training(model: FineTuneModel) -> list[str]:
     return [name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad]
 
 
-def test_the_first_block_alone_trains_and_the_rest_is_proved_frozen() -> None:
+def test_the_first_block_alone_trains_and_the_rest_stays_frozen() -> None:
     model = model_of_three()
     first = model.backbone[0]
     assert model.freeze_backbone(trainable=[first]) is model
@@ -46,7 +46,7 @@ def test_the_first_block_alone_trains_and_the_rest_is_proved_frozen() -> None:
     assert set(moved) >= {"0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
-def test_parts_are_given_as_modules_or_as_groups_and_the_call_is_absolute() -> None:
+def test_parts_are_given_as_modules_or_groups_and_replace_earlier_calls() -> None:
     model = model_of_three()
     norms = [module for module in model.backbone.modules() if isinstance(module, nn.BatchNorm1d)]
     assert training(model.freeze_backbone(trainable=norms)) == [
@@ -93,7 +93,7 @@ def test_a_tied_parameter_trains_by_any_of_its_names() -> None:
         (lambda m: [], ValueError, r"trainable=\[\]: the list is empty; .* call freeze_backbone\(\)"),
     ],
 )
-def test_what_is_no_part_is_refused_and_nothing_changes(choose: Any, kind: type[Exception], message: str) -> None:
+def test_an_invalid_part_raises_and_nothing_changes(choose: Any, kind: type[Exception], message: str) -> None:
     model = model_of_three().freeze_backbone(trainable_groups=1)
     before = training(model)
     with pytest.raises(kind, match=message):
@@ -101,19 +101,19 @@ def test_what_is_no_part_is_refused_and_nothing_changes(choose: Any, kind: type[
     assert training(model) == before
 
 
-def test_both_arguments_are_refused() -> None:
+def test_both_arguments_raise() -> None:
     model = model_of_three()
     with pytest.raises(ValueError, match=r"trainable_groups=1 and trainable=\[\.\.\.\] are both given; pass one"):
         model.freeze_backbone(trainable_groups=1, trainable=[model.backbone[0]])
 
 
-def test_the_count_of_groups_that_train_is_read_from_the_model() -> None:
+def test_trainable_groups_is_read_from_requires_grad() -> None:
     model = model_of_three()
     for count in (0, 1, 2, 3):
         assert model.freeze_backbone(trainable_groups=count).trainable_groups == count
     assert model.freeze_backbone(trainable=[model.backbone[0]]).trainable_groups is None
     assert model.freeze_backbone(trainable=[model.backbone[2]]).trainable_groups == 1
-    model.backbone[1].requires_grad_(True)  # by hand is as good
+    model.backbone[1].requires_grad_(True)  # set by hand
     assert model.trainable_groups == 2
     model.backbone[1][0].bias.requires_grad_(False)
     assert model.trainable_groups is None
@@ -121,7 +121,7 @@ def test_the_count_of_groups_that_train_is_read_from_the_model() -> None:
 
 
 class WithTable(nn.Module):
-    """A small transformer in shape, whose table of positions is no parameter to train."""
+    """Like a small transformer, with a fixed position table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class WithTable(nn.Module):
         self.blocks = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
 
 
-def test_what_the_author_fixed_stays_frozen() -> None:
+def test_parameters_that_the_author_fixed_stay_frozen() -> None:
     model = FineTuneModel(WithTable(), nn.Linear(8, 2))
     model.freeze_backbone().unfreeze_backbone()
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["backbone.positions"]
@@ -141,7 +141,7 @@ def test_what_the_author_fixed_stays_frozen() -> None:
 
 
 @pytest.mark.parametrize("part", ["", "blocks", "blocks.3"])
-def test_what_was_frozen_by_groups_before_it_was_wrapped_trains_again(part: str) -> None:
+def test_groups_that_were_frozen_before_wrapping_are_unfrozen(part: str) -> None:
     backbone = WithTable()
     backbone.positions.requires_grad_(True)
     backbone.get_submodule(part).requires_grad_(False)
@@ -154,7 +154,7 @@ def test_what_was_frozen_by_groups_before_it_was_wrapped_trains_again(part: str)
     )
 
 
-def test_it_is_said_when_much_was_fixed() -> None:
+def test_unfreezing_warns_if_many_parameters_are_fixed() -> None:
     backbone = WithTable()
     for block in backbone.blocks:
         block.weight.requires_grad_(False)
@@ -165,7 +165,7 @@ def test_it_is_said_when_much_was_fixed() -> None:
     assert backbone.blocks[0].bias.requires_grad
 
 
-def test_regroup_takes_what_came_after_wrapping() -> None:
+def test_regroup_includes_parameters_that_were_added_after_wrapping() -> None:
     network = timm.create_model("test_resnet", num_classes=3)
     model = FineTuneModel.from_timm(network, norm_eval=True)
     names = [group.name for group in model.layer_groups]
@@ -189,7 +189,7 @@ def test_regroup_takes_what_came_after_wrapping() -> None:
 
 def test_adapters_of_a_wrapped_network_train_alone() -> None:
     backbone = WithTable().requires_grad_(False)
-    for block in list(backbone.blocks)[6:]:  # as PEFT does it: the base fixed all over, adapters in some places
+    for block in list(backbone.blocks)[6:]:  # as in PEFT: all base weights fixed, adapters in some places
         block.adapter = nn.Linear(8, 8)
     model = FineTuneModel(backbone, nn.Linear(8, 2))
     adapters = [name for name, _ in backbone.named_parameters() if "adapter" in name]
@@ -216,12 +216,12 @@ def test_lazy_layers_freeze_before_their_first_forward(capsys: pytest.CaptureFix
     assert training(model.unfreeze_backbone()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
-def test_it_is_said_when_all_that_was_asked_for_was_fixed() -> None:
+def test_unfreezing_only_fixed_parameters_warns() -> None:
     backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
     backbone[1].weight.requires_grad_(True)
     model = FineTuneModel(backbone, nn.Linear(4, 2))
     with pytest.warns(UserWarning, match=r"^freeze_backbone: all 2 parameters to unfreeze \(0\.\w+, 0\.\w+\) stay"):
         model.freeze_backbone(trainable=[backbone[0]])
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
-    model.freeze_backbone(trainable_groups=1)  # some of it trains, as adapters do above weights that are fixed
+    model.freeze_backbone(trainable_groups=1)  # some of it trains, like adapters on fixed weights
     assert [name for name, parameter in backbone.named_parameters() if parameter.requires_grad] == ["1.weight"]
