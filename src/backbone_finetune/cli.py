@@ -14,6 +14,7 @@ from typing import NoReturn
 from pydantic import ValidationError
 
 from .recipes.commands.evaluate import describe_evaluation, evaluate_folder, write_evaluation
+from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.frontier import inspect_frontier
 from .recipes.commands.inspect import inspect, inspect_file
 from .recipes.commands.predict import predict, write_csv, write_json
@@ -103,6 +104,7 @@ def build_parser() -> Parser:
     add_train(commands.add_parser("train", help="train a classifier on images"))
     add_predict(commands.add_parser("predict", help="name the likeliest classes of images"))
     add_evaluate(commands.add_parser("evaluate", help="measure a trained model on images of known classes"))
+    add_export(commands.add_parser("export", help="write a trained model in the format of where it will run"))
     add_inspect(commands.add_parser("inspect", help="print layer groups, parameters and cost of a network"))
     return parser
 
@@ -252,17 +254,37 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 def add_inference(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the model, the device and the batch size."""
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="the model.safetensors that `train` wrote")
-    add(
+    add_model(parser)
+    add("--batch-size", type=int, default=32, metavar="N", help="images per batch (default: %(default)s)")
+    add("--workers", type=int, metavar="N", help="processes that read images (default: by cores and images)")
+    add("--tta", action="store_true", help="average over each image and its mirror image, at twice the cost")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ... (default: %(default)s)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a trained model."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="the model.safetensors that `train` wrote")
+    parser.add_argument(
         "--base",
         type=Path,
         metavar="FILE",
         help="the base weights of a model of --trainable-only, if they are not found automatically",
     )
-    add("--batch-size", type=int, default=32, metavar="N", help="images per batch (default: %(default)s)")
-    add("--workers", type=int, metavar="N", help="processes that read images (default: by cores and images)")
-    add("--tta", action="store_true", help="average over each image and its mirror image, at twice the cost")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ... (default: %(default)s)")
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``export``."""
+    parser.description = (
+        "Write a model that `train` wrote in another format: timm (a plain checkpoint, with a class map), hub-folder "
+        "(for timm.create_model('local-dir:...')), onnx, torch-export or openvino. It is loaded again and gives the "
+        "model's logits, or nothing is written."
+    )
+    add = parser.add_argument
+    add_model(parser)
+    add("output", type=Path, metavar="OUTPUT", help="the file or, for hub-folder, the folder to write; not there yet")
+    add("--to", choices=sorted(EXPORTERS), required=True, help="the format")
+    add("--images", type=Path, nargs="+", metavar="IMAGE", help="images, or folders of them, to compare the logits on")
+    parser.set_defaults(run_command=run_export)
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -359,6 +381,16 @@ def run_evaluate(options: argparse.Namespace) -> int:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
     print(describe_evaluation(evaluation))
     print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output)))}")
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """Run ``export``: print what was written."""
+    images = list_images(options.images or [])
+    trained = load_trained_model(options.model, base=options.base)
+    exported = EXPORTERS[options.to](trained, options.output, images=images)
+    for line in describe_export(exported).splitlines():
+        print(printable(line))
     return 0
 
 

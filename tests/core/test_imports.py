@@ -28,6 +28,7 @@ def test_the_core_imports_only_torch_and_timm() -> None:
 FOLDERS = (
     "cli",
     "commands",
+    "export",
     "training",
     "heads",
     "features",

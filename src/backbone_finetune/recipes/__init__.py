@@ -13,6 +13,11 @@ from .data.determinism import is_deterministic
 from .data.finding import find_images, find_splits
 from .data.fingerprint import data_fingerprint
 from .data.images import ImageDataset, LabelledFolder
+from .export.checks import Exported
+from .export.hub_folder import export_hub_folder
+from .export.openvino_model import export_openvino
+from .export.timm_checkpoint import export_timm
+from .export.torch_program import export_torch
 from .features.cache import FeatureCache
 from .features.compiled import compile_inductor, compile_openvino
 from .features.dataset import Features, feature_batches
@@ -31,6 +36,7 @@ __all__ = [
     "DivergedError",
     "EpochResult",
     "Evaluation",
+    "Exported",
     "FeatureCache",
     "Features",
     "HeadResult",
@@ -47,6 +53,10 @@ __all__ = [
     "compile_openvino",
     "data_fingerprint",
     "evaluate_folder",
+    "export_hub_folder",
+    "export_openvino",
+    "export_timm",
+    "export_torch",
     "extract_features",
     "feature_batches",
     "find_images",

@@ -19,6 +19,7 @@ from backbone_finetune.summary import describe_by_group
 
 from ..data.fingerprint import data_fingerprint
 from ..data.images import ImageDataset
+from ..export.timm_checkpoint import find_obstacle
 from ..features.cache import FeatureCache
 from ..features.compiled import COMPILERS
 from ..models.file import TrainedModel, save_trained_changes, save_trained_model
@@ -152,6 +153,8 @@ def _start(
             f"model:    {task.architecture}, {printable(task.weights)}, on {accelerator.device}\n\n"
             f"{describe_by_group(task.model.backbone, task.model.classifier, task.model.layer_groups)}\n"
         )
+        if obstacle := find_obstacle(task.architecture, len(folder.class_names)):
+            logger.info("export:   %s\n", obstacle)
     return config, record
 
 

@@ -1,0 +1,34 @@
+"""``backbone-finetune export``: a trained model in the format of where it will run."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from ..export.checks import Exported
+from ..export.hub_folder import export_hub_folder
+from ..export.openvino_model import export_openvino
+from ..export.timm_checkpoint import export_timm
+from ..export.torch_program import export_torch
+
+__all__ = ["EXPORTERS", "describe_export"]
+
+# What the command line calls them.
+EXPORTERS: Mapping[str, Callable[..., Exported]] = MappingProxyType(
+    {
+        "timm": export_timm,
+        "torch-export": export_torch,
+        "hub-folder": export_hub_folder,
+        "openvino": export_openvino,
+    }
+)
+
+
+def describe_export(exported: Exported) -> str:
+    """Say what was written, how far it is from the model, and how to load it."""
+    images = exported.images
+    on = f"{images} of your images" if images else "noise (pass --images to compare on your own images)"
+    return (
+        f"wrote {exported.path}\n"
+        f"largest difference from the PyTorch logits: {exported.difference:.2g} "
+        f"(largest logit {exported.largest:.2g}), on {on}\n"
+        f"load it with {exported.use}"
+    )

@@ -1,0 +1,107 @@
+"""What every export shares: files that appear whole or not at all, and the proof that they give the model's logits."""
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.images import read_image
+from ..models.file import TrainedModel, build_transform
+
+__all__ = ["Comparison", "Exported", "staging"]
+
+MOST_IMAGES = 16
+# Of the largest logit. A runtime that sums in another order is off by 1e-6 to 1e-5 of it.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, and how far its logits are from the model's, on how many images.
+
+    ``difference`` and ``largest`` are absolute: of the logits, and the largest logit. ``images`` is 0 where none were
+    given, and noise was compared. ``use`` says how to load it.
+    """
+
+    path: Path
+    difference: float
+    largest: float
+    images: int
+    use: str
+
+
+class Comparison:
+    """A trained model's logits on some images, to compare with what was exported.
+
+    Args:
+        trained: The model.
+        images: Image files. Without any, two images of noise, a wide and a tall one.
+    """
+
+    def __init__(self, trained: TrainedModel, images: Sequence[Path]) -> None:
+        # On the CPU, in float32, and without what watches over its training.
+        network = nn.Sequential(trained.model.backbone, trained.model.classifier)
+        self.network = copy.deepcopy(network).float().cpu().eval()
+        self.pictures = [read_image(path) for path in images[:: -(-len(images) // MOST_IMAGES) or 1]] or _draw_noise()
+        self.images = len(self.pictures) if images else 0
+        transform = build_transform(trained.data_config)
+        self.inputs = torch.stack([transform(picture) for picture in self.pictures])
+
+    @torch.no_grad()
+    def prove(self, run: Callable[[Tensor], Tensor], path: Path, *, use: str, tolerance: float = TOLERANCE) -> Exported:
+        """Compare what was exported with the model, on a batch and on one input alone; ``run`` gives its logits.
+
+        Raises:
+            ValueError: they differ by more than ``tolerance``, a share of the largest logit.
+        """
+        batches = self.inputs, self.inputs[:1]
+        difference = max(float((run(batch) - self.network(batch)).abs().max()) for batch in batches)
+        largest = float(self.network(self.inputs).abs().max())
+        if not difference <= tolerance * max(largest, 1e-3):
+            raise ValueError(
+                f"{path}: the exported model has different logits: off by {difference:.2g}, where the "
+                f"largest is {largest:.2g}; nothing was written"
+            )
+        return Exported(path, difference, largest, self.images, use)
+
+
+def _draw_noise() -> list[Image.Image]:
+    noise = torch.randint(256, (300, 400, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return [Image.fromarray(noise.numpy()), Image.fromarray(noise.transpose(0, 1).contiguous().numpy())]
+
+
+@contextmanager
+def staging(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a path of the same name in a new folder; after the block, all that is there moves beside ``path``.
+
+    Raises:
+        FileExistsError: something is there already.
+        ValueError: the path has another suffix.
+    """
+    if suffix and path.suffix != suffix:
+        raise ValueError(f"{path}: the file name must end in {suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        _check_free(path)
+        yield Path(folder, path.name)
+        moves = {written: path.with_name(written.name) for written in Path(folder).iterdir()}
+        for target in moves.values():
+            _check_free(target)
+        (mode_of := Path(folder, ".mode")).touch()  # as the umask has it; safetensors writes for the owner alone
+        for file in Path(folder).rglob("*"):
+            if file.is_file():
+                file.chmod(mode_of.stat().st_mode)
+        for written, target in moves.items():
+            os.replace(written, target)
+
+
+def _check_free(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; remove it, or choose another name")

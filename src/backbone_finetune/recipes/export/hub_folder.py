@@ -1,0 +1,52 @@
+"""A folder as timm writes it for the Hugging Face hub; nothing is pushed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+from timm.models import save_for_hf
+
+from ..models.file import TrainedModel
+from .checks import Comparison, Exported, staging
+from .timm_checkpoint import make_timm_network
+
+__all__ = ["export_hub_folder"]
+
+
+def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
+    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, and check it so.
+
+    ``config.json`` holds the architecture, the preprocessing and the class names, ``model.safetensors`` the weights.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from backbone_finetune import FineTuneModel
+    >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
+    >>> trained = TrainedModel(model, "test_resnet", ("cat", "dog"), timm.data.resolve_model_data_config(model))
+    >>> with TemporaryDirectory() as folder:
+    ...     exported = export_hub_folder(trained, Path(folder, "hub"))
+    ...     network = timm.create_model(f"local-dir:{folder}/hub", pretrained=True)
+    >>> network.pretrained_cfg["label_names"]
+    ['cat', 'dog']
+
+    Args:
+        trained: The model.
+        path: A folder that is not there yet.
+        images: Image files to compare the logits on; without any, noise is.
+
+    Raises:
+        FileExistsError: the folder is there already.
+        ValueError: timm's network cannot hold the classifier.
+    """
+    network = make_timm_network(trained)
+    comparison = Comparison(trained, images)
+    with staging(path) as folder:
+        save_for_hf(
+            network,
+            str(folder),
+            model_config={"label_names": list(trained.class_names)},
+            model_args=dict(trained.arguments),
+            safe_serialization=True,
+            data_config=dict(trained.data_config),
+        )
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        return comparison.prove(loaded, path, use=f"timm.create_model({f'local-dir:{path}'!r}, pretrained=True)")

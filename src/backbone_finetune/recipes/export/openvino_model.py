@@ -1,0 +1,52 @@
+"""A model of OpenVINO, for CPUs and other devices of Intel's."""
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.file import TrainedModel
+from .checks import Comparison, Exported, staging
+
+__all__ = ["export_openvino"]
+
+
+def export_openvino(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
+    """Write an ``.xml`` and a ``.bin`` file in float32, with a batch of any size, and check them as OpenVINO runs them.
+
+    The class names are the model's ``labels``, where OpenVINO's Model API looks for them. It takes the extra
+    ``openvino``.
+
+    Args:
+        trained: The model.
+        path: A file that is not there yet, and ends in ``.xml``; the weights stand beside it.
+        images: Image files to compare the logits on; without any, noise is.
+
+    Raises:
+        FileExistsError: the file is there already.
+        ModuleNotFoundError: OpenVINO is not installed.
+        ValueError: the file gives other logits.
+    """
+    try:
+        openvino: Any = importlib.import_module("openvino")  # it has no types that mypy could read without it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "openvino is not installed; run: pip install 'backbone-finetune[openvino]'"
+        ) from error
+    comparison = Comparison(trained, images)
+    shape = tuple(comparison.inputs.shape[1:])
+    with staging(path, ".xml") as temporary, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch's plans for tracing
+        model = openvino.convert_model(comparison.network, example_input=torch.zeros(2, *shape), input=[-1, *shape])
+        model.set_rt_info(" ".join(name.replace(" ", "_") for name in trained.class_names), ["model_info", "labels"])
+        openvino.save_model(model, temporary, compress_to_fp16=False)
+        compiled = openvino.compile_model(temporary, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+        def run(batch: Tensor) -> Tensor:
+            return torch.from_numpy(compiled(batch.numpy())[0])
+
+        return comparison.prove(run, path, use=f"openvino.compile_model({str(path)!r}, 'CPU')")

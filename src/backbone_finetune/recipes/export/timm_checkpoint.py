@@ -1,0 +1,93 @@
+"""A plain checkpoint of timm, which its own scripts load, and the class map that they need beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from backbone_finetune import FineTuneModel
+
+from ..models.file import TrainedModel
+from .checks import Comparison, Exported, staging
+
+__all__ = ["export_timm", "find_obstacle", "make_timm_network"]
+
+
+def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
+    """Write a checkpoint that ``timm.create_model(..., checkpoint_path=path)`` loads strictly, and check it so.
+
+    Beside ``model.safetensors`` it writes ``model.classes.txt``, the class map of timm's scripts, which order class
+    folders in another way (1, 2, 10) than this library (1, 10, 2).
+
+    >>> from tempfile import TemporaryDirectory
+    >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
+    >>> trained = TrainedModel(model, "test_resnet", ("cat", "dog"), timm.data.resolve_model_data_config(model))
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "plain.safetensors")
+    ...     exported = export_timm(trained, path)
+    ...     network = timm.create_model("test_resnet", num_classes=2, checkpoint_path=path)
+    ...     path.with_suffix(".classes.txt").read_text().split()
+    ['cat', 'dog']
+
+    Args:
+        trained: The model.
+        path: A file that is not there yet, and ends in ``.safetensors``.
+        images: Image files to compare the logits on; without any, noise is.
+
+    Raises:
+        FileExistsError: the file is there already.
+        ValueError: timm's network cannot hold the classifier.
+    """
+    network = make_timm_network(trained)
+    comparison = Comparison(trained, images)
+    arguments = {"num_classes": len(trained.class_names), **trained.arguments}
+    given = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    use = f"timm.create_model({trained.architecture!r}{given}, checkpoint_path={str(path)!r})"
+    with staging(path, ".safetensors") as temporary:
+        save_file(network.state_dict(), temporary, metadata={"format": "pt"})
+        class_map = "".join(f"{name}\n" for name in trained.class_names)
+        temporary.with_suffix(".classes.txt").write_bytes(class_map.encode(errors="surrogateescape"))
+        loaded = timm.create_model(trained.architecture, checkpoint_path=temporary, **arguments).eval()
+        return comparison.prove(loaded, path, use=use)
+
+
+def make_timm_network(trained: TrainedModel) -> nn.Module:
+    """Give timm's own network with the trained weights, on the CPU and with no two tensors on the same memory.
+
+    Raises:
+        ValueError: it cannot hold the classifier.
+    """
+    if obstacle := find_obstacle(trained.architecture, len(trained.class_names), **trained.arguments):
+        raise ValueError(obstacle)
+    network = timm.create_model(trained.architecture, num_classes=len(trained.class_names), **trained.arguments)
+    network.load_state_dict(trained.model.to_module().state_dict())
+    return network.eval()
+
+
+def find_obstacle(architecture: str, num_classes: int, **arguments: Any) -> str | None:
+    """Say why a trained architecture does not go back to timm's own network; None where it does.
+
+    >>> find_obstacle("test_resnet", 3)
+    >>> find_obstacle("levit_128s", 3)
+    "levit_128s: timm's own network has more in its classifier than one linear layer, so a trained ..."
+
+    It is built on the meta device, in a moment.
+    """
+    with torch.device("meta"):
+        plain = timm.create_model(architecture, num_classes=num_classes, **arguments)
+        model = FineTuneModel.from_timm(architecture, num_classes=num_classes, **arguments)
+    try:
+        back = {name: tensor.shape for name, tensor in model.to_module().state_dict().items()}
+        reason = "other tensors than the trained one"
+    except ValueError:
+        back, reason = {}, "more in its classifier than one linear layer"
+    if back == {name: tensor.shape for name, tensor in plain.state_dict().items()}:
+        return None
+    return (
+        f"{architecture}: timm's own network has {reason}, so a trained model cannot be exported to timm or "
+        "hub-folder; export --to onnx, torch-export or openvino instead"
+    )

@@ -1,0 +1,52 @@
+"""A program of ``torch.export``: the network as a graph, which needs neither timm nor this library."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..models.file import TrainedModel
+from .checks import Comparison, Exported, staging
+
+__all__ = ["export_torch"]
+
+
+def export_torch(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
+    """Write a ``.pt2`` file by ``torch.export``, with a batch of any size, and check it as it is loaded.
+
+    ``torch.export.load(path, extra_files=files)`` fills ``files = {"class_names.json": "", "data_config.json": ""}``.
+
+    >>> import timm
+    >>> from tempfile import TemporaryDirectory
+    >>> from backbone_finetune import FineTuneModel
+    >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
+    >>> trained = TrainedModel(model, "test_resnet", ("cat", "dog"), timm.data.resolve_model_data_config(model))
+    >>> with TemporaryDirectory() as folder:
+    ...     exported = export_torch(trained, Path(folder, "model.pt2"))
+    ...     network = torch.export.load(exported.path).module()
+    >>> network(torch.randn(5, 3, 160, 160)).shape
+    torch.Size([5, 2])
+
+    Args:
+        trained: The model.
+        path: A file that is not there yet, and ends in ``.pt2``.
+        images: Image files to compare the logits on; without any, noise is.
+
+    Raises:
+        FileExistsError: the file is there already.
+        ValueError: the file gives other logits.
+    """
+    comparison = Comparison(trained, images)
+    example = torch.zeros(2, *comparison.inputs.shape[1:])
+    with staging(path, ".pt2") as temporary, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch's own plans
+        program = torch.export.export(comparison.network, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        files = {
+            "class_names.json": json.dumps(trained.class_names),
+            "data_config.json": json.dumps(dict(trained.data_config)),
+        }
+        torch.export.save(program, temporary, extra_files=files)
+        loaded = torch.export.load(temporary).module()
+        return comparison.prove(loaded, path, use=f"torch.export.load({str(path)!r}).module()")

@@ -1,0 +1,78 @@
+"""A plain checkpoint that timm loads strictly, with a class map for its scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from exported_models import make_trained, names_in
+from image_folders import COLOURS, make_image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm_families import SMALL
+
+from backbone_finetune.recipes import export_timm
+from backbone_finetune.recipes.export.timm_checkpoint import find_obstacle
+
+# Of the families below 25 million parameters: those whose own classifier is more than one linear layer.
+STAY = {
+    *("crossvit", "efficientformer", "efficientformer_v2", "efficientvim", "efficientvit_msra", "iformer", "levit"),
+    *("repvit", "shvit", "swiftformer"),
+}
+
+
+def test_timm_loads_it_strictly_with_the_same_logits(tmp_path: Path) -> None:
+    images = [make_image(tmp_path / f"{name}.png", colour) for name, colour in COLOURS.items()]
+    trained = make_trained()
+    exported = export_timm(trained, tmp_path / "out" / "plain.safetensors", images=images)
+    assert names_in(tmp_path / "out") == ["plain.classes.txt", "plain.safetensors"]
+    network = timm.create_model("test_resnet", num_classes=3, checkpoint_path=exported.path).eval()
+    inputs = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(network(inputs), trained.model(inputs))
+    assert (exported.difference, exported.images) == (0, 3)
+    assert exported.use == f"timm.create_model('test_resnet', num_classes=3, checkpoint_path={str(exported.path)!r})"
+
+
+def test_the_class_map_gives_timm_the_order_of_the_classes(tmp_path: Path) -> None:
+    trained = make_trained()
+    for name in trained.class_names:
+        make_image(tmp_path / "images" / name / "0.png", COLOURS["red"])
+    export_timm(trained, tmp_path / "plain.safetensors")
+
+    def targets(class_map: str) -> dict[str, int]:
+        reader = ReaderImageFolder(str(tmp_path / "images"), class_map=class_map)
+        return {Path(path).parent.name: target for path, target in reader.samples}
+
+    assert targets(str(tmp_path / "plain.classes.txt")) == {"1": 0, "10": 1, "2": 2}
+    assert targets("") == {"1": 0, "2": 1, "10": 2}
+
+
+def test_arguments_are_part_of_how_to_load_it(tmp_path: Path) -> None:
+    exported = export_timm(make_trained("test_vit", 96, img_size=96), tmp_path / "plain.safetensors")
+    assert exported.use.startswith("timm.create_model('test_vit', num_classes=3, img_size=96, checkpoint_path=")
+
+
+QUICK = {"dla", "levit"}  # a classifier that is a convolution, and two with a norm
+FAMILIES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.zoo)
+    for name, family in SMALL.items()
+    if family.million_parameters < 25
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_goes_back_or_says_so(name: str, tmp_path: Path) -> None:
+    family = SMALL[name]
+    arguments = {"img_size": family.side} if family.takes_img_size else {}
+    obstacle = find_obstacle(family.architecture, 3, **arguments)
+    assert (obstacle is not None) == (name in STAY)
+    trained = make_trained(family.architecture, family.side, **arguments)
+    if obstacle is None:
+        exported = export_timm(trained, tmp_path / "plain.safetensors")
+        assert exported.difference <= 1e-5 * exported.largest
+    else:
+        with pytest.raises(ValueError, match="more in its classifier than one linear layer"):
+            export_timm(trained, tmp_path / "plain.safetensors")
+        assert names_in(tmp_path) == []
