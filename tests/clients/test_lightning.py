@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from client_loops import BATCH_SIZE, DEEPEST, assert_equal, groups_at, recipe, small_model, train_plainly
+from client_loops import (
+    BATCH_SIZE,
+    DEEPEST,
+    assert_equal,
+    groups_at,
+    recipe,
+    run_two_processes,
+    small_model,
+    train_plainly,
+)
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,7 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty"),  # a run is resumed into it
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the images are in memory
 ]
-WORKER = Path(__file__).parents[1] / "helpers" / "client_lightning.py"
 
 
 def by_epoch() -> lightning.Callback:
@@ -97,11 +103,4 @@ def test_its_weight_averaging_averages_what_trains_and_leaves_what_is_frozen(ima
 
 
 def test_an_unfreezing_within_a_fit_on_two_processes(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with log.open("w") as opened:  # the first process starts the second
-        status = subprocess.run([sys.executable, WORKER], stdout=opened, stderr=opened, check=False, timeout=300)
-    assert status.returncode == 0, log.read_text()
-    assert sorted(line for line in log.read_text().splitlines() if "agrees" in line) == [
-        "process 0 agrees",
-        "process 1 agrees",
-    ]
+    run_two_processes("client_lightning.py", tmp_path / "log")  # the first process starts the second

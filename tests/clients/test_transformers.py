@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +10,11 @@ import torch
 from client_loops import (
     DEEPEST,
     EPOCHS,
+    TORCHRUN,
     assert_equal,
     groups_at,
     recipe,
+    run_two_processes,
     small_model,
     train_plainly,
 )
@@ -27,7 +27,6 @@ from client_trainer import make_trainer
 from transformers import TrainerCallback
 
 pytestmark = [pytest.mark.clients, pytest.mark.usefixtures("one_thread")]
-WORKER = Path(__file__).parents[1] / "helpers" / "client_trainer.py"
 
 
 def test_groups_by_epoch_train_as_in_a_plain_loop(images: TensorDataset, tmp_path: Path) -> None:
@@ -96,12 +95,7 @@ def test_label_smoothing(images: TensorDataset) -> None:
 
 
 def test_an_unfreezing_on_two_processes(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", WORKER]
-    with log.open("w") as opened:
-        status = subprocess.run(command, stdout=opened, stderr=opened, check=False, timeout=300)
-    assert status.returncode == 0, log.read_text()
-    assert log.read_text().count("agrees") == 2
+    run_two_processes("client_trainer.py", tmp_path / "log", *TORCHRUN)
 
 
 def test_a_folder_of_the_hub_holds_all_of_the_model(images: TensorDataset, tmp_path: Path) -> None:

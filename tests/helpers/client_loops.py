@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from backbone_finetune.recipes.commands.setup import CLIPART
 from backbone_finetune.recipes.data.images import read_image
 
 README = Path(backbone_finetune.__file__).parent / "recipes" / "README.md"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 CLASSES = ("bird", "clothing", "vehicle")
 BATCH_SIZE = 6
 EPOCHS = 3
@@ -94,6 +97,15 @@ def train_plainly(
             loss(model(inputs), targets).backward()
             optimizer.step()
     return model.eval()
+
+
+def run_two_processes(script: str, log: Path, *launcher: str) -> None:
+    """Run a script of this folder, in which each of two processes prints that it agrees with a plain loop."""
+    with log.open("w") as opened:
+        command = [sys.executable, *launcher, Path(__file__).with_name(script)]
+        status = subprocess.run(command, stdout=opened, stderr=opened, check=False, timeout=300)
+    assert status.returncode == 0, log.read_text()
+    assert log.read_text().count("agrees") == 2
 
 
 def assert_equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor], *, atol: float = 0.0) -> None:
