@@ -327,8 +327,37 @@ def batch_contrast(net: Net, images: Tensor) -> Tensor:
     return to_head(net, net.back(net.middle(features - features.mean(0))))
 
 
+def slight_batch_contrast(net: Net, images: Tensor) -> Tensor:
+    features = net.front(images)
+    return to_head(net, net.back(net.middle(features - 1e-5 * features.mean(0))))
+
+
+def contrast_with_the_first(net: Net, images: Tensor) -> Tensor:
+    features = net.front(images)
+    return to_head(net, net.back(net.middle(features - features[:1])))
+
+
+def by_position(net: Net, images: Tensor) -> Tensor:
+    positions = torch.arange(len(images)).view(-1, 1, 1, 1)
+    return to_head(net, net.back(net.middle(net.front(images) + positions)))
+
+
+def other_order(net: Net, images: Tensor) -> Tensor:
+    front = net.front(images)
+    front = torch.stack((front[: len(front) // 2], front[len(front) // 2 :]), 1).flatten(0, 1)
+    return to_head(net, net.back(net.middle(front)))
+
+
 def python_random(net: Net, images: Tensor) -> Tensor:
     return to_head(net, net.back(net.middle(net.front(images) * random.random())))
+
+
+def rarely_random(net: Net, images: Tensor) -> Tensor:
+    return to_head(net, net.back(net.middle(net.front(images) * (random.random() > 1e-9))))
+
+
+def left_on_a_frozen_module(net: Any, images: Tensor) -> Tensor:
+    return to_head(net, net.back(net.keeping(images)) + net.keeping.kept)
 
 
 def counting(net: Any, images: Tensor) -> Tensor:
@@ -358,7 +387,13 @@ def with_normalisation(net: Any, images: Tensor) -> Tensor:
     [
         (batch_contrast, "the output of middle for an image depends on the other images"),
         (with_normalisation, "the output of middle for an image depends on the other images"),
-        (python_random, "middle returns other values in a second pass over the same images"),
+        (slight_batch_contrast, "the output of middle for an image depends on the other images"),
+        (contrast_with_the_first, "the output of middle for an image depends on the other images"),
+        (by_position, "the output of middle for an image depends on the other images"),
+        (other_order, "the output of middle for an image depends on the other images"),
+        (python_random, "draw from Python's random module"),
+        (rarely_random, "draw from Python's random module"),
+        (left_on_a_frozen_module, "the network runs, and a copy that shares its tensors raises"),
         (counting, "the network returns another output for the same images"),
         (image_again, "the trainable part needs more than the outputs"),
         (a_rare_comparison, "the trainable part needs more than the outputs"),
@@ -373,8 +408,55 @@ def with_normalisation(net: Any, images: Tensor) -> Tensor:
     ],
 )
 def test_networks_without_a_frontier(flow: Callable[[Net, Tensor], Tensor], why: str) -> None:
-    net = Net(flow, whiten=nn.BatchNorm2d(3, affine=False))
+    net = Net(flow, whiten=nn.BatchNorm2d(3, affine=False), keeping=frozen(Keeping()))
     assert re.search(why, reason(net))
+
+
+class Keeping(nn.Module):
+    """Leaves what it computed on itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = conv()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.kept = self.inner(images)
+        return self.kept * 2
+
+
+def test_state_that_a_frozen_module_keeps_of_this_batch_is_detected() -> None:
+    net = Net(left_on_a_frozen_module, keeping=frozen(Keeping()))
+    net(BATCH)
+    assert "a copy that shares its tensors raises" in reason(net)
+
+
+def test_a_frozen_module_that_counts_its_forwards_in_a_buffer() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = conv()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.count.add_(1)
+            return self.inner(images)
+
+    net = Net(plain)
+    net.front = frozen(Counting())
+    assert reason(net) == "after a forward, front.count has changed"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_record_leaves_the_statistics_of_a_scripted_module() -> None:
+    def flow(net: Any, images: Tensor) -> Tensor:
+        front = net.front(images)
+        return to_head(net, net.back(net.scripted(front)) + net.middle(front))
+
+    net = Net(flow, scripted=torch.jit.script(nn.Sequential(conv(), nn.BatchNorm2d(3))))
+    frontier = found(net)
+    before = [buffer.clone() for buffer in net.buffers()]
+    frontier.record(OTHER)
+    assert all(map(torch.equal, net.buffers(), before))
 
 
 def test_state_that_a_hook_keeps_is_detected() -> None:

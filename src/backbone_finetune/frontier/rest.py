@@ -152,8 +152,10 @@ class Rest(nn.Module):
                     raise _AllRecorded
             return value
 
-        undrawn = undisturbed(self.twin) if self._plan.draws else nullcontext()
-        with undrawn, torch.no_grad(), suppress(_AllRecorded):
+        # Scripted modules cannot be copied, and in train mode they update the network's own running statistics.
+        scripted = any(m.training and isinstance(m, torch.jit.ScriptModule) for m in self.twin.original.modules())
+        restored = undisturbed(self.twin.original) if self._plan.draws or scripted else nullcontext()
+        with restored, torch.no_grad(), suppress(_AllRecorded):
             self.twin.answering_apart(answer, *inputs, **keywords)
         if missing := wanted - values.keys():
             raise RuntimeError(
@@ -204,6 +206,14 @@ class _AllRecorded(Exception):  # noqa: N818  # not a BaseException: hooks with 
     """Ends a forward when all kept tensors are recorded."""
 
 
+class StaleError(RuntimeError):
+    """The state that cached tensors depend on is another one."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"frontier: {what}; call find_frontier and record again.")
+        self.what = what
+
+
 class Conditions:
     """The state that cached tensors depend on: frozen values, precision and modes."""
 
@@ -245,7 +255,7 @@ class Conditions:
 
     @staticmethod
     def _refuse(what: str) -> None:
-        raise RuntimeError(f"frontier: {what}; call find_frontier and record again.")
+        raise StaleError(what)
 
 
 def _version(tensor: torch.Tensor) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 from ..eval_caches import preserve_modes
 from .changes import ChangeTrace, checkpoints
 from .layouts import BatchLayout, find_layout
-from .rest import Frontier, NoFrontier, Place, Plan, Rest, Returned, StandIn, answer_from, copy_leaf
+from .rest import Frontier, NoFrontier, Place, Plan, Rest, Returned, StaleError, StandIn, answer_from, copy_leaf
 from .twin import Answer, Call, Twin
 from .undisturbed import undisturbed
 
@@ -63,8 +64,15 @@ class _Search:
         self.network = network
         self.images = images
         self.whole = (inputs, keywords)
-        self.part = tree_map(lambda leaf: leaf[:_PART] if _is_batch(leaf, images) else leaf, self.whole)
+        self.part = self._of_batch(lambda leaf: leaf[:_PART])
+        # Images at other positions, and one image among NaN: what is kept for an image must not depend on either.
+        self.moved = self._of_batch(lambda leaf: leaf[[-1, 0]])
+        self.lone = self._of_batch(_among_nan)
         self.modes = sorted({network.training, False}, reverse=True)
+        for training in self.modes:
+            with self._mode(training):
+                # A module's state from its last forward, which the twin copies, is then of other images.
+                self._run(network, self.moved)
         self.twin = Twin(network)
         self.returned: dict[Call, Returned] = {}  # outputs of the calls that can be cached
         self.computed: set[Call] = set()  # calls that cannot be cached
@@ -72,7 +80,10 @@ class _Search:
         self.rows: dict[Place, torch.Tensor] = {}  # cacheable outputs for the smaller batch
 
     def find(self) -> Frontier | NoFrontier:
-        self._find_cacheable()
+        try:
+            self._find_cacheable()
+        except Exception as error:  # a forward that reads what a frozen module sets on itself may raise any error
+            return NoFrontier(f"the network runs, and a copy that shares its tensors {_raises(error)}")
         if not any(next(self.twin.intercepted[call.path].parameters(), None) is not None for call in self.returned):
             return NoFrontier(self._why_nothing_is_cacheable())
         inputs = self._describe(tree_flatten(self.whole), tree_flatten(self.part))
@@ -91,9 +102,16 @@ class _Search:
         rest = Rest(self.twin, plan._replace(kept=[place for place in self.rows if place in kept], draws=draws))
         for training in self.modes:
             with self._mode(training):
-                if (reason := self._why_unsound(rest)) is not None:
+                try:
+                    reason = self._why_unsound(rest)
+                except StaleError as error:
+                    reason = f"after a forward, {error.what}"
+                if reason is not None:
                     return NoFrontier(reason)
         return Frontier(rest)
+
+    def _of_batch(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        return tree_map(lambda leaf: choose(leaf) if _is_batch(leaf, self.images) else leaf, self.whole)
 
     def _find_cacheable(self) -> None:
         trace = ChangeTrace(self.network)
@@ -183,13 +201,16 @@ class _Search:
         The kept tensors must also be equal in a second pass over the batch, and in a pass over a part of it.
         """
         expected = self._run(self.network, self.whole)  # first: the network may count its forwards
-        tensors, of_part, again = (
-            self._run(rest.record, batch, seed) for seed, batch in enumerate((self.whole, self.part, self.whole))
-        )
-        for kept, first, part, second in zip(rest.kept_tensors(), tensors, of_part, again, strict=True):
+        state = random.getstate()
+        batches = (self.whole, self.moved, self.lone, self.whole)
+        tensors, moved, lone, again = (self._run(rest.record, batch, seed) for seed, batch in enumerate(batches))
+        if random.getstate() != state:
+            return "frozen modules, or a function before them, draw from Python's random module"
+        for kept, *rows in zip(rest.kept_tensors(), tensors, moved, lone, again, strict=True):
+            first, of_moved, of_lone, second = rows
             if not _same_bits(first, second):
                 return f"{kept.place} returns other values in a second pass over the same images"
-            if not _is_close(part, first[:_PART]):
+            if not (_is_close(of_moved, first[[-1, 0]]) and _is_close(of_lone[1], first[1])):
                 return f"the output of {kept.place} for an image depends on the other images of the batch"
         self._run(self.network, self.part)  # state that a forward leaves for the next one is now of other images
         difference = self._difference(expected, lambda poison: self._run(lambda: rest.run(tensors, poison), ((), {})))
@@ -207,7 +228,7 @@ class _Search:
             try:
                 output = replay(poison)
             except Exception as error:  # a forward may raise any error for such values
-                return f"it raises {type(error).__name__} ({str(error).partition(chr(10))[0][:200]})"
+                return f"it {_raises(error)}"
             if not _same_output(expected, output):
                 return "its output differs"
         return None
@@ -259,6 +280,19 @@ def _count_images(batch: Any) -> int:
 
 def _is_batch(leaf: object, images: int) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and len(leaf) == images
+
+
+def _raises(error: Exception) -> str:
+    return f"raises {type(error).__name__} ({str(error).partition(chr(10))[0][:200]})"
+
+
+def _among_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """Replace all images but the second one by NaN, which no reduction over the batch hides; integers stay."""
+    if not _has_nan(tensor):
+        return tensor
+    poisoned = torch.full_like(tensor, torch.nan)
+    poisoned[1] = tensor[1]
+    return poisoned
 
 
 def _not_a_number(layout: BatchLayout, images: int) -> torch.Tensor:
