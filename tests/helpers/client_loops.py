@@ -48,7 +48,7 @@ def _own_loops() -> str:
 
 
 def recipe_code(title: str) -> str:
-    section = _own_loops().split(f"\n### {title}\n")[1].split("\n#")[0]
+    section = _own_loops().split(f"\n### {title}\n")[1].split("\n##")[0]
     (code,) = re.findall(r"^```py\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
     return code
 

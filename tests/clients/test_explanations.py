@@ -1,0 +1,31 @@
+"""captum and grad-cam: a frozen model is explained as the same network that trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from client_loops import recipe, small_model, train_plainly
+from torch.utils.data import TensorDataset
+
+pytest.importorskip("captum")
+pytest.importorskip("pytorch_grad_cam")
+from captum.attr import IntegratedGradients
+
+pytestmark = [pytest.mark.clients, pytest.mark.usefixtures("one_thread")]
+
+
+def test_a_frozen_model_is_explained_as_one_that_trains(images: TensorDataset) -> None:
+    model, other = train_plainly(small_model(), images), small_model()
+    other.load_state_dict(model.state_dict())
+    inputs, targets = (tensor[:4] for tensor in images.tensors)
+    with model.assert_frozen():
+        frozen = recipe("captum and grad-cam", model=model, images=inputs.clone(), targets=targets)
+        gradients = IntegratedGradients(model).attribute(inputs, target=targets, n_steps=4)
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    trains = recipe("captum and grad-cam", model=other, images=inputs.clone(), targets=targets)
+    for name in ("attributions", "maps"):
+        explained, expected = (torch.as_tensor(names[name]).detach() for names in (frozen, trains))
+        assert expected.flatten(1).std(1).min() > 0
+        torch.testing.assert_close(explained, expected)
+    expected = IntegratedGradients(other.to_module()).attribute(inputs, target=targets, n_steps=4)
+    torch.testing.assert_close(gradients, expected)

@@ -1,0 +1,25 @@
+"""torchmetrics: what it measures is right, and training goes on afterwards as if nothing had been measured."""
+
+from __future__ import annotations
+
+import pytest
+from client_loops import BATCH_SIZE, assert_equal, groups_at, make_optimizer, recipe, small_model, train_plainly
+from torch.utils.data import DataLoader, TensorDataset
+
+pytest.importorskip("torchmetrics")
+
+pytestmark = [pytest.mark.clients, pytest.mark.usefixtures("one_thread")]
+
+
+def test_what_is_measured_between_epochs_is_right_and_changes_nothing(images: TensorDataset) -> None:
+    model, plain = small_model(), train_plainly(small_model(), images, groups_at)
+    optimizer = make_optimizer(model)
+    for epoch in range(3):
+        model.freeze_backbone(trainable_groups=groups_at(epoch))
+        with model.assert_frozen():
+            train_plainly(model, images, lambda _, at=epoch: groups_at(at), optimizer=optimizer, epochs=1)
+            values = recipe("torchmetrics", model=model, loader=DataLoader(images, BATCH_SIZE))["values"]
+    assert_equal(model.state_dict(), plain.state_dict())
+    inputs, targets = images.tensors
+    right = plain(inputs).argmax(1) == targets  # as many of each class, so the mean over the classes is the share
+    assert values["MulticlassAccuracy"].item() == pytest.approx(right.float().mean().item())
