@@ -182,5 +182,5 @@ class Ragged(nn.Module):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_in_a_worker_is_that_of_the_pass(workers: int) -> None:
     images = TensorDataset(torch.arange(140.0)[:, None, None, None].expand(-1, 3, 8, 8), torch.arange(140) % 3)
-    with pytest.raises(ValueError, match=r"a batch holds .*\(5,\).* per image, the first one .*\(16,\)"):
+    with pytest.raises(ValueError, match=r"a batch holds .*\(5,\).* per image, another one .*\(16,\)"):
         train(Ragged(), images, [Phase(epochs=1)], workers=workers)

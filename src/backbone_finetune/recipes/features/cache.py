@@ -1,23 +1,59 @@
-"""Where features are kept between runs, and the key under which they are used again."""
+"""Features kept on disk between runs: the key under which they are used again, and rows of tensors in a folder."""
 
+import errno
 import hashlib
 import json
+import logging
+import math
 import os
-from collections.abc import Set
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
+import numpy
 import timm
 import torch
-from torch import nn
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
+from torch import Tensor, nn
 
 from backbone_finetune import __version__
 from backbone_finetune.eval_caches import clear_caches
 from backbone_finetune.verification import digest
 
+from ..data.images import IGNORED
+from ..files import replacing
 from .front import Front
 
-__all__ = ["FeatureCache", "backbone_fingerprint"]
+__all__ = [
+    "MANIFEST",
+    "FeatureCache",
+    "RowStore",
+    "UnwritableStoreError",
+    "agree",
+    "backbone_fingerprint",
+    "bytes_per_row",
+    "claim",
+    "layout_of",
+]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, LOCK_FILE = "manifest.json", "lock"
+_OWN_FILES = re.compile(r"manifest\.json|\.manifest\.json\.\d+|slot-\d+\.bin|lock|shared-[0-9a-f-]{36}")
+_FORMAT = "backbone-finetune features 4"
+_KEY = TypeAdapter(dict[str, str])
+
+Layout = tuple[tuple[torch.dtype, tuple[int, ...]], ...]  # of each slot, per image
+
+
+class UnwritableStoreError(OSError):
+    """Features cannot be written to a folder: the disk is full or read-only; the message names the folder."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +75,7 @@ class FeatureCache:
     memory_share: float = 0.25
 
     def key(self, front: Front, autocast_dtype: torch.dtype | None) -> dict[str, str]:
-        """Name all that is stored is made with; it is used again where the key is equal."""
+        """Name all that the features are made with."""
         packages = {name: version(name) for name in ("torchvision", "pillow")}
         versions = {"backbone-finetune": __version__, "torch": torch.__version__, "timm": timm.__version__, **packages}
         return {
@@ -51,17 +87,146 @@ class FeatureCache:
 
 
 def backbone_fingerprint(backbone: nn.Module, trained: Set[str] = frozenset()) -> str:
-    """Digest a backbone: its parameters and buffers to the bit, and the path and class name of each module.
-
-    >>> backbone_fingerprint(nn.ReLU()) == backbone_fingerprint(nn.ReLU()) != backbone_fingerprint(nn.GELU())
-    True
-
-    Args:
-        backbone: Any module.
-        trained: The names of parameters and buffers that do not count.
-    """
+    """Digest a backbone: the bits of its tensors that are not in ``trained``, and the path and class of each module."""
     clear_caches(backbone)  # as levit's in eval, which are computed from the parameters
     modules = [[path, type(part).__module__, type(part).__qualname__] for path, part in backbone.named_modules()]
     named = [*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False)]
     content = json.dumps([modules, [[name, digest(tensor)] for name, tensor in named if name not in trained]])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Lock a folder of features in the block; waits for another process that has it.
+
+    Raises:
+        FileExistsError: it is a file, or holds other files than features, which would be replaced.
+    """
+    others = {*([folder] if folder.is_file() else folder.glob("*"))} - set(_own_files(folder))
+    if names := sorted(path.name for path in others):
+        raise FileExistsError(
+            f"{folder} is no folder of cached features ({', '.join(names[:3])}); pass a folder of its own for the cache"
+        )
+    with _writing_to(folder):
+        folder.resolve().mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK_FILE)
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("features in %s: waiting for another process that computes them", folder)
+            held = lock.acquire()
+    with held:
+        yield
+
+
+class RowStore:
+    """``count`` rows of tensors in a folder: a file per tensor (a slot), and a manifest of their key."""
+
+    def __init__(self, folder: Path, *, count: int, layout: Layout, key: Mapping[str, str]) -> None:
+        self.folder, self.count, self.layout = folder, count, layout
+        self.key = {"format": _FORMAT, "image count": str(count), **key}
+        self.slots = [folder / f"slot-{index}.bin" for index in range(len(layout))]
+
+    def find_problem(self) -> str | None:
+        """Say why stored features cannot be used, None where they can be, "" where there are none."""
+        if not any(path.suffix == ".bin" or path.name == MANIFEST for path in _own_files(self.folder)):
+            return ""
+        try:
+            made = _KEY.validate_json((self.folder / MANIFEST).read_bytes())
+        except (OSError, ValueError):
+            return f"{MANIFEST} is missing or unreadable"
+        if changed := [f"other {name}" for name, value in self.key.items() if made.get(name) != value]:
+            return f"made with {' and '.join(changed)}"
+        for path, slot in zip(self.slots, self.layout, strict=True):
+            found, size = path.stat().st_size if path.is_file() else 0, self.count * bytes_per_row(slot)
+            if found != size:
+                return f"{path.name} has {found} bytes, not {size}"
+        return None
+
+    def allocate(self) -> None:
+        """Remove the features that are there, and create files for those to come at their whole size."""
+        with _writing_to(self.folder):
+            for path in _own_files(self.folder):  # removed, not truncated: another process may have mapped them
+                if path.name != LOCK_FILE:
+                    path.unlink()
+            needed = self.count * sum(map(bytes_per_row, self.layout))
+            if (free := shutil.disk_usage(self.folder).free) < needed:
+                raise OSError(errno.ENOSPC, f"the features take {needed:,} bytes, and {free:,} are free")
+            for path, slot in zip(self.slots, self.layout, strict=True):
+                path.touch()
+                os.truncate(path, self.count * bytes_per_row(slot))
+
+    def fill(self, parts: Iterable[tuple[int, Sequence[Tensor]]]) -> None:
+        """Write tensors of (B, ...) as the rows from a start on, and flush them to the disk."""
+        # To files, not to a memory map: on a full disk a write raises an error, where the map would end the process.
+        with ExitStack() as opened:
+            with _writing_to(self.folder):
+                files = [opened.enter_context(open(path, "r+b", 0)) for path in self.slots]
+            for start, rows in parts:
+                with _writing_to(self.folder):
+                    for file, slot, tensor in zip(files, self.layout, rows, strict=True):
+                        file.seek(start * bytes_per_row(slot))
+                        octets = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                        while len(octets):  # a write may take a part only
+                            octets = octets[file.write(octets) :]
+            with _writing_to(self.folder):
+                for file in files:
+                    os.fsync(file.fileno())
+
+    def commit(self) -> None:
+        """Write the manifest, without which there are no features."""
+        with _writing_to(self.folder), replacing(self.folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(self.key, indent=1))
+
+    def read(self, *, in_memory: bool) -> list[Tensor]:
+        """Return the slots, (N, ...) each: in memory, where no file can change under them, or mapped.
+
+        What is written to these tensors does not reach the files.
+        """
+        slots = []
+        for path, (dtype, shape) in zip(self.slots, self.layout, strict=True):
+            is_mapped = not in_memory and path.stat().st_size  # an empty file cannot be mapped
+            load = partial(numpy.memmap, mode="c") if is_mapped else numpy.fromfile
+            slots.append(torch.from_numpy(load(path, numpy.uint8)).view(dtype).view(self.count, *shape))
+        return slots
+
+
+def layout_of(rows: Sequence[Tensor]) -> Layout:
+    """Name the dtype and shape per image of each tensor."""
+    return tuple((tensor.dtype, tuple(tensor.shape[1:])) for tensor in rows)
+
+
+def bytes_per_row(slot: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    """Count the bytes of one image in a slot."""
+    return int(slot[0].itemsize * math.prod(slot[1]))
+
+
+def agree(stored: Sequence[Tensor], computed: Sequence[Tensor], *, autocast: bool) -> bool:
+    """Tell whether stored rows are those computed now: to 1e-3 of the largest value of a slot, under bf16 to 5e-2."""
+    if computed[-1].ndim == 1:
+        # In the place of an image that cannot be read is another of its batch, which is another one now.
+        seen = (stored[-1] != IGNORED) | (computed[-1] != IGNORED)
+        stored, computed = ([tensor[seen] for tensor in rows] for rows in (stored, computed))
+    for one, other in zip(stored, computed, strict=True):
+        if not one.is_floating_point() or not one.numel():
+            if not torch.equal(one, other):
+                return False
+            continue
+        tolerance = 5e-2 if autocast or one.element_size() < 4 else 1e-3
+        largest = float(other.double().nan_to_num(0, 0, 0).abs().max())
+        if not torch.allclose(one.double(), other.double(), rtol=0, atol=tolerance * largest, equal_nan=True):
+            return False
+    return True
+
+
+def _own_files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if _OWN_FILES.fullmatch(path.name) and path.is_file()]
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Tell errors of this folder from those of a dataset, which may read from the disk as well."""
+    try:
+        yield
+    except OSError as error:
+        raise UnwritableStoreError(f"{folder} cannot hold the features ({error.strerror or error})") from error

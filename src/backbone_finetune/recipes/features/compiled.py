@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..text import one_line
+
 __all__ = ["COMPILERS", "Compile", "Run", "compile_checked", "compile_inductor", "compile_openvino"]
 
 logger = logging.getLogger(__name__)
@@ -36,31 +38,22 @@ def compile_openvino(backbone: nn.Module) -> Run:
     """
     try:
         openvino = importlib.import_module("openvino")  # it has no types that mypy could read without it
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "openvino is not installed; run: pip install 'backbone-finetune[openvino]'"
-        ) from error
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("openvino is not installed; run: pip install 'backbone-finetune[openvino]'") from None
     compiled: Any = None
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         nonlocal compiled
         inputs = tuple(each.contiguous() for each in inputs)
         if compiled is None:
-            precision = "bf16" if torch.is_autocast_enabled("cpu") else "f32"
             # It traces in float32, chooses the precision itself, and warns of torch's plans for tracing.
             with torch.autocast("cpu", enabled=False), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 shapes = [tuple(each.shape) for each in inputs]
                 converted = openvino.convert_model(backbone, example_input=inputs, input=shapes)
-            compiled = openvino.compile_model(
-                converted,
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": precision,
-                    "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                    "PERFORMANCE_HINT": "LATENCY",
-                },
-            )
+            settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+            settings["INFERENCE_PRECISION_HINT"] = "bf16" if torch.is_autocast_enabled("cpu") else "f32"
+            compiled = openvino.compile_model(converted, "CPU", settings)
         outputs = compiled([each.numpy() for each in inputs], share_inputs=True)
         return tuple(torch.from_numpy(outputs[port].copy()) for port in compiled.outputs)
 
@@ -89,24 +82,23 @@ def compile_checked(compile: Compile, backbone: nn.Module, inputs: Sequence[Tens
 
     try:
         compiled = compile(backbone)
-        reason = find_difference(tree_flatten(compiled(*inputs))[0], expected, tolerance)
+        reason = _find_difference(tree_flatten(compiled(*inputs))[0], expected, tolerance)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # compilers raise anything; without them the pass is slower, and right
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error, most=200)}"
     if reason is not None:
         logger.warning("features: not compiled, the backbone itself runs (%s)", reason)
         return backbone
     return run_padded
 
 
-def find_difference(found: Sequence[Any], expected: Sequence[Any], tolerance: float) -> str | None:
+def _find_difference(found: Sequence[Any], expected: Sequence[Any], tolerance: float) -> str | None:
     """Say how two results differ beyond a tolerance, None where they do not."""
     if [slot.shape for slot in found] != [slot.shape for slot in expected]:
         return f"it gives shapes {[tuple(slot.shape) for slot in found]}"
     for one, other in zip(found, expected, strict=True):
-        largest = other.abs().max().float()
-        off = (one.float() - other.float()).abs().max() / largest.clamp_min(1e-12)
+        off = float((one.float() - other.float()).abs().max() / other.abs().max().float().clamp_min(1e-12))
         if not off <= tolerance:
-            return f"its features are off by {float(off):.1%} of the largest".replace("%", " %")
+            return f"its features are off by {100 * off:.1f} % of the largest"
     return None

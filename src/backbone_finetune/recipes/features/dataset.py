@@ -27,20 +27,12 @@ class Features(TensorDataset):
 
 
 def module_inputs(data: Dataset[Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Arrange a batch of a dataset's input tensors as the arguments of a module: of features, the one it expects.
-
-    >>> module_inputs(TensorDataset(), [torch.ones(1)])
-    (tensor([1.]),)
-    """
+    """Arrange a batch of a dataset's input tensors as the arguments of a module: of features, the one it expects."""
     return (tree_unflatten(list(inputs), data.structure),) if isinstance(data, Features) else tuple(inputs)
 
 
 def without_unread(data: TensorDataset) -> TensorDataset:
-    """Leave out the images that could not be read.
-
-    >>> without_unread(TensorDataset(torch.ones(2, 1), torch.tensor([IGNORED, 1]))).tensors
-    (tensor([[1.]]), tensor([1]))
-    """
+    """Leave out the images that could not be read."""
     seen = data.tensors[-1] != IGNORED
     if seen.all():
         return data

@@ -14,9 +14,11 @@ from .compiled import Compile
 from .dataset import Features
 from .front import front_of_backbone, in_eval
 from .frozen_pass import FrozenPass, autocast_dtype
-from .rows import compute_rows, count_images
+from .rows import compute_rows
 
 __all__ = ["extract_features", "find_device_of"]
+
+_IN_ORDER = {SequentialSampler, BatchSampler, type(None)}
 
 
 def extract_features(
@@ -66,9 +68,7 @@ def extract_features(
         ValueError: part of the backbone trains; the loader shuffles, drops images or has none; or what it or the
             backbone gives is not what can be stored.
     """
-    refuse_other_orders(loader)
-    if cache is not None and count_images(loader) is None:
-        raise ValueError("a stream or a loader of whole batches cannot be cached; pass DataLoader(dataset, batch_size)")
+    _check_order(loader)
     front = front_of_backbone(model)
     device = device or find_device_of(model)
     model.to(device)
@@ -84,16 +84,13 @@ def find_device_of(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
-def refuse_other_orders(loader: DataLoader[Any]) -> None:
+def _check_order(loader: DataLoader[Any]) -> None:
     """Raise ValueError where a loader does not give each image once and in order, as far as can be told."""
     if getattr(loader.batch_sampler, "drop_last", False):
         raise ValueError("the loader drops its last images; pass one with drop_last=False")
-    if isinstance(loader.dataset, IterableDataset):
-        return
-    sampler = loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
-    if type(sampler) is not SequentialSampler or type(loader.batch_sampler) not in {BatchSampler, type(None)}:
-        faulty = loader.batch_sampler if type(sampler) is SequentialSampler or sampler is None else sampler
-        raise ValueError(
-            f"the loader draws by {type(faulty).__name__}; pass one that gives every image in the dataset's order: "
-            "DataLoader(dataset, batch_size)"
-        )
+    for sampler in (getattr(loader.batch_sampler, "sampler", loader.sampler), loader.batch_sampler):
+        if not (isinstance(loader.dataset, IterableDataset) or type(sampler) in _IN_ORDER):
+            raise ValueError(
+                f"the loader draws by {type(sampler).__name__}; pass one that gives every image in the dataset's "
+                "order: DataLoader(dataset, batch_size)"
+            )

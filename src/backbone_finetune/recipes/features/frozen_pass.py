@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,10 @@ from tqdm import tqdm
 from ..data.loading import DeviceLoader, can_fork
 from ..data.targets import describe_value, split_row
 from .compiled import Compile, Run, compile_checked
+from .dataset import Features
 from .front import Front
 
-__all__ = ["FrozenPass", "Rows", "UncacheableError", "autocast_dtype", "load_sample", "move_inputs"]
+__all__ = ["FrozenPass", "UncacheableError", "autocast_dtype", "checked_rows", "load_sample", "move_inputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +28,6 @@ CHECKED_ROWS = 8
 
 class UncacheableError(ValueError):
     """What is computed cannot be stored per image, or there is no room for it."""
-
-
-class Rows(NamedTuple):
-    """What was computed for a batch: tensors of (B, ...), the targets last, and how the output is made of the others.
-
-    They are on the CPU.
-    """
-
-    tensors: tuple[Tensor, ...]
-    structure: TreeSpec
 
 
 def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | None:
@@ -48,6 +41,7 @@ def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | N
     return None
 
 
+@dataclass
 class FrozenPass:
     """Runs the front of a model over batches, under autocast to ``dtype`` unless it is None.
 
@@ -59,22 +53,20 @@ class FrozenPass:
         dtype: The precision of autocast.
         widens: Whether results in ``dtype`` are stored in float32.
         compile: See ``extract_features``.
+        most: Images that fit into memory at once; 0 for any.
     """
 
-    def __init__(
-        self,
-        front: Front,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        *,
-        widens: bool = True,
-        compile: Compile | None = None,  # noqa: A002
-    ) -> None:
-        self.front, self.device, self.dtype, self.widens, self.compile = front, device, dtype, widens, compile
-        self.run: Run = front.run
-        self.size = 0  # images that fit into memory at once; 0 for any
+    front: Front
+    device: torch.device
+    dtype: torch.dtype | None
+    widens: bool = True
+    compile: Compile | None = None
+    most: int = 0
 
-    def over(self, loader: DataLoader[Any], title: str | None = None) -> Iterator[Rows]:
+    def __post_init__(self) -> None:
+        self._run: Run = self.front.run
+
+    def over(self, loader: DataLoader[Any], title: str | None = None) -> Iterator[Features]:
         """Run over each batch of a loader; a ``title`` shows a progress bar.
 
         On a CPU, the worker that loaded a batch runs the front on it too. There, each batch runs on one core whether
@@ -84,19 +76,17 @@ class FrozenPass:
             ValueError: a batch is not ``(inputs, ..., targets)``, or does not fit the backbone's forward.
             UncacheableError: the front returns something else than tensors with an entry per image.
         """
-        computed: Iterator[Rows]
+        show = partial(tqdm, desc=title, unit="batch", disable=title is None)
         if isinstance(loader, DeviceLoader) and self.device.type == "cpu" and self.compile is None and can_fork():
-            computed = iter(loader.over(loader.batches, compute=self.on_one_core))
+            yield from show(loader.over(loader.batches, compute=self._on_one_core))
         else:
-            computed = map(self, loader)
-        yield from tqdm(computed, total=_count_batches(loader), desc=title, unit="batch", disable=title is None)
+            yield from map(self, show(loader))
 
-    def sample(self, loader: DataLoader[Any]) -> Rows:
+    def sample(self, loader: DataLoader[Any]) -> Features:
         """Run on up to eight images, spread over all, and never compiled."""
-        return FrozenPass(self.front, self.device, self.dtype, widens=self.widens)(load_sample(loader))
+        return replace(self, compile=None)(load_sample(loader))
 
-    def on_one_core(self, batch: Any) -> Rows:
-        """Run on a batch with one thread."""
+    def _on_one_core(self, batch: Any) -> Features:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -104,16 +94,24 @@ class FrozenPass:
         finally:
             torch.set_num_threads(threads)
 
-    def __call__(self, batch: Any) -> Rows:
-        """Run on one batch; raises as ``over``."""
+    def __call__(self, batch: Any) -> Features:
+        """Run on one batch, and return the results and the targets on the CPU; raises as ``over``."""
         inputs, targets = split_row(batch)
-        check_arguments(self.front.module, inputs)
-        inputs = move_inputs(inputs, self.front.module, self.device)
+        module = self.front.module
+        taken = signature(module.forward)
+        try:
+            taken.bind(*inputs)
+        except TypeError:
+            raise ValueError(
+                f"the dataset's rows have {len(inputs)} inputs before the target, which {type(module).__name__}.forward"
+                f"{taken} does not take"
+            ) from None
+        inputs = move_inputs(inputs, module, self.device)
         # Not inference_mode: its tensors, and what modules cache in it, could take no part in autograd afterwards.
         with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            if self.compile is not None and isinstance(self.run, nn.Module):
+            if self.compile is not None and isinstance(self._run, nn.Module):
                 tolerance = 5e-2 if self.dtype is not None else 1e-3
-                self.run, self.compile = compile_checked(self.compile, self.run, inputs, tolerance=tolerance), None
+                self._run, self.compile = compile_checked(self.compile, self._run, inputs, tolerance=tolerance), None
             slots, structure = self._run_in_parts(inputs)
         for slot in slots:
             if not isinstance(slot, Tensor) or slot.ndim == 0 or len(slot) != len(targets):
@@ -122,24 +120,24 @@ class FrozenPass:
                     "one entry per image, alone or in a tuple, list or dict"
                 )
         widened = (slot.float() if self.widens and slot.dtype == self.dtype else slot for slot in slots)
-        return Rows((*(slot.cpu() for slot in widened), targets.cpu()), structure)
+        return Features([*(slot.cpu() for slot in widened), targets.cpu()], structure)
 
     def _run_in_parts(self, inputs: Sequence[Tensor]) -> tuple[list[Any], TreeSpec]:
-        """Run in parts of at most ``size``, halved while the device runs out of memory."""
+        """Run in parts of at most ``most`` images, halved while the device runs out of memory."""
         count = len(inputs[0])
         while True:
             try:
-                if not 0 < self.size < count:
-                    return tree_flatten(self.run(*inputs))
-                parts = zip(*(torch.split(each, self.size) for each in inputs), strict=True)
-                results = [tree_flatten(self.run(*part)) for part in parts]
+                if not 0 < self.most < count:
+                    return tree_flatten(self._run(*inputs))
+                parts = zip(*(torch.split(each, self.most) for each in inputs), strict=True)
+                results = [tree_flatten(self._run(*part)) for part in parts]
                 slots = zip(*(slots for slots, _ in results), strict=True)
                 return [torch.cat(part) for part in slots], results[0][1]
             except torch.OutOfMemoryError:
-                if self.size == 1 or count == 1:
+                if self.most == 1 or count == 1:
                     raise
-                self.size = -(-min(self.size or count, count) // 2)
-                logger.warning("out of memory: the backbone runs on %d images at a time from here on", self.size)
+                self.most = -(-min(self.most or count, count) // 2)
+                logger.warning("out of memory: the backbone runs on %d images at a time from here on", self.most)
             if self.device.type == "cuda":  # not in the except block, where the failed pass is still referred to
                 torch.cuda.empty_cache()
 
@@ -151,18 +149,6 @@ def move_inputs(inputs: Sequence[Tensor], module: nn.Module, device: torch.devic
     if device.type not in {"cpu", "cuda"} or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return moved
     return [each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each for each in moved]
-
-
-def check_arguments(module: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Raise ValueError where a module's forward does not take so many inputs."""
-    taken = signature(module.forward)
-    try:
-        taken.bind(*inputs)
-    except TypeError:
-        raise ValueError(
-            f"the dataset's rows have {len(inputs)} inputs before the target, which {type(module).__name__}.forward"
-            f"{taken} does not take"
-        ) from None
 
 
 def checked_rows(count: int) -> list[int]:
@@ -178,10 +164,3 @@ def load_sample(loader: DataLoader[Any]) -> Any:
     chosen = Subset(loader.dataset, rows)
     # With a generator of its own a loader draws nothing from torch's.
     return next(iter(DataLoader(chosen, len(rows), collate_fn=loader.collate_fn, generator=torch.Generator())))
-
-
-def _count_batches(loader: DataLoader[Any]) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:  # a stream of unknown length
-        return None

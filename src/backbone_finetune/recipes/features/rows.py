@@ -1,8 +1,9 @@
 """What the front of a model gives for all images, in memory or on disk, by one process or several together."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,12 +19,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..data.loading import DeviceLoader
 from ..together import is_alone, run_on_main, together
-from .cache import FeatureCache
+from .cache import FeatureCache, Layout, RowStore, UnwritableStoreError, agree, bytes_per_row, claim, layout_of
 from .dataset import Features
-from .frozen_pass import FrozenPass, Rows, UncacheableError, checked_rows
-from .store import RowStore, UnwritableStoreError, agree, bytes_per_row, layout_of
+from .frozen_pass import FrozenPass, UncacheableError, checked_rows
 
-__all__ = ["compute_rows", "count_images"]
+__all__ = ["compute_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,169 +43,131 @@ def compute_rows(
     all must see: the cache's, or a temporary one. Where one does not see it, or its disk is full, each computes all
     rows for itself. An error of one process is raised on all of them.
     """
-    count, alone = count_images(loader), is_alone(accelerator)
-    batches = run.over(loader, title)
-    if count is None or (cache is None and alone):
-        first, batches = _look_ahead(batches)
-        if count is None:
-            rows = [tensors for _, tensors in _checked(batches, first)]
-            return Features([torch.cat(parts) for parts in zip(*rows, strict=True)], first.structure)
-        if _fits(_bytes_of(count, first), memory_share):
-            tensors = [
-                torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype, device="cpu") for tensor in first.tensors
-            ]
-
-            def copy(start: int, part: Sequence[Tensor]) -> None:
-                for tensor, values in zip(tensors, part, strict=True):
-                    tensor[start : start + len(values)] = values
-
-            _write_all(copy, batches, first, count)
-            return Features(tensors, first.structure)
-    try:
-        return _share_store(
-            run,
-            loader,
-            batches,
-            count=count,
-            cache=cache,
-            memory_share=memory_share,
-            accelerator=accelerator,
-            title=title,
-        )
-    except UnwritableStoreError as error:
-        if cache is None and alone:
+    on_disk = partial(_rows_on_disk, run, loader, title=title)
+    count, alone = _count_images(loader), is_alone(accelerator)
+    if cache is not None and count is None:
+        raise ValueError("a stream or a loader of whole batches cannot be cached; pass DataLoader(dataset, batch_size)")
+    if count and not (cache is None and alone):
+        try:
+            return on_disk(cache=cache, memory_share=memory_share, accelerator=accelerator)
+        except UnwritableStoreError as error:
+            memory_share = FeatureCache.memory_share
+            if accelerator is None or accelerator.is_main_process:
+                instead = "going on without this cache" if alone else "each process computes all features for itself"
+                logger.warning("%s; %s", error, instead)
+    batches = iter(run.over(loader, title))
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("the loader has no images")
+    layout = layout_of(first.tensors)
+    parts = _placed(chain([first], batches), first, count)
+    if count is None:
+        tensors = [torch.cat(each) for each in zip(*(rows for _, rows in parts), strict=True)]
+    elif _fits(count, layout, memory_share):
+        tensors = [torch.empty(count, *shape, dtype=dtype, device="cpu") for dtype, shape in layout]
+        for start, rows in parts:
+            for tensor, values in zip(tensors, rows, strict=True):
+                tensor[start : start + len(values)] = values
+    else:
+        del parts, batches  # which ends its workers
+        try:
+            return on_disk(cache=None, memory_share=memory_share, accelerator=None)
+        except UnwritableStoreError as error:
             raise UncacheableError(f"the features are too large for memory, and {error}") from error
-        if accelerator is None or accelerator.is_main_process:
-            instead = "going on without this cache" if alone else "each process computes all features for itself"
-            logger.warning("%s; %s", error, instead)
-    return compute_rows(run, loader, title=title)
+    return Features(tensors, first.structure)
 
 
-def _share_store(
+def _rows_on_disk(
     run: FrozenPass,
     loader: DataLoader[Any],
-    batches: Iterator[Rows],
     *,
-    count: int,
     cache: FeatureCache | None,
     memory_share: float,
     accelerator: Accelerator | None,
     title: str | None,
 ) -> Features:
-    """Read rows from a store, or compute them into it, each process its own batches."""
-    first: Rows | None = None
-    start = step = 0
+    """Read rows from a folder, or compute them into it, each process its own batches."""
+    count = _count_images(loader) or 0
+    process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    start = gap = 0
+    own = loader
+    if isinstance(loader, DeviceLoader):
+        size = len(loader.batches[0])
+        own, start, gap = loader.over(loader.batches[process::processes]), process * size, (processes - 1) * size
     with ExitStack() as held:
-        folder = cache.folder if cache else run_on_main(accelerator, lambda: held.enter_context(_temporary_folder()))
-        store = RowStore(folder, count=count, key=None if cache is None else cache.key(run.front, run.dtype))
-        if isinstance(loader, DeviceLoader) and accelerator is not None and not is_alone(accelerator):
-            with together(accelerator):
-                first = run.sample(loader)
-            parts = loader.batches
-            process, others = accelerator.process_index, accelerator.num_processes - 1
-            batches = run.over(loader.over(parts[process :: others + 1]), title)
-            start, step = process * len(parts[0]), others * len(parts[0])
+
+        def open_folder() -> Path:
+            if cache is None:
+                temporary = TemporaryDirectory(prefix="features-", ignore_cleanup_errors=True)
+                folder = Path(held.enter_context(temporary))
+                logger.info("features: on disk in %s (TMPDIR names another place)", folder)
+            else:
+                folder = Path(cache.folder)
+            held.enter_context(claim(folder))
+            return folder
 
         def open_store() -> tuple[bool, str]:
             """Say whether what is stored is usable, and name a file that only this very folder has."""
-            nonlocal first, batches
-            store.check_folder()
-            held.enter_context(store.lock())
             problem = store.find_problem()
             if problem is None:
-                first = first or run.sample(loader)
-                problem = _compare(store, first, autocast=run.dtype is not None)
+                rows = checked_rows(count)
+                stored = [slot[rows] for slot in store.read(in_memory=False)]
+                if not agree(stored, sample.tensors, autocast=run.dtype is not None):
+                    problem = f"{len(rows)} images give other features now than those stored"
             if problem:
-                logger.info("features in %s: %s; computing them again", store.folder, problem)
+                logger.info("features in %s: %s; computing them again", folder, problem)
             if problem is not None:
-                if first is None:
-                    first, batches = _look_ahead(batches)
-                store.allocate(layout_of(first.tensors))
-            token = store.folder / f"shared-{uuid4()}"
-            if not is_alone(accelerator):
-                token.touch()
-                held.callback(token.unlink, missing_ok=True)
+                store.allocate()
+            token = folder / f"shared-{uuid4()}"
+            token.touch()
+            held.callback(token.unlink, missing_ok=True)
             return problem is None, token.name
 
+        folder = main_folder = run_on_main(accelerator, open_folder)
+        with together(accelerator):
+            sample = run.sample(loader)
+        key = {}
+        if cache is not None:
+            folder, key = Path(cache.folder), cache.key(run.front, run.dtype)
+        store = RowStore(folder, count=count, layout=layout_of(sample.tensors), key=key)
         usable, token = run_on_main(accelerator, open_store)
-        assert first is not None
-        store.layout = layout_of(first.tensors)
-        if not is_alone(accelerator) and not all(gather_object([(store.folder / token).exists()])):
-            raise UnwritableStoreError(f"not all processes see {run_on_main(accelerator, lambda: store.folder)}")
+        if not is_alone(accelerator) and not all(gather_object([(folder / token).exists()])):
+            raise UnwritableStoreError(f"not all processes see {main_folder}")
         if not usable:
-            with together(accelerator), store.writing() as write:
-                _write_all(write, batches, first, count, start=start, step=step)
+            with together(accelerator):
+                store.fill(_placed(run.over(own, title), sample, count, start=start, gap=gap))
             run_on_main(accelerator, store.commit)
         with together(accelerator):
             # The files of a temporary folder go now, and what is mapped of them with the last tensor.
-            share = memory_share / (1 if accelerator is None else accelerator.num_processes)
-            return Features(store.read(in_memory=_fits(_bytes_of(count, first), share)), first.structure)
+            in_memory = _fits(count, store.layout, memory_share / processes)
+            return Features(store.read(in_memory=in_memory), sample.structure)
 
 
-def _look_ahead(batches: Iterator[Rows]) -> tuple[Rows, Iterator[Rows]]:
-    """Take the first batch, and put it back."""
-    first = next(batches, None)
-    if first is None:
-        raise ValueError("the loader has no images")
-    return first, chain([first], batches)
+def _placed(
+    batches: Iterable[Features], sample: Features, count: int | None, *, start: int = 0, gap: int = 0
+) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """Yield the first row and the tensors of each batch, which are laid out as those of a sample.
 
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="features-", ignore_cleanup_errors=True) as folder:
-        logger.info("features: on disk in %s (TMPDIR names another place)", folder)
-        yield Path(folder)
-
-
-def _compare(store: RowStore, sample: Rows, *, autocast: bool) -> str | None:
-    """Say that stored rows are others than a sample that was computed now, None where they agree."""
-    rows = checked_rows(store.count)
-    if agree([slot[rows] for slot in store.read(in_memory=False)], sample.tensors, autocast=autocast):
-        return None
-    return f"{len(rows)} images give other features now than those stored"
-
-
-def _write_all(
-    write: Callable[[int, Sequence[Tensor]], None],
-    batches: Iterable[Rows],
-    sample: Rows,
-    count: int,
-    *,
-    start: int = 0,
-    step: int = 0,
-) -> None:
-    """Write batches from row ``start`` on, ``step`` rows between them."""
-    seen = 0
-    for size, tensors in _checked(batches, sample):
-        seen += size
-        if start + size <= count:
-            write(start, tensors)
-        start += size + step
-    if not step and seen != count:
-        raise ValueError(f"the loader gave {seen} images, and its dataset says that it has {count}")
-
-
-def _checked(batches: Iterable[Rows], first: Rows) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Yield the size and the tensors of each batch, all of the dtypes and shapes per image of the first one."""
-    expected = layout_of(first.tensors)
-    for tensors, structure in batches:
-        if (found := layout_of(tensors)) != expected or structure != first.structure:
+    Between two batches ``gap`` rows are left for other processes.
+    """
+    expected = layout_of(sample.tensors)
+    for batch in batches:
+        if (found := layout_of(batch.tensors)) != expected or batch.structure != sample.structure:
             raise ValueError(
-                f"a batch holds {list(found)} per image, the first one {list(expected)}; all images need features of "
-                "one shape and dtype to be stored together"
+                f"a batch holds {list(found)} per image, another one {list(expected)}; all images need features of one "
+                "shape and dtype to be stored together"
             )
-        yield len(tensors[-1]), tensors
+        yield start, batch.tensors
+        start += len(batch) + gap
+    if count is not None and not gap and start != count:
+        raise ValueError(f"the loader gave {start} images, and its dataset says that it has {count}")
 
 
-def _bytes_of(count: int, rows: Rows) -> int:
-    return count * sum(map(bytes_per_row, layout_of(rows.tensors)))
+def _fits(count: int, layout: Layout, memory_share: float) -> bool:
+    return bool(count * sum(map(bytes_per_row, layout)) <= memory_share * psutil.virtual_memory().total)
 
 
-def _fits(size: int, memory_share: float) -> bool:
-    return bool(size <= memory_share * psutil.virtual_memory().total)
-
-
-def count_images(loader: DataLoader[Any]) -> int | None:
+def _count_images(loader: DataLoader[Any]) -> int | None:
     """Count a loader's images, None where its dataset is a stream, or gives whole batches."""
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return None

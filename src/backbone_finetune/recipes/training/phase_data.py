@@ -16,11 +16,11 @@ from ..data.determinism import find_randomness
 from ..data.images import ImageDataset
 from ..data.loading import DeviceLoader, default_workers
 from ..data.targets import check_targets, split_row
+from ..features.cache import bytes_per_row, layout_of
 from ..features.dataset import Features
 from ..features.front import Front, find_front, front_of_backbone, has_trainable, in_eval
 from ..features.frozen_pass import FrozenPass, UncacheableError, autocast_dtype, load_sample, move_inputs
 from ..features.rows import compute_rows
-from ..features.store import bytes_per_row, layout_of
 from ..rng import preserve_rng_state
 from ..together import together
 from .config import TrainerConfig, count
