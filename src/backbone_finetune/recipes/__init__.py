@@ -9,9 +9,8 @@ from .commands.metrics import Metrics
 from .commands.predict import Prediction, predict
 from .commands.run_record import read_run
 from .commands.train import TrainSettings, train
-from .data.determinism import is_deterministic
 from .data.finding import find_images, find_splits
-from .data.fingerprint import data_fingerprint
+from .data.fingerprint import data_fingerprint, is_deterministic
 from .data.images import ImageDataset, LabelledFolder
 from .export.checks import Exported
 from .export.hub_folder import export_hub_folder

@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import ImageDataset, Phase, TrainerConfig, find_images, fine_tune, make_accelerator
-from backbone_finetune.recipes.data.determinism import find_randomness
+from backbone_finetune.recipes.data.fingerprint import find_randomness
 
 STILL: Any = create_transform(8)
 RANDOM: Any = create_transform(8, is_training=True)

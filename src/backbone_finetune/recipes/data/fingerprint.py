@@ -1,27 +1,99 @@
-"""A digest of what a dataset shows to a backbone: images, targets, order and transform."""
+"""Whether a dataset gives the same tensors in every epoch, and a digest of the images and targets that it gives."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from backbone_finetune.verification import digest
 
 from ..files import digest_file
-from .determinism import NAME_INSTEAD, digest_item, find_randomness, stated_transforms
+from ..rng import preserve_rng_state
+from ..text import one_line
 from .images import ImageDataset
 
-__all__ = ["data_fingerprint"]
+__all__ = ["data_fingerprint", "find_randomness", "is_deterministic"]
+
+# By name, so that nothing is imported for them. Each gives the same tensor for the same image; a subclass may do
+# anything, so it does not count.
+_PACKAGES = ("torchvision.transforms.", "timm.data.transforms", "open_clip.transform")
+_DETERMINISTIC = frozenset(
+    {"CenterCrop", "CenterCropOrPad", "ConvertImageDtype", "Grayscale", "Identity", "ImageClassification"}
+    | {"MaybeConvertMode", "MaybePILToTensor", "MaybeToTensor", "Normalize", "PILToTensor", "Pad", "RGB", "Resize"}
+    | {"ToDtype", "ToImage", "ToNumpy", "ToPILImage", "ToPureTensor", "ToTensor", "TrimBorder", "_convert_to_rgb"}
+)
+# What torchvision's datasets, and most others, call what they do to an image and its target.
+_TRANSFORMS = ("transform", "transforms", "target_transform")
+_NAME_INSTEAD = "pass a name of your own: FeatureCache(folder, 'images of 2024, 224 pixels')"
+_LOOKS = 8
+
+
+def is_deterministic(transform: Any) -> bool:
+    """Tell whether a transform of torchvision, timm or open_clip is known to give the same tensor each time.
+
+    >>> from timm.data import create_transform
+    >>> is_deterministic(create_transform(64)), is_deterministic(create_transform(64, is_training=True))
+    (True, False)
+
+    A transform that is not known, such as a function or a class of your own, counts as random; None changes nothing.
+    """
+    if transform is None or type(transform) is nn.Sequential:
+        return all(map(is_deterministic, transform or ()))
+    named = transform if hasattr(transform, "__qualname__") else type(transform)  # a function, or an object's class
+    module, name = getattr(named, "__module__", None) or "", getattr(named, "__qualname__", "")
+    if name == "StandardTransform":  # what torchvision's datasets make of their two others
+        return is_deterministic(transform.transform) and is_deterministic(transform.target_transform)
+    if not module.startswith(_PACKAGES):
+        return False
+    if name == "Compose":
+        return all(map(is_deterministic, transform.transforms))
+    if name == "ResizeKeepRatio":
+        draws = (transform.random_scale_prob, transform.random_aspect_prob)
+        return not any(draws) and not isinstance(transform.interpolation, tuple | list)
+    return name in _DETERMINISTIC
+
+
+def find_randomness(data: Any) -> str | None:
+    """Say why a dataset may give other tensors in the next epoch, or None where it is known to give the same.
+
+    Tensors, lists and tuples are the same each time, and a dataset of other datasets is what they are. Any other says
+    so by ``transform`` (``transforms``, ``target_transform``), which is None or a transform that ``is_deterministic``.
+    Eight items of a class that is not torchvision's or ours are then read twice, and must be equal.
+    """
+    stated = _stated_transforms(data)
+    reasons = [
+        f"{one_line(repr(transform))} is not known to give the same tensor for the same image each time"
+        for transform in stated
+        if not is_deterministic(transform)
+    ]
+    parts = [data.dataset] if isinstance(data, Subset) else data.datasets if isinstance(data, ConcatDataset) else []
+    if reasons := reasons or list(filter(None, map(find_randomness, parts))):
+        return reasons[0]
+    # A subclass may do anything in __getitem__, as one of Subset that has a transform of its own does.
+    if type(data) in {TensorDataset, Subset, ConcatDataset, list, tuple}:
+        return None
+    if not stated:
+        return f"{type(data).__name__} may draw random numbers when it is read; give it transform = None if it does not"
+    if type(data).__module__.startswith(("torchvision.datasets.", "backbone_finetune.recipes.")):
+        return None
+    last = len(data) - 1
+    with preserve_rng_state():
+        for index in sorted({round(look * last / (_LOOKS - 1)) for look in range(_LOOKS)}):
+            if _digest_item(data[index]) != _digest_item(data[index]):
+                return f"item {index} of {type(data).__name__} was not the same when it was read twice"
+    return None
 
 
 def data_fingerprint(dataset: Dataset[Any]) -> str:
-    """Digest what a dataset shows to a backbone: the content, order and targets of its images, and its transform.
+    """Digest the images and targets of a dataset, in their order.
 
     >>> import torch
     >>> images, targets = torch.zeros(2, 3), torch.tensor([0, 1])
@@ -30,18 +102,19 @@ def data_fingerprint(dataset: Dataset[Any]) -> str:
     (True, False)
 
     Of an ``ImageDataset`` and of torchvision's ``ImageFolder`` the files are read and not decoded, which costs a small
-    part of what a backbone costs; where they are and when they were written does not count. A ``Subset`` and a
-    ``ConcatDataset`` count by what they are made of. Any other dataset is read item by item, as slow as an epoch of
-    reading: where that takes too long, give ``FeatureCache`` a name instead.
+    part of what a backbone costs; where they are, when they were written and their transform do not count: that is seen
+    when a ``FeatureCache`` computes eight images again. A ``Subset`` and a ``ConcatDataset`` count by what they are
+    made of. Any other dataset is read item by item, as slow as an epoch of reading: where that takes too long, give
+    ``FeatureCache`` a name instead.
 
     Raises:
         OSError: an image can't be read.
-        ValueError: the dataset is random, or not known not to be, or its items can't be compared.
+        ValueError: the dataset's transform is random, or not known not to be, or its items can't be compared.
     """
     if isinstance(dataset, DataLoader):
         raise ValueError("data_fingerprint got a DataLoader; pass its dataset: data_fingerprint(loader.dataset)")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(f"{type(dataset).__name__} is a stream of unknown length; {NAME_INSTEAD}")
+        raise ValueError(f"{type(dataset).__name__} is a stream of unknown length; {_NAME_INSTEAD}")
     return hashlib.sha256(json.dumps(_describe(dataset)).encode()).hexdigest()
 
 
@@ -54,27 +127,17 @@ def _describe(dataset: Any) -> Any:
         return [kind, [int(index) for index in dataset.indices], _describe(dataset.dataset)]
     if type(dataset) is ConcatDataset:
         return [kind, [_describe(part) for part in dataset.datasets]]
-    # A dataset of your own may state no transform: that it draws nothing is then seen from reading it twice.
-    if stated_transforms(dataset) and (reason := find_randomness(dataset)):
+    # A dataset of your own may state no transform; if it draws all the same, no two of its fingerprints are equal.
+    if _stated_transforms(dataset) and (reason := find_randomness(dataset)):
         raise ValueError(
-            f"{reason}; use an evaluation transform, as timm's create_transform(224) gives, or {NAME_INSTEAD}"
+            f"{reason}; use an evaluation transform, as timm's create_transform(224) gives, or {_NAME_INSTEAD}"
         )
     if type(dataset) is ImageDataset:
-        folder = dataset.folder
-        return [
-            kind,
-            _describe_files(folder.paths, folder.targets, folder.root),
-            _describe_transform(dataset.transform),
-        ]
+        return [kind, _describe_files(dataset.folder.paths, dataset.folder.targets, dataset.folder.root)]
     if kind == "torchvision.datasets.folder.ImageFolder":
         paths, targets = zip(*dataset.samples, strict=True)
-        transforms = [_describe_transform(each) for each in (dataset.transform, dataset.target_transform)]
-        files = _describe_files(map(Path, paths), targets, Path(dataset.root))
-        return [kind, files, transforms, f"{dataset.loader.__module__}.{dataset.loader.__qualname__}"]
-    items = [digest_item(dataset[index]) for index in range(len(dataset))]
-    if not stated_transforms(dataset) and any(digest_item(dataset[i]) != items[i] for i in range(min(len(items), 8))):
-        raise ValueError(f"{type(dataset).__name__} gave another item when it was read twice; {NAME_INSTEAD}")
-    return [kind, items]
+        return [kind, _describe_files(map(Path, paths), targets, Path(dataset.root))]
+    return [kind, [_digest_item(dataset[index]) for index in range(len(dataset))]]
 
 
 def _describe_files(paths: Iterable[Path], targets: Iterable[int], root: Path) -> list[Any]:
@@ -88,15 +151,23 @@ def _describe_files(paths: Iterable[Path], targets: Iterable[int], root: Path) -
         return list(threads.map(describe, paths, targets))
 
 
-def _describe_transform(transform: Any) -> Any:
-    """Write down a deterministic transform in full: a ``repr`` shortens tensors, and leaves arguments out."""
-    if transform is None:
-        return None
-    parts = getattr(transform, "transforms", None) or getattr(transform, "_modules", {}).values()
-    arguments = {
-        name: repr(value.tolist() if isinstance(value, Tensor) else value)
-        for name, value in getattr(transform, "__dict__", {}).items()
-        if not name.startswith("_") and name not in {"training", "transforms"}
-    }
-    named = transform if hasattr(transform, "__qualname__") else type(transform)
-    return [f"{named.__module__}.{named.__qualname__}", arguments, [_describe_transform(part) for part in parts]]
+def _stated_transforms(data: Any) -> list[Any]:
+    """List the transforms that a dataset has under the usual names, not those of a dataset that it wraps."""
+    own = getattr(data, "__dict__", {})
+    return [getattr(data, name) for name in _TRANSFORMS if name in own or hasattr(type(data), name)]
+
+
+def _digest_item(item: Any) -> str:
+    """Digest what a dataset returns for one index: tensors, arrays, images and numbers, in tuples, lists and dicts."""
+    leaves, structure = tree_flatten(dict(item) if isinstance(item, Mapping) else item)
+    hashed = hashlib.sha256(f"{structure} ".encode())
+    for leaf in leaves:
+        array = numpy.empty(0) if isinstance(leaf, Tensor) else numpy.asarray(leaf)
+        if array.dtype.hasobject:
+            raise ValueError(
+                f"a dataset gave a {type(leaf).__name__}, which can't be compared; return tensors, arrays or numbers, "
+                f"or {_NAME_INSTEAD}"
+            )
+        content = digest(leaf).encode() if isinstance(leaf, Tensor) else array.tobytes()
+        hashed.update(f"{type(leaf).__name__} {array.dtype.str} {array.shape} ".encode() + content)
+    return hashed.hexdigest()

@@ -62,8 +62,8 @@ class FeatureCache:
 
     Args:
         folder: Holds the features of one dataset and nothing else.
-        data_fingerprint: Names the images, targets and transform. ``data_fingerprint(dataset)`` computes one; a name of
-            your own serves as well, as long as it changes when they do.
+        data_fingerprint: Names the images and targets. ``data_fingerprint(dataset)`` computes one; a name of your own
+            serves as well, as long as it changes when they do.
         memory_share: Features that take more than this share of the machine's memory stay on disk, memory-mapped.
 
     >>> FeatureCache("cache/train", data_fingerprint="images of 2024, 224 pixels").memory_share
@@ -80,7 +80,7 @@ class FeatureCache:
         versions = {"backbone-finetune": __version__, "torch": torch.__version__, "timm": timm.__version__, **packages}
         return {
             "backbone": f"{backbone_fingerprint(front.backbone, front.trained)} {front.description}",
-            "images or transform": self.data_fingerprint,
+            "images": self.data_fingerprint,
             "precision": str(autocast_dtype),
             "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
         }

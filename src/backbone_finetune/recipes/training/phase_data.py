@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from backbone_finetune import FineTuneModel
 from backbone_finetune.frontier import NoFrontier
 
-from ..data.determinism import find_randomness
+from ..data.fingerprint import find_randomness
 from ..data.images import ImageDataset
 from ..data.loading import DeviceLoader, default_workers
 from ..data.targets import check_targets, split_row
