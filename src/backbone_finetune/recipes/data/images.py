@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["ImageDataset", "LabelledFolder", "read_image", "split"]
+__all__ = ["ImageDataset", "LabelledFolder", "is_read", "read_image", "split"]
 
 # The target of an image that cannot be read: it keeps its place, without weight. torch's losses ignore it by default.
 IGNORED = -100
@@ -19,9 +21,22 @@ IGNORED = -100
 MOST_ELONGATED = 100
 
 
+def is_read(targets: Tensor) -> Tensor:
+    """Tell which targets are of images that could be read, ``(N,)``: others are ``IGNORED``, or nan in floats.
+
+    >>> is_read(torch.tensor([2, IGNORED])), is_read(torch.tensor([[0.5, 0.5], [torch.nan, torch.nan]]))
+    (tensor([ True, False]), tensor([ True, False]))
+    """
+    # Compared as long: -100 would be 156 in uint8.
+    read = ~targets.isnan() if targets.is_floating_point() else targets.long() != IGNORED
+    return read if targets.ndim == 1 else read.flatten(1).all(1)
+
+
 @dataclass(frozen=True)
 class LabelledFolder:
     """Images and their classes: ``paths[i]`` shows ``class_names[targets[i]]``.
+
+    Where an image has several labels, or values, ``targets[i]`` is a row of one number for each of ``class_names``.
 
     >>> LabelledFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,)).targets
     (1,)
@@ -30,10 +45,10 @@ class LabelledFolder:
     root: Path
     class_names: tuple[str, ...]
     paths: tuple[Path, ...]
-    targets: tuple[int, ...]
+    targets: tuple[Any, ...]  # int, or tuple[float, ...]
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(Dataset[tuple[Tensor, Any]]):
     """Images as ``(tensor, target)`` pairs, read from disk each time.
 
     An image that cannot be read raises. Passes of the recipes skip it instead: ``broken`` has a message for each that
@@ -52,12 +67,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.folder.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(read_image(self.folder.paths[index])), self.folder.targets[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.transform(read_image(self.folder.paths[index])), self.target(index)
+
+    def target(self, index: int) -> Any:
+        """Return the target of an image: a class index, or a row of float32."""
+        target = self.folder.targets[index]
+        return target if isinstance(target, int) else torch.tensor(target, dtype=torch.float32, device="cpu")
 
     def skip_ignored(self, targets: Tensor) -> None:
         """Remember the images that have the target ``IGNORED``, in the targets that a pass over all of them gave."""
-        for index in (targets == IGNORED).nonzero().flatten().tolist():
+        for index in (~is_read(targets)).nonzero().flatten().tolist():
             path = self.folder.paths[index]
             if str(path) not in self.broken:
                 self.broken[str(path)] = f"{path}: could not be read before"

@@ -22,7 +22,7 @@ from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from .images import IGNORED, ImageDataset, read_image
+from .images import IGNORED, ImageDataset, is_read, read_image
 from .transforms import Normalize, split_transform
 
 __all__ = ["DeviceLoader", "can_fork", "default_workers", "map_batches"]
@@ -80,9 +80,12 @@ class Batches(Dataset[Any]):
                 with nullcontext() if self.seed is None else seeded(f"{self.seed} {index}"):
                     rows.append(self.load(index % len(self.data), broken))
             place = ""
-            if broken and (readable := [row for row in rows if row[1] != IGNORED]):
+            if broken:
                 # Another image of the batch has the right size, and changes the statistics of a BatchNorm least.
-                rows = [(readable[0][0], IGNORED) if row[1] == IGNORED else row for row in rows]
+                with torch.device("cpu"):
+                    read = is_read(default_collate([target for _, target in rows])).tolist()
+                image = rows[read.index(True)][0] if any(read) else rows[0][0]
+                rows = [row if is_one else (image, row[1]) for row, is_one in zip(rows, read, strict=True)]
             with torch.device("cpu"):  # targets that are numbers become a tensor here
                 values = default_collate(rows)
             if self.compute is None:
@@ -99,15 +102,16 @@ class Batches(Dataset[Any]):
             return Batch([], broken, RuntimeError(f"{place}{error} ({type(error).__name__})"))
 
     def load(self, index: int, broken: dict[str, str]) -> Any:
-        """Load a sample; an image that cannot be read becomes a grey one with the target ``IGNORED``."""
+        """Load a sample; an image that cannot be read becomes a grey one whose target says so; see `is_read`."""
         if not isinstance(self.data, ImageDataset):
             return self.data[index]
-        path, target = self.data.folder.paths[index], self.data.folder.targets[index]
+        path, target = self.data.folder.paths[index], self.data.target(index)
         try:
             image = read_image(path)
         except (ValueError, OSError) as error:
             # Where a whole batch is broken; of ImageNet's mean, next to nothing for a BatchNorm.
-            image, target = Image.new("RGB", (64, 64), (124, 116, 104)), IGNORED
+            image = Image.new("RGB", (64, 64), (124, 116, 104))
+            target = IGNORED if isinstance(target, int) else torch.full_like(target, torch.nan)
             broken[str(path)] = str(error)
         try:
             return self.to_bytes(image), target
@@ -118,8 +122,8 @@ class Batches(Dataset[Any]):
 class DeviceLoader(DataLoader[Any]):
     """A loader whose batches come as ``[inputs..., targets]`` on ``device``, normalised.
 
-    An image of an `ImageDataset` that cannot be read keeps its place with the target ``IGNORED``, and the dataset
-    remembers it. Any other error of a worker is raised here, and names the sample.
+    An image of an `ImageDataset` that cannot be read keeps its place with a target that says so (`is_read`), and
+    the dataset remembers it. Any other error of a worker is raised here, and names the sample.
 
     Args:
         data: A dataset of ``(inputs..., target)``.

@@ -1,5 +1,6 @@
-"""Checks of what a dataset returns: inputs and a class index, before any of it costs a pass."""
+"""Checks of what a dataset returns: inputs and a target, before any of it costs a pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from ..rng import preserve_rng_state
 from ..text import join_some
 from .images import IGNORED, ImageDataset
 
-__all__ = ["check_dataset", "check_targets", "describe_value", "split_row"]
+__all__ = ["check_dataset", "check_targets", "describe_targets", "describe_value", "known_targets", "split_row"]
 
 
-def check_dataset(name: str, data: Dataset[Any], classes: int | None) -> None:
-    """Raise ValueError unless a dataset has a length and returns inputs and a class index.
+def check_dataset(name: str, data: Dataset[Any], check: Callable[[str, Tensor], None]) -> None:
+    """Raise ValueError unless a dataset has a length and returns inputs and a target that ``check`` accepts.
 
     All targets are looked at where they are at hand; else the first item is read.
     """
@@ -24,24 +25,29 @@ def check_dataset(name: str, data: Dataset[Any], classes: int | None) -> None:
         raise ValueError(f"{name} is a stream of unknown length; pass a dataset that has a length")
     if not len(data):
         raise ValueError(f"len({name}) = 0: expected one image or more")
-    targets = _known_targets(data)
+    targets = known_targets(data)
     if targets is None:
         with preserve_rng_state(), torch.device("cpu"):
             _, targets = split_row(default_collate([data[0]]))
-    check_targets(name, targets, classes)
+    check(name, targets)
 
 
-def _known_targets(data: Any) -> Tensor | None:
-    """Return the targets of a dataset that has them at hand."""
+def known_targets(data: Any) -> Tensor | None:
+    """Return the targets of a dataset that has them at hand; None else."""
     if type(data) is ImageDataset:
         return torch.tensor(data.folder.targets, device="cpu")
+    if isinstance(data, list) and all(
+        isinstance(row, tuple | list) and isinstance(row[-1], Tensor | float | int) for row in data
+    ):
+        with torch.device("cpu"):
+            return torch.as_tensor(default_collate([row[-1] for row in data]))
     if isinstance(data, TensorDataset):
         return data.tensors[-1] if len(data.tensors) > 1 else None
     if type(data) is Subset:
-        targets = _known_targets(data.dataset)
+        targets = known_targets(data.dataset)
         return None if targets is None else targets[list(data.indices)]
     if type(data) is ConcatDataset:
-        parts = [targets for part in data.datasets if (targets := _known_targets(part)) is not None]
+        parts = [targets for part in data.datasets if (targets := known_targets(part)) is not None]
         return torch.cat(parts) if len(parts) == len(data.datasets) else None
     return None
 
@@ -50,13 +56,39 @@ def check_targets(name: str, targets: Tensor, classes: int | None = None) -> Non
     """Raise ValueError unless targets are one whole number per image, from 0 to ``classes - 1``, or ``IGNORED``."""
     if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(
-            f"{name}: the targets are {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape[1:])} "
-            "per image; pass class indices, one whole number per image"
+            f"{name}: the targets are {describe_targets(targets)}; pass class indices, one whole number per image"
+            f"{_suggest(targets)}"
+        )
+    if classes == 1:
+        raise ValueError(
+            f"{name}: the targets are class indices, and the network has 1 output, whose class would always be right; "
+            "pass num_classes=2 or more, or TrainerConfig(objective=Regression()) for values of one output"
         )
     wrong = (targets < 0) | (targets >= (classes or torch.iinfo(torch.long).max))
     if faulty := targets[wrong & (targets != IGNORED)][:1].tolist():
         known = "the classes" if classes is None else f"the {classes} classes of the classifier (0 to {classes - 1})"
         raise ValueError(f"{name}: target {faulty[0]} is outside {known}")
+
+
+def describe_targets(targets: Tensor) -> str:
+    """Name the type and shape of targets, such as "float32 of shape (3,) per image"."""
+    return f"{str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape[1:])} per image"
+
+
+def _suggest(targets: Tensor) -> str:
+    """Tell what fits targets that are no class indices."""
+    if targets.ndim == 2 and targets.shape[1] > 1:
+        is_binary = bool(((targets == 0) | (targets == 1)).all())
+        sums_to_1 = bool(((targets.double().sum(1) - 1).abs() <= 1e-3).all())
+        if is_binary and sums_to_1:
+            return ": targets.argmax(1); or, for labels that may go together, TrainerConfig(objective=MultiLabel())"
+        if is_binary:
+            return "; for rows of 0 and 1, pass TrainerConfig(objective=MultiLabel())"
+        if sums_to_1:
+            return "; for rows that sum to 1, pass TrainerConfig(objective=SoftLabels())"
+    if targets.is_floating_point():
+        return "; for float targets, pass TrainerConfig(objective=Regression())"
+    return ": targets.flatten()" if targets.ndim > 1 and targets[0].numel() == 1 else ""
 
 
 def split_row(batch: Any) -> tuple[list[Tensor], Tensor]:

@@ -26,7 +26,7 @@ from backbone_finetune import __version__
 from backbone_finetune.eval_caches import clear_caches
 from backbone_finetune.verification import digest
 
-from ..data.images import IGNORED
+from ..data.images import is_read
 from ..files import replacing
 from .front import Front
 
@@ -203,10 +203,9 @@ def bytes_per_row(slot: tuple[torch.dtype, tuple[int, ...]]) -> int:
 
 def agree(stored: Sequence[Tensor], computed: Sequence[Tensor], *, autocast: bool) -> bool:
     """Tell whether stored rows are those computed now: to 1e-3 of the largest value of a slot, under bf16 to 5e-2."""
-    if computed[-1].ndim == 1:
-        # In the place of an image that cannot be read is another of its batch, which is another one now.
-        seen = (stored[-1] != IGNORED) | (computed[-1] != IGNORED)
-        stored, computed = ([tensor[seen] for tensor in rows] for rows in (stored, computed))
+    # In the place of an image that cannot be read is another of its batch, which is another one now.
+    seen = is_read(stored[-1]) | is_read(computed[-1])
+    stored, computed = ([tensor[seen] for tensor in rows] for rows in (stored, computed))
     for one, other in zip(stored, computed, strict=True):
         if not one.is_floating_point() or not one.numel():
             if not torch.equal(one, other):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
-from ..data.images import IGNORED
+from ..data.images import is_read
 
 __all__ = ["Features", "feature_batches", "module_inputs", "without_unread"]
 
@@ -33,7 +33,7 @@ def module_inputs(data: Dataset[Any], inputs: Sequence[Tensor]) -> tuple[Any, ..
 
 def without_unread(data: TensorDataset) -> TensorDataset:
     """Leave out the images that could not be read."""
-    seen = data.tensors[-1] != IGNORED
+    seen = is_read(data.tensors[-1])
     if seen.all():
         return data
     tensors = [tensor[seen] for tensor in data.tensors]

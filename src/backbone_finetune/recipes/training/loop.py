@@ -19,7 +19,7 @@ from tqdm import tqdm
 from backbone_finetune import FineTuneModel
 
 from ..data.images import IGNORED, ImageDataset
-from ..data.targets import check_dataset
+from ..data.targets import check_dataset, check_targets
 from ..features.dataset import module_inputs
 from ..text import printable
 from .batches import LocalBatch, epoch_batches, load_batches, local_batch
@@ -94,7 +94,7 @@ def fine_tune(
     if not phases:
         raise ValueError("phases is empty; pass one Phase or more")
     for name, data in (("train", train), ("test", test)):
-        check_dataset(name, data, model.num_classes)
+        check_dataset(name, data, lambda name, targets: check_targets(name, targets, model.num_classes))
     if config.class_weights is not None and model.num_classes not in {None, len(config.class_weights)}:
         raise ValueError(f"class_weights has {len(config.class_weights)} entries for {model.num_classes} classes")
     begun, saved = (

@@ -1,0 +1,343 @@
+"""What the targets are: class indices, soft targets, labels or values. Their check, the loss, predictions, metrics."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from typing_extensions import Self
+
+from ..data.images import IGNORED, is_read
+from ..data.targets import check_targets, describe_targets
+from . import metrics
+
+__all__ = ["MultiLabel", "Objective", "Regression", "SingleLabel", "SoftLabels", "balanced_weights"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+_as_list = BeforeValidator(lambda values: values.tolist() if isinstance(values, Tensor) else values)
+Positives = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], _as_list]
+Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], _as_list]
+Numbers = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], _as_list]
+CHECKED = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+
+class Objective(ABC):
+    """What the targets are. B counts images, K the outputs of the network; targets are ``(B,)`` or ``(B, K)``.
+
+    ``loss`` is a function of your own, of outputs ``(B, K)`` and targets, that returns one loss per image, ``(B,)``;
+    the mean over the batch is taken. B counts the images of one process and one part of a batch that could be read, and
+    may be 0.
+    """
+
+    main_metric: ClassVar[str] = "accuracy"  # larger is better
+    loss: Loss | None
+
+    @abstractmethod
+    def check(self, name: str, targets: Tensor, outputs: int | None) -> None:
+        """Raise ValueError unless all targets are of this kind and fit a network of ``outputs`` outputs."""
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the loss of each image where ``loss`` is None, ``(B,)``: 0 where it could not be read."""
+
+    @abstractmethod
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Turn outputs ``(B, K)`` into what they mean: probabilities or values, ``(B, K)``."""
+
+    @abstractmethod
+    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
+        """Compute the metrics of answers (see `answer`) to images that could be read, by name."""
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        """Reduce outputs to what the metrics need: by default, all that `predict` returns."""
+        return self.predict(outputs)
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Tell which images are answered right, ``(B,)``; None where an answer is not right or wrong."""
+        return None
+
+    def weights(self, targets: Tensor) -> Tensor | None:
+        """Return the weight of each image in the mean loss, ``(B,)``, 0 where it could not be read; None for all 1."""
+        return None
+
+    def scale(self, targets: Tensor) -> Tensor:
+        """Return what the outputs should be."""
+        return targets
+
+    def sum_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum the losses of the images that could be read: ``()``.
+
+        Raises:
+            ValueError: a loss of the caller's own does not return one number per image.
+        """
+        if self.loss is None:
+            return self.losses(outputs, targets).sum()
+        read = is_read(targets)
+        losses, expected = self.loss(outputs[read], self.scale(targets[read])), outputs[read].shape[:1]
+        if not isinstance(losses, Tensor) or losses.shape != expected:
+            came = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"loss returned {came}: expected one loss per image, shape {tuple(expected)}; "
+                "torch's losses return that with reduction='none'"
+            )
+        return losses.sum()
+
+
+@dataclass(frozen=True, config=CHECKED)
+class SingleLabel(Objective):
+    """One class per image: targets are class indices ``(B,)``, and the loss is torch's ``cross_entropy``.
+
+    With ``class_weights`` the loss of a batch, and that reported of an epoch, is the sum of the weighted losses divided
+    by the sum of the images' weights.
+
+    >>> SingleLabel().measure(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1]))
+    {'accuracy': 0.75, 'balanced_accuracy': 0.75}
+
+    Args:
+        class_weights: One positive weight per class.
+        label_smoothing: The share of each target that is spread evenly over all classes, from 0 to below 1.
+        loss: A loss of your own; it weighs and smooths by itself.
+    """
+
+    class_weights: Positives | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    loss: Loss | None = None
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.loss is not None and (self.class_weights is not None or self.label_smoothing):
+            raise ValueError("loss and class_weights or label_smoothing were both given; weigh and smooth in your loss")
+        return self
+
+    def check(self, name: str, targets: Tensor, outputs: int | None) -> None:
+        """Raise ValueError unless all targets are class indices, or ``IGNORED``."""
+        check_targets(name, targets, outputs)
+        if self.class_weights is not None and outputs not in {None, len(self.class_weights)}:
+            raise ValueError(f"class_weights has {len(self.class_weights)} entries for {outputs} classes")
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the weighted cross entropy of each image, ``(B,)``."""
+        weights = None if self.class_weights is None else _on(outputs, self.class_weights)
+        smoothing = self.label_smoothing
+        return cross_entropy(
+            outputs, targets.long(), weights, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+        )
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return probabilities that sum to 1."""
+        return outputs.softmax(-1)
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        """Return the likeliest class of each image, ``(B,)``."""
+        return outputs.argmax(-1)
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Tell which images have their class as the likeliest."""
+        return outputs.argmax(-1) == targets
+
+    def weights(self, targets: Tensor) -> Tensor | None:
+        """Return the weight of each image's class."""
+        if self.class_weights is None:
+            return None
+        weights = _on(targets, self.class_weights, torch.float32)
+        return weights[targets.long().clamp(min=0)].where(is_read(targets), 0)
+
+    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
+        """Compute the accuracy, and the mean recall of the classes that have images."""
+        return metrics.accuracies(answers, targets)
+
+
+@dataclass(frozen=True, config=CHECKED)
+class SoftLabels(Objective):
+    """A probability for each class: targets are rows ``(B, K)`` that sum to 1, as several annotators or a teacher give.
+
+    The loss is torch's ``cross_entropy``. An answer is right where the likeliest class is the target's.
+
+    >>> SoftLabels().losses(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]))
+    tensor([0.6931])
+    """
+
+    loss: Loss | None = None
+
+    def check(self, name: str, targets: Tensor, outputs: int | None) -> None:
+        """Raise ValueError unless all targets are rows from 0 on that sum to 1, to a thousandth."""
+        _check_rows(name, targets, outputs, "SoftLabels takes a row of one probability per class")
+        wrong = ~((targets >= 0).all(1) & ((targets.double().sum(1) - 1).abs() <= 1e-3))
+        _refuse(name, targets, wrong, "SoftLabels takes rows of numbers from 0 on that sum to 1")
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the cross entropy of each image, ``(B,)``."""
+        losses = cross_entropy(outputs, targets.nan_to_num().to(outputs.dtype), reduction="none")
+        return losses.where(is_read(targets), 0)
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return probabilities that sum to 1."""
+        return outputs.softmax(-1)
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        """Return the likeliest class of each image, ``(B,)``."""
+        return outputs.argmax(-1)
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Tell which images have the target's likeliest class as their own."""
+        return (outputs.argmax(-1) == targets.argmax(-1)) & is_read(targets)
+
+    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
+        """Compute the accuracy, and the mean recall, of the targets' likeliest classes."""
+        return metrics.accuracies(answers, targets.argmax(-1))
+
+
+@dataclass(frozen=True, config=CHECKED)
+class MultiLabel(Objective):
+    """Any number of labels per image: targets are rows ``(B, K)`` of 0 and 1; each output is a label's own yes or no.
+
+    The loss of an image is the mean binary cross entropy of its labels. A label is predicted where its sigmoid
+    is above its threshold; an image is right where all of its labels are.
+
+    >>> objective = MultiLabel().choose_thresholds(torch.tensor([[0.0], [0.75], [0.25]]), torch.tensor([[0], [1], [0]]))
+    >>> objective.thresholds
+    (0.5,)
+
+    Args:
+        thresholds: One per label, from 0 to 1; None is one half for all. `choose_thresholds` chooses them.
+        loss: A loss of your own.
+    """
+
+    main_metric: ClassVar[str] = "mean_average_precision"
+    thresholds: Shares | None = None
+    loss: Loss | None = None
+
+    def check(self, name: str, targets: Tensor, outputs: int | None) -> None:
+        """Raise ValueError unless all targets are rows of 0 and 1."""
+        _check_rows(name, targets, outputs, "MultiLabel takes a row of 0 and 1, one per label")
+        _refuse(name, targets, ((targets != 0) & (targets != 1)).any(1), "MultiLabel takes rows of 0 and 1")
+        if self.thresholds is not None and len(self.thresholds) != targets.shape[1]:
+            raise ValueError(f"thresholds has {len(self.thresholds)} entries for {targets.shape[1]} labels")
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the mean binary cross entropy of each image, ``(B,)``."""
+        wanted = targets.to(outputs.dtype).nan_to_num()
+        return binary_cross_entropy_with_logits(outputs, wanted, reduction="none").mean(1).where(is_read(targets), 0)
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return a probability from 0 to 1 per label."""
+        return outputs.sigmoid()
+
+    def choose(self, probabilities: Tensor) -> Tensor:
+        """Tell which labels each image has, ``(B, K)``: those whose probability is above their threshold."""
+        return probabilities > (0.5 if self.thresholds is None else _on(probabilities, self.thresholds))
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Tell which images have the very labels of their target."""
+        return (self.choose(self.predict(outputs)) == targets).all(1)
+
+    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
+        """Compute the mean average precision and the macro F1 over labels, and the share of images that are right."""
+        chosen = self.choose(answers.double())
+        return {
+            "mean_average_precision": metrics.mean_average_precision(answers, targets),
+            "macro_f1": metrics.macro_f1(chosen, targets),
+            "accuracy": float((chosen == targets).all(1).double().mean()),
+        }
+
+    def choose_thresholds(self, probabilities: Tensor, targets: Tensor) -> "MultiLabel":
+        """Return this with the thresholds that give each label its best F1 on probabilities ``(N, K)`` of N images.
+
+        Take images that the network did not train on, and others than those that its F1 is measured on.
+        """
+        return MultiLabel(metrics.best_thresholds(probabilities, targets), self.loss)
+
+
+@dataclass(frozen=True, config=CHECKED)
+class Regression(Objective):
+    """Numbers: targets are values ``(B,)`` of one output or ``(B, K)`` of several, and the loss is the squared error.
+
+    The network learns ``(value - mean) / std``, and `predict` turns its outputs into values again. A learning rate that
+    suits classes suits values of mean 0 and standard deviation 1; `scaled_to` takes both from the training targets.
+
+    >>> objective = Regression().scaled_to(torch.tensor([100.0, 300.0]))
+    >>> objective.mean, objective.std, objective.predict(torch.tensor([[0.5]]))
+    ((200.0,), (100.0,), tensor([[250.]]))
+
+    Args:
+        mean: One per output, or one for all.
+        std: One per output, or one for all.
+        loss: A loss of your own, of outputs and ``(value - mean) / std``, both ``(B, K)``.
+    """
+
+    main_metric: ClassVar[str] = "r2"
+    mean: Numbers = (0.0,)
+    std: Positives = (1.0,)
+    loss: Loss | None = None
+
+    def check(self, name: str, targets: Tensor, outputs: int | None) -> None:
+        """Raise ValueError unless all targets are finite numbers, one per output."""
+        if targets.ndim == 1 and outputs in {None, 1}:
+            targets = targets[:, None]
+        _check_rows(name, targets, outputs, "Regression takes one number per output")
+        _refuse(name, targets, ~targets.double().isfinite().all(1), "Regression takes finite numbers")
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the squared error of each image, the mean over its outputs, ``(B,)``."""
+        wanted = self.scale(targets).nan_to_num().to(outputs.dtype)
+        return mse_loss(_as_rows(outputs), wanted, reduction="none").mean(1).where(is_read(targets), 0)
+
+    def scale(self, targets: Tensor) -> Tensor:
+        """Return ``(value - mean) / std``, ``(B, K)``."""
+        rows = _as_rows(targets).float()
+        return (rows - _on(rows, self.mean)) / _on(rows, self.std)
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return values in the units of the targets, ``(B, K)``."""
+        return _as_rows(outputs) * _on(outputs, self.std) + _on(outputs, self.mean)
+
+    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
+        """Compute R squared and the mean absolute error, each the mean over the outputs."""
+        errors, r2 = metrics.regression_errors(answers, _as_rows(targets))
+        return {"r2": float(r2.mean()), "mean_absolute_error": float(errors.mean())}
+
+    def scaled_to(self, targets: Tensor) -> "Regression":
+        """Return this with the mean and the standard deviation of targets; 1 where all are the same."""
+        rows = _as_rows(targets[is_read(targets)]).double()
+        std = rows.std(0, correction=0)
+        return Regression(tuple(rows.mean(0).tolist()), tuple(std.where(std > 0, 1).tolist()), self.loss)
+
+
+def balanced_weights(targets: Sequence[int]) -> tuple[float, ...]:
+    """Weigh each class by ``N / (K * count)``, as scikit-learn's "balanced" does; each class has an image.
+
+    >>> balanced_weights([0, 0, 0, 1])
+    (0.6666666666666666, 2.0)
+    """
+    counts = Counter(targets)
+    return tuple(len(targets) / (len(counts) * counts[target]) for target in sorted(counts))
+
+
+def _check_rows(name: str, targets: Tensor, outputs: int | None, wanted: str) -> None:
+    """Raise ValueError unless targets are ``(N, outputs)`` numbers."""
+    if targets.ndim != 2 or targets.is_complex() or (outputs is not None and targets.shape[1] != outputs):
+        network = "" if outputs is None else f", and the network has {outputs} outputs"
+        raise ValueError(f"{name}: the targets are {describe_targets(targets)}; {wanted}{network}")
+
+
+def _refuse(name: str, targets: Tensor, wrong: Tensor, wanted: str) -> None:
+    """Raise ValueError if targets are wrong, and show the first that is."""
+    if wrong.any():
+        index = int(wrong.int().argmax())
+        row = [round(value, 6) for value in targets[index].tolist()]
+        raise ValueError(f"{name}: target {index} is {row if len(row) <= 8 else f'{row[:8]} ...'}; {wanted}")
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    return values[:, None] if values.ndim == 1 else values
+
+
+def _on(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+    """Make a tensor on another's device, which nobody waits for."""
+    made = torch.tensor(values, dtype=like.dtype if dtype is None else dtype, device="cpu")
+    return made.to(like.device, non_blocking=True)
