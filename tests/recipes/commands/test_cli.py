@@ -170,9 +170,8 @@ def test_trainable_only_writes_a_small_file_that_takes_its_base(
     assert model.stat().st_size < 10_000
     capsys.readouterr()
     image = images / "red" / "0.png"
-    assert f"on top of test_resnet with weights from {weights}; give that weights file (--base FILE" in fail(
-        "predict", model, image
-    )
+    message = f"on top of test_resnet with weights from {weights}; give the weights file that it was trained on (--base"
+    assert message in fail("predict", model, image)
     assert cli.main(["predict", str(model), str(image), "--base", str(weights)]) == 0
 
 

@@ -19,9 +19,8 @@ from torch import nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_tensors
-from backbone_finetune.recipes.models.changes import remember_base
 from backbone_finetune.recipes.models.file import TrainedModel, load_trained_model, save_trained_changes
-from backbone_finetune.recipes.models.weights import load_network
+from backbone_finetune.recipes.models.weights import load_network, remember_base
 
 HUGE = "vit_huge_patch14_clip_224.laion2b"
 
@@ -126,5 +125,5 @@ def test_words_of_a_base_are_safe_to_print(tmp_path: Path) -> None:
     base = remember_base(model, "file", "weights from \x1b[2J\udcff.pth")
     config = timm.data.resolve_model_data_config(model)
     save_trained_changes(TrainedModel(model, "test_resnet", tuple(COLOURS), config), base, path, record={})
-    with pytest.raises(ValueError, match=r"with weights from \ufffd\[2J\\udcff\.pth; give that"):
+    with pytest.raises(ValueError, match=r"with weights from \ufffd\[2J\\udcff\.pth; give the"):
         load_trained_model(path)

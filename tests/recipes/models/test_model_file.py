@@ -17,7 +17,6 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_checkpoint
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.data.images import read_image
-from backbone_finetune.recipes.models.changes import BaseWeights, remember_base
 from backbone_finetune.recipes.models.file import (
     TrainedModel,
     build_transform,
@@ -26,7 +25,12 @@ from backbone_finetune.recipes.models.file import (
     save_trained_changes,
     save_trained_model,
 )
-from backbone_finetune.recipes.models.weights import load_network, load_packaged_network
+from backbone_finetune.recipes.models.weights import (
+    BaseWeights,
+    load_network,
+    load_packaged_network,
+    remember_base,
+)
 
 
 def make_trained() -> TrainedModel:
@@ -144,7 +148,7 @@ def test_changes_are_refused_on_another_base(tmp_path: Path) -> None:
     save_base(tmp_path / "other.pth", seed=1)
     with pytest.raises(ValueError, match=rf"changes.*trained on top of {needed} .*other\.pth is another base .*--base"):
         load_trained_model(path, base=tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=rf"changes.*holds only what training changed, on top of {needed}; give that"):
+    with pytest.raises(ValueError, match=rf"changes.*holds only what training changed, on top of {needed}; give the"):
         load_trained_model(path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: there is no such weights file"):
         load_trained_model(path, base=tmp_path / "nowhere.pth")

