@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from pydantic import ValidationError
+from tqdm import tqdm
 
 from .recipes.commands.evaluate import describe_evaluation, evaluate_folder, write_evaluation
 from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.frontier import inspect_frontier
 from .recipes.commands.inspect import inspect, inspect_file
-from .recipes.commands.predict import predict, write_csv, write_json
+from .recipes.commands.predict import choose_writer, list_inputs, predict
 from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
-from .recipes.data.finding import list_images
+from .recipes.export.onnx_model import export_onnx
 from .recipes.models.file import TrainedModel, load_trained_model
+from .recipes.models.named import NamedModel
+from .recipes.models.onnx_file import load_onnx_model
 from .recipes.text import describe_fault, print_any_name, printable
 from .recipes.training.phases import Phase, read_phases
 from .recipes.training.processes import find_device
@@ -215,15 +218,16 @@ def add_numbers(parser: argparse._ActionsContainer, settings: object, *options: 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``predict``."""
     parser.description = (
-        "Print the most likely classes of images, with a model that `train` wrote. Images that cannot be read are "
-        "listed and counted, and the exit status is then 2."
+        "Print the most likely classes of images, with a model that `train` or `export --to onnx` wrote. Images that "
+        "cannot be read are listed and counted, and the exit status is then 2."
     )
     add_inference(parser)
     add = parser.add_argument
-    add("images", type=Path, nargs="+", metavar="IMAGE", help="an image, or a folder of images at any depth")
+    text = "an image, a folder of images at any depth, a pattern ('photos/**/*.jpg'), or - for paths on stdin by line"
+    add("images", nargs="+", metavar="IMAGE", help=text)
     add("--top-k", type=int, default=3, metavar="K", help="classes for each image (default: %(default)s)")
-    add("--csv", type=Path, metavar="FILE", help="also write the predictions to a CSV file")
-    add("--json", type=Path, metavar="FILE", help="also write the predictions to a JSON file")
+    text = "write the predictions to a .csv or .jsonl file (JSON lines) instead of the terminal"
+    add("--output", type=Path, metavar="FILE", help=text)
     parser.set_defaults(run_command=run_predict)
 
 
@@ -283,7 +287,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add("output", type=Path, metavar="OUTPUT", help="the file or, for hub-folder, the folder to write; not there yet")
     add("--to", choices=sorted(EXPORTERS), required=True, help="the format")
-    add("--images", type=Path, nargs="+", metavar="IMAGE", help="images, or folders of them, to compare the logits on")
+    add("--images", nargs="+", metavar="IMAGE", help="images, folders or patterns on which the logits are compared")
+    text = "onnx: the graph itself resizes, crops and normalises; its input is images in uint8, (B, height, width, 3)"
+    add("--preprocessing", action="store_true", help=text)
     parser.set_defaults(run_command=run_export)
 
 
@@ -337,8 +343,12 @@ def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
     return read_phases(options.phases)
 
 
-def load_model(options: argparse.Namespace) -> TrainedModel:
+def load_model(options: argparse.Namespace) -> TrainedModel | NamedModel:
     """Load the given model onto the given device."""
+    if options.model.suffix == ".onnx":
+        if options.base is not None or options.device not in {"auto", "cpu"}:
+            raise ValueError(f"{options.model}: an ONNX file runs on the CPU and takes no --base")
+        return load_onnx_model(options.model)
     device = find_device(options.device)
     trained = load_trained_model(options.model, base=options.base)
     trained.model.to(device)
@@ -347,25 +357,34 @@ def load_model(options: argparse.Namespace) -> TrainedModel:
 
 def run_predict(options: argparse.Namespace) -> int:
     """Run ``predict``: print a line for each image; raise ValueError if one could not be read."""
-    if options.csv is not None and options.json is not None and options.csv.resolve() == options.json.resolve():
-        raise ValueError(f"--csv and --json are both {options.csv}; use a separate file for each")
-    paths = list_images(options.images)
+    paths = list_inputs(options.images)
     trained = load_model(options)
     predictions = predict(
         trained, paths, top_k=options.top_k, batch_size=options.batch_size, workers=options.workers, tta=options.tta
     )
-    if options.csv is not None:
-        predictions = write_csv(predictions, options.csv, min(options.top_k, len(trained.class_names)))
-    if options.json is not None:
-        predictions = write_json(predictions, options.json)
+    write = None
+    if options.output is not None:
+        write = choose_writer(options.output, min(options.top_k, len(trained.class_names)))
+    # A bar where no line is printed in the terminal.
+    silent = write is None and sys.stdout.isatty()
+    bar = tqdm(
+        predictions if write is None else write(predictions),
+        total=len(paths),
+        desc="predicting",
+        unit="image",
+        leave=False,
+        disable=True if silent else None,  # None: where stderr is no terminal
+    )
     unreadable = 0
-    for prediction in predictions:
-        if prediction.error is None:
+    for prediction in bar:
+        if prediction.error is None and write is None:
             answers = ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
             print(printable(f"{prediction.path}: {answers}"))
-        else:
-            print(printable(f"{PROGRAM}: skipped: {prediction.error}"), file=sys.stderr)
+        elif prediction.error is not None:
+            tqdm.write(printable(f"{PROGRAM}: skipped: {prediction.error}"), file=sys.stderr)
             unreadable += 1
+    if write is not None:
+        print(f"wrote {options.output}: {len(paths) - unreadable} images")
     if unreadable:
         raise ValueError(f"{unreadable} of {len(paths)} images could not be read")
     return 0
@@ -386,9 +405,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def run_export(options: argparse.Namespace) -> int:
     """Run ``export``: print what was written."""
-    images = list_images(options.images or [])
-    trained = load_trained_model(options.model, base=options.base)
-    exported = EXPORTERS[options.to](trained, options.output, images=images)
+    if options.preprocessing and options.to != "onnx":
+        raise ValueError(f"--preprocessing was given, and --to is {options.to}; it is for onnx alone")
+    images = list_inputs(options.images) if options.images else []
+    export = partial(export_onnx, preprocessing=True) if options.preprocessing else EXPORTERS[options.to]
+    exported = export(load_trained_model(options.model, base=options.base), options.output, images=images)
     for line in describe_export(exported).splitlines():
         print(printable(line))
     return 0

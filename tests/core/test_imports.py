@@ -35,6 +35,7 @@ FOLDERS = (
     "models",
     "data",
     "checking",
+    "extras",
     "files",
     "rng",
     "text",

@@ -14,6 +14,7 @@ from .data.fingerprint import data_fingerprint, is_deterministic
 from .data.images import ImageDataset, LabelledFolder
 from .export.checks import Exported
 from .export.hub_folder import export_hub_folder
+from .export.onnx_model import export_onnx
 from .export.openvino_model import export_openvino
 from .export.timm_checkpoint import export_timm
 from .export.torch_program import export_torch
@@ -24,6 +25,8 @@ from .features.extract import extract_features
 from .heads.grid import HeadResult, fit_heads
 from .heads.lbfgs import LbfgsResult, fit_lbfgs
 from .models.file import TrainedModel, load_trained_model, save_trained_model
+from .models.named import NamedModel
+from .models.onnx_file import load_onnx_model
 from .training.checkpoints import EpochResult
 from .training.divergence import DivergedError
 from .training.loop import TrainerConfig, fine_tune
@@ -43,6 +46,7 @@ __all__ = [
     "LabelledFolder",
     "LbfgsResult",
     "Metrics",
+    "NamedModel",
     "Phase",
     "Prediction",
     "TrainSettings",
@@ -53,6 +57,7 @@ __all__ = [
     "data_fingerprint",
     "evaluate_folder",
     "export_hub_folder",
+    "export_onnx",
     "export_openvino",
     "export_timm",
     "export_torch",
@@ -65,6 +70,7 @@ __all__ = [
     "fit_lbfgs",
     "inspect",
     "is_deterministic",
+    "load_onnx_model",
     "load_trained_model",
     "make_accelerator",
     "predict",

@@ -116,28 +116,29 @@ def test_predict_names_what_it_cannot_read_and_goes_on(
     assert third == "backbone-finetune: error: 2 of 3 images could not be read"
 
 
-def test_predict_walks_folders_and_writes_csv_and_json(
+def test_predict_walks_folders_and_writes_csv_and_json_lines(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for index in range(3):
         make_image(tmp_path / "in" / "deep" / f"{index}.png", COLOURS["red"], seed=index)
     (tmp_path / "in" / "broken.jpg").write_bytes(b"")
-    files = ("--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json"))
-    arguments = ["predict", str(trained), str(tmp_path / "in"), "--top-k", "9", "--batch-size", "2", *files]
-    assert cli.main(arguments) == 2
-    printed = capsys.readouterr()
+    arguments = ["predict", str(trained), str(tmp_path / "in"), "--top-k", "9", "--batch-size", "2", "--output"]
+    for file in (tmp_path / "a.csv", tmp_path / "a.jsonl"):
+        assert cli.main([*arguments, str(file)]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == f"wrote {file}: 3 images\n"
+        assert "skipped: " in printed.err
     paths = [tmp_path / "in" / "broken.jpg", *(tmp_path / "in" / "deep" / f"{index}.png" for index in range(3))]
-    assert [line.partition(":")[0] for line in printed.out.splitlines()] == [str(path) for path in paths[1:]]
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    entries = json.loads((tmp_path / "a.json").read_text())
+    entries = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [row["image"] for row in rows] == [entry["image"] for entry in entries] == [str(path) for path in paths]
     assert rows[0]["error"] == entries[0]["error"] != ""
     assert (rows[0]["class_1"], entries[0]["classes"]) == ("", [])
     assert rows[1]["class_1"] == entries[1]["classes"][0]["name"]
     assert float(rows[1]["probability_3"]) == entries[1]["classes"][2]["probability"]
     assert sum(found["probability"] for found in entries[1]["classes"]) == pytest.approx(1)
-    assert {path.name for path in tmp_path.iterdir()} == {"in", "a.csv", "a.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "a.csv", "a.jsonl"}
 
 
 def test_evaluate_prints_a_table_and_writes_two_files(
@@ -362,10 +363,10 @@ def test_only_a_process_beside_others_leaves_its_error_to_them(
     assert ("no such model: no such file" in capsys.readouterr().err) == speaks
 
 
-def test_one_file_for_csv_and_json_is_refused(tmp_path: Path, fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    line = fail("predict", "model.safetensors", "tom.jpg", "--csv", "answers", "--json", tmp_path / "answers")
-    assert line == "--csv and --json are both answers; use a separate file for each"
+def test_predictions_in_another_format_are_refused(trained: Path, fail: Fail) -> None:
+    image = trained.parents[1] / "images" / "red" / "0.png"
+    line = fail("predict", trained, image, "--output", "answers.json")
+    assert line == "answers.json: predictions are written to a file that ends in .csv or .jsonl"
 
 
 def test_an_error_of_many_lines_is_one_line(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:

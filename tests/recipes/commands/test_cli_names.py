@@ -46,15 +46,16 @@ def print_strictly(encoding: str, *arguments: object) -> bytes:
 @ENCODINGS
 def test_predict_answers_for_every_image(trained: Path, tmp_path: Path, encoding: str) -> None:
     images = trained.parents[1] / "images"
-    files = ("--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json"))
-    lines = print_strictly(encoding, "predict", trained, images, *files).splitlines()
+    lines = print_strictly(encoding, "predict", trained, images).splitlines()
     assert len(lines) == 8
     assert all(rb"n\udcff" in line and rb"c\udcff " in line for line in lines)
     expected = sorted(images.rglob("*.png"))
+    for name in ("a.csv", "a.jsonl"):
+        print_strictly(encoding, "predict", trained, images, "--output", tmp_path / name)
     rows = (tmp_path / "a.csv").read_bytes().splitlines()[1:]
     assert [row.split(b",")[0] for row in rows] == [os.fsencode(path) for path in expected]
     assert all({row.split(b",")[1], row.split(b",")[3]} == {os.fsencode(name) for name in NAMES} for row in rows)
-    entries = json.loads((tmp_path / "a.json").read_text())
+    entries = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [Path(entry["image"]) for entry in entries] == expected
     assert all({found["name"] for found in entry["classes"]} == set(NAMES) for entry in entries)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,11 +19,11 @@ from torch import Tensor
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import TrainedModel, predict
-from backbone_finetune.recipes.commands.predict import Prediction, write_csv, write_json
+from backbone_finetune.recipes.commands.predict import Prediction, list_inputs, write_csv, write_jsonl
 
 Write = Callable[[Iterable[Prediction], Path], Iterator[Prediction]]
 PREDICTIONS = (Prediction(Path("tom.jpg"), (("cat", 0.75),)), Prediction(Path("text.jpg"), error="not an image"))
-WRITERS = pytest.mark.parametrize("write", [partial(write_csv, top_k=1), write_json])
+WRITERS = pytest.mark.parametrize("write", [partial(write_csv, top_k=1), write_jsonl])
 
 
 @WRITERS
@@ -39,12 +42,13 @@ def test_a_file_that_was_there_stays_until_the_last_prediction_is_written(write:
 
 @pytest.mark.parametrize("predictions", [(), PREDICTIONS])
 def test_what_is_written_can_be_read(predictions: tuple[Prediction, ...], tmp_path: Path) -> None:
-    list(write_csv(write_json(predictions, tmp_path / "a.json"), tmp_path / "a.csv", top_k=1))
+    list(write_csv(write_jsonl(predictions, tmp_path / "a.jsonl"), tmp_path / "a.csv", top_k=1))
     expected = [
         {"image": "tom.jpg", "classes": [{"name": "cat", "probability": 0.75}], "error": None},
         {"image": "text.jpg", "classes": [], "error": "not an image"},
     ]
-    assert json.loads((tmp_path / "a.json").read_text()) == expected[: len(predictions)]
+    entries = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert entries == expected[: len(predictions)]
     rows = [
         {"image": "tom.jpg", "class_1": "cat", "probability_1": "0.75", "error": ""},
         {"image": "text.jpg", "class_1": "", "probability_1": "", "error": "not an image"},
@@ -69,3 +73,40 @@ def test_tta_averages_an_image_and_its_mirror_image(tmp_path: Path) -> None:
     for averaged in probabilities(tta=True):
         torch.testing.assert_close(averaged, (one + other) / 2)
     assert not torch.allclose(one, other)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name in ("a/1.png", "a/b/2.png", "3.png", "4.txt"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "images"
+
+
+def test_images_are_given_as_paths_folders_and_patterns(images: Path) -> None:
+    def found(*given: str) -> list[str]:
+        return [str(path.relative_to(images)) for path in list_inputs([str(images / name) for name in given])]
+
+    assert found("a") == ["a/1.png", "a/b/2.png"]
+    assert found("*.png", "a/*") == ["3.png", "a/1.png", "a/b/2.png"]
+    assert found("**/*.png") == ["3.png", "a/1.png", "a/b/2.png"]
+    (images / "[x].png").touch()
+    assert found("[x].png") == ["[x].png"]
+    with pytest.raises(ValueError, match=r"\*\.jpg: no file matches this pattern"):
+        found("*.jpg")
+
+
+def test_paths_come_from_stdin_one_per_line(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def give(lines: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="ascii"))
+
+    give(b"one.png\n\nwith space.png \r\n%s\nc\xff.png" % os.fsencode(images / "a"))
+    assert list_inputs(["first.png", "-"]) == [
+        *map(Path, ("first.png", "one.png", "with space.png ")),
+        *(images / "a" / name for name in ("1.png", "b/2.png")),
+        Path(os.fsdecode(b"c\xff.png")),
+    ]
+    give(b"\n")
+    with pytest.raises(ValueError, match="stdin holds no path of an image"):
+        list_inputs(["-"])

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from ..data.finding import choose_test, find_splits
 from ..files import replacing
 from ..models.file import TrainedModel
+from ..models.named import NamedModel
 from .predict import predict
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "write_evaluation"]
@@ -40,7 +41,7 @@ class Evaluation:
 
 
 def evaluate_folder(
-    trained: TrainedModel,
+    trained: TrainedModel | NamedModel,
     folder: Path,
     *,
     batch_size: int = 32,

@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from ..export.checks import Exported
 from ..export.hub_folder import export_hub_folder
+from ..export.onnx_model import export_onnx
 from ..export.openvino_model import export_openvino
 from ..export.timm_checkpoint import export_timm
 from ..export.torch_program import export_torch
@@ -15,6 +16,7 @@ __all__ = ["EXPORTERS", "describe_export"]
 EXPORTERS: Mapping[str, Callable[..., Exported]] = MappingProxyType(
     {
         "timm": export_timm,
+        "onnx": export_onnx,
         "torch-export": export_torch,
         "hub-folder": export_hub_folder,
         "openvino": export_openvino,

@@ -3,8 +3,11 @@
 from __future__ import annotations  # help() shows the names of types, not what pydantic checks
 
 import csv
+import glob
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,15 +18,18 @@ import torch
 from PIL import Image
 from pydantic import Strict
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from ..checking import Positive, Whole, validated
+from ..data.finding import list_images
 from ..data.images import read_image
 from ..data.loading import map_batches
 from ..data.transforms import split_transform
 from ..files import replacing
 from ..models.file import TrainedModel, build_transform
+from ..models.named import NamedModel
 
-__all__ = ["Prediction", "predict", "write_csv", "write_json"]
+__all__ = ["Prediction", "choose_writer", "list_inputs", "predict", "write_csv", "write_jsonl"]
 
 # Of a resized image: half a gigabyte in float32. The largest networks of timm need far less.
 MOST_PIXELS = 2**27
@@ -44,7 +50,7 @@ class Prediction:
 
 @validated
 def predict(
-    trained: TrainedModel,
+    trained: TrainedModel | NamedModel,
     images: Iterable[Annotated[Path, Strict()]],  # strict: the characters of a str are no paths
     *,
     top_k: Positive = 3,
@@ -78,12 +84,17 @@ def predict(
     """
     trained.model.eval()
     config = trained.data_config
-    to_bytes, normalize = split_transform(build_transform(config))
+    to_bytes: Callable[[Image.Image], Tensor] = pil_to_tensor
+    normalize: Callable[[Tensor], Tensor] | None = None
+    if isinstance(trained, NamedModel) and trained.preprocesses:
+        batch_size = 1  # images are of any size then
+    else:
+        to_bytes, normalize = split_transform(build_transform(config))
     # The shorter side of an image becomes that of the input before it is cropped, however long the other one is.
     most_elongated = MOST_PIXELS / (max(config["input_size"]) / config["crop_pct"]) ** 2
     paths = list(images)
     read = partial(_read_input, transform=to_bytes, most_elongated=most_elongated)
-    device = next(trained.model.parameters()).device
+    device = next((parameter.device for parameter in trained.model.parameters()), torch.device("cpu"))
     position = iter(paths)
     for outcomes in map_batches(read, paths, batch_size=batch_size, workers=workers):
         loaded = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
@@ -112,7 +123,9 @@ def _read_input(path: Path, transform: Callable[[Image.Image], Tensor], most_elo
 
 
 @torch.no_grad()
-def _classify(trained: TrainedModel, inputs: Tensor, top_k: int, *, tta: bool) -> list[tuple[tuple[str, float], ...]]:
+def _classify(
+    trained: TrainedModel | NamedModel, inputs: Tensor, top_k: int, *, tta: bool
+) -> list[tuple[tuple[str, float], ...]]:
     """Name the likeliest classes of each input, ``(B, 3, H, W)``, with their probabilities, best first."""
     views = (inputs, inputs.flip(-1)) if tta else (inputs,)
     probabilities = torch.stack([trained.model(view).float().softmax(-1) for view in views]).mean(0).cpu()
@@ -136,18 +149,42 @@ def write_csv(predictions: Iterable[Prediction], path: Path, top_k: int) -> Iter
             yield prediction
 
 
-def write_json(predictions: Iterable[Prediction], path: Path) -> Iterator[Prediction]:
-    r"""Yield each prediction when it is written to a JSON file, which holds the list of them after the last one.
+def write_jsonl(predictions: Iterable[Prediction], path: Path) -> Iterator[Prediction]:
+    r"""Yield each prediction when it is written to a file of JSON lines, which is complete after the last one.
 
     Bytes of a name that are not text are escaped as Python does, ``\udcff`` for 255: ``os.fsencode`` restores them.
     """
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write("[")
-        separator = "\n"
         for prediction in predictions:
             classes = [{"name": name, "probability": probability} for name, probability in prediction.classes]
             entry = {"image": str(prediction.path), "classes": classes, "error": prediction.error}
-            file.write(separator + json.dumps(entry))
-            separator = ",\n"
+            file.write(json.dumps(entry) + "\n")
             yield prediction
-        file.write("\n]\n")
+
+
+def choose_writer(path: Path, top_k: int) -> Callable[[Iterable[Prediction]], Iterator[Prediction]]:
+    """Choose what writes predictions to a file: ``.csv`` is a table, ``.jsonl`` are JSON lines."""
+    if path.suffix == ".csv":
+        return partial(write_csv, path=path, top_k=top_k)
+    if path.suffix == ".jsonl":
+        return partial(write_jsonl, path=path)
+    raise ValueError(f"{path}: predictions are written to a file that ends in .csv or .jsonl")
+
+
+def list_inputs(given: Sequence[str]) -> list[Path]:
+    """List the images that are named: paths, folders, patterns (``photos/**/*.jpg``), and ``-`` for lines of stdin."""
+    paths: list[Path] = []
+    for name in given:
+        if name == "-":
+            lines = [line.rstrip(b"\r\n") for line in sys.stdin.buffer]
+            paths += [Path(os.fsdecode(line)) for line in lines if line]
+        elif glob.has_magic(name) and not os.path.lexists(name):
+            found = sorted(glob.glob(name, recursive=True))
+            if not found:
+                raise ValueError(f"{name}: no file matches this pattern")
+            paths += map(Path, found)
+        else:
+            paths.append(Path(name))
+    if not paths:
+        raise ValueError("stdin holds no path of an image")
+    return list_images(paths)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf  # save_for_hf refuses tied tensors
 
 from ..models.file import TrainedModel
 from .checks import Comparison, Exported, staging
-from .timm_checkpoint import make_timm_network
+from .timm_checkpoint import make_timm_network, save_weights
 
 __all__ = ["export_hub_folder"]
 
@@ -40,12 +40,13 @@ def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Pat
     network = make_timm_network(trained)
     comparison = Comparison(trained, images)
     with staging(path) as folder:
-        save_for_hf(
+        folder.mkdir()
+        save_weights(network, folder / "model.safetensors")
+        save_config_for_hf(
             network,
-            str(folder),
+            str(folder / "config.json"),
             model_config={"label_names": list(trained.class_names)},
             model_args=dict(trained.arguments),
-            safe_serialization=True,
             data_config=dict(trained.data_config),
         )
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -1,14 +1,13 @@
 """A model of OpenVINO, for CPUs and other devices of Intel's."""
 
-import importlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..extras import import_extra
 from ..models.file import TrainedModel
 from .checks import Comparison, Exported, staging
 
@@ -31,12 +30,7 @@ def export_openvino(trained: TrainedModel, path: Path, *, images: Sequence[Path]
         ModuleNotFoundError: OpenVINO is not installed.
         ValueError: the file gives other logits.
     """
-    try:
-        openvino: Any = importlib.import_module("openvino")  # it has no types that mypy could read without it
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "openvino is not installed; run: pip install 'backbone-finetune[openvino]'"
-        ) from error
+    openvino = import_extra("openvino", "openvino")
     comparison = Comparison(trained, images)
     shape = tuple(comparison.inputs.shape[1:])
     with staging(path, ".xml") as temporary, warnings.catch_warnings(), torch.no_grad():

@@ -14,7 +14,7 @@ from backbone_finetune import FineTuneModel
 from ..models.file import TrainedModel
 from .checks import Comparison, Exported, staging
 
-__all__ = ["export_timm", "find_obstacle", "make_timm_network"]
+__all__ = ["export_timm", "find_obstacle", "make_timm_network", "save_weights"]
 
 
 def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
@@ -48,7 +48,7 @@ def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = (
     given = "".join(f", {name}={value!r}" for name, value in arguments.items())
     use = f"timm.create_model({trained.architecture!r}{given}, checkpoint_path={str(path)!r})"
     with staging(path, ".safetensors") as temporary:
-        save_file(network.state_dict(), temporary, metadata={"format": "pt"})
+        save_weights(network, temporary)
         class_map = "".join(f"{name}\n" for name in trained.class_names)
         temporary.with_suffix(".classes.txt").write_bytes(class_map.encode(errors="surrogateescape"))
         loaded = timm.create_model(trained.architecture, checkpoint_path=temporary, **arguments).eval()
@@ -56,7 +56,7 @@ def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = (
 
 
 def make_timm_network(trained: TrainedModel) -> nn.Module:
-    """Give timm's own network with the trained weights, on the CPU and with no two tensors on the same memory.
+    """Give timm's own network with the trained weights, on the CPU.
 
     Raises:
         ValueError: it cannot hold the classifier.
@@ -66,6 +66,13 @@ def make_timm_network(trained: TrainedModel) -> nn.Module:
     network = timm.create_model(trained.architecture, num_classes=len(trained.class_names), **trained.arguments)
     network.load_state_dict(trained.model.to_module().state_dict())
     return network.eval()
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write a state dict as safetensors, tied tensors under each of their names, as timm expects them."""
+    state = network.state_dict()
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def find_obstacle(architecture: str, num_classes: int, **arguments: Any) -> str | None:

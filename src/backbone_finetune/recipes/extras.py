@@ -1,0 +1,20 @@
+"""Packages of the extras, imported where they are used."""
+
+import importlib
+from typing import Any
+
+__all__ = ["import_extra"]
+
+
+def import_extra(name: str, extra: str) -> Any:
+    """Import a package of an extra; its types are not known without it.
+
+    >>> import_extra("no_such_package", "onnx")
+    Traceback (most recent call last):
+    ...
+    ModuleNotFoundError: no_such_package is not installed; run: pip install 'backbone-finetune[onnx]'
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{name} is not installed; run: pip install 'backbone-finetune[{extra}]'") from error

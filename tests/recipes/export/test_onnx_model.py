@@ -1,0 +1,132 @@
+"""ONNX files, with and without preprocessing in the graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from exported_models import make_trained, names_in
+from PIL import Image
+
+from backbone_finetune.recipes import TrainedModel, evaluate_folder, export_onnx, load_onnx_model, predict
+from backbone_finetune.recipes.commands.train import CLIPART
+from backbone_finetune.recipes.data.images import read_image
+from backbone_finetune.recipes.export.onnx_preprocessing import build_preprocessing
+from backbone_finetune.recipes.models.file import build_transform
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+IMAGES = sorted(CLIPART.rglob("*.jpg"))[::60]
+
+
+@pytest.fixture(scope="module")
+def trained() -> TrainedModel:
+    torch.manual_seed(0)
+    return make_trained()
+
+
+@pytest.fixture(scope="module")
+def plain(trained: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_onnx(trained, tmp_path_factory.mktemp("plain") / "model.onnx").path
+
+
+@pytest.fixture(scope="module")
+def whole(trained: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "model.onnx"
+    exported = export_onnx(trained, path, images=IMAGES, preprocessing=True)
+    assert 0 < exported.difference < 0.01 * exported.largest
+    assert exported.images == len(IMAGES)
+    return path
+
+
+def run(path: Path, name: str, values: Any) -> torch.Tensor:
+    (logits,) = onnxruntime.InferenceSession(str(path)).run(["logits"], {name: numpy.asarray(values)})
+    return torch.from_numpy(logits)
+
+
+def test_without_preprocessing_it_takes_a_batch_of_any_size(plain: Path, trained: TrainedModel) -> None:
+    assert names_in(plain.parent) == ["model.onnx"]
+    for size in (1, 5):
+        inputs = torch.randn(size, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(run(plain, "input", inputs), trained.model(inputs), atol=1e-4, rtol=1e-4)
+
+
+def test_with_preprocessing_it_takes_images_of_any_size(whole: Path, trained: TrainedModel) -> None:
+    transform = build_transform(trained.data_config)
+    for path in IMAGES:
+        image = read_image(path)
+        pair = numpy.stack([image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+        with torch.no_grad():
+            expected = trained.model(transform(image)[None])[0]
+        assert (run(whole, "image", pair)[0] - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("size", [(96, 96), (64, 48), (224, 224)])
+def test_preprocessing_is_that_of_timm(interpolation: str, crop_mode: str, size: tuple[int, int]) -> None:
+    config = {"input_size": (3, *size), "crop_pct": 0.9, "interpolation": interpolation, "crop_mode": crop_mode}
+    config |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    graph = build_preprocessing(config)
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    for path, shape in zip(IMAGES, ((300, 200), (71, 113), (64, 64), (33, 20)), strict=False):
+        image = read_image(path).resize(shape)
+        (found,) = session.run(None, {"image": numpy.asarray(image)[None]})
+        scale = torch.tensor(config["std"])[:, None, None]
+        off = (torch.from_numpy(found[0]) - build_transform(config)(image)).abs() * scale
+        assert off.max() < 2.1 / 255
+        assert off.mean() < 0.1 / 255
+
+
+def test_preprocessing_that_is_not_supported_is_refused(tmp_path: Path, trained: TrainedModel) -> None:
+    other = replace(trained, data_config={**trained.data_config, "interpolation": "lanczos"})
+    with pytest.raises(ValueError, match=r"lanczos, center and 0\.95; export without preprocessing"):
+        export_onnx(other, tmp_path / "model.onnx", preprocessing=True)
+    assert names_in(tmp_path) == []
+
+
+def test_it_tells_nothing_of_this_machine(plain: Path, whole: Path) -> None:
+    for path in (plain, whole):
+        assert b"site-packages" not in path.read_bytes()
+        assert b".py" not in path.read_bytes()
+        onnx.checker.check_model(onnx.load(path), full_check=True)
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_predictions_are_those_of_the_model(plain: Path, whole: Path, trained: TrainedModel, tta: bool) -> None:
+    expected = list(predict(trained, IMAGES, tta=tta, batch_size=4))
+    for path, tolerance in ((plain, 1e-4), (whole, 0.02)):
+        found = list(predict(load_onnx_model(path), IMAGES, tta=tta, batch_size=4))
+        assert [answer.path for answer in found] == IMAGES
+        for one, other in zip(found, expected, strict=True):
+            assert dict(one.classes) == pytest.approx(dict(other.classes), abs=tolerance)
+
+
+def test_it_is_evaluated_as_the_model_is(plain: Path, trained: TrainedModel, tmp_path: Path) -> None:
+    for index, path in enumerate(IMAGES):
+        target = tmp_path / "images" / trained.class_names[index % 3] / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    scores = [
+        evaluate_folder(each, tmp_path / "images", show_progress=False) for each in (load_onnx_model(plain), trained)
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_other_files_are_refused(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(ValueError, match=r"text\.onnx: not a readable ONNX file"):
+        load_onnx_model(tmp_path / "text.onnx")
+    with pytest.raises(FileNotFoundError, match=r"none\.onnx: there is no such file"):
+        load_onnx_model(tmp_path / "none.onnx")
+    model = onnx.load(plain)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    with pytest.raises(ValueError, match=r"foreign\.onnx: not a file of `backbone-finetune export --to onnx`"):
+        load_onnx_model(tmp_path / "foreign.onnx")
