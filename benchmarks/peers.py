@@ -45,7 +45,7 @@ from harness.timing import (
     warm_up,
 )
 from subjects.equality import compare
-from subjects.networks import NUM_CLASSES, check_names, picture_size
+from subjects.networks import NUM_CLASSES, check_names, input_size_of
 from subjects.peer_methods import METHODS, Blueprint, Method, make_blueprint
 from subjects.peer_report import EVERY_METHOD, LIMIT, OURS, PeerReport, PeerRow, as_markdown, model_table
 from subjects.variants import Precision, autocast, fused_on, optimizer_name, own_storage, training_step
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure_network(name: str, conditions: Conditions, rows: list[PeerRow]) -> None:
     """Fill `rows` with every method on one network, at the largest batch that fits with all of them in memory."""
-    size, arguments = picture_size(name, conditions.image_size)
+    size, arguments = input_size_of(name, conditions.image_size)
     blueprint = make_blueprint(name, NUM_CLASSES, size[-1], arguments)
 
     def attempt(count: int) -> None:

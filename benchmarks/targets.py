@@ -33,7 +33,7 @@ from harness.timing import (
 )
 from peers import Conditions, compare_methods
 from subjects.equality import prove_equal
-from subjects.networks import NUM_CLASSES, build_network, check_names, picture_size
+from subjects.networks import NUM_CLASSES, build_network, check_names, input_size_of
 from subjects.peer_methods import METHODS, make_blueprint
 from subjects.peer_report import PeerRow
 from subjects.variants import Precision, Trainer, Variant, count_saved, optimizer_name, variants_of
@@ -179,7 +179,7 @@ def wrapper_forward(name: str, setup: Setup) -> Iterator[Target]:
 
 def against_methods(name: str, limits: dict[str, float], setup: Setup) -> Iterator[Target]:
     """Compare our frozen step with that of other ways to freeze."""
-    size, arguments = picture_size(name, setup.image_size)
+    size, arguments = input_size_of(name, setup.image_size)
     blueprint = make_blueprint(name, NUM_CLASSES, size[-1], arguments)
     batch = Conditions(setup.device, setup.batch_size, setup.image_size, setup.repeats).batch(setup.batch_size, size)
     rows: list[PeerRow] = []

@@ -32,7 +32,7 @@ from harness.timing import (
     take_turns,
     warm_up,
 )
-from subjects.networks import NUM_CLASSES, check_names, picture_size
+from subjects.networks import NUM_CLASSES, check_names, input_size_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -106,7 +106,7 @@ def compare_forward(
     name: str, *, batch_size: int, image_size: int | None, device: torch.device, repeats: int
 ) -> Comparison:
     """Time a forward in eval mode under `no_grad`, where the wrapper's share is largest, on the same weights."""
-    size, arguments = picture_size(name, image_size)
+    size, arguments = input_size_of(name, image_size)
     bare = timm.create_model(name, num_classes=NUM_CLASSES, **arguments).to(device).eval()
     wrapped = FineTuneModel.from_timm(copy.deepcopy(bare)).to(device).eval()
     images = torch.randn(batch_size, *size, device=device)

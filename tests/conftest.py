@@ -1,4 +1,4 @@
-"""Shared by every test: the same seed, and a current folder of its own."""
+"""Fixtures of every test: a fixed seed, a separate current folder, one thread."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +14,13 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a command writes or finds in the current folder by default must not be what a user has there."""
+    """Change to a temporary folder, so that a user's files in the current folder are neither read nor changed."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Run on one thread, since those that wait for a busy machine would make small networks slow."""
+    """Run on one thread: small networks are slow on several threads of a busy machine."""
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""The READMEs: each Python block runs, its commands are those that CI runs, and what it points at is there."""
+"""The READMEs: each Python block runs, the commands are those of CI, and linked files exist."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_there_are_blocks_to_run() -> None:
     assert len(BLOCKS) >= 3
 
 
-def test_commands_are_complete_on_a_fresh_machine() -> None:
+def test_commands_install_what_they_need() -> None:
     install = r"^python -m venv \.venv && \. \.venv/bin/activate && pip install (.*) && (.*)$"
     commands = re.findall(install, README, flags=re.MULTILINE)
     assert commands == [("'.[demo]'", "backbone-finetune train"), ("-e '.[test]'", "pytest")]
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *BESIDE_CODE], ids=lambda path: path.parent.name)
-def test_what_it_points_at_is_there(path: Path) -> None:
+def test_linked_files_exist(path: Path) -> None:
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text())
     assert [target for target in targets if not (path.parent / target).exists()] == []

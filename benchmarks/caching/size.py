@@ -29,7 +29,7 @@ WIDTH = 3 * 64 * 64
 FEW, MANY = 2_000, 10_000
 
 
-class DrawnPictures(Dataset[tuple[Tensor, int]]):
+class DrawnImages(Dataset[tuple[Tensor, int]]):
     """Random images that are drawn when they are asked for, so that they are never all in memory."""
 
     def __init__(self, count: int) -> None:
@@ -50,7 +50,7 @@ def build(count: int, *, on_disk: bool) -> dict[str, int]:
         cache = FeatureCache(where, str(count), memory_share=0.0) if on_disk else None
         with watching_memory() as peak:
             features = extract_features(
-                model, DataLoader(DrawnPictures(count), 32), device=torch.device("cpu"), cache=cache
+                model, DataLoader(DrawnImages(count), 32), device=torch.device("cpu"), cache=cache
             )
         files = sum(path.stat().st_size for path in where.iterdir()) if on_disk else 0
         return {"features": features.tensors[0].nbytes, "files": files, "memory": peak[0]}
@@ -89,7 +89,7 @@ def build_apart(count: int, *, on_disk: bool) -> dict[str, int]:
 def judge_size(model: str, count: int, features_bytes: int, folder_bytes: int) -> Target:
     """Compare a cache's files with the features in it."""
     ratio = folder_bytes / features_bytes
-    remark = f"{folder_bytes:,} bytes for {count} pictures"
+    remark = f"{folder_bytes:,} bytes for {count} images"
     return Target(model, "cache on disk / (N * D * bytes)", 1.01, Interval(ratio, ratio, ratio), remark=remark)
 
 
@@ -105,7 +105,7 @@ def judge_memory(few: int = FEW, many: int = MANY) -> Target:
         peaks[on_disk] = [f"{built['memory'] / 2**20:.0f} MiB" for built in (small, large)]
     return Target(
         "any",
-        f"growth of peak memory while building / growth of the features, {few} to {many} pictures on disk",
+        f"growth of peak memory while building / growth of the features, {few} to {many} images on disk",
         0.05,
         Interval(growth[True], growth[True], growth[True]),
         remark=f"{' and '.join(peaks[True])}; in memory, which must grow: {' and '.join(peaks[False])}",

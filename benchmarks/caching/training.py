@@ -14,7 +14,7 @@ import torch
 from harness.environment import installed_version
 from harness.ratios import Target
 from harness.timing import Clock, Interval, milliseconds_of, paired_ratio, take_turns, warm_up
-from subjects.networks import NUM_CLASSES, picture_size
+from subjects.networks import NUM_CLASSES, input_size_of
 from subjects.peer_methods import METHODS, Blueprint, Method, make_blueprint
 from subjects.variants import fused_on
 from torch import nn
@@ -58,20 +58,20 @@ class Samples:
 
 
 def make_task(  # noqa: PLR0917  all that a task is made of
-    model: str, pictures: int, image_size: int | None, batch_size: int, epochs: int, device: torch.device
+    model: str, images: int, image_size: int | None, batch_size: int, epochs: int, device: torch.device
 ) -> Task:
     """Build the network, and draw random images, with as many more for one batch of a test, which only ours looks at.
 
     ValueError where the network's classifier is not one layer, which is what the peers leave trainable.
     """
-    size, arguments = picture_size(model, image_size)
+    size, arguments = input_size_of(model, image_size)
     blueprint = make_blueprint(model, NUM_CLASSES, size[-1], arguments)
     generator = torch.Generator().manual_seed(0)
     train, test = (
         TensorDataset(
             torch.randn(count, *size, generator=generator), torch.randint(NUM_CLASSES, (count,), generator=generator)
         )
-        for count in (pictures, batch_size)
+        for count in (images, batch_size)
     )
     return Task(model, blueprint, train, test, batch_size, epochs, device)
 
@@ -157,9 +157,9 @@ def train_plainly(
 ) -> None:
     """Train an epoch as everyone writes it, all of the module in train mode."""
     module.train()
-    for pictures, targets in loader:
+    for images, targets in loader:
         optimizer.zero_grad()
-        cross_entropy(module(pictures.to(device)), targets.to(device)).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(module(images.to(device)), targets.to(device)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 

@@ -52,7 +52,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """One split. What chooses a rate chooses it on `validation`; nothing is chosen by the test images."""
 
     fit: TensorDataset  # (N, 3, H, W) and (N,)
@@ -78,63 +78,61 @@ def compare_methods(seeds: int, plan: Plan, device: torch.device) -> Iterator[Ou
     configuration = resolve_model_data_config(network, args={"input_size": (3, plan.image_size, plan.image_size)})  # type: ignore[no-untyped-call]
     dataset = ImageDataset(folder := find_images(CLIPART), build_transform(configuration))
     # Decoded once: all methods see the same tensors, and none waits for the disk.
-    pictures = torch.stack([dataset[index][0] for index in tqdm(range(len(dataset)), desc="pictures", leave=False)])
+    images = torch.stack([dataset[index][0] for index in tqdm(range(len(dataset)), desc="images", leave=False)])
     for seed in range(seeds):
-        drawn = draw_split(folder, pictures, seed)
+        drawn = draw_split(folder, images, seed)
         torch.manual_seed(seed)
         for train in (train_recipe, train_best_head, train_head_first_and_plainly):
             yield from train(copy.deepcopy(network), drawn, seed, plan, device)
 
 
-def draw_split(folder: LabelledFolder, pictures: Tensor, seed: int) -> Pictures:
+def draw_split(folder: LabelledFolder, images: Tensor, seed: int) -> Images:
     """Hold out test images of each class, and of the rest some to choose rates by."""
     position = {path: index for index, path in enumerate(folder.paths)}
 
     def take(part: LabelledFolder) -> TensorDataset:
-        return TensorDataset(pictures[[position[path] for path in part.paths]], torch.tensor(part.targets))
+        return TensorDataset(images[[position[path] for path in part.paths]], torch.tensor(part.targets))
 
     both, test = split(folder, test_share=TEST_SHARE, seed=seed)
     fit, validation = split(both, test_share=VALIDATION_SHARE, seed=seed)
-    return Pictures(take(fit), take(validation), take(both), take(test), len(folder.class_names))
+    return Images(take(fit), take(validation), take(both), take(test), len(folder.class_names))
 
 
-def train_recipe(
-    network: nn.Module, pictures: Pictures, seed: int, plan: Plan, device: torch.device
-) -> Iterator[Outcome]:
+def train_recipe(network: nn.Module, images: Images, seed: int, plan: Plan, device: torch.device) -> Iterator[Outcome]:
     """Train as the article does: names, `requires_grad`, Adam at 0.001, and `model.train()` for all of it."""
-    network.reset_classifier(pictures.num_classes)  # type: ignore[operator]
+    network.reset_classifier(images.num_classes)  # type: ignore[operator]
     for name, parameter in network.named_parameters():
         parameter.requires_grad = "classifier" in name
     network.to(device)
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=1e-3, fused=fused_on(device))
-    loader = DataLoader(pictures.both, plan.batch_size, shuffle=True)
+    loader = DataLoader(images.both, plan.batch_size, shuffle=True)
 
     def train() -> None:
         for _ in range(plan.frozen_epochs):
             train_plainly(network, optimizer, loader, device)
 
     _, seconds = timed(train, device)
-    accuracy = accuracy_of(network, pictures.test, plan.batch_size, device)
+    accuracy = accuracy_of(network, images.test, plan.batch_size, device)
     yield Outcome(RECIPE, seed, accuracy, seconds, plan.frozen_epochs, 1e-3)
 
 
 def train_best_head(
-    network: nn.Module, pictures: Pictures, seed: int, plan: Plan, device: torch.device
+    network: nn.Module, images: Images, seed: int, plan: Plan, device: torch.device
 ) -> Iterator[Outcome]:
     """Choose among 32 heads on the validation images, then train one as chosen on those too, as the recipe does."""
-    model = FineTuneModel.from_timm(network, num_classes=pictures.num_classes).freeze_backbone()
-    best, seconds = timed(lambda: fit_best_head(model, pictures, plan, device), device)
-    accuracy = accuracy_of(model, pictures.test, plan.batch_size, device)
+    model = FineTuneModel.from_timm(network, num_classes=images.num_classes).freeze_backbone()
+    best, seconds = timed(lambda: fit_best_head(model, images, plan, device), device)
+    accuracy = accuracy_of(model, images.test, plan.batch_size, device)
     yield Outcome(BEST_HEAD, seed, accuracy, seconds, plan.frozen_epochs, best)
 
 
-def fit_best_head(model: FineTuneModel, pictures: Pictures, plan: Plan, device: torch.device) -> float:
+def fit_best_head(model: FineTuneModel, images: Images, plan: Plan, device: torch.device) -> float:
     """Choose among the heads, fit one as chosen on all training images, and return its learning rate."""
     first = copy.deepcopy(model.classifier)
     fit, validation, both = (
         extract_features(model, DataLoader(part, plan.batch_size), device=device)
-        for part in (pictures.fit, pictures.validation, pictures.both)
+        for part in (images.fit, images.validation, images.both)
     )
     best = fit_heads(
         model.classifier,
@@ -163,14 +161,14 @@ def fit_best_head(model: FineTuneModel, pictures: Pictures, plan: Plan, device: 
 
 
 def train_head_first_and_plainly(
-    network: nn.Module, pictures: Pictures, seed: int, plan: Plan, device: torch.device
+    network: nn.Module, images: Images, seed: int, plan: Plan, device: torch.device
 ) -> Iterator[Outcome]:
     """Train head first, then everything; and everything at once for as many epochs as the same time allows.
 
     Each at all of the rates, one for the whole network as in Kumar et al. 2022, the best on validation kept.
     """
     loop = TrainerConfig(make_accelerator(device), batch_size=plan.batch_size, seed=seed, show_progress=False)
-    model = FineTuneModel.from_timm(network, num_classes=pictures.num_classes)
+    model = FineTuneModel.from_timm(network, num_classes=images.num_classes)
     tried: dict[str, list[tuple[float, Outcome]]] = {LP_FT: [], PLAIN: []}
     for rate in FINE_TUNING_RATES:
         everything = Phase(
@@ -183,7 +181,7 @@ def train_head_first_and_plainly(
         head_first, plain = copy.deepcopy(model), copy.deepcopy(model)
 
         def seconds_of(trained: FineTuneModel, phase: Phase) -> float:
-            return timed(partial(fine_tune, trained, pictures.fit, pictures.validation, [phase], loop), device)[1]
+            return timed(partial(fine_tune, trained, images.fit, images.validation, [phase], loop), device)[1]
 
         frozen_seconds = seconds_of(head_first, Phase(epochs=plan.frozen_epochs))
         seconds = frozen_seconds + (unfrozen_seconds := seconds_of(head_first, everything))
@@ -195,7 +193,7 @@ def train_head_first_and_plainly(
             (PLAIN, plain, plain_seconds, epochs),
         ):
             on_validation, on_test = (
-                accuracy_of(trained, data, plan.batch_size, device) for data in (pictures.validation, pictures.test)
+                accuracy_of(trained, data, plan.batch_size, device) for data in (images.validation, images.test)
             )
             tried[method].append((on_validation, Outcome(method, seed, on_test, spent, count, rate)))
     for outcomes in tried.values():

@@ -90,11 +90,11 @@ def _wrap_article_network(name: str) -> FineTuneModel:
 
 
 def _wrap_timm_network(name: str, image_size: int | None) -> tuple[FineTuneModel, tuple[int, int, int]]:
-    size, arguments = picture_size(name, image_size)
+    size, arguments = input_size_of(name, image_size)
     return FineTuneModel.from_timm(name, num_classes=NUM_CLASSES, **arguments), size
 
 
-def picture_size(name: str, image_size: int | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
+def input_size_of(name: str, image_size: int | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Give the size of a timm architecture's images, (channels, height, width), and what to build it with for them.
 
     `image_size` None takes the architecture's own.

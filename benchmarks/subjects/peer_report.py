@@ -56,7 +56,7 @@ def as_markdown(report: PeerReport) -> str:
 
 
 _HOW_TO_READ = """\
-Milliseconds are median ± interquartile range, taken in turns on the same pictures. `step / ours` is the median of the
+Milliseconds are median ± interquartile range, taken in turns on the same images. `step / ours` is the median of the
 ratios within a pass, with its 95 % bootstrap interval. The last column compares all of the backbone with what it was,
 bit for bit, after three steps of AdamW in train mode: a library that leaves normalisation layers trainable by default
 moves them because it means to. On a GPU the ratio is that of steps back to back, as a training loop runs them. A

@@ -22,13 +22,13 @@ class Sources:
 
     first_group: int = _NOTHING
     last_group: int = _NOTHING
-    has_picture: bool = False
+    has_image: bool = False
 
     def merge(self, other: Sources) -> None:
         groups = [group for group in (self.first_group, other.first_group) if group != _NOTHING]
         self.first_group = min(groups, default=_NOTHING)
         self.last_group = max(self.last_group, other.last_group)
-        self.has_picture = self.has_picture or other.has_picture
+        self.has_image = self.has_image or other.has_image
 
 
 class DependencyTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -38,13 +38,13 @@ class DependencyTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     later one. With the earlier one frozen and the later one training, backward still has to walk through the former.
     """
 
-    def __init__(self, backbone: nn.Module, layer_groups: Sequence[LayerGroup], picture: torch.Tensor) -> None:
+    def __init__(self, backbone: nn.Module, layer_groups: Sequence[LayerGroup], image: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         parameters = dict(backbone.named_parameters())
         self.walked_through: set[tuple[int, int]] = set()
         self.random_operators: set[str] = set()
-        self._alive: list[torch.Tensor] = [picture]  # so that no storage's identity is given to another
-        self._sources = {_identity(picture): Sources(has_picture=True)}
+        self._alive: list[torch.Tensor] = [image]  # so that no storage's identity is given to another
+        self._sources = {_identity(image): Sources(has_image=True)}
         for position, group in enumerate(layer_groups):
             for name in group.parameter_names:
                 self._sources[_identity(parameters[name])] = Sources(position, position)
@@ -54,9 +54,9 @@ class DependencyTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags and not _is_attention_without_dropout(func, args, kwargs):
             self.random_operators.add(str(func))
         read = [self._sources_of(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
-        latest = max((sources.last_group for sources in read if sources.has_picture), default=_NOTHING)
+        latest = max((sources.last_group for sources in read if sources.has_image), default=_NOTHING)
         for sources in read:
-            if not sources.has_picture and _NOTHING < sources.first_group < latest:
+            if not sources.has_image and _NOTHING < sources.first_group < latest:
                 self.walked_through.add((sources.first_group, latest))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):

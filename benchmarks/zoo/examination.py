@@ -41,10 +41,10 @@ def examine_structure(name: str, family: str) -> Structure:
     facts["signature"] = _signature(model.backbone, before)
     backbone: Any = model.backbone
     names = tuple(group.name for group in model.layer_groups)
-    picture = torch.empty(2, *facts["input_size"], device="meta")
+    image = torch.empty(2, *facts["input_size"], device="meta")
     model.train()
-    with torch.no_grad(), DependencyTrace(backbone, model.layer_groups, picture) as trace:
-        backbone(picture)
+    with torch.no_grad(), DependencyTrace(backbone, model.layer_groups, image) as trace:
+        backbone(image)
     return Structure(
         **facts,
         refused=None,
@@ -64,25 +64,25 @@ def examine_values(structure: Structure) -> Values:
     """Compare logits of the bare network, of the wrapped one, and of what `to_module()` gives back."""
     torch.manual_seed(0)
     classes = structure.default_classes or CLASSES
-    network, picture = _build_small(structure, classes)
+    network, image = _build_small(structure, classes)
     _fill_zero_weights(network.get_classifier())
     expected_names = set(network.state_dict())
     with torch.no_grad():
-        logits = network(picture)
+        logits = network(image)
         refused = difference = keep_round_trip = None
         try:
             model = FineTuneModel.from_timm(network)
         except ValueError as error:
             refused = first_sentence(error)
         else:
-            difference = (model(picture) - logits).abs().max().item()
-            assert_same(model(picture), logits)
-            keep_round_trip, network = _round_trip(model, picture, expected_names)
+            difference = (model(image) - logits).abs().max().item()
+            assert_same(model(image), logits)
+            keep_round_trip, network = _round_trip(model, image, expected_names)
         fresh = FineTuneModel.from_timm(network, num_classes=CLASSES)
-        fresh_round_trip, _ = _round_trip(fresh, picture, expected_names)
+        fresh_round_trip, _ = _round_trip(fresh, image, expected_names)
     return Values(
         name=structure.name,
-        input_size=tuple(picture.shape[1:]),
+        input_size=tuple(image.shape[1:]),
         classes=classes,
         logits_spread=(logits.max() - logits.min()).item(),
         keep_refused=refused,
@@ -92,17 +92,17 @@ def examine_values(structure: Structure) -> Values:
     )
 
 
-def _round_trip(model: FineTuneModel, picture: torch.Tensor, expected_names: set[str]) -> tuple[str, nn.Module]:
+def _round_trip(model: FineTuneModel, image: torch.Tensor, expected_names: set[str]) -> tuple[str, nn.Module]:
     """Say how the plain network compares, and give it, or the backbone where there is none."""
-    wrapped = model(picture)
+    wrapped = model(image)
     try:
         plain = model.to_module()
     except ValueError as error:
         return first_sentence(error), model.backbone
     if set(plain.state_dict()) != expected_names:
         return "other state-dict names than timm's own network", plain
-    assert_same(plain.eval()(picture), wrapped)
-    torch.testing.assert_close(model(picture), wrapped, rtol=0, atol=0)
+    assert_same(plain.eval()(image), wrapped)
+    torch.testing.assert_close(model(image), wrapped, rtol=0, atol=0)
     return "equal", plain
 
 
@@ -124,12 +124,12 @@ def _build_small(structure: Structure, classes: int) -> tuple[Any, torch.Tensor]
             network = timm.create_model(
                 structure.name, num_classes=classes, pretrained_cfg_overlay={"input_size": size}
             )
-            picture = torch.randn(2, *get_model_input_config(network)["input_size"])
+            image = torch.randn(2, *get_model_input_config(network)["input_size"])
             with torch.no_grad():
-                network.eval()(picture)
+                network.eval()(image)
         except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
             continue  # windows, patches and position tables each have their own way of refusing a size
-        return network, picture
+        return network, image
     network = timm.create_model(structure.name, num_classes=classes).eval()
     return network, torch.randn(2, *structure.input_size)
 

@@ -57,9 +57,9 @@ def test_a_small_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert [row["variant"] for row in content["noise"] if row["model"] == model] == ["unfrozen", "frozen"]
     flops = [row["backward_flops"] for row in content["rows"] if row["model"] == "test_vit"]
     assert flops == sorted(flops, reverse=True)
-    with Image.open(tmp_path / "backward_time.png") as picture:
-        assert picture.convert("L").getextrema() == (0, 255)
-        assert min(picture.size) > 300
+    with Image.open(tmp_path / "backward_time.png") as image:
+        assert image.convert("L").getextrema() == (0, 255)
+        assert min(image.size) > 300
     table = (tmp_path / "backward_time.md").read_text()
     assert table.count("| A/A frozen") == 2
     assert content["command"] in table
@@ -248,8 +248,8 @@ def test_the_command_runs_as_a_script(tmp_path: Path) -> None:
     assert report.command.startswith("python benchmarks/backward_time.py --device cpu")
     assert "| A/A frozen" in (tmp_path / "out" / "backward_time.md").read_text()
     assert len((tmp_path / "out" / "backward_time.csv").read_text().splitlines()) == 1 + len(report.rows)
-    with Image.open(tmp_path / "out" / "backward_time.png") as picture:
-        assert picture.convert("L").getextrema() == (0, 255)
+    with Image.open(tmp_path / "out" / "backward_time.png") as image:
+        assert image.convert("L").getextrema() == (0, 255)
 
 
 @pytest.mark.cuda

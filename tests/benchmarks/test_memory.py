@@ -96,7 +96,7 @@ def test_another_error_is_no_reason_for_a_smaller_batch(error: Exception) -> Non
     assert tried == [4]
 
 
-def test_a_single_picture_that_does_not_fit_is_an_error() -> None:
+def test_a_single_image_that_does_not_fit_is_an_error() -> None:
     def never_fit(batch_size: int) -> None:
         raise torch.OutOfMemoryError(f"batch of {batch_size}")
 

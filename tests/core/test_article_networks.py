@@ -31,10 +31,10 @@ def train(network: nn.Module, steps: int = 3) -> None:
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=0.001)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        pictures = torch.randn(4, 3, 64, 64, generator=generator)
+        images = torch.randn(4, 3, 64, 64, generator=generator)
         targets = torch.randint(10, (4,), generator=generator)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(network(pictures), targets).backward()
+        nn.functional.cross_entropy(network(images), targets).backward()
         optimizer.step()
 
 

@@ -90,13 +90,13 @@ def test_cached_attention_biases_are_not_stale_after_a_load() -> None:
     for name, parameter in other.named_parameters():
         if "attention_biases" in name:
             nn.init.normal_(parameter)
-    pictures = torch.randn(1, 3, 224, 224)
+    images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        before = model(pictures)
+        before = model(images)
         load_tensors(model, other.state_dict())
         assert not any(module.training for module in model.modules())
-        assert not torch.allclose(other(pictures), before)
-        assert torch.equal(model(pictures), other(pictures))
+        assert not torch.allclose(other(images), before)
+        assert torch.equal(model(images), other(images))
 
 
 def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ class Convolutions(nn.Module):
         )
         self.fc = nn.Linear(16, 10)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.fc(self.top(self.middle(self.stem(pictures))).flatten(1))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.top(self.middle(self.stem(images))).flatten(1))
 
 
 def from_module(example_input: Tensor | None) -> FineTuneModel:
@@ -48,14 +48,14 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-PICTURES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 needs_a_c_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ here, with g++")
 
 
 def step(compiled: Callable[[Tensor], Tensor], model: FineTuneModel) -> None:
     """Compare a forward and backward of the compiled model with an eager copy."""
     eager = copy.deepcopy(model)
-    outputs, expected = compiled(PICTURES), eager(PICTURES)
+    outputs, expected = compiled(IMAGES), eager(IMAGES)
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
     outputs.square().sum().backward()
     expected.square().sum().backward()
@@ -72,7 +72,7 @@ def step(compiled: Callable[[Tensor], Tensor], model: FineTuneModel) -> None:
 @pytest.mark.parametrize(
     ("build", "backend"),
     [
-        pytest.param(lambda: from_module(PICTURES), "inductor", marks=needs_a_c_compiler, id="cnn-inductor"),
+        pytest.param(lambda: from_module(IMAGES), "inductor", marks=needs_a_c_compiler, id="cnn-inductor"),
         pytest.param(lambda: from_module(None), "aot_eager", id="cnn-proved_while_compiling"),
         pytest.param(lambda: from_timm("test_vit"), "aot_eager", id="vit"),
         pytest.param(lambda: from_timm("test_coatnet"), "aot_eager", id="hybrid"),
@@ -100,8 +100,8 @@ def test_an_eager_forward_in_between_causes_no_recompilation() -> None:
 
 
 class Probabilities(Convolutions):
-    def forward(self, pictures: Tensor) -> Tensor:
-        return super().forward(pictures).softmax(dim=1)
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).softmax(dim=1)
 
 
 # The compiler reads `.grad` of the tensors that it returns to Python at the graph break of the error.
@@ -110,7 +110,7 @@ def test_a_compiled_network_that_processes_its_logits_raises() -> None:
     network = Probabilities()
     model = FineTuneModel.from_module(network, network.fc)
     with pytest.raises(ValueError, match="processes the output of its classifier 'fc'"):
-        torch.compile(model, backend="aot_eager")(PICTURES)
+        torch.compile(model, backend="aot_eager")(IMAGES)
 
 
 @pytest.mark.slow

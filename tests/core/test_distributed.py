@@ -57,15 +57,15 @@ class Larger(nn.Module):
         self.colours = nn.Conv2d(3, 3, 1)
         self.model = model
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.model(self.colours(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(self.colours(images))
 
 
 def frozen_model() -> FineTuneModel:
     return FineTuneModel.from_timm("test_resnet", num_classes=5).freeze_backbone()
 
 
-PICTURES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def test_torch_has_the_attribute_that_active_wrapper_reads(group_of_one: None) -> None:
@@ -74,23 +74,23 @@ def test_torch_has_the_attribute_that_active_wrapper_reads(group_of_one: None) -
     model = frozen_model()
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(active_wrapper()))
     wrapped = DistributedDataParallel(model)
-    wrapped(PICTURES)
-    model(PICTURES)
+    wrapped(IMAGES)
+    model(IMAGES)
     assert seen == [wrapped, None]
 
 
 def test_unfreezing_after_wrapping_raises_until_wrapped_again(group_of_one: None) -> None:
     model = frozen_model()
     wrapped = DistributedDataParallel(model)
-    wrapped(PICTURES).sum().backward()
+    wrapped(IMAGES).sum().backward()
     model.freeze_backbone(trainable_groups=1)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"backbone\.layer4\.0\.conv1\.weight, .* and \d+ more .*Wrap again"):
-            wrapped(PICTURES)
-    model(PICTURES)
-    DistributedDataParallel(model)(PICTURES).sum().backward()
+            wrapped(IMAGES)
+    model(IMAGES)
+    DistributedDataParallel(model)(IMAGES).sum().backward()
     model.freeze_backbone()
-    wrapped(PICTURES)
+    wrapped(IMAGES)
 
 
 def test_unfreezing_before_the_first_forward_raises(group_of_one: None) -> None:
@@ -98,7 +98,7 @@ def test_unfreezing_before_the_first_forward_raises(group_of_one: None) -> None:
     wrapped = DistributedDataParallel(model)
     model.unfreeze_backbone()
     with pytest.raises(RuntimeError, match="Wrap again"):
-        wrapped(PICTURES)
+        wrapped(IMAGES)
 
 
 def test_unfreezing_one_part_and_freezing_another_raises(group_of_one: None) -> None:
@@ -107,7 +107,7 @@ def test_unfreezing_one_part_and_freezing_another_raises(group_of_one: None) -> 
     model.classifier.bias.requires_grad_(False)
     model.backbone.layer4[0].bn1.bias.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r": backbone\.layer4\.0\.bn1\.bias were frozen"):
-        wrapped(PICTURES)
+        wrapped(IMAGES)
 
 
 def test_a_wrapped_backbone_raises(group_of_one: None) -> None:
@@ -123,7 +123,7 @@ def test_forwards_without_gradients_are_not_checked(group_of_one: None) -> None:
     wrapped = DistributedDataParallel(model)
     model.unfreeze_backbone().eval()
     with torch.no_grad():
-        assert torch.equal(wrapped(PICTURES), model(PICTURES))
+        assert torch.equal(wrapped(IMAGES), model(IMAGES))
 
 
 def test_no_sync_is_checked_too(group_of_one: None) -> None:
@@ -131,16 +131,16 @@ def test_no_sync_is_checked_too(group_of_one: None) -> None:
     wrapped = DistributedDataParallel(model)
     model.unfreeze_backbone()
     with wrapped.no_sync(), pytest.raises(RuntimeError, match="Wrap again"):
-        wrapped(PICTURES)
+        wrapped(IMAGES)
 
 
 def test_a_model_in_a_larger_wrapped_module(group_of_one: None) -> None:
     model = frozen_model()
     wrapped = DistributedDataParallel(Larger(model))
-    wrapped(PICTURES).sum().backward()
+    wrapped(IMAGES).sum().backward()
     model.freeze_backbone(trainable_groups=1)
     with pytest.raises(RuntimeError, match=r": model\.backbone\.layer4"):
-        wrapped(PICTURES)
+        wrapped(IMAGES)
 
 
 class CallsTheParts(nn.Module):
@@ -150,8 +150,8 @@ class CallsTheParts(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.model.classifier(self.model.backbone(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.classifier(self.model.backbone(images))
 
 
 def test_a_module_that_calls_the_parts_is_checked(group_of_one: None) -> None:
@@ -159,18 +159,18 @@ def test_a_module_that_calls_the_parts_is_checked(group_of_one: None) -> None:
     wrapped = DistributedDataParallel(CallsTheParts(model))
     for _ in range(2):
         wrapped.train()
-        wrapped(PICTURES).sum().backward()
+        wrapped(IMAGES).sum().backward()
     model.freeze_backbone(trainable_groups=1)
     with pytest.raises(RuntimeError, match=r": model\.backbone\.layer4\..*Wrap again"):
-        wrapped(PICTURES)
+        wrapped(IMAGES)
     model.freeze_backbone()
     model.classifier.requires_grad_(False)
     wrapped = DistributedDataParallel(CallsTheParts(model.unfreeze_backbone()))
     model.classifier.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r": model\.classifier\.weight"):
-        wrapped(PICTURES)
+        wrapped(IMAGES)
     assert len(model.backbone._forward_pre_hooks) == 1
-    copy.deepcopy(model)(PICTURES)
+    copy.deepcopy(model)(IMAGES)
 
 
 def test_a_single_process_registers_no_hooks() -> None:
@@ -184,10 +184,10 @@ def test_parameters_that_the_wrapper_ignores_are_not_checked(group_of_one: None)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(larger, ignored)
     wrapped = DistributedDataParallel(larger)
     larger.model.freeze_backbone(trainable_groups=1)
-    wrapped(PICTURES).sum().backward()
+    wrapped(IMAGES).sum().backward()
     larger.model.freeze_backbone(trainable_groups=2)
     with pytest.raises(RuntimeError, match=r": model\.backbone\.layer3"):
-        wrapped(PICTURES)
+        wrapped(IMAGES)
 
 
 # The compiler warns about a graph break in the wrapper's code, and torch about its profiler marks.
@@ -200,11 +200,11 @@ def test_compiled_around_or_within_the_wrapper(group_of_one: None) -> None:
             wrapped = torch.compile(DistributedDataParallel(model), backend="aot_eager")
         else:
             wrapped = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
-        torch.testing.assert_close(wrapped(PICTURES), model(PICTURES))
-        wrapped(PICTURES).sum().backward()
+        torch.testing.assert_close(wrapped(IMAGES), model(IMAGES))
+        wrapped(IMAGES).sum().backward()
         model.freeze_backbone(trainable_groups=1)
         with pytest.raises(RuntimeError, match="Wrap again"):
-            wrapped(PICTURES)
+            wrapped(IMAGES)
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler.*")
@@ -212,4 +212,4 @@ def test_fullgraph_in_the_wrapper_raises_with_the_reason(group_of_one: None) -> 
     torch.compiler.reset()
     wrapped = DistributedDataParallel(torch.compile(frozen_model(), backend="aot_eager", fullgraph=True))
     with pytest.raises(torch._dynamo.exc.Unsupported, match="each forward in DistributedDataParallel checks for"):
-        wrapped(PICTURES)
+        wrapped(IMAGES)

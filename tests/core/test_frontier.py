@@ -110,8 +110,8 @@ def assert_equals_whole(network: nn.Module, frontier: Frontier, batch: Tensor = 
 def test_families(family: str) -> None:
     model = FineTuneModel.from_timm(SMALL[family].architecture, num_classes=5, **SMALL[family].keywords)
     model.freeze_backbone(trainable_groups=len(model.layer_groups) // 2).train()
-    frontier = found(model, SMALL[family].pictures(3))
-    assert_equals_whole(model, frontier, SMALL[family].pictures(4))
+    frontier = found(model, SMALL[family].images(3))
+    assert_equals_whole(model, frontier, SMALL[family].images(4))
 
 
 def test_kept_tensors_are_described() -> None:

@@ -25,7 +25,7 @@ def test_gradients_reach_the_image_through_a_frozen_backbone(name: str, trainabl
     assert images.grad is not None
     ours = images.grad.clone()
     assert ours.isfinite().all()
-    assert ours.flatten(1).any(dim=1).all(), "a picture without a gradient"
+    assert ours.flatten(1).any(dim=1).all(), "an image without a gradient"
     for parameter in model.parameters():
         assert (parameter.grad is not None) == parameter.requires_grad
     images.grad = None

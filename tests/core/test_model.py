@@ -93,9 +93,9 @@ def test_a_classifier_may_have_several_heads() -> None:
 def test_gradients_reach_the_input_through_a_frozen_backbone() -> None:
     model = FineTuneModel.from_timm("test_vit", num_classes=3).freeze_backbone().train()
     plain = model.to_module().eval()
-    pictures = torch.randn(2, 3, 160, 160, requires_grad=True)
-    (ours,) = torch.autograd.grad(model(pictures).sum(), pictures)
-    (theirs,) = torch.autograd.grad(plain(pictures).sum(), pictures)
+    images = torch.randn(2, 3, 160, 160, requires_grad=True)
+    (ours,) = torch.autograd.grad(model(images).sum(), images)
+    (theirs,) = torch.autograd.grad(plain(images).sum(), images)
     assert ours.abs().sum() > 0
     torch.testing.assert_close(ours, theirs)
 
@@ -199,8 +199,8 @@ def test_a_classifier_of_the_wrong_width_raises_on_a_timm_backbone() -> None:
 
 def test_a_timm_backbone_may_take_more_than_images() -> None:
     class WithMore(timm.models.ResNet):
-        def forward(self, pictures: Tensor, more: Tensor) -> Tensor:
-            return torch.cat([super().forward(pictures), more], dim=1)
+        def forward(self, images: Tensor, more: Tensor) -> Tensor:
+            return torch.cat([super().forward(images), more], dim=1)
 
     backbone = WithMore(timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=0)
     model = FineTuneModel(backbone, nn.Linear(515, 2)).freeze_backbone()
@@ -311,8 +311,8 @@ def test_gradient_checkpointing_of_a_transformers_network() -> None:
             super().__init__()
             self.network = network
 
-        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-            return self.network(pictures).pooler_output
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.network(images).pooler_output
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     network = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))

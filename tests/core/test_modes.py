@@ -207,25 +207,25 @@ def test_freezing_by_hand_takes_full_effect_at_the_next_train() -> None:
 def caching_model(name: str) -> tuple[FineTuneModel, Tensor]:
     family: Family = FAMILIES[name]
     model = FineTuneModel.from_timm(family.architecture, num_classes=3, **family.keywords)
-    settle(model, pictures := family.pictures(1))
-    return model.freeze_backbone(), pictures
+    settle(model, images := family.images(1))
+    return model.freeze_backbone(), images
 
 
 def test_a_plain_timm_network_keeps_stale_caches() -> None:
     """A plain timm network that is loaded in eval mode still uses the cached old biases."""
     network = timm.create_model("levit_128s", img_size=32, num_classes=3).eval()
-    pictures = torch.randn(1, 3, 32, 32)
+    images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        before = network(pictures)
+        before = network(images)
         biases = {name: torch.randn_like(t) for name, t in network.state_dict().items() if "attention_biases" in name}
         network.load_state_dict(biases, strict=False)
-        assert torch.equal(network(pictures), before)
-        assert not torch.allclose(network.eval()(pictures), before)
+        assert torch.equal(network(images), before)
+        assert not torch.allclose(network.eval()(images), before)
 
 
 @pytest.mark.parametrize("name", CACHING)
 def test_no_load_leaves_stale_attention_biases(name: str) -> None:
-    model, pictures = caching_model(name)
+    model, images = caching_model(name)
     original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = {
         name: 30 * torch.randn_like(tensor) if "attention_biases" in name else tensor
@@ -233,9 +233,9 @@ def test_no_load_leaves_stale_attention_biases(name: str) -> None:
     }
     with torch.no_grad():
         twin = copy.deepcopy(model)
-        before = twin.eval()(pictures)
+        before = twin.eval()(images)
         twin.load_state_dict(weights)
-        expected = twin.train().eval()(pictures)
+        expected = twin.train().eval()(images)
     assert not torch.allclose(before, expected)
     outer = nn.ModuleDict({"network": model})
 
@@ -267,48 +267,48 @@ def test_no_load_leaves_stale_attention_biases(name: str) -> None:
         model.load_state_dict(original)
         model.train(mode)
         with torch.no_grad():
-            torch.testing.assert_close(model(pictures), before)
+            torch.testing.assert_close(model(images), before)
             load(weights)
             assert (model.training, model.backbone.training) == (mode, False)
-            torch.testing.assert_close(model(pictures), expected)
+            torch.testing.assert_close(model(images), expected)
 
 
 def test_a_load_into_the_reassembled_network_leaves_no_stale_biases() -> None:
-    model, pictures = caching_model("tiny_vit")
+    model, images = caching_model("tiny_vit")
     network = model.to_module()
     weights = {
         name: 30 * torch.randn_like(tensor) if "attention_biases" in name else tensor
         for name, tensor in network.state_dict().items()
     }
     with torch.no_grad():
-        before = model.eval()(pictures)
+        before = model.eval()(images)
         network.load_state_dict(weights)
-        after = model(pictures)
+        after = model(images)
         assert not torch.allclose(after, before)
-        torch.testing.assert_close(after, model.train().eval()(pictures))
+        torch.testing.assert_close(after, model.train().eval()(images))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_clear_caches_on_load(copied: Callable[[FineTuneModel], FineTuneModel]) -> None:
-    model, pictures = caching_model("levit")
+    model, images = caching_model("levit")
     twin = copied(model.eval())
     with torch.no_grad():
-        before = twin(pictures)
+        before = twin(images)
         twin.backbone.load_state_dict({name: 2 * tensor for name, tensor in twin.backbone.state_dict().items()})
-        loaded = twin(pictures)
-        torch.testing.assert_close(loaded, twin.train().eval()(pictures))
+        loaded = twin(images)
+        torch.testing.assert_close(loaded, twin.train().eval()(images))
     assert not torch.allclose(loaded, before)
 
 
 def test_a_compiled_model_clears_caches_on_load() -> None:
-    model, pictures = caching_model("levit")
+    model, images = caching_model("levit")
     compiled = torch.compile(model.eval(), backend="aot_eager")
     with torch.no_grad():
-        before = compiled(pictures)
-        torch.testing.assert_close(before, model(pictures))
+        before = compiled(images)
+        torch.testing.assert_close(before, model(images))
         model.backbone.load_state_dict({name: 2 * t for name, t in model.backbone.state_dict().items()})
-        torch.testing.assert_close(compiled(pictures), model(pictures))
-    assert not torch.allclose(compiled(pictures), before)
+        torch.testing.assert_close(compiled(images), model(images))
+    assert not torch.allclose(compiled(images), before)
 
 
 class Doubled(nn.Linear):

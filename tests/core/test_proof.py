@@ -221,11 +221,11 @@ def test_the_error_lists_layer_groups_and_causes() -> None:
 
 def test_a_buffer_that_a_forward_replaces_is_reported_as_such() -> None:
     model = FineTuneModel.from_timm("convit_tiny", num_classes=3, img_size=32).freeze_backbone()
-    pictures = torch.randn(1, 3, 32, 32)
+    images = torch.randn(1, 3, 32, 32)
     with pytest.raises(AssertionError, match=r"rel_indices: a buffer, .*first forward"), model.assert_frozen():
-        model(pictures)
+        model(images)
     with model.assert_frozen():
-        model(pictures)
+        model(images)
 
 
 def test_a_replaced_module_is_reported() -> None:
@@ -315,7 +315,7 @@ def test_no_second_copy_of_the_model_in_memory() -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_it_costs_a_fraction_of_a_forward_of_64_images() -> None:
     model = FineTuneModel.from_timm("resnet18", num_classes=10).freeze_backbone()
-    pictures = torch.randn(64, 3, 128, 128)  # stricter than at the network's own 224 pixels
+    images = torch.randn(64, 3, 128, 128)  # stricter than at the network's own 224 pixels
 
     def seconds_of_proof() -> float:
         start = time.process_time()
@@ -325,7 +325,7 @@ def test_it_costs_a_fraction_of_a_forward_of_64_images() -> None:
     def seconds_of_forward() -> float:
         start = time.process_time()
         with torch.no_grad():
-            model(pictures)
+            model(images)
         return time.process_time() - start
 
     # CPU seconds, measured alternately, so that other load on the machine does not count.

@@ -1,4 +1,4 @@
-"""The three networks of the article that this library started from, and its recipe, as the article writes them."""
+"""The three networks and the recipe of the article that this library started from, unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ConvModel(nn.Module):
 
 
 class PretrainedResNet(nn.Module):
-    """A plain (not residual) network in the shape of a ResNet, all but `fc` to be frozen: (B, 3, H, W) -> (B, 10)."""
+    """A plain (not residual) network with the stages of a ResNet; `fc` trains: (B, 3, H, W) -> (B, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class PretrainedResNet(nn.Module):
 
 
 class PretrainedResNetVariation(PretrainedResNet):
-    """The same network, all but `fc` and `layer4` to be frozen."""
+    """The same network; `fc` and `layer4` train."""
 
 
 def _layer(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
@@ -61,7 +61,7 @@ def _layer(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential
 
 
 def freeze_by_name(network: nn.Module, trainable: Collection[str]) -> list[str]:
-    """The article's recipe: freeze each parameter whose name holds none of the given words; return what it prints."""
+    """The article's recipe: freeze each parameter whose name contains none of the words; return what it prints."""
     lines = []
     for name, parameter in network.named_parameters():
         parameter.requires_grad = any(word in name for word in trainable)

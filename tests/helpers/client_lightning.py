@@ -1,4 +1,4 @@
-"""What the tests of Lightning run; as a script, an unfreezing within a fit on two processes of DDP."""
+"""Helpers for tests with Lightning; as a script, a fit that unfreezes on two DDP processes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fit(
     ckpt_path: str | None = None,
     **arguments: Any,
 ) -> lightning.Trainer:
-    """Train and validate with Lightning, as quietly as it can."""
+    """Train and validate with Lightning, with its output turned off."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet["enable_checkpointing"] = any(isinstance(each, lightning.pytorch.callbacks.Checkpoint) for each in callbacks)
     trainer = lightning.Trainer(
@@ -64,9 +64,9 @@ def fit(
 
 
 def main() -> None:
-    """Each process gets half of each batch; the result is that of one process on whole batches."""
+    """Each process gets half of each batch; the result equals that of one process on whole batches."""
     torch.set_num_threads(1)
-    # Running statistics of a trainable BatchNorm would belong to each process's own images.
+    # Running statistics of a trainable BatchNorm would differ between processes.
     model, plain = small_model(norm_eval=True), small_model(norm_eval=True)
     callback = recipe("Lightning", groups_at=groups_at)["TrainableGroups"]()
     # Lightning's own sampler would shuffle.

@@ -1,4 +1,4 @@
-"""What the tests of clients share: the README's recipes, small images and models, and a plain loop to compare with."""
+"""Helpers for tests with other libraries: the README's recipes, small images and models, a plain loop to compare."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ DEEPEST = 2
 
 
 def groups_at(epoch: int) -> int:
-    """Nothing of the backbone in the first epoch, and one layer group more in each of the next two."""
+    """Freeze the backbone in the first epoch, and unfreeze one more layer group in each of the next two."""
     return min(epoch, DEEPEST)
 
 
 def recipe(title: str, **given: Any) -> dict[str, Any]:
-    """Run the README's code under a title, with the names that it takes for given; returns all names that are left."""
+    """Run the README's code under a title, with the names that it expects; return all names after it."""
     names = {"__name__": "recipe", **given}
     exec(compile(recipe_code(title), f"the recipe {title}", "exec"), names)
     return names
@@ -54,14 +54,14 @@ def recipe_code(title: str) -> str:
 
 
 def small_images() -> TensorDataset:
-    """Eight images of each of three classes of the packaged clipart, 32 pixels, the classes in turn."""
+    """Return eight images of each of three classes of the packaged clipart, 32 pixels, classes alternating."""
     files = [sorted((CLIPART / name).iterdir())[index] for index in range(8) for name in CLASSES]
     pixels = torch.stack([pil_to_tensor(read_image(file).resize((32, 32))) for file in files])
     return TensorDataset(pixels / 127.5 - 1, torch.arange(len(files)) % len(CLASSES))
 
 
 def small_model(architecture: str = "test_resnet", **arguments: Any) -> FineTuneModel:
-    """The same random weights each time, with running statistics that are not those of a new network."""
+    """Build a model with the same random weights each time, and with other than initial running statistics."""
     torch.manual_seed(0)
     model = FineTuneModel.from_timm(architecture, num_classes=len(CLASSES), **arguments).train()
     with torch.no_grad():
@@ -70,12 +70,12 @@ def small_model(architecture: str = "test_resnet", **arguments: Any) -> FineTune
 
 
 def make_optimizer(model: FineTuneModel) -> torch.optim.Optimizer:
-    """One for all phases; weight decay would move whatever it holds and should not."""
+    """Return one optimizer for all phases; its weight decay would change frozen parameters with a gradient."""
     return torch.optim.AdamW(model.param_groups(lr=1e-2, backbone_lr=1e-3, weight_decay=0.1, include_frozen=True))
 
 
 def make_sgd(model: FineTuneModel) -> torch.optim.Optimizer:
-    """For where sums are rounded in another order, of which Adam makes much where a gradient is near zero."""
+    """Return tolerances for sums in another order, whose rounding Adam amplifies if a gradient is near zero."""
     return torch.optim.SGD(model.param_groups(lr=0.05, weight_decay=0.1, include_frozen=True), momentum=0.9)
 
 
@@ -88,7 +88,7 @@ def train_plainly(
     epochs: int = EPOCHS,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
 ) -> FineTuneModel:
-    """The loop that a client's result should equal: in each epoch `groups_at(epoch)` layer groups train."""
+    """Train with the loop that a client's result must equal: in each epoch `groups_at(epoch)` layer groups train."""
     optimizer = optimizer or make_optimizer(model)
     for epoch in range(epochs):
         model.freeze_backbone(trainable_groups=groups_at(epoch)).train()
@@ -109,5 +109,5 @@ def run_two_processes(script: str, log: Path, *launcher: str) -> None:
 
 
 def assert_equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor], *, atol: float = 0.0) -> None:
-    """All tensors by name, to the bit unless a tolerance is given."""
+    """Assert that all tensors are equal by name, bit for bit unless a tolerance is given."""
     torch.testing.assert_close(dict(state), dict(other), rtol=0.0, atol=atol)

@@ -1,4 +1,4 @@
-"""What the tests of transformers run; as a script, one of the processes of DDP in which Trainer unfreezes."""
+"""Helpers for tests with transformers; as a script, one of the DDP processes in which Trainer unfreezes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_trainer(
     optimize: Callable[[FineTuneModel], torch.optim.Optimizer] = make_optimizer,
     **arguments: Any,
 ) -> Trainer:
-    """Without the defaults that a plain loop does not have: clipping, a rate that falls, shuffling."""
+    """Return arguments without clipping, learning-rate decay and shuffling, which a plain loop does not have."""
     names = recipe("transformers", groups_at=groups_at)
     plain = {"max_grad_norm": 0, "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"}
     plain |= {"num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH_SIZE, "use_cpu": True}
@@ -54,9 +54,9 @@ def make_trainer(
 
 
 def main() -> None:
-    """Each process gets half of each batch; the result is that of one process on whole batches."""
+    """Each process gets half of each batch; the result equals that of one process on whole batches."""
     torch.set_num_threads(1)
-    # Running statistics of a trainable BatchNorm would belong to each process's own images.
+    # Running statistics of a trainable BatchNorm would differ between processes.
     model, plain = small_model(norm_eval=True).unfreeze_backbone(), small_model(norm_eval=True)
     halves = {"per_device_train_batch_size": BATCH_SIZE // 2, "ddp_backend": "gloo"}
     trainer = make_trainer(model, small_images(), optimize=make_sgd, **halves)

@@ -1,4 +1,4 @@
-"""One of the processes that test_distributed.py starts: python distributed_worker.py SCENARIO RANK WORLD STORE_FILE."""
+"""A process that test_distributed.py starts: python distributed_worker.py SCENARIO RANK WORLD STORE_FILE."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ PHASES = (0, 1, 5)  # trainable layer groups of test_resnet, which has five
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The values on all processes together, where a tensor is sharded."""
+    """Return the full values of a tensor that may be sharded."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def build(architecture: str) -> FineTuneModel:
     torch.manual_seed(0)  # the same on every process
-    # Running statistics of a trainable BatchNorm belong to each process's own images; here gradients are compared.
+    # Running statistics of a trainable BatchNorm differ between processes; here gradients are compared.
     model = FineTuneModel.from_timm(architecture, num_classes=5, norm_eval=True)
     settle(model, batch(0)[0])
     return model
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """The images of all processes, and their labels."""
+    """Return the images of all processes, and their labels."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 5
 
@@ -46,12 +46,12 @@ def own_share(tensor: Tensor) -> Tensor:
     return tensor.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def backward(network: nn.Module, pictures: Tensor, labels: Tensor) -> None:
-    nn.functional.cross_entropy(network(pictures), labels).backward()
+def backward(network: nn.Module, images: Tensor, labels: Tensor) -> None:
+    nn.functional.cross_entropy(network(images), labels).backward()
 
 
 def validate(network: nn.Module) -> None:
-    """What every loop does between its epochs."""
+    """Run the calls that every loop makes between its epochs."""
     with torch.no_grad():
         network.eval()(own_share(batch(0)[0]))
 
@@ -65,7 +65,7 @@ def assert_replicas_equal(model: FineTuneModel) -> None:
 
 
 def assert_same_gradients(model: FineTuneModel, single: FineTuneModel) -> None:
-    """Those of a single process that saw all images."""
+    """Return the gradients of a single process with all images."""
     expected = {name: parameter.grad for name, parameter in single.named_parameters()}
     for name, parameter in model.named_parameters():
         gradient = expected[name]
@@ -78,7 +78,7 @@ def assert_same_gradients(model: FineTuneModel, single: FineTuneModel) -> None:
 
 
 def train_phases(architecture: str, prepare: Callable[[FineTuneModel], nn.Module], *, sharded: bool) -> None:
-    """Train in phases, each unfreezing more, with one optimizer; `prepare` wraps the model, anew in each phase."""
+    """Train in phases that unfreeze more and more, with one optimizer; `prepare` wraps the model in each phase."""
     model = build(architecture)
     single = copy.deepcopy(model)
     if sharded:
@@ -89,7 +89,7 @@ def train_phases(architecture: str, prepare: Callable[[FineTuneModel], nn.Module
     )
     network: nn.Module = model
     for phase, trainable_groups in enumerate(PHASES):
-        validate(network)  # the freezing that follows must not be said of what the next step throws away
+        validate(network)  # the following freezing must not change unsharded parameters, which the next step drops
         model.freeze_backbone(trainable_groups=trainable_groups)
         single.freeze_backbone(trainable_groups=trainable_groups)
         network = model if sharded else prepare(model)
@@ -99,12 +99,12 @@ def train_phases(architecture: str, prepare: Callable[[FineTuneModel], nn.Module
         assert frozen or trainable_groups == PHASES[-1]
         with model.assert_frozen():
             for step in range(2):
-                pictures, labels = batch(10 * phase + step)
+                images, labels = batch(10 * phase + step)
                 network.train()
                 optimizer.zero_grad()
                 its_optimizer.zero_grad()
-                backward(network, own_share(pictures), own_share(labels))
-                backward(single.train(), pictures, labels)
+                backward(network, own_share(images), own_share(labels))
+                backward(single.train(), images, labels)
                 assert_same_gradients(model, single)
                 optimizer.step()
                 its_optimizer.step()
@@ -117,12 +117,12 @@ def train_phases(architecture: str, prepare: Callable[[FineTuneModel], nn.Module
 
 
 def data_parallel() -> None:
-    """DistributedDataParallel, wrapped anew in each phase."""
+    """DistributedDataParallel, wrapped again in each phase."""
     train_phases("test_resnet", DistributedDataParallel, sharded=False)
 
 
 def fully_sharded() -> None:
-    """FSDP2, wrapped once: it follows what is frozen by itself."""
+    """FSDP2, wrapped once: it follows later freezing."""
 
     train_phases("test_resnet", shard, sharded=True)
 
@@ -135,21 +135,21 @@ def shard(model: FineTuneModel) -> nn.Module:
 
 
 def after_a_forward_without_gradients() -> None:
-    """FSDP2's root shows whole parameters then, and what is said or asked of these is lost at the next step."""
+    """FSDP2's root then keeps unsharded parameters, and changes to these are lost at the next step."""
     model = build("test_resnet")
     shard(model)
-    pictures, labels = (own_share(tensor) for tensor in batch(0))
+    images, labels = (own_share(tensor) for tensor in batch(0))
 
     def forward_without_gradients() -> None:
         with torch.no_grad():
-            model(pictures)
+            model(images)
         assert not isinstance(model.backbone.bn1.weight, DTensor)
 
-    backward(model, pictures, labels)
+    backward(model, images, labels)
     stem = model.backbone.bn1.weight
     assert isinstance(stem, DTensor)
     assert stem.grad is not None
-    model.backbone.bn1.requires_grad_(False)  # by hand, so that the next train() drops its gradient
+    model.backbone.bn1.requires_grad_(False)  # set by hand; the next train() drops its gradient
     forward_without_gradients()
     model.train()
     assert stem.grad is None
@@ -164,20 +164,20 @@ def after_a_forward_without_gradients() -> None:
 
 
 def drift() -> None:
-    """Why an unfreezing behind the wrapper is refused: without the refusal the replicas drift apart."""
+    """Unfreezing after wrapping raises; without the error, the replicas would drift apart."""
     model = build("test_resnet").freeze_backbone()
     network = DistributedDataParallel(model)
-    pictures, labels = (own_share(tensor) for tensor in batch(0))
-    backward(network, pictures, labels)
+    images, labels = (own_share(tensor) for tensor in batch(0))
+    backward(network, images, labels)
     model.freeze_backbone(trainable_groups=1)
     with pytest.raises(RuntimeError, match="Wrap again"):
-        network(pictures)
-    backward(model, pictures, labels)  # what the wrapper would do: each process for itself
+        network(images)
+    backward(model, images, labels)  # what the wrapper would do: gradients of each process alone
     gradient = model.backbone.layer4[0].conv1.weight.grad
     first = gradient.clone()
     dist.broadcast(first, src=0)
     assert dist.get_rank() == 0 or not torch.equal(gradient, first)
-    backward(DistributedDataParallel(model), pictures, labels)
+    backward(DistributedDataParallel(model), images, labels)
 
 
 SCENARIOS = {
@@ -187,7 +187,7 @@ SCENARIOS = {
 
 def main(scenario: str, rank: str, world_size: str, store_file: str) -> None:
     torch.set_num_threads(1)
-    # A file as meeting point: no port that another process could take.
+    # A file store needs no port, which another process could take.
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store_file}",
@@ -199,8 +199,8 @@ def main(scenario: str, rank: str, world_size: str, store_file: str) -> None:
         SCENARIOS[scenario]()
     finally:
         dist.destroy_process_group()
-    # A DeviceMesh keeps gloo's threads running past that (torch 2.14). One that still holds a tensor when the
-    # interpreter is taken down aborts the process, after all that is tested here has passed.
+    # A DeviceMesh keeps gloo's threads running after that (torch 2.14). A thread that still has a tensor when the
+    # interpreter exits aborts the process, after everything here has passed.
     os._exit(0)
 
 

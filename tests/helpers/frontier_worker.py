@@ -1,4 +1,4 @@
-"""One of the processes that test_frontier.py starts: python frontier_worker.py RANK WORLD STORE_FILE."""
+"""A process that test_frontier.py starts: python frontier_worker.py RANK WORLD STORE_FILE."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backbone_finetune.frontier import Frontier, find_frontier
 
 
 def train(model: FineTuneModel, network: nn.Module, batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Give the parameters and buffers after a few steps."""
+    """Return the parameters and buffers after a few steps."""
     optimizer = torch.optim.SGD(model.param_groups(lr=0.01), momentum=0.9)
     for inputs in batches:
         network.train()
@@ -45,7 +45,7 @@ def main(rank: int, world: int, store: str) -> None:
         torch.testing.assert_close(one, other)
         mine = one.detach().clone()
         dist.broadcast(mine, src=0)
-        assert torch.equal(mine, one) or not one.requires_grad  # running statistics are each process's own
+        assert torch.equal(mine, one) or not one.requires_grad  # running statistics differ between processes
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Small folders of images to train on: coloured noise, so that each class is easy to tell."""
+"""Small folders of images to train on: coloured noise, so that classes are easy to distinguish."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is synced to the disk and what is moved into place, in the order in which it is asked for."""
+"""Record calls of fsync and rename, in their order."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 
 def record_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record every sync, by the name that the file or folder has, and every move; each is done as well."""
+    """Record every fsync, with the name of the file or folder, and every rename; each is also executed."""
     events: list[str] = []
 
     def sync(descriptor: int) -> None:

@@ -1,6 +1,6 @@
 """The smallest architecture of each family of timm 1.0.31, and the smallest image that it runs on.
 
-Of byoanet it is not the smallest, whose halo attention wants 256 pixels, but the smallest that runs on 32.
+For byoanet it is the smallest that runs on 32 pixels; the smallest has halo attention, which needs 256 pixels.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import nn
 
 
 class Family(NamedTuple):
-    """One architecture; where `takes_img_size`, it has to be built for its side.
+    """An architecture, and the image side that it runs on; with `takes_img_size`, it is built for that side.
 
-    `is_configured_for_side` where its configuration may name that side, so that a probe costs no more than it must.
+    With `is_configured_for_side`, its configuration has that side too, so that a probe is cheaper.
     """
 
     architecture: str
@@ -28,7 +28,7 @@ class Family(NamedTuple):
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """What `timm.create_model` or `FineTuneModel.from_timm` needs to build it, and to probe it, for that side."""
+        """Return keyword arguments of `timm.create_model` or `FineTuneModel.from_timm` for that side."""
         keywords: dict[str, Any] = {"img_size": self.side} if self.takes_img_size else {}
         if self.is_configured_for_side:
             keywords["pretrained_cfg_overlay"] = {"input_size": (3, self.side, self.side)}
@@ -38,8 +38,8 @@ class Family(NamedTuple):
         """Build timm's own network."""
         return timm.create_model(self.architecture, **self.keywords, **keywords)
 
-    def pictures(self, count: int = 2) -> torch.Tensor:
-        """Draw random images, (count, 3, side, side)."""
+    def images(self, count: int = 2) -> torch.Tensor:
+        """Return random images, (count, 3, side, side)."""
         return torch.randn(count, 3, self.side, self.side, generator=torch.Generator().manual_seed(count))
 
 
@@ -158,5 +158,5 @@ REPRESENTATIVE = frozenset(
 
 
 def each(names: Iterable[str]) -> list[Any]:
-    """Parameters of a test, one for each family; those beyond the quick tier are run by `-m zoo`."""
+    """Return test parameters, one for each family; those outside the quick tier run with `-m zoo`."""
     return [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.zoo) for name in names]

@@ -1,4 +1,4 @@
-"""What a training loop may do to a partly frozen model, and the proof that nothing frozen moved."""
+"""Training loops that are hard on a partly frozen model, and a check that no frozen tensor changed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
 
 
 class Circumstance(NamedTuple):
-    """What else the loop does."""
+    """What the loop does besides training."""
 
     freeze_before_step: bool = False
     outer_train: bool = False
@@ -62,7 +62,7 @@ CIRCUMSTANCES = {
 
 
 class Condition(NamedTuple):
-    """One way to train: an optimizer, a `zero_grad`, a circumstance."""
+    """A way to train: an optimizer, a `zero_grad`, and what else the loop does."""
 
     optimizer: str
     set_to_none: bool
@@ -81,18 +81,18 @@ CONDITIONS = [
 
 
 class Outer(nn.Module):
-    """A module of the user's around the model; it knows nothing of freezing."""
+    """A user's module that contains the model and does not handle freezing."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, pictures: Tensor) -> Any:
-        return self.network(pictures)
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images)
 
 
 def supports_checkpointing(model: FineTuneModel) -> bool:
-    """Ask the backbone itself: timm's either lack the method or assert that they were not asked."""
+    """Return whether the backbone supports checkpointing: timm's networks lack the method or raise AssertionError."""
     backbone: Any = model.backbone
     if not hasattr(backbone, "set_grad_checkpointing"):
         return False
@@ -104,16 +104,16 @@ def supports_checkpointing(model: FineTuneModel) -> bool:
     return True
 
 
-def settle(model: FineTuneModel, pictures: Tensor) -> None:
-    """Take off what a fresh network has by chance: zero-initialised weights, tables that the first forward fills."""
+def settle(model: FineTuneModel, images: Tensor) -> None:
+    """Replace zero-initialized weights, and run a forward, because some networks fill tables in the first."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        model.eval()(pictures)
+        model.eval()(images)
 
 
 def frozen_state(model: FineTuneModel) -> dict[str, Tensor]:
-    """Copy all that must not move, found without the library's help.
+    """Copy every tensor that must not change, found without the library.
 
     Frozen parameters, and the buffers of each module of which no parameter trains; for a module without parameters
     its owner decides.
@@ -131,7 +131,7 @@ def frozen_state(model: FineTuneModel) -> dict[str, Tensor]:
 def assert_unmoved(model: FineTuneModel, frozen: dict[str, Tensor]) -> None:
     """Compare parameters and buffers bit for bit."""
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    # As integers, so that -0.0 is not 0.0 and a NaN is itself.
+    # As integers, so that -0.0 differs from 0.0 and NaN equals NaN.
     moved = [name for name, was in frozen.items() if not torch.equal(_bits(now[name]), _bits(was))]
     assert not moved, f"{len(moved)} of {len(frozen)} frozen tensors moved: {', '.join(moved[:5])}"
 
@@ -141,7 +141,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def assert_all_moved(model: FineTuneModel, start: dict[str, Tensor]) -> None:
-    """Show that what should train did: weights, running statistics, in every layer group."""
+    """Assert that trainable weights and running statistics of every layer group changed."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     without = [name for name, parameter in trainable.items() if parameter.grad is None]
     assert not without, f"no gradient: {', '.join(without[:5])}"
@@ -160,9 +160,9 @@ def assert_all_moved(model: FineTuneModel, start: dict[str, Tensor]) -> None:
 
 @contextmanager
 def without_onednn(*, bfloat16: bool) -> Iterator[None]:
-    """Leave oneDNN out in bfloat16, whose backward of some convolutions reads memory that nothing wrote (torch 2.14).
+    """Turn off oneDNN in bfloat16: its backward of some convolutions reads uninitialized memory (torch 2.14).
 
-    NaN then comes and goes with what the process freed before: lambda_resnet's Conv3d, selecsls' last convolutions.
+    NaN then depends on memory that was freed before: lambda_resnet's Conv3d, selecsls' last convolutions.
     """
     was = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(was and not bfloat16)
@@ -172,14 +172,14 @@ def without_onednn(*, bfloat16: bool) -> Iterator[None]:
         torch._C._set_mkldnn_enabled(was)
 
 
-def torture(model: FineTuneModel, pictures: Tensor, condition: Condition) -> None:
-    """Train three steps under one condition; raise AssertionError unless frozen stood still and trainable moved."""
+def torture(model: FineTuneModel, images: Tensor, condition: Condition) -> None:
+    """Train three steps under one condition; raise AssertionError unless only trainable tensors changed."""
     does = CIRCUMSTANCES[condition.circumstance]
-    # Half of them, rounded up: the last one may be a final norm alone (convnext, swin), and blocks have to train
-    # beside frozen ones.
+    # Half of them, rounded up: the last group may be a final norm alone (convnext, swin), and blocks must train
+    # next to frozen ones.
     model.freeze_backbone(trainable_groups=(len(model.layer_groups) + 1) // 2)
     assert {p.requires_grad for p in model.backbone.parameters() if p.ndim > 1} == {True, False}
-    # A plain loop's optimizer: it holds all parameters, and would let all of them decay.
+    # A plain loop's optimizer has all parameters, so weight decay would change all of them.
     optimizer = OPTIMIZERS[condition.optimizer](model.parameters())
     whole = Outer(model) if does.outer_train else model
     average = ModelEmaV3(model, decay=0.5) if does.moving_average else None
@@ -188,21 +188,21 @@ def torture(model: FineTuneModel, pictures: Tensor, condition: Condition) -> Non
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     start |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     frozen = frozen_state(model)
-    labels = torch.arange(len(pictures))
+    labels = torch.arange(len(images))
     for step in range(STEPS):
         if does.outer_train:
             with torch.no_grad():
-                whole.eval()(pictures)
+                whole.eval()(images)
         whole.train()
         optimizer.zero_grad(set_to_none=condition.set_to_none)
         with without_onednn(bfloat16=does.bfloat16):
-            with torch.autocast(pictures.device.type, dtype=torch.bfloat16, enabled=does.bfloat16):
-                logits = whole(pictures + 0.1 * step)
-                # Smoothed, for a network that is sure of its two images would leave no gradient.
+            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=does.bfloat16):
+                logits = whole(images + 0.1 * step)
+                # With label smoothing, because a network that fits its two images would have no gradient.
                 loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
             loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # some of the networks leap at the first step
-        if does.freeze_before_step and step == 1:  # momentum, and a gradient of this very step, are there
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # the first step of some networks is large
+        if does.freeze_before_step and step == 1:  # momentum and a gradient of this step exist
             model.freeze_backbone()
             frozen = frozen_state(model)
         optimizer.step()

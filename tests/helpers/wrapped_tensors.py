@@ -1,4 +1,4 @@
-"""A tensor subclass that wraps others, as quantised weights do: small, and made of torch alone."""
+"""A small tensor subclass that wraps others, like quantised weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 
 class Quantised(Tensor):
-    """Float to whom it asks, int8 times a scale inside; linear layers and copies take it, nothing else does."""
+    """A float dtype outside, int8 times a scale inside; only linear layers and copies support it."""
 
     values: Tensor
     scale: Tensor
@@ -44,6 +44,6 @@ class Quantised(Tensor):
 
 
 def quantise(weight: Tensor) -> torch.nn.Parameter:
-    """The weight in 8 bits, as a parameter that does not train."""
+    """Return the weight in 8 bits as a frozen parameter."""
     scale = weight.detach().abs().max() / 127
     return torch.nn.Parameter(Quantised((weight.detach() / scale).round().to(torch.int8), scale), requires_grad=False)

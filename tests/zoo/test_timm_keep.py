@@ -1,4 +1,4 @@
-"""A timm network's own classifier: kept where it is provably the same function, one architecture per family."""
+"""A timm network's own classifier is kept if it computes the same function, else it raises; one per family."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.timm_head import DistilledClassifier
 
 CLASSES = 7
-# One head for each branch or stage; an auxiliary head; a head on a token of its own.
+# One head per branch or stage; an auxiliary head; a head on its own token.
 REFUSED = {
     "crossvit": "is not one that takes one feature vector",
     "efficientvim": "is not one that takes one feature vector",
@@ -26,7 +26,7 @@ TWO_TOKENS = {
     "pit": Family("pit_ti_distilled_224", 32, 5.1, takes_img_size=True),
 }
 ON_ONE_EMBEDDING = ("efficientformer", "efficientformer_v2", "levit", "swiftformer")
-# timm starts these heads at zero, so that logits alone would agree with any cut.
+# timm initializes these heads with zeros, so logits alone would agree with any split.
 ZERO_HEADS = {"hiera": "head", "hieradet_sam2": "head", "mlp_mixer": "norm", "sequencer": "norm"}
 
 
@@ -46,7 +46,7 @@ def has_cache(module: nn.Module) -> bool:
 
 
 def assert_as_before(network: nn.Module, before: dict[str, Any], *, except_below: tuple[str, ...] = ()) -> None:
-    """Whatever is still in the network is as it was; all of it is, but for what the split took away."""
+    """Assert that the network's remaining tensors are unchanged, and that only the classifier is missing."""
     after = snapshot(network)
     assert torch.equal(after["random"], before["random"])
     for kind in ("trains", "modes", "caches"):
@@ -69,7 +69,7 @@ def give_values(heads: nn.Module | tuple[nn.Module, ...]) -> None:
 @pytest.mark.parametrize(
     "name", [*each(SMALL), *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in SMALL)]
 )
-def test_own_classifier_is_the_same_function_or_refused(name: str) -> None:
+def test_an_own_classifier_computes_the_same_function_or_raises(name: str) -> None:
     family = FAMILIES[name]
     network: Any = family.build(num_classes=CLASSES)
     give_values(network.get_classifier())
@@ -85,13 +85,13 @@ def test_own_classifier_is_the_same_function_or_refused(name: str) -> None:
     assert_as_before(network, before, except_below=paths)
 
     exactly = not any(isinstance(plain.get_submodule(path), nn.Conv2d) for path in paths)
-    pictures = family.pictures()
-    outcomes = []
+    images = family.images()
+    outputs = []
     for either in (model.train(), plain.train()):
         torch.manual_seed(5)  # for drop path
-        outcomes.append(either(pictures))
-        outcomes[-1].square().sum().backward()
-    assert_close(*outcomes, exactly=exactly)
+        outputs.append(either(images))
+        outputs[-1].square().sum().backward()
+    assert_close(*outputs, exactly=exactly)
     gradients = {
         model._reassembly.original_name(own_name): parameter.grad for own_name, parameter in model.named_parameters()
     }
@@ -105,12 +105,12 @@ def test_own_classifier_is_the_same_function_or_refused(name: str) -> None:
             assert_close(model.backbone.get_buffer(own_name), buffer, exactly=exactly)
 
     with torch.no_grad():
-        logits = model.eval()(pictures)
+        logits = model.eval()(images)
         assert logits.std() > 0
-        assert_close(logits, plain.eval()(pictures), exactly=exactly)
+        assert_close(logits, plain.eval()(images), exactly=exactly)
         again = model.to_module().eval()
-        assert_close(again(pictures), plain(pictures), exactly=True)
-        assert torch.equal(model(pictures), logits), "the model is another after to_module()"
+        assert_close(again(images), plain(images), exactly=True)
+        assert torch.equal(model(images), logits), "the model is another after to_module()"
     assert again.state_dict().keys() == plain.state_dict().keys()
     assert {p.data_ptr() for p in again.parameters()} == {p.data_ptr() for p in model.parameters()}
 
@@ -118,25 +118,25 @@ def test_own_classifier_is_the_same_function_or_refused(name: str) -> None:
 def assert_close(actual: Tensor, expected: Tensor, *, exactly: bool) -> None:
     if exactly:
         assert torch.equal(actual, expected)
-    else:  # not by an absolute tolerance, which small values would pass whatever they are
+    else:  # not with an absolute tolerance, which accepts any small values
         assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-9
 
 
-def test_a_classifier_of_every_token_of_which_one_counts_is_kept() -> None:
-    network: Any = timm.create_model("resnet50_clip")  # as CLIP pools: attention, then a projection of each token
+def test_a_classifier_of_all_tokens_with_one_used_output_is_kept() -> None:
+    network: Any = timm.create_model("resnet50_clip")  # like CLIP's pooling: attention, then a projection of each token
     plain = copy.deepcopy(network).eval()
     zero_head = copy.deepcopy(network)
     nn.init.zeros_(zero_head.head.proj.weight)
     nn.init.zeros_(zero_head.head.proj.bias)
     model = FineTuneModel.from_timm(network).eval()
-    pictures = torch.randn(2, 3, 224, 224)
+    images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
-        assert_close(model(pictures), plain(pictures), exactly=False)
+        assert_close(model(images), plain(images), exactly=False)
     with pytest.raises(ValueError, match="its logits are all equal"):
         FineTuneModel.from_timm(zero_head)
 
 
-@pytest.mark.parametrize("name", ["dla46x_c", "levit_128s"])  # a convolution taken for a linear layer, two heads
+@pytest.mark.parametrize("name", ["dla46x_c", "levit_128s"])  # a convolution kept as a linear layer, two heads
 def test_a_kept_classifier_keeps_its_mode_and_stays_frozen(name: str) -> None:
     network: Any = timm.create_model(name, num_classes=CLASSES).eval()
     for head in [network.get_classifier()] if name == "dla46x_c" else network.get_classifier():
@@ -148,7 +148,7 @@ def test_a_kept_classifier_keeps_its_mode_and_stays_frozen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TWO_TOKENS)
-def test_heads_on_two_tokens_are_refused(name: str) -> None:
+def test_heads_on_two_tokens_raise(name: str) -> None:
     network = TWO_TOKENS[name].build(num_classes=CLASSES)
     before = snapshot(network)
     with pytest.raises(ValueError, match="not the same function any more"):
@@ -157,22 +157,22 @@ def test_heads_on_two_tokens_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ON_ONE_EMBEDDING)
-def test_two_heads_on_one_embedding_train_and_evaluate_as_timms(name: str) -> None:
+def test_two_heads_on_one_embedding_equal_timms_in_both_modes(name: str) -> None:
     family = FAMILIES[name]
     network: Any = family.build(num_classes=CLASSES)
     plain: Any = copy.deepcopy(network)
     model = FineTuneModel.from_timm(network)
     classifier = model.classifier
     assert isinstance(classifier, DistilledClassifier)
-    pictures = family.pictures()
+    images = family.images()
     for enabled in (True, False):
         plain.set_distilled_training(enabled)
         classifier.set_distilled_training(enabled)
         for mode in (True, False):
             torch.manual_seed(5)
-            ours = model.train(mode)(pictures)
+            ours = model.train(mode)(images)
             torch.manual_seed(5)
-            theirs = plain.train(mode)(pictures)
+            theirs = plain.train(mode)(images)
             assert isinstance(ours, tuple) is isinstance(theirs, tuple) is (enabled and mode)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -180,21 +180,21 @@ def test_two_heads_on_one_embedding_train_and_evaluate_as_timms(name: str) -> No
 def test_distilled_training_that_was_on_stays_on() -> None:
     network: Any = FAMILIES["levit"].build(num_classes=CLASSES)
     network.set_distilled_training(True)
-    pictures = FAMILIES["levit"].pictures()
+    images = FAMILIES["levit"].images()
     model = FineTuneModel.from_timm(network).train()
-    assert isinstance(model(pictures), tuple)
-    assert isinstance(model.to_module().train()(pictures), tuple)
+    assert isinstance(model(images), tuple)
+    assert isinstance(model.to_module().train()(images), tuple)
 
 
-def test_distilled_training_does_not_reach_a_fresh_classifier() -> None:
+def test_distilled_training_is_not_set_on_a_new_classifier() -> None:
     network: Any = TWO_TOKENS["deit"].build(num_classes=CLASSES)
     network.set_distilled_training(True)
     model = FineTuneModel.from_timm(network, num_classes=3).train()
-    assert model(TWO_TOKENS["deit"].pictures()).shape == (2, 3)
+    assert model(TWO_TOKENS["deit"].images()).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", ZERO_HEADS)
-def test_a_zero_head_does_not_let_a_wrong_cut_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zero_head_does_not_hide_a_wrong_split(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES[name]
     network: Any = family.build(num_classes=CLASSES).eval()
     right = copy.deepcopy(network)
@@ -206,7 +206,7 @@ def test_a_zero_head_does_not_let_a_wrong_cut_pass(name: str, monkeypatch: pytes
         owner.norm = nn.Identity()
 
     with torch.no_grad():
-        assert not network(family.pictures()).any(), "the logits would agree with those of any cut"
+        assert not network(family.images()).any(), "the logits would agree with those of any cut"
     assert FineTuneModel.from_timm(right).num_classes == CLASSES
     monkeypatch.setattr(type(network), "reset_classifier", reset_too_much)
     with pytest.raises(ValueError, match="not the same function any more"):
@@ -222,7 +222,7 @@ class Times(nn.Module):
         return maps * self.factor
 
 
-def test_small_features_do_not_let_a_wrong_cut_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_features_do_not_hide_a_wrong_split(monkeypatch: pytest.MonkeyPatch) -> None:
     network: Any = timm.create_model("test_resnet", num_classes=CLASSES)
     network.layer4.append(Times(1e-7))
     reset_classifier = type(network).reset_classifier
@@ -233,21 +233,21 @@ def test_small_features_do_not_let_a_wrong_cut_pass(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_large_logits_do_not_refuse_a_right_cut(seed: int) -> None:
+def test_large_logits_do_not_reject_a_correct_split(seed: int) -> None:
     torch.manual_seed(seed)
     network: Any = timm.create_model("dla46x_c", num_classes=CLASSES)
-    with torch.no_grad():  # a convolution, kept as a linear layer, which sums in another order
+    with torch.no_grad():  # a convolution kept as a linear layer, which sums in another order
         network.fc.weight.mul_(1e4)
     assert FineTuneModel.from_timm(network).num_classes == CLASSES
 
 
 @pytest.mark.parametrize("name", ["efficientformer", "efficientvit_msra", "levit", "tiny_vit"])
 @pytest.mark.parametrize("mode", [True, False])
-def test_a_probe_leaves_caches_and_modes_as_it_found_them(name: str, mode: bool) -> None:
+def test_a_probe_does_not_change_caches_and_modes(name: str, mode: bool) -> None:
     family = FAMILIES[name]
     network = family.build(num_classes=CLASSES).eval()
     with torch.no_grad():
-        network(family.pictures())
+        network(family.images())
     assert any(m.attention_bias_cache for m in network.modules() if has_cache(m)), "there is a cache to leave alone"
     network.train(mode)
     before = snapshot(network)
@@ -255,7 +255,7 @@ def test_a_probe_leaves_caches_and_modes_as_it_found_them(name: str, mode: bool)
     assert_as_before(network, before, except_below=model._reassembly.paths)  # type: ignore[attr-defined]
 
 
-def test_a_convolution_and_a_linear_layer_are_the_same_but_for_rounding() -> None:
+def test_a_convolution_and_a_linear_layer_are_equal_up_to_rounding() -> None:
     network: Any = timm.create_model("dla46x_c", num_classes=CLASSES).eval()
     assert isinstance(network.get_classifier(), nn.Conv2d)
     weight = network.get_classifier().weight.detach().clone()

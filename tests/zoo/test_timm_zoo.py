@@ -1,4 +1,4 @@
-"""Any timm architecture with a fresh classifier, one per family: its logits, its layer groups, its rates."""
+"""Timm architectures with a new classifier, one per family: logits, layer groups and learning rates."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from backbone_finetune.layers.discovery import SMALLEST_LAST_SHARE
 
 CLASSES = 7
 LARGE = FAMILIES.keys() - SMALL.keys()
-# timm has no `group_matcher` for these; their depth is ours, by layer group.
+# timm has no `group_matcher` for these, so their depth is by layer group.
 WITHOUT_MATCHER = {
     "csatv2": ("stem_dct", "stages.0", "stages.1", "stages.2", "stages.3"),
     "metaformer": ("stem", "stages.0", "stages.1", "stages.2", "stages.3"),
     "pit": ("stem", "transformers.0", "transformers.1", "transformers.2"),
 }
-# More in the classifier than one linear layer, which is what a fresh linear layer would have to stand for.
-NO_WAY_BACK = {
+# Their classifier is more than one linear layer, so a new linear layer cannot replace it.
+NOT_REVERSIBLE = {
     "crossvit",
     "efficientformer",
     "efficientformer_v2",
@@ -50,7 +50,7 @@ ENCODERS = (
 
 
 class Fresh(NamedTuple):
-    """The same architecture with the same seed, once by timm and once by us; large ones have no values in CI."""
+    """The same architecture from timm and as a FineTuneModel with one seed; large ones on the meta device in CI."""
 
     family: str
     theirs: Any
@@ -69,38 +69,38 @@ def build(name: str, device: str = "cpu") -> Fresh:
 
 @pytest.fixture(scope="module", params=each(FAMILIES))
 def fresh(request: pytest.FixtureRequest) -> Fresh:
-    """Built once for all of the tests of a family; none of them changes a weight or a buffer of it."""
+    """Build it once for all tests of a family; no test changes its weights or buffers."""
     return build(request.param, "cpu" if request.param in SMALL else "meta")
 
 
-def test_width_logits_and_the_way_back(fresh: Fresh) -> None:
+def test_width_logits_and_to_module(fresh: Fresh) -> None:
     if fresh.family in LARGE:
         pytest.skip("without values in CI; with them behind -m slow")
-    check_width_logits_and_the_way_back(fresh)
+    check_width_logits_and_to_module(fresh)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(LARGE))
-def test_width_logits_and_the_way_back_of_large_ones(name: str) -> None:
-    check_width_logits_and_the_way_back(build(name))
+def test_width_logits_and_to_module_of_large_ones(name: str) -> None:
+    check_width_logits_and_to_module(build(name))
 
 
-def check_width_logits_and_the_way_back(fresh: Fresh) -> None:
-    pictures = FAMILIES[fresh.family].pictures()
+def check_width_logits_and_to_module(fresh: Fresh) -> None:
+    images = FAMILIES[fresh.family].images()
     model, theirs = fresh.model, fresh.theirs
     with torch.no_grad():
-        features, logits = model.backbone(pictures), model(pictures)
+        features, logits = model.backbone(images), model(images)
         assert features.shape == (2, model.num_features)
         assert logits.shape == (2, CLASSES)
-        if fresh.family in NO_WAY_BACK:
+        if fresh.family in NOT_REVERSIBLE:
             with pytest.raises(ValueError, match=r"to_module: .* has more in its classifier than one linear layer"):
                 model.to_module()
             return
-        expected = theirs(pictures)
+        expected = theirs(images)
         assert_same(logits, expected, exactly=not isinstance(theirs.get_classifier(), nn.Conv2d))
         plain = model.to_module().eval()
-        assert_same(plain(pictures), expected, exactly=True)
-        assert torch.equal(model(pictures), logits), "the model is another after to_module()"
+        assert_same(plain(images), expected, exactly=True)
+        assert torch.equal(model(images), logits), "the model is another after to_module()"
     assert plain.state_dict().keys() == theirs.state_dict().keys()
     ours = {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()}
     assert {parameter.data_ptr() for parameter in plain.parameters() if parameter.numel()} == ours
@@ -109,7 +109,7 @@ def check_width_logits_and_the_way_back(fresh: Fresh) -> None:
 def assert_same(actual: Tensor, expected: Tensor, *, exactly: bool) -> None:
     if exactly:
         assert torch.equal(actual, expected)
-    else:  # not by an absolute tolerance, which small values would pass whatever they are
+    else:  # not with an absolute tolerance, which accepts any small values
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -140,7 +140,7 @@ def check_partition(model: FineTuneModel) -> None:
         depths = [{depth[name] for name in group.parameter_names} for group in model.layer_groups]
         assert all(len(of_group) == 1 for of_group in depths[:-1])
         assert depths == sorted(depths, key=min)
-        # What timm has last may be no block, a norm or a table of positions: it goes with the one before.
+        # timm's last group may be a norm or a position table, which joins the block before it.
         assert depths[-1] == set(range(min(depths[-1]), max(depth.values()) + 1))
     sizes = {name: parameter.numel() for name, parameter in backbone.named_parameters()}
     last = sum(sizes[name] for name in model.layer_groups[-1].parameter_names)
@@ -176,7 +176,7 @@ def check_gradients(fresh: Fresh, trainable_groups: int) -> None:
     in_training = {name for group in model.layer_groups[first:] for name in group.parameter_names}
     below = {name for group in model.layer_groups[:first] for name in group.parameter_names}
     before = {name: buffer.clone() for name, buffer in model.backbone.named_buffers()}
-    model(FAMILIES[fresh.family].pictures()).square().sum().backward()
+    model(FAMILIES[fresh.family].images()).square().sum().backward()
 
     gradients = {name: parameter.grad for name, parameter in model.backbone.named_parameters()}
     unused = {name for name in in_training if name in fresh_never_trained(model)}
@@ -194,12 +194,12 @@ def check_gradients(fresh: Fresh, trainable_groups: int) -> None:
 
 
 def fresh_never_trained(model: FineTuneModel) -> set[str]:
-    """What `reset_classifier` itself turns off, by timm's own code rather than by ours."""
+    """Return the parameters that timm's `reset_classifier` freezes."""
     is_efficientvim = type(model.backbone).__name__.startswith("EfficientViM")
     return {"weights", "weights_dist"} if is_efficientvim else set()
 
 
-def test_what_timms_reset_turned_off_stays_off() -> None:
+def test_parameters_that_reset_classifier_freezes_stay_frozen() -> None:
     family = FAMILIES["efficientvim"]
     with torch.device("meta"):
         backbone: Any = family.build(num_classes=CLASSES)
@@ -207,7 +207,7 @@ def test_what_timms_reset_turned_off_stays_off() -> None:
         model = FineTuneModel.from_timm(family.architecture, num_classes=CLASSES, **family.keywords)
         by_hand = family.build(num_classes=CLASSES)
     by_hand.reset_classifier(0)
-    with torch.device("meta"):  # nor may it matter what trained before
+    with torch.device("meta"):  # independent of earlier states
         frozen_before = family.build(num_classes=CLASSES).requires_grad_(False)
         without_head = family.build(num_classes=0)
     for network in (frozen_before, without_head):
@@ -216,12 +216,12 @@ def test_what_timms_reset_turned_off_stays_off() -> None:
     model.unfreeze_backbone()
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["backbone.weights"]
     assert not by_hand.weights.requires_grad
-    # Frozen beside what trains when it was wrapped: fixed by its author, as far as we can tell.
+    # Frozen next to trainable parameters when it was wrapped, so it counts as fixed by its author.
     wrapped = FineTuneModel(by_hand, nn.Identity()).unfreeze_backbone()
     assert [name for name, p in wrapped.named_parameters() if not p.requires_grad] == ["backbone.weights"]
 
 
-def test_rates_are_timms_on_the_plain_network(fresh: Fresh) -> None:
+def test_rates_equal_timms_on_the_plain_network(fresh: Fresh) -> None:
     model, theirs = fresh.model, fresh.theirs
     groups = model.param_groups(1.0, weight_decay=0.05, layer_decay=0.75)
     ours = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["param_names"]}
@@ -239,7 +239,7 @@ def test_rates_are_timms_on_the_plain_network(fresh: Fresh) -> None:
     assert_same_rates(model, theirs, ours, expected)
 
 
-def test_timms_optimizer_factory_gives_the_same_rates(fresh: Fresh) -> None:
+def test_timms_optimizer_factory_has_the_same_rates(fresh: Fresh) -> None:
     if fresh.family in WITHOUT_MATCHER:
         pytest.skip("timm counts each of its parameters as a layer of its own")
     ours, expected = (
@@ -271,19 +271,19 @@ def assert_same_rates(
 
 
 @pytest.mark.parametrize("architecture", ENCODERS)
-def test_encoders_are_refused_with_the_way_out(architecture: str) -> None:
+def test_encoders_raise_with_a_remedy(architecture: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=r"no classifier .* FineTuneModel\(backbone, classifier"):
         FineTuneModel.from_timm(architecture, num_classes=CLASSES)
 
 
-def test_an_encoder_wraps_by_hand_with_a_pooling_module() -> None:
+def test_an_encoder_works_with_a_pooling_module() -> None:
     class Pooled(nn.Module):
         def __init__(self, encoder: nn.Module) -> None:
             super().__init__()
             self.encoder = encoder
 
-        def forward(self, pictures: Tensor) -> Tensor:
-            maps = self.encoder(pictures)
+        def forward(self, images: Tensor) -> Tensor:
+            maps = self.encoder(images)
             return maps.mean(dim=(2, 3))
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Frozen means frozen, whatever the training loop does: one architecture per timm family, every condition."""
+"""Frozen tensors do not change under any training loop: one architecture per timm family, every condition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torture import CIRCUMSTANCES, CONDITIONS, OPTIMIZERS, Condition, settle, su
 
 from backbone_finetune import FineTuneModel, freezing
 
-# Two conditions for each family. 7 shares no factor with 48, so that each condition comes round.
+# Two conditions for each family. 7 and 48 are coprime, so every condition occurs.
 SHARE = [
     (name, condition)
     for position, name in enumerate(SMALL)
@@ -25,16 +25,16 @@ IN_TIERS = [
 ]
 
 
-@lru_cache(maxsize=1)  # the cases of a family come one after the other
+@lru_cache(maxsize=1)  # grouped by family
 def settled_model(name: str) -> tuple[FineTuneModel, Tensor]:
     family = SMALL[name]
-    pictures = family.pictures()
+    images = family.images()
     model = FineTuneModel.from_timm(family.architecture, num_classes=5, **family.keywords)
-    settle(model, pictures)
-    return model, pictures
+    settle(model, images)
+    return model, images
 
 
-# Whose smallest architecture has no gradient checkpointing in timm.
+# The smallest architecture has no gradient checkpointing in timm.
 WITHOUT_CHECKPOINTING = {
     "coat",
     "convit",
@@ -54,64 +54,72 @@ WITHOUT_CHECKPOINTING = {
 
 
 def run(name: str, condition: Condition) -> None:
-    model, pictures = settled_model(name)
+    model, images = settled_model(name)
     if CIRCUMSTANCES[condition.circumstance].checkpointing:
         assert supports_checkpointing(model) == (name not in WITHOUT_CHECKPOINTING)
         if name in WITHOUT_CHECKPOINTING:
             pytest.skip(f"timm's {SMALL[name].architecture} has no gradient checkpointing")
-    torture(copy.deepcopy(model), pictures, condition)
+    torture(copy.deepcopy(model), images, condition)
 
 
 @pytest.mark.parametrize(("name", "condition"), IN_TIERS)
-def test_frozen_stands_still_and_the_rest_moves(name: str, condition: Condition) -> None:
+def test_frozen_tensors_are_constant_and_the_rest_trains(name: str, condition: Condition) -> None:
     run(name, condition)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("condition", CONDITIONS, ids=str)
 @pytest.mark.parametrize("name", SMALL)
-def test_every_family_meets_every_condition(name: str, condition: Condition) -> None:
+def test_every_condition_occurs(name: str, condition: Condition) -> None:
     run(name, condition)
 
 
-def test_the_share_that_always_runs_is_broad() -> None:
+def test_the_default_cases_cover_all_conditions() -> None:
     assert {name for name, _ in SHARE} == set(SMALL)
     families = {condition: {name for name, other in SHARE if other == condition} for condition in CONDITIONS}
     assert min(map(len, families.values())) >= 3
 
 
-class HearsEveryMode(FineTuneModel):
-    """The first invariant broken: the frozen part follows `train()`, as it does in any plain module."""
+class KeepsGradients(FineTuneModel):
+    """A model that breaks the rule: gradients of frozen parameters stay."""
 
-    def train(self, mode: bool = True) -> HearsEveryMode:
+    def train(self, mode: bool = True) -> KeepsGradients:
+        gradients = [(parameter, parameter.grad) for parameter in self.parameters()]
+        super().train(mode)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        return self
+
+
+class FollowsEveryMode(FineTuneModel):
+    """A model that breaks the rule: its frozen part follows `train()`, as in any plain module."""
+
+    def train(self, mode: bool = True) -> FollowsEveryMode:
         torch.nn.Module.train(self, mode)
         freezing.drop_frozen_gradients(self)
         return self
 
 
 @pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
-def test_it_can_fail_where_eval_mode_is_not_applied_again(circumstance: str) -> None:
-    broken = HearsEveryMode.from_timm("test_resnet", num_classes=5)
-    settle(broken, pictures := SMALL["resnet"].pictures())
+def test_the_check_fails_if_eval_mode_is_not_applied_again(circumstance: str) -> None:
+    broken = FollowsEveryMode.from_timm("test_resnet", num_classes=5)
+    settle(broken, images := SMALL["resnet"].images())
     with pytest.raises(AssertionError, match=r"frozen tensors moved: .*running_mean"):
-        torture(broken, pictures, Condition("adamw", True, circumstance))
+        torture(broken, images, Condition("adamw", True, circumstance))
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_it_can_fail_where_gradients_are_kept(
-    optimizer: str, set_to_none: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(freezing, "drop_frozen_gradients", lambda model: None)
-    broken = FineTuneModel.from_timm("test_resnet", num_classes=5)
-    settle(broken, pictures := SMALL["resnet"].pictures())
+def test_the_check_fails_if_gradients_are_kept(optimizer: str, set_to_none: bool) -> None:
+    broken = KeepsGradients.from_timm("test_resnet", num_classes=5)
+    settle(broken, images := SMALL["resnet"].images())
     with pytest.raises(AssertionError, match=r"frozen tensors moved: .*weight"):
-        torture(broken, pictures, Condition(optimizer, set_to_none, "freeze_before_step"))
+        torture(broken, images, Condition(optimizer, set_to_none, "freeze_before_step"))
 
 
-def test_it_can_fail_where_gradients_do_not_flow() -> None:
+def test_the_check_fails_if_gradients_do_not_flow() -> None:
     broken = FineTuneModel.from_timm("test_resnet", num_classes=5)
-    settle(broken, pictures := SMALL["resnet"].pictures())
+    settle(broken, images := SMALL["resnet"].images())
     broken.classifier.register_forward_pre_hook(lambda module, features: features[0].detach())
     with pytest.raises(AssertionError, match="no gradient: backbone"):
-        torture(broken, pictures, Condition("adamw", True, "plain"))
+        torture(broken, images, Condition("adamw", True, "plain"))

@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from image_folders import COLOURS, make_folder, make_image
+from raising_hooks import raising
+from torch import nn
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.commands.train import CLIPART
@@ -315,32 +317,24 @@ def test_predict_wants_one_or_more(trained: Path, fail: Fail, option: str) -> No
     assert fail("predict", trained, image, option, 0) == f"{name} = 0: input should be greater than or equal to 1"
 
 
-def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(settings: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "train", interrupt)
-    assert cli.main(["train"]) == 130
+def test_an_interrupt_is_one_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = trained.parents[1] / "images"
+    with raising(KeyboardInterrupt(), lambda module: isinstance(module, nn.Conv2d) and not module.weight.is_meta):
+        assert cli.main(["predict", str(trained), str(images)]) == 130
     assert capsys.readouterr().err == "backbone-finetune: interrupted\n"
 
 
-def test_an_interrupt_before_any_command_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+def test_an_interrupt_before_any_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted(list[str]):
+        def __iter__(self) -> Iterator[str]:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "build_parser", interrupt)
-    assert cli.main(["train"]) == 130
+    assert cli.main(Interrupted(["train"])) == 130
     assert capsys.readouterr().err == "backbone-finetune: interrupted\n"
 
 
-def test_an_error_gives_a_terminal_nothing_to_act_on(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(settings: object) -> None:
-        raise ValueError("a name: \x1b[2Jcat")
-
-    monkeypatch.setattr(cli, "train", refuse)
-    assert fail("train") == "a name: \N{REPLACEMENT CHARACTER}[2Jcat"
+def test_an_error_contains_no_control_characters(fail: Fail) -> None:
+    assert fail("predict", "a\x1b[2Jcat", "tom.jpg").startswith("a\N{REPLACEMENT CHARACTER}[2Jcat: no such file")
 
 
 @pytest.mark.parametrize(
@@ -369,21 +363,17 @@ def test_predictions_in_another_format_are_refused(trained: Path, fail: Fail) ->
     assert line == "answers.json: predictions are written to a file that ends in .csv or .jsonl"
 
 
-def test_an_error_of_many_lines_is_one_line(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(settings: object) -> None:
-        raise ValueError("it does not fit:\n\tone\n\ttwo")
-
-    monkeypatch.setattr(cli, "train", refuse)
-    assert fail("train") == "it does not fit: one two"
+def test_an_error_of_many_lines_is_one_line(fail: Fail) -> None:
+    assert fail("predict", "no\n\tsuch\n\nmodel", "tom.jpg").startswith("no such model: no such file")
 
 
-def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fault(settings: object) -> None:
-        raise RuntimeError("a fault")
-
-    monkeypatch.setattr(cli, "train", fault)
-    with pytest.raises(RuntimeError, match="a fault"):
-        cli.main(["train"])
+def test_an_internal_error_is_not_hidden(trained: Path) -> None:
+    images = trained.parents[1] / "images"
+    with (
+        raising(RuntimeError("a fault"), lambda module: isinstance(module, nn.Conv2d) and not module.weight.is_meta),
+        pytest.raises(RuntimeError, match="a fault"),
+    ):
+        cli.main(["predict", str(trained), str(images)])
 
 
 def test_the_command_line_loads_no_matplotlib_and_the_core_no_recipes() -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from image_folders import COLOURS, make_folder, make_image
+from raising_hooks import is_pixel_baseline, raising, trains
 from recorded_files import record_files
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.commands import setup as task_module
-from backbone_finetune.recipes.commands import train as run_module
-from backbone_finetune.recipes.commands.baselines import BackwardTimes
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.commands.run_folder import MODEL_FILE
 from backbone_finetune.recipes.commands.setup import choose_data_config
@@ -26,7 +26,6 @@ from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import split
 from backbone_finetune.recipes.files import replacing
 from backbone_finetune.recipes.models.file import load_trained_model
-from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 
 FILES = {"curves.png", "metrics.json", "model.safetensors", "run.json"}
@@ -40,47 +39,33 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "phases": (Phase(epochs=2),),
         "batch_size": 8,
         "output": tmp_path / "runs" / "first",
-        "baselines": True,
         "device": "cpu",
     }
 
 
 @pytest.fixture
-def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the backward times, which take longer than these small trainings."""
-    times = BackwardTimes(unfrozen=100.0, frozen=1.0, classifier_alone=0.5, batch_size=8)
-    monkeypatch.setattr(run_module, "measure_backward", lambda *arguments: times)
-
-
-@pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail as soon as a network is built or an image read."""
-
-    def fail(*arguments: object, **keywords: object) -> None:
-        raise AssertionError("work was done")
-
-    monkeypatch.setattr(task_module, "load_network", fail)
-    monkeypatch.setattr(task_module, "ImageDataset", fail)
+def unbuildable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose network cannot be built: errors that come before it show that no work was done."""
+    return {**settings, "architecture": "no_such_network"}
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, torch.bfloat16), ("no", torch.float32)])
 def test_no_mixed_precision_means_none_for_features_too(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: str | None, expected: torch.dtype
 ) -> None:
-    class EnoughError(Exception):
-        """Features were made, and nothing more is wanted."""
+    computed: set[torch.dtype] = set()
 
-    def stop(model: Any, *_: Any) -> None:
-        seen = []
-        model.backbone.conv1.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
-        fine_tune(model, *_)
-        assert set(seen) == {expected}
-        raise EnoughError
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.Conv2d) and not output.is_meta:
+            computed.add(output.dtype)
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(run_module, "fine_tune", stop)
-    with pytest.raises(EnoughError):
+    handle = register_module_forward_hook(record)
+    try:
         train(TrainSettings(**{**settings, "mixed_precision": asked}))
+    finally:
+        handle.remove()
+    assert computed == {expected}
 
 
 def names_in(folder: Path) -> set[str]:
@@ -90,6 +75,7 @@ def names_in(folder: Path) -> set[str]:
 def test_a_run_writes_its_model_its_metrics_and_its_curves(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    settings["baselines"] = True
     (settings["images"] / "red" / "broken.png").write_bytes(b"")
     random_state = torch.get_rng_state()
     with cli.show_log():
@@ -127,7 +113,6 @@ def test_a_run_writes_its_model_its_metrics_and_its_curves(
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.usefixtures("no_timing")
 def test_in_python_a_run_logs_and_does_not_print(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,7 +122,6 @@ def test_in_python_a_run_logs_and_does_not_print(
     assert "test accuracy" in caplog.text
 
 
-@pytest.mark.usefixtures("no_timing")
 def test_the_written_model_predicts_as_it_was_tested(settings: dict[str, Any]) -> None:
     metrics = train(TrainSettings(**{**settings, "phases": (Phase(epochs=2, lr=0.01),)}))
     _, test = split(find_images(settings["images"]), test_share=0.3, seed=0)
@@ -149,25 +133,18 @@ def test_the_written_model_predicts_as_it_was_tested(settings: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("a fault"), torch.OutOfMemoryError("CUDA out of memory")])
-def test_the_model_is_written_before_it_is_compared_with_anything(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, fault: Exception
-) -> None:
-    def fail(*arguments: object, **keywords: object) -> float:
-        raise fault
-
-    monkeypatch.setattr(run_module, "baseline_accuracy", fail)
-    with pytest.raises(type(fault), match=str(fault)):
+def test_the_model_is_written_before_the_baselines_run(settings: dict[str, Any], fault: Exception) -> None:
+    settings["baselines"] = True
+    with raising(fault, is_pixel_baseline), pytest.raises(type(fault), match=str(fault)):
         train(TrainSettings(**settings))
     assert names_in(settings["output"]) == {"run.json", MODEL_FILE, ".unfinished"}
     before = load_trained_model(settings["output"] / MODEL_FILE).model.state_dict()
-    monkeypatch.undo()
     train(TrainSettings(**settings))
     assert names_in(settings["output"]) == FILES
     after = load_trained_model(settings["output"] / MODEL_FILE).model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.usefixtures("no_timing")
 def test_a_run_that_diverges_is_no_success(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,16 +165,7 @@ def test_a_run_that_diverges_is_no_success(
     assert names_in(output) == FILES
 
 
-@pytest.mark.usefixtures("no_timing")
-def test_what_is_written_is_json(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "baseline_accuracy", lambda *arguments, **keywords: float("nan"))
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        train(TrainSettings(**settings))
-    assert "metrics.json" not in names_in(settings["output"])
-
-
 @pytest.mark.parametrize(("asked", "expected"), [(None, False), (False, False), (True, True)])
-@pytest.mark.usefixtures("no_timing")
 def test_baselines_on_own_images_are_trained_where_they_are_wanted(
     settings: dict[str, Any], asked: bool | None, expected: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -210,6 +178,7 @@ def test_baselines_on_own_images_are_trained_where_they_are_wanted(
 
 
 def test_layer_groups_can_train_too(settings: dict[str, Any]) -> None:
+    settings["baselines"] = True
     metrics = train(TrainSettings(**{**settings, "phases": (Phase(epochs=1), Phase(epochs=1, trainable_groups=2))}))
     assert [result.epoch for result in metrics.history] == [1, 2]
     assert metrics.backward_milliseconds.frozen > metrics.backward_milliseconds.classifier_alone
@@ -221,7 +190,7 @@ def test_the_cache_changes_where_rows_are_and_not_what_is_learnt(
 ) -> None:
     caplog.set_level("INFO", "backbone_finetune")
     phases = (Phase(epochs=1), Phase(epochs=2, trainable_groups=2))
-    settings |= {"phases": phases, "baselines": False, "mixed_precision": "no"}
+    settings |= {"phases": phases, "mixed_precision": "no"}
     runs = {}
     for cache in ("auto", "memory", "disk", "off"):
         caplog.clear()
@@ -239,7 +208,7 @@ def test_the_cache_changes_where_rows_are_and_not_what_is_learnt(
 
 
 def test_views_are_augmented_and_seeded(settings: dict[str, Any], tmp_path: Path) -> None:
-    settings |= {"baselines": False, "phases": (Phase(epochs=2, lr=0.01), Phase(epochs=2, trainable_groups=1))}
+    settings |= {"phases": (Phase(epochs=2, lr=0.01), Phase(epochs=2, trainable_groups=1))}
     runs = []
     for number, (views, seed) in enumerate([(1, 0), (3, 0), (3, 0), (3, 1)]):
         output = tmp_path / str(number)
@@ -250,11 +219,10 @@ def test_views_are_augmented_and_seeded(settings: dict[str, Any], tmp_path: Path
         assert not torch.equal(other["classifier.weight"], runs[1]["classifier.weight"])
 
 
-@pytest.mark.usefixtures("no_timing")
 def test_the_same_seed_gives_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
     def outcome(name: str, seed: int) -> Any:
         output = tmp_path / name
-        metrics = train(TrainSettings(**{**settings, "output": output, "seed": seed}))
+        metrics = train(TrainSettings(**{**settings, "output": output, "seed": seed, "baselines": True}))
         weights = load_trained_model(output / MODEL_FILE).model.state_dict()
         return metrics.history, metrics.random_backbone, metrics.raw_pixels, weights
 
@@ -265,28 +233,22 @@ def test_the_same_seed_gives_the_same_run(settings: dict[str, Any], tmp_path: Pa
     assert outcome("third", 1)[0] != first[0]
 
 
-@pytest.mark.usefixtures("no_work")
-def test_a_finished_model_is_refused_before_any_work(settings: dict[str, Any]) -> None:
-    settings["output"].mkdir(parents=True)
-    (settings["output"] / MODEL_FILE).write_text("the first model")
+def test_a_finished_model_is_refused_before_any_work(unbuildable: dict[str, Any]) -> None:
+    unbuildable["output"].mkdir(parents=True)
+    (unbuildable["output"] / MODEL_FILE).write_text("the first model")
     with pytest.raises(
         FileExistsError, match=r"first already holds model\.safetensors; pass --overwrite to replace it"
     ):
-        train(TrainSettings(**settings))
-    assert (settings["output"] / MODEL_FILE).read_text() == "the first model"
+        train(TrainSettings(**unbuildable))
+    assert (unbuildable["output"] / MODEL_FILE).read_text() == "the first model"
 
 
-@pytest.mark.usefixtures("no_timing")
-def test_a_finished_model_stays_until_the_new_one_replaces_it(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_model_stays_until_the_new_one_replaces_it(settings: dict[str, Any]) -> None:
     settings["output"].mkdir(parents=True)
     for name in FILES:
         (settings["output"] / name).write_text("the first")
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "fine_tune", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(TrainSettings(**settings, overwrite=True))
+    with raising(KeyboardInterrupt(), trains), pytest.raises(KeyboardInterrupt):
+        train(TrainSettings(**settings, overwrite=True))
     assert {(settings["output"] / name).read_text() for name in FILES} == {"the first"}
     train(TrainSettings(**settings, overwrite=True))
     assert json.loads((settings["output"] / "metrics.json").read_text())["class_names"] == list(COLOURS)
@@ -295,25 +257,23 @@ def test_a_finished_model_stays_until_the_new_one_replaces_it(
     assert names_in(settings["output"]) == FILES
 
 
-@pytest.mark.usefixtures("no_work")
-def test_an_output_that_is_a_file_is_refused_before_any_work(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_refused_before_any_work(unbuildable: dict[str, Any], tmp_path: Path) -> None:
     path = make_image(tmp_path / "one.png", (0, 0, 0))
     with pytest.raises(FileExistsError, match=r"one\.png is a file; pass a folder with --output"):
-        train(TrainSettings(**{**settings, "output": path}))
+        train(TrainSettings(**{**unbuildable, "output": path}))
 
 
-@pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("folders", [(), ("cat",)])
 def test_unfit_images_are_refused_before_any_work(
-    settings: dict[str, Any], tmp_path: Path, folders: tuple[str, ...]
+    unbuildable: dict[str, Any], tmp_path: Path, folders: tuple[str, ...]
 ) -> None:
     images = tmp_path / "unfit"
     images.mkdir()
     for name in folders:
         make_image(images / name / "1.png", (0, 0, 0))
     with pytest.raises(ValueError, match=r"unfit has (no sub-folders|one class only \(cat\)); expected a folder"):
-        train(TrainSettings(**{**settings, "images": images}))
-    assert not settings["output"].exists()
+        train(TrainSettings(**{**unbuildable, "images": images}))
+    assert not unbuildable["output"].exists()
 
 
 @pytest.mark.parametrize(
@@ -353,9 +313,8 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str
         TrainSettings(**changes)
 
 
-@pytest.mark.usefixtures("no_work")
 def test_without_matplotlib_it_says_how_to_install_it_before_any_work(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    unbuildable: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "backbone_finetune.recipes.commands.plots", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
@@ -364,7 +323,7 @@ def test_without_matplotlib_it_says_how_to_install_it_before_any_work(
     with pytest.raises(
         ModuleNotFoundError, match=r"draws curves\.png; run: pip install 'backbone-finetune\[recipes\]'"
     ):
-        train(TrainSettings(**settings))
+        train(TrainSettings(**unbuildable))
 
 
 def test_half_a_file_never_takes_the_place_of_a_whole_one(tmp_path: Path) -> None:
@@ -426,7 +385,6 @@ def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:
 
 
 @pytest.mark.parametrize(("asked", "said"), [((None, 0), True), (("no", 0), False), ((None, 1), False)])
-@pytest.mark.usefixtures("no_timing")
 def test_an_accuracy_of_features_in_bf16_says_so(
     settings: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -438,6 +396,6 @@ def test_an_accuracy_of_features_in_bf16_says_so(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     caplog.set_level("INFO", logger="backbone_finetune")
     phases = (Phase(epochs=1, trainable_groups=groups),)
-    metrics = train(TrainSettings(**{**settings, "baselines": False, "mixed_precision": precision, "phases": phases}))
+    metrics = train(TrainSettings(**{**settings, "mixed_precision": precision, "phases": phases}))
     assert (metrics.feature_precision == "bf16") == said
     assert ("; features in bf16, predict: float32" in caplog.text) == said

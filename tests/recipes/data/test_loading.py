@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -17,12 +19,12 @@ from image_folders import make_folder
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 from torchvision import transforms
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Phase, TrainerConfig, fine_tune, make_accelerator
-from backbone_finetune.recipes.data import loading
 from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import IGNORED, ImageDataset
 from backbone_finetune.recipes.data.loading import DeviceLoader, default_workers
@@ -78,18 +80,25 @@ def test_any_other_transform_stays_whole(transform: Any) -> None:
     assert split_transform(transform) == (transform, None)
 
 
-def test_images_are_loaded_as_bytes_and_come_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class RecordMoves(TorchFunctionMode):
+    """Records the dtypes of the batches that are moved to a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.to and args[0].ndim == 4 and isinstance(args[1], torch.device):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_images_are_loaded_as_bytes_and_normalized_on_the_device(tmp_path: Path) -> None:
     data = ImageDataset(find_images(make_folder(tmp_path)), create_transform(32))
     expected = torch.stack([data[index][0] for index in range(len(data))])
-    sent: list[torch.dtype] = []
-
-    def record(values: Any, device: torch.device, **keywords: Any) -> Any:
-        sent.append(values[0].dtype)
-        return values
-
-    monkeypatch.setattr(loading, "send_to_device", record)
-    inputs, targets = next(iter(DeviceLoader(data, CPU, batch_size=len(data))))
-    assert sent == [torch.uint8]
+    with RecordMoves() as moves:
+        inputs, targets = next(iter(DeviceLoader(data, CPU, batch_size=len(data))))
+    assert moves.dtypes == [torch.uint8]
     assert torch.equal(inputs, expected)
     assert tuple(targets.tolist()) == data.folder.targets
 
@@ -182,10 +191,10 @@ def test_training_is_the_same_with_any_number_of_workers_and_skips_what_is_broke
 
 
 def test_few_images_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [default_workers(count) for count in (10, 999, 1000, 10**6)] == [0, 0, 8, 8]
     assert default_workers(10**6, processes=4) == 2
-    monkeypatch.setattr(loading.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     assert default_workers(10**6) == 0
 
 

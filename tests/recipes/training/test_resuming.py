@@ -20,10 +20,10 @@ import psutil
 import pytest
 import torch
 from image_folders import make_folder
+from raising_hooks import is_pixel_baseline, raising
 from safetensors import safe_open
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.commands import train as run_module
 from backbone_finetune.recipes.commands.run_folder import MODEL_FILE, UNFINISHED, open_run
 from backbone_finetune.recipes.rng import preserve_rng_state, random_state, restore_random_state
 from backbone_finetune.recipes.training.checkpoints import (
@@ -184,17 +184,10 @@ def test_every_random_generator_is_restored() -> None:
     assert draw() == outside
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_is_interrupted_resumes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "2"]
     command += ["--output", str(tmp_path / "run"), "--baselines"]
-
-    def interrupt(*arguments: object, **keywords: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "baseline_accuracy", interrupt)
+    with raising(KeyboardInterrupt(), is_pixel_baseline):
         assert cli.main(command) == 130
     error = capfd.readouterr().err
     assert f"stopped; the same command resumes this run, which {tmp_path / 'run'} keeps" in error

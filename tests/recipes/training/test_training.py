@@ -427,24 +427,30 @@ def test_a_loss_that_is_not_finite_is_enough() -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_model_that_is_copied_for_fsdp2_goes_to_the_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is prepared is a copy then; the model itself was left on the CPU by a phase on images."""
-    moved: list[object] = []
-    accelerator = make_accelerator(torch.device("cpu"))
-    monkeypatch.setattr(type(accelerator), "is_fsdp2", property(lambda accelerator: True))
-    monkeypatch.setattr(FineTuneModel, "to", lambda model, device: moved.append(device) or model)
+def test_a_model_that_is_copied_for_fsdp2_is_moved_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 prepares a copy; a phase on images must also move the model itself."""
 
-    class EnoughError(Exception):
+    class Moved(Counting):
+        moved = 0
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            self.moved += 1
+            return super()._apply(fn, recurse)
+
+    class PreparedError(Exception):
         """The phase is prepared."""
 
     def stop(*arguments: object) -> None:
-        raise EnoughError
+        raise PreparedError
 
-    monkeypatch.setattr("backbone_finetune.recipes.training.loop.prepare", stop)
-    config = TrainerConfig(accelerator, show_progress=False)
-    with pytest.raises(EnoughError):
-        fine_tune(make_model(), make_images(), make_images(), [Phase(trainable_groups=1)], config)
-    assert set(moved) == {accelerator.device}
+    accelerator = make_accelerator(torch.device("cpu"))
+    monkeypatch.setattr(type(accelerator), "is_fsdp2", property(lambda accelerator: True))
+    monkeypatch.setattr(accelerator, "prepare", stop)
+    model = FineTuneModel(Moved(), nn.Linear(16, 3))
+    config = TrainerConfig(accelerator, cache_features=False, show_progress=False)
+    with pytest.raises(PreparedError):
+        fine_tune(model, make_images(), make_images(), [Phase(trainable_groups=1)], config)
+    assert model.backbone.moved > 0
 
 
 @pytest.mark.parametrize("as_list", [False, True])
