@@ -95,10 +95,10 @@ def find_splits(path: Path, class_names: Sequence[str] | None = None) -> dict[st
         logger.warning("%s: left out: %s; only train, val and test are used", _show(path), _show(join_some(others)))
     parts = {TRAIN: _find_classes(named[TRAIN], class_names)}
     for part in (VALIDATION, TEST):
-        if part in named and not inside[part]:
-            logger.warning("%s: left out: no sub-folders, so its images are of no known class", _show(named[part]))
-        elif part in named:
+        if inside.get(part):
             parts[part] = _find_classes(named[part], class_names or parts[TRAIN].class_names)
+        elif part in named:
+            logger.warning("%s: left out: no sub-folders, so its images are of no known class", _show(named[part]))
     return parts
 
 
@@ -126,11 +126,10 @@ def _find_classes(root: Path, class_names: Sequence[str] | None) -> LabelledFold
     pairs: list[tuple[Path, str]] = []
     for folder in folders:
         files = sorted(_files_below(folder))
-        images = [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
-        if not images:
+        if not any(map(_is_image, files)):
             raise ValueError(f"class folder {folder} holds no image ({EXAMPLES}); add images to it, or remove it")
-        left_out += Counter(_kind(path) for path in files if path.suffix.lower() not in IMAGE_EXTENSIONS)
-        pairs += [(path, folder.name) for path in images]
+        left_out += Counter(_kind(path) for path in files if not _is_image(path))
+        pairs += [(path, folder.name) for path in files if _is_image(path)]
     if left_out:
         kinds = join_some([f"{count} {kind}" for kind, count in left_out.most_common()], most=10)
         logger.warning("%s: %d files left out: %s", _show(root), left_out.total(), _show(kinds))
@@ -167,39 +166,35 @@ def _folders_in(root: Path) -> list[Path]:
 def _files_below(root: Path) -> Iterator[Path]:
     """Yield the files of a folder and of those below it that are not hidden.
 
-    Links to folders are followed, and each folder is entered once, so that no loop is. A link that leads nowhere and a
-    pipe are among the files, so that whoever reads them names them.
+    Links to folders are followed, and each folder is entered once, so that no loop is. A link that leads nowhere is
+    among the files, so that whoever reads them names it.
     """
-    entered = set()
-
-    def enter(folder: str) -> bool:
-        is_new = os.path.realpath(folder) not in entered
-        entered.add(os.path.realpath(folder))
-        return is_new
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    enter(str(root))
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = [
-            name for name in sorted(folders) if not name.startswith(".") and enter(os.path.join(folder, name))
-        ]
+    entered = {os.path.realpath(root)}
+    for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+        seen = sorted((name for name in folders if not name.startswith(".")), reverse=True)
+        real = {os.path.realpath(os.path.join(folder, name)): name for name in seen}  # of two links to one, the first
+        folders[:] = sorted(name for path, name in real.items() if path not in entered)
+        entered.update(real)
         yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def list_images(given: Sequence[Path]) -> list[Path]:
     """Replace each folder among paths by the images below it, one at least; any other path stays, whatever it is."""
     paths: list[Path] = []
     for path in given:
-        if path.is_dir():
-            found = sorted(file for file in _files_below(path) if file.suffix.lower() in IMAGE_EXTENSIONS)
-            if not found:
-                raise ValueError(f"{path}: a folder without images ({EXAMPLES})")
-            paths += found
-        else:
-            paths.append(path)
+        found = sorted(filter(_is_image, _files_below(path))) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path}: a folder without images ({EXAMPLES})")
+        paths += found
     return paths
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_EXTENSIONS
 
 
 def choose_test(parts: Mapping[str, LabelledFolder]) -> LabelledFolder:
@@ -228,27 +223,17 @@ def find_data(
         used = TEST if TEST in parts else VALIDATION
         unused = "; validation is not used, as there is a test" if len(parts) > 2 else ""
         logger.info("train: %s; test: %s (%s)%s", _show(train.root), _show(held_out.root), used, unused)
-    counts = zip(train.class_names, *map(count_classes, (train, held_out)), strict=True)
-    lines = [f"{name} {one} + {other}" for name, one, other in counts]
+    counts = [Counter(part.targets) for part in (train, held_out)]
+    lines = [f"{name} {counts[0][target]} + {counts[1][target]}" for target, name in enumerate(train.class_names)]
     logger.info("images by class, train + test: %s", _show(join_some(lines, most=20)))
-    if pairs := find_identical(train, held_out):
+    if pairs := _find_identical(train, held_out):
         shown = join_some([f"{other} is {path}" for path, other in pairs], separator="; ")
-        logger.warning(
-            "%d of %d test images are training images, byte for byte, which makes the test accuracy too high: %s",
-            len(pairs),
-            len(held_out.paths),
-            _show(shown),
-        )
+        share = f"{len(pairs)} of {len(held_out.paths)} test images are training images, byte for byte"
+        logger.warning("%s, which makes the test accuracy too high: %s", share, _show(shown))
     return train, held_out
 
 
-def count_classes(folder: LabelledFolder) -> list[int]:
-    """Count the images of each class."""
-    counts = Counter(folder.targets)
-    return [counts[target] for target in range(len(folder.class_names))]
-
-
-def find_identical(train: LabelledFolder, test: LabelledFolder) -> list[tuple[Path, Path]]:
+def _find_identical(train: LabelledFolder, test: LabelledFolder) -> list[tuple[Path, Path]]:
     """Find test images that have the bytes of a training image: pairs of that and the test image.
 
     Only files of a size that is on both sides are read.

@@ -79,28 +79,18 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         """Remember the images that have the target ``IGNORED``, in the targets that a pass over all of them gave."""
         for index in (~is_read(targets)).nonzero().flatten().tolist():
             path = self.folder.paths[index]
-            if str(path) not in self.broken:
-                self.broken[str(path)] = f"{path}: could not be read before"
-                try:
-                    read_image(path)
-                except (ValueError, OSError) as error:
-                    self.broken[str(path)] = str(error)
+            self.broken.setdefault(str(path), f"{path}: not a readable image")
 
     def check_classes(self) -> None:
         """Raise ValueError unless each class still has an image that can be read."""
-        faults: dict[int, str] = {}
-        readable: set[int] = set()
-        for path, target in zip(self.folder.paths, self.folder.targets, strict=True):
-            if str(path) in self.broken:
-                faults.setdefault(target, self.broken[str(path)])
-            else:
-                readable.add(target)
-        if lost := sorted(faults.keys() - readable):
-            name = self.folder.class_names[lost[0]]
-            raise ValueError(
-                f"{self.folder.root}: class {name} needs at least 2 readable images, one to train, one to test, and "
-                f"lacks one of these; the first that is broken is {faults[lost[0]]}"
-            )
+        labelled = list(zip(map(str, self.folder.paths), self.folder.targets, strict=True))
+        readable = {target for path, target in labelled if path not in self.broken}
+        for path, target in labelled:
+            if target not in readable:
+                raise ValueError(
+                    f"{self.folder.root}: class {self.folder.class_names[target]} needs at least 2 readable images, to "
+                    f"train and to test, and lacks one of these; the first that is broken is {self.broken[path]}"
+                )
 
 
 def read_image(path: Path) -> Image.Image:
@@ -110,10 +100,6 @@ def read_image(path: Path) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: the file is not an image, or not a whole one; the message names it.
     """
-    if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"{path}: a link that leads nowhere")
-    if path.exists() and not path.is_file():  # a pipe would be waited for without end
-        raise ValueError(f"{path}: not a readable image (it is no file)")
     try:
         with warnings.catch_warnings():
             # What Pillow remarks on damaged metadata of an image that it reads all the same is of no use here.
@@ -153,9 +139,7 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
     for target, name in enumerate(folder.class_names):
         members = [index for index, other in enumerate(folder.targets) if other == target]
         if len(members) == 1:
-            raise ValueError(
-                f"{folder.root}: class {name} holds 1 image, and needs at least 2: one to train, one to test"
-            )
+            raise ValueError(f"{folder.root}: class {name} holds 1 image, and needs 2: one to train, one to test")
         count = min(max(round(test_share * len(members)), 1), len(members) - 1)
         held_out.update(generator.sample(members, count))
 
