@@ -1,4 +1,4 @@
-"""What torchrun starts for test_recipes_shared_features.py: python gathering_worker.py FOLDER, on two processes.
+"""What torchrun starts for test_shared_features.py: python gathering_worker.py FOLDER, on two processes.
 
 Each process writes what it found, as FOLDER/told-0.json and told-1.json: how its memory grew while features were
 gathered, whether they are what the backbone computes, and what became of errors that only one of the processes met.
@@ -32,7 +32,7 @@ COUNT = 1025  # of 64 KiB each: 64 MiB, and no even shares
 
 
 class Drawn(Dataset[tuple[Tensor, int]]):
-    """Images that are drawn when they are asked for; one of them, if `broken`, can't be."""
+    """Images that are created when they are read; with `broken`, one of them raises."""
 
     def __init__(self, count: int = COUNT, broken: int | None = None, error: type[Exception] = ValueError) -> None:
         self.count, self.broken, self.error = count, broken, error
@@ -56,7 +56,7 @@ class Widened(nn.Module):
 
 
 def is_whole(features: Tensor, targets: Tensor) -> bool:
-    """Look at little pieces, which take no memory."""
+    """Compare small pieces, which need little memory."""
     expected = torch.arange(len(targets))
     return torch.equal(targets, expected) and all(
         torch.equal(features[:, column], expected + float(column)) for column in (0, 1, WIDTH - 1)
@@ -91,7 +91,7 @@ def main(folder: str) -> None:
         except Exception as error:
             told[name] = f"{type(error).__name__}: {error}"
 
-    # The first one loads what later ones need.
+    # The first call loads modules that later calls use.
     gather("few", Drawn(33), Path(folder, "few"))
     gather("built", Drawn(), Path(folder, "all"))
     gather("kept", Drawn(), Path(folder, "all"))
@@ -113,7 +113,7 @@ def main(folder: str) -> None:
 
 @contextmanager
 def full_disk(fails: bool) -> Any:
-    """Fail on one process when it has written its rows, as a full disk would."""
+    """Fail on one process when it writes its rows, like a full disk."""
     sync = os.fsync
 
     def fail(_: int) -> None:

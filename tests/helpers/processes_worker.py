@@ -1,4 +1,4 @@
-"""What torchrun starts for test_recipes_processes.py: python processes_worker.py FOLDER, on any number of processes.
+"""What torchrun starts for test_processes.py: python processes_worker.py FOLDER, on any number of processes.
 
 It trains a frozen phase on cached features, one on images with a frozen backbone, and one where BatchNorm trains, and
 the main process writes the weights after each. 23 images in batches of 4 leave 3 for the last: no even shares.
@@ -24,7 +24,7 @@ from backbone_finetune.recipes.training.scoring import evaluate
 
 
 class Still(Shaken):
-    """A transform that is not known to be deterministic, and is."""
+    """A deterministic transform that is not known to be deterministic."""
 
     def shake(self, image: torch.Tensor) -> torch.Tensor:
         return image
@@ -39,7 +39,7 @@ def main(folder: str, device: str = "cpu") -> None:
         ("uncached", Still(images), Phase(epochs=2, lr=0.02), 1),
         ("accumulated", images, Phase(epochs=2, lr=0.02), 2),
         ("statistics", images, Phase(epochs=4, trainable_groups=1, lr=0.02, backbone_lr=0.01, norm_eval=False), 1),
-        # BatchNorm in the stem whose statistics move would make this one noisy.
+        # Trainable BatchNorm statistics in the stem would add noise here.
         ("weighted", Still(images), Phase(epochs=2, lr=0.02), 2),
         ("everything", images, Phase(epochs=2, trainable_groups=2, lr=0.02, backbone_lr=0.01, norm_eval=True), 2),
     ):
@@ -50,7 +50,7 @@ def main(folder: str, device: str = "cpu") -> None:
             accumulation=accumulation,
             checkpoints=Path(folder, name),
             class_weights=(0.5, 2.0, 7.0) if name == "weighted" else None,
-            autocast_features=False,  # the cached is compared with the uncached, to rounding
+            autocast_features=False,  # cached and uncached results are compared up to rounding
         )
         history = fine_tune(model, data, make_images(7), [phase], loop)
         told[name] = [result.train_loss for result in history]
@@ -64,7 +64,7 @@ def main(folder: str, device: str = "cpu") -> None:
 
 
 def average_by_hand(folder: str, accelerator: Any) -> None:
-    """Train one epoch, and write what each process had in its buffers before they were averaged, and after it."""
+    """Train one epoch, and write the buffers of each process before and after averaging."""
     model, before = make_model(dropout=0.0), []
 
     def recorded(stage: Any, accelerator: Any) -> None:

@@ -1,4 +1,4 @@
-"""Trainings that are killed, for test_recipes_resuming.py: python training_worker.py FOLDER KILLS SEED.
+"""Trainings that are killed, for test_resuming.py: python training_worker.py FOLDER KILLS SEED.
 
 What is trained has all that a resumption must restore: a classifier with dropout, on cached features or, where the
 transform is random, on images; a trainable group with BatchNorm; warm-up and cosine. After a random number of events
@@ -57,7 +57,7 @@ class Network(nn.Module):
 
 
 class Shaken(Dataset[tuple[Tensor, int]]):
-    """Images with noise that each of the three random generators draws anew."""
+    """Images with noise from each of the three random generators."""
 
     def __init__(self, data: TensorDataset) -> None:
         self.data = data
@@ -88,7 +88,7 @@ def make_model(*, dropout: float, normalises: bool = True) -> FineTuneModel:
 
 
 def train_undisturbed(folder: Path, *, cached: bool) -> tuple[FineTuneModel, list[EpochResult]]:
-    """Train in a folder, going on with what is there."""
+    """Train in a folder, resuming what is there."""
     images: Any = make_images(23)
     folder.mkdir(exist_ok=True)
     loop = TrainerConfig(
@@ -105,7 +105,7 @@ def train_undisturbed(folder: Path, *, cached: bool) -> tuple[FineTuneModel, lis
 
 
 def die_after(events: int) -> None:
-    """Count steps, file moves and what is on the disk, and at so many of them kill this very process; 0 never does."""
+    """Count steps, fsync calls and renames, and kill this process at the given number; 0 never does."""
     left = [events]
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,7 +123,7 @@ def die_after(events: int) -> None:
 
 
 def train_in(folder: Path, kind: str) -> None:
-    """Train what `kind` says, and leave weights.safetensors and, line by line, the epochs and steps that were kept."""
+    """Train one kind, and write weights.safetensors and, line by line, the epochs and steps of checkpoints."""
     write = training.write_checkpoint
 
     def write_and_tell(where: Path, checkpoint: Any) -> None:
@@ -146,7 +146,7 @@ def train_in(folder: Path, kind: str) -> None:
 
 
 def run_child(folder: Path, kind: str, events: int) -> int:
-    """Train in a process of its own, forked from this one so that nothing is imported again: its exit code."""
+    """Train in a forked process, which imports nothing again; return its exit code."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -165,14 +165,14 @@ def run_child(folder: Path, kind: str, events: int) -> int:
 
 
 def run_and_kill(folder: Path, kind: str, kills: int, drawn: random.Random) -> list[int]:
-    """Train once undisturbed and once killed again and again, each time after a random number of events."""
+    """Train once without and once with kills, each after a random number of events."""
     quiet, disturbed = folder / "quiet", folder / "disturbed"
     for run in (quiet, disturbed):
         make_folder(run / "images", per_class=4)
     codes = [run_child(quiet, kind, 0)]
     for number in range(kills):
         codes.append(run_child(disturbed, kind, drawn.randint(5, 30)))
-        if codes[-1] == 0:  # it was finished before it could be killed: begin again
+        if codes[-1] == 0:  # it finished before it could be killed: start again
             disturbed.rename(folder / f"finished-{number}")
             make_folder(disturbed / "images", per_class=4)
     return [*codes, run_child(disturbed, kind, 0)]
@@ -182,7 +182,7 @@ def main(folder: str, kills: str, seed: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     torch.set_num_threads(1)
     drawn = random.Random(int(seed))
-    # Of the whole command fewer, as it takes longer.
+    # Fewer for the whole command, which takes longer.
     counts = {"cached": int(kills), "shaken": int(kills), "command": -(-int(kills) // 2)}
     print(json.dumps({kind: run_and_kill(Path(folder, kind), kind, count, drawn) for kind, count in counts.items()}))
 

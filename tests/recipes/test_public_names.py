@@ -1,4 +1,4 @@
-"""The public surface is closed: what documentation names, raises or returns can be imported from where it says."""
+"""Everything that the documentation names, and that functions raise or return, can be imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOM = Path(inspect.getfile(recipes)).parent
 
 
 def names_of_ours() -> set[str]:
-    """Collect the classes and functions that some file of the recipes defines."""
+    """Return the classes and functions that the files of the recipes define."""
     found = set()
     for module in pkgutil.walk_packages(recipes.__path__, f"{recipes.__name__}."):
         for name, value in vars(importlib.import_module(module.name)).items():
@@ -29,7 +29,7 @@ def is_public(name: str) -> bool:
     return name in recipes.__all__ or hasattr(backbone_finetune, name)
 
 
-def test_what_documentation_names_is_public() -> None:
+def test_names_in_the_documentation_are_public() -> None:
     texts = {name: inspect.getdoc(getattr(recipes, name)) or "" for name in recipes.__all__}
     texts["README.md"] = (ROOM / "README.md").read_text(encoding="utf-8")
     ours = names_of_ours()
@@ -39,7 +39,7 @@ def test_what_documentation_names_is_public() -> None:
         assert [name for name in sorted(named & ours) if not is_public(name)] == [], place
 
 
-def test_what_functions_return_is_public() -> None:
+def test_return_types_of_functions_are_public() -> None:
     ours = names_of_ours()
     for name in recipes.__all__:
         if inspect.isfunction(function := inspect.unwrap(getattr(recipes, name))):

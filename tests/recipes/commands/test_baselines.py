@@ -1,4 +1,4 @@
-"""What accuracy is held against, and what a backward pass costs."""
+"""Baselines of the accuracy, and the time of a backward pass."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def make_images(count: int = 12) -> Any:
     return TensorDataset(noise + torch.eye(3)[targets][:, :, None, None], targets)
 
 
-def test_chance_answers_the_commonest_training_class() -> None:
+def test_chance_predicts_the_most_common_training_class() -> None:
     assert chance_accuracy([0, 1, 1], [0, 0, 0, 1]) == 0.25
 
 
-def test_raw_pixels_suffice_where_colour_tells() -> None:
+def test_raw_pixels_are_enough_to_classify_colours() -> None:
     phase = Phase(epochs=10)
     accuracy = baseline_accuracy(
         "raw pixels", pixel_model(3), make_images(30), make_images(), phase=phase, config=CONFIG
@@ -90,7 +90,7 @@ def test_only_the_backward_pass_is_timed() -> None:
     model = FineTuneModel(SlowForward(), nn.Linear(8, 2)).freeze_backbone()
     times = measure_backward(model, torch.randn(6, 4), torch.zeros(6, dtype=torch.long))
     assert times is not None
-    # A sleep takes its time at least, and the forward's is far longer than all that a backward does.
+    # A sleep has a minimum duration, and the forward's is far longer than a backward pass.
     assert times.unfrozen >= 20
     assert times.frozen < 200
     assert times.classifier_alone < 200
@@ -109,7 +109,7 @@ def test_a_model_that_is_too_large_to_unfreeze_is_not_timed(caplog: pytest.LogCa
     assert "does not fit into the memory of cpu; not timed" in caplog.text
 
 
-def test_timing_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
+def test_timing_does_not_change_the_model_and_the_random_state() -> None:
     model = FineTuneModel(SlowForward(), nn.Linear(8, 2)).freeze_backbone().eval()
     before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     measure_backward(model, torch.randn(6, 4, generator=torch.Generator()), torch.zeros(6, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""The command line: a line for each mistake, and the whole main job on the packaged images."""
+"""The command line: one line for each error, and the default run on the packaged images."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Fail = Callable[..., str]
 
 @pytest.fixture
 def fail(capsys: pytest.CaptureFixture[str]) -> Fail:
-    """Run a command that is a mistake: exit status 2, and one line on stderr, which is returned.
+    """Run a command that must fail with exit status 2 and one line on stderr, which is returned.
 
-    On stdout there is at most what was found in the data.
+    On stdout there may be lines about the images that were found.
     """
 
     def run(*arguments: object) -> str:
@@ -47,7 +47,7 @@ def fail(capsys: pytest.CaptureFixture[str]) -> Fail:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that the command line trained on a folder of images, which no test may change."""
+    """Train a model with the command line; no test may change its folder."""
     folder = tmp_path_factory.mktemp("trained")
     images = str(make_folder(folder / "images"))
     output = folder / "run"
@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "model.safetensors"
 
 
-def test_train_takes_a_folder_and_every_option(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_train_accepts_a_folder_and_every_option(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     images = make_folder(tmp_path / "images")
     torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), tmp_path / "weights.pth")
     output = tmp_path / "run"
@@ -103,7 +103,7 @@ def test_predict_prints_a_line_for_each_image(trained: Path, capsys: pytest.Capt
         assert shares == sorted(shares, reverse=True)
 
 
-def test_predict_names_what_it_cannot_read_and_goes_on(
+def test_predict_reports_unreadable_images_and_continues(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.jpg").write_text("a text file")
@@ -118,7 +118,7 @@ def test_predict_names_what_it_cannot_read_and_goes_on(
     assert third == "backbone-finetune: error: 2 of 3 images could not be read"
 
 
-def test_predict_walks_folders_and_writes_csv_and_json_lines(
+def test_predict_searches_folders_and_writes_csv_and_json_lines(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for index in range(3):
@@ -160,7 +160,7 @@ def test_evaluate_prints_a_table_and_writes_two_files(
     assert f"backbone-finetune: skipped: {images / 'red' / 'broken.png'}: not a readable image" in skipped[0]
 
 
-def test_trainable_only_writes_a_small_file_that_takes_its_base(
+def test_trainable_only_writes_a_small_file_that_needs_its_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fail: Fail
 ) -> None:
     images = make_folder(tmp_path / "images")
@@ -178,7 +178,7 @@ def test_trainable_only_writes_a_small_file_that_takes_its_base(
     assert cli.main(["predict", str(model), str(image), "--base", str(weights)]) == 0
 
 
-def test_inspect_says_what_of_a_trained_model_is_frozen(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_the_frozen_groups_of_a_trained_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(trained)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{trained}: 3 classes (blue, green, red)"
@@ -189,7 +189,7 @@ def test_inspect_says_what_of_a_trained_model_is_frozen(trained: Path, capsys: p
     assert shares[0] > shares[1] > shares[3]
 
 
-def test_inspect_prints_groups_and_parameters_on_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_groups_and_parameters_without_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "resnet50.a1_in1k"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("resnet50.a1_in1k: 23,508,032 parameters in 5 layer groups")
@@ -204,12 +204,12 @@ def test_inspect_prints_groups_and_parameters_on_no_memory(capsys: pytest.Captur
     assert lines[8].startswith("classifier")
 
 
-def test_inspect_knows_networks_without_a_classifier(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_accepts_networks_without_a_classifier(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "qwen3_vit_88m_enc"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("no classifier: `train` can't use it")
 
 
-def test_inspect_prints_what_trainable_groups_leave_to_cache(capsys: pytest.CaptureFixture[str], fail: Fail) -> None:
+def test_inspect_prints_what_can_be_cached(capsys: pytest.CaptureFixture[str], fail: Fail) -> None:
     assert cli.main(["inspect", "test_resnet", "--trainable-groups", "2"]) == 0
     assert capsys.readouterr().out.splitlines()[-4:] == [
         "",
@@ -224,7 +224,7 @@ def test_inspect_prints_what_trainable_groups_leave_to_cache(capsys: pytest.Capt
     )
 
 
-def test_inspect_knows_no_trainable_groups_of_a_model_file(trained: Path, fail: Fail) -> None:
+def test_trainable_groups_and_a_model_file_raise(trained: Path, fail: Fail) -> None:
     assert fail("inspect", trained, "--trainable-groups", 1) == (
         f"--trainable-groups and the model file {trained} were both given; pass an architecture"
     )
@@ -238,7 +238,7 @@ def test_an_unknown_architecture_is_one_line_with_the_nearest(tmp_path: Path, fa
     assert "resnet50" in line
 
 
-def test_each_mistake_is_one_line(tmp_path: Path, fail: Fail) -> None:
+def test_each_error_is_one_line(tmp_path: Path, fail: Fail) -> None:
     images, output = make_folder(tmp_path / "images"), tmp_path / "run"
     (tmp_path / "empty").mkdir()
     make_image(tmp_path / "single" / "cat" / "1.png", (0, 0, 0))
@@ -261,7 +261,7 @@ def test_each_mistake_is_one_line(tmp_path: Path, fail: Fail) -> None:
     assert not output.exists()
 
 
-def test_a_finished_model_is_refused(trained: Path, fail: Fail) -> None:
+def test_a_finished_model_is_not_replaced(trained: Path, fail: Fail) -> None:
     before = trained.read_bytes()
     images = trained.parents[1] / "images"
     line = fail("train", images, "--model", "test_resnet", "--output", trained.parent)
@@ -272,7 +272,7 @@ def test_a_finished_model_is_refused(trained: Path, fail: Fail) -> None:
     assert trained.read_bytes() == before
 
 
-def test_a_truncated_model_is_refused(trained: Path, tmp_path: Path, fail: Fail) -> None:
+def test_a_truncated_model_is_one_line(trained: Path, tmp_path: Path, fail: Fail) -> None:
     truncated = tmp_path / "model.safetensors"
     truncated.write_bytes(trained.read_bytes()[:-1])
     assert "model.safetensors: not a safetensors file, or a truncated one" in fail("predict", truncated, "tom.jpg")
@@ -311,7 +311,7 @@ def test_a_wrong_argument_is_one_line(fail: Fail, arguments: str, message: str) 
 
 
 @pytest.mark.parametrize("option", ["--top-k", "--batch-size"])
-def test_predict_wants_one_or_more(trained: Path, fail: Fail, option: str) -> None:
+def test_predict_needs_positive_numbers(trained: Path, fail: Fail, option: str) -> None:
     image = trained.parents[1] / "images" / "red" / "0.png"
     name = option.removeprefix("--").replace("-", "_")
     assert fail("predict", trained, image, option, 0) == f"{name} = 0: input should be greater than or equal to 1"
@@ -346,7 +346,7 @@ def test_an_error_contains_no_control_characters(fail: Fail) -> None:
         ({"RANK": "1", "WORLD_SIZE": "2"}, False),
     ],
 )
-def test_only_a_process_beside_others_leaves_its_error_to_them(
+def test_only_the_first_of_several_processes_prints_the_error(
     environment: dict[str, str], speaks: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "WORLD_SIZE"):
@@ -376,7 +376,7 @@ def test_an_internal_error_is_not_hidden(trained: Path) -> None:
         cli.main(["predict", str(trained), str(images)])
 
 
-def test_the_command_line_loads_no_matplotlib_and_the_core_no_recipes() -> None:
+def test_the_command_line_does_not_import_matplotlib() -> None:
     code = (
         "import sys, backbone_finetune; assert 'backbone_finetune.recipes' not in sys.modules;"
         "from backbone_finetune import cli; assert 'matplotlib' not in sys.modules"
@@ -386,7 +386,7 @@ def test_the_command_line_loads_no_matplotlib_and_the_core_no_recipes() -> None:
     )
 
 
-def test_the_main_job_with_no_arguments(
+def test_train_without_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -408,7 +408,7 @@ def test_the_main_job_with_no_arguments(
     assert sum(": bird " in line for line in lines) >= 12
 
 
-def test_no_name_of_a_image_moves_a_terminals_cursor(
+def test_image_names_are_printed_without_control_characters(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_image(tmp_path / "good\x1b[2J.png", COLOURS["red"])

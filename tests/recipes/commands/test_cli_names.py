@@ -1,4 +1,4 @@
-"""Names that are no text, or not in the terminal's alphabet: printed with escapes, and kept as they are in files."""
+"""Names that are not valid text, or not in the terminal's encoding: escaped in output, unchanged in files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = ("Größe", RAW)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two classes with such names, trained on images whose folder has one too."""
+    """A model of two classes with such names, trained on a folder with such a name."""
     folder = tmp_path_factory.mktemp("trained")
     for name, colour in zip(NAMES, COLOURS.values(), strict=False):
         for index in range(4):
@@ -36,7 +36,7 @@ ENCODINGS = pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
 
 
 def print_strictly(encoding: str, *arguments: object) -> bytes:
-    """Run a command on a stdout that takes its own encoding only, as under PYTHONIOENCODING=...:strict; what it got."""
+    """Run a command with a strict stdout encoding, as with PYTHONIOENCODING=...:strict; return what it wrote."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
     with redirect_stdout(stream):
         assert cli.main([str(argument) for argument in arguments]) == 0
@@ -44,7 +44,7 @@ def print_strictly(encoding: str, *arguments: object) -> bytes:
 
 
 @ENCODINGS
-def test_predict_answers_for_every_image(trained: Path, tmp_path: Path, encoding: str) -> None:
+def test_predict_prints_a_line_for_every_image(trained: Path, tmp_path: Path, encoding: str) -> None:
     images = trained.parents[1] / "images"
     lines = print_strictly(encoding, "predict", trained, images).splitlines()
     assert len(lines) == 8
@@ -69,7 +69,7 @@ def test_evaluate_and_inspect_take_the_model(trained: Path, tmp_path: Path, enco
     assert rb"c\udcff)" in print_strictly(encoding, "inspect", trained)
 
 
-def test_the_model_file_holds_the_names(trained: Path) -> None:
+def test_the_model_file_has_the_names(trained: Path) -> None:
     assert load_outline(trained)[0].class_names == NAMES
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: each image is counted in its place, and what can't be counted is said."""
+"""Evaluation: each image is counted once, and skipped images are listed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backbone_finetune.recipes.models.file import TrainedModel
 
 
 class BrightestColour(nn.Module):
-    """Answers the colour that an image has most of; classes are in the order of the channels, then two more."""
+    """Predicts the strongest channel of an image; the classes are the channels, then two more."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         means = images.mean((2, 3))
@@ -34,7 +34,7 @@ def trained() -> TrainedModel:
     return TrainedModel(model, "brightest", ("red", "green", "blue", "pink", "white"), config)
 
 
-def test_each_image_is_counted_in_its_place(trained: TrainedModel, tmp_path: Path) -> None:
+def test_each_image_is_counted_in_the_confusion_matrix(trained: TrainedModel, tmp_path: Path) -> None:
     folder = make_folder(tmp_path, per_class=4)
     make_image(folder / "red" / "really_green.png", COLOURS["green"])
     make_image(folder / "pink" / "really_blue.png", COLOURS["blue"])
@@ -60,7 +60,7 @@ def test_each_image_is_counted_in_its_place(trained: TrainedModel, tmp_path: Pat
     assert "balanced" not in describe_evaluation(alike)
 
 
-def test_one_class_is_enough_and_of_what_is_split_the_test_counts(trained: TrainedModel, tmp_path: Path) -> None:
+def test_one_class_is_enough_and_the_test_split_is_used(trained: TrainedModel, tmp_path: Path) -> None:
     make_image(tmp_path / "one" / "red" / "1.png", COLOURS["red"])
     evaluation = evaluate_folder(trained, tmp_path / "one", show_progress=False)
     assert (evaluation.images, evaluation.accuracy) == (1, 1.0)
@@ -84,7 +84,7 @@ def test_any_number_of_workers_gives_the_same_evaluation(trained: TrainedModel, 
         evaluate_folder(trained, tmp_path, workers=-1)
 
 
-def test_images_that_cannot_be_read_are_left_out_and_named(trained: TrainedModel, tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out_and_listed(trained: TrainedModel, tmp_path: Path) -> None:
     folder = make_folder(tmp_path, per_class=2)
     (folder / "red" / "text.jpg").write_text("a text file")
     (folder / "blue" / "1.png").write_bytes(b"")
@@ -97,7 +97,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(trained: TrainedModel
     assert "skipped: 2 images that cannot be read" in describe_evaluation(evaluation)
 
 
-def test_folders_of_other_classes_are_refused_before_any_work(trained: TrainedModel, tmp_path: Path) -> None:
+def test_folders_of_other_classes_raise_before_any_work(trained: TrainedModel, tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     make_image(folder / "yellow" / "1.png", (200, 200, 0))
     with pytest.raises(
@@ -108,7 +108,7 @@ def test_folders_of_other_classes_are_refused_before_any_work(trained: TrainedMo
         evaluate_folder(trained, tmp_path / "nowhere")
 
 
-def test_a_folder_without_a_readable_image_is_refused(trained: TrainedModel, tmp_path: Path) -> None:
+def test_a_folder_without_a_readable_image_raises(trained: TrainedModel, tmp_path: Path) -> None:
     for name in ("red", "blue"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(b"")
@@ -116,7 +116,7 @@ def test_a_folder_without_a_readable_image_is_refused(trained: TrainedModel, tmp
         evaluate_folder(trained, tmp_path, show_progress=False)
 
 
-def test_it_is_written_for_machines_and_as_a_image(trained: TrainedModel, tmp_path: Path) -> None:
+def test_it_is_written_as_json_and_as_a_plot(trained: TrainedModel, tmp_path: Path) -> None:
     evaluation = evaluate_folder(trained, make_folder(tmp_path / "images", per_class=2), show_progress=False)
     write_evaluation(evaluation, tmp_path / "out")
     write_evaluation(evaluation, tmp_path / "out")  # over an earlier one

@@ -1,4 +1,4 @@
-"""Files of predictions: whole, or not there."""
+"""Files of predictions are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ WRITERS = pytest.mark.parametrize("write", [partial(write_csv, top_k=1), write_j
 
 
 @WRITERS
-def test_predictions_pass_through_what_writes_them(write: Write, tmp_path: Path) -> None:
+def test_writers_yield_the_predictions(write: Write, tmp_path: Path) -> None:
     assert tuple(write(PREDICTIONS, tmp_path / "answers")) == PREDICTIONS
 
 
 @WRITERS
-def test_a_file_that_was_there_stays_until_the_last_prediction_is_written(write: Write, tmp_path: Path) -> None:
+def test_an_existing_file_is_kept_until_the_last_prediction(write: Write, tmp_path: Path) -> None:
     (tmp_path / "answers").write_text("earlier")
     written = write(PREDICTIONS, tmp_path / "answers")
     next(written)
@@ -41,7 +41,7 @@ def test_a_file_that_was_there_stays_until_the_last_prediction_is_written(write:
 
 
 @pytest.mark.parametrize("predictions", [(), PREDICTIONS])
-def test_what_is_written_can_be_read(predictions: tuple[Prediction, ...], tmp_path: Path) -> None:
+def test_written_files_can_be_read(predictions: tuple[Prediction, ...], tmp_path: Path) -> None:
     list(write_csv(write_jsonl(predictions, tmp_path / "a.jsonl"), tmp_path / "a.csv", top_k=1))
     expected = [
         {"image": "tom.jpg", "classes": [{"name": "cat", "probability": 0.75}], "error": None},

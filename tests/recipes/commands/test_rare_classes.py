@@ -1,4 +1,4 @@
-"""Classes of unequal size: weighed in training, and seen in what is printed and written."""
+"""Classes of unequal size: class weights in training, and balanced accuracy in the output."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def test_the_loss_is_weighed_by_what_each_class_has_to_train_on(images: Path, tmp_path: Path) -> None:
-    """In one step, so that the loss is that of the model as it was made."""
+def test_the_loss_is_weighted_by_the_training_images_of_each_class(images: Path, tmp_path: Path) -> None:
+    """One step, so that the loss is that of the initial model."""
     settings: dict[str, Any] = {"images": images, "architecture": "test_resnet", "phases": (Phase(epochs=1),)}
     settings |= {"batch_size": 15, "device": "cpu", "mixed_precision": "no"}
     seed_everything(0)
@@ -51,7 +51,7 @@ def test_the_loss_is_weighed_by_what_each_class_has_to_train_on(images: Path, tm
         assert metrics.history[0].train_loss == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_command_records_how_it_weighs_and_does_it_again(
+def test_the_command_records_class_weights_and_repeats_the_run(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--class-weights", "balanced", "--label-smoothing", "0.1"]
@@ -85,7 +85,7 @@ def test_the_command_records_how_it_weighs_and_does_it_again(
         (["--label-smoothing", "1"], "label_smoothing"),
     ],
 )
-def test_an_unfit_setting_is_refused(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_setting_raises(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         status: Any = main(["train", *given])
     except SystemExit as exit_:

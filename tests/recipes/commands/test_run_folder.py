@@ -1,4 +1,4 @@
-"""The output folder: what was there stays, unless it is to be overwritten; and nothing of a run is left over."""
+"""The output folder: files are kept unless overwriting is requested, and a run leaves no temporary files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def start(folder: Path, record: dict[str, Any] = RECORD, *, overwrite: bool = False, keep: str = "") -> bool:
-    """Start or resume a run in a folder, and stop it; returns whether it was resumed. ``keep`` is a file it writes."""
+    """Start or resume a run in a folder, and stop it; return whether it was resumed. It writes the file ``keep``."""
     with open_run(folder, record, overwrite=overwrite):
         resumed = (folder / UNFINISHED / "started").exists()
         put(folder / UNFINISHED, "started", *([keep] if keep else []))
@@ -49,7 +49,7 @@ def start(folder: Path, record: dict[str, Any] = RECORD, *, overwrite: bool = Fa
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Train:
-    """Run a training into a folder that is refused before any work, with nothing changed: the message."""
+    """Train into a folder that must raise before any work without changing anything; return the message."""
 
     def run(output: Path, *options: str) -> str:
         before = tree(output)
@@ -71,12 +71,12 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Train:
         ([f"{UNFINISHED}/thesis.txt"], f"{UNFINISHED}; pass --overwrite to replace it"),
     ],
 )
-def test_what_a_run_would_replace_is_refused(tmp_path: Path, refused: Train, names: list[str], said: str) -> None:
+def test_a_run_that_would_replace_files_raises(tmp_path: Path, refused: Train, names: list[str], said: str) -> None:
     put(tmp_path / "run", *names)
     assert refused(tmp_path / "run") == f"already holds {said}, or another folder with --output"
 
 
-def test_other_files_are_never_touched(tmp_path: Path) -> None:
+def test_other_files_are_never_changed(tmp_path: Path) -> None:
     put(tmp_path, "notes.txt", "checkpoints/best.safetensors", ".model.safetensors.123", MODEL_FILE)
     before = tree(tmp_path)
     start(tmp_path, overwrite=True)
@@ -87,7 +87,7 @@ def test_other_files_are_never_touched(tmp_path: Path) -> None:
     assert tree(tmp_path) == {**before, METRICS_FILE: b"{}"}
 
 
-def test_overwriting_replaces_a_run_and_what_it_kept(tmp_path: Path) -> None:
+def test_overwriting_replaces_a_run_and_its_files(tmp_path: Path) -> None:
     put(tmp_path, MODEL_FILE, f"{UNFINISHED}/thesis.txt", f"{UNFINISHED}/checkpoints/step-1.safetensors")
     start(tmp_path, overwrite=True)
     assert set(tree(tmp_path / UNFINISHED)) == {"lock", "started", RUN_FILE}
@@ -105,7 +105,7 @@ def test_a_link_in_an_unfinished_run_is_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["lock"], ["lock", f".{RUN_FILE}.123"]])
-def test_a_run_that_was_killed_before_its_record_was_written_starts_again(tmp_path: Path, names: list[str]) -> None:
+def test_a_run_that_was_killed_before_writing_its_record_starts_again(tmp_path: Path, names: list[str]) -> None:
     (tmp_path / UNFINISHED).mkdir()
     put(tmp_path / UNFINISHED, *names)
     check_output_folder(tmp_path, overwrite=False)
@@ -128,7 +128,7 @@ def test_an_unfinished_run_is_resumed_only_by_the_same_arguments(tmp_path: Path)
     assert not (tmp_path / UNFINISHED / "checkpoints").exists()
 
 
-def test_a_damaged_record_is_another_run(tmp_path: Path) -> None:
+def test_a_damaged_record_counts_as_another_run(tmp_path: Path) -> None:
     start(tmp_path)
     (tmp_path / UNFINISHED / RUN_FILE).write_text("{")
     with pytest.raises(FileExistsError, match="holds an unfinished run with other arguments"):
@@ -144,7 +144,7 @@ def test_a_run_that_replaces_a_finished_one_can_be_resumed(tmp_path: Path) -> No
     assert json.loads((tmp_path / MODEL_FILE).read_text()) == {"mine": MODEL_FILE}
 
 
-def test_a_second_process_is_refused_while_one_trains(tmp_path: Path) -> None:
+def test_a_second_process_raises_while_one_trains(tmp_path: Path) -> None:
     with open_run(tmp_path, RECORD, overwrite=False):
         before = tree(tmp_path)
         for overwrite in (False, True):
@@ -154,7 +154,7 @@ def test_a_second_process_is_refused_while_one_trains(tmp_path: Path) -> None:
     start(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+def test_a_read_only_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match=r"file is a file; pass a folder with --output"):
         start(tmp_path / "file")
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         check_output_folder(tmp_path / "link", overwrite=True)
 
 
-def test_half_a_result_never_replaces_a_whole_one(tmp_path: Path) -> None:
+def test_an_incomplete_result_never_replaces_a_complete_one(tmp_path: Path) -> None:
     put(tmp_path, METRICS_FILE)
 
     def write_half() -> None:
@@ -182,11 +182,11 @@ def test_half_a_result_never_replaces_a_whole_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [MODEL_FILE, METRICS_FILE])
-def test_a_run_that_is_killed_while_it_writes_a_result_leaves_nothing_over(
+def test_a_run_that_is_killed_while_writing_a_result_leaves_no_temporary_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     class KilledError(Exception):
-        """In the place of SIGKILL, after which nothing is removed."""
+        """Like SIGKILL, after which nothing is cleaned up."""
 
     def die(source: Path, target: Path) -> None:
         if Path(target) == tmp_path / "run" / name:

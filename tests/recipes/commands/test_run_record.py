@@ -1,4 +1,4 @@
-"""run.json: a run is done again by it, with the same weights; what is none is refused in one line."""
+"""run.json: it repeats a run with the same weights; other files give a one-line error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PHASES = "[[phases]]\nepochs = 1\n[[phases]]\nepochs = 1\ntrainable_groups = 1"
 
 @pytest.fixture
 def fail(capfd: pytest.CaptureFixture[str]) -> Fail:
-    """Run a command that is a mistake: status 2, and one line on stderr, which is returned."""
+    """Run a command that must fail with status 2 and one line on stderr, which is returned."""
 
     def run(*arguments: object) -> str:
         assert cli.main([str(argument) for argument in arguments]) == 2
@@ -31,7 +31,7 @@ def fail(capfd: pytest.CaptureFixture[str]) -> Fail:
     return run
 
 
-def test_a_run_is_done_again_by_its_record(
+def test_a_record_repeats_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make_folder(tmp_path / "here" / "images")
@@ -80,7 +80,7 @@ def test_a_run_is_done_again_by_its_record(
         ("--trainable-only", "--trainable-only"),
     ],
 )
-def test_a_run_is_done_again_with_nothing_else(fail: Fail, others: str, option: str) -> None:
+def test_a_record_with_other_options_is_one_line(fail: Fail, others: str, option: str) -> None:
     line = fail("train", "--run", "run.json", *others.split(), "--output", "again", "--overwrite", "--device", "cpu")
     assert line == (
         f"{option} and --run run.json were both given; the file has all options except --output, --overwrite, "
@@ -110,7 +110,7 @@ def test_a_run_is_done_again_with_nothing_else(fail: Fail, others: str, option: 
         ({"batch_size": 0}, "run.json: arguments batch_size = 0: input should be greater than or equal to 1"),
     ],
 )
-def test_a_record_that_is_none_is_refused(tmp_path: Path, fail: Fail, content: Any, message: str) -> None:
+def test_an_invalid_record_is_one_line(tmp_path: Path, fail: Fail, content: Any, message: str) -> None:
     arguments = {
         "images": None,
         "architecture": None,

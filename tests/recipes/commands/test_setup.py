@@ -1,4 +1,4 @@
-"""What a run trains on what: the size of its images is one that the network takes, or nothing is begun."""
+"""The data of a run: the image size is one that the network supports, and common layouts of folders work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from backbone_finetune.recipes.training.processes import make_accelerator
     ("architecture", "size"),
     [("halonet26t", (3, 256, 256)), ("bat_resnext26ts", (3, 256, 256)), ("test_resnet", (3, 96, 96))],
 )
-def test_a_network_gets_clipart_of_a_size_that_it_takes(
+def test_clipart_has_a_size_that_the_network_supports(
     architecture: str, size: tuple[int, int, int], tmp_path: Path
 ) -> None:
     settings = TrainSettings(architecture=architecture, output=tmp_path / "run")
@@ -31,9 +31,7 @@ def test_a_network_gets_clipart_of_a_size_that_it_takes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_commonest_layout_trains_its_classes_and_tests_on_its_val(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_and_val_folders_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folder(tmp_path / "data" / "train", per_class=4)
     make_folder(tmp_path / "data" / "val", per_class=2)
     small = ["--model", "test_resnet", "--epochs", "1", "--device", "cpu"]
@@ -46,7 +44,7 @@ def test_the_commonest_layout_trains_its_classes_and_tests_on_its_val(
     assert (metrics["class_names"], metrics["test_images"]) == (["blue", "green", "red"], 6)
 
 
-def test_a_run_with_a_table_and_a_test_of_its_own_is_done_again(
+def test_a_run_with_a_table_and_a_separate_test_set_is_repeated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_folder(tmp_path / "other", per_class=1)

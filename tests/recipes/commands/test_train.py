@@ -1,4 +1,4 @@
-"""A whole training run: what it writes, what it refuses before any work, what it leaves alone."""
+"""A whole training run: its files, errors before any work, and files that it does not change."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def unbuildable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, torch.bfloat16), ("no", torch.float32)])
-def test_no_mixed_precision_means_none_for_features_too(
+def test_mixed_precision_no_computes_features_in_float32(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: str | None, expected: torch.dtype
 ) -> None:
     computed: set[torch.dtype] = set()
@@ -72,9 +72,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_run_writes_its_model_its_metrics_and_its_curves(
-    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_writes_model_metrics_and_curves(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     settings["baselines"] = True
     (settings["images"] / "red" / "broken.png").write_bytes(b"")
     random_state = torch.get_rng_state()
@@ -122,7 +120,7 @@ def test_in_python_a_run_logs_and_does_not_print(
     assert "test accuracy" in caplog.text
 
 
-def test_the_written_model_predicts_as_it_was_tested(settings: dict[str, Any]) -> None:
+def test_the_written_model_has_the_reported_accuracy(settings: dict[str, Any]) -> None:
     metrics = train(TrainSettings(**{**settings, "phases": (Phase(epochs=2, lr=0.01),)}))
     _, test = split(find_images(settings["images"]), test_share=0.3, seed=0)
     loaded = load_trained_model(settings["output"] / MODEL_FILE)
@@ -145,12 +143,12 @@ def test_the_model_is_written_before_the_baselines_run(settings: dict[str, Any],
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_a_run_that_diverges_is_no_success(
+def test_a_run_that_diverges_fails(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = settings["output"]
     command = ["train", str(settings["images"]), "--model", "test_resnet", "--epochs", "2", "--output", str(output)]
-    for _ in range(2):  # the same command again says the same
+    for _ in range(2):  # the same command fails in the same way
         assert cli.main([*command, "--lr", "1e38"]) == 2
         assert re.fullmatch(
             r"backbone-finetune: error: the training diverged at lr = 1e\+38: .* became (nan|inf|infinite or nan) in "
@@ -166,7 +164,7 @@ def test_a_run_that_diverges_is_no_success(
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, False), (False, False), (True, True)])
-def test_baselines_on_own_images_are_trained_where_they_are_wanted(
+def test_baselines_on_a_users_images_are_optional(
     settings: dict[str, Any], asked: bool | None, expected: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="backbone_finetune")
@@ -177,7 +175,7 @@ def test_baselines_on_own_images_are_trained_where_they_are_wanted(
     assert ("raw pixels       " in caplog.text) == expected
 
 
-def test_layer_groups_can_train_too(settings: dict[str, Any]) -> None:
+def test_layer_groups_train(settings: dict[str, Any]) -> None:
     settings["baselines"] = True
     metrics = train(TrainSettings(**{**settings, "phases": (Phase(epochs=1), Phase(epochs=1, trainable_groups=2))}))
     assert [result.epoch for result in metrics.history] == [1, 2]
@@ -185,7 +183,7 @@ def test_layer_groups_can_train_too(settings: dict[str, Any]) -> None:
     assert names_in(settings["output"]) == FILES
 
 
-def test_the_cache_changes_where_rows_are_and_not_what_is_learnt(
+def test_the_cache_does_not_change_the_result(
     settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "backbone_finetune")
@@ -233,7 +231,7 @@ def test_the_same_seed_gives_the_same_run(settings: dict[str, Any], tmp_path: Pa
     assert outcome("third", 1)[0] != first[0]
 
 
-def test_a_finished_model_is_refused_before_any_work(unbuildable: dict[str, Any]) -> None:
+def test_a_finished_model_raises_before_any_work(unbuildable: dict[str, Any]) -> None:
     unbuildable["output"].mkdir(parents=True)
     (unbuildable["output"] / MODEL_FILE).write_text("the first model")
     with pytest.raises(
@@ -243,7 +241,7 @@ def test_a_finished_model_is_refused_before_any_work(unbuildable: dict[str, Any]
     assert (unbuildable["output"] / MODEL_FILE).read_text() == "the first model"
 
 
-def test_a_finished_model_stays_until_the_new_one_replaces_it(settings: dict[str, Any]) -> None:
+def test_a_finished_model_is_kept_until_the_new_one_replaces_it(settings: dict[str, Any]) -> None:
     settings["output"].mkdir(parents=True)
     for name in FILES:
         (settings["output"] / name).write_text("the first")
@@ -257,14 +255,14 @@ def test_a_finished_model_stays_until_the_new_one_replaces_it(settings: dict[str
     assert names_in(settings["output"]) == FILES
 
 
-def test_an_output_that_is_a_file_is_refused_before_any_work(unbuildable: dict[str, Any], tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_raises_before_any_work(unbuildable: dict[str, Any], tmp_path: Path) -> None:
     path = make_image(tmp_path / "one.png", (0, 0, 0))
     with pytest.raises(FileExistsError, match=r"one\.png is a file; pass a folder with --output"):
         train(TrainSettings(**{**unbuildable, "output": path}))
 
 
 @pytest.mark.parametrize("folders", [(), ("cat",)])
-def test_unfit_images_are_refused_before_any_work(
+def test_invalid_images_raise_before_any_work(
     unbuildable: dict[str, Any], tmp_path: Path, folders: tuple[str, ...]
 ) -> None:
     images = tmp_path / "unfit"
@@ -291,7 +289,7 @@ def test_unfit_images_are_refused_before_any_work(
         ({"device": "gpu"}, r"device 'gpu': not on this machine, which has cpu"),
     ],
 )
-def test_wrong_settings_leave_nothing_behind(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_write_nothing(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(TrainSettings(**{**settings, **changes}))
     assert not settings["output"].exists()
@@ -308,12 +306,12 @@ def test_wrong_settings_leave_nothing_behind(settings: dict[str, Any], changes: 
         ({"mixed_precision": "fp8"}, r"mixed_precision\n +Input should be 'no', 'fp16' or 'bf16'"),
     ],
 )
-def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSettings(**changes)
 
 
-def test_without_matplotlib_it_says_how_to_install_it_before_any_work(
+def test_missing_matplotlib_raises_before_any_work(
     unbuildable: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "backbone_finetune.recipes.commands.plots", raising=False)
@@ -326,7 +324,7 @@ def test_without_matplotlib_it_says_how_to_install_it_before_any_work(
         train(TrainSettings(**unbuildable))
 
 
-def test_half_a_file_never_takes_the_place_of_a_whole_one(tmp_path: Path) -> None:
+def test_an_incomplete_file_never_replaces_a_complete_one(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("whole")
 
     def write_half() -> None:
@@ -339,7 +337,7 @@ def test_half_a_file_never_takes_the_place_of_a_whole_one(tmp_path: Path) -> Non
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("metrics.json", "whole")]
 
 
-def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+def test_replacing_follows_a_link_and_writes_to_a_pipe(tmp_path: Path) -> None:
     (tmp_path / "target.csv").write_text("old")
     (tmp_path / "link.csv").symlink_to("target.csv")
     with replacing(tmp_path / "link.csv") as temporary:
@@ -357,7 +355,7 @@ def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are named there")
-def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = record_files(monkeypatch)
     with replacing(tmp_path / "metrics.json") as temporary:
         temporary.write_text("whole")
@@ -366,7 +364,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeyp
     assert events == [f"sync {name}", f"move {name} metrics.json", f"sync {tmp_path.name}"]
 
 
-def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:
+def test_fixed_input_sizes_are_kept_and_clipart_images_are_small() -> None:
     from backbone_finetune import FineTuneModel  # noqa: PLC0415
 
     flexible = FineTuneModel.from_timm("test_resnet", num_classes=2)
@@ -385,7 +383,7 @@ def test_fixed_input_sizes_are_kept_and_clipart_is_small() -> None:
 
 
 @pytest.mark.parametrize(("asked", "said"), [((None, 0), True), (("no", 0), False), ((None, 1), False)])
-def test_an_accuracy_of_features_in_bf16_says_so(
+def test_an_accuracy_of_bf16_features_is_labelled(
     settings: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -52,7 +52,7 @@ def _read(path: Path) -> Image.Image:
 
 
 def _difference_hash(picture: Image.Image) -> int:
-    """Whether each of 16x16 fields is brighter than its right neighbour, as bits."""
+    """Return for each of 16x16 fields whether it is brighter than its right neighbour, as bits."""
     brightness = picture.convert("L").resize((17, 16), Image.Resampling.BOX).tobytes()
     bits = [
         brightness[17 * row + column] > brightness[17 * row + column + 1] for row in range(16) for column in range(16)
@@ -60,7 +60,7 @@ def _difference_hash(picture: Image.Image) -> int:
     return sum(bit << index for index, bit in enumerate(bits))
 
 
-# What ships
+# The packaged clipart
 
 
 def test_the_manifest_and_the_pictures_match_one_to_one() -> None:
@@ -104,7 +104,7 @@ def test_no_two_pictures_are_nearly_the_same() -> None:
     pictures = {path.name: _read(path) for path in sorted((CLIPART / "pictures").glob("*/*"))}
     assert len({picture.tobytes() for picture in pictures.values()}) == len(pictures)
     hashes = {name: _difference_hash(picture) for name, picture in pictures.items()}
-    # The nearest two that ship are 24 bits apart; recoloured and slightly edited drawings are 0 to 16 apart.
+    # The most similar two are 24 bits apart; recoloured and slightly edited drawings are 0 to 16 apart.
     near = [
         (name, other_name)
         for (name, bits), (other_name, other_bits) in itertools.combinations(hashes.items(), 2)
@@ -113,7 +113,7 @@ def test_no_two_pictures_are_nearly_the_same() -> None:
     assert near == []
 
 
-def test_the_readme_gives_the_real_counts() -> None:
+def test_the_readme_has_the_correct_counts() -> None:
     readme = (CLIPART / "README.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| \**(\w+)\** \| \**(\d+)\** \|$", readme, flags=re.MULTILINE)
     counts = _count_classes()
@@ -121,7 +121,7 @@ def test_the_readme_gives_the_real_counts() -> None:
     assert f"# Clip art: {counts.total()} small pictures in ten classes" in readme
 
 
-# rebuild_clipart.py, on a source tree of the test's own
+# rebuild_clipart.py, on a small source tree
 
 
 @pytest.fixture
@@ -137,10 +137,10 @@ def write_manifest(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A package of one picture: a red bar, 80 wide and 40 high, somewhere on a large transparent canvas."""
+    """A package of one picture: a red bar, 80 wide and 40 high, on a large transparent canvas."""
     folder = tmp_path / "png"
     (folder / "animals").mkdir(parents=True)
-    # Transparent pixels have a colour too; here black, which must not show.
+    # Transparent pixels have a colour too, here black, which must not be visible.
     canvas = Image.new("RGBA", (300, 200), (0, 0, 0, 0))
     canvas.paste((255, 0, 0, 255), (150, 100, 230, 140))
     canvas.save(folder / "animals" / "bar.png")
@@ -177,17 +177,17 @@ def test_half_transparent_is_mixed_with_white(
     )
 
 
-def test_a_missing_source_is_named(tmp_path: Path, source: Path, write_manifest: Callable[..., Path]) -> None:
+def test_a_missing_source_raises(tmp_path: Path, source: Path, write_manifest: Callable[..., Path]) -> None:
     manifest = write_manifest(BAR, ("mammal", "mammal_002.jpg", "animals/gone.png"))
     with pytest.raises(FileNotFoundError, match=r"animals/gone\.png: not there; install openclipart-png"):
         rebuild.rebuild(manifest, source, tmp_path / "pictures")
 
 
 @pytest.mark.parametrize("size", [(6000, 5001), (10_000, 9_000), (20_000, 10_000)])
-def test_an_oversized_source_is_refused_by_name(
+def test_an_oversized_source_raises(
     tmp_path: Path, source: Path, write_manifest: Callable[..., Path], size: tuple[int, int]
 ) -> None:
-    # Below Pillow's own limit, above the one where it warns, and above the one where it refuses.
+    # Below Pillow's own limits, above the one where it warns, and above the one where it raises.
     Image.new("1", size).save(source / "huge.png")
     with pytest.raises(ValueError, match=r"huge\.png: .* pixels.*; repair it, or remove it from .*manifest\.csv"):
         rebuild.rebuild(write_manifest(("mammal", "mammal_001.jpg", "huge.png")), source, tmp_path / "pictures")
@@ -203,7 +203,7 @@ def test_a_source_of_exactly_the_limit_is_read(
 
 
 @pytest.mark.parametrize("damage", ["blank", "empty", "truncated", "broken", "text"])
-def test_a_source_that_shows_nothing_is_refused_by_name(
+def test_an_empty_or_damaged_source_raises(
     tmp_path: Path, source: Path, write_manifest: Callable[..., Path], damage: str
 ) -> None:
     path = source / "damaged.png"
@@ -215,7 +215,7 @@ def test_a_source_that_shows_nothing_is_refused_by_name(
         contents = {
             "empty": b"",
             "truncated": whole[: len(whole) // 2],
-            # The pixels end too early, so that no chunk begins where the next one should.
+            # The pixel data is too short, so no chunk begins where the next one should.
             "broken": whole[:length_at] + (30).to_bytes(4, "big") + whole[length_at + 4 :],
             "text": b"no picture",
         }
@@ -235,7 +235,7 @@ def test_an_existing_output_is_replaced_as_a_whole(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.csv", "pictures", "png"]
 
 
-def test_an_existing_output_stays_when_a_source_fails(
+def test_an_existing_output_is_kept_if_a_source_fails(
     tmp_path: Path, source: Path, write_manifest: Callable[..., Path]
 ) -> None:
     output = tmp_path / "pictures"
@@ -248,7 +248,7 @@ def test_an_existing_output_stays_when_a_source_fails(
 
 
 @pytest.mark.parametrize("foreign", ["notes.txt", "holiday/beach.jpg", "mammal/notes.txt", "mammal/old/cat.jpg"])
-def test_an_output_with_other_files_is_left_alone(
+def test_an_output_with_other_files_is_not_changed(
     tmp_path: Path, source: Path, write_manifest: Callable[..., Path], foreign: str
 ) -> None:
     path = tmp_path / "pictures" / foreign
@@ -288,9 +288,9 @@ def test_the_script_reads_the_manifest_of_the_package(
 
 
 @pytest.mark.skipif(not rebuild.SOURCE.is_dir(), reason="the Debian package openclipart-png is not installed")
-def test_the_debian_package_gives_the_pictures_that_ship(tmp_path: Path) -> None:
+def test_the_debian_package_gives_the_packaged_pictures(tmp_path: Path) -> None:
     rebuild.rebuild(rebuild.MANIFEST, rebuild.SOURCE, tmp_path / "pictures")
-    # Another Pillow or libjpeg may round otherwise, so compare with a small tolerance.
+    # Another Pillow or libjpeg may round differently, so compare with a small tolerance.
     different = [
         row["file"]
         for row in _read_rows()

@@ -1,4 +1,4 @@
-"""Which images are found where: classes, train, val and test folders, links, tables, and what is left out."""
+"""Finding images: class folders, train, val and test folders, links, tables, and files that are left out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def find(path: Path, *, validation: Path | None = None, test: Path | None = None
 
 @pytest.mark.parametrize("train", ["train", "Train", "training"])
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "test", "Testing"])
-def test_train_and_val_are_told_from_classes(tmp_path: Path, train: str, val: str) -> None:
+def test_train_and_val_folders_are_not_classes(tmp_path: Path, train: str, val: str) -> None:
     make_folder(tmp_path / train)
     make_folder(tmp_path / val, per_class=2)
     parts = find_splits(tmp_path)
@@ -39,7 +39,7 @@ def test_train_and_val_are_told_from_classes(tmp_path: Path, train: str, val: st
         find_images(tmp_path)
 
 
-def test_the_test_folder_goes_before_the_val_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_test_folder_is_preferred_to_the_val_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, count in (("train", 3), ("val", 2), ("test", 1), ("extra", 1)):
         make_folder(tmp_path / name, per_class=count)
     caplog.set_level("INFO")
@@ -50,19 +50,19 @@ def test_the_test_folder_goes_before_the_val_folder(tmp_path: Path, caplog: pyte
     assert "images by class, train + test: blue 3 + 1, green 3 + 1, red 3 + 1" in caplog.messages
 
 
-def test_train_alone_has_a_share_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_share_of_a_train_folder_alone_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_folder(tmp_path / "train", per_class=10)
     caplog.set_level("INFO")
     assert [len(found.paths) for found in find(tmp_path)] == [21, 9]
     assert f"train: {tmp_path / 'train'}; test: 30 % of each class, held out" in caplog.messages
 
 
-def test_a_class_may_be_named_train(tmp_path: Path) -> None:
+def test_a_class_may_have_the_name_train(tmp_path: Path) -> None:
     touch(tmp_path, "bus/1.jpg", "train/steam/1.jpg", "train/2.jpg", "test/deep/1.jpg")
     assert find_images(tmp_path).class_names == ("bus", "test", "train")
 
 
-def test_a_part_may_lack_classes_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_may_lack_classes_but_not_have_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg", "test/3.jpg")
     parts = find_splits(tmp_path)
     assert {part: found.targets for part, found in parts.items()} == {"train": (0, 1), "validation": (1,)}
@@ -72,7 +72,7 @@ def test_a_part_may_lack_classes_and_no_more(tmp_path: Path, caplog: pytest.LogC
         find_splits(tmp_path)
 
 
-def test_parts_without_classes_are_refused(tmp_path: Path) -> None:
+def test_parts_without_classes_raise(tmp_path: Path) -> None:
     touch(tmp_path, "train/1.jpg", "test/2.jpg")
     with pytest.raises(
         ValueError, match=r"train has no sub-folders; expected a folder with a sub-folder of images per"
@@ -80,7 +80,7 @@ def test_parts_without_classes_are_refused(tmp_path: Path) -> None:
         find(tmp_path)
 
 
-def test_other_places_of_parts(tmp_path: Path) -> None:
+def test_parts_in_other_folders(tmp_path: Path) -> None:
     for name, count in (("data/train", 4), ("data/val", 3), ("other", 2), ("third/train", 9), ("third/test", 1)):
         make_folder(tmp_path / name, per_class=count)
     data, other, third = (tmp_path / name for name in ("data", "other", "third"))
@@ -89,7 +89,7 @@ def test_other_places_of_parts(tmp_path: Path) -> None:
     assert [len(part.paths) for part in find(other, validation=data / "val", test=third / "test")] == [6, 3]
 
 
-def test_links_to_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_except_loops(tmp_path: Path) -> None:
     elsewhere = touch(tmp_path / "elsewhere", *(f"{index}.jpg" for index in range(5)), "deep/5.jpg")
     root = touch(tmp_path / "data", "cat/0.jpg", "cat/deep/1.jpg")
     for link, target in (("dog", elsewhere), ("cat/more", elsewhere), ("cat/up", root / "cat"), ("loop", root)):
@@ -99,19 +99,19 @@ def test_links_to_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None
     found = find_images(root)
     assert found.class_names == ("cat", "dog")
     assert found.targets.count(0) == 8
-    assert found.targets.count(1) == 8  # and those of cat, through `back`
+    assert found.targets.count(1) == 8  # and those of cat, through the link `back`
     assert len(list_images([root / "cat"])) == 8
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all folders")
-def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+def test_an_unreadable_folder_raises(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.jpg", "cat/deep/1.jpg", "dog/1.jpg")
     (tmp_path / "cat" / "deep").chmod(0)
     with pytest.raises(PermissionError, match="deep"):
         find_images(tmp_path)
 
 
-def test_all_suffixes_of_pillow_are_taken_and_what_is_left_out_is_counted(
+def test_all_suffixes_of_pillow_are_images_and_other_files_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     suffixes = [".jfif", ".ppm", ".pgm", ".jpe", ".jp2", ".avif", ".BMP", ".tiff", ".jpg"]
@@ -182,14 +182,14 @@ def test_a_table_is_split_by_its_column(tmp_path: Path) -> None:
         (b"path,label\n0.png,red\n1.png,blue\x1b[2J\n", r"class 'blue\\x1b\[2J' has control characters in its name"),
     ],
 )
-def test_what_is_no_table_of_images_says_so(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_tables_raise(tmp_path: Path, content: bytes, message: str) -> None:
     make_image(tmp_path / "0.png", (0, 0, 0))
     (tmp_path / "images.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         find(tmp_path / "images.csv")
 
 
-def test_images_that_are_on_both_sides_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_in_both_parts_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_folder(tmp_path / "train")
     for name, other in (("red/a.png", (1, 2, 3)), ("blue/b.png", (4, 5, 6))):
         make_image(tmp_path / "test" / name, other)

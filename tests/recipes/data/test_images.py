@@ -1,4 +1,4 @@
-"""A folder of images: what is found, what is refused, what is left out, what is held out."""
+"""A folder of images: finding, errors, unreadable images, and the split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backbone_finetune.recipes.data.images import IGNORED, ImageDataset, Labelle
 from backbone_finetune.recipes.data.loading import DeviceLoader
 
 
-def test_finds_each_class_in_order_and_passes_over_what_is_hidden(tmp_path: Path) -> None:
+def test_finds_classes_in_order_and_skips_hidden_files(tmp_path: Path) -> None:
     for name in ("b/2.JPG", "b/1.webp", "a/deeper/1.png", "b/notes.txt", "b/.hidden.png", ".git/1.png", "stray.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -28,39 +28,39 @@ def test_finds_each_class_in_order_and_passes_over_what_is_hidden(tmp_path: Path
     assert folder.targets == (0, 1, 1)
 
 
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"nowhere: there is no such folder; expected a folder with a sub-folder"
     ):
         find_images(tmp_path / "nowhere")
 
 
-def test_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_raises(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match=r"one\.png is a file; expected a folder"):
         find_images(make_image(tmp_path / "one.png", (0, 0, 0)))
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"has no sub-folders; expected a folder with a sub-folder of images per class"
     ):
         find_images(tmp_path)
 
 
-def test_a_single_class_is_refused(tmp_path: Path) -> None:
+def test_a_single_class_raises(tmp_path: Path) -> None:
     make_image(tmp_path / "cat" / "1.png", (0, 0, 0))
     with pytest.raises(ValueError, match=r"has one class only \(cat\); .*two classes or more"):
         find_images(tmp_path)
 
 
-def test_a_class_with_control_characters_is_refused(tmp_path: Path) -> None:
+def test_a_class_with_control_characters_raises(tmp_path: Path) -> None:
     make_folder(tmp_path)
     make_image(tmp_path / "cat\x1b[2J" / "1.png", (0, 0, 0))
     with pytest.raises(ValueError, match=r"cat\\x1b\[2J' has control characters in its name; rename it"):
         find_images(tmp_path)
 
 
-def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
+def test_a_class_without_images_raises(tmp_path: Path) -> None:
     make_folder(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
@@ -92,7 +92,7 @@ def load_all(folder: LabelledFolder) -> tuple[list[int], dict[str, str]]:
     return targets, data.broken
 
 
-def test_broken_images_are_named_and_left_out(tmp_path: Path) -> None:
+def test_broken_images_are_recorded_and_left_out(tmp_path: Path) -> None:
     make_folder(tmp_path)
     expected = broken_files(tmp_path / "red")
     found = find_images(tmp_path)
@@ -114,7 +114,7 @@ def test_a_decompression_bomb_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(broken) == [str(bomb)]
 
 
-def test_damaged_metadata_is_no_matter_or_a_plain_error(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_damaged_metadata_is_ignored_or_a_clear_error(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
     path = tmp_path / "image.jpg"
@@ -133,7 +133,7 @@ def test_damaged_metadata_is_no_matter_or_a_plain_error(tmp_path: Path, recwarn:
     assert not recwarn.list
 
 
-def test_a_line_that_would_become_gigabytes_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_would_be_resized_to_gigabytes_raises(tmp_path: Path) -> None:
     Image.new("L", (1, 101)).save(tmp_path / "line.png")
     with pytest.raises(ValueError, match=r"line\.png: not a readable image \(1 x 101 pixels; at most 1 to 100"):
         read_image(tmp_path / "line.png")
@@ -141,7 +141,7 @@ def test_a_line_that_would_become_gigabytes_is_refused(tmp_path: Path) -> None:
     assert read_image(tmp_path / "line.png").size == (100, 1)
 
 
-def test_folders_are_walked_and_files_taken_as_they_are(tmp_path: Path) -> None:
+def test_folders_are_searched_and_files_are_listed(tmp_path: Path) -> None:
     for name in ("b/deeper/2.JPG", "b/1.webp", "b/notes.txt", "b/.hidden/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -153,14 +153,14 @@ def test_folders_are_walked_and_files_taken_as_they_are(tmp_path: Path) -> None:
         list_images([tmp_path / "empty"])
 
 
-def test_a_class_with_one_image_is_refused(tmp_path: Path) -> None:
+def test_a_class_with_one_image_raises(tmp_path: Path) -> None:
     make_folder(tmp_path)
     make_image(tmp_path / "white" / "1.png", (255, 255, 255))
     with pytest.raises(ValueError, match=r"white holds 1 image, and needs 2: one to train, one to test"):
         split(find_images(tmp_path), test_share=0.3, seed=0)
 
 
-def test_a_class_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+def test_a_class_without_a_readable_image_raises(tmp_path: Path) -> None:
     make_folder(tmp_path)
     data = ImageDataset(find_images(tmp_path), lambda image: torch.zeros(1))
     data.check_classes()
@@ -192,7 +192,7 @@ def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
     assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
-def test_sixteen_bits_in_the_other_order_of_bytes_keep_their_shades(tmp_path: Path) -> None:
+def test_big_endian_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
     Image.frombytes("I;16B", (3, 1), bytes((0, 0, 128, 0, 255, 255))).save(tmp_path / "image.tiff")
     assert (tmp_path / "image.tiff").read_bytes().startswith(b"MM")
     read = read_image(tmp_path / "image.tiff")
@@ -214,13 +214,13 @@ def test_a_link_to_nothing_is_named_and_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_values_without_a_range_are_refused(tmp_path: Path, mode: str) -> None:
+def test_values_without_a_range_raise(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (5, 4)).save(tmp_path / "image.tiff")
     with pytest.raises(ValueError, match=r"image\.tiff.*no known range; save it with 8 or 16 bits"):
         read_image(tmp_path / "image.tiff")
 
 
-def test_what_is_transparent_reads_as_white(tmp_path: Path) -> None:
+def test_transparent_pixels_are_read_as_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
     image.save(tmp_path / "image.png")
@@ -228,7 +228,7 @@ def test_what_is_transparent_reads_as_white(tmp_path: Path) -> None:
     assert [read.getpixel((x, 0)) for x in range(2)] == [(200, 0, 0), (255, 255, 255)]
 
 
-def test_a_rotated_photograph_reads_upright(tmp_path: Path) -> None:
+def test_a_rotated_photograph_is_read_upright(tmp_path: Path) -> None:
     orientation = Image.Exif()
     orientation[0x0112] = 6
     Image.new("RGB", (8, 4)).save(tmp_path / "image.jpg", exif=orientation)
@@ -255,14 +255,14 @@ def test_a_split_is_complete_disjoint_stratified_and_repeatable(sizes: list[int]
     assert split(folder, test_share=test_share, seed=seed) == (train, test)
 
 
-def test_another_seed_holds_out_others() -> None:
+def test_another_seed_holds_out_other_images() -> None:
     paths = tuple(Path(f"{index}.png") for index in range(40))
     folder = LabelledFolder(Path("."), ("a", "b"), paths, (0,) * 20 + (1,) * 20)
     held_out = {split(folder, test_share=0.3, seed=seed)[1].paths for seed in range(5)}
     assert len(held_out) == 5
 
 
-def test_a_dataset_gives_transformed_images_and_targets(tmp_path: Path) -> None:
+def test_a_dataset_returns_transformed_images_and_targets(tmp_path: Path) -> None:
     folder = find_images(make_folder(tmp_path))
     data = ImageDataset(folder, pil_to_tensor)
     assert len(data) == 18

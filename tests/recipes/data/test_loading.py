@@ -1,4 +1,4 @@
-"""Loading: the same batches with any number of workers, errors that name what failed, timm's numbers to the bit."""
+"""Loading: the same batches with any number of workers, errors that name the sample, exactly timm's values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 class Drawn(Dataset[Any]):
-    """Samples that draw from each generator."""
+    """Samples with random numbers from each generator."""
 
     def __len__(self) -> int:
         return 7
@@ -56,7 +56,7 @@ class Failing(Drawn):
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(64, 48), (31, 90), (20, 20)])
-def test_both_halves_are_timms_transform_to_the_bit(mode: str, size: tuple[int, int]) -> None:
+def test_both_halves_together_equal_timms_transform(mode: str, size: tuple[int, int]) -> None:
     noise = numpy.random.default_rng(0).integers(0, 256, (size[1], size[0], 3)).astype("uint8")
     transform = create_transform((3, 32, 32), crop_pct=0.875, crop_mode=mode, interpolation="bicubic")
     to_bytes, normalize = split_transform(transform)
@@ -76,7 +76,7 @@ def test_both_halves_are_timms_transform_to_the_bit(mode: str, size: tuple[int, 
         create_transform(32, is_training=True, re_prob=0.5),
     ],
 )
-def test_any_other_transform_stays_whole(transform: Any) -> None:
+def test_other_transforms_are_not_split(transform: Any) -> None:
     assert split_transform(transform) == (transform, None)
 
 
@@ -104,7 +104,7 @@ def test_images_are_loaded_as_bytes_and_normalized_on_the_device(tmp_path: Path)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_what_a_sample_draws_comes_from_seed_and_index(workers: int) -> None:
+def test_random_numbers_of_a_sample_depend_on_seed_and_index(workers: int) -> None:
     shares = [LocalBatch(torch.tensor(indices), num_real=len(indices)) for indices in ([6, 0, 3], [1, 2])]
     expected = [list(load_batches(Drawn(), shares, seed="0 1")), list(load_batches(Drawn(), shares[1:], seed="0 1"))]
     before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
@@ -132,7 +132,7 @@ def test_what_a_sample_draws_comes_from_seed_and_index(workers: int) -> None:
 def test_an_error_of_a_worker_names_the_sample(error: Exception, expected: tuple[type[Exception], str]) -> None:
     with pytest.raises(expected[0], match=expected[1]):
         list(DeviceLoader(Failing(error), CPU, batch_size=2, workers=1))
-    with pytest.raises(type(error), match=r"good|label"):  # here the traceback tells
+    with pytest.raises(type(error), match=r"good|label"):  # here it is in the traceback
         list(DeviceLoader(Failing(error), CPU, batch_size=2))
 
 
@@ -147,7 +147,7 @@ def test_a_transform_that_fails_names_the_image(tmp_path: Path, workers: int) ->
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_keeps_its_place_without_a_target(tmp_path: Path, workers: int) -> None:
+def test_a_broken_image_keeps_its_position_without_a_target(tmp_path: Path, workers: int) -> None:
     (make_folder(tmp_path) / "green" / "3.png").write_bytes(b"no image")
     data = ImageDataset(find_images(tmp_path), create_transform(32))
     loaded = list(DeviceLoader(data, CPU, batch_size=5, workers=workers))
@@ -165,7 +165,7 @@ def flip_or_not(image: Image.Image) -> Tensor:
 
 @pytest.mark.parametrize("trainable_groups", [0, 1])
 @pytest.mark.parametrize("transform", [create_transform(32), flip_or_not])
-def test_training_is_the_same_with_any_number_of_workers_and_skips_what_is_broken(
+def test_training_is_the_same_with_any_number_of_workers_and_broken_images(
     tmp_path: Path, transform: Any, trainable_groups: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     (make_folder(tmp_path) / "green" / "3.png").write_bytes(b"no image")
@@ -190,7 +190,7 @@ def test_training_is_the_same_with_any_number_of_workers_and_skips_what_is_broke
     assert all(map(torch.equal, outcomes[0][1], outcomes[1][1]))
 
 
-def test_few_images_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [default_workers(count) for count in (10, 999, 1000, 10**6)] == [0, 0, 8, 8]
     assert default_workers(10**6, processes=4) == 2
@@ -198,8 +198,8 @@ def test_few_images_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_workers(10**6) == 0
 
 
-def test_a_plain_script_with_workers_that_is_killed_leaves_none(tmp_path: Path) -> None:
-    """No ``if __name__ == "__main__":`` is needed, and no worker lives on, which would hold the locks of its parent."""
+def test_a_killed_script_leaves_no_workers(tmp_path: Path) -> None:
+    """No ``if __name__ == "__main__":`` is needed, and no worker, which would keep the parent's locks, survives."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal, torch\n"

@@ -52,7 +52,7 @@ class Images(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A backbone that gives three tensors per image, as a step that caches activations at a boundary would."""
+    """A backbone that returns three tensors per image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,14 +74,14 @@ def make_images(count: int = 11) -> Any:
 
 
 def extract(model: FineTuneModel, cache: FeatureCache | None = None, **settings: Any) -> tuple[Tensor, ...]:
-    """Exact on every processor, unless a test asks for autocast."""
+    """Turn off autocast, so that results are exact on every processor; a test may turn it on."""
     loader = settings.pop("loader", DataLoader(make_images(), batch_size=4))
     settings.setdefault("autocast", False)
     return extract_features(model, loader, device=CPU, cache=cache, **settings).tensors
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Say whether a tensor lies in a file that the system maps, by the system's own table."""
+    """Return whether a tensor is in a memory-mapped file, from the system's table."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(address, 16) for address in line.split()[0].split("-"))
         if start <= tensor.data_ptr() < end:
@@ -89,7 +89,7 @@ def is_mapped(tensor: Tensor) -> bool:
     raise AssertionError("a tensor in no part of memory")
 
 
-CHECKED = 8  # images, in one batch, when stored features are used again
+CHECKED = 8  # images in one batch, if stored features are used again
 
 
 class Passes:
@@ -106,7 +106,7 @@ class Passes:
 
 @pytest.fixture
 def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """Give what was logged since the last call."""
+    """Return the messages that were logged since the last call."""
     caplog.set_level("INFO", "backbone_finetune")
 
     def take() -> list[str]:
@@ -120,9 +120,9 @@ def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 Logged = Callable[[], list[str]]
 
 
-def test_features_are_what_the_classifier_sees_in_evaluation() -> None:
+def test_features_are_the_classifiers_input_in_eval_mode() -> None:
     model, (inputs, targets) = make_model(), make_images().tensors
-    nn.Module.train(model.backbone)  # whatever its modes are
+    nn.Module.train(model.backbone)  # in any mode
     features, kept = extract(model)
     assert torch.equal(kept, targets)
     torch.testing.assert_close(features, model.eval().backbone(inputs))
@@ -135,11 +135,11 @@ def test_features_of_timm_networks_are_those_of_a_forward(name: str) -> None:
     images = torch.randn(5, 3, *model.pretrained_cfg["input_size"][1:])
     features, _ = extract(model, loader=DataLoader(TensorDataset(images, torch.zeros(5)), batch_size=2))
     torch.testing.assert_close(features, model.eval().backbone(images))
-    assert features.untyped_storage().nbytes() == features.nbytes  # a ViT's is a view of all of its tokens
+    assert features.untyped_storage().nbytes() == features.nbytes  # a ViT's output is a view of all tokens
 
 
 class Caching(nn.Module):
-    """A backbone that keeps what it computed in its first forward, as some of timm's do."""
+    """A backbone that caches a tensor of its first forward, like some timm networks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Caching(nn.Module):
 
 
 def test_a_backbone_can_train_afterwards() -> None:
-    """What is made in inference_mode can take no part in autograd, and a module may keep it."""
+    """Tensors from inference_mode cannot be used in autograd, and a module may cache them."""
     model = make_model(Caching())
     model.backbone.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
     enabled: list[bool] = []
@@ -164,7 +164,7 @@ def test_a_backbone_can_train_afterwards() -> None:
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_features_take_part_in_autograd(tmp_path: Path, kept: bool) -> None:
+def test_features_can_be_used_in_autograd(tmp_path: Path, kept: bool) -> None:
     cache = FeatureCache(tmp_path / "train", "data", memory_share=0.0) if kept else None
     model = make_model()
     features, targets = extract(model, cache)
@@ -175,7 +175,7 @@ def test_features_take_part_in_autograd(tmp_path: Path, kept: bool) -> None:
     assert torch.equal(features.grad, torch.full_like(features, 2))
 
 
-def test_the_model_keeps_its_modes_and_its_memory_format() -> None:
+def test_extraction_does_not_change_modes_and_memory_format() -> None:
     model = make_model().train()
     model.classifier.eval()
     model.backbone.stem[0].train()
@@ -190,7 +190,7 @@ def test_the_model_keeps_its_modes_and_its_memory_format() -> None:
     assert [parameter.stride() for parameter in model.parameters()] == strides
 
 
-def test_a_backbone_that_trains_is_refused(tmp_path: Path) -> None:
+def test_a_trainable_backbone_raises(tmp_path: Path) -> None:
     model = make_model()
     model.backbone.last[0].bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"features of a backbone that trains change.*call freeze_backbone\(\) first"):
@@ -209,7 +209,7 @@ def test_a_backbone_that_trains_is_refused(tmp_path: Path) -> None:
         ({"batch_sampler": [[2, 1], [0]]}, "the loader draws by list; pass one that gives every image in"),
     ],
 )
-def test_a_loader_that_loses_the_order_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_a_shuffling_loader_raises(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         extract(make_model(), loader=DataLoader(make_images(), **settings))
 
@@ -219,7 +219,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         return iter(make_images())
 
 
-def test_a_stream_of_unknown_length_and_whole_batches_give_the_same_features(tmp_path: Path) -> None:
+def test_iterable_datasets_and_batched_datasets_give_the_same_features(tmp_path: Path) -> None:
     model = make_model()
     expected = extract(model)
     streamed = extract(model, loader=DataLoader(Stream(), batch_size=4))
@@ -260,7 +260,7 @@ class Named(nn.Module):
         (Named(), r"the backbone gave a float for [48] images; it must give tensors with one entry per image"),
     ],
 )
-def test_what_cannot_be_stored_is_refused(tmp_path: Path, backbone: nn.Module, message: str, kept: bool) -> None:
+def test_features_that_cannot_be_stored_raise(tmp_path: Path, backbone: nn.Module, message: str, kept: bool) -> None:
     cache = FeatureCache(tmp_path / "train", "data") if kept else None
     with pytest.raises(ValueError, match=message):
         extract(make_model(backbone), cache)
@@ -277,13 +277,13 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path, backbone: nn.Module, m
         ([], "the loader has no images"),
     ],
 )
-def test_a_loader_of_something_else_is_refused(data: Any, message: str) -> None:
+def test_a_loader_of_other_items_raises(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         extract(make_model(nn.Flatten()), loader=DataLoader(data))
 
 
 @pytest.mark.parametrize("memory_share", [0.0, 0.25])
-def test_a_tuple_of_any_shapes_and_dtypes_is_kept_to_the_bit(tmp_path: Path, memory_share: float) -> None:
+def test_a_tuple_of_any_shapes_and_dtypes_is_stored_exactly(tmp_path: Path, memory_share: float) -> None:
     model = make_model(Mixed())
     cache = FeatureCache(tmp_path / "train", "data", memory_share)
     inputs, targets = make_images().tensors
@@ -301,11 +301,11 @@ def test_only_features_larger_than_the_share_stay_on_disk(tmp_path: Path) -> Non
         assert is_mapped(mapped[slot])
         assert not is_mapped(read[slot])
     octets = (tmp_path / "train" / "slot-0.bin").read_bytes()
-    mapped[0].zero_()  # a copy of the page, and not the file
+    mapped[0].zero_()  # changes a copy of the page, not the file
     assert (tmp_path / "train" / "slot-0.bin").read_bytes() == octets
 
 
-def test_features_too_large_for_memory_go_to_a_folder_that_disappears(
+def test_features_too_large_for_memory_are_in_a_temporary_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -322,7 +322,7 @@ def test_features_too_large_for_memory_go_to_a_folder_that_disappears(
     assert f"features: on disk in {tmp_path}" in logged()[0]
 
 
-def test_a_cache_is_used_again_when_everything_is_the_same(tmp_path: Path, logged: Logged) -> None:
+def test_a_cache_is_used_again_if_nothing_changed(tmp_path: Path, logged: Logged) -> None:
     cache = FeatureCache(tmp_path / "deep" / "train", "data")
     images: Any = make_images(30)
     first = extract(make_model(), cache, loader=DataLoader(images, 4))
@@ -344,7 +344,7 @@ def test_the_images_that_are_checked_are_spread_over_the_dataset(tmp_path: Path)
     assert seen == [0, 20, 40, 60, 80, 100, 120, 140]
 
 
-def test_a_cache_holds_hardly_more_than_its_features(tmp_path: Path) -> None:
+def test_a_cache_has_little_overhead_on_disk(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "train", "data")
     data: Any = TensorDataset(torch.randn(2000, 256), torch.arange(2000))
     features, targets = extract(make_model(nn.Identity()), cache, loader=DataLoader(data, batch_size=100))
@@ -361,7 +361,7 @@ def offset() -> float:
 
 
 class Read(Images):
-    """Images, and all that a forward may read besides its weights."""
+    """Images, and everything that a forward may read besides its weights."""
 
     gain = 1.0
 
@@ -429,7 +429,7 @@ BY_CHECK = "8 images give other features now than those stored"
         (set_global, BY_CHECK),
     ],
 )
-def test_a_change_of_the_backbone_makes_other_features(
+def test_a_changed_backbone_recomputes_features(
     tmp_path: Path,
     logged: Logged,
     monkeypatch: pytest.MonkeyPatch,
@@ -449,7 +449,7 @@ def test_a_change_of_the_backbone_makes_other_features(
     assert logged() == []
 
 
-def test_what_changes_no_feature_leaves_the_cache_in_use(tmp_path: Path, logged: Logged) -> None:
+def test_changes_without_effect_on_features_keep_the_cache(tmp_path: Path, logged: Logged) -> None:
     cache, model = FeatureCache(tmp_path / "train", "data"), make_model(Read())
     extract(model, cache)
     model.backbone.note = "still nobody"
@@ -460,8 +460,8 @@ def test_what_changes_no_feature_leaves_the_cache_in_use(tmp_path: Path, logged:
     assert logged() == []
 
 
-def test_a_change_of_what_the_loader_gives_makes_other_features(tmp_path: Path, logged: Logged) -> None:
-    """A name of the user's own may stay although the images or the targets have changed."""
+def test_changed_data_recomputes_features(tmp_path: Path, logged: Logged) -> None:
+    """A user's name for the data may stay the same although images or targets have changed."""
     cache, model = FeatureCache(tmp_path / "train", "my images"), make_model()
     inputs, targets = make_images().tensors
     for changed in (TensorDataset(inputs * 1.1, targets), TensorDataset(inputs * 1.1, targets + 1)):
@@ -472,7 +472,7 @@ def test_a_change_of_what_the_loader_gives_makes_other_features(tmp_path: Path, 
         assert logged() == [f"features in {cache.folder}: {BY_CHECK}; computing them again"]
 
 
-def test_the_check_is_quiet_where_the_batch_size_moves_the_last_bits(tmp_path: Path, logged: Logged) -> None:
+def test_the_check_tolerates_rounding_by_the_batch_size(tmp_path: Path, logged: Logged) -> None:
     for name in ("test_resnet", "test_vit", "test_efficientnet"):
         model = FineTuneModel.from_timm(name, num_classes=3).freeze_backbone()
         images: Any = TensorDataset(torch.randn(11, 3, *model.pretrained_cfg["input_size"][1:]), torch.zeros(11))
@@ -482,7 +482,7 @@ def test_the_check_is_quiet_where_the_batch_size_moves_the_last_bits(tmp_path: P
     assert logged() == []
 
 
-def test_a_classifier_that_was_trained_is_no_other_backbone(tmp_path: Path) -> None:
+def test_a_trained_classifier_keeps_the_cache(tmp_path: Path) -> None:
     cache, model = FeatureCache(tmp_path / "train", "data"), make_model()
     extract(model, cache)
     model.classifier = nn.Linear(16, 5)
@@ -491,7 +491,7 @@ def test_a_classifier_that_was_trained_is_no_other_backbone(tmp_path: Path) -> N
     assert passes.count == 1
 
 
-def test_other_data_other_precision_and_other_versions_are_found_out(
+def test_other_data_precision_or_versions_recompute_features(
     tmp_path: Path, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, model = tmp_path / "train", make_model()
@@ -570,7 +570,7 @@ def foreign_manifest(folder: Path) -> None:
         (foreign_manifest, r"manifest.json is missing or unreadable"),
     ],
 )
-def test_a_damaged_cache_is_computed_again(
+def test_a_damaged_cache_is_recomputed(
     tmp_path: Path, logged: Logged, damage: Callable[[Path], None], reason: str
 ) -> None:
     cache, model = FeatureCache(tmp_path / "train", "data"), make_model()
@@ -583,7 +583,7 @@ def test_a_damaged_cache_is_computed_again(
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_a_folder_of_other_files_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_folder_of_other_files_raises_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     model = make_model()
     passes = Passes(model)
@@ -597,7 +597,7 @@ def test_a_folder_of_other_files_is_refused_before_any_work(tmp_path: Path) -> N
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_folder_in_the_place_of_a_slot_is_refused(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_raises(tmp_path: Path) -> None:
     (tmp_path / "slot-9.bin").mkdir()
     (tmp_path / "slot-9.bin" / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"is no folder of cached features \(slot-9\.bin\)"):
@@ -607,7 +607,7 @@ def test_a_folder_in_the_place_of_a_slot_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="links take privileges elsewhere")
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_cache_may_be_a_link(tmp_path: Path, is_there: bool) -> None:
+def test_a_cache_may_be_a_symbolic_link(tmp_path: Path, is_there: bool) -> None:
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "train").symlink_to(tmp_path / "disk" / "real")
     (tmp_path / "disk").mkdir()
@@ -626,8 +626,8 @@ def test_a_cache_may_be_a_link(tmp_path: Path, is_there: bool) -> None:
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
 
 
-def test_the_rows_are_on_the_disk_before_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that loses its power must not keep a manifest of rows that were never written."""
+def test_rows_are_synced_before_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power failure there must be no manifest of rows that were not written."""
     cache, synced = FeatureCache(tmp_path / "train", "data"), []
     sync = os.fsync
 
@@ -641,7 +641,7 @@ def test_the_rows_are_on_the_disk_before_the_manifest(tmp_path: Path, monkeypatc
     assert (cache.folder / MANIFEST).exists()
 
 
-def test_an_error_while_building_leaves_nothing_that_is_trusted(tmp_path: Path, logged: Logged) -> None:
+def test_an_error_while_building_leaves_no_valid_cache(tmp_path: Path, logged: Logged) -> None:
     cache, model = FeatureCache(tmp_path / "train", "data"), make_model()
     passes = Passes(model)
 
@@ -690,7 +690,7 @@ def test_on_a_full_disk_features_are_in_memory(
             extract(model, cache)
 
 
-def test_an_error_of_the_dataset_is_none_of_the_disk(tmp_path: Path) -> None:
+def test_an_error_of_the_dataset_is_not_reported_as_a_disk_error(tmp_path: Path) -> None:
     class Broken(Dataset[Any]):
         def __len__(self) -> int:
             return 4
@@ -776,7 +776,7 @@ ANOTHER_PROCESS = """
 def test_another_process_its_peak_memory_its_cache_and_what_it_leaves_when_killed(
     tmp_path: Path, logged: Logged
 ) -> None:
-    """Three tests in one, since a process takes seconds to import torch."""
+    """Three tests in one, because a process takes seconds to import torch."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", textwrap.dedent(ANOTHER_PROCESS), str(tmp_path)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -785,11 +785,11 @@ def test_another_process_its_peak_memory_its_cache_and_what_it_leaves_when_kille
         assert process.stdout.readline() == "stalled\n"
         process.send_signal(signal.SIGKILL)
 
-    # 32 images are 8 MiB of features and 1024 are 256 MiB: 248 MiB more, were they in memory at any time.
+    # 32 images are 8 MiB of features and 1024 are 256 MiB: 248 MiB more if they were in memory.
     assert (tmp_path / "1024 images" / "slot-0.bin").stat().st_size == 256 * 2**20
     assert peaks[1] - peaks[0] < 32
 
-    # Hashes of strings and the order of sets differ between processes; a key must not.
+    # Hashes of strings and the order of sets differ between processes; keys must not.
     torch.manual_seed(1)
     model = FineTuneModel.from_timm("test_vit", num_classes=3).freeze_backbone()
     passes = Passes(model)
@@ -806,21 +806,21 @@ def test_another_process_its_peak_memory_its_cache_and_what_it_leaves_when_kille
     assert logged() == [f"features in {killed.folder}: {MISSING}; computing them again"]
 
 
-def test_progress_is_shown_with_a_title_only(capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_only_with_a_title(capfd: pytest.CaptureFixture[str]) -> None:
     extract(make_model())
     assert capfd.readouterr().err == ""
     extract(make_model(), title="features, train")
     assert capfd.readouterr().err.replace("\r", "\n").splitlines()[-1].startswith("features, train: 100%")
 
 
-def test_bf16_only_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_used_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     seen: list[torch.dtype] = []
     model.backbone.last.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
     for supported, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
         seen.clear()
-        with torch.autocast("cpu", enabled=not supported):  # what the caller chose for the rest counts for nothing
+        with torch.autocast("cpu", enabled=not supported):  # the caller's own autocast has no effect
             features, _ = extract(model, autocast=True)
         assert set(seen) == {dtype}
         assert features.dtype == torch.float32
@@ -838,7 +838,7 @@ def test_images_go_through_convolutions_in_channels_last() -> None:
     assert strides[0] == (192, 1, 24, 3)
 
 
-def test_batches_of_features_are_those_of_a_shuffling_loader() -> None:
+def test_batches_of_features_equal_those_of_a_shuffling_loader() -> None:
     features = TensorDataset(torch.randn(11, 2), torch.arange(11))
     for drop_last in (False, True):
         ours = feature_batches(features, 4, generator=torch.Generator().manual_seed(3), drop_last=drop_last)
@@ -853,7 +853,7 @@ def test_batches_of_features_are_those_of_a_shuffling_loader() -> None:
     assert torch.equal(in_order, torch.arange(11))
 
 
-@pytest.mark.usefixtures("one_thread")  # the time of a process is that of all its threads, those that wait too
+@pytest.mark.usefixtures("one_thread")  # process time includes all threads, also those that wait
 def test_batches_of_features_are_indexed_at_once(tmp_path: Path) -> None:
     data: Any = TensorDataset(torch.randn(6_000, 64), torch.arange(6_000))
     mapped = extract_features(
@@ -870,7 +870,7 @@ def test_batches_of_features_are_indexed_at_once(tmp_path: Path) -> None:
     assert seconds[0] < seconds[1] / 2
 
 
-def test_features_of_a_frozen_phase_serve_the_next_frozen_one(tmp_path: Path) -> None:
+def test_features_are_reused_by_the_next_frozen_phase(tmp_path: Path) -> None:
     model, images = make_model(), make_images(6)
     passes = Passes(model)
     caches = (FeatureCache(tmp_path / "train", "train"), FeatureCache(tmp_path / "test", "test"))

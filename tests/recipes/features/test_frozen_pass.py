@@ -1,4 +1,4 @@
-"""The pass of a frozen backbone: in parts where memory is short, compiled where the compiler can be believed."""
+"""The pass of a frozen backbone: smaller batches when memory runs out, compiled if the output is correct."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DATA = TensorDataset(torch.randn(13, 3, 8, 8, generator=torch.Generator().manual
 
 
 class Small(nn.Module):
-    """A backbone whose device has memory for ``most`` images."""
+    """A backbone on a device with memory for ``most`` images."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ def extract(backbone: nn.Module, compiler: Any = None) -> tuple[Tensor, ...]:
     return extract_features(model, loader, device=CPU, compile=compiler, autocast=False).tensors
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_halves_the_batch_and_logs_it(caplog: pytest.LogCaptureFixture) -> None:
     backbone = Small(most=2)
     found = extract(backbone)
-    assert backbone.sizes == [2, 2, 1, 2, 2, 1, 2, 1]  # of batches of 5, 5 and 3
+    assert backbone.sizes == [2, 2, 1, 2, 2, 1, 2, 1]  # for batches of 5, 5 and 3
     assert [message for message in caplog.messages if "out of memory" in message] == [
         f"out of memory: the backbone runs on {size} images at a time from here on" for size in (3, 2)
     ]
@@ -54,7 +54,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(caplog: pytest.LogCaptureFix
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_memory_too_small_for_one_image_is_an_error() -> None:
+def test_too_little_memory_for_one_image_raises() -> None:
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         extract(Small(most=0))
 
@@ -89,7 +89,7 @@ def test_a_compiled_backbone_runs_on_batches_of_one_size(caplog: pytest.LogCaptu
         (lambda module, inputs: 1 / 0, r"ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_compiler_that_fails_or_errs_is_not_used(run: Any, expected: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiler_with_other_outputs_is_not_used(run: Any, expected: str, caplog: pytest.LogCaptureFixture) -> None:
     backbone = Small(most=100)
     found = extract(backbone, lambda module: lambda inputs: run(module, inputs))
     (message,) = caplog.messages
@@ -98,7 +98,7 @@ def test_a_compiler_that_fails_or_errs_is_not_used(run: Any, expected: str, capl
     assert all(map(torch.equal, found, extract(backbone)))
 
 
-def test_openvino_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_openvino_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(
         ModuleNotFoundError, match=r"openvino is not installed; run: pip install 'backbone-finetune\[open"

@@ -1,4 +1,4 @@
-"""Features that two processes compute together: on disk once, in memory never twice, and no error for one alone."""
+"""Features that two processes compute together: one copy on disk and in memory, and errors raised on both."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def test_features_on_disk_stay_out_of_memory(told: list[dict[str, Any]]) -> None
         assert process["kept"]["grown"] < MEBIBYTES / 4
 
 
-def test_features_in_memory_are_there_once(told: list[dict[str, Any]]) -> None:
+def test_features_in_memory_have_one_copy(told: list[dict[str, Any]]) -> None:
     for process in told:
         assert process["in memory"]["whole"]
         assert process["in memory"]["grown"] < MEBIBYTES * 1.25
 
 
-def test_each_process_computes_its_part_once_and_has_all_of_them(told: list[dict[str, Any]], worked: Any) -> None:
+def test_each_process_computes_its_part_once_and_gets_all_features(told: list[dict[str, Any]], worked: Any) -> None:
     for process in told:
-        # Eight images are looked at first, which says what will be stored or whether what is stored can be used.
+        # Eight images are computed first: they give the layout of the store, or check a stored one.
         assert [process[name]["seen"] - 8 for name in ("few", "built", "kept")] in ([17, 513, 0], [16, 512, 0])
         assert [process[name]["count"] for name in ("few", "built", "kept")] == [33, 1025, 1025]
         assert process["kept"]["whole"]
@@ -66,9 +66,7 @@ def test_each_process_computes_its_part_once_and_has_all_of_them(told: list[dict
     assert sorted(path.name for path in (worked[0] / "all").iterdir()) == FILES
 
 
-def test_a_process_that_does_not_see_the_folder_computes_all_for_itself(
-    told: list[dict[str, Any]], worked: Any
-) -> None:
+def test_a_process_without_access_to_the_folder_computes_all_features(told: list[dict[str, Any]], worked: Any) -> None:
     assert all(process["apart"]["whole"] for process in told)
     assert [process["apart"]["seen"] for process in told] == [8 + 99, 8 + 99]
     assert (
@@ -85,7 +83,7 @@ def test_an_error_of_one_process_is_raised_on_all(told: list[dict[str, Any]]) ->
     assert told[1]["of another kind"] == "KeyError: 'image 500 is broken'"
 
 
-def test_where_the_disk_of_one_is_full_each_computes_all_for_itself(told: list[dict[str, Any]], worked: Any) -> None:
+def test_if_one_disk_is_full_each_process_computes_all_features(told: list[dict[str, Any]], worked: Any) -> None:
     for process in told:
         assert process["main full"]["whole"]
         assert process["other full"]["whole"]

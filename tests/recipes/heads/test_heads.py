@@ -1,4 +1,4 @@
-"""Heads on features: many at once are the same as one by one, the best is kept, and L-BFGS ends at the optimum."""
+"""Heads on features: many at once equal one by one, the best is kept, and L-BFGS finds the optimum."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fit(classifier: nn.Module, train: TensorDataset, **settings: Any) -> tuple[H
 
 
 def fit_alone(classifier: nn.Module, train: TensorDataset, lr: float, weight_decay: float, epochs: int = 5) -> None:
-    """Train one head plainly, as README says: AdamW on the model's own parameter groups."""
+    """Train one head with AdamW on the model's own parameter groups, as in the README."""
     groups: Any = FineTuneModel(nn.Identity(), classifier).param_groups(lr, weight_decay=weight_decay)
     optimizer = torch.optim.AdamW(groups)
     generator = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def fit_alone(classifier: nn.Module, train: TensorDataset, lr: float, weight_dec
 
 
 class TwoInputs(nn.Module):
-    """A head on a tuple of features, with a parameter of no dimension and one that does not train."""
+    """A head on a tuple of features, with a 0-d parameter and a frozen one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,9 +86,9 @@ def _with_frozen_bias(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-@pytest.mark.parametrize("count", [37, 33])  # the last batch has five, or one, which sits out
+@pytest.mark.parametrize("count", [37, 33])  # the last batch has five images, or one, which is left out
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_of_the_grid_is_the_head_trained_alone(name: str, count: int) -> None:
+def test_a_head_of_the_grid_equals_the_head_trained_alone(name: str, count: int) -> None:
     head: nn.Module = HEADS[name]()
     train, validation = make_features(count), make_features(seed=3)
     if name == "two inputs":
@@ -116,7 +116,7 @@ def test_a_head_of_the_grid_is_the_head_trained_alone(name: str, count: int) -> 
     assert any(not torch.equal(tensor, head.state_dict()[key]) for key, tensor in kept.state_dict().items())
 
 
-def test_the_best_on_validation_is_kept_and_stands_first() -> None:
+def test_the_best_on_validation_is_kept_and_is_first() -> None:
     head = nn.Linear(6, 3)
     train, validation = make_features(90, noise=0.5), make_features(60, seed=3, noise=0.5)
     results = fit(head, train, validation=validation, learning_rates=[1e-9, 0.05, 1e-5], epochs=10)
@@ -128,14 +128,14 @@ def test_the_best_on_validation_is_kept_and_stands_first() -> None:
     assert accuracies[0] > accuracies[-1] + 0.2
 
 
-def test_of_heads_that_are_equally_accurate_the_one_with_less_loss_is_kept() -> None:
+def test_among_equally_accurate_heads_the_one_with_lower_loss_is_kept() -> None:
     data = TensorDataset(torch.eye(3) * 9, torch.arange(3))
     results = fit(nn.Linear(3, 3), data, validation=data, learning_rates=[0.1, 0.3], weight_decays=[0.0], epochs=20)
     assert [result.validation_accuracy for result in results] == [1.0, 1.0]
     assert results[0].validation_loss < results[1].validation_loss
 
 
-def test_a_head_that_diverges_hurts_no_other() -> None:
+def test_a_head_that_diverges_does_not_affect_others() -> None:
     alone, beside = nn.Linear(6, 3), nn.Linear(6, 3)
     beside.load_state_dict(alone.state_dict())
     train = make_features()
@@ -148,7 +148,7 @@ def test_a_head_that_diverges_hurts_no_other() -> None:
     torch.testing.assert_close(beside.weight, alone.weight)
 
 
-def test_when_all_diverge_the_classifier_stays_as_it_was() -> None:
+def test_if_all_heads_diverge_the_classifier_is_unchanged() -> None:
     head = nn.Linear(6, 3)
     before = copy.deepcopy(head.state_dict())
     with pytest.raises(ValueError, match=r"all 2 heads diverged; pass smaller learning rates than 1e\+37"):
@@ -160,7 +160,7 @@ def test_when_all_diverge_the_classifier_stays_as_it_was() -> None:
     ("learning_rates", "weight_decays"),
     [([], [0.0]), ([0.1], []), ([-0.1], [0.0]), ([math.nan], [0.0]), ([0.1], [math.inf])],
 )
-def test_impossible_rates_are_refused(learning_rates: list[float], weight_decays: list[float]) -> None:
+def test_invalid_rates_raise(learning_rates: list[float], weight_decays: list[float]) -> None:
     with pytest.raises(
         ValueError,
         match=r"(learning_rates|weight_decays)[\s\S]*(at least 1 item|greater than or equal to 0|finite number)",
@@ -169,14 +169,14 @@ def test_impossible_rates_are_refused(learning_rates: list[float], weight_decays
 
 
 @pytest.mark.parametrize("trainer", [fit, lambda head, data: fit_lbfgs(head, data, device=CPU)])
-def test_a_classifier_of_which_nothing_trains_is_refused(trainer: Any) -> None:
+def test_a_frozen_classifier_raises(trainer: Any) -> None:
     with pytest.raises(ValueError, match="no parameter trains"):
         trainer(nn.Linear(6, 3).requires_grad_(False), make_features())
 
 
-def test_dropout_draws_for_each_head_and_is_off_in_validation() -> None:
+def test_dropout_masks_differ_between_heads_and_are_off_in_validation() -> None:
     head = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3))
-    # Equal rates: only what dropout draws can tell the two heads apart.
+    # Equal rates: only dropout masks can differ between the two heads.
     first, second = fit(head, make_features(), learning_rates=[0.05, 0.05], weight_decays=[0.0])
     assert abs(first.validation_loss - second.validation_loss) > 1e-3  # beyond rounding
     features, targets = make_features(seed=3).tensors
@@ -185,7 +185,7 @@ def test_dropout_draws_for_each_head_and_is_off_in_validation() -> None:
     assert first.validation_loss == pytest.approx(float(loss), rel=1e-5)
 
 
-def test_modes_and_parameters_of_the_classifier_stay_its_own() -> None:
+def test_modes_and_parameter_objects_of_the_classifier_are_kept() -> None:
     head = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)).train()
     head[0].eval()
     weight = head[1].weight
@@ -208,8 +208,8 @@ def test_the_same_seed_gives_the_same_heads() -> None:
     assert not torch.equal(weights(0), weights(1))
 
 
-def test_many_heads_cost_a_third_of_one_by_one() -> None:
-    """The committed measure is a benchmark's; here, 16 small heads must not cost what 16 trainings cost."""
+def test_many_heads_at_once_cost_at_most_a_third() -> None:
+    """The benchmark measures this precisely; here, 16 small heads must cost less than 16 trainings."""
     train = make_features(256, 256)
 
     def seconds(run: Any) -> float:
@@ -242,7 +242,7 @@ def objective(head: nn.Linear, features: TensorDataset, weight_decay: float) -> 
 
 
 def minimise_by_newton(head: nn.Linear, features: TensorDataset, weight_decay: float) -> None:
-    """Find the optimum to the last digit, by another method and in double precision."""
+    """Return the optimum by another method, in double precision."""
     inputs, targets = features.tensors
 
     def loss(flat: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ def minimise_by_newton(head: nn.Linear, features: TensorDataset, weight_decay: f
     flat = torch.zeros(21, dtype=torch.double)
     for _ in range(12):
         gradient, hessian = torch.func.grad(loss)(flat), torch.func.jacrev(torch.func.grad(loss))(flat)
-        # A constant added to all biases changes nothing, so the Hessian has no inverse.
+        # A constant added to all biases has no effect, so the Hessian has no inverse.
         flat -= torch.linalg.pinv(hessian, rtol=1e-9) @ gradient
     assert torch.func.grad(loss)(flat).abs().max() < 1e-12
     with torch.no_grad():
@@ -262,7 +262,7 @@ def minimise_by_newton(head: nn.Linear, features: TensorDataset, weight_decay: f
 
 
 @pytest.mark.parametrize("weight_decay", [1e-3, 0.1])
-def test_lbfgs_ends_at_the_one_optimum(weight_decay: float) -> None:
+def test_lbfgs_finds_the_optimum(weight_decay: float) -> None:
     features = make_features(200, 6)
     reference = nn.Linear(6, 3).double()
     minimise_by_newton(reference, features, weight_decay)
@@ -281,8 +281,8 @@ def test_lbfgs_ends_at_the_one_optimum(weight_decay: float) -> None:
         assert result.gradient == pytest.approx(largest, abs=1e-6)
 
 
-def test_lbfgs_on_wide_features_of_all_sizes_converges() -> None:
-    """Features as pretrained networks give them: hundreds of columns, a few much larger than the rest."""
+def test_lbfgs_converges_on_wide_features_of_different_scales() -> None:
+    """Features like those of pretrained networks: hundreds of columns, a few much larger than the rest."""
     features, targets = make_features(300, 256, noise=0.3).tensors
     columns = torch.logspace(-1, 1, 256)
     result = fit_lbfgs(nn.Linear(256, 3), TensorDataset(features * columns, targets), weight_decay=1e-2, device=CPU)
@@ -290,7 +290,7 @@ def test_lbfgs_on_wide_features_of_all_sizes_converges() -> None:
     assert result.iterations < 500
 
 
-def test_lbfgs_in_chunks_is_lbfgs_on_all_and_never_sees_more() -> None:
+def test_lbfgs_in_chunks_equals_lbfgs_on_all_features() -> None:
     features = make_features(50)
     whole, chunked = nn.Linear(6, 3), nn.Linear(6, 3)
     chunked.load_state_dict(whole.state_dict())
@@ -303,14 +303,14 @@ def test_lbfgs_in_chunks_is_lbfgs_on_all_and_never_sees_more() -> None:
     torch.testing.assert_close(chunked.weight, whole.weight, rtol=1e-2, atol=1e-3)
 
 
-def test_lbfgs_that_is_cut_short_says_so() -> None:
+def test_lbfgs_warns_if_it_has_not_converged() -> None:
     result = fit_lbfgs(nn.Linear(6, 3), make_features(200), weight_decay=0.01, max_iterations=2, device=CPU)
     assert result.iterations == 2
     assert not result.converged
     assert result.gradient > 1e-5
 
 
-def test_lbfgs_refuses_features_that_are_no_numbers() -> None:
+def test_lbfgs_raises_for_features_that_are_not_finite() -> None:
     data = TensorDataset(torch.full((4, 6), math.nan), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"the objective is nan; the features or the classifier's weights are not"):
         fit_lbfgs(nn.Linear(6, 3), data, device=CPU)
@@ -339,7 +339,7 @@ def test_dropout_is_off_under_lbfgs() -> None:
         ),
     ],
 )
-def test_heads_refuse_what_cannot_train(settings: dict[str, Any], message: str) -> None:
+def test_heads_raise_for_classifiers_that_cannot_train(settings: dict[str, Any], message: str) -> None:
     train = settings.pop("train", make_features())
     with pytest.raises(ValueError, match=message):
         fit(nn.Linear(6, 3), train, **settings)
@@ -359,13 +359,13 @@ def test_heads_refuse_what_cannot_train(settings: dict[str, Any], message: str) 
         ),
     ],
 )
-def test_lbfgs_refuses_what_cannot_train(settings: dict[str, Any], message: str) -> None:
+def test_lbfgs_raises_for_classifiers_that_cannot_train(settings: dict[str, Any], message: str) -> None:
     features = settings.pop("features", make_features())
     with pytest.raises(ValueError, match=message):
         fit_lbfgs(nn.Linear(6, 3), features, device=CPU, **settings)
 
 
-def test_heads_run_where_the_classifier_is() -> None:
+def test_heads_run_on_the_device_of_the_classifier() -> None:
     head, data = nn.Linear(6, 3), make_features()
     settings: dict[str, Any] = {"learning_rates": [0.1], "epochs": 2, "batch_size": 8, "show_progress": False}
     with_device, without = copy.deepcopy(head), copy.deepcopy(head)
@@ -377,7 +377,7 @@ def test_heads_run_where_the_classifier_is() -> None:
     torch.testing.assert_close(with_device.state_dict(), without.state_dict(), rtol=0, atol=0)
 
 
-def test_images_that_could_not_be_read_are_left_out() -> None:
+def test_unreadable_images_are_left_out() -> None:
     features, targets = make_features().tensors
     marked = TensorDataset(torch.cat([features, features[:5] * 1e3]), torch.cat([targets, torch.full((5,), IGNORED)]))
     whole = TensorDataset(features, targets)
@@ -398,7 +398,7 @@ def test_images_that_could_not_be_read_are_left_out() -> None:
         (torch.rand(6, 3), r"the targets are float32 of shape \(3,\) per image; pass class indices"),
     ],
 )
-def test_targets_that_are_no_classes_are_refused(targets: Tensor, message: str) -> None:
+def test_targets_that_are_not_classes_raise(targets: Tensor, message: str) -> None:
     data = TensorDataset(torch.eye(6), targets)
     with pytest.raises(ValueError, match=message):
         fit(nn.Linear(6, 3), data)
@@ -406,7 +406,7 @@ def test_targets_that_are_no_classes_are_refused(targets: Tensor, message: str) 
         fit_lbfgs(nn.Linear(6, 3), data)
 
 
-def test_what_is_no_dataset_of_features_is_refused() -> None:
+def test_other_datasets_raise() -> None:
     loader: Any = DataLoader(make_features(), 8)
     with pytest.raises(ValueError, match="train is a DataLoader; pass what extract_features returns"):
         fit(nn.Linear(6, 3), loader)
@@ -414,20 +414,20 @@ def test_what_is_no_dataset_of_features_is_refused() -> None:
         fit_lbfgs(nn.Linear(6, 3), loader)
 
 
-def test_features_of_which_no_image_could_be_read_are_refused() -> None:
+def test_features_without_a_readable_image_raise() -> None:
     unread = TensorDataset(torch.eye(6), torch.full((6,), IGNORED))
     with pytest.raises(ValueError, match=r"len\(train\) = 0: expected one image or more"):
         fit(nn.Linear(6, 3), unread)
 
 
-def test_rates_may_be_an_array() -> None:
+def test_rates_may_be_a_numpy_array() -> None:
     rates: Any = torch.tensor([0.125, 0.25])
     assert {result.lr for result in fit(nn.Linear(6, 3), make_features(), learning_rates=rates)} == {0.125, 0.25}
     with pytest.raises(ValueError, match=r"learning_rates\n +Input should be .*input_value=0\.1"):
         fit(nn.Linear(6, 3), make_features(), learning_rates=0.1)
 
 
-def test_heads_on_an_output_of_several_tensors_get_what_the_backbone_gave() -> None:
+def test_heads_get_all_tensors_of_a_backbone_output() -> None:
     class Named(nn.Module):
         def forward(self, images: Tensor) -> dict[str, Tensor]:
             return {"image": images, "half": images / 2}
@@ -447,7 +447,7 @@ def test_heads_on_an_output_of_several_tensors_get_what_the_backbone_gave() -> N
 
 
 class WithoutDoubles(TorchFunctionMode):
-    """A device without float64, as MPS is."""
+    """A device without float64, like MPS."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -456,7 +456,7 @@ class WithoutDoubles(TorchFunctionMode):
         return result
 
 
-def test_the_rates_of_heads_are_computed_off_a_device_without_float64() -> None:
+def test_learning_rates_are_not_computed_on_a_device_without_float64() -> None:
     with WithoutDoubles():
         heads = StackedHeads(nn.Linear(6, 3), RATES, device=torch.device("meta"))
     assert {rate.device.type for rate in heads.rates.values()} == {"meta"}

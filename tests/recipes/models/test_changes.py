@@ -1,4 +1,4 @@
-"""The base of a file of changes: found on this machine, or an error; a file is no reason to download or to allocate."""
+"""The base weights of a file of changes are found on this machine or raise; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HUGE = "vit_huge_patch14_clip_224.laion2b"
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, and no way out of this machine."""
+    """Use an empty hub cache, and raise for any network connection."""
 
     def refuse(*arguments: object, **keywords: object) -> None:
         raise AssertionError(f"it reached out: {arguments}")
@@ -41,7 +41,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fill_cache(cache: Path, architecture: str, tensors: Mapping[str, torch.Tensor], name: str) -> Path:
-    """Put weights where huggingface_hub leaves what it has downloaded."""
+    """Put weights into the cache of huggingface_hub."""
     repository = cache / f"models--{timm.get_pretrained_cfg(architecture).hf_hub_id.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
@@ -55,7 +55,7 @@ def fill_cache(cache: Path, architecture: str, tensors: Mapping[str, torch.Tenso
 
 
 def save_changes(path: Path, network: nn.Module, architecture: str) -> FineTuneModel:
-    """Write the file of a classifier that was trained on the hub's weights, and give the whole model."""
+    """Write a file of changes on the hub's weights, and return the whole model."""
     model = FineTuneModel.from_timm(network, num_classes=3).freeze_backbone()
     base = remember_base(model, "hub", "timm's pretrained weights")
     config = timm.data.resolve_model_data_config(model)
@@ -69,7 +69,7 @@ def test_weights_in_the_hubs_cache_are_found(
     hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, name: str
 ) -> None:
     fill_cache(hub_cache, architecture, timm.create_model(architecture).state_dict(), name)
-    with monkeypatch.context() as patch:  # as `train --pretrained` takes them
+    with monkeypatch.context() as patch:  # as `train --pretrained` loads them
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         *_, network = load_network(architecture, pretrained=True)
     model = save_changes(tmp_path / "head.safetensors", network, architecture)
@@ -77,7 +77,7 @@ def test_weights_in_the_hubs_cache_are_found(
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
 
-def test_weights_that_are_not_in_the_cache_are_not_fetched(hub_cache: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_in_the_cache_are_not_downloaded(hub_cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "head.safetensors"
     model = save_changes(path, timm.create_model("test_resnet"), "test_resnet")
     says = (
@@ -95,7 +95,7 @@ def test_weights_that_are_not_in_the_cache_are_not_fetched(hub_cache: Path, tmp_
 
 
 def write_hostile_file(path: Path) -> None:
-    """Write a few kilobytes that name a network of 2.5 gigabytes, and the hub for its weights."""
+    """Write a small file that names a network of 2.5 gigabytes, with its weights on the hub."""
     network = timm.create_model("test_vit")
     save_changes(path, network, "test_vit")
     tensors, metadata = read_checkpoint(path)
@@ -109,7 +109,7 @@ def write_hostile_file(path: Path) -> None:
     assert path.stat().st_size < 50_000
 
 
-def test_a_small_file_takes_no_memory_and_no_network(hub_cache: Path, tmp_path: Path) -> None:
+def test_a_small_file_uses_little_memory_and_no_network(hub_cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "head.safetensors"
     write_hostile_file(path)
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -119,7 +119,7 @@ def test_a_small_file_takes_no_memory_and_no_network(hub_cache: Path, tmp_path: 
     assert time.process_time() - start < 10
 
 
-def test_words_of_a_base_are_safe_to_print(tmp_path: Path) -> None:
+def test_text_of_a_base_is_safe_to_print(tmp_path: Path) -> None:
     network, path = timm.create_model("test_resnet"), tmp_path / "head.safetensors"
     model = FineTuneModel.from_timm(network, num_classes=3).freeze_backbone()
     base = remember_base(model, "file", "weights from \x1b[2J\udcff.pth")

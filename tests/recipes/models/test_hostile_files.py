@@ -84,9 +84,9 @@ Tamper = Callable[[bytes], bytes]
 
 @st.composite
 def tampers(draw: st.DrawFn, content: bytes) -> Tamper:
-    """Flip, cut or insert bytes, mostly in the header; or put other JSON in the place of a part of it.
+    """Flip, cut or insert bytes, mostly in the header; or replace a part of it by other JSON.
 
-    A function, since hypothesis keeps what it draws, and a thousand files would be a gigabyte.
+    Returns a function, because hypothesis keeps what it draws, and a thousand files would be a gigabyte.
     """
     (length,) = struct.unpack("<Q", content[:8])
     way = draw(st.sampled_from(["bytes", "bytes", "cut", "insert", "tensor", "entry", "entry", "inside"]))
@@ -138,7 +138,7 @@ def replace_in_header(part: str, field: str, value: object) -> Tamper:
 
 
 def try_or_refuse(function: Callable[[Path], object], path: Path) -> str | None:
-    """Read a file, or get the one kind of error that may come, in one line that names the file: None, or that line."""
+    """Read a file; return None, or the message of a ValueError, which must be one line that names the file."""
     try:
         function(path)
     except ValueError as error:
@@ -151,7 +151,7 @@ def try_or_refuse(function: Callable[[Path], object], path: Path) -> str | None:
 
 
 def load_or_refuse(path: Path) -> bool:
-    """Load a file, or get its error; `inspect` refuses what can't be loaded before tensors are read, too."""
+    """Return whether a file loads; `inspect` must raise for the same files, except for errors in tensor values."""
     inspected, loaded = try_or_refuse(inspect_file, path), try_or_refuse(load_trained_model, path)
     if inspected is None:
         assert loaded is None or "not finite" in loaded or "on top of" in loaded
@@ -187,7 +187,7 @@ def test_tampered_files_raise_or_load(content: bytes, tmp_path: Path, files: int
     assert largest < 200_000  # KiB
     assert len(loaded_files) >= 0.9 * files
     assert loaded_files.count(False) > files / 2
-    assert slowest < 10  # seconds; the largest networks of timm take some to build, without memory
+    assert slowest < 10  # CPU seconds; the largest timm networks take some to build on the meta device
 
 
 def replace_entry(content: bytes, entry: str, text: str) -> bytes:
@@ -261,7 +261,7 @@ def with_config(content: bytes, **entries: object) -> bytes:
         (lambda c: c[:-4] + struct.pack("<f", float("nan")), "holds values that are not finite"),
     ],
 )
-def test_each_ill_has_its_own_message(content: bytes, tmp_path: Path, tamper: Tamper, message: str) -> None:
+def test_each_kind_of_damage_has_its_own_message(content: bytes, tmp_path: Path, tamper: Tamper, message: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(tamper(content))
     with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
@@ -289,7 +289,7 @@ def add_tensor(content: bytes) -> bytes:
         (lambda c: replace_entry(c, "architecture", "vit_giant_patch14_224"), "vit_giant_patch14_224 as timm"),
     ],
 )
-def test_inspect_refuses_what_does_not_fit(
+def test_inspect_raises_for_tensors_that_do_not_fit(
     content: bytes, tmp_path: Path, tamper: Callable[[bytes], bytes], message: str
 ) -> None:
     path = tmp_path / "model.safetensors"
@@ -298,7 +298,7 @@ def test_inspect_refuses_what_does_not_fit(
         assert re.search(message, try_or_refuse(function, path) or "it was taken")
 
 
-def test_an_input_size_that_the_network_does_not_take_is_refused_by_all(tmp_path: Path) -> None:
+def test_an_invalid_input_size_raises_everywhere(tmp_path: Path) -> None:
     model = FineTuneModel.from_timm("vit_tiny_patch16_224", num_classes=3)
     config = timm.data.resolve_model_data_config(model)
     path = tmp_path / "model.safetensors"
@@ -314,7 +314,7 @@ def test_an_input_size_that_the_network_does_not_take_is_refused_by_all(tmp_path
             function(path)
 
 
-def test_nothing_large_is_built_before_it_is_compared(
+def test_a_network_is_compared_on_the_meta_device_first(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.safetensors"
@@ -335,7 +335,7 @@ def test_nothing_large_is_built_before_it_is_compared(
     assert devices == ["meta", "meta", "cpu"]
 
 
-def test_tables_that_no_tensor_accounts_for_are_refused(
+def test_large_buffers_that_are_not_in_the_file_raise(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = timm.create_model

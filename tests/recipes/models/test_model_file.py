@@ -1,4 +1,4 @@
-"""The model file: what was trained comes back; what is not such a file is refused."""
+"""The model file: a trained model round-trips; other files raise."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def make_trained() -> TrainedModel:
     return TrainedModel(model, "test_resnet", tuple(COLOURS), data_config)
 
 
-def test_a_model_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_model_round_trips(tmp_path: Path) -> None:
     trained = make_trained()
-    with torch.no_grad():  # statistics count as well as weights
+    with torch.no_grad():  # with running statistics
         trained.model(torch.randn(4, 3, 64, 48))
     save_trained_model(trained, tmp_path / "model.safetensors", record={"seed": 3})
     loaded = load_trained_model(tmp_path / "model.safetensors")
@@ -54,7 +54,7 @@ def test_a_model_comes_back_as_it_was(tmp_path: Path) -> None:
     assert json.loads(read_checkpoint(tmp_path / "model.safetensors")[1]["record"]) == {"seed": 3}
 
 
-def test_arguments_and_freeze_state_come_back(tmp_path: Path) -> None:
+def test_arguments_and_freeze_state_round_trip(tmp_path: Path) -> None:
     arguments = {"drop_rate": 0.3, "global_pool": "max", "img_size": [96, 64]}
     model = FineTuneModel.from_timm("test_vit", num_classes=3, norm_eval=True, **arguments)
     model.freeze_backbone(trainable_groups=1)
@@ -77,7 +77,7 @@ def test_arguments_and_freeze_state_come_back(tmp_path: Path) -> None:
     assert description.versions["timm"] == timm.__version__
 
 
-def test_any_part_that_trains_comes_back(tmp_path: Path) -> None:
+def test_any_trainable_part_round_trips(tmp_path: Path) -> None:
     trained = make_trained()
     model = trained.model.freeze_backbone(trainable=[trained.model.backbone.layer1])
     save_trained_model(trained, tmp_path / "model.safetensors", record={})
@@ -89,7 +89,7 @@ def test_any_part_that_trains_comes_back(tmp_path: Path) -> None:
     assert loaded.unfreeze_backbone().trainable_groups == len(loaded.layer_groups)
 
 
-def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_not_written(tmp_path: Path) -> None:
     trained = make_trained()
     path = tmp_path / "model.safetensors"
     other_head = FineTuneModel.from_timm("test_resnet", classifier=lambda width: nn.Sequential(nn.Linear(width, 3)))
@@ -110,7 +110,7 @@ def save_base(path: Path, *, seed: int = 0) -> nn.Module:
 
 
 def train_a_little(model: FineTuneModel) -> None:
-    """Steps that move what trains: weights, and running statistics too."""
+    """Take steps that change trainable weights and running statistics."""
     optimizer = torch.optim.SGD(model.param_groups(lr=0.1))
     model.train()
     model(torch.randn(4, 3, 64, 48)).square().sum().backward()
@@ -118,7 +118,7 @@ def train_a_little(model: FineTuneModel) -> None:
 
 
 @pytest.mark.parametrize("trainable_groups", [0, 1, 5])
-def test_changes_alone_come_back_on_their_base(tmp_path: Path, trainable_groups: int) -> None:
+def test_a_file_of_changes_loads_onto_its_base(tmp_path: Path, trainable_groups: int) -> None:
     network = save_base(tmp_path / "base.pth")
     model = FineTuneModel.from_timm(network, num_classes=3).freeze_backbone(trainable_groups=trainable_groups)
     base = remember_base(model, "file", "weights from base.pth")
@@ -139,7 +139,7 @@ def test_changes_alone_come_back_on_their_base(tmp_path: Path, trainable_groups:
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.model.state_dict().items())
 
 
-def test_changes_are_refused_on_another_base(tmp_path: Path) -> None:
+def test_a_file_of_changes_raises_on_another_base(tmp_path: Path) -> None:
     model = FineTuneModel.from_timm(save_base(tmp_path / "base.pth"), num_classes=3).freeze_backbone()
     base = remember_base(model, "file", "weights from base.pth")
     path = tmp_path / "changes.safetensors"
@@ -154,13 +154,13 @@ def test_changes_are_refused_on_another_base(tmp_path: Path) -> None:
         load_trained_model(path, base=tmp_path / "nowhere.pth")
 
 
-def test_a_whole_file_takes_no_base(written: Path, tmp_path: Path) -> None:
+def test_a_whole_file_with_a_base_raises(written: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base.pth")
     with pytest.raises(ValueError, match=r"model\.safetensors: it holds the whole model, and takes no base"):
         load_trained_model(written, base=tmp_path / "base.pth")
 
 
-def test_changes_on_the_packaged_weights_find_them(tmp_path: Path) -> None:
+def test_changes_of_the_packaged_weights_find_them(tmp_path: Path) -> None:
     model = FineTuneModel.from_timm(load_packaged_network(), num_classes=3).freeze_backbone()
     base = remember_base(model, "package", "ImageNet weights from a package")
     config = timm.data.resolve_model_data_config(model)
@@ -171,19 +171,19 @@ def test_changes_on_the_packaged_weights_find_them(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
 
-def test_random_weights_are_no_base() -> None:
+def test_random_weights_as_base_raise() -> None:
     _, source, words, network = load_network("test_resnet")
     with pytest.raises(ValueError, match="the backbone starts from random weights, which cannot be built again"):
         remember_base(FineTuneModel.from_timm(network, num_classes=3), source, words)
 
 
-def test_the_base_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_the_base_of_another_model_raises(tmp_path: Path) -> None:
     other = BaseWeights("file", "weights from base.pth", {"backbone.weight": "0"})
     with pytest.raises(ValueError, match="the base is that of another model"):
         save_trained_changes(make_trained(), other, tmp_path / "changes.safetensors", record={})
 
 
-def test_predictions_are_the_likeliest_classes_in_order(tmp_path: Path) -> None:
+def test_predictions_are_the_most_likely_classes_in_order(tmp_path: Path) -> None:
     trained = make_trained()
     path = make_image(tmp_path / "red.png", COLOURS["red"])
     missing = tmp_path / "missing.png"
@@ -205,25 +205,25 @@ def written(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors: no such file"):
         load_trained_model(tmp_path / "nowhere.safetensors")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 5000, -1])
-def test_a_truncated_file_is_refused(written: Path, kept: int) -> None:
+def test_a_truncated_file_raises(written: Path, kept: int) -> None:
     written.write_bytes(written.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"model\.safetensors: "):
         load_trained_model(written)
 
 
-def test_a_foreign_file_is_refused(written: Path) -> None:
+def test_a_foreign_file_raises(written: Path) -> None:
     written.write_text("a text file that is not a model")
     with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file"):
         load_trained_model(written)
 
 
-def test_a_safetensors_file_of_other_origin_is_refused(written: Path) -> None:
+def test_a_safetensors_file_of_other_origin_raises(written: Path) -> None:
     save_file(load_file(written), written, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.safetensors: .*not one of backbone-finetune"):
         load_trained_model(written)
@@ -246,7 +246,7 @@ def test_a_safetensors_file_of_other_origin_is_refused(written: Path) -> None:
         ("data_config", "{}", r"input_size"),
     ],
 )
-def test_garbled_metadata_is_refused(written: Path, entry: str, text: str | None, message: str) -> None:
+def test_invalid_metadata_raises(written: Path, entry: str, text: str | None, message: str) -> None:
     _, metadata = read_checkpoint(written)
     changed = {name: value for name, value in {**metadata, entry: text}.items() if value is not None}
     save_checkpoint(make_trained().model, written, changed)
@@ -254,7 +254,7 @@ def test_garbled_metadata_is_refused(written: Path, entry: str, text: str | None
         load_trained_model(written)
 
 
-def test_tensors_of_another_network_are_refused(written: Path) -> None:
+def test_tensors_of_another_network_raise(written: Path) -> None:
     _, metadata = read_checkpoint(written)
     save_checkpoint(FineTuneModel.from_timm("test_vit", num_classes=3), written, metadata)
     with pytest.raises(ValueError, match=r"test_resnet as timm .* builds it .*: .*missing"):

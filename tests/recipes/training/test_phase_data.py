@@ -1,4 +1,4 @@
-"""Phases of a partly frozen model: its front runs once, and the steps give what the whole model would."""
+"""Phases of a partly frozen model: cached tensors are computed once, and steps equal those of the whole model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Network(nn.Module):
-    """Two layer groups; it counts the images that its first one sees."""
+    """Two layer groups; the first counts its images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Network(nn.Module):
 
 
 class Noisy(Network):
-    """Its frozen part draws, whatever its mode."""
+    """A backbone whose frozen part draws random numbers in any mode."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(nn.functional.dropout(images, 0.5))
@@ -66,7 +66,7 @@ ONE_GROUP = Phase(epochs=3, trainable_groups=1, lr=0.01, backbone_lr=0.01)
 
 
 @pytest.mark.parametrize("settings", [{}, {"memory_share": 0.0}, {"accumulation": 2}])
-def test_a_cached_front_trains_as_the_whole_model_does(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_training_on_cached_tensors_equals_training_the_whole_model(settings: dict[str, Any], tmp_path: Path) -> None:
     caches = (FeatureCache(tmp_path / "train", "these"), FeatureCache(tmp_path / "test", "those"))
     phases = [Phase(epochs=1, lr=0.01), ONE_GROUP]
     settings = {"autocast_features": False, **settings}
@@ -79,7 +79,7 @@ def test_a_cached_front_trains_as_the_whole_model_does(settings: dict[str, Any],
             assert one.test_accuracy == pytest.approx(other.test_accuracy, abs=1 / 12 + 1e-6)
 
 
-def test_what_is_frozen_runs_as_often_for_many_epochs_as_for_one() -> None:
+def test_frozen_modules_run_once_for_any_number_of_epochs() -> None:
     seen = []
     for epochs in (1, 9):
         part = network()
@@ -91,7 +91,7 @@ def test_what_is_frozen_runs_as_often_for_many_epochs_as_for_one() -> None:
     assert whole.seen == 9 * (24 + 12)
 
 
-def test_a_backbone_without_parameters_runs_once_as_well() -> None:
+def test_a_backbone_without_parameters_runs_once() -> None:
     seen: list[int] = []
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.ZeroPad1d((0, -32)))
     pixels.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
@@ -99,14 +99,14 @@ def test_a_backbone_without_parameters_runs_once_as_well() -> None:
     assert sum(seen) == 24 + 12
 
 
-def test_a_front_that_draws_is_not_cached_and_a_line_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_random_frozen_part_is_not_cached_and_the_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     _, history = train(network(Noisy), make_images(), [ONE_GROUP])
     assert len(history) == 3
     [message] = caplog.messages
     assert message.startswith("features are not cached, and the whole model runs in every step: ")
 
 
-def test_a_model_that_trains_as_a_whole_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fully_trainable_model_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     train(network(), make_images(), [Phase(epochs=1, trainable_groups=2)])
     assert caplog.messages == []
 
@@ -119,7 +119,7 @@ def test_a_compiler_is_not_used_for_a_part_of_a_backbone(caplog: pytest.LogCaptu
 
 
 class Drawn(Dataset[tuple[Tensor, int]]):
-    """Images that are drawn whenever they are read; it keeps what it drew."""
+    """Random images, drawn at each read; it records them."""
 
     def __init__(self) -> None:
         self.draws: list[tuple[int, float]] = []
@@ -134,8 +134,8 @@ class Drawn(Dataset[tuple[Tensor, int]]):
         return value.expand(3, 8, 8) + 10 * index, index % 3
 
 
-def test_views_are_drawn_once_and_shown_by_epoch_and_index() -> None:
-    """An image is one value in all pixels, 10 apart from other images', so what is shown can be put into order."""
+def test_views_are_drawn_once_and_used_by_epoch_and_index() -> None:
+    """Each image has one value in all pixels, 10 apart from other images', so views can be identified."""
     data, part = Drawn(), network()
     shown: list[Tensor] = []
     part.last.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0].mean((1, 2, 3))))
@@ -143,7 +143,7 @@ def test_views_are_drawn_once_and_shown_by_epoch_and_index() -> None:
     config = TrainerConfig(make_accelerator(CPU), batch_size=5, show_progress=False, views=2)
     fine_tune(model, data, make_images(3), [Phase(epochs=4, trainable_groups=1)], config)
     draws = {index: {value for other, value in data.draws if other == index} for index in range(5)}
-    assert [len(values) for values in draws.values()] == [3, 2, 2, 2, 2]  # the first one is looked at before all else
+    assert [len(values) for values in draws.values()] == [3, 2, 2, 2, 2]  # the first image is read before the pass
     first, second, third, fourth = (rows.sort().values for rows in [rows for rows in shown if len(rows) == 5][-4:])
     assert torch.equal(first, third)
     assert torch.equal(second, fourth)
@@ -151,7 +151,7 @@ def test_views_are_drawn_once_and_shown_by_epoch_and_index() -> None:
 
 
 @pytest.mark.parametrize(("views", "draws"), [(1, 4), (3, 3)])
-def test_views_serve_a_frozen_backbone_as_well(views: int, draws: int) -> None:
+def test_views_work_with_a_frozen_backbone(views: int, draws: int) -> None:
     data = Drawn()
     train(network(), data, [Phase(epochs=4)], views=views)
     assert [len({value for other, value in data.draws if other == index}) for index in range(1, 5)] == [draws] * 4
@@ -169,7 +169,7 @@ def test_rows_are_the_same_with_any_number_of_workers(groups: int) -> None:
 
 
 class Ragged(nn.Module):
-    """Gives other features from the image of value 100 on."""
+    """Returns other features from the image of value 100 on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Ragged(nn.Module):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_in_a_worker_is_that_of_the_pass(workers: int) -> None:
+def test_an_error_in_a_worker_is_raised(workers: int) -> None:
     images = TensorDataset(torch.arange(140.0)[:, None, None, None].expand(-1, 3, 8, 8), torch.arange(140) % 3)
     with pytest.raises(ValueError, match=r"a batch holds .*\(5,\).* per image, another one .*\(16,\)"):
         train(Ragged(), images, [Phase(epochs=1)], workers=workers)

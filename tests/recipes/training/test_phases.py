@@ -1,4 +1,4 @@
-"""Phases: what may be in a file, each mistake named, and what the rates are from step to step."""
+"""Phases: files of phases, errors in them, and learning rates in each step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_file_gives_its_phases_in_order(tmp_path: Path) -> None:
+def test_phases_are_read_in_order(tmp_path: Path) -> None:
     text = """
         [[phases]]
         epochs = 20
@@ -71,12 +71,12 @@ def test_a_file_gives_its_phases_in_order(tmp_path: Path) -> None:
         ("[[phases]]\nwarmup_epochs = 99", "phases 1 = .*: warmup_epochs = 99.0: expected a number from 0 to its 30"),
     ],
 )
-def test_a_mistake_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_file_raises(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_phases(write(tmp_path, text))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.toml: there is no such file"):
         read_phases(tmp_path / "nowhere.toml")
 
@@ -97,12 +97,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"epoch": 3}, r"epoch\n +Unexpected keyword argument"),
     ],
 )
-def test_an_unfit_entry_is_refused(entries: dict[str, Any], message: str) -> None:
+def test_an_invalid_entry_raises(entries: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Phase(**entries)
 
 
-def test_a_folder_of_phases_is_refused(tmp_path: Path) -> None:
+def test_a_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a file; pass a TOML file with \[\[phases\]\] tables"):
         read_phases(tmp_path)
 
@@ -119,7 +119,7 @@ def rates(phase: Phase, steps_per_epoch: int) -> list[list[float]]:
     return seen
 
 
-def test_rates_rise_and_fall_and_each_group_keeps_its_share() -> None:
+def test_rates_rise_and_fall_and_keep_the_ratio_of_groups() -> None:
     seen = rates(Phase(epochs=4, warmup_epochs=0.5, cosine=True), 10)
     first = [rate for rate, _ in seen]
     assert first[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -128,12 +128,12 @@ def test_rates_rise_and_fall_and_each_group_keeps_its_share() -> None:
     assert all(small == pytest.approx(rate / 10) for rate, small in seen)
 
 
-def test_without_cosine_rates_stay() -> None:
+def test_without_cosine_rates_are_constant() -> None:
     assert rates(Phase(epochs=2), 3) == [[1.0, 0.1]] * 6
     assert [rate for rate, _ in rates(Phase(epochs=2, warmup_epochs=1), 2)] == pytest.approx([0.5, 1.0, 1.0, 1.0])
 
 
-def test_the_command_takes_phases_or_one_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_accepts_a_file_or_options_of_one_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, "[[phases]]\n[[phases]]\ntrainable_groups = 1\nepochs = 2\n")
     options = cli.build_parser().parse_args(["train", "--phases", str(path), "--seed", "1"])
     assert cli.choose_phases(options) == (Phase(), Phase(epochs=2, trainable_groups=1))
@@ -146,7 +146,7 @@ def test_the_command_takes_phases_or_one_phase(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().err.strip() == line
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     phase = Phase(epochs=np.int64(3), lr=np.float32(0.5), warmup_epochs=np.float64(0.5))
     assert json.loads(json.dumps(asdict(phase)))["epochs"] == 3
     assert (type(phase.epochs), type(phase.lr), phase.lr) == (int, float, 0.5)

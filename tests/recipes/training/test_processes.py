@@ -1,4 +1,4 @@
-"""The loop on several processes: the same weights as one process, and what they tell each other."""
+"""The loop on several processes: the same weights as one process, and communication."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 
 
 def launch(folder: Path, *, processes: int, device: str = "cpu", **environment: str) -> str:
-    """Start the worker by torchrun; gives what it printed."""
+    """Start the worker with torchrun; return what it printed."""
     folder.mkdir()
     command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     finished = subprocess.run(
@@ -69,7 +69,7 @@ def printed_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]
 
 
 @needs_gloo
-def test_two_processes_end_with_the_weights_of_one(one: Any, printed_by_two: tuple[str, Path]) -> None:
+def test_two_processes_give_the_weights_of_one(one: Any, printed_by_two: tuple[str, Path]) -> None:
     (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
     assert (told["processes"], told_by_two["processes"]) == (1, 2)
     for name in ("cached", "uncached", "accumulated", "weighted", "everything"):
@@ -81,19 +81,19 @@ def test_two_processes_end_with_the_weights_of_one(one: Any, printed_by_two: tup
 
 
 @needs_gloo
-def test_where_statistics_train_two_processes_learn_as_well_as_one(one: Any, printed_by_two: tuple[str, Path]) -> None:
+def test_trainable_statistics_on_two_processes(one: Any, printed_by_two: tuple[str, Path]) -> None:
     (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
     assert told["statistics test"] > 0.8
     assert told_by_two["statistics test"] > 0.8
     assert told_by_two["statistics"][-1] < told_by_two["statistics"][0]
-    # Each saw half of the images, and both keep the mean of what they saw.
+    # Each process had half of the images; the statistics are averaged.
     name = "backbone.last.1.running_mean"
     ours, theirs = weights_of_two["statistics"][name], weights["statistics"][name]
     assert torch.corrcoef(torch.stack((ours, theirs)))[0, 1] > 0.9
 
 
 @needs_gloo
-def test_statistics_are_the_mean_of_what_each_process_gathered(printed_by_two: tuple[str, Path]) -> None:
+def test_statistics_are_averaged_over_processes(printed_by_two: tuple[str, Path]) -> None:
     folder = printed_by_two[1] / "buffers"
     (before, other), (after, other_after) = (
         [load_file(folder / f"{when}-{process}.safetensors") for process in (0, 1)] for when in ("before", "after")
@@ -107,9 +107,9 @@ def test_statistics_are_the_mean_of_what_each_process_gathered(printed_by_two: t
 
 
 @needs_gloo
-def test_only_one_of_them_speaks_and_says_how_much_they_send(printed_by_two: tuple[str, Path]) -> None:
+def test_only_one_process_logs_and_reports_the_bytes_sent(printed_by_two: tuple[str, Path]) -> None:
     lines = [line for line in printed_by_two[0].splitlines() if line.startswith("2 processes: ")]
-    assert len(lines) == 6  # the last training shows nothing
+    assert len(lines) == 6  # the last training has show_progress=False
     head = (16 * 3 + 3) * 4
     assert lines[0] == lines[1] == f"2 processes: each sends {head} bytes of gradients per step"
     assert lines[3] == f"2 processes: each sends {head + (8 * 16 * 9 + 16 + 2 * 16) * 4:,} bytes of gradients per step"
@@ -117,7 +117,7 @@ def test_only_one_of_them_speaks_and_says_how_much_they_send(printed_by_two: tup
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP2 is for GPUs: on the CPU accelerate falls back to DDP")
-def test_fully_sharded_ends_with_the_weights_of_one(one: Any, tmp_path: Path) -> None:
+def test_fully_sharded_training_gives_the_weights_of_one_process(one: Any, tmp_path: Path) -> None:
     launch(
         tmp_path / "sharded",
         processes=torch.cuda.device_count(),
@@ -140,12 +140,12 @@ def group_of_one() -> Iterator[None]:
 
 
 @needs_gloo
-def test_the_bytes_are_those_that_the_wrapper_hands_over(group_of_one: None) -> None:
+def test_the_reported_bytes_are_those_that_the_wrapper_sends(group_of_one: None) -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=5).freeze_backbone(trainable_groups=1)
     wrapped = DistributedDataParallel(model)
     handed: list[int] = []
 
-    def count_bytes(state, bucket):  # torch reads the annotations of a hook, and wants its own or none
+    def count_bytes(state, bucket):  # torch checks the annotations of a hook
         handed.append(bucket.buffer().nbytes)
         future: Any = torch.futures.Future()
         future.set_result(bucket.buffer())
@@ -160,7 +160,7 @@ def test_the_bytes_are_those_that_the_wrapper_hands_over(group_of_one: None) -> 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 10])
-def test_shares_are_equally_long_and_count_each_image_once(size: int, processes: int) -> None:
+def test_shares_have_equal_length_and_count_each_image_once(size: int, processes: int) -> None:
     batch = torch.arange(size) + 100
     shares = [local_batch(batch, process=process, processes=processes) for process in range(processes)]
     assert len({len(share) for share in shares}) == 1
@@ -171,7 +171,7 @@ def test_shares_are_equally_long_and_count_each_image_once(size: int, processes:
         assert sum(part.num_real for part in share.split(2)) == share.num_real
 
 
-def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         return torch.cat(epoch_batches(50, 8, seed=seed, epoch=epoch)).tolist()
 
@@ -180,7 +180,7 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert len({tuple(order(seed, epoch)) for seed in (0, 1, 12) for epoch in (1, 2, 21)}) == 9
 
 
-def test_what_was_released_can_be_prepared_again() -> None:
+def test_a_released_module_can_be_prepared_again() -> None:
     accelerator = make_accelerator(torch.device("cpu"))
     layer = nn.Linear(2, 2)
     forward = layer.forward
@@ -193,8 +193,8 @@ def test_what_was_released_can_be_prepared_again() -> None:
 
 
 @pytest.mark.parametrize("kept_out", [False, True])
-def test_a_release_on_a_cpu_lets_go_without_a_full_collection(kept_out: bool) -> None:
-    """Other garbage stays for a later collection; what a caller keeps out of any stays out."""
+def test_a_release_on_a_cpu_runs_no_full_garbage_collection(kept_out: bool) -> None:
+    """Other garbage is left for a later collection, and objects that the caller froze stay frozen."""
     accelerator = make_accelerator(torch.device("cpu"))
     layer = nn.Linear(2, 2)
     prepared, optimizer = prepare(accelerator, layer, torch.optim.SGD(layer.parameters()))
@@ -221,7 +221,7 @@ def test_a_release_on_a_cpu_lets_go_without_a_full_collection(kept_out: bool) ->
         gc.enable()
 
 
-def test_auto_is_the_best_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_best_available_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda cuda=cuda: int(cuda))
@@ -229,7 +229,7 @@ def test_auto_is_the_best_device_that_is_there(monkeypatch: pytest.MonkeyPatch) 
         assert find_device("auto").type == expected
 
 
-def test_an_accelerator_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accelerator_on_another_device_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     make_accelerator(torch.device("cpu"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ValueError, match=r"device mps: accelerate computes on cpu here.*ACCELERATE_USE_CPU"):
@@ -237,8 +237,8 @@ def test_an_accelerator_on_another_device_is_refused(monkeypatch: pytest.MonkeyP
     make_accelerator(torch.device("cpu"))
 
 
-def test_a_device_is_chosen_anew_after_a_run_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate keeps the device of its first accelerator for the whole process."""
+def test_a_device_can_be_chosen_after_a_run_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate uses the device of its first accelerator for the whole process."""
     make_accelerator(torch.device("cpu"))
     monkeypatch.setattr(PartialState, "default_device", torch.device("meta"))
     monkeypatch.setattr(PartialState, "set_device", lambda state: setattr(state, "device", torch.device("meta")))

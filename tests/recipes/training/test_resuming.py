@@ -1,4 +1,4 @@
-"""Stop and go on: killed at any moment, a run ends as if nothing had happened; damaged checkpoints are passed over."""
+"""Resuming: a run that is killed at any moment has the same result; damaged checkpoints are skipped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SIGKILLED = -9
 
 
 def run_and_kill(folder: Path, *, kills: int, seed: int) -> dict[str, list[int]]:
-    """Train and kill in processes of their own: the exit codes, by what was trained."""
+    """Train and kill in separate processes; return the exit codes by kind of training."""
     command = [sys.executable, "-W", "error", str(WORKER), str(folder), str(kills), str(seed)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -65,7 +65,7 @@ def assert_undisturbed(folder: Path, codes: list[int]) -> None:
     assert SIGKILLED in codes
     for run in (folder / "disturbed", *folder.glob("finished-*")):
         assert_same_outcome(folder / "quiet" / "weights.safetensors", run / "weights.safetensors")
-        # What was written down as finished is not done again, and every process but the first says where it goes on.
+        # Finished epochs are not repeated, and every process after the first logs where it resumes.
         told = [tuple(map(int, line.split())) for line in (run / "epochs.txt").read_text().splitlines()]
         assert all(one < other for one, other in pairwise(told)), told
         resumed = [
@@ -77,7 +77,7 @@ def assert_undisturbed(folder: Path, codes: list[int]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked, so as to import torch once")
-def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
     kinds = run_and_kill(tmp_path, kills=5, seed=0)
     assert sum(codes.count(SIGKILLED) for codes in kinds.values()) >= 8
     logs = [log.read_text() for log in tmp_path.glob("command/*/log.txt")]
@@ -87,7 +87,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_killed_at_many_random_moments(tmp_path: Path) -> None:
+def test_a_run_killed_at_many_random_moments(tmp_path: Path) -> None:
     for kind, codes in run_and_kill(tmp_path, kills=20, seed=1).items():
         assert_undisturbed(tmp_path / kind, codes)
 
@@ -121,7 +121,7 @@ def pickle_instead(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit_of_a_tensor, rewrite_history, pickle_instead])
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
     for steps in (10, 20, 30):
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 class Scaler:
-    """What is asked of torch's GradScaler, which the CPU has no use for."""
+    """The attributes of torch's GradScaler that are used; the CPU has none."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -163,7 +163,7 @@ def test_the_scale_of_the_loss_is_restored(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(layer.parameters())
     resume(saved, layer, optimizer, accelerator(scaler))
     assert scaler.scale == 1024.0
-    resume(saved, layer, optimizer, accelerator(None))  # on the CPU, which has none
+    resume(saved, layer, optimizer, accelerator(None))  # the CPU has none
 
 
 def test_every_random_generator_is_restored() -> None:
@@ -202,9 +202,7 @@ def test_a_run_that_is_interrupted_resumes(tmp_path: Path, capfd: pytest.Capture
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")
-def test_workers_that_outlive_their_launcher_keep_the_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_workers_that_outlive_their_launcher_keep_the_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1000000"]
     command += ["--output", str(run)]
@@ -230,7 +228,7 @@ def test_workers_that_outlive_their_launcher_keep_the_folder(
         for worker in workers:
             worker.kill()
     psutil.wait_procs(workers, timeout=30)
-    with open_run(run, {}, overwrite=True):  # the lock went with them
+    with open_run(run, {}, overwrite=True):  # the lock was released with them
         pass
 
 

@@ -1,4 +1,4 @@
-"""Training: on features or on images, the same outcome; what is frozen stays; what trains learns."""
+"""Training: the same result on features and on images; frozen tensors do not change; trainable ones learn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ACCELERATOR = make_accelerator(torch.device("cpu"))
 
 
 class Counting(nn.Module):
-    """A backbone with statistics and dropout, that counts the images it sees in each mode."""
+    """A backbone with statistics and dropout that counts its images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def make_images(count: int = 24) -> Any:
 
 
 class Transformed(Dataset[tuple[Tensor, int]]):
-    """Images whose transform is not known to show the same each time, though it does."""
+    """Images with a deterministic transform that is not known to be deterministic."""
 
     def __init__(self, data: TensorDataset) -> None:
         self.data = data
@@ -83,7 +83,7 @@ def run(
         batch_size=batch_size,
         seed=seed,
         accumulation=accumulation,
-        autocast_features=False,  # what is compared here to rounding must not round to bf16
+        autocast_features=False,  # compared up to rounding, so without bf16
         show_progress=False,
     )
     train, test = train or make_images(), test or make_images(12)
@@ -98,14 +98,14 @@ def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
     return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-def test_a_frozen_backbone_sees_each_image_once() -> None:
+def test_a_frozen_backbone_runs_once_for_each_image() -> None:
     model = make_model()
     run(model, epochs=5)
     assert model.backbone.seen == 24 + 12
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_training_on_features_is_training_above_the_frozen_backbone(accumulation: int) -> None:
+def test_training_on_features_equals_training_on_the_frozen_backbone(accumulation: int) -> None:
     cached, whole = make_model(), make_model()
     history = run(cached)
     expected = run(whole, Transformed(make_images()), accumulation=accumulation)
@@ -116,7 +116,7 @@ def test_training_on_features_is_training_above_the_frozen_backbone(accumulation
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_gradient_is_that_of_the_mean_loss(accumulation: int) -> None:
-    """Seen where it arrives: AdamW's weights alone would not tell a sum from a mean."""
+    """Checked at the gradient: AdamW's weights are the same for a sum and a mean."""
     model = FineTuneModel(nn.Flatten(), nn.Linear(4, 3))
     inputs, targets = torch.randn(7, 4), torch.arange(7) % 3
     (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model(inputs), targets), [model.classifier.weight])
@@ -129,7 +129,7 @@ def test_the_gradient_is_that_of_the_mean_loss(accumulation: int) -> None:
 
 
 def test_each_step_takes_the_gradient_of_its_own_batch() -> None:
-    """One batch an epoch, so that the order does not count: AdamW by hand ends at the same weights."""
+    """With one batch per epoch, the order has no effect: AdamW by hand gives the same weights."""
     torch.manual_seed(3)
     model = FineTuneModel(nn.Flatten(), nn.Linear(4, 3))
     head = copy.deepcopy(model.classifier)
@@ -156,7 +156,7 @@ def test_frozen_means_frozen_and_the_classifier_learns() -> None:
     assert [result.epoch for result in history] == list(range(1, 41))
 
 
-def test_a_trainable_group_trains_with_its_statistics_and_the_others_stay() -> None:
+def test_a_trainable_group_trains_with_its_statistics_and_the_others_do_not() -> None:
     model = make_model()
     before = tensors(model)
     run(model, trainable_groups=1, norm_eval=False)
@@ -165,7 +165,7 @@ def test_a_trainable_group_trains_with_its_statistics_and_the_others_stay() -> N
     assert {"backbone.last.0.weight", "backbone.last.1.running_mean", "classifier.weight"} <= moved
 
 
-def test_running_statistics_stay_unless_a_phase_lets_them_move() -> None:
+def test_running_statistics_are_fixed_unless_a_phase_trains_them() -> None:
     model = make_model()
     before = tensors(model)
     run(model, trainable_groups=1)
@@ -182,7 +182,7 @@ def test_each_part_has_its_own_learning_rate() -> None:
     assert distance["backbone.last.0.weight"] < 1e-6 < distance["classifier.weight"]
 
 
-def test_what_moves_though_frozen_is_found_out() -> None:
+def test_a_changed_frozen_tensor_raises() -> None:
     class Drifting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -197,7 +197,7 @@ def test_what_moves_though_frozen_is_found_out() -> None:
         run(model)
 
 
-def test_a_random_head_draws_anew_in_every_step_and_not_in_evaluation() -> None:
+def test_dropout_masks_differ_in_every_step_and_are_off_in_evaluation() -> None:
     class Recording(nn.Dropout):
         outputs: list[tuple[bool, Tensor]]
 
@@ -218,7 +218,7 @@ def test_a_random_head_draws_anew_in_every_step_and_not_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize("trainable_groups", [0, 1])
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(trainable_groups: int) -> None:
+def test_weights_depend_on_the_seed(trainable_groups: int) -> None:
     def weights(seed: int) -> Tensor:
         model = make_model()
         run(model, seed=seed, trainable_groups=trainable_groups)
@@ -228,7 +228,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(trainable_gro
     assert not torch.equal(weights(0), weights(1))
 
 
-def test_the_test_images_teach_nothing() -> None:
+def test_the_test_images_do_not_affect_training() -> None:
     def weights(test: Any) -> Tensor:
         model = make_model()
         run(model, make_images(), test, epochs=2, trainable_groups=1)
@@ -237,13 +237,13 @@ def test_the_test_images_teach_nothing() -> None:
     assert torch.equal(weights(make_images(12)), weights(TensorDataset(torch.ones(2, 3, 8, 8), torch.tensor([0, 1]))))
 
 
-def test_a_image_left_alone_in_the_last_batch_breaks_no_batch_norm() -> None:
+def test_a_last_batch_of_one_image_works_with_batch_norm() -> None:
     head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
     history = run(make_model(head), make_images(17), make_images(3), epochs=1)
     assert len(history) == 1
 
 
-def test_accuracy_is_the_share_of_right_answers() -> None:
+def test_accuracy_is_the_share_of_correct_predictions() -> None:
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [5.0, 4.0]])
     data = TensorDataset(logits, torch.tensor([0, 1, 1, 0]))
     module = nn.Sequential(nn.Identity(), nn.Dropout(0.9))
@@ -251,7 +251,7 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
     assert (score.accuracy, score.balanced_accuracy) == (0.75, (1 + 1 / 2) / 2)
 
 
-def test_what_cannot_be_read_and_what_is_no_class_are_never_right() -> None:
+def test_unreadable_images_and_invalid_targets_are_never_correct() -> None:
     logits = torch.eye(4)[[0, 0, 0, 2, 2]]
     data = TensorDataset(logits, torch.tensor([0, IGNORED, 9, 2, -1]))
     score = evaluate(nn.Identity(), data, batch_size=2, accelerator=ACCELERATOR)
@@ -267,7 +267,7 @@ def test_progress_is_shown_for_each_epoch(capfd: pytest.CaptureFixture[str]) -> 
         assert any(line.startswith(f"epoch {epoch}/2: 100%") and "test=" in line for line in lines)
 
 
-def test_phases_go_on_where_the_one_before_ended_and_each_moves_its_own_layers() -> None:
+def test_each_phase_continues_from_the_one_before_and_trains_its_own_layers() -> None:
     model, first = make_model(), make_model()
     head, last, again = (
         Phase(epochs=2, lr=0.01),
@@ -281,7 +281,7 @@ def test_phases_go_on_where_the_one_before_ended_and_each_moves_its_own_layers()
     states: list[dict[str, Tensor]] = []
 
     def capture(module: nn.Module, inputs: object) -> None:
-        if not states:  # the first forward of the whole model is that of the second phase
+        if not states:  # the first forward of the whole model is in the second phase
             states.append(tensors(module))
 
     hook = model.register_forward_pre_hook(capture)
@@ -296,9 +296,7 @@ def test_phases_go_on_where_the_one_before_ended_and_each_moves_its_own_layers()
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
 
 
-def test_features_of_the_backbone_before_it_trained_are_replaced(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_features_of_an_earlier_backbone_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "backbone_finetune")
     phases = [Phase(epochs=1), Phase(epochs=1, trainable_groups=1), Phase(epochs=1)]
     caches = (FeatureCache(tmp_path / "train", "these"), FeatureCache(tmp_path / "test", "those"))
@@ -313,10 +311,10 @@ def test_features_of_the_backbone_before_it_trained_are_replaced(
     assert [message.replace(" and other precision", "") for message in caplog.messages] == replaced * 2
     passes.clear()
     fine_tune(model, make_images(), make_images(12), [Phase(epochs=1)], loop)
-    assert len(passes) == 2  # the stored features are those of the backbone as it is in the end; eight are checked
+    assert len(passes) == 2  # the stored features are those of the final backbone; eight images are checked
 
 
-def test_mixed_precision_leaves_no_trace_in_the_model() -> None:
+def test_mixed_precision_does_not_change_the_model() -> None:
     code = """if True:
         import torch
         from test_training import make_model, make_images, Phase, TrainerConfig, fine_tune
@@ -340,7 +338,7 @@ def test_mixed_precision_leaves_no_trace_in_the_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["batch_size", "accumulation", "checkpoint_steps", "views"])
-def test_a_config_names_the_number_that_is_out_of_range(name: str) -> None:
+def test_a_config_value_out_of_range_raises(name: str) -> None:
     for value in (0, -1, 1.5):
         with pytest.raises(ValueError, match=rf"{name}\n +Input should be .*input_value={value}"):
             TrainerConfig(ACCELERATOR, **{name: value})
@@ -348,7 +346,7 @@ def test_a_config_names_the_number_that_is_out_of_range(name: str) -> None:
         TrainerConfig(ACCELERATOR, seed=-1)
 
 
-def test_no_phases_and_no_images_are_refused() -> None:
+def test_no_phases_and_no_images_raise() -> None:
     none: Any = TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0))
     with pytest.raises(ValueError, match="phases is empty; pass one Phase or more"):
         fine_tune(make_model(), make_images(), make_images(), [], TrainerConfig(ACCELERATOR))
@@ -365,11 +363,11 @@ def one_batch() -> Any:
     ("images", "phase", "epoch", "said"),
     [
         (TensorDataset(one_batch().tensors[0] * torch.nan, one_batch().tensors[1]), {}, 1, "the loss became nan"),
-        # One step in each epoch: AdamW's first one leaves weights of 10 times lr, which the decay multiplies by lr.
+        # One step per epoch: AdamW's first step gives weights of 10 times lr, which the decay multiplies by lr.
         (one_batch(), {"lr": 1e37}, 2, ".* became (nan|inf|infinite or nan)"),
         (make_images(), {"lr": 1e37}, 1, ".* became (nan|inf|infinite or nan)"),  # between two of its checkpoints
         (one_batch(), {"lr": 1e38}, 1, "a weight or a running statistic became infinite or nan"),
-        # A variance that overflows makes all its outputs 0, and the loss stays as it is.
+        # If a variance overflows, all outputs are 0, and the loss is constant.
         (
             TensorDataset(one_batch().tensors[0] * 1e25, one_batch().tensors[1]),
             {"trainable_groups": 1, "norm_eval": False},
@@ -378,11 +376,11 @@ def one_batch() -> Any:
         ),
     ],
 )
-def test_a_training_that_diverges_says_when(
+def test_a_training_that_diverges_raises_with_the_epoch(
     tmp_path: Path, images: Any, phase: dict[str, Any], epoch: int, said: str
 ) -> None:
     loop = TrainerConfig(ACCELERATOR, batch_size=8, checkpoints=tmp_path, checkpoint_steps=1, show_progress=False)
-    for _ in range(2):  # the second time from the last checkpoint before it
+    for _ in range(2):  # the second time from the last checkpoint
         model = make_model()
         with pytest.raises(
             DivergedError,
@@ -398,7 +396,7 @@ def test_a_training_that_diverges_says_when(
 
 
 class Masked(nn.Module):
-    """Keeps a mask in its state dict that is infinite from the start."""
+    """A module with an infinite mask in its state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -409,7 +407,7 @@ class Masked(nn.Module):
         return self.layer(inputs @ self.mask.softmax(-1))
 
 
-def test_what_is_infinite_from_the_start_has_not_diverged() -> None:
+def test_values_that_were_infinite_before_training_are_not_divergence() -> None:
     data = TensorDataset(torch.randn(8, 4), torch.arange(8) % 2)
     model = FineTuneModel(Masked(), nn.Linear(4, 2))
     loop = TrainerConfig(ACCELERATOR, batch_size=4, show_progress=False)
@@ -418,7 +416,7 @@ def test_what_is_infinite_from_the_start_has_not_diverged() -> None:
         fine_tune(model, data, data, [Phase(epochs=1, trainable_groups=1, lr=1e38, backbone_lr=1e38)], loop)
 
 
-def test_a_loss_that_is_not_finite_is_enough() -> None:
+def test_a_loss_that_is_not_finite_raises() -> None:
     model = make_model()
     with torch.no_grad():
         model.classifier.bias.copy_(torch.tensor([3e38, -3e38, -3e38]))
@@ -454,8 +452,8 @@ def test_a_model_that_is_copied_for_fsdp2_is_moved_to_the_device(monkeypatch: py
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_a_default_device_of_the_users_changes_nothing(as_list: bool) -> None:
-    """What the recipes make on the CPU says so; "meta" holds no values, so that one tensor made there is an error."""
+def test_torch_set_default_device_has_no_effect(as_list: bool) -> None:
+    """The recipes create tensors with an explicit device; a tensor on "meta" has no values and would raise."""
     results = []
     for default in ("cpu", "meta"):
         model, data = make_model(), make_images()
