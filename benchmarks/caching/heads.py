@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -28,7 +28,8 @@ from backbone_finetune.recipes import (
     make_accelerator,
 )
 from backbone_finetune.recipes.training.checkpoints import Progress
-from backbone_finetune.recipes.training.loop import prepared_phase, train_epoch
+from backbone_finetune.recipes.training.epoch import train_epoch
+from backbone_finetune.recipes.training.phase_state import prepared_phase
 from caching.training import Samples, time_in_turns
 
 LEARNING_RATES = tuple(1e-4 * 2**step for step in range(8))
@@ -74,15 +75,13 @@ def make_head_task(  # noqa: PLR0917  all that a task is made of
 def time_epochs(task: HeadTask, turns: int, clock: Clock, samples: Samples) -> None:
     """Time an epoch of our training loop on the cache, beside a plain loop over the same in memory."""
     model = FineTuneModel(nn.Identity(), nn.Linear(task.width, NUM_CLASSES))
-    # One batch to test on after each epoch: the loop wants to know how well it does, which the plain one does not ask.
-    test = TensorDataset(*(tensor[: task.batch_size] for tensor in task.in_memory.tensors))
     config = TrainerConfig(make_accelerator(task.device), batch_size=task.batch_size, show_progress=False)
-    phase = Phase(epochs=10**9)
-    with prepared_phase(model, task.cached, test, phase=phase, changed=set(), config=config) as state:
+    phase = Phase(epochs=10**9, lr=1e-3, weight_decay=0.01)
+    with prepared_phase(model, task.cached, None, phase=phase, changed=set(), config=config) as state:
         # The phase has put the features through its backbone, the identity, into memory: back to what is on disk.
         state.train = task.cached
-        calls = {
-            "cached epoch": partial(train_epoch, state, phase, Progress(), config, title=""),
+        calls: dict[str, Callable[[], object]] = {
+            "cached epoch": partial(train_epoch, state, Progress(), config, title=""),
             "plain epoch": partial(plain_epoch, PlainHead(task), task.in_memory),
             "plain epoch again": partial(plain_epoch, PlainHead(task), task.in_memory),
         }

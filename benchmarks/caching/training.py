@@ -128,7 +128,7 @@ def run_ours(model: FineTuneModel, task: Task, *, own_way: bool) -> None:
             autocast_features=own_way,
             show_progress=False,
         )
-        fine_tune(model, task.train, task.test, [Phase(epochs=task.epochs)], loop)
+        fine_tune(model, task.train, task.test, [Phase(epochs=task.epochs, lr=1e-3)], loop)
 
 
 def run_backbone(model: FineTuneModel, task: Task, *, own_way: bool) -> None:

@@ -183,7 +183,7 @@ def train_head_first_and_plainly(
         def seconds_of(trained: FineTuneModel, phase: Phase) -> float:
             return timed(partial(fine_tune, trained, images.fit, images.validation, [phase], loop), device)[1]
 
-        frozen_seconds = seconds_of(head_first, Phase(epochs=plan.frozen_epochs))
+        frozen_seconds = seconds_of(head_first, Phase(epochs=plan.frozen_epochs, lr=1e-3))
         seconds = frozen_seconds + (unfrozen_seconds := seconds_of(head_first, everything))
         # The other gets the time of the head's epochs as well, rounded up to one whole epoch more.
         epochs = plan.fine_tuning_epochs + math.ceil(plan.fine_tuning_epochs * frozen_seconds / unfrozen_seconds)

@@ -130,10 +130,20 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help="a folder with a sub-folder of images per class, or with train, val and test of such folders; or a table "
         "with the columns path, label and, optionally, split (.csv, .tsv)",
     )
-    add("--validation", type=Path, metavar="DATA", help="images to test on if --test is not given")
+    add("--validation", type=Path, metavar="DATA", help="images to choose on (default: DATA's val)")
     add(
-        "--test", type=Path, metavar="DATA", help="images to test on (default: DATA's test, else its val, else a share)"
+        "--test",
+        type=Path,
+        metavar="DATA",
+        help="images to test on, once (default: DATA's test, else its val if nothing is chosen on it, else a share)",
     )
+    add(
+        "--monitor",
+        choices=("accuracy", "balanced-accuracy", "loss", "off"),
+        help="keep the epoch that is best on the validation images (default: accuracy where there are validation and "
+        "test images, else off; without validation images, a fifth of the training images is held out)",
+    )
+    add("--patience", type=int, metavar="N", help="end a phase after N epochs that are no better")
     add(
         "--model",
         dest="architecture",
@@ -151,7 +161,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         Phase(),
         ("epochs", "N", ""),
         ("trainable_groups", "N", "number of last layer groups of the backbone that train; "),
-        ("lr", "RATE", ""),
+        ("lr", "RATE", "of the classifier; chosen among 8 where it trains on features; "),
         ("backbone_lr", "RATE", ""),
         ("layer_decay", "FACTOR", "factor on the rate for each layer towards the input; "),
         ("weight_decay", "W", ""),

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from training_worker import Shaken, make_images, make_model
 
-from backbone_finetune.recipes.training import loop as training
+from backbone_finetune.recipes.training import epoch
 from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
@@ -67,16 +67,16 @@ def average_by_hand(folder: str, accelerator: Any) -> None:
     """Train one epoch, and write the buffers of each process before and after averaging."""
     model, before = make_model(dropout=0.0), []
 
-    def recorded(stage: Any, accelerator: Any) -> None:
-        before.append({name: buffer.clone() for name, buffer in stage.model.named_buffers()})
-        average(stage, accelerator)
+    def recorded(state: Any, accelerator: Any) -> None:
+        before.append({name: buffer.clone() for name, buffer in state.model.named_buffers()})
+        average(state, accelerator)
 
-    average, training.average_statistics = training.average_statistics, recorded
+    average, epoch.average_statistics = epoch.average_statistics, recorded
     loop = TrainerConfig(accelerator, batch_size=4, show_progress=False)
     fine_tune(
         model, make_images(23), make_images(7), [Phase(epochs=1, trainable_groups=1, lr=0.02, norm_eval=False)], loop
     )
-    training.average_statistics = average
+    epoch.average_statistics = average
     Path(folder, "buffers").mkdir(exist_ok=True)
     for when, buffers in (("before", before[-1]), ("after", dict(model.named_buffers()))):
         save_file(buffers, Path(folder, "buffers", f"{when}-{accelerator.process_index}.safetensors"))

@@ -29,7 +29,7 @@ from backbone_finetune import FineTuneModel, cli
 from backbone_finetune.recipes import files
 from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.rng import seed_everything
-from backbone_finetune.recipes.training import loop as training
+from backbone_finetune.recipes.training import epoch, phase_state
 from backbone_finetune.recipes.training.loop import EpochResult, TrainerConfig, fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
@@ -117,21 +117,21 @@ def die_after(events: int) -> None:
 
         return call
 
-    training.train_step = counted(training.train_step)
+    epoch.train_step = counted(epoch.train_step)
     files.sync_file = counted(files.sync_file)
     os.replace = counted(os.replace)
 
 
 def train_in(folder: Path, kind: str) -> None:
     """Train one kind, and write weights.safetensors and, line by line, the epochs and steps of checkpoints."""
-    write = training.write_checkpoint
+    write = phase_state.write_checkpoint
 
     def write_and_tell(where: Path, checkpoint: Any) -> None:
         write(where, checkpoint)
         with (folder / "epochs.txt").open("a") as told:
             told.write(f"{len(checkpoint.progress.history)} {checkpoint.progress.step}\n")
 
-    training.write_checkpoint = write_and_tell
+    phase_state.write_checkpoint = write_and_tell
     if kind == "command":
         options = "--model test_resnet --epochs 2 --batch-size 4 --checkpoint-steps 2 --lr 0.01"
         status = cli.main(["train", str(folder / "images"), *options.split(), "--output", str(folder / "run")])

@@ -32,6 +32,7 @@ from .training.divergence import DivergedError
 from .training.loop import TrainerConfig, fine_tune
 from .training.phases import Phase, read_phases
 from .training.processes import make_accelerator
+from .training.scoring import Score, evaluate
 
 __all__ = [
     "ClassScore",
@@ -49,12 +50,14 @@ __all__ = [
     "NamedModel",
     "Phase",
     "Prediction",
+    "Score",
     "TrainSettings",
     "TrainedModel",
     "TrainerConfig",
     "compile_inductor",
     "compile_openvino",
     "data_fingerprint",
+    "evaluate",
     "evaluate_folder",
     "export_hub_folder",
     "export_onnx",

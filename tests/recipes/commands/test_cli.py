@@ -37,7 +37,8 @@ def fail(capsys: pytest.CaptureFixture[str]) -> Fail:
             status = stop.code  # type: ignore[assignment]
         printed = capsys.readouterr()
         assert status == 2
-        assert all(line.startswith(("train: ", "images by class, ")) for line in printed.out.splitlines())
+        of_the_data = ("train: ", "validation: ", "test: ", "images by class, ")
+        assert all(line.startswith(of_the_data) for line in printed.out.splitlines())
         (line,) = printed.err.splitlines()
         assert line.startswith("backbone-finetune: error: ")
         return line.removeprefix("backbone-finetune: error: ")

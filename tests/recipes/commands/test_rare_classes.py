@@ -61,7 +61,7 @@ def test_the_command_records_class_weights_and_repeats_the_run(
     assert (record["arguments"]["class_weights"], record["arguments"]["label_smoothing"]) == ("balanced", 0.1)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     share = metrics["test_balanced_accuracy"]
-    assert share == metrics["history"][-1]["test_balanced_accuracy"] != metrics["test_accuracy"]
+    assert share != metrics["test_accuracy"]
     assert f"balanced         {share:.3f}".replace(" 0.", " .") + "  mean recall of the classes\n" in printed
 
     again = ["train", "--run", str(tmp_path / "run" / "run.json"), "--output", str(tmp_path / "again")]

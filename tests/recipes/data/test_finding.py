@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from image_folders import make_folder, make_image
@@ -22,8 +23,9 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-def find(path: Path, *, validation: Path | None = None, test: Path | None = None) -> tuple[LabelledFolder, ...]:
-    return find_data(path, validation=validation, test=test, test_share=0.3, seed=0)
+def find(path: Path, **arguments: Any) -> list[LabelledFolder]:
+    """Find what there is of train, validation and test."""
+    return [part for part in find_data(path, **arguments, test_share=0.3, seed=0) if part is not None]
 
 
 @pytest.mark.parametrize("train", ["train", "Train", "training"])
@@ -39,22 +41,49 @@ def test_train_and_val_folders_are_not_classes(tmp_path: Path, train: str, val: 
         find_images(tmp_path)
 
 
-def test_the_test_folder_is_preferred_to_the_val_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_val_and_test_folders_are_used_as_such(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, count in (("train", 3), ("val", 2), ("test", 1), ("extra", 1)):
         make_folder(tmp_path / name, per_class=count)
     caplog.set_level("INFO")
-    assert [len(found.paths) for found in find(tmp_path)] == [9, 3]
+    assert [len(found.paths) for found in find(tmp_path)] == [9, 6, 3]
     assert f"{tmp_path}: left out: extra; only train, val and test are used" in caplog.messages
-    used = f"train: {tmp_path / 'train'}; test: {tmp_path / 'test'} (test); validation is not used, as there is a test"
-    assert used in caplog.messages
-    assert "images by class, train + test: blue 3 + 1, green 3 + 1, red 3 + 1" in caplog.messages
+    for part, folder, count in (("train", "train", 9), ("validation", "val", 6), ("test", "test", 3)):
+        assert f"{part}: {count} images from {tmp_path / folder}" in caplog.messages
+    counts = "blue 3 + 2 + 1, green 3 + 2 + 1, red 3 + 2 + 1"
+    assert f"images by class, train + validation + test: {counts}" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("folders", "chooses", "expected"),
+    [
+        (("val",), None, [30, 0, 6]),  # nothing is chosen on them: the model is tested on them
+        (("val",), False, [30, 0, 6]),
+        (("val",), True, [30, 6, 0]),
+        (("test",), None, [30, 0, 6]),
+        (("test",), True, [24, 6, 6]),
+        (("val", "test"), None, [30, 6, 6]),
+        (("val", "test"), False, [30, 6, 6]),
+        ((), None, [21, 0, 9]),
+        ((), True, [18, 3, 9]),  # a fifth of each class of the 21
+    ],
+)
+def test_what_is_chosen_on_is_not_tested_on(
+    tmp_path: Path, folders: tuple[str, ...], chooses: bool | None, expected: list[int]
+) -> None:
+    make_folder(tmp_path / "train", per_class=10)
+    for name in folders:
+        make_folder(tmp_path / name, per_class=2)
+    parts = find_data(tmp_path, chooses=chooses, test_share=0.3, seed=0)
+    assert [0 if part is None else len(part.paths) for part in parts] == expected
+    paths = [path for part in parts if part is not None for path in part.paths]
+    assert len(set(paths)) == len(paths)
 
 
 def test_a_share_of_a_train_folder_alone_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_folder(tmp_path / "train", per_class=10)
     caplog.set_level("INFO")
     assert [len(found.paths) for found in find(tmp_path)] == [21, 9]
-    assert f"train: {tmp_path / 'train'}; test: 30 % of each class, held out" in caplog.messages
+    assert f"test: 9 images from {tmp_path / 'train'}, 30 % of each class, held out" in caplog.messages
 
 
 def test_a_class_may_have_the_name_train(tmp_path: Path) -> None:
@@ -85,8 +114,8 @@ def test_parts_in_other_folders(tmp_path: Path) -> None:
         make_folder(tmp_path / name, per_class=count)
     data, other, third = (tmp_path / name for name in ("data", "other", "third"))
     assert [len(part.paths) for part in find(data, validation=other)] == [12, 6]
-    assert [len(part.paths) for part in find(data, test=third)] == [12, 3]
-    assert [len(part.paths) for part in find(other, validation=data / "val", test=third / "test")] == [6, 3]
+    assert [len(part.paths) for part in find(data, test=third)] == [12, 9, 3]
+    assert [len(part.paths) for part in find(other, validation=data / "val", test=third / "test")] == [6, 6, 3]
 
 
 def test_links_to_folders_are_followed_except_loops(tmp_path: Path) -> None:

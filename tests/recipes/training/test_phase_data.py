@@ -76,7 +76,7 @@ def test_training_on_cached_tensors_equals_training_the_whole_model(settings: di
         torch.testing.assert_close(cached.state_dict(), whole.state_dict(), rtol=1e-3, atol=1e-4)
         for one, other in zip(found, expected, strict=True):
             assert one.train_loss == pytest.approx(other.train_loss, rel=1e-3)
-            assert one.test_accuracy == pytest.approx(other.test_accuracy, abs=1 / 12 + 1e-6)
+            assert one.validation_accuracy == pytest.approx(other.validation_accuracy, abs=1 / 12 + 1e-6)
 
 
 def test_frozen_modules_run_once_for_any_number_of_epochs() -> None:

@@ -93,9 +93,9 @@ def test_a_run_killed_at_many_random_moments(tmp_path: Path) -> None:
 
 
 def checkpoint(steps: int) -> Checkpoint:
-    progress = Progress(phase=1, epoch=1, step=2, steps=steps, history=[EpochResult(1, 0.5, 0.5, 0.5)])
+    progress = Progress(phase=1, epoch=1, step=2, steps=steps, history=[EpochResult(1, 0.5, 0.5, 1e-3, 0.01)])
     tensors = {"classifier.weight": torch.full((8,), float(steps))}
-    return Checkpoint(progress, tensors, {"classifier.weight": {"exp_avg": torch.ones(8)}}, [{"torch": "00"}], {})
+    return Checkpoint(progress, tensors, {}, {"classifier.weight": {"exp_avg": torch.ones(8)}}, [{"torch": "00"}], {})
 
 
 def truncate(path: Path) -> None:

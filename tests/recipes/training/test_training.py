@@ -87,7 +87,7 @@ def run(
         show_progress=False,
     )
     train, test = train or make_images(), test or make_images(12)
-    return fine_tune(model, train, test, [Phase(**{"epochs": 3, **phase})], loop)
+    return fine_tune(model, train, test, [Phase(**{"epochs": 3, "lr": 1e-3, **phase})], loop)
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def test_training_on_features_equals_training_on_the_frozen_backbone(accumulatio
     expected = run(whole, Transformed(make_images()), accumulation=accumulation)
     assert whole.backbone.seen == 3 * (24 + 12)
     torch.testing.assert_close(cached.classifier.state_dict(), whole.classifier.state_dict())
-    assert [result.test_accuracy for result in history] == [result.test_accuracy for result in expected]
+    assert [result.validation_accuracy for result in history] == [result.validation_accuracy for result in expected]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -152,7 +152,7 @@ def test_frozen_means_frozen_and_the_classifier_learns() -> None:
     history = run(model, epochs=40, lr=0.05)
     assert changed(before, model) == {"classifier.weight", "classifier.bias"}
     assert history[-1].train_loss < 0.7 * history[0].train_loss
-    assert history[-1].test_accuracy > 0.8
+    assert (history[-1].validation_accuracy or 0) > 0.8
     assert [result.epoch for result in history] == list(range(1, 41))
 
 
@@ -228,10 +228,10 @@ def test_weights_depend_on_the_seed(trainable_groups: int) -> None:
     assert not torch.equal(weights(0), weights(1))
 
 
-def test_the_test_images_do_not_affect_training() -> None:
-    def weights(test: Any) -> Tensor:
+def test_the_validation_images_do_not_affect_training() -> None:
+    def weights(validation: Any) -> Tensor:
         model = make_model()
-        run(model, make_images(), test, epochs=2, trainable_groups=1)
+        run(model, make_images(), validation, epochs=2, trainable_groups=1)
         return model.classifier.weight
 
     assert torch.equal(weights(make_images(12)), weights(TensorDataset(torch.ones(2, 3, 8, 8), torch.tensor([0, 1]))))
@@ -264,7 +264,7 @@ def test_progress_is_shown_for_each_epoch(capfd: pytest.CaptureFixture[str]) -> 
     fine_tune(make_model(), make_images(), make_images(12), phases, TrainerConfig(ACCELERATOR, batch_size=8))
     lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
     for epoch in (1, 2):
-        assert any(line.startswith(f"epoch {epoch}/2: 100%") and "test=" in line for line in lines)
+        assert any(line.startswith(f"epoch {epoch}/2: 100%") and "validation=" in line for line in lines)
 
 
 def test_each_phase_continues_from_the_one_before_and_trains_its_own_layers() -> None:
@@ -308,7 +308,8 @@ def test_features_of_an_earlier_backbone_are_replaced(tmp_path: Path, caplog: py
     fine_tune(model, make_images(), make_images(12), phases, loop)
     reason = "made with other backbone; computing them again"
     replaced = [f"features in {cache.folder}: {reason}" for cache in caches]
-    assert [message.replace(" and other precision", "") for message in caplog.messages] == replaced * 2
+    messages = [message for message in caplog.messages if message.startswith("features in")]
+    assert [message.replace(" and other precision", "") for message in messages] == replaced * 2
     passes.clear()
     fine_tune(model, make_images(), make_images(12), [Phase(epochs=1)], loop)
     assert len(passes) == 2  # the stored features are those of the final backbone; eight images are checked
@@ -350,7 +351,7 @@ def test_no_phases_and_no_images_raise() -> None:
     none: Any = TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0))
     with pytest.raises(ValueError, match="phases is empty; pass one Phase or more"):
         fine_tune(make_model(), make_images(), make_images(), [], TrainerConfig(ACCELERATOR))
-    for data, name in ((none, "train"), (make_images(), "test")):
+    for data, name in ((none, "train"), (make_images(), "validation")):
         with pytest.raises(ValueError, match=rf"len\({name}\) = 0: expected one image or more"):
             fine_tune(make_model(), data, none, [Phase()], TrainerConfig(ACCELERATOR))
 
@@ -385,9 +386,8 @@ def test_a_training_that_diverges_raises_with_the_epoch(
         with pytest.raises(
             DivergedError,
             match=rf"^the training diverged at lr = .*: {said} in epoch {epoch}; pass a lower --lr \(in Python",
-        ) as diverged:
+        ):
             fine_tune(model, images, make_images(12), [Phase(**{"epochs": 3, **phase})], loop)
-        assert 0 <= diverged.value.test_accuracy <= 1
         saved = newest_checkpoint(tmp_path)
         assert saved is None or len(saved.progress.history) == epoch - 1
         assert saved is None or all(tensor.isfinite().all() for tensor in saved.model.values())

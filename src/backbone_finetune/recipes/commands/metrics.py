@@ -13,14 +13,16 @@ __all__ = ["Metrics", "describe"]
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """The record of a run, as ``metrics.json`` holds it. Accuracies are shares of the test images, 0 to 1.
+    """The record of a run, as ``metrics.json`` holds it. Accuracies are shares of images, 0 to 1.
 
-    Baselines that were not measured are None. ``feature_precision`` is the precision of the features behind
-    ``test_accuracy``, where it is not the one that ``predict`` computes in. ``test_balanced_accuracy`` is the mean
-    recall of the classes that have test images.
+    What was not measured is None. The test images are looked at once, when all is chosen; ``history`` has what the
+    validation images gave in each epoch, and ``best_epoch`` is the one whose weights were kept, where a monitor chose.
+    ``test_balanced_accuracy`` is the mean recall of the classes that have test images.
     """
 
-    test_accuracy: float
+    test_accuracy: float | None
+    validation_accuracy: float | None = None
+    best_epoch: int | None = None
     chance: float
     random_backbone: float | None = None
     raw_pixels: float | None = None
@@ -34,40 +36,47 @@ class Metrics:
     data_config: dict[str, Any]
     class_names: tuple[str, ...]
     train_images: int
+    validation_images: int
     test_images: int
     skipped_images: tuple[str, ...]
     history: tuple[EpochResult, ...]
     backward_milliseconds: BackwardTimes | None = None
     device: str
-    feature_precision: str | None
     seconds: float | None = None
     versions: dict[str, str]
 
     def references(self) -> dict[str, float]:
         """Name the accuracies that this run's is compared with, those that were measured."""
-        measured = {"chance": self.chance, "random backbone": self.random_backbone, "raw pixels": self.raw_pixels}
+        measured = {
+            "chance": self.chance,
+            "random backbone": self.random_backbone,
+            "raw pixels": self.raw_pixels,
+        }
         return {name: accuracy for name, accuracy in measured.items() if accuracy is not None}
 
 
 def describe(metrics: Metrics) -> str:
     """Write the accuracies and the backward times as lines to read."""
-    share, times = metrics.test_accuracy, metrics.backward_milliseconds
-    standard_error = math.sqrt(share * (1 - share) / metrics.test_images)
+    times, mean = metrics.backward_milliseconds, metrics.test_balanced_accuracy
     explanations = {
         "chance": "always the commonest class",
         "random backbone": "the same classifier on the same network, untrained and frozen",
         "raw pixels": "the same classifier on 32 x 32 pixels",
     }
-    precision = f"; features in {metrics.feature_precision}, predict: float32" if metrics.feature_precision else ""
-    mean = metrics.test_balanced_accuracy  # where the classes are of one size it is the accuracy
-    line = "balanced         {}  mean recall of the classes"
-    balanced = [] if mean is None or math.isclose(mean, share) else [line.format(_decimals(mean))]
-    lines = [
-        f"test accuracy    {_decimals(share)}  of {metrics.test_images} images, "
-        f"standard error {_decimals(standard_error)}{precision}",
-        *balanced,
-        *(f"{name:15}  {_decimals(value)}  {explanations[name]}" for name, value in metrics.references().items()),
-    ]
+    lines = []
+    if metrics.validation_accuracy is not None:
+        chosen = "" if metrics.best_epoch is None else f", after epoch {metrics.best_epoch}, which they chose"
+        line = f"validation       {_decimals(metrics.validation_accuracy)}"
+        lines.append(f"{line}  of {metrics.validation_images} images{chosen}")
+    if metrics.test_accuracy is not None:
+        error = math.sqrt(metrics.test_accuracy * (1 - metrics.test_accuracy) / metrics.test_images)
+        line = f"test accuracy    {_decimals(metrics.test_accuracy)}"
+        lines.append(f"{line}  of {metrics.test_images} images, standard error {_decimals(error)}")
+        # Where the classes are of one size it is the accuracy.
+        if mean is not None and not math.isclose(mean, metrics.test_accuracy):
+            lines.append(f"balanced         {_decimals(mean)}  mean recall of the classes")
+    references = metrics.references().items()
+    lines += [f"{name:15}  {_decimals(value)}  {explanations[name]}" for name, value in references]
     if times is not None:
         groups = metrics.phases[-1].trainable_groups
         frozen = "frozen" if groups == 0 else f"frozen but for {groups} layer groups"

@@ -21,9 +21,11 @@ def draw_curves(history: Sequence[EpochResult], references: Mapping[str, float],
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(epochs, [result.train_loss for result in history], marker=".", label="training")
     loss.set(xlabel="epoch", ylabel="cross entropy", ylim=(0, None))
-    accuracy.plot(epochs, [result.test_accuracy for result in history], marker=".", color="C2", label="test")
+    if history[0].validation_accuracy is not None:
+        validation = [result.validation_accuracy for result in history]
+        accuracy.plot(epochs, validation, marker=".", color="C2", label="validation")
     accuracy.plot(epochs, [result.train_accuracy for result in history], marker=".", color="C0", label="training")
-    for (name, value), style in zip(references.items(), ("-", "--", "-.", ":"), strict=False):
+    for (name, value), style in zip(references.items(), ("-", "--", "-.", ":", "-"), strict=False):
         accuracy.axhline(value, color="grey", linestyle=style, label=name)
     accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
     for axes in (loss, accuracy):

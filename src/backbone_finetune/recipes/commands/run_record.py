@@ -34,7 +34,7 @@ class _RunFile(BaseModel):
 
 
 def record_run(
-    settings: TrainSettings, task: Task, config: TrainerConfig, fingerprints: tuple[str, str]
+    settings: TrainSettings, task: Task, config: TrainerConfig, fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
     """Describe a run: its settings as they came out, and its versions, images and backbone.
 
@@ -53,8 +53,7 @@ def record_run(
     return {
         "arguments": arguments,
         "versions": installed_versions(),
-        "train_images": {"count": len(task.train), "digest": fingerprints[0]},
-        "test_images": {"count": len(task.test), "digest": fingerprints[1]},
+        **{f"{name}_images": {"count": len(data), "digest": fingerprints[name]} for name, data in task.parts().items()},
         "backbone_digest": backbone_fingerprint(task.model.backbone),
     }
 

@@ -1,5 +1,7 @@
 """The settings of a run, and the model and the images that they ask for."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,17 +20,23 @@ from ..data.images import ImageDataset, LabelledFolder
 from ..models.file import build_transform, find_size_problem
 from ..models.weights import BaseWeights, load_network, remember_base
 from ..together import run_on_main
-from ..training.loop import TrainerConfig
+from ..training.loop import EpochResult, TrainerConfig
 from ..training.phases import Phase
 from .run_folder import check_output_folder
 
-__all__ = ["CLIPART", "Task", "TrainSettings", "make_task"]
+__all__ = ["CLIPART", "Task", "TrainSettings", "choose_monitor", "make_task"]
 
 CLIPART = Path(__file__).parents[1] / "data" / "clipart" / "pictures"
 # The clipart is stored at 64 pixels. Five-fold cross-validation on its training images alone gave .66 at 96 pixels,
 # .69 at 128 and .73 at 160, for 2 and 4 times the time; a first look at a library should be quick.
 CLIPART_INPUT_SIZE = (3, 96, 96)
 TEST_SHARE = 0.3
+MONITORS: dict[str, Callable[[EpochResult], float] | None] = {
+    "accuracy": lambda result: result.validation_accuracy or 0.0,
+    "balanced-accuracy": lambda result: result.validation_balanced_accuracy or 0.0,
+    "loss": lambda result: -math.inf if result.validation_loss is None else -result.validation_loss,
+    "off": None,
+}
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -37,8 +45,13 @@ class TrainSettings:
 
     Args:
         images: A folder with a sub-folder of images per class; one of train, val and test folders of these; or a table.
-        validation: Images to test on where there is no ``test``. By default the val folder.
-        test: Images to test on. By default the test folder, else the val folder, else a share of each class.
+        validation: Images that rates and the best epoch are chosen on. By default the val folder.
+        test: Images that the model is tested on, once, when it is trained. By default the test folder; where there is
+            none, the validation images if nothing is chosen on them, else a share of each class.
+        monitor: What the best epoch is chosen by, on the validation images: "accuracy", "balanced-accuracy" or "loss";
+            "off" keeps the last one. None is "accuracy" where there are both validation and test images, else "off".
+            Where there are no validation images, a fifth of the training images is held out for it.
+        patience: A phase ends after so many epochs that are no better.
         architecture: A name of timm. Its weights are random, unless ``pretrained`` or ``checkpoint`` is given.
         pretrained: Whether to load timm's pretrained weights, from the hub.
         checkpoint: A file of weights.
@@ -76,6 +89,8 @@ class TrainSettings:
     architecture: str | None = None
     pretrained: bool = False
     checkpoint: Path | None = None
+    monitor: Literal["accuracy", "balanced-accuracy", "loss", "off"] | None = None
+    patience: Positive | None = None
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
     batch_size: Positive = 32
     accumulation: Positive = 1
@@ -98,9 +113,10 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Task:
-    """A model and what it is trained and tested on.
+    """A model and what it is trained, validated and tested on.
 
-    ``base`` is what the backbone was before, where only what changes is to be written.
+    ``base`` is what the backbone was before, where only what changes is to be written. ``validation`` or ``test`` is
+    None, but not both.
     """
 
     model: FineTuneModel
@@ -109,7 +125,13 @@ class Task:
     data_config: dict[str, Any]
     base: BaseWeights | None
     train: ImageDataset
-    test: ImageDataset
+    validation: ImageDataset | None
+    test: ImageDataset | None
+
+    def parts(self) -> dict[str, ImageDataset]:
+        """Name the images that there are: "train", "validation", "test"."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: data for name, data in parts.items() if data is not None}
 
 
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
@@ -123,17 +145,20 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
     data_config = choose_data_config(model, small=settings.images is None)
-    transforms = (build_transform(data_config, augment=settings.views > 1), build_transform(data_config))
-    train_data, test_data = (ImageDataset(part, each) for part, each in zip(parts, transforms, strict=True))
-    return Task(model, architecture, weights, data_config, base, train_data, test_data)
+    train, *others = parts
+    transform = build_transform(data_config)
+    validation, test = (None if part is None else ImageDataset(part, transform) for part in others)
+    shown = ImageDataset(train, build_transform(data_config, augment=settings.views > 1))
+    return Task(model, architecture, weights, data_config, base, shown, validation, test)
 
 
-def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder]:
+def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
     check_output_folder(settings.output, overwrite=settings.overwrite)
     return find_data(
         settings.images or CLIPART,
         validation=settings.validation,
         test=settings.test,
+        chooses=None if settings.monitor is None else settings.monitor != "off",
         test_share=TEST_SHARE,
         seed=settings.seed,
     )
@@ -146,3 +171,9 @@ def choose_data_config(model: FineTuneModel, *, small: bool) -> dict[str, Any]:
         if find_size_problem(meta_copy(model), config["input_size"]) is None:
             return config
     return dict(resolve_model_data_config(model))  # type: ignore[no-untyped-call]
+
+
+def choose_monitor(settings: TrainSettings, task: Task) -> Callable[[EpochResult], float] | None:
+    """Return what the best epoch is chosen by; None keeps the last one."""
+    by_default = "off" if task.validation is None or task.test is None else "accuracy"
+    return MONITORS[settings.monitor or by_default]

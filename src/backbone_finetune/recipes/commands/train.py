@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import islice
@@ -22,20 +22,21 @@ from ..data.images import ImageDataset
 from ..export.timm_checkpoint import find_obstacle
 from ..features.cache import FeatureCache
 from ..features.compiled import COMPILERS
-from ..models.file import TrainedModel, save_trained_changes, save_trained_model
+from ..models.file import TrainedModel, build_transform, save_trained_changes, save_trained_model
 from ..models.metadata import installed_versions
 from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
 from ..training.divergence import DivergedError
-from ..training.loop import TrainerConfig, fine_tune
+from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
 from ..training.losses import balanced_weights
 from ..training.processes import find_device, make_accelerator
+from ..training.scoring import Score, evaluate
 from .baselines import baseline_accuracy, chance_accuracy, measure_backward, pixel_model, random_model
 from .metrics import Metrics, describe
 from .run_folder import CURVES_FILE, METRICS_FILE, MODEL_FILE, RUN_FILE, UNFINISHED, finish_run, open_run, publishing
 from .run_record import compare_runs, record_run
-from .setup import CLIPART, Task, TrainSettings, make_task
+from .setup import CLIPART, Task, TrainSettings, choose_monitor, make_task
 
 __all__ = ["CLIPART", "TrainSettings", "train"]
 
@@ -93,7 +94,8 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         if accelerator.is_main_process:
             logger.info(describe(metrics))
             with publishing(settings.output, CURVES_FILE) as temporary:
-                draw_curves(metrics.history, metrics.references(), temporary)
+                test = {} if metrics.test_accuracy is None else {"test": metrics.test_accuracy}
+                draw_curves(metrics.history, test | metrics.references(), temporary)
             with publishing(settings.output, METRICS_FILE) as temporary:
                 temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False) + "\n")
             finish_run(settings.output)
@@ -126,8 +128,8 @@ def _start(
         caches=None
         if settings.cache == "memory"
         else (
-            FeatureCache(unfinished / "features-train", fingerprints[0]),
-            FeatureCache(unfinished / "features-test", fingerprints[1]),
+            FeatureCache(unfinished / "features-train", fingerprints["train"]),
+            FeatureCache(unfinished / "features-validation", fingerprints.get("validation", "")),
         ),
         memory_share={"memory": 1.0, "disk": 0.0}.get(settings.cache, FeatureCache.memory_share),
         cache_features=settings.cache != "off",
@@ -135,6 +137,8 @@ def _start(
         class_weights=None if settings.class_weights is None else balanced_weights(task.train.folder.targets),
         label_smoothing=settings.label_smoothing,
         autocast_features=(settings.mixed_precision != "no") if autocast is None else autocast,
+        monitor=choose_monitor(settings, task),
+        patience=settings.patience,
         workers=settings.workers,
         compile=None if settings.compile is None else COMPILERS[settings.compile],
     )
@@ -146,23 +150,21 @@ def _start(
     if accelerator.is_main_process:
         if differences := [] if recorded is None else compare_runs(recorded, record):
             logger.warning("this run differs from the recorded one: %s", join_some(differences, separator="; "))
-        folder, counts = task.train.folder, (len(task.train), len(task.test))
         logger.info(
-            f"images:   {sum(counts)} in {len(folder.class_names)} classes from {printable(str(folder.root))}\n"
-            f"          {counts[0]} to train, {counts[1]} to test\n"
             f"model:    {task.architecture}, {printable(task.weights)}, on {accelerator.device}\n\n"
             f"{describe_by_group(task.model.backbone, task.model.classifier, task.model.layer_groups)}\n"
         )
-        if obstacle := find_obstacle(task.architecture, len(folder.class_names)):
+        if obstacle := find_obstacle(task.architecture, len(task.train.folder.class_names)):
             logger.info("export:   %s\n", obstacle)
     return config, record
 
 
-def _fingerprints(settings: TrainSettings, task: Task) -> tuple[str, str]:
-    """Name the images; augmented views are those of the seed."""
-    still = ImageDataset(task.train.folder, task.test.transform)
+def _fingerprints(settings: TrainSettings, task: Task) -> dict[str, str]:
+    """Name the images of each part; augmented views are those of the seed."""
     views = f" in {settings.views} views of seed {settings.seed}" if settings.views > 1 else ""
-    return data_fingerprint(still) + views, data_fingerprint(task.test)
+    transform = build_transform(task.data_config)
+    names = {name: data_fingerprint(ImageDataset(data.folder, transform)) for name, data in task.parts().items()}
+    return {**names, "train": names["train"] + views}
 
 
 def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, record: Mapping[str, Any]) -> Metrics:
@@ -170,15 +172,18 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
     accelerator = config.accelerator
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
     try:
-        history = fine_tune(task.model, task.train, task.test, settings.phases, config)
+        history = fine_tune(task.model, task.train, task.validation, settings.phases, config)
     except DivergedError as error:
         hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
-        raise DivergedError(f"{error}; {hint}", test_accuracy=error.test_accuracy) from error
-    in_bf16 = record["arguments"]["autocast_features"] and settings.phases[-1].trainable_groups == 0
+        raise DivergedError(f"{error}; {hint}") from error
+    score = None if task.test is None else _score(task.model, task.test, config)
+    best = _best_epoch(history, config)
     metrics = Metrics(
-        test_accuracy=history[-1].test_accuracy,
-        test_balanced_accuracy=history[-1].test_balanced_accuracy,
-        chance=chance_accuracy(task.train.folder.targets, task.test.folder.targets),
+        test_accuracy=None if score is None else score.accuracy,
+        test_balanced_accuracy=None if score is None else score.balanced_accuracy,
+        validation_accuracy=history[-1 if best is None else best - 1].validation_accuracy,
+        best_epoch=best,
+        chance=chance_accuracy(task.train.folder.targets, _held_out(task).folder.targets),
         architecture=task.architecture,
         weights=task.weights,
         phases=settings.phases,
@@ -187,12 +192,12 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
         processes=accelerator.num_processes,
         data_config=task.data_config,
         class_names=task.train.folder.class_names,
-        train_images=len(task.train) - len(task.train.broken),
-        test_images=len(task.test) - len(task.test.broken),
-        skipped_images=(*task.train.broken.values(), *task.test.broken.values()),
+        train_images=_count_readable(task.train),
+        validation_images=_count_readable(task.validation),
+        test_images=_count_readable(task.test),
+        skipped_images=tuple(message for data in task.parts().values() for message in data.broken.values()),
         history=tuple(history),
         device=str(accelerator.device),
-        feature_precision="bf16" if in_bf16 else None,
         versions=installed_versions(),
     )
     if accelerator.is_main_process:
@@ -207,6 +212,35 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
     return metrics
 
 
+def _held_out(task: Task) -> ImageDataset:
+    """Return the images that the accuracy is of: the test images, else the validation images."""
+    held_out = task.validation if task.test is None else task.test
+    assert held_out is not None
+    return held_out
+
+
+def _count_readable(data: ImageDataset | None) -> int:
+    return 0 if data is None else len(data) - len(data.broken)
+
+
+def _best_epoch(history: Sequence[EpochResult], config: TrainerConfig) -> int | None:
+    """Return the number of the first epoch that the monitor rates highest; None without a monitor."""
+    return None if config.monitor is None else max(history, key=config.monitor).epoch
+
+
+def _score(model: FineTuneModel, data: ImageDataset, config: TrainerConfig) -> Score:
+    """Evaluate a model on images, once, in the precision of `predict`."""
+    score = evaluate(
+        model.to(config.accelerator.device),
+        data,
+        batch_size=config.batch_size,
+        accelerator=config.accelerator,
+        workers=config.workers_for(data),
+    )
+    report_skipped([data], {}, config.accelerator)
+    return score
+
+
 def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig) -> Metrics:
     """Train what the model is compared with, and time its backward pass."""
     accelerator, num_classes = config.accelerator, len(metrics.class_names)
@@ -215,10 +249,12 @@ def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config
     seed_everything(settings.seed)
     # As long as the model itself, with the first phase's rates, and always frozen.
     phase = replace(settings.phases[0], epochs=len(metrics.history), trainable_groups=0)
-    baseline_config = replace(config, checkpoints=None, caches=None, compile=None, show_progress=False)
+    baseline_config = replace(
+        config, checkpoints=None, caches=None, compile=None, monitor=None, patience=None, show_progress=False
+    )
 
-    def compare(name: str, model: FineTuneModel) -> float:
-        return baseline_accuracy(name, model, task.train, task.test, phase=phase, config=baseline_config)
+    def compare(name: str, model: FineTuneModel) -> float | None:
+        return baseline_accuracy(name, model, task.train, _held_out(task), phase=phase, config=baseline_config)
 
     return replace(
         metrics,

@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from PIL import Image
@@ -27,6 +28,7 @@ IMAGE_EXTENSIONS = frozenset(
 EXAMPLES = ".jpg, .png, .webp and all that Pillow reads"
 EXPECTED = "expected a folder with a sub-folder of images per class"
 
+VALIDATION_SHARE = 0.2
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = {"train": TRAIN, "training": TRAIN, "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION}
 SPLITS |= {"test": TEST, "testing": TEST}
@@ -203,34 +205,57 @@ def choose_test(parts: Mapping[str, LabelledFolder]) -> LabelledFolder:
 
 
 def find_data(
-    path: Path, *, validation: Path | None = None, test: Path | None = None, test_share: float, seed: int
-) -> tuple[LabelledFolder, LabelledFolder]:
-    """Find the images to train and to test on, and log what is used for what; see `find_splits`.
+    path: Path,
+    *,
+    validation: Path | None = None,
+    test: Path | None = None,
+    chooses: bool | None = None,
+    test_share: float,
+    seed: int,
+) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
+    """Find the images to train, validate and test on, and log what is used for what; see `find_splits`.
 
-    ``validation`` and ``test`` are other places of these parts. Where there is neither, a share of each class is held
-    out. Images that are on both sides are logged.
+    Images that are in two of the parts are logged.
+
+    Args:
+        path: The folder or table.
+        validation: Another place of the validation images.
+        test: Another place of the test images.
+        chooses: Whether something is chosen on the validation images. Then they are no test images too, and where
+            there are none, a fifth of the training images is held out for it. None is yes where there is a test.
+        test_share: The share of each class to test on, where there are neither test nor validation images.
+        seed: Draws what is held out.
     """
     parts = find_splits(path)
     for part, other in ((VALIDATION, validation), (TEST, test)):
         if other is not None:
             parts[part] = choose_test(find_splits(other, parts[TRAIN].class_names))
-    train = parts[TRAIN]
+    notes = dict.fromkeys(parts, "")
     if len(parts) == 1:
-        train, held_out = split(train, test_share=test_share, seed=seed)
-        logger.info("train: %s; test: %.0f %% of each class, held out", _show(train.root), 100 * test_share)
-    else:
-        held_out = choose_test(parts)
-        used = TEST if TEST in parts else VALIDATION
-        unused = "; validation is not used, as there is a test" if len(parts) > 2 else ""
-        logger.info("train: %s; test: %s (%s)%s", _show(train.root), _show(held_out.root), used, unused)
-    counts = [Counter(part.targets) for part in (train, held_out)]
-    lines = [f"{name} {counts[0][target]} + {counts[1][target]}" for target, name in enumerate(train.class_names)]
-    logger.info("images by class, train + test: %s", _show(join_some(lines, most=20)))
-    if pairs := _find_identical(train, held_out):
-        shown = join_some([f"{other} is {path}" for path, other in pairs], separator="; ")
-        share = f"{len(pairs)} of {len(held_out.paths)} test images are training images, byte for byte"
-        logger.warning("%s, which makes the test accuracy too high: %s", share, _show(shown))
-    return train, held_out
+        parts[TRAIN], parts[TEST] = split(parts[TRAIN], test_share=test_share, seed=seed)
+        notes[TEST] = f", {100 * test_share:.0f} % of each class, held out"
+    elif TEST not in parts and not chooses:
+        parts[TEST] = parts.pop(VALIDATION)
+        notes[TEST] = ", the validation images, as nothing is chosen on them"
+    if chooses and VALIDATION not in parts:
+        parts[TRAIN], parts[VALIDATION] = split(parts[TRAIN], test_share=VALIDATION_SHARE, seed=seed)
+        notes[VALIDATION] = f", {100 * VALIDATION_SHARE:.0f} % of each class of the rest, held out"
+    for name, images in parts.items():
+        logger.info("%s: %d images from %s%s", name, len(images.paths), _show(images.root), notes.get(name, ""))
+    counts = [Counter(images.targets) for images in parts.values()]
+    lines = [
+        f"{name} {' + '.join(str(count[target]) for count in counts)}"
+        for target, name in enumerate(parts[TRAIN].class_names)
+    ]
+    logger.info("images by class, %s: %s", " + ".join(parts), _show(join_some(lines, most=20)))
+    for name, later in combinations(parts, 2):
+        if pairs := _find_identical(parts[name], parts[later]):
+            shown = join_some([f"{second} is {first}" for first, second in pairs], separator="; ")
+            logger.warning(
+                "%d of %d %s images are %s images, byte for byte, which makes the %s accuracy too high: %s",
+                *(len(pairs), len(parts[later].paths), later, {TRAIN: "training"}.get(name, name), later, _show(shown)),
+            )
+    return parts[TRAIN], parts.get(VALIDATION), parts.get(TEST)
 
 
 def _find_identical(train: LabelledFolder, test: LabelledFolder) -> list[tuple[Path, Path]]:

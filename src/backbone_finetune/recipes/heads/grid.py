@@ -4,8 +4,9 @@ from __future__ import annotations  # help() shows the names of types, not what 
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, product
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from ..features.extract import find_device_of
 __all__ = ["HeadResult", "check_features", "decaying_names", "fit_heads", "head_batch"]
 
 _listed = BeforeValidator(lambda rates: list(rates) if isinstance(rates, Iterable) else rates)  # an array, too
+ImageLoss = Callable[[Tensor, Tensor], Tensor]
 Rates = Annotated[Sequence[NotNegative], _listed, Field(min_length=1)]
 
 
@@ -100,7 +102,9 @@ class StackedHeads:
             own[name].copy_(tensor[index])
 
     @torch.no_grad()
-    def validate(self, validation: TensorDataset, batch_size: int) -> tuple[list[float], list[float]]:
+    def validate(
+        self, validation: TensorDataset, batch_size: int, loss_of: ImageLoss
+    ) -> tuple[list[float], list[float]]:
         """Compute the accuracy and the mean loss of every head: 0 and infinite where the loss is not finite."""
         self.head.eval()
         correct, loss = torch.zeros(2, self.count, device=self.device)
@@ -108,7 +112,7 @@ class StackedHeads:
             features, targets = head_batch(validation, batch, self.device)
             logits = self.logits(features)
             correct += (logits.argmax(-1) == targets[:, None]).sum(0)
-            loss += _losses(logits, targets) * len(targets)
+            loss += _losses(logits, targets, loss_of) * len(targets)
         accuracy = (correct / len(validation)).masked_fill(~loss.isfinite(), 0)
         return accuracy.tolist(), (loss / len(validation)).nan_to_num(math.inf, math.inf).tolist()
 
@@ -125,6 +129,7 @@ def fit_heads(
     batch_size: Positive,
     device: torch.device | None = None,
     seed: int = 0,
+    loss: ImageLoss | None = None,
     show_progress: bool = True,
 ) -> tuple[HeadResult, ...]:
     """Train a head for each pair of a learning rate and a weight decay, all at once, and keep the best in place.
@@ -155,21 +160,23 @@ def fit_heads(
     device = device or find_device_of(classifier)
     heads = StackedHeads(classifier, rates, device=device)
     generator = torch.Generator().manual_seed(seed)
+    loss_of: ImageLoss = loss or partial(cross_entropy, reduction="none")
     alone = len(train) % batch_size == 1 < len(train)  # BatchNorm cannot train on a batch of one
     batches = feature_batches(train, batch_size, generator=generator, drop_last=alone)
     heads.head.train()
-    with tqdm(total=epochs * len(batches), desc=f"{len(rates)} heads", unit="batch", disable=not show_progress) as bar:
+    bar = tqdm(total=epochs * len(batches), desc=f"{len(rates)} heads", unit="batch", disable=not show_progress)
+    with torch.device("cpu"), bar:  # a loader draws its seed on the default device, which may be another
         for _ in range(epochs):
             for batch in batches:
                 features, targets = head_batch(train, batch, device)
-                heads.step(_losses(heads.logits(features), targets))
+                heads.step(_losses(heads.logits(features), targets, loss_of))
                 bar.update()
-    accuracy, loss = heads.validate(validation, batch_size)
-    order = sorted(range(len(rates)), key=lambda index: (-accuracy[index], loss[index]))
-    if not math.isfinite(loss[order[0]]):
+        accuracies, losses = heads.validate(validation, batch_size, loss_of)
+    order = sorted(range(len(rates)), key=lambda index: (-accuracies[index], losses[index]))
+    if not math.isfinite(losses[order[0]]):
         raise ValueError(f"all {len(rates)} heads diverged; pass smaller learning rates than {min(learning_rates)}")
     heads.copy_to(classifier, order[0])
-    return tuple(HeadResult(*rates[index], accuracy[index], loss[index]) for index in order)
+    return tuple(HeadResult(*rates[index], accuracies[index], losses[index]) for index in order)
 
 
 def check_features(name: str, data: TensorDataset, classifier: nn.Module) -> TensorDataset:
@@ -197,8 +204,8 @@ def head_batch(data: TensorDataset, batch: Sequence[Tensor], device: torch.devic
     return (arranged[0] if len(arranged) == 1 else arranged), targets.long()
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Compute each head's mean cross entropy: (B, H, num_classes) and (B,) to (H,)."""
+def _losses(logits: Tensor, targets: Tensor, loss_of: ImageLoss) -> Tensor:
+    """Compute each head's mean loss: (B, H, num_classes) and (B,) to (H,)."""
     batch, heads = logits.shape[:2]
     repeated = targets.repeat_interleave(heads)
-    return cross_entropy(logits.flatten(0, 1), repeated, reduction="none").view(batch, heads).mean(0)
+    return loss_of(logits.flatten(0, 1), repeated).view(batch, heads).mean(0)

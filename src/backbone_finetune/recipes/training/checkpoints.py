@@ -49,19 +49,30 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch: mean loss and accuracy while training, and the test accuracies after it.
+    """One epoch: how the model did while it trained, and on the validation data after it, where there is any.
 
-    ``test_balanced_accuracy`` is the mean recall of the classes that have test images.
+    >>> EpochResult(epoch=1, train_loss=2.1, train_accuracy=0.2, lr=1e-3, weight_decay=0.01).validation_accuracy is None
+    True
 
-    >>> EpochResult(epoch=1, train_loss=2.1, train_accuracy=0.2, test_accuracy=0.3).epoch
-    1
+    Args:
+        epoch: Its number, from 1, over all phases.
+        train_loss: The mean training loss of its steps.
+        train_accuracy: The accuracy in its steps, 0 to 1.
+        lr: The classifier's learning rate in its phase, before warmup and decay.
+        weight_decay: The weight decay of its phase.
+        validation_loss: The mean cross entropy after it.
+        validation_accuracy: The accuracy after it, 0 to 1.
+        validation_balanced_accuracy: The mean recall of the classes that have validation images.
     """
 
     epoch: int
     train_loss: float
     train_accuracy: float
-    test_accuracy: float
-    test_balanced_accuracy: float | None = None
+    lr: float
+    weight_decay: float
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    validation_balanced_accuracy: float | None = None
 
 
 @dataclass
@@ -69,9 +80,10 @@ class Progress:
     """Where a run is: ``epoch`` epochs of phase ``phase`` and ``step`` steps of the next epoch are done.
 
     ``steps`` counts the steps of the whole run; ``loss_sum``, ``correct``, ``seen`` and ``weight`` are the sums of the
-    current epoch. ``skipped`` says of each image that cannot be read, by its path, why.
+    current epoch. ``best_epoch`` is the epoch that the monitor rates highest, with ``best_value``; None without one.
+    ``skipped`` says of each image that cannot be read, by its path, why.
 
-    >>> Progress(history=[EpochResult(1, 2.1, 0.2, 0.3)], step=7, steps=27).describe()
+    >>> Progress(history=[EpochResult(1, 2.1, 0.2, 1e-3, 0.01)], step=7, steps=27).describe()
     'epoch 2, step 7'
     """
 
@@ -83,6 +95,8 @@ class Progress:
     correct: float = 0.0
     seen: float = 0.0
     weight: float = 0.0
+    best_epoch: int | None = None
+    best_value: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     history: list[EpochResult] = field(default_factory=list)
 
@@ -94,7 +108,7 @@ class Progress:
         """Advance to the next epoch, and to the next phase after the last epoch of a phase.
 
         >>> progress = Progress(step=20, steps=20)
-        >>> progress.finish_epoch(EpochResult(1, 2.1, 0.2, 0.3), last_of_phase=True)
+        >>> progress.finish_epoch(EpochResult(1, 2.1, 0.2, 1e-3, 0.01), last_of_phase=True)
         >>> progress.phase, progress.epoch, progress.step, progress.steps
         (1, 0, 0, 20)
         """
@@ -107,12 +121,15 @@ class Progress:
 class Checkpoint:
     """What a run needs to resume: changed tensors, the optimizer's state by parameter, and each process's random state.
 
-    >>> Checkpoint(Progress(step=3), model={}, optimizer={}, random_states=[], scaler={}).progress.step
+    ``best`` are the same tensors after the best epoch.
+
+    >>> Checkpoint(Progress(step=3), model={}, best={}, optimizer={}, random_states=[], scaler={}).progress.step
     3
     """
 
     progress: Progress
     model: Mapping[str, Tensor]
+    best: Mapping[str, Tensor]
     optimizer: Mapping[str, Mapping[str, Tensor]]
     random_states: Sequence[Mapping[str, Any]]
     scaler: Mapping[str, Any]
@@ -125,6 +142,7 @@ def capture(
     optimizer: torch.optim.Optimizer | None,
     *,
     accelerator: Accelerator,
+    best: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     """Build a checkpoint of the tensors named in ``changed``. Collective: every process must call it.
 
@@ -143,6 +161,7 @@ def capture(
     return Checkpoint(
         progress,
         model={name: full_tensor(tensor) for name, tensor in distinct_tensors(model).items() if name in changed},
+        best=best or {},
         optimizer=state,
         random_states=gather_object([random_state()]),
         scaler={} if accelerator.scaler is None else accelerator.scaler.state_dict(),
@@ -205,11 +224,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     for steps in (10, 20, 30):
-    ...         write_checkpoint(Path(folder), Checkpoint(Progress(steps=steps), {"w": torch.ones(2)}, {}, [], {}))
+    ...         write_checkpoint(Path(folder), Checkpoint(Progress(steps=steps), {"w": torch.ones(2)}, {}, {}, [], {}))
     ...     sorted(path.name for path in Path(folder).iterdir()), newest_checkpoint(Path(folder)).model
     (['step-000000020.safetensors', 'step-000000030.safetensors'], {'w': tensor([1., 1.])})
     """
     named = {f"model.{name}": tensor for name, tensor in checkpoint.model.items()}
+    named |= {f"best.{name}": tensor for name, tensor in checkpoint.best.items()}
     for name, state in checkpoint.optimizer.items():
         named |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
@@ -258,11 +278,16 @@ def _read_checkpoint(path: Path) -> Checkpoint:
             optimizer[parameter][key] = tensor
     return Checkpoint(
         Progress(**state["progress"], history=history),
-        model={name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")},
+        model=_below("model.", tensors),
+        best=_below("best.", tensors),
         optimizer=dict(optimizer),
         random_states=state["random_states"],
         scaler=state["scaler"],
     )
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from ..checking import NotNegative, Positive, Whole
 from ..data.loading import default_workers
 from ..features.cache import FeatureCache
 from ..features.compiled import Compile
+from .checkpoints import EpochResult
 
 __all__ = ["TrainerConfig", "count"]
 
@@ -46,6 +47,10 @@ class TrainerConfig:
     loss per image, ``(B,)``; the mean over the batch is taken. B counts the images of one process and one part of a
     batch, and may be 0.
 
+    With ``monitor``, a function of an epoch's result, the weights after the epoch for which it is largest are kept, as
+    in ``monitor=lambda result: result.validation_accuracy``; else those after the last epoch. A phase ends early after
+    ``patience`` epochs that are no better.
+
     >>> TrainerConfig(Accelerator(cpu=True)).batch_size
     32
     """
@@ -68,12 +73,16 @@ class TrainerConfig:
     class_weights: ClassWeights | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    monitor: Callable[[EpochResult], float] | None = None
+    patience: Positive | None = None
     show_progress: bool = True
 
     @model_validator(mode="after")
-    def _check_loss(self) -> Self:
+    def _check_pairs(self) -> Self:
         if self.loss is not None and (self.class_weights is not None or self.label_smoothing):
             raise ValueError("loss and class_weights or label_smoothing were both given; weigh and smooth in your loss")
+        if self.patience is not None and self.monitor is None:
+            raise ValueError("patience was given without monitor, which says how good an epoch is")
         return self
 
     def workers_for(self, data: Dataset[Any]) -> int:

@@ -10,15 +10,7 @@ __all__ = ["DivergedError", "count_not_finite"]
 
 
 class DivergedError(ValueError):
-    """A training diverged; ``test_accuracy`` is the last one before that.
-
-    >>> DivergedError("the loss became nan in epoch 2", test_accuracy=0.1).test_accuracy
-    0.1
-    """
-
-    def __init__(self, message: str, *, test_accuracy: float) -> None:
-        super().__init__(message)
-        self.test_accuracy = test_accuracy
+    """The loss, or something that trains, is not finite."""
 
 
 def count_not_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:

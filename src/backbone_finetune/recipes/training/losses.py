@@ -1,15 +1,17 @@
 """The training loss: cross-entropy, with class weights and label smoothing, or one of the caller's own."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..data.images import IGNORED
 from .config import TrainerConfig
 
-__all__ = ["balanced_weights", "sum_losses", "sum_weights"]
+__all__ = ["balanced_weights", "image_losses", "sum_losses", "sum_weights"]
 
 
 def balanced_weights(targets: Sequence[int]) -> tuple[float, ...]:
@@ -20,6 +22,14 @@ def balanced_weights(targets: Sequence[int]) -> tuple[float, ...]:
     """
     counts = Counter(targets)
     return tuple(len(targets) / (len(counts) * counts[target]) for target in sorted(counts))
+
+
+def image_losses(config: TrainerConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a config's loss as a function of ``(B, K)`` logits and ``(B,)`` targets that returns ``(B,)`` losses."""
+    weights = None if config.class_weights is None else torch.tensor(config.class_weights, device=device)
+    return config.loss or partial(
+        cross_entropy, weight=weights, label_smoothing=config.label_smoothing, reduction="none"
+    )
 
 
 def sum_losses(logits: Tensor, targets: Tensor, config: TrainerConfig, weights: Tensor | None = None) -> Tensor:

@@ -39,20 +39,24 @@ class PhaseData:
 
     Args:
         train: Images, or rows: all images of the first view, then those of the second one, and so on.
-        test: Images, or rows.
+        validation: Images, or rows; None where there is none.
         module: The part of the model that runs in each step: all of it, or the rest behind what is cached.
         cached: Whether the data is rows of what is frozen.
+        on_features: Whether the whole backbone is frozen, so that the rows are features and the module a classifier.
         views: The views of each image.
     """
 
     train: Dataset[Any]
-    test: Dataset[Any]
+    validation: Dataset[Any] | None
     module: nn.Module
     cached: bool = False
+    on_features: bool = False
     views: int = 1
 
 
-def prepare_data(model: FineTuneModel, train: Dataset[Any], test: Dataset[Any], config: TrainerConfig) -> PhaseData:
+def prepare_data(
+    model: FineTuneModel, train: Dataset[Any], validation: Dataset[Any] | None, config: TrainerConfig
+) -> PhaseData:
     """Compute what is frozen once for each image, where the images are the same in each epoch or views are cached.
 
     Otherwise a line in the log says why, and the whole model runs in every step.
@@ -60,21 +64,21 @@ def prepare_data(model: FineTuneModel, train: Dataset[Any], test: Dataset[Any], 
     >>> from accelerate import Accelerator
     >>> model = FineTuneModel(nn.Linear(3, 4), nn.Linear(4, 2)).freeze_backbone()
     >>> images = [(torch.ones(3), 0), (torch.ones(3), 1)]
-    >>> data = prepare_data(model, images, images, TrainerConfig(Accelerator(cpu=True), show_progress=False))
+    >>> data = prepare_data(model, images, None, TrainerConfig(Accelerator(cpu=True), show_progress=False))
     >>> data.module, [tuple(tensor.shape) for tensor in data.train.tensors]
     (Linear(in_features=4, out_features=2, bias=True), [(2, 4), (2,)])
     """
-    whole = PhaseData(train, test, model)
+    whole = PhaseData(train, validation, model)
     trains = [parameter.requires_grad for parameter in model.backbone.parameters()]
     if not config.cache_features or (trains and all(trains)):
         return whole
     drawn = find_randomness(train)
     views = config.views if drawn is not None else 1
-    reason = (drawn if views == 1 else None) or find_randomness(test)
+    reason = (drawn if views == 1 else None) or (None if validation is None else find_randomness(validation))
     if reason is None:
         with preserve_rng_state():
             try:
-                found = _compute(model, train, test, config, views)
+                found = _compute(model, train, validation, config, views)
             except UncacheableError as error:
                 found = NoFrontier(str(error))
         if isinstance(found, PhaseData):
@@ -86,13 +90,14 @@ def prepare_data(model: FineTuneModel, train: Dataset[Any], test: Dataset[Any], 
 
 
 def _compute(
-    model: FineTuneModel, train: Dataset[Any], test: Dataset[Any], config: TrainerConfig, views: int
+    model: FineTuneModel, train: Dataset[Any], validation: Dataset[Any] | None, config: TrainerConfig, views: int
 ) -> PhaseData | NoFrontier:
     accelerator, device = config.accelerator, config.accelerator.device
     model.to(device)
     is_frozen = not has_trainable(model.backbone)
-    train_loader, test_loader = (
-        DeviceLoader(
+    parts = {"train": train} if validation is None else {"train": train, "validation": validation}
+    loaders = {
+        name: DeviceLoader(
             data,
             device,
             batch_size=config.batch_size,
@@ -100,30 +105,30 @@ def _compute(
             views=number,
             seed=f"{config.seed} view",
         )
-        for data, number in ((train, views), (test, 1))
-    )
+        for (name, data), number in zip(parts.items(), (views, 1), strict=False)
+    }
     if is_frozen:
         dtype = autocast_dtype(model.backbone, device) if config.autocast_features else None
     else:  # the precision of the steps, so that they give what the whole model would
         dtype = PRECISIONS.get(accelerator.mixed_precision)
-    front = front_of_backbone(model) if is_frozen else _find_shared_front(model, train_loader, config, dtype)
+    front = front_of_backbone(model) if is_frozen else _find_shared_front(model, loaders["train"], config, dtype)
     if isinstance(front, NoFrontier):
         return front
     if config.compile is not None and not is_frozen and accelerator.is_main_process:
         logger.warning("features: not compiled; a compiler takes a backbone that is frozen as a whole")
     run = FrozenPass(front, device, dtype, widens=is_frozen, compile=config.compile if is_frozen else None)
-    loaders, caches = (train_loader, test_loader), config.caches or (None, None)
-    computed: list[Features] = []
+    caches = dict(zip(("train", "validation"), config.caches or (None, None), strict=True))
+    computed: dict[str, Features] = {}
     with in_eval(front.module):
         if config.shows and not is_frozen:
-            size = sum(map(bytes_per_row, layout_of(run.sample(train_loader).tensors[:-1])))
-            images = views * count(train) + count(test)
+            size = sum(map(bytes_per_row, layout_of(run.sample(loaders["train"]).tensors[:-1])))
+            images = views * count(train) + (0 if validation is None else count(validation))
             logger.info("caching %s: %.1f MB for %d images", front.description, size * images / 1e6, images)
-        for name, data, loader, cache in zip(("train", "test"), (train, test), loaders, caches, strict=True):
+        for name, data in parts.items():
             rows = compute_rows(
                 run,
-                loader,
-                cache=cache,
+                loaders[name],
+                cache=caches[name],
                 memory_share=config.memory_share,
                 accelerator=accelerator,
                 title=f"features, {name}" if config.shows else None,
@@ -131,8 +136,15 @@ def _compute(
             check_targets(name, rows.tensors[-1], model.num_classes)
             if isinstance(data, ImageDataset):
                 data.skip_ignored(rows.tensors[-1][: count(data)])
-            computed.append(rows)
-    return PhaseData(computed[0], computed[1], front.rest, cached=True, views=views)
+            computed[name] = rows
+    return PhaseData(
+        computed["train"],
+        computed.get("validation"),
+        front.rest,
+        cached=True,
+        on_features=is_frozen,
+        views=views,
+    )
 
 
 def _choose_workers(config: TrainerConfig, images: int) -> int:

@@ -13,6 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
 from typing_extensions import Self
 
+from ..checking import NotNegative
 from ..text import describe_fault
 
 if sys.version_info >= (3, 11):
@@ -38,10 +39,11 @@ class Phase:
         epochs: How many passes over the training images.
         trainable_groups: Layer groups of the backbone that train too, counted from its output; 0 trains the
             classifier alone.
-        lr: Learning rate of the classifier.
+        lr: Learning rate of the classifier. None chooses it, and the weight decay with it, by ``choose_rates`` in a
+            phase that trains the classifier on features; elsewhere it is 1e-3.
         backbone_lr: Learning rate of the backbone's last layer.
         layer_decay: Factor between the rates of one layer and the layer before it, as in BEiT.
-        weight_decay: Weight decay of AdamW.
+        weight_decay: Weight decay of AdamW. None is 0.01, or is chosen with ``lr``.
         warmup_epochs: Epochs, or a fraction of one, in which the rates rise from 0.
         cosine: Whether the rates fall to 0 at the end (Loshchilov and Hutter, 2017).
         norm_eval: Whether the backbone's running statistics stay fixed even where its weights train. On few images,
@@ -53,10 +55,10 @@ class Phase:
 
     epochs: Annotated[int, Field(ge=1)] = 30
     trainable_groups: Annotated[int, Field(ge=0)] = 0
-    lr: Rate = 1e-3
+    lr: Rate | None = None
     backbone_lr: Rate = 1e-4
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    weight_decay: NotNegative | None = None
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     cosine: bool = False
     norm_eval: bool = True

@@ -1,4 +1,4 @@
-"""How many test images a model gets right, of all and of each class."""
+"""How many images a model gets right, of all and of each class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from ..data.images import IGNORED
@@ -19,15 +20,16 @@ __all__ = ["Score", "evaluate"]
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers and images of each class.
+    """Right answers and images of each class, and the mean cross entropy.
 
-    >>> score = Score(correct=(9, 1), images=(10, 2))
+    >>> score = Score(correct=(9, 1), images=(10, 2), loss=0.5)
     >>> round(score.accuracy, 3), score.balanced_accuracy
     (0.833, 0.7)
     """
 
     correct: Sequence[int]
     images: Sequence[int]
+    loss: float
 
     @property
     def accuracy(self) -> float:
@@ -45,7 +47,7 @@ class Score:
 def evaluate(
     module: nn.Module, data: Dataset[Any], *, batch_size: int, accelerator: Accelerator, workers: int = 0
 ) -> Score:
-    """Count the inputs whose largest logit is their target. Leaves the module in eval mode.
+    """Count the images of each class whose largest logit is their target. Leaves the module in eval mode.
 
     Each process takes a share of each batch; no image counts twice, and one that cannot be read does not count. What
     has a target outside the classes counts as wrong, as of one class more.
@@ -60,16 +62,20 @@ def evaluate(
         for batch in torch.split(torch.arange(count(data), device="cpu"), batch_size)
     ]
     answers: list[Tensor] = []
+    losses: list[Tensor] = []
     targets: list[Tensor] = []
-    loaded = load_batches(data, shares, device=accelerator.device, workers=workers)
+    loaded = load_batches(data, shares, device=accelerator.device, workers=workers, seed="evaluation")
     for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
-        logits = module(*module_inputs(data, inputs))
-        answers.append(logits.argmax(-1)[: share.num_real])
+        logits = module(*module_inputs(data, inputs))[: share.num_real]
+        answers.append(logits.argmax(-1))
         targets.append(batch_targets[: share.num_real].long())
+        known = targets[-1].where((targets[-1] >= 0) & (targets[-1] < logits.shape[-1]), IGNORED)
+        losses.append(cross_entropy(logits.float(), known, ignore_index=IGNORED, reduction="sum"))
     classes, true = logits.shape[-1], torch.cat(targets)
     right = true[torch.cat(answers) == true]
     readable = true[true != IGNORED]
     readable = readable.where((readable >= 0) & (readable < classes), classes)
     counts = torch.stack([torch.bincount(part, minlength=classes + 1) for part in (right, readable)])
     correct, images = accelerator.reduce(counts).tolist()
-    return Score(correct, images)
+    loss = accelerator.reduce(torch.stack(losses).sum()).item()
+    return Score(correct, images, loss / max(sum(images), 1))

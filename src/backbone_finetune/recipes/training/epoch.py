@@ -1,0 +1,173 @@
+"""One epoch of a training: its steps, the sums over them, and what it did to the validation accuracy."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..data.images import IGNORED
+from ..features.dataset import module_inputs
+from .batches import LocalBatch, epoch_batches, load_batches, local_batch
+from .checkpoints import EpochResult, Progress, load_by_name
+from .config import TrainerConfig, count
+from .divergence import DivergedError
+from .losses import sum_losses, sum_weights
+from .phase_state import PhaseState, save_checkpoint, snapshot
+from .scoring import Score, evaluate
+
+__all__ = ["train_epoch"]
+
+
+def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *, title: str) -> bool:
+    """Train what is left of an epoch, evaluate, and update the progress; returns whether it is the phase's last one.
+
+    Raises:
+        DivergedError: the losses, or what trains, are not finite.
+    """
+    accelerator = config.accelerator
+    process, processes = accelerator.process_index, accelerator.num_processes
+    images, epoch = count(state.train) // state.views, len(progress.history) + 1
+    batches = epoch_batches(images, config.batch_size, seed=config.seed, epoch=epoch)
+    if state.views > 1:
+        batches = tuple((epoch + batch) % state.views * images + batch for batch in batches)
+    shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
+    # What was summed before a resumption is the main process's; the others begin at nothing.
+    before = [progress.loss_sum, progress.correct, progress.seen, progress.weight]
+    sums = torch.tensor(before if accelerator.is_main_process else [0.0] * 4, device=accelerator.device)
+    loaded_batches = load_batches(
+        state.train,
+        shares,
+        device=accelerator.device,
+        workers=config.workers_for(state.train),
+        seed=f"{config.seed} {epoch}",
+    )
+    state.prepared.train()
+    with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not config.shows) as bar:
+        for share, loaded in zip(shares, loaded_batches, strict=True):
+            state.schedule.step_update(progress.epoch * len(batches) + progress.step + 1)
+            sums += train_step(state, share, loaded, len(batches[progress.step]), config)
+            progress.step += 1
+            progress.steps += 1
+            bar.update()
+            if progress.steps % config.checkpoint_steps == 0 and progress.step < len(batches):
+                fetched = fetch_sums(state, sums, progress, config)
+                progress.loss_sum, progress.correct, progress.seen, progress.weight = fetched
+                save_checkpoint(state, progress, config)
+        loss_sum, correct, seen, weight = fetch_sums(state, sums, progress, config)
+        average_statistics(state, accelerator)
+        phase, shown = state.phase, {"loss": f"{loss_sum / weight:.3f}", "train": f"{correct / seen:.3f}"}
+        result = EpochResult(epoch, loss_sum / weight, correct / seen, phase.lr or 0.0, phase.weight_decay or 0.0)
+        if state.validation is not None:
+            score = evaluate_validation(state, state.validation, config)
+            shown["validation"] = f"{score.accuracy:.3f}"
+            result = replace(
+                result,
+                validation_loss=score.loss,
+                validation_accuracy=score.accuracy,
+                validation_balanced_accuracy=score.balanced_accuracy,
+            )
+        bar.set_postfix(shown)
+    keep_best(state, result, progress, config)
+    since_best = epoch - max(progress.best_epoch or 0, epoch - progress.epoch - 1)
+    is_last = progress.epoch + 1 == phase.epochs or since_best == config.patience
+    if is_last and state.best is not None:
+        load_by_name(state.model, state.best)
+    progress.finish_epoch(result, last_of_phase=is_last)
+    return is_last
+
+
+def keep_best(state: PhaseState, result: EpochResult, progress: Progress, config: TrainerConfig) -> None:
+    """Copy what training changes where the monitor rates an epoch higher than all before it."""
+    if config.monitor is None:
+        return
+    value = float(config.monitor(result))
+    if math.isnan(value):
+        raise ValueError(f"monitor returned nan for epoch {result.epoch}; it must return a number, larger for better")
+    if progress.best_value is None or value > progress.best_value:
+        progress.best_epoch, progress.best_value = result.epoch, value
+        state.best = snapshot(state)
+
+
+def fetch_sums(
+    state: PhaseState, sums: Tensor, progress: Progress, config: TrainerConfig
+) -> tuple[float, float, float, float]:
+    """Fetch the sums of losses, correct answers, images and weights, of all processes together.
+
+    Raises:
+        DivergedError: the losses, or what trains, are not finite: no checkpoint is to hold that, to go on with.
+    """
+    accelerator = config.accelerator
+    faults = state.count_not_finite(accelerator.device) - state.not_finite
+    loss_sum, correct, seen, weight, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
+    if math.isfinite(loss_sum) and not_finite <= 0:
+        return loss_sum, correct, seen, weight
+    fault = f"the loss became {loss_sum}"
+    if math.isfinite(loss_sum):
+        fault = "a weight or a running statistic became infinite or nan"
+    raise DivergedError(
+        f"the training diverged at lr = {state.phase.lr}: {fault} in epoch {len(progress.history) + 1}; pass "
+        "a lower --lr (in Python: Phase(lr=...))"
+    )
+
+
+def evaluate_validation(state: PhaseState, data: Dataset[Any], config: TrainerConfig) -> Score:
+    """Evaluate what trains on the validation data."""
+    module, workers = config.accelerator.unwrap_model(state.prepared), config.workers_for(data)
+    return evaluate(module, data, batch_size=config.batch_size, accelerator=config.accelerator, workers=workers)
+
+
+def train_step(
+    state: PhaseState, share: LocalBatch, loaded: tuple[Tensor, ...], batch_size: int, config: TrainerConfig
+) -> Tensor:
+    """Take one step of the optimizer; returns sums of this process, ``(4,)``: losses, correct answers, images, weights.
+
+    The gradient is that of the mean loss over the whole batch, whatever the shares: each process sums over its own
+    images, and the processes' gradients are averaged. With class weights it is the weighted mean, divided by the sum of
+    the weights of the whole batch; without, the weight of an image is 1.
+    """
+    accelerator, weights = config.accelerator, state.class_weights
+    factor: Tensor | float = accelerator.num_processes / batch_size
+    if weights is not None:
+        total = accelerator.reduce(sum_weights(loaded[-1][: share.num_real].to(accelerator.device).long(), weights))
+        factor = accelerator.num_processes / total  # where no image can be read, torch's gradient is 0 all the same
+    # Parts of two images at least, which BatchNorm needs to train.
+    count_of_parts = min(config.accumulation, max(len(share) // 2, 1))
+    parts = share.split(count_of_parts) if count_of_parts > 1 else [share]
+    sums: list[Tensor] = []
+    state.optimizer.zero_grad()
+    start = 0
+    for number, part in enumerate(parts, start=1):
+        *inputs, targets = (tensor[start : start + len(part)].to(accelerator.device) for tensor in loaded)
+        start += len(part)
+        targets = targets.long()
+        with nullcontext() if number == len(parts) else accelerator.no_sync(state.prepared):
+            logits = state.prepared(*module_inputs(state.train, inputs))
+            if part.num_real < len(part):  # others' images, seen once more
+                logits, targets = logits[: part.num_real], targets[: part.num_real]
+            loss = sum_losses(logits, targets, config, weights)
+            # The factor of the mean is where the backward begins, and costs no product of its own. A tensor made of a
+            # number would wait for the device.
+            gradient = factor.to(loss.dtype) if isinstance(factor, Tensor) else loss.new_full((), factor)
+            accelerator.backward(loss, gradient=gradient)
+        correct = (logits.detach().argmax(-1) == targets).sum()
+        seen = (targets != IGNORED).sum()
+        weight = seen if weights is None else sum_weights(targets, weights)
+        sums.append(torch.stack((loss.detach(), correct, seen, weight)))
+    state.optimizer.step()
+    return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
+
+
+def average_statistics(state: PhaseState, accelerator: Accelerator) -> None:
+    """Average over the processes what each gathered of its own images: running means and variances that train."""
+    if accelerator.num_processes == 1:
+        return
+    frozen = state.model.frozen_names()
+    for name, buffer in state.model.named_buffers():
+        if name not in frozen and buffer.is_floating_point():
+            buffer.copy_(accelerator.reduce(buffer, reduction="mean"))

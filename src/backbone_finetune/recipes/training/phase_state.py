@@ -1,0 +1,126 @@
+"""What one phase of a training works with: made before it, taken apart after it, and written to checkpoints."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.checkpoint import distinct_tensors
+
+from .batches import epoch_batches
+from .checkpoints import Progress, capture, load_by_name, write_checkpoint
+from .config import TrainerConfig, count
+from .divergence import count_not_finite
+from .phase_data import prepare_data
+from .phases import Phase, make_schedule
+from .processes import communicated_bytes, full_tensor, prepare, release
+from .rates import choose_rates
+
+__all__ = ["PhaseState", "prepared_phase", "save_checkpoint", "snapshot"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PhaseState:
+    """What one phase works with: ``prepared`` is what the accelerator made of ``module``, which is in ``model``."""
+
+    model: FineTuneModel
+    module: nn.Module
+    prepared: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    phase: Phase  # with the rates that were chosen
+    changed: set[str]
+    train: Dataset[Any]
+    validation: Dataset[Any] | None
+    views: int = 1
+    class_weights: Tensor | None = None
+    best: dict[str, Tensor] | None = None  # what training changes, after the best epoch
+    not_finite: Tensor | float = 0.0  # tensors that were not when the phase began, as a mask of -inf
+
+    def count_not_finite(self, device: torch.device) -> Tensor:
+        """Count the tensors that train and are not finite, of this process: ``()``, fetched by nobody yet."""
+        # On features only the classifier's: to name all of a large backbone's tensors takes as long as several steps.
+        on_features = self.module is self.model.classifier
+        tensors = self.module.state_dict(prefix="classifier.") if on_features else self.model.state_dict()
+        return count_not_finite((tensor for name, tensor in tensors.items() if name in self.changed), device)
+
+
+@contextmanager
+def prepared_phase(
+    model: FineTuneModel,
+    train: Dataset[Any],
+    validation: Dataset[Any] | None,
+    *,
+    phase: Phase,
+    changed: set[str],
+    config: TrainerConfig,
+) -> Iterator[PhaseState]:
+    """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move."""
+    accelerator = config.accelerator
+    model.norm_eval = phase.norm_eval
+    model.freeze_backbone(trainable_groups=phase.trainable_groups)
+    changed.update(model.state_dict().keys() - model.frozen_names())
+    with model.assert_frozen():
+        data = prepare_data(model, train, validation, config)
+        lr, weight_decay = choose_rates(data, phase, config)
+        phase = replace(phase, lr=lr, weight_decay=weight_decay)
+        # The model itself goes there as well: after the phase a caller runs it where its inputs are.
+        model.to(accelerator.device)
+        copied, module = model, data.module
+        if accelerator.is_fsdp2 and config.monitor is not None:
+            raise ValueError("monitor was given, and FSDP2 shards what it keeps of the best epoch; leave monitor out")
+        if accelerator.is_fsdp2:  # it takes the parameters apart for good, so a copy trains, and is copied back
+            copied = copy.deepcopy(model)
+            module = copied.classifier if data.cached else copied
+        groups = copied.param_groups(
+            lr, backbone_lr=phase.backbone_lr, weight_decay=weight_decay, layer_decay=phase.layer_decay
+        )
+        if config.shows and accelerator.num_processes > 1:
+            logger.info(
+                "%d processes: each sends %s bytes of gradients per step",
+                accelerator.num_processes,
+                f"{communicated_bytes(module):,}",
+            )
+        prepared, optimizer = prepare(
+            accelerator, module, torch.optim.AdamW([dict(group) for group in groups], fused=True)
+        )
+        steps = len(epoch_batches(count(train), config.batch_size, seed=0, epoch=0))
+        schedule = make_schedule(optimizer, phase, steps)
+        state = PhaseState(
+            copied, module, prepared, optimizer, schedule, phase, changed, data.train, data.validation, data.views
+        )
+        if config.class_weights is not None:
+            state.class_weights = torch.as_tensor(config.class_weights, dtype=torch.float32, device=accelerator.device)
+        state.not_finite = state.count_not_finite(accelerator.device)
+        try:
+            yield state
+        finally:  # who catches the error may train the model again
+            release(accelerator, prepared)
+        if copied is not model:
+            load_by_name(model, {name: full_tensor(tensor) for name, tensor in copied.state_dict().items()})
+
+
+def snapshot(state: PhaseState) -> dict[str, Tensor]:
+    """Copy the tensors that training changes."""
+    return {name: tensor.clone() for name, tensor in distinct_tensors(state.model).items() if name in state.changed}
+
+
+def save_checkpoint(state: PhaseState, progress: Progress, config: TrainerConfig) -> None:
+    """Write a checkpoint, if the config has a place for it; all processes take part, and the main one writes."""
+    if config.checkpoints is None:
+        return
+    optimizer = state.optimizer if progress.epoch or progress.step else None  # the next phase begins with its own
+    best = state.best if progress.epoch or progress.step else None  # at the end of a phase the model has it
+    checkpoint = capture(progress, state.model, state.changed, optimizer, accelerator=config.accelerator, best=best)
+    if config.accelerator.is_main_process:
+        write_checkpoint(config.checkpoints, checkpoint)

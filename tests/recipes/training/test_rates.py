@@ -1,0 +1,121 @@
+"""Rates of a frozen phase: chosen on data that the model does not train on, and only where that is possible."""
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.phases import Phase
+
+ACCELERATOR = Accelerator(cpu=True)
+
+
+def make_data(per_class: int, *, seed: int = 0, noise: float = 1.0) -> TensorDataset:
+    """Make points around three centres."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(3).repeat(per_class)
+    return TensorDataset(torch.eye(3)[targets] + noise * torch.randn(3 * per_class, 3, generator=generator), targets)
+
+
+def make_model(head: nn.Module | None = None) -> FineTuneModel:
+    torch.manual_seed(0)
+    return FineTuneModel(nn.Linear(3, 8), nn.Linear(8, 3) if head is None else head)
+
+
+def train(model: FineTuneModel, data: Any, validation: Any = None, **settings: Any) -> Any:
+    phase = Phase(**{"epochs": 3, **{name: settings.pop(name) for name in ("lr", "weight_decay") if name in settings}})
+    config = TrainerConfig(ACCELERATOR, batch_size=8, show_progress=False, **settings)
+    return fine_tune(model, data, validation, [phase], config)
+
+
+def test_rates_are_chosen_and_the_model_trains_at_them_on_all_images() -> None:
+    chosen, given = make_model(), make_model()
+    (*_, last) = train(chosen, make_data(10))
+    assert (last.lr, last.weight_decay) != (1e-3, 0.01)
+    train(given, make_data(10), lr=last.lr, weight_decay=last.weight_decay)
+    assert torch.equal(chosen.classifier.weight, given.classifier.weight)
+
+
+def test_the_training_images_that_choose_are_not_those_that_teach() -> None:
+    """Targets that nothing can be learnt from: on the images that it trained on, the largest rate would win."""
+    data = make_data(20, noise=0.0)
+    inputs = data.tensors[0] + torch.randn(60, 3, generator=torch.Generator().manual_seed(1))
+    shuffled = data.tensors[1][torch.randperm(60, generator=torch.Generator().manual_seed(2))]
+    (*_, last) = train(make_model(), TensorDataset(inputs, shuffled))
+    assert last.lr < 0.1
+
+
+def test_validation_data_chooses_where_it_is_given() -> None:
+    opposite = TensorDataset(make_data(10, seed=1).tensors[0], (make_data(10).tensors[1] + 1) % 3)
+    chosen = []
+    for validation in (opposite, make_data(10, seed=1, noise=0.1)):
+        (*_, last) = train(make_model(), make_data(10, noise=0.1), validation)
+        chosen.append((last.lr, last.weight_decay))
+    assert chosen[0][0] * (1 - chosen[0][1] / 2) < chosen[1][0]  # what is wrong there is learnt least
+    assert chosen[1][0] >= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("settings", "per_class", "head"),
+    [
+        ({"lr": 0.02}, 10, None),
+        ({"cache_features": False}, 10, None),
+        ({}, 4, None),  # too few to hold some out
+        ({}, 10, nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))),  # running statistics
+    ],
+)
+def test_where_nothing_can_be_chosen_the_rates_are_fixed(
+    settings: dict[str, Any], per_class: int, head: nn.Module | None
+) -> None:
+    (*_, last) = train(make_model(head), make_data(per_class), **settings)
+    assert (last.lr, last.weight_decay) == (settings.get("lr", 1e-3), 0.01)
+
+
+def test_a_weight_decay_that_is_given_stays() -> None:
+    (*_, last) = train(make_model(), make_data(10), weight_decay=0.5)
+    assert last.weight_decay == 0.5
+
+
+def test_the_loss_of_the_training_chooses_too() -> None:
+    """The loss of one's own is the sum of squares, so that logits 0 are best: every step away from them is too long."""
+    seen = []
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append(tuple(logits.shape))
+        return logits.square().sum(-1)
+
+    train(make_model(), make_data(10), loss=loss)
+    assert (8 * 32, 3) in seen
+
+
+def test_a_run_that_resumes_keeps_its_rates(tmp_path: Any) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.shape[0] <= 8:
+            steps.append(1)
+        if len(steps) == 6:
+            raise StopError
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    steps: list[int] = []
+    model = make_model()
+    with pytest.raises(StopError):
+        train(model, make_data(10), loss=stop, checkpoints=tmp_path)
+    asked: list[int] = []
+
+    def watch(logits: Tensor, targets: Tensor) -> Tensor:
+        asked.append(logits.shape[0])
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    resumed, whole = make_model(), make_model()
+    history = train(resumed, make_data(10), loss=watch, checkpoints=tmp_path)
+    assert max(asked) <= 8  # no head of a grid
+    assert history == train(whole, make_data(10), loss=watch)
+    assert torch.equal(resumed.classifier.weight, whole.classifier.weight)
