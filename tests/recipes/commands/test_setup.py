@@ -11,7 +11,9 @@ from image_folders import make_folder
 from safetensors.torch import load_file
 
 from backbone_finetune.cli import main
+from backbone_finetune.recipes.commands.evaluate import evaluate_folder
 from backbone_finetune.recipes.commands.setup import TrainSettings, make_task
+from backbone_finetune.recipes.models.file import load_trained_model
 from backbone_finetune.recipes.training.processes import make_accelerator
 
 
@@ -37,7 +39,8 @@ def test_train_and_val_folders_are_used(tmp_path: Path, capsys: pytest.CaptureFi
     small = ["--model", "test_resnet", "--epochs", "1", "--device", "cpu"]
     assert main(["train", str(tmp_path / "data"), *small, "--output", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr()
-    assert f"train: {tmp_path}/data/train; test: {tmp_path}/data/val (validation)\n" in printed.out
+    tested = f"test: 6 images from {tmp_path}/data/val, the validation images, as nothing is chosen on them\n"
+    assert tested in printed.out
     assert "images by class, train + test: blue 4 + 2, green 4 + 2, red 4 + 2\n" in printed.out
     assert "6 of 6 test images are training images, byte for byte" in printed.err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -54,7 +57,7 @@ def test_a_run_with_a_table_and_a_separate_test_set_is_repeated(
     table.write_text("\n".join(["path,label", *rows]))
     given = [str(table), "--test", str(tmp_path / "other"), "--output", str(tmp_path / "run")]
     assert main(["train", *given, "--model", "test_resnet", "--epochs", "1", "--device", "cpu"]) == 0
-    assert "12 to train, 3 to test\n" in capsys.readouterr().out
+    assert "test: 3 images from " in capsys.readouterr().out
     again = ["train", "--run", str(tmp_path / "run" / "run.json"), "--output", str(tmp_path / "again")]
     assert main([*again, "--validation", str(tmp_path / "other")]) == 2
     assert "--validation and --run" in capsys.readouterr().err
@@ -62,3 +65,52 @@ def test_a_run_with_a_table_and_a_separate_test_set_is_repeated(
     assert "this run differs" not in capsys.readouterr().err
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    ("folders", "options", "found"),
+    [
+        (("val", "test"), (), ("validation", "test")),
+        (("val", "test"), ("--monitor", "off"), ("test",)),
+        (("val",), (), ("test",)),
+        (("val",), ("--monitor", "loss", "--patience", "1"), ("validation",)),
+        ((), ("--monitor", "balanced-accuracy"), ("validation", "test")),
+    ],
+)
+def test_the_best_epoch_is_chosen_on_validation_images_alone(
+    tmp_path: Path, folders: tuple[str, ...], options: tuple[str, ...], found: tuple[str, ...]
+) -> None:
+    make_folder(tmp_path / "data" / "train", per_class=8)
+    for name in folders:
+        make_folder(tmp_path / "data" / name, per_class=3)
+    small = ["--model", "test_resnet", "--epochs", "3", "--lr", "0.05", "--batch-size", "8"]
+    assert main(["train", str(tmp_path / "data"), *small, *options, "--output", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    chosen = metrics["best_epoch"]
+    assert (chosen is not None) == ("validation" in found and "off" not in options)
+    assert (metrics["test_accuracy"] is not None) == ("test" in found)
+    assert ("validation_images" in record) == (metrics["validation_images"] > 0)
+    if chosen is not None:
+        values = {
+            "loss": [-epoch["validation_loss"] for epoch in metrics["history"]],
+            "balanced-accuracy": [epoch["validation_balanced_accuracy"] for epoch in metrics["history"]],
+        }.get(options[1] if options else "", [epoch["validation_accuracy"] for epoch in metrics["history"]])
+        assert chosen == values.index(max(values)) + 1
+        assert metrics["validation_accuracy"] == metrics["history"][chosen - 1]["validation_accuracy"]
+    assert main(["train", "--run", str(tmp_path / "run" / "run.json"), "--output", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["history"] == metrics["history"]
+
+
+def test_the_test_accuracy_is_that_of_the_written_model(tmp_path: Path) -> None:
+    """With the best epoch kept, and in float32, as `evaluate` computes it from the file."""
+    for name, count in (("train", 8), ("val", 3), ("test", 4)):
+        make_folder(tmp_path / "data" / name, per_class=count)
+    small = ["--model", "test_resnet", "--epochs", "4", "--lr", "0.1", "--batch-size", "8"]
+    assert main(["train", str(tmp_path / "data"), *small, "--output", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    trained = load_trained_model(tmp_path / "run" / "model.safetensors")
+    for part, name in (("test", "test_accuracy"), ("val", "validation_accuracy")):
+        evaluation = evaluate_folder(trained, tmp_path / "data" / part, show_progress=False)
+        assert evaluation.accuracy == metrics[name]

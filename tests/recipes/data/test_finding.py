@@ -115,7 +115,7 @@ def test_parts_in_other_folders(tmp_path: Path) -> None:
     data, other, third = (tmp_path / name for name in ("data", "other", "third"))
     assert [len(part.paths) for part in find(data, validation=other)] == [12, 6]
     assert [len(part.paths) for part in find(data, test=third)] == [12, 9, 3]
-    assert [len(part.paths) for part in find(other, validation=data / "val", test=third / "test")] == [6, 6, 3]
+    assert [len(part.paths) for part in find(other, validation=data / "val", test=third / "test")] == [6, 9, 3]
 
 
 def test_links_to_folders_are_followed_except_loops(tmp_path: Path) -> None:
