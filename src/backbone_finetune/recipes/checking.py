@@ -4,8 +4,6 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, validate_call
 
-__all__ = ["NotNegative", "Positive", "Whole", "validated"]
-
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -3,8 +3,6 @@
 import importlib
 from typing import Any
 
-__all__ = ["import_extra"]
-
 
 def import_extra(name: str, extra: str) -> Any:
     """Import a package of an extra; its types are not known without it.

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["digest_file", "replacing", "sync_file", "sync_folder"]
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -8,8 +8,6 @@ from typing import Any
 import numpy
 import torch
 
-__all__ = ["preserve_rng_state", "random_state", "restore_random_state", "seed_everything"]
-
 
 def random_state() -> dict[str, Any]:
     """Return the state of all generators, in a form that JSON can hold.

@@ -7,8 +7,6 @@ from io import TextIOWrapper
 
 from pydantic import ValidationError
 
-__all__ = ["describe_fault", "has_control_characters", "join_some", "one_line", "print_any_name", "printable"]
-
 
 def has_control_characters(text: str) -> bool:
     """Tell whether a text has characters that move a terminal's cursor, colour it or end a line."""

@@ -7,8 +7,6 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-__all__ = ["is_alone", "run_on_main", "together"]
-
 T = TypeVar("T")
 
 

@@ -14,8 +14,6 @@ from ..text import has_control_characters, join_some, printable
 from .images import LabelledFolder, split
 from .tables import TABLES, read_table
 
-__all__ = ["choose_test", "find_data", "find_images", "find_splits", "list_images"]
-
 logger = logging.getLogger(__name__)
 
 # All that Pillow reads by itself: not EPS, which runs Ghostscript, nor formats that are a name and no decoder.

@@ -20,8 +20,6 @@ from ..rng import preserve_rng_state
 from ..text import one_line
 from .images import ImageDataset
 
-__all__ = ["data_fingerprint", "find_randomness", "is_deterministic"]
-
 # By name, so that nothing is imported for them. Each gives the same tensor for the same image; a subclass may do
 # anything, so it does not count.
 _PACKAGES = ("torchvision.transforms.", "timm.data.transforms", "open_clip.transform")

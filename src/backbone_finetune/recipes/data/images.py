@@ -12,8 +12,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["ImageDataset", "LabelledFolder", "is_read", "read_image", "split"]
-
 # The target of an image that cannot be read: it keeps its place, without weight. torch's losses ignore it by default.
 IGNORED = -100
 

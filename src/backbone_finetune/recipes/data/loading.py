@@ -25,8 +25,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from .images import IGNORED, ImageDataset, is_read, read_image
 from .transforms import Normalize, split_transform
 
-__all__ = ["DeviceLoader", "can_fork", "default_workers", "map_batches"]
-
 # Below it, 1 to 3 s of decoding, workers start for nothing.
 FEWEST_IMAGES = 1000
 MOST_WORKERS = 16

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from ..text import join_some, one_line
 
-__all__ = ["TABLES", "Row", "read_table"]
-
 TABLES = {".csv": ",", ".tsv": "\t"}  # the delimiter of each kind
 PATHS = ("path", "file", "filename", "file_name", "image")
 LABELS = ("label", "class", "target")

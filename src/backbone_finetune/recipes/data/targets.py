@@ -11,8 +11,6 @@ from ..rng import preserve_rng_state
 from ..text import join_some
 from .images import IGNORED, ImageDataset
 
-__all__ = ["check_dataset", "check_targets", "describe_targets", "describe_value", "known_targets", "split_row"]
-
 
 def check_dataset(name: str, data: Dataset[Any], check: Callable[[str, Tensor], None]) -> None:
     """Raise ValueError unless a dataset has a length and returns inputs and a target that ``check`` accepts.

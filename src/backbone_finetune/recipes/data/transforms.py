@@ -16,8 +16,6 @@ from timm.data import transforms as timm_transforms
 from torch import Tensor
 from torchvision import transforms  # it comes with timm
 
-__all__ = ["Normalize", "split_transform"]
-
 TO_TENSOR = {transforms.ToTensor, timm_transforms.MaybeToTensor, timm_transforms.ToTensor}
 
 

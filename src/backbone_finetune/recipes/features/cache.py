@@ -30,18 +30,6 @@ from ..data.images import is_read
 from ..files import replacing
 from .front import Front
 
-__all__ = [
-    "MANIFEST",
-    "FeatureCache",
-    "RowStore",
-    "UnwritableStoreError",
-    "agree",
-    "backbone_fingerprint",
-    "bytes_per_row",
-    "claim",
-    "layout_of",
-]
-
 logger = logging.getLogger(__name__)
 
 MANIFEST, LOCK_FILE = "manifest.json", "lock"

@@ -17,8 +17,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..text import one_line
 
-__all__ = ["COMPILERS", "Compile", "Run", "compile_checked", "compile_inductor", "compile_openvino"]
-
 logger = logging.getLogger(__name__)
 
 Run = Callable[..., Any]

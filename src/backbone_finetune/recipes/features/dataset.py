@@ -10,8 +10,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from ..data.images import is_read
 
-__all__ = ["Features", "feature_batches", "module_inputs", "without_unread"]
-
 
 class Features(TensorDataset):
     """Features and targets, ``tensors = (*features, targets)``; ``structure`` says what the backbone's output was.

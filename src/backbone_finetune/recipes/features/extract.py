@@ -16,8 +16,6 @@ from .front import front_of_backbone, in_eval
 from .frozen_pass import FrozenPass, autocast_dtype
 from .rows import compute_rows
 
-__all__ = ["extract_features", "find_device_of"]
-
 _IN_ORDER = {SequentialSampler, BatchSampler, type(None)}
 
 

@@ -11,8 +11,6 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.eval_caches import preserve_modes
 from backbone_finetune.frontier import Frontier, NoFrontier, find_frontier
 
-__all__ = ["Front", "find_front", "front_of_backbone", "has_trainable", "in_eval"]
-
 
 @dataclass(frozen=True)
 class Front:

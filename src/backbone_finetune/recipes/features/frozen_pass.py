@@ -19,8 +19,6 @@ from .compiled import Compile, Run, compile_checked
 from .dataset import Features
 from .front import Front
 
-__all__ = ["FrozenPass", "UncacheableError", "autocast_dtype", "checked_rows", "load_sample", "move_inputs"]
-
 logger = logging.getLogger(__name__)
 
 CHECKED_ROWS = 8

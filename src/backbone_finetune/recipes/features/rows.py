@@ -23,8 +23,6 @@ from .cache import FeatureCache, Layout, RowStore, UnwritableStoreError, agree, 
 from .dataset import Features
 from .frozen_pass import FrozenPass, UncacheableError, checked_rows
 
-__all__ = ["compute_rows"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -26,8 +26,6 @@ from ..data.targets import check_targets
 from ..features.dataset import feature_batches, module_inputs, without_unread
 from ..features.extract import find_device_of
 
-__all__ = ["HeadResult", "check_features", "decaying_names", "fit_heads", "head_batch"]
-
 _listed = BeforeValidator(lambda rates: list(rates) if isinstance(rates, Iterable) else rates)  # an array, too
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
 Rates = Annotated[Sequence[NotNegative], _listed, Field(min_length=1)]

@@ -17,8 +17,6 @@ from ..features.extract import find_device_of
 from ..features.front import in_eval
 from .grid import check_features, decaying_names, head_batch
 
-__all__ = ["LbfgsResult", "fit_lbfgs"]
-
 
 @dataclass(frozen=True)
 class LbfgsResult:

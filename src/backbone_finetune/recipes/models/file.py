@@ -33,16 +33,6 @@ from ..text import one_line
 from .metadata import ModelDescription, installed_versions, parse_metadata
 from .weights import BaseWeights, find_base
 
-__all__ = [
-    "TrainedModel",
-    "build_transform",
-    "find_size_problem",
-    "load_outline",
-    "load_trained_model",
-    "save_trained_changes",
-    "save_trained_model",
-]
-
 # Tables that a network computes for itself (masks, positions), which no tensor of the file accounts for.
 MOST_BYTES_BESIDE = 2**28
 

@@ -15,8 +15,6 @@ from backbone_finetune.validation import check_architecture
 
 from ..text import describe_fault, has_control_characters
 
-__all__ = ["BaseReference", "DataConfig", "ModelDescription", "installed_versions", "parse_metadata"]
-
 LARGEST_SIDE = 4096
 
 

@@ -11,8 +11,6 @@ from ..text import one_line
 from .metadata import parse_metadata
 from .named import NamedModel
 
-__all__ = ["load_onnx_model"]
-
 
 class OnnxNetwork(nn.Module):
     """Run a session of onnxruntime on ``(B, 3, H, W)``; returns logits."""

