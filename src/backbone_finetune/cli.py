@@ -23,7 +23,7 @@ from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.export.onnx_model import export_onnx
 from .recipes.models.file import TrainedModel, load_trained_model
-from .recipes.models.named import NamedModel
+from .recipes.models.named import NamedModel, load_timm_model
 from .recipes.models.onnx_file import load_onnx_model
 from .recipes.text import describe_fault, print_any_name, printable
 from .recipes.training.phases import Phase, read_phases
@@ -148,10 +148,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--model",
         dest="architecture",
         metavar="NAME",
-        help="any architecture of timm (default: tf_efficientnet_lite0, packaged weights)",
+        help="an architecture of timm, local-dir:FOLDER or hf-hub:OWNER/NAME (default: tf_efficientnet_lite0, packaged "
+        "weights)",
     )
     weights = parser.add_mutually_exclusive_group()
-    text = "timm's pretrained weights, from the hub"
+    text = "timm's pretrained weights from the hub, or those of the folder"
     weights.add_argument("--pretrained", action="store_true", default=None, help=text)
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file")
     add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table for each phase")
@@ -268,16 +269,16 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 def add_inference(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the model, the device and the batch size."""
     add = parser.add_argument
-    add_model(parser)
+    add_model(parser, "model.safetensors of `train`, .onnx of `export`, local-dir:FOLDER or hf-hub:OWNER/NAME")
     add("--batch-size", type=int, default=32, metavar="N", help="images per batch (default: %(default)s)")
     add("--workers", type=int, metavar="N", help="processes that read images (default: by cores and images)")
     add("--tta", action="store_true", help="average over each image and its mirror image, at twice the cost")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ... (default: %(default)s)")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, text: str) -> None:
     """Add the arguments that name a trained model."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the model.safetensors that `train` wrote")
+    parser.add_argument("model", type=Path, metavar="MODEL", help=text)
     parser.add_argument(
         "--base",
         type=Path,
@@ -294,7 +295,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "model's logits, or nothing is written."
     )
     add = parser.add_argument
-    add_model(parser)
+    add_model(parser, "the model.safetensors that `train` wrote")
     add("output", type=Path, metavar="OUTPUT", help="the file or, for hub-folder, the folder to write; not there yet")
     add("--to", choices=sorted(EXPORTERS), required=True, help="the format")
     add("--images", nargs="+", metavar="IMAGE", help="images, folders or patterns on which the logits are compared")
@@ -307,9 +308,10 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``inspect``."""
     parser.description = (
         "Print the layer groups, parameters and cost (floating-point operations of a forward pass of one image) of an "
-        "architecture of timm, or of a trained model and which of its groups are frozen. Nothing is downloaded."
+        "architecture of timm, or of a trained model and which of its groups are frozen. Nothing is downloaded but the "
+        "config.json of hf-hub:OWNER/NAME."
     )
-    parser.add_argument("network", metavar="NAME|MODEL", help="an architecture, or the model.safetensors of `train`")
+    parser.add_argument("network", metavar="NAME|MODEL", help="an architecture, local-dir:FOLDER, or model.safetensors")
     parser.add_argument(
         "--trainable-groups",
         type=int,
@@ -360,7 +362,11 @@ def load_model(options: argparse.Namespace) -> TrainedModel | NamedModel:
             raise ValueError(f"{options.model}: an ONNX file runs on the CPU and takes no --base")
         return load_onnx_model(options.model)
     device = find_device(options.device)
-    trained = load_trained_model(options.model, base=options.base)
+    trained: TrainedModel | NamedModel
+    if str(options.model).startswith(("local-dir:", "hf-hub:")):
+        trained = load_timm_model(str(options.model))
+    else:
+        trained = load_trained_model(options.model, base=options.base)
     trained.model.to(device)
     return trained
 

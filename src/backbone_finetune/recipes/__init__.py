@@ -25,7 +25,7 @@ from .features.extract import extract_features
 from .heads.grid import HeadResult, fit_heads
 from .heads.lbfgs import LbfgsResult, fit_lbfgs
 from .models.file import TrainedModel, load_trained_model, save_trained_model
-from .models.named import NamedModel
+from .models.named import NamedModel, load_timm_model
 from .models.onnx_file import load_onnx_model
 from .training.checkpoints import EpochResult
 from .training.divergence import DivergedError
@@ -74,6 +74,7 @@ __all__ = [
     "inspect",
     "is_deterministic",
     "load_onnx_model",
+    "load_timm_model",
     "load_trained_model",
     "make_accelerator",
     "predict",

@@ -164,7 +164,6 @@ def test_a_missing_checkpoint_raises(tmp_path: Path) -> None:
         ("resnet51", r"resnet51: timm .* has no such architecture; the nearest names are .*resnet50"),
         ("xyzzyxyzzy", r"xyzzyxyzzy: timm .* has no such architecture; timm\.list_models\(\) lists all names"),
         ("resnet18.mine", r"resnet18 has no weights tagged 'mine'; its tags are .*a1_in1k"),
-        ("hf-hub:timm/resnet18", r"has no such architecture; the nearest names are .*resnet18"),
     ],
 )
 def test_an_unknown_architecture_raises_with_the_nearest_names(tmp_path: Path, architecture: str, message: str) -> None:

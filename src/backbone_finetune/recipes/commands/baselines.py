@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -38,9 +39,9 @@ def chance_accuracy(train_targets: Sequence[int], test_targets: Sequence[int]) -
     return sum(target == commonest for target in test_targets) / len(test_targets)
 
 
-def random_model(architecture: str, num_classes: int) -> FineTuneModel:
+def random_model(architecture: str, num_classes: int, **arguments: Any) -> FineTuneModel:
     """Build a timm architecture with random weights."""
-    return FineTuneModel.from_timm(timm.create_model(architecture), num_classes=num_classes)
+    return FineTuneModel.from_timm(timm.create_model(architecture, **arguments), num_classes=num_classes)
 
 
 def pixel_model(num_classes: int) -> FineTuneModel:

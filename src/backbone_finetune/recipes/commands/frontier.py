@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
@@ -10,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.frontier import NoFrontier, find_frontier
-from backbone_finetune.validation import check_architecture
 
+from ..models.weights import create_network
 from ..rng import preserve_rng_state
 
 __all__ = ["inspect_frontier"]
@@ -29,9 +28,8 @@ def inspect_frontier(architecture: str, trainable_groups: int) -> str:
       backbone.layer3: 192 x 10 x 10 float32, 76.8 kB per image
     each epoch then computes 6.5% of the forward and 4.3% of the backward operations of training all
     """
-    check_architecture(architecture)
     with preserve_rng_state():
-        model = FineTuneModel.from_timm(timm.create_model(architecture), num_classes=1).train()
+        model = FineTuneModel.from_timm(create_network(architecture), num_classes=1).train()
         model.freeze_backbone(trainable_groups=trainable_groups)
         config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         images = torch.randn(IMAGES, *config["input_size"])

@@ -4,16 +4,15 @@ from collections import defaultdict
 from collections.abc import Container, Iterable
 from pathlib import Path
 
-import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.validation import check_architecture
 
 from ..models.file import load_outline
+from ..models.weights import create_network
 from ..text import join_some
 
 __all__ = ["count_operations", "inspect", "inspect_file"]
@@ -30,9 +29,8 @@ def inspect(architecture: str) -> str:
     Raises:
         ValueError: timm has no such architecture.
     """
-    check_architecture(architecture)
     with torch.device("meta"):
-        network = timm.create_model(architecture)
+        network = create_network(architecture)
         has_classifier = hasattr(network, "reset_classifier")  # a few pure encoders have none
         model = (
             FineTuneModel.from_timm(network, num_classes=1) if has_classifier else FineTuneModel(network, nn.Identity())

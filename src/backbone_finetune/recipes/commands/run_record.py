@@ -21,6 +21,8 @@ __all__ = ["compare_runs", "read_run", "record_run"]
 # What changes nothing in the model; the folder may be moved.
 NOT_RECORDED = {"output", "overwrite", "baselines", "workers", "cache"}
 
+FOLDER = "local-dir:"
+
 
 class _RunFile(BaseModel):
     arguments: TrainSettings
@@ -46,6 +48,8 @@ def record_run(
         for name, value in asdict(settings).items()
         if name not in NOT_RECORDED
     }
+    if (name := settings.architecture or "").startswith(FOLDER):
+        arguments["architecture"] = f"{FOLDER}{Path(name.removeprefix(FOLDER)).absolute()}"
     arguments["mixed_precision"] = accelerator.mixed_precision
     arguments["autocast_features"] = (
         config.autocast_features and autocast_dtype(task.model.backbone, accelerator.device) is not None

@@ -18,7 +18,7 @@ from ..checking import Positive, Whole
 from ..data.finding import find_data
 from ..data.images import ImageDataset, LabelledFolder
 from ..models.file import build_transform, find_size_problem
-from ..models.weights import BaseWeights, load_network, remember_base
+from ..models.weights import BaseWeights, load_network, model_arguments, remember_base
 from ..together import run_on_main
 from ..training.loop import EpochResult, TrainerConfig
 from ..training.phases import Phase
@@ -52,8 +52,9 @@ class TrainSettings:
             "off" keeps the last one. None is "accuracy" where there are both validation and test images, else "off".
             Where there are no validation images, a fifth of the training images is held out for it.
         patience: A phase ends after so many epochs that are no better.
-        architecture: A name of timm. Its weights are random, unless ``pretrained`` or ``checkpoint`` is given.
-        pretrained: Whether to load timm's pretrained weights, from the hub.
+        architecture: A name of timm, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``. Its weights are random, unless
+            ``pretrained`` or ``checkpoint`` is given.
+        pretrained: Whether to load the pretrained weights, timm's from the hub or those of the folder.
         checkpoint: A file of weights.
         phases: What trains for how long, one after the other.
         batch_size: Images in a step, on all processes together.
@@ -121,6 +122,7 @@ class Task:
 
     model: FineTuneModel
     architecture: str
+    arguments: dict[str, Any]
     weights: str
     data_config: dict[str, Any]
     base: BaseWeights | None
@@ -140,6 +142,7 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     architecture, source, weights, network = load_network(
         settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint
     )
+    arguments = model_arguments(network) if ":" in (settings.architecture or "") else {}
     model = FineTuneModel.from_timm(network, num_classes=len(parts[0].class_names))
     for phase in reversed(settings.phases):  # each is checked; the model ends as the first has it
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
@@ -149,7 +152,7 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     transform = build_transform(data_config)
     validation, test = (None if part is None else ImageDataset(part, transform) for part in others)
     shown = ImageDataset(train, build_transform(data_config, augment=settings.views > 1))
-    return Task(model, architecture, weights, data_config, base, shown, validation, test)
+    return Task(model, architecture, arguments, weights, data_config, base, shown, validation, test)
 
 
 def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:

