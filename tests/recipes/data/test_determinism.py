@@ -257,7 +257,7 @@ IMAGES = torch.ones(4, 3)
         ([(torch.ones(3), "cat")], r"the loader gave a list of 2; the dataset must return \(input, target\)"),
         (
             [(torch.ones(3), torch.ones(3), torch.ones(3), 0)],
-            r"rows have 3 inputs before the target, which Giving",
+            r"train: the model cannot run on the first row's input, \(3,\) float32, .* positional arguments",
         ),
         (
             TensorDataset(IMAGES, torch.rand(4, 2)),

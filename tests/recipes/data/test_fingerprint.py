@@ -224,3 +224,9 @@ class Stream(IterableDataset[Any]):
 def test_what_has_no_fingerprint_says_what_to_pass(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data_fingerprint(data)
+
+
+@pytest.mark.parametrize("given", ["photos/", Path("photos"), b"photos", {"image": 0}])
+def test_a_path_is_no_dataset(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"data_fingerprint got .*photos|image.*; pass a dataset of \(image, target\)"):
+        data_fingerprint(given)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -464,3 +465,74 @@ def test_torch_set_default_device_has_no_effect(as_list: bool) -> None:
                 fine_tune(model, images, images, [Phase(epochs=1), Phase(epochs=1, trainable_groups=2)], config)
             )
     assert results[0] == results[1]
+
+
+def replaced(row: int, target: float) -> list[Any]:
+    rows = [(image, int(number)) for image, number in make_images(12)]
+    rows[row] = (rows[row][0], target)
+    return rows
+
+
+class Listed(Dataset[Any]):
+    """Rows that are not known to be the same each time, so that nothing is cached."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+@pytest.mark.parametrize("faulty", ["train", "test"])
+@pytest.mark.parametrize(
+    ("cached", "target", "message"),
+    [
+        (True, 3, "target 3 is outside the 3 classes of the classifier"),
+        (False, 3, "target 3 is outside the 3 classes of the classifier"),
+        (False, -1, "target -1 is outside the 3 classes"),
+        (False, 0.7, "the targets are float32 of shape"),
+    ],
+)
+def test_a_wrong_target_in_a_later_row_is_named(faulty: str, cached: bool, target: float, message: str) -> None:
+    data: dict[str, Any] = {"train": make_images(), "test": make_images(12), faulty: replaced(9, target)}
+    if not cached:
+        data[faulty] = Listed(data[faulty])
+    with pytest.raises(ValueError, match=f"^{faulty}: {message}"):
+        run(make_model(), **data, epochs=1)
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2])
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda image, target: (image, image, target),
+            r"first row's input, \(3, 8, 8\) float32, .* positional arguments",
+        ),
+        (lambda image, target: (image.mul(255).byte(), target), r"first row's input, \(3, 8, 8\) uint8 \(.*float32"),
+        (lambda image, target: (image[:1], target), r"first row's input, \(1, 8, 8\) float32 .*3 channels"),
+        (lambda image, target: (Image.new("RGB", (8, 8)), target), r"\(Image, int\); .* give the dataset a transform"),
+    ],
+)
+def test_inputs_that_the_model_does_not_take_are_described(
+    change: Any, message: str, cached: bool, groups: int
+) -> None:
+    rows = [change(image, int(target)) for image, target in make_images(12)]
+    with pytest.raises(ValueError, match=f"^train.*{message}"):
+        run(make_model(), rows if cached else Listed(rows), make_images(12), epochs=1, trainable_groups=groups)
+
+
+def test_one_image_is_too_few_for_statistics_that_move() -> None:
+    model = make_model(nn.Sequential(nn.Linear(16, 3), nn.BatchNorm1d(3)))
+    with pytest.raises(ValueError, match=r"^a batch of one image: .*; pass more images, a larger"):
+        run(model, make_images(1), make_images(12), epochs=1)
+
+
+def test_an_error_that_the_first_row_does_not_explain_stays() -> None:
+    rows = [*make_images(11), (torch.ones(3, 9, 9), 0)]
+    with pytest.raises(RuntimeError, match="equal size"):
+        run(make_model(), Listed(rows), epochs=1)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,11 @@ def data_fingerprint(dataset: Dataset[Any]) -> str:
     """
     if isinstance(dataset, DataLoader):
         raise ValueError("data_fingerprint got a DataLoader; pass its dataset: data_fingerprint(loader.dataset)")
+    if isinstance(dataset, str | bytes | PathLike | Mapping):
+        raise ValueError(
+            f"data_fingerprint got {dataset!r:.80}; pass a dataset of (image, target): of a folder, "
+            "torchvision.datasets.ImageFolder(folder, transform)"
+        )
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(f"{type(dataset).__name__} is a stream of unknown length; {_NAME_INSTEAD}")
     return hashlib.sha256(json.dumps(_describe(dataset)).encode()).hexdigest()

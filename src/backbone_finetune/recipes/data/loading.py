@@ -20,9 +20,11 @@ import numpy
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from .images import IGNORED, ImageDataset, is_read, read_image
+from .targets import split_row
 from .transforms import Normalize, split_transform
 
 # Below it, 1 to 3 s of decoding, workers start for nothing.
@@ -132,6 +134,7 @@ class DeviceLoader(DataLoader[Any]):
         seed: What a sample draws comes from it and the sample's index. None leaves the generators alone.
         views: How often the data comes, one view of all samples after the other, each drawn anew.
         compute: What becomes of the values of a batch, in the process that loaded it; they stay on the CPU then.
+        check: Called with the targets of each batch that is loaded without ``compute``; raises for wrong ones.
 
     >>> data = [(torch.tensor([1.0]), 0), (torch.tensor([2.0]), 1)]
     >>> [targets.tolist() for _, targets in DeviceLoader(data, torch.device("cpu"), batches=[[1, 0], [1]])]
@@ -149,12 +152,13 @@ class DeviceLoader(DataLoader[Any]):
         seed: str | None = None,
         views: int = 1,
         compute: Compute | None = None,
+        check: Callable[[Tensor], None] | None = None,
     ) -> None:
         order: Mapping[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
         pin_memory = device.type == "cuda" and compute is None
         self.samples = Batches(data, seed, views, compute)
         super().__init__(self.samples, **order, collate_fn=_keep, pin_memory=pin_memory, **_workers(workers))
-        self.device = device
+        self.device, self.check = device, check
 
     @property
     def batches(self) -> list[list[int]]:
@@ -175,6 +179,8 @@ class DeviceLoader(DataLoader[Any]):
             if self.samples.compute is not None:
                 yield batch.values
                 continue
+            if self.check is not None:
+                self.check(split_row(batch.values)[1])  # on the CPU: a look at the device would wait for it
             values = send_to_device(batch.values, self.device, non_blocking=True)
             if self.samples.normalize is not None:
                 values[0] = self.samples.normalize(values[0])

@@ -26,7 +26,16 @@ def check_dataset(name: str, data: Dataset[Any], check: Callable[[str, Tensor], 
     targets = known_targets(data)
     if targets is None:
         with preserve_rng_state(), torch.device("cpu"):
-            _, targets = split_row(default_collate([data[0]]))
+            row = data[0]
+            try:
+                batch = default_collate([row])
+            except TypeError as error:  # an image of Pillow, say
+                kinds = ", ".join(type(part).__name__ for part in row) if isinstance(row, tuple | list) else ""
+                raise ValueError(
+                    f"{name}[0] is {describe_value(row)}{f' ({kinds})' if kinds else ''}; return tensors or "
+                    "numbers: give the dataset a transform, such as timm.data.create_transform(224)"
+                ) from error
+            _, targets = split_row(batch)
     check(name, targets)
 
 

@@ -1,7 +1,7 @@
 """Which images a step sees: a function of the seed and the epoch, on any number of processes."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,7 @@ def load_batches(
     device: torch.device | None = None,
     workers: int = 0,
     seed: str | None = None,
+    check: Callable[[Tensor], None] | None = None,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Load the images of each local batch: a batch of ``(inputs..., targets)`` each, on ``device``; see `DeviceLoader`.
 
@@ -92,5 +93,5 @@ def load_batches(
             yield tuple(tensor[share.indices].to(device) for tensor in data.tensors)
         return
     indices = [share.indices.tolist() for share in shares]
-    for batch in DeviceLoader(data, device, batches=indices, workers=workers, seed=seed):
+    for batch in DeviceLoader(data, device, batches=indices, workers=workers, seed=seed, check=check):
         yield tuple(batch)

@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..data.images import IGNORED
+from ..data.targets import check_targets
 from ..features.dataset import module_inputs
 from .batches import LocalBatch, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, load_by_name
@@ -46,6 +48,7 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
         device=accelerator.device,
         workers=config.workers_for(state.train),
         seed=f"{config.seed} {epoch}",
+        check=partial(check_targets, "train", classes=state.model.num_classes),
     )
     state.prepared.train()
     with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not config.shows) as bar:
@@ -119,7 +122,14 @@ def fetch_sums(
 def evaluate_validation(state: PhaseState, data: Dataset[Any], config: TrainerConfig) -> Score:
     """Evaluate what trains on the validation data."""
     module, workers = config.accelerator.unwrap_model(state.prepared), config.workers_for(data)
-    return evaluate(module, data, batch_size=config.batch_size, accelerator=config.accelerator, workers=workers)
+    return evaluate(
+        module,
+        data,
+        batch_size=config.batch_size,
+        accelerator=config.accelerator,
+        workers=workers,
+        check=partial(check_targets, "validation", classes=state.model.num_classes),
+    )
 
 
 def train_step(

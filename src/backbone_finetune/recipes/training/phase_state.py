@@ -19,6 +19,7 @@ from .batches import epoch_batches
 from .checkpoints import Progress, capture, load_by_name, write_checkpoint
 from .config import TrainerConfig, count
 from .divergence import count_not_finite
+from .first_rows import explain_errors
 from .phase_data import prepare_data
 from .phases import Phase, make_schedule
 from .processes import communicated_bytes, full_tensor, prepare, release
@@ -70,7 +71,7 @@ def prepared_phase(
     model.norm_eval = phase.norm_eval
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
     changed.update(model.state_dict().keys() - model.frozen_names())
-    with model.assert_frozen():
+    with explain_errors(model, train=train, validation=validation), model.assert_frozen():
         data = prepare_data(model, train, validation, config)
         lr, weight_decay = choose_rates(data, phase, config)
         phase = replace(phase, lr=lr, weight_decay=weight_decay)

@@ -1,6 +1,6 @@
 """How many images a model gets right, of all and of each class."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,18 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    module: nn.Module, data: Dataset[Any], *, batch_size: int, accelerator: Accelerator, workers: int = 0
+    module: nn.Module,
+    data: Dataset[Any],
+    *,
+    batch_size: int,
+    accelerator: Accelerator,
+    workers: int = 0,
+    check: Callable[[Tensor], None] | None = None,
 ) -> Score:
     """Count the images of each class whose largest logit is their target. Leaves the module in eval mode.
 
     Each process takes a share of each batch; no image counts twice, and one that cannot be read does not count. What
-    has a target outside the classes counts as wrong, as of one class more.
+    has a target outside the classes counts as wrong, as of one class more, unless ``check`` raises for it.
 
     >>> data = [(torch.tensor([0.0, 1.0]), 1)]
     >>> evaluate(nn.Identity(), data, batch_size=1, accelerator=Accelerator(cpu=True)).accuracy
@@ -64,7 +70,7 @@ def evaluate(
     answers: list[Tensor] = []
     losses: list[Tensor] = []
     targets: list[Tensor] = []
-    loaded = load_batches(data, shares, device=accelerator.device, workers=workers, seed="evaluation")
+    loaded = load_batches(data, shares, device=accelerator.device, workers=workers, seed="evaluation", check=check)
     for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
         logits = module(*module_inputs(data, inputs))[: share.num_real]
         answers.append(logits.argmax(-1))
