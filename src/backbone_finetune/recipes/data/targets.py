@@ -25,18 +25,22 @@ def check_dataset(name: str, data: Dataset[Any], check: Callable[[str, Tensor], 
         raise ValueError(f"len({name}) = 0: expected one image or more")
     targets = known_targets(data)
     if targets is None:
-        with preserve_rng_state(), torch.device("cpu"):
-            row = data[0]
-            try:
-                batch = default_collate([row])
-            except TypeError as error:  # an image of Pillow, say
-                kinds = ", ".join(type(part).__name__ for part in row) if isinstance(row, tuple | list) else ""
-                raise ValueError(
-                    f"{name}[0] is {describe_value(row)}{f' ({kinds})' if kinds else ''}; return tensors or "
-                    "numbers: give the dataset a transform, such as timm.data.create_transform(224)"
-                ) from error
-            _, targets = split_row(batch)
+        _, targets = first_row(name, data)
     check(name, targets)
+
+
+def first_row(name: str, data: Any) -> tuple[list[Tensor], Tensor]:
+    """Load the first row of a dataset as a batch of one; raise ValueError where it is none."""
+    with preserve_rng_state(), torch.device("cpu"):
+        row = data[0]
+        try:
+            return split_row(default_collate([row]))
+        except TypeError as error:  # an image of Pillow, say
+            kinds = ", ".join(type(part).__name__ for part in row) if isinstance(row, tuple | list) else ""
+            raise ValueError(
+                f"{name}[0] is {describe_value(row)}{f' ({kinds})' if kinds else ''}; return tensors or numbers: give "
+                "the dataset a transform, such as timm.data.create_transform(224)"
+            ) from error
 
 
 def known_targets(data: Any) -> Tensor | None:

@@ -5,16 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
 
 from ..data.images import ImageDataset
-from ..data.targets import split_row
+from ..data.targets import first_row
 from ..features.front import in_eval
 from ..rng import preserve_rng_state
-
-__all__ = ["explain_errors"]
 
 
 @contextmanager
@@ -43,7 +41,7 @@ def explain_errors(model: FineTuneModel, **datasets: Dataset[Any] | None) -> Ite
 
 def _run_first_row(model: FineTuneModel, name: str, data: Any, error: Exception) -> None:
     with preserve_rng_state(), in_eval(model), torch.no_grad(), torch.device("cpu"):
-        inputs, _ = split_row(default_collate([data[0]]))
+        inputs, _ = first_row(name, data)
         device = next(model.parameters()).device
         try:
             model(*(tensor.to(device) for tensor in inputs))
