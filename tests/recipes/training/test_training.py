@@ -486,7 +486,7 @@ class Listed(Dataset[Any]):
         return self.rows[index]
 
 
-@pytest.mark.parametrize("faulty", ["train", "test"])
+@pytest.mark.parametrize("faulty", ["train", "validation"])
 @pytest.mark.parametrize(
     ("cached", "target", "message"),
     [
@@ -497,11 +497,11 @@ class Listed(Dataset[Any]):
     ],
 )
 def test_a_wrong_target_in_a_later_row_is_named(faulty: str, cached: bool, target: float, message: str) -> None:
-    data: dict[str, Any] = {"train": make_images(), "test": make_images(12), faulty: replaced(9, target)}
+    data: dict[str, Any] = {"train": make_images(), "validation": make_images(12), faulty: replaced(9, target)}
     if not cached:
         data[faulty] = Listed(data[faulty])
     with pytest.raises(ValueError, match=f"^{faulty}: {message}"):
-        run(make_model(), **data, epochs=1)
+        run(make_model(), data["train"], data["validation"], epochs=1)
 
 
 @pytest.mark.parametrize("groups", [0, 1, 2])
