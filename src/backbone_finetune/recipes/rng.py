@@ -10,14 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of all generators, in a form that JSON can hold.
-
-    >>> before = random_state()
-    >>> drawn = torch.rand(1), random.random(), numpy.random.rand()
-    >>> restore_random_state(before)
-    >>> drawn == (torch.rand(1), random.random(), numpy.random.rand())
-    True
-    """
+    """Return the state of all generators, in a form that JSON can hold."""
     name, key, *rest = numpy.random.get_state(legacy=True)
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return {

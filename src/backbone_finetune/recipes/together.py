@@ -11,21 +11,13 @@ T = TypeVar("T")
 
 
 def is_alone(accelerator: Accelerator | None) -> bool:
-    """Tell whether this process is the only one, as it is without an accelerator.
-
-    >>> is_alone(None)
-    True
-    """
+    """Tell whether this process is the only one, as it is without an accelerator."""
     return accelerator is None or accelerator.num_processes == 1
 
 
 @contextmanager
 def together(accelerator: Accelerator | None) -> Iterator[None]:
-    """Wait until every process has finished the block; an error of one of them is raised on all.
-
-    >>> with together(None):
-    ...     pass
-    """
+    """Wait until every process has finished the block; an error of one of them is raised on all."""
     if accelerator is None or is_alone(accelerator):
         yield
         return
@@ -45,11 +37,7 @@ def together(accelerator: Accelerator | None) -> Iterator[None]:
 
 
 def run_on_main(accelerator: Accelerator | None, function: Callable[[], T]) -> T:
-    """Run a function on the main process; its result, or its error, is that of every process.
-
-    >>> run_on_main(None, lambda: 3)
-    3
-    """
+    """Run a function on the main process; its result, or its error, is that of every process."""
     if accelerator is None or is_alone(accelerator):
         return function()
     outcome: list[Any] = [None]

@@ -412,6 +412,7 @@ def set_global(_: FineTuneModel, patched: pytest.MonkeyPatch) -> None:
 
 
 BY_KEY = "made with other backbone"
+DAMAGED = "incomplete or damaged"
 BY_CHECK = "8 images give other features now than those stored"
 
 
@@ -559,15 +560,12 @@ def foreign_manifest(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (truncate, r"slot-0.bin has 100 bytes, not 704"),
-        (lengthen, r"slot-1.bin has 92 bytes, not 88"),
+        *(
+            (damage, DAMAGED)
+            for damage in (truncate, lengthen, remove_a_slot, remove_the_manifest, truncate_the_manifest)
+        ),
+        *((damage, DAMAGED) for damage in (garble_the_manifest, nest_the_manifest, foreign_manifest)),
         (fill_with_zeros, BY_CHECK),
-        (remove_a_slot, r"slot-1.bin has 0 bytes, not 88"),
-        (remove_the_manifest, r"manifest.json is missing or unreadable"),
-        (truncate_the_manifest, r"manifest.json is missing or unreadable"),
-        (garble_the_manifest, r"manifest.json is missing or unreadable"),
-        (nest_the_manifest, r"manifest.json is missing or unreadable"),
-        (foreign_manifest, r"manifest.json is missing or unreadable"),
     ],
 )
 def test_a_damaged_cache_is_recomputed(
@@ -654,10 +652,9 @@ def test_an_error_while_building_leaves_no_valid_cache(tmp_path: Path, logged: L
         extract(model, cache)
     hook.remove()
     assert all(map(torch.equal, extract(model, cache), extract(model)))
-    assert logged() == [f"features in {cache.folder}: {MISSING}; computing them again"]
+    assert logged() == [f"features in {cache.folder}: {DAMAGED}; computing them again"]
 
 
-MISSING = "manifest.json is missing or unreadable"
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -803,7 +800,7 @@ def test_another_process_its_peak_memory_its_cache_and_what_it_leaves_when_kille
     assert not (killed.folder / MANIFEST).exists()
     assert all(map(torch.equal, extract(model, killed, loader=loader, autocast=True), expected))
     assert passes.count == 1 + 1 + 3  # the check of each cache, and three batches
-    assert logged() == [f"features in {killed.folder}: {MISSING}; computing them again"]
+    assert logged() == [f"features in {killed.folder}: {DAMAGED}; computing them again"]
 
 
 def test_progress_is_shown_only_with_a_title(capfd: pytest.CaptureFixture[str]) -> None:

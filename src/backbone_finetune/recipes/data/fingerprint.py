@@ -32,7 +32,6 @@ _DETERMINISTIC = frozenset(
 # What torchvision's datasets, and most others, call what they do to an image and its target.
 _TRANSFORMS = ("transform", "transforms", "target_transform")
 _NAME_INSTEAD = "pass a name of your own: FeatureCache(folder, 'images of 2024, 224 pixels')"
-_LOOKS = 8
 
 
 def is_deterministic(transform: Any) -> bool:
@@ -83,12 +82,16 @@ def find_randomness(data: Any) -> str | None:
         return f"{type(data).__name__} may draw random numbers when it is read; give it transform = None if it does not"
     if type(data).__module__.startswith(("torchvision.datasets.", "backbone_finetune.recipes.")):
         return None
-    last = len(data) - 1
     with preserve_rng_state():
-        for index in sorted({round(look * last / (_LOOKS - 1)) for look in range(_LOOKS)}):
+        for index in spread_rows(len(data)):
             if _digest_item(data[index]) != _digest_item(data[index]):
                 return f"item {index} of {type(data).__name__} was not the same when it was read twice"
     return None
+
+
+def spread_rows(count: int) -> list[int]:
+    """Choose up to eight rows, spread over all."""
+    return sorted({round(look * (count - 1) / 7) for look in range(8)})
 
 
 def data_fingerprint(dataset: Dataset[Any]) -> str:

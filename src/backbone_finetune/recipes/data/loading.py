@@ -60,9 +60,7 @@ class Batches(Dataset[Any]):
 
     def __init__(self, data: Dataset[Any], seed: str | None, views: int, compute: Compute | None) -> None:
         self.data: Any = data
-        self.seed = seed
-        self.views = views
-        self.compute = compute
+        self.seed, self.views, self.compute = seed, views, compute
         self.normalize: Normalize | None = None
         if isinstance(data, ImageDataset):
             self.to_bytes, self.normalize = split_transform(data.transform)
@@ -88,11 +86,11 @@ class Batches(Dataset[Any]):
                 rows = [row if is_one else (image, row[1]) for row, is_one in zip(rows, read, strict=True)]
             with torch.device("cpu"):  # targets that are numbers become a tensor here
                 values = default_collate(rows)
-            if self.compute is None:
-                return Batch(values, broken)
-            if self.normalize is not None:
-                values[0] = self.normalize(values[0])
-            return Batch(self.compute(values), broken)
+            if self.compute is not None:
+                if self.normalize is not None:
+                    values[0] = self.normalize(values[0])
+                values = self.compute(values)
+            return Batch(values, broken)
         except Exception as error:
             if get_worker_info() is None:
                 raise
@@ -124,35 +122,20 @@ class DeviceLoader(DataLoader[Any]):
 
     An image of an `ImageDataset` that cannot be read keeps its place with a target that says so (`is_read`), and
     the dataset remembers it. Any other error of a worker is raised here, and names the sample.
-
-    Args:
-        data: A dataset of ``(inputs..., target)``.
-        device: Where the batches go.
-        batches: Batches of indices; or pass ``batch_size``, for all in order.
-        batch_size: Samples in a batch.
-        workers: Processes that load; 0 loads in this one.
-        seed: What a sample draws comes from it and the sample's index. None leaves the generators alone.
-        views: How often the data comes, one view of all samples after the other, each drawn anew.
-        compute: What becomes of the values of a batch, in the process that loaded it; they stay on the CPU then.
-        check: Called with the targets of each batch that is loaded without ``compute``; raises for wrong ones.
-
-    >>> data = [(torch.tensor([1.0]), 0), (torch.tensor([2.0]), 1)]
-    >>> [targets.tolist() for _, targets in DeviceLoader(data, torch.device("cpu"), batches=[[1, 0], [1]])]
-    [[1, 0], [1]]
     """
 
     def __init__(
         self,
-        data: Dataset[Any],
+        data: Dataset[Any],  # of ``(inputs..., target)``
         device: torch.device,
         *,
-        batches: Sequence[Sequence[int]] | None = None,
+        batches: Sequence[Sequence[int]] | None = None,  # of indices; by default all in order, ``batch_size`` each
         batch_size: int = 32,
-        workers: int = 0,
-        seed: str | None = None,
-        views: int = 1,
-        compute: Compute | None = None,
-        check: Callable[[Tensor], None] | None = None,
+        workers: int = 0,  # 0 loads in this process
+        seed: str | None = None,  # what a sample draws comes from it and the index; None leaves the generators alone
+        views: int = 1,  # how often the data comes, one view of all samples after the other, each drawn anew
+        compute: Compute | None = None,  # on a batch, in the process that loaded it; the results stay on the CPU
+        check: Callable[[Tensor], None] | None = None,  # on targets loaded without ``compute``; raises for wrong ones
     ) -> None:
         order: Mapping[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
         pin_memory = device.type == "cuda" and compute is None
@@ -176,14 +159,13 @@ class DeviceLoader(DataLoader[Any]):
                 raise batch.error
             if batch.broken:
                 self.samples.data.broken.update(batch.broken)
-            if self.samples.compute is not None:
-                yield batch.values
-                continue
-            if self.check is not None:
-                self.check(split_row(batch.values)[1])  # on the CPU: a look at the device would wait for it
-            values = send_to_device(batch.values, self.device, non_blocking=True)
-            if self.samples.normalize is not None:
-                values[0] = self.samples.normalize(values[0])
+            values = batch.values
+            if self.samples.compute is None:
+                if self.check is not None:
+                    self.check(split_row(values)[1])  # on the CPU: a look at the device would wait for it
+                values = send_to_device(values, self.device, non_blocking=True)
+                if self.samples.normalize is not None:
+                    values[0] = self.samples.normalize(values[0])
             yield values
 
 

@@ -26,6 +26,7 @@ from backbone_finetune import __version__
 from backbone_finetune.eval_caches import clear_caches
 from backbone_finetune.verification import digest
 
+from ..data.fingerprint import spread_rows
 from ..data.images import is_read
 from ..files import replacing
 from .front import Front
@@ -115,20 +116,24 @@ class RowStore:
         self.key = {"format": _FORMAT, "image count": str(count), **key}
         self.slots = [folder / f"slot-{index}.bin" for index in range(len(layout))]
 
-    def find_problem(self) -> str | None:
-        """Say why stored features cannot be used, None where they can be, "" where there are none."""
+    def find_problem(self, sample: Sequence[Tensor], *, autocast: bool) -> str | None:
+        """Say why stored features cannot be used, None where they can be, "" where there are none.
+
+        Args:
+            sample: What the rows of ``spread_rows`` are when they are computed now.
+            autocast: Whether they were computed under bf16.
+        """
         if not any(path.suffix == ".bin" or path.name == MANIFEST for path in _own_files(self.folder)):
             return ""
         try:
             made = _KEY.validate_json((self.folder / MANIFEST).read_bytes())
-        except (OSError, ValueError):
-            return f"{MANIFEST} is missing or unreadable"
-        if changed := [f"other {name}" for name, value in self.key.items() if made.get(name) != value]:
-            return f"made with {' and '.join(changed)}"
-        for path, slot in zip(self.slots, self.layout, strict=True):
-            found, size = path.stat().st_size if path.is_file() else 0, self.count * bytes_per_row(slot)
-            if found != size:
-                return f"{path.name} has {found} bytes, not {size}"
+            if changed := [f"other {name}" for name, value in self.key.items() if made.get(name) != value]:
+                return f"made with {' and '.join(changed)}"
+            stored = [slot[spread_rows(self.count)] for slot in self.read(in_memory=False)]
+        except (OSError, ValueError, RuntimeError):
+            return "incomplete or damaged"
+        if not _agree(stored, sample, autocast=autocast):
+            return f"{len(sample[-1])} images give other features now than those stored"
         return None
 
     def allocate(self) -> None:
@@ -189,7 +194,7 @@ def bytes_per_row(slot: tuple[torch.dtype, tuple[int, ...]]) -> int:
     return int(slot[0].itemsize * math.prod(slot[1]))
 
 
-def agree(stored: Sequence[Tensor], computed: Sequence[Tensor], *, autocast: bool) -> bool:
+def _agree(stored: Sequence[Tensor], computed: Sequence[Tensor], *, autocast: bool) -> bool:
     """Tell whether stored rows are those computed now: to 1e-3 of the largest value of a slot, under bf16 to 5e-2."""
     # In the place of an image that cannot be read is another of its batch, which is another one now.
     seen = is_read(stored[-1]) | is_read(computed[-1])

@@ -5,7 +5,6 @@ image against 11.3 in bf16, 6.0 against 27.3 in float32, and 10 s to compile: it
 on, and takes half the time or less from 5,000 on.
 """
 
-import importlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..extras import import_extra
 from ..text import one_line
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,7 @@ def compile_openvino(backbone: nn.Module) -> Run:
     Raises:
         ModuleNotFoundError: OpenVINO is not installed.
     """
-    try:
-        openvino = importlib.import_module("openvino")  # it has no types that mypy could read without it
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("openvino is not installed; run: pip install 'backbone-finetune[openvino]'") from None
+    openvino = import_extra("openvino", "openvino")
     compiled: Any = None
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:

@@ -14,23 +14,14 @@ from backbone_finetune.frontier import Frontier, NoFrontier, find_frontier
 
 @dataclass(frozen=True)
 class Front:
-    """The part of a model that computes the same for an image in every epoch.
-
-    Args:
-        backbone: The backbone of the model.
-        module: What is in eval while ``run`` runs.
-        run: Takes the inputs of a batch, and returns what ``rest`` takes.
-        rest: What trains: returns the logits.
-        description: What is kept for each image.
-        trained: The names of the backbone's parameters and buffers that training changes.
-    """
+    """The part of a model that computes the same for an image in every epoch."""
 
     backbone: nn.Module
-    module: nn.Module
-    run: Callable[..., Any]
-    rest: nn.Module
-    description: str = "the output of the backbone"
-    trained: frozenset[str] = frozenset()
+    module: nn.Module  # in eval while ``run`` runs
+    run: Callable[..., Any]  # takes the inputs of a batch, and returns what ``rest`` takes
+    rest: nn.Module  # trains, and returns the logits
+    description: str = "the output of the backbone"  # what is kept for each image
+    trained: frozenset[str] = frozenset()  # parameters and buffers of the backbone that training changes
 
 
 def front_of_backbone(model: FineTuneModel) -> Front:

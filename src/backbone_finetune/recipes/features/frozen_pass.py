@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from ..data.fingerprint import spread_rows
 from ..data.loading import DeviceLoader, can_fork
 from ..data.targets import describe_value, split_row
 from .compiled import Compile, Run, compile_checked
@@ -20,8 +21,6 @@ from .dataset import Features
 from .front import Front
 
 logger = logging.getLogger(__name__)
-
-CHECKED_ROWS = 8
 
 
 class UncacheableError(ValueError):
@@ -44,22 +43,14 @@ class FrozenPass:
     """Runs the front of a model over batches, under autocast to ``dtype`` unless it is None.
 
     Where a batch does not fit into the memory of the device, it and all that follow run in parts of half its size.
-
-    Args:
-        front: What runs; the caller sets its ``module`` to eval.
-        device: Where it is.
-        dtype: The precision of autocast.
-        widens: Whether results in ``dtype`` are stored in float32.
-        compile: See ``extract_features``.
-        most: Images that fit into memory at once; 0 for any.
     """
 
-    front: Front
-    device: torch.device
+    front: Front  # the caller sets its ``module`` to eval
+    device: torch.device  # of the front
     dtype: torch.dtype | None
-    widens: bool = True
-    compile: Compile | None = None
-    most: int = 0
+    widens: bool = True  # store results in ``dtype`` as float32
+    compile: Compile | None = None  # see ``extract_features``
+    most: int = 0  # images that fit into memory at once; 0 for any number
 
     def __post_init__(self) -> None:
         self._run: Run = self.front.run
@@ -149,14 +140,9 @@ def move_inputs(inputs: Sequence[Tensor], module: nn.Module, device: torch.devic
     return [each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each for each in moved]
 
 
-def checked_rows(count: int) -> list[int]:
-    """Choose up to eight rows, spread over all."""
-    return sorted({round(number * (count - 1) / (CHECKED_ROWS - 1)) for number in range(CHECKED_ROWS)})
-
-
 def load_sample(loader: DataLoader[Any]) -> Any:
     """Load up to eight images, spread over all, as one batch of a loader."""
-    rows = checked_rows(len(loader.dataset))  # type: ignore[arg-type]  # torch's Dataset declares no length
+    rows = spread_rows(len(loader.dataset))  # type: ignore[arg-type]  # torch's Dataset declares no length
     if isinstance(loader, DeviceLoader):
         return next(iter(loader.over([rows], workers=0)))
     chosen = Subset(loader.dataset, rows)

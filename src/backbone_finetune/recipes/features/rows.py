@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..data.loading import DeviceLoader
 from ..together import is_alone, run_on_main, together
-from .cache import FeatureCache, Layout, RowStore, UnwritableStoreError, agree, bytes_per_row, claim, layout_of
+from .cache import FeatureCache, Layout, RowStore, UnwritableStoreError, bytes_per_row, claim, layout_of
 from .dataset import Features
-from .frozen_pass import FrozenPass, UncacheableError, checked_rows
+from .frozen_pass import FrozenPass, UncacheableError
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +106,7 @@ def _rows_on_disk(
 
         def open_store() -> tuple[bool, str]:
             """Say whether what is stored is usable, and name a file that only this very folder has."""
-            problem = store.find_problem()
-            if problem is None:
-                rows = checked_rows(count)
-                stored = [slot[rows] for slot in store.read(in_memory=False)]
-                if not agree(stored, sample.tensors, autocast=run.dtype is not None):
-                    problem = f"{len(rows)} images give other features now than those stored"
+            problem = store.find_problem(sample.tensors, autocast=run.dtype is not None)
             if problem:
                 logger.info("features in %s: %s; computing them again", folder, problem)
             if problem is not None:
