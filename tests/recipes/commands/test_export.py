@@ -50,3 +50,8 @@ def test_train_says_before_it_starts_that_a_family_stays(tmp_path: Path, capsys:
     assert said < next(index for index, line in enumerate(lines) if "test accuracy" in line)
     assert cli.main([*arguments, str(tmp_path / "resnet"), "--model", "test_resnet"]) == 0
     assert "export:" not in capsys.readouterr().out
+
+
+def test_preprocessing_is_for_onnx_alone(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", str(model), "--to", "timm", "plain.safetensors", "--preprocessing"]) == 2
+    assert "--preprocessing was given, and --to is timm; it is for onnx alone" in capsys.readouterr().err

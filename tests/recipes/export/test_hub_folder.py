@@ -8,8 +8,10 @@ import pytest
 import timm
 import torch
 from exported_models import make_trained, names_in
+from PIL import Image
 
 from backbone_finetune.recipes import export_hub_folder
+from backbone_finetune.recipes.models.file import build_transform
 
 
 def test_timm_loads_it_with_names_and_preprocessing(tmp_path: Path) -> None:
@@ -34,3 +36,18 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="hub exists already"):
         export_hub_folder(make_trained(), tmp_path / "hub")
     assert (tmp_path / "hub" / "config.json").read_text() == "the user's"
+
+
+@pytest.mark.clients
+def test_transformers_loads_it_too(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    trained = make_trained("test_vit", 96, img_size=96)
+    folder = str(export_hub_folder(trained, tmp_path / "hub").path)
+    network = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert list(network.config.id2label.values()) == list(trained.class_names)
+    inputs = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(network(pixel_values=inputs).logits, trained.model(inputs))
+    image = Image.effect_noise((160, 120), 80).convert("RGB")
+    (found,) = transformers.AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(found, build_transform(trained.data_config)(image))

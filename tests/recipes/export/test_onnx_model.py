@@ -12,12 +12,21 @@ import torch
 from exported_models import make_trained, names_in
 from PIL import Image
 
-from backbone_finetune.recipes import TrainedModel, evaluate_folder, export_onnx, load_onnx_model, predict
+from backbone_finetune import cli
+from backbone_finetune.recipes import (
+    TrainedModel,
+    evaluate_folder,
+    export_onnx,
+    load_onnx_model,
+    predict,
+    save_trained_model,
+)
 from backbone_finetune.recipes.commands.train import CLIPART
 from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.export.onnx_preprocessing import build_preprocessing
 from backbone_finetune.recipes.models.file import build_transform
 
+pytestmark = pytest.mark.clients
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -130,3 +139,21 @@ def test_other_files_are_refused(plain: Path, tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "foreign.onnx")
     with pytest.raises(ValueError, match=r"foreign\.onnx: not a file of `backbone-finetune export --to onnx`"):
         load_onnx_model(tmp_path / "foreign.onnx")
+
+
+def test_the_command_line_exports_and_predicts(
+    trained: TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_trained_model(trained, tmp_path / "model.safetensors", record={})
+    images = [str(path) for path in IMAGES[:3]]
+    arguments = ["export", "model.safetensors", "whole.onnx", "--to", "onnx", "--preprocessing", "--images", *images]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("on 3 of your images")
+    lines = []
+    for model in ("model.safetensors", "whole.onnx"):
+        assert cli.main(["predict", model, *images, "--top-k", "1"]) == 0
+        lines.append([line.split()[:2] for line in capsys.readouterr().out.splitlines()])
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 3
+    assert cli.main(["predict", "whole.onnx", *images, "--device", "cuda"]) == 2
+    assert "an ONNX file runs on the CPU" in capsys.readouterr().err

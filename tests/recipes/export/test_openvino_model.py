@@ -10,9 +10,11 @@ from exported_models import make_trained, names_in
 
 from backbone_finetune.recipes import export_openvino
 
+openvino = pytest.importorskip("openvino")
+pytestmark = pytest.mark.clients
+
 
 def test_it_takes_any_batch_and_carries_the_names(tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
     trained = make_trained()
     exported = export_openvino(trained, tmp_path / "model.xml")
     assert names_in(tmp_path) == ["model.bin", "model.xml"]

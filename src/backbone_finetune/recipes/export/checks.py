@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from ..data.images import read_image
 from ..models.file import TrainedModel, build_transform
 
-__all__ = ["Comparison", "Exported", "staging"]
-
 MOST_IMAGES = 16
 # Of the largest logit. A runtime that sums in another order is off by 1e-6 to 1e-5 of it.
 TOLERANCE = 1e-3

@@ -1,5 +1,6 @@
 """A folder as timm writes it for the Hugging Face hub; nothing is pushed."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from ..models.file import TrainedModel
 from .checks import Comparison, Exported, staging
 from .timm_checkpoint import make_timm_network, save_weights
 
-__all__ = ["export_hub_folder"]
-
 
 def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
     """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, and check it so.
+
+    ``AutoModelForImageClassification.from_pretrained`` of transformers loads it as well.
 
     ``config.json`` holds the architecture, the preprocessing and the class names, ``model.safetensors`` the weights.
 
@@ -49,5 +50,8 @@ def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Pat
             model_args=dict(trained.arguments),
             data_config=dict(trained.data_config),
         )
+        config = json.loads((folder / "config.json").read_text())
+        del config["model_args"]["num_classes"]  # it stands beside model_args too, and transformers refuses it twice
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         return comparison.prove(loaded, path, use=f"timm.create_model({f'local-dir:{path}'!r}, pretrained=True)")

@@ -17,8 +17,6 @@ from ..models.onnx_file import load_onnx_model
 from .checks import Comparison, Exported, staging
 from .onnx_preprocessing import build_preprocessing
 
-__all__ = ["export_onnx"]
-
 # As a share of the largest logit, where a pixel may differ by 1 or 2 of 255.
 PREPROCESSING_TOLERANCE = 0.05
 

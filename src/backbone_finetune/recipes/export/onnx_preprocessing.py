@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["build_preprocessing"]
-
 # Pillow's weights: antialiased, with a = -0.5 for bicubic, and normalised at the edges.
 RESIZE = {
     "bilinear": 'mode = "linear", antialias = 1, exclude_outside = 1',

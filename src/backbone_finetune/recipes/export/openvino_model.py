@@ -11,8 +11,6 @@ from ..extras import import_extra
 from ..models.file import TrainedModel
 from .checks import Comparison, Exported, staging
 
-__all__ = ["export_openvino"]
-
 
 def export_openvino(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
     """Write an ``.xml`` and a ``.bin`` file in float32, with a batch of any size, and check them as OpenVINO runs them.

@@ -14,8 +14,6 @@ from backbone_finetune import FineTuneModel
 from ..models.file import TrainedModel
 from .checks import Comparison, Exported, staging
 
-__all__ = ["export_timm", "find_obstacle", "make_timm_network", "save_weights"]
-
 
 def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
     """Write a checkpoint that ``timm.create_model(..., checkpoint_path=path)`` loads strictly, and check it so.

@@ -10,8 +10,6 @@ import torch
 from ..models.file import TrainedModel
 from .checks import Comparison, Exported, staging
 
-__all__ = ["export_torch"]
-
 
 def export_torch(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
     """Write a ``.pt2`` file by ``torch.export``, with a batch of any size, and check it as it is loaded.
