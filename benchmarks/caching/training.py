@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import FeatureCache, Phase, TrainerConfig, fine_tune, make_accelerator
-from backbone_finetune.recipes.features.front import front_of_backbone, in_eval
-from backbone_finetune.recipes.features.frozen_pass import FrozenPass, autocast_dtype
+from backbone_finetune.recipes.features.frozen_pass import FrozenPass, autocast_dtype, front_of_backbone, in_eval
 
 # What ours is held against, and the most that ours may cost of it: in float32, and as its device likes it best.
 PEERS = {

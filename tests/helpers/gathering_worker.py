@@ -23,8 +23,7 @@ from torch.utils.data import Dataset
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import FeatureCache, make_accelerator
 from backbone_finetune.recipes.data.loading import DeviceLoader
-from backbone_finetune.recipes.features.front import front_of_backbone
-from backbone_finetune.recipes.features.frozen_pass import FrozenPass
+from backbone_finetune.recipes.features.frozen_pass import FrozenPass, front_of_backbone
 from backbone_finetune.recipes.features.rows import compute_rows
 
 WIDTH = 1 << 14

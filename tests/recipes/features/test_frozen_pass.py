@@ -71,7 +71,7 @@ def test_a_compiled_backbone_runs_on_batches_of_one_size(caplog: pytest.LogCaptu
 
     backbone = Small(most=100)
     found = extract(backbone, compiler)
-    assert sizes == [5, 5, 5, 5]  # the check, then the batches, the last one padded
+    assert sizes == [5, 5, 5]  # the check, then the batches; the backbone itself runs on the last one, of 3
     assert not caplog.messages
     for one, other in zip(found, extract(backbone), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -82,10 +82,10 @@ def test_a_compiled_backbone_runs_on_batches_of_one_size(caplog: pytest.LogCaptu
     [
         (
             lambda module, inputs: tuple(slot * 1.01 for slot in module(inputs)),
-            r"its features are off by 1\.0 % of the",
+            r"AssertionError: Tensor-likes are not close! Mismatched elements",
         ),
-        (lambda module, inputs: tuple(slot / 0 for slot in module(inputs)), r"its features are off by (inf|nan) %"),
-        (lambda module, inputs: module(inputs)[0], r"it gives shapes \[\(5, 4\)\]"),
+        (lambda module, inputs: tuple(slot / 0 for slot in module(inputs)), r"Tensor-likes are not close"),
+        (lambda module, inputs: module(inputs)[0], r"ValueError: zip\(\) argument 2 is longer"),
         (lambda module, inputs: 1 / 0, r"ZeroDivisionError: division by zero"),
     ],
 )

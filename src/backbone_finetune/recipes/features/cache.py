@@ -29,7 +29,7 @@ from backbone_finetune.verification import digest
 from ..data.fingerprint import spread_rows
 from ..data.images import is_read
 from ..files import replacing
-from .front import Front
+from .frozen_pass import Front
 
 logger = logging.getLogger(__name__)
 

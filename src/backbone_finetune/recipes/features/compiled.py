@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..extras import import_extra
@@ -62,38 +63,27 @@ COMPILERS: dict[str, Compile] = {"inductor": compile_inductor, "openvino": compi
 def compile_checked(compile: Compile, backbone: nn.Module, inputs: Sequence[Tensor], *, tolerance: float) -> Run:  # noqa: A002
     """Compile a backbone for batches of one size, or return it itself where that fails or gives other features.
 
-    ``inputs`` is the first batch, which both compute; a smaller one, the last, is padded to its size. ``tolerance`` is
-    the largest difference that is taken, as a share of the largest feature.
+    ``inputs`` is the first batch, which both compute; for a smaller one, the last, the backbone itself runs.
+    ``tolerance`` is the largest difference that is taken, as a share of the largest feature.
     """
     expected, structure = tree_flatten(backbone(*inputs))
     count = len(inputs[0])
 
-    def run_padded(*batch: Tensor) -> Any:
-        missing = count - len(batch[0])
-        if missing > 0:
-            batch = tuple(torch.cat((each, each[-1:].expand(missing, *each.shape[1:]))) for each in batch)
-        slots, _ = tree_flatten(compiled(*batch))
-        return tree_unflatten([slot[: len(slot) - missing] for slot in slots], structure)
+    def run(*batch: Tensor) -> Any:
+        if len(batch[0]) != count:
+            return backbone(*batch)
+        return tree_unflatten(tree_flatten(compiled(*batch))[0], structure)
 
     try:
         compiled = compile(backbone)
-        reason = _find_difference(tree_flatten(compiled(*inputs))[0], expected, tolerance)
+        for found, slot in zip(tree_flatten(compiled(*inputs))[0], expected, strict=True):
+            largest = float(slot.abs().max())
+            assert_close(found.float(), slot.float(), rtol=0, atol=tolerance * largest)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # compilers raise anything; without them the pass is slower, and right
-        reason = f"{type(error).__name__}: {one_line(error, most=200)}"
-    if reason is not None:
-        logger.warning("features: not compiled, the backbone itself runs (%s)", reason)
+        logger.warning(
+            "features: not compiled, the backbone itself runs (%s: %s)", type(error).__name__, one_line(error, most=200)
+        )
         return backbone
-    return run_padded
-
-
-def _find_difference(found: Sequence[Any], expected: Sequence[Any], tolerance: float) -> str | None:
-    """Say how two results differ beyond a tolerance, None where they do not."""
-    if [slot.shape for slot in found] != [slot.shape for slot in expected]:
-        return f"it gives shapes {[tuple(slot.shape) for slot in found]}"
-    for one, other in zip(found, expected, strict=True):
-        off = float((one.float() - other.float()).abs().max() / other.abs().max().float().clamp_min(1e-12))
-        if not off <= tolerance:
-            return f"its features are off by {100 * off:.1f} % of the largest"
-    return None
+    return run

@@ -12,8 +12,7 @@ from backbone_finetune import FineTuneModel
 from .cache import FeatureCache
 from .compiled import Compile
 from .dataset import Features
-from .front import front_of_backbone, in_eval
-from .frozen_pass import FrozenPass, autocast_dtype
+from .frozen_pass import FrozenPass, autocast_dtype, front_of_backbone, in_eval
 from .rows import compute_rows
 
 _IN_ORDER = {SequentialSampler, BatchSampler, type(None)}

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from ..checking import NotNegative, Positive, validated
 from ..features.extract import find_device_of
-from ..features.front import in_eval
+from ..features.frozen_pass import in_eval
 from .grid import check_features, decaying_names, head_batch
 
 

@@ -63,14 +63,8 @@ def build_transform(data_config: Mapping[str, Any], *, augment: bool = False) ->
 
     With ``augment`` it is timm's training transform: a random crop of at least 35 % of the image, and a random mirror.
     """
-    if augment:
-        arguments: dict[str, Any] = {
-            name: value for name, value in data_config.items() if name not in {"crop_pct", "crop_mode"}
-        }
-        arguments |= {"is_training": True, "scale": (0.35, 1.0), "color_jitter": None}
-    else:
-        arguments = {**data_config, "is_training": False}
-    transform: Callable[[Image.Image], Tensor] = create_transform(**arguments)
+    training = {"is_training": True, "scale": (0.35, 1.0), "color_jitter": None} if augment else {}
+    transform: Callable[[Image.Image], Tensor] = create_transform(**{**data_config, **training})
     return transform
 
 
@@ -135,13 +129,8 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
         load_tensors(model, {**below, **tensors})
     for parameter, described in zip(model.parameters(), outline.parameters(), strict=True):
         parameter.requires_grad_(described.requires_grad)
-    return TrainedModel(
-        model.eval(),
-        description.architecture,
-        description.class_names,
-        description.data_config.model_dump(),
-        description.given_arguments,
-    )
+    names, config = description.class_names, description.data_config.model_dump()
+    return TrainedModel(model.eval(), description.architecture, names, config, description.given_arguments)
 
 
 def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:

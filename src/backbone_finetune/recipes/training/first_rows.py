@@ -11,7 +11,7 @@ from backbone_finetune import FineTuneModel
 
 from ..data.images import ImageDataset
 from ..data.targets import first_row
-from ..features.front import in_eval
+from ..features.frozen_pass import in_eval
 from ..rng import preserve_rng_state
 
 

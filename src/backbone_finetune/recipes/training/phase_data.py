@@ -18,8 +18,18 @@ from ..data.loading import DeviceLoader, default_workers
 from ..data.targets import check_targets, split_row
 from ..features.cache import bytes_per_row, layout_of
 from ..features.dataset import Features
-from ..features.front import Front, find_front, front_of_backbone, has_trainable, in_eval
-from ..features.frozen_pass import FrozenPass, UncacheableError, autocast_dtype, load_sample, move_inputs
+from ..features.frozen_pass import (
+    Front,
+    FrozenPass,
+    UncacheableError,
+    autocast_dtype,
+    find_front,
+    front_of_backbone,
+    has_trainable,
+    in_eval,
+    load_sample,
+    move_inputs,
+)
 from ..features.rows import compute_rows
 from ..rng import preserve_rng_state
 from ..together import together
