@@ -144,6 +144,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "test images, else off; without validation images, a fifth of the training images is held out)",
     )
     add("--patience", type=int, metavar="N", help="end a phase after N epochs that are no better")
+    add("--folds", type=int, metavar="K", help="cross-validate on the training images in K folds too")
     add(
         "--model",
         dest="architecture",

@@ -29,6 +29,7 @@ from .models.named import NamedModel, load_timm_model
 from .models.onnx_file import load_onnx_model
 from .training.checkpoints import EpochResult
 from .training.divergence import DivergedError
+from .training.folds import cross_validate
 from .training.loop import TrainerConfig, fine_tune
 from .training.phases import Phase, read_phases
 from .training.processes import make_accelerator
@@ -56,6 +57,7 @@ __all__ = [
     "TrainerConfig",
     "compile_inductor",
     "compile_openvino",
+    "cross_validate",
     "data_fingerprint",
     "evaluate",
     "evaluate_folder",

@@ -114,3 +114,18 @@ def test_the_test_accuracy_is_that_of_the_written_model(tmp_path: Path) -> None:
     for part, name in (("test", "test_accuracy"), ("val", "validation_accuracy")):
         evaluation = evaluate_folder(trained, tmp_path / "data" / part, show_progress=False)
         assert evaluation.accuracy == metrics[name]
+
+
+def test_folds_are_those_of_the_training_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path / "data" / "train", per_class=8)
+    make_folder(tmp_path / "data" / "val", per_class=3)
+    small = ["--model", "test_resnet", "--epochs", "3", "--lr", "0.05", "--batch-size", "8"]
+    arguments = ["train", str(tmp_path / "data"), *small, "--output"]
+    assert main([*arguments, str(tmp_path / "run"), "--folds", "4"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(metrics["fold_accuracies"]) == 4
+    assert all(round(accuracy * 6, 6) % 1 == 0 for accuracy in metrics["fold_accuracies"])  # 6 of 24 images each
+    assert "\n4 folds          " in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "plain")]) == 0
+    plain, folded = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "run"))
+    assert all(torch.equal(tensor, folded[name]) for name, tensor in plain.items())

@@ -50,11 +50,11 @@ def test_the_training_images_that_choose_are_not_those_that_teach() -> None:
     assert last.lr < 0.1
 
 
-def test_validation_data_chooses_where_it_is_given() -> None:
+def test_validation_data_chooses_rates_where_a_monitor_chooses_on_it() -> None:
     opposite = TensorDataset(make_data(10, seed=1).tensors[0], (make_data(10).tensors[1] + 1) % 3)
     chosen = []
     for validation in (opposite, make_data(10, seed=1, noise=0.1)):
-        (*_, last) = train(make_model(), make_data(10, noise=0.1), validation)
+        (*_, last) = train(make_model(), make_data(10, noise=0.1), validation, monitor=lambda result: result.epoch)
         chosen.append((last.lr, last.weight_decay))
     assert chosen[0][0] * (1 - chosen[0][1] / 2) < chosen[1][0]  # what is wrong there is learnt least
     assert chosen[1][0] >= 1e-2
@@ -119,3 +119,13 @@ def test_a_run_that_resumes_keeps_its_rates(tmp_path: Any) -> None:
     assert max(asked) <= 8  # no head of a grid
     assert history == train(whole, make_data(10), loss=watch)
     assert torch.equal(resumed.classifier.weight, whole.classifier.weight)
+
+
+def test_validation_data_chooses_nothing_without_a_monitor() -> None:
+    weights = []
+    for validation in (make_data(10, seed=1), make_data(10, seed=2), None):
+        model = make_model()
+        train(model, make_data(10), validation)
+        weights.append(model.classifier.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])

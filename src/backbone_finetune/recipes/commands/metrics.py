@@ -1,6 +1,7 @@
 """The record of a training run: what ``metrics.json`` holds, and what is printed of it."""
 
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,14 @@ class Metrics:
 
     What was not measured is None. The test images are looked at once, when all is chosen; ``history`` has what the
     validation images gave in each epoch, and ``best_epoch`` is the one whose weights were kept, where a monitor chose.
-    ``test_balanced_accuracy`` is the mean recall of the classes that have test images.
+    ``fold_accuracies`` are those of a cross-validation on the training images. ``test_balanced_accuracy`` is the mean
+    recall of the classes that have test images.
     """
 
     test_accuracy: float | None
     validation_accuracy: float | None = None
     best_epoch: int | None = None
+    fold_accuracies: tuple[float, ...] | None = None
     chance: float
     random_backbone: float | None = None
     raw_pixels: float | None = None
@@ -75,6 +78,11 @@ def describe(metrics: Metrics) -> str:
         # Where the classes are of one size it is the accuracy.
         if mean is not None and not math.isclose(mean, metrics.test_accuracy):
             lines.append(f"balanced         {_decimals(mean)}  mean recall of the classes")
+    if metrics.fold_accuracies is not None:
+        mean, spread = statistics.mean(metrics.fold_accuracies), statistics.stdev(metrics.fold_accuracies)
+        folds = len(metrics.fold_accuracies)
+        line = f"{f'{folds} folds':15}  {_decimals(mean)}"
+        lines.append(f"{line}  of the training images, standard deviation {_decimals(spread)}")
     references = metrics.references().items()
     lines += [f"{name:15}  {_decimals(value)}  {explanations[name]}" for name, value in references]
     if times is not None:

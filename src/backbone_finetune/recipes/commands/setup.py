@@ -51,6 +51,7 @@ class TrainSettings:
         monitor: What the best epoch is chosen by, on the validation images: "accuracy", "balanced-accuracy" or "loss";
             "off" keeps the last one. None is "accuracy" where there are both validation and test images, else "off".
             Where there are no validation images, a fifth of the training images is held out for it.
+        folds: Cross-validate on the training images in so many folds too, once the model is written.
         patience: A phase ends after so many epochs that are no better.
         architecture: A name of timm, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``. Its weights are random, unless
             ``pretrained`` or ``checkpoint`` is given.
@@ -92,6 +93,7 @@ class TrainSettings:
     checkpoint: Path | None = None
     monitor: Literal["accuracy", "balanced-accuracy", "loss", "off"] | None = None
     patience: Positive | None = None
+    folds: Annotated[int, Field(ge=2)] | None = None
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
     batch_size: Positive = 32
     accumulation: Positive = 1

@@ -1,5 +1,6 @@
 """What ``backbone-finetune train`` does, from a folder of images to a model file and the record of its training."""
 
+import copy
 import json
 import logging
 import time
@@ -28,6 +29,7 @@ from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
 from ..training.divergence import DivergedError
+from ..training.folds import cross_validate
 from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
 from ..training.losses import balanced_weights
 from ..training.processes import find_device, make_accelerator
@@ -83,7 +85,10 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         task = make_task(settings, accelerator)
         config, record = _start(settings, task, accelerator, exit_stack, recorded)
         try:
+            start_model = None if settings.folds is None else copy.deepcopy(task.model)
             metrics = _train_model(settings, task, config, record)
+            if settings.folds is not None and start_model is not None:
+                metrics = _cross_validate(metrics, settings, task, config, start_model)
             if settings.images is None if settings.baselines is None else settings.baselines:
                 metrics = _add_baselines(metrics, settings, task, config)
         except KeyboardInterrupt:
@@ -239,6 +244,17 @@ def _score(model: FineTuneModel, data: ImageDataset, config: TrainerConfig) -> S
     )
     report_skipped([data], {}, config.accelerator)
     return score
+
+
+def _cross_validate(
+    metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
+) -> Metrics:
+    """Add the accuracy of each fold of the training images; what is frozen runs over them once more at most."""
+    still = ImageDataset(task.train.folder, build_transform(task.data_config)) if settings.views > 1 else None
+    config = replace(config, show_progress=False)
+    folds = settings.folds or 2
+    histories = cross_validate(model, task.train, settings.phases, config, folds=folds, evaluated=still)
+    return replace(metrics, fold_accuracies=tuple(history[-1].validation_accuracy or 0.0 for history in histories))
 
 
 def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig) -> Metrics:

@@ -1,13 +1,15 @@
 """What a phase trains on: what is frozen computed once for each image where that can be used in every epoch."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.frontier import NoFrontier
@@ -16,7 +18,7 @@ from ..data.fingerprint import find_randomness
 from ..data.images import ImageDataset
 from ..data.loading import DeviceLoader, default_workers
 from ..data.targets import check_targets, split_row
-from ..features.cache import bytes_per_row, layout_of
+from ..features.cache import backbone_fingerprint, bytes_per_row, layout_of
 from ..features.dataset import Features
 from ..features.frozen_pass import (
     Front,
@@ -64,6 +66,41 @@ class PhaseData:
     views: int = 1
 
 
+class Fold(Subset[Any]):
+    """Some images of a dataset, whose rows are taken from those of the whole dataset.
+
+    Args:
+        dataset: The whole dataset.
+        indices: Which images.
+        computed: The rows of the whole dataset by what they were computed with, which other folds share.
+    """
+
+    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], computed: dict[str, Features]) -> None:
+        super().__init__(dataset, indices)
+        self.computed = computed
+
+    def select(self, rows: Features) -> Features:
+        """Take the rows of these images, in each view."""
+        count_of_all = count(self.dataset)
+        views = torch.arange(len(rows) // count_of_all, device="cpu")[:, None] * count_of_all
+        chosen = (views + torch.tensor(self.indices, device="cpu")).flatten()
+        return Features([tensor[chosen] for tensor in rows.tensors], rows.structure)
+
+
+def _whole(data: Dataset[Any]) -> Dataset[Any]:
+    """Return the dataset whose rows are computed."""
+    return data.dataset if isinstance(data, Fold) else data
+
+
+def _without_whole(data: Dataset[Any]) -> Dataset[Any]:
+    """Return a dataset that is loaded by itself; one of image files, so that broken ones can be skipped."""
+    if not (isinstance(data, Fold) and isinstance(data.dataset, ImageDataset)):
+        return data
+    folder = data.dataset.folder
+    paths, targets = (tuple(values[index] for index in data.indices) for values in (folder.paths, folder.targets))
+    return ImageDataset(replace(folder, paths=paths, targets=targets), data.dataset.transform)
+
+
 def prepare_data(
     model: FineTuneModel, train: Dataset[Any], validation: Dataset[Any] | None, config: TrainerConfig
 ) -> PhaseData:
@@ -78,13 +115,13 @@ def prepare_data(
     >>> data.module, [tuple(tensor.shape) for tensor in data.train.tensors]
     (Linear(in_features=4, out_features=2, bias=True), [(2, 4), (2,)])
     """
-    whole = PhaseData(train, validation, model)
+    whole = PhaseData(_without_whole(train), None if validation is None else _without_whole(validation), model)
     trains = [parameter.requires_grad for parameter in model.backbone.parameters()]
     if not config.cache_features or (trains and all(trains)):
         return whole
-    drawn = find_randomness(train)
+    drawn = find_randomness(_whole(train))
     views = config.views if drawn is not None else 1
-    reason = (drawn if views == 1 else None) or (None if validation is None else find_randomness(validation))
+    reason = (drawn if views == 1 else None) or (None if validation is None else find_randomness(_whole(validation)))
     if reason is None:
         with preserve_rng_state():
             try:
@@ -108,10 +145,10 @@ def _compute(
     parts = {"train": train} if validation is None else {"train": train, "validation": validation}
     loaders = {
         name: DeviceLoader(
-            data,
+            _whole(data),
             device,
             batch_size=config.batch_size,
-            workers=_choose_workers(config, number * count(data)),
+            workers=_choose_workers(config, number * count(_whole(data))),
             views=number,
             seed=f"{config.seed} view",
         )
@@ -130,19 +167,25 @@ def _compute(
     caches = dict(zip(("train", "validation"), config.caches or (None, None), strict=True))
     computed: dict[str, Features] = {}
     with in_eval(front.module):
-        if config.shows and not is_frozen:
+        if config.shows and not is_frozen and not isinstance(train, Fold):
             size = sum(map(bytes_per_row, layout_of(run.sample(loaders["train"]).tensors[:-1])))
             images = views * count(train) + (0 if validation is None else count(validation))
             logger.info("caching %s: %.1f MB for %d images", front.description, size * images / 1e6, images)
         for name, data in parts.items():
-            rows = compute_rows(
+            compute = partial(
+                compute_rows,
                 run,
                 loaders[name],
-                cache=caches[name],
+                cache=None if isinstance(data, Fold) else caches[name],
                 memory_share=config.memory_share,
                 accelerator=accelerator,
                 title=f"features, {name}" if config.shows else None,
             )
+            if isinstance(data, Fold):
+                key = f"{backbone_fingerprint(front.backbone, front.trained)} {front.description} {dtype}"
+                rows = data.select(data.computed.get(key) or data.computed.setdefault(key, compute()))
+            else:
+                rows = compute()
             check_targets(name, rows.tensors[-1], model.num_classes)
             if isinstance(data, ImageDataset):
                 data.skip_ignored(rows.tensors[-1][: count(data)])

@@ -31,8 +31,8 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
     """Return the learning rate and weight decay of a phase that trains the module of ``data``.
 
     A phase without a learning rate that trains a classifier on features tries 32 pairs at once (`fit_heads`), on the
-    validation data, or on a fifth of the training images where there is none or where each class has five. The phase
-    then trains anew, on all training images, at the rates of the head with the least validation loss.
+    validation data where a monitor chooses on it too, else on a fifth of the training images, where each class has
+    five. It then trains anew, on all training images, at the rates of the head with the least validation loss.
 
     >>> from accelerate import Accelerator
     >>> from torch.utils._pytree import tree_structure
@@ -65,11 +65,12 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
         # Of a small validation set the loss says more than the accuracy, in which an image is a step: on the packaged
         # clipart the rates with the highest accuracy were up to a hundred times too large.
         best = min(heads, key=lambda head: head.validation_loss)
-        where = "a fifth of the training images" if data.validation is None else "the validation images"
-        logger.info(
-            "rates: lr %g and weight decay %g, of %d heads the one with the least loss on %s (accuracy %.3f)",
-            *(best.lr, best.weight_decay, len(heads), where, best.validation_accuracy),
-        )
+        if config.show_progress:
+            where = "a fifth of the training images" if config.monitor is None else "the validation images"
+            logger.info(
+                "rates: lr %g and weight decay %g, of %d heads the one with the least loss on %s (accuracy %.3f)",
+                *(best.lr, best.weight_decay, len(heads), where, best.validation_accuracy),
+            )
         return best.lr, best.weight_decay
 
     return run_on_main(config.accelerator, fit)
@@ -87,7 +88,7 @@ def _split(data: PhaseData, config: TrainerConfig) -> tuple[Features, Features] 
     assert isinstance(train, Features)
     if not all(tensor.isfinite().all() for tensor in train.tensors):
         return None  # the training will say so
-    if data.validation is not None:
+    if data.validation is not None and config.monitor is not None:
         assert isinstance(data.validation, Features)
         return train, data.validation
     images = len(train) // data.views

@@ -1,0 +1,84 @@
+"""Cross-validation in which what is frozen is computed once for all folds."""
+
+import copy
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from backbone_finetune import FineTuneModel
+
+from ..data.targets import known_targets
+from ..features.dataset import Features
+from .checkpoints import EpochResult
+from .config import TrainerConfig, count
+from .loop import fine_tune
+from .phase_data import Fold
+from .phases import Phase
+
+
+def cross_validate(
+    model: FineTuneModel,
+    data: Dataset[Any],
+    phases: Sequence[Phase],
+    config: TrainerConfig,
+    *,
+    folds: int = 5,
+    evaluated: Dataset[Any] | None = None,
+) -> tuple[list[EpochResult], ...]:
+    """Train a copy of a model for each fold of a dataset on the other folds, and evaluate it on this one.
+
+    Rows of features, or of the frontier, are computed once for all folds, so that each fold costs only what trains. The
+    folds have as many images of each class, to one. Nothing is chosen on the fold that is left out: a monitor is not
+    used, and a learning rate is chosen on a fifth of the others (Kohavi 1995). The model is left as it was.
+
+    >>> from accelerate import Accelerator
+    >>> model = FineTuneModel(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    >>> images = torch.utils.data.TensorDataset(torch.eye(2).repeat(6, 1), torch.arange(2).repeat(6))
+    >>> config = TrainerConfig(Accelerator(cpu=True), show_progress=False)
+    >>> [history[-1].validation_accuracy for history in cross_validate(model, images, [Phase(lr=0.1)], config, folds=3)]
+    [1.0, 1.0, 1.0]
+
+    Args:
+        model: The model that each fold starts with.
+        data: The images to train on, which have a length.
+        phases: What trains for how long, as in ``fine_tune``.
+        config: How to train. Checkpoints are not written.
+        folds: The number of folds, from 2 to the number of images.
+        evaluated: The same images as they are to be evaluated, where those of ``data`` are augmented.
+
+    Returns:
+        The epochs of each fold.
+
+    Raises:
+        ValueError: the number of folds is out of range, or as ``fine_tune``.
+    """
+    if not 2 <= folds <= count(data):
+        raise ValueError(f"folds = {folds}: expected a whole number from 2 to the {count(data)} images")
+    config = replace(config, checkpoints=None, monitor=None, patience=None)
+    computed: dict[str, Features] = {}
+    shown = computed if evaluated is None and config.views == 1 else {}
+    parts = split_folds(data, folds, config.seed)
+    histories = []
+    for part in parts:
+        train = Fold(data, sorted(set(range(count(data))) - set(part)), computed)
+        validation = Fold(data if evaluated is None else evaluated, part, shown)
+        histories.append(fine_tune(copy.deepcopy(model), train, validation, phases, config))
+    return tuple(histories)
+
+
+def split_folds(data: Dataset[Any], folds: int, seed: int) -> list[list[int]]:
+    """Deal the images of each class to the folds, in an order drawn by the seed; returns the indices of each fold."""
+    targets = known_targets(data)
+    by_class = defaultdict(list)
+    for index in range(count(data)):
+        is_class = targets is not None and targets.ndim == 1 and not targets.is_floating_point()
+        by_class[int(targets[index]) if targets is not None and is_class else 0].append(index)
+    generator = random.Random(f"{seed} folds")
+    dealt = []
+    for target in sorted(by_class):
+        dealt += generator.sample(by_class[target], len(by_class[target]))
+    return [sorted(dealt[start::folds]) for start in range(folds)]

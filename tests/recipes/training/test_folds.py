@@ -1,0 +1,143 @@
+"""Cross-validation: each image is left out once, what is frozen runs once, and a fold is a training of its own."""
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from image_folders import make_folder
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.data.finding import find_images
+from backbone_finetune.recipes.data.images import ImageDataset
+from backbone_finetune.recipes.training.folds import cross_validate, split_folds
+from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.phases import Phase
+
+ACCELERATOR = Accelerator(cpu=True)
+HEAD = Phase(epochs=2, lr=0.05)
+BOTH = Phase(epochs=2, trainable_groups=1, lr=0.05, backbone_lr=0.05)
+
+
+class Stem(nn.Module):
+    """A first layer that counts the images that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 8)
+        self.seen = Counter[str]()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen["images"] += len(inputs)
+        return self.layer(inputs).relu()
+
+    def __deepcopy__(self, memo: Any) -> "Stem":
+        stem = Stem()
+        stem.load_state_dict(self.state_dict())
+        stem.seen = self.seen  # all copies count together
+        return stem
+
+
+def make_model() -> FineTuneModel:
+    torch.manual_seed(0)
+    return FineTuneModel(nn.Sequential(Stem(), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))), nn.Linear(8, 3))
+
+
+def make_data(count: int = 60) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(count) % 3
+    return TensorDataset(torch.eye(3)[targets] + torch.randn(count, 3, generator=generator), targets)
+
+
+def config(**settings: Any) -> TrainerConfig:
+    return TrainerConfig(ACCELERATOR, batch_size=8, autocast_features=False, show_progress=False, **settings)
+
+
+@pytest.mark.parametrize("phases", [[HEAD], [HEAD, BOTH]])
+def test_what_is_frozen_runs_once_for_all_folds(phases: list[Phase]) -> None:
+    model = make_model()
+    stem: Any = model.backbone[0]
+    cross_validate(model, make_data(600), phases, config(workers=0), folds=5)
+    passes = stem.seen["images"] / 600
+    # A frontier is found and proved on a batch for each fold.
+    assert 1 <= passes < 1.1 if len(phases) == 1 else 2 <= passes < 3
+    plain = make_model()
+    seen: Any = plain.backbone[0]
+    for part in range(5):
+        held_out = range(part * 120, part * 120 + 120)
+        rest = [index for index in range(600) if index not in held_out]
+        data = make_data(600)
+        fine_tune(copy.deepcopy(plain), Subset(data, rest), Subset(data, list(held_out)), phases, config(workers=0))
+    assert seen.seen["images"] / 600 >= 5 * len(phases)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("phases", [[HEAD], [HEAD, BOTH], [Phase(epochs=2)]])
+def test_a_fold_is_a_training_on_the_others(phases: list[Phase], cached: bool) -> None:
+    data = make_data()
+    histories = cross_validate(make_model(), data, phases, config(cache_features=cached), folds=3)
+    assert len(histories) == 3
+    for part, history in zip(split_folds(data, 3, seed=0), histories, strict=True):
+        rest = [index for index in range(60) if index not in part]
+        expected = fine_tune(
+            make_model(), Subset(data, rest), Subset(data, part), phases, config(cache_features=cached)
+        )
+        for one, other in zip(history, expected, strict=True):
+            assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
+            assert one.validation_accuracy == other.validation_accuracy
+
+
+def test_each_image_is_left_out_once_and_each_fold_has_all_classes() -> None:
+    parts = split_folds(make_data(), 4, seed=0)
+    assert sorted(index for part in parts for index in part) == list(range(60))
+    assert all(Counter(index % 3 for index in part) == {0: 5, 1: 5, 2: 5} for part in parts)
+    assert parts != split_folds(make_data(), 4, seed=1)
+
+
+def test_nothing_is_chosen_on_the_fold_that_is_left_out() -> None:
+    asked: list[int] = []
+
+    def monitor(result: Any) -> float:
+        asked.append(result.epoch)
+        return 0.0
+
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    histories = cross_validate(model, make_data(), [Phase(epochs=3)], config(monitor=monitor, patience=1), folds=2)
+    assert not asked
+    assert [len(history) for history in histories] == [3, 3]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_images_of_a_folder_that_cannot_be_read_are_left_out(tmp_path: Path, drawn: bool) -> None:
+    (make_folder(tmp_path) / "green" / "3.png").write_bytes(b"no image")
+    transform = create_transform(32, is_training=drawn)
+    data = ImageDataset(find_images(tmp_path), transform)
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = FineTuneModel(backbone, nn.Linear(4, 3))
+    histories = cross_validate(model, data, [HEAD], config(), folds=3)
+    counts = [round(history[-1].train_accuracy * 11, 6) % 1 == 0 for history in histories]
+    assert sum(counts) >= 2  # 11 of 12 images count in the folds that train on the broken one
+
+
+def test_augmented_views_are_evaluated_on_the_images_themselves(tmp_path: Path) -> None:
+    found = find_images(make_folder(tmp_path))
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = FineTuneModel(backbone, nn.Linear(4, 3))
+    shown, plain = (ImageDataset(found, create_transform(32, is_training=drawn)) for drawn in (True, False))
+    views = config(views=3)
+    histories = cross_validate(model, shown, [Phase(epochs=6, lr=0.1)], views, folds=3, evaluated=plain)
+    assert all((history[-1].validation_accuracy or 0) > 0.5 for history in histories)
+
+
+@pytest.mark.parametrize("folds", [1, 61, -1])
+def test_a_number_of_folds_that_cannot_be_is_refused(folds: int) -> None:
+    with pytest.raises(ValueError, match=f"folds = {folds}: expected a whole number from 2 to the 60 images"):
+        cross_validate(make_model(), make_data(), [HEAD], config(), folds=folds)
