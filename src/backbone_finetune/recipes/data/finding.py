@@ -12,7 +12,7 @@ from PIL import Image
 from ..files import digest_file
 from ..text import has_control_characters, join_some, printable
 from .images import LabelledFolder, split
-from .tables import TABLES, read_table
+from .tables import PARTS, TABLES, TEST, TRAIN, VALIDATION, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,6 @@ EXAMPLES = ".jpg, .png, .webp and all that Pillow reads"
 EXPECTED = "expected a folder with a sub-folder of images per class"
 
 VALIDATION_SHARE = 0.2
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
-SPLITS = {"train": TRAIN, "training": TRAIN, "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION}
-SPLITS |= {"test": TEST, "testing": TEST}
 
 
 def find_images(path: Path, class_names: Sequence[str] | None = None) -> LabelledFolder:
@@ -84,9 +81,12 @@ def find_splits(path: Path, class_names: Sequence[str] | None = None) -> dict[st
         ValueError: as for `find_images`; or a part has a class that "train" has not.
     """
     if path.suffix.lower() in TABLES and path.is_file():
-        return _split_table(path, class_names)
+        found = read_table(path)
+        parts = {TRAIN: _label(path, found.pop(TRAIN), class_names)}
+        known = class_names or parts[TRAIN].class_names
+        return parts | {part: _label(path, pairs, known) for part, pairs in found.items()}
     folders = _folders_in(path)
-    named = {SPLITS[folder.name.lower()]: folder for folder in folders if folder.name.lower() in SPLITS}
+    named = {PARTS[folder.name.lower()]: folder for folder in folders if folder.name.lower() in PARTS}
     inside = {part: {folder.name for folder in _folders_in(folder)} for part, folder in named.items()}
     are_same = any(inside[part] & inside.get(TRAIN, set()) for part in named if part != TRAIN)
     if TRAIN not in named or not (are_same or len(named) == len(folders)):
@@ -100,20 +100,6 @@ def find_splits(path: Path, class_names: Sequence[str] | None = None) -> dict[st
         elif part in named:
             logger.warning("%s: left out: no sub-folders, so its images are of no known class", _show(named[part]))
     return parts
-
-
-def _split_table(table: Path, class_names: Sequence[str] | None) -> dict[str, LabelledFolder]:
-    rows = read_table(table)
-    if unknown := [row.split for row in rows if row.split is not None and row.split.lower() not in SPLITS]:
-        raise ValueError(f"{table}: split {unknown[0]!r}; expected one of {', '.join(SPLITS)}")
-    found: dict[str, list[tuple[Path, str]]] = {TRAIN: [], VALIDATION: [], TEST: []}
-    for row in sorted(rows, key=lambda row: row.label):
-        found[TRAIN if row.split is None else SPLITS[row.split.lower()]].append((row.path, row.label))
-    if not found[TRAIN]:
-        raise ValueError(f"{table}: no row has the split train")
-    parts = {TRAIN: _label(table, found[TRAIN], class_names)}
-    known = class_names or parts[TRAIN].class_names
-    return parts | {part: _label(table, found[part], known) for part in (VALIDATION, TEST) if found[part]}
 
 
 def _find_classes(root: Path, class_names: Sequence[str] | None) -> LabelledFolder:

@@ -93,13 +93,6 @@ class StackedHeads:
                 self.steps[name].zero_()
 
     @torch.no_grad()
-    def copy_to(self, head: nn.Module, index: int) -> None:
-        """Copy the parameters and buffers of one head."""
-        own = dict(chain(head.named_parameters(), head.named_buffers()))
-        for name, tensor in {**self.parameters, **self.buffers}.items():
-            own[name].copy_(tensor[index])
-
-    @torch.no_grad()
     def validate(
         self, validation: TensorDataset, batch_size: int, loss_of: ImageLoss
     ) -> tuple[list[float], list[float]]:
@@ -173,7 +166,10 @@ def fit_heads(
     order = sorted(range(len(rates)), key=lambda index: (-accuracies[index], losses[index]))
     if not math.isfinite(losses[order[0]]):
         raise ValueError(f"all {len(rates)} heads diverged; pass smaller learning rates than {min(learning_rates)}")
-    heads.copy_to(classifier, order[0])
+    own = dict(chain(classifier.named_parameters(), classifier.named_buffers()))
+    with torch.no_grad():
+        for name, tensor in chain(heads.parameters.items(), heads.buffers.items()):
+            own[name].copy_(tensor[order[0]])
     return tuple(HeadResult(*rates[index], accuracies[index], losses[index]) for index in order)
 
 
