@@ -75,7 +75,7 @@ def make_optimizer(model: FineTuneModel) -> torch.optim.Optimizer:
 
 
 def make_sgd(model: FineTuneModel) -> torch.optim.Optimizer:
-    """Return tolerances for sums in another order, whose rounding Adam amplifies if a gradient is near zero."""
+    """Return SGD, for comparing sums in another order: Adam amplifies their rounding where a gradient is near zero."""
     return torch.optim.SGD(model.param_groups(lr=0.05, weight_decay=0.1, include_frozen=True), momentum=0.9)
 
 
