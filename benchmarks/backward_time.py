@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,10 +75,11 @@ class Setup:
     compiled: bool
     repeats: int
     loop_steps: int = 0
+    build_network: Callable[..., Network] = build_network
 
     def build(self, name: str, batch_size: int) -> Network:
         """Build a network as it is measured."""
-        return build_network(
+        return self.build_network(
             name,
             batch_size=batch_size,
             image_size=self.image_size,
@@ -87,14 +88,19 @@ class Setup:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    build: Callable[..., Network] = build_network,
+    clock: Clock | None = None,
+) -> int:
     """Measure, and return 0; 1 where a model or a variant was refused, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser()
     options = parser.parse_args(given)
     try:
         check_names(options.models, beside_timm=ARTICLE_NETWORKS)
-        setup = prepare(options)
+        setup = prepare(options, build, clock)
     except ValueError as error:
         parser.error(str(error))
     settings: dict[str, Fact] = {"amp": setup.precision, "channels_last": setup.channels_last}
@@ -137,9 +143,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def prepare(options: argparse.Namespace) -> Setup:
+def prepare(options: argparse.Namespace, build: Callable[..., Network], clock: Clock | None) -> Setup:
     """Settle what must stand before the first clock runs."""
-    clock = clock_for(resolve_device(options.device), flush_l2=options.flush_l2)
+    clock = clock or clock_for(resolve_device(options.device), flush_l2=options.flush_l2)
     device = settle_device(options)
     if options.compile:
         # One graph for each depth of freezing: at dynamo's default limit a deep network would fall back to eager.
@@ -154,6 +160,7 @@ def prepare(options: argparse.Namespace) -> Setup:
         compiled=options.compile,
         repeats=repeats_on(device, options),
         loop_steps=loop_steps_on(device),
+        build_network=build,
     )
 
 

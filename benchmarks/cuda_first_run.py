@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,12 @@ class FirstRun:
     predictions: list[Comparison] = field(default_factory=list)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+Runner = Callable[[Sequence[str], Path, float], int | None]
+
+
+def main(
+    arguments: Sequence[str] | None = None, *, listed: Sequence[Part] | None = None, runner: Runner | None = None
+) -> int:
     """Run all parts, and return 0; 1 where one has not run to its end, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,13 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     run = FirstRun(environment, describe_command(__file__, given), {"minutes": options.minutes})
     earlier = read_outcomes(folder / "first_run.json")
-    parts = list_parts(on_cuda=on_cuda, folder=os.path.relpath(folder, REPOSITORY))
+    parts = list_parts(on_cuda=on_cuda, folder=os.path.relpath(folder, REPOSITORY)) if listed is None else listed
     end = time.monotonic() + 60 * options.minutes
     try:
         for part in parts:
             outcome = earlier.get(part.name)
             if outcome is None or outcome.status != "done" or outcome.command != as_typed(part):
-                outcome = run_part(part, folder, min(60 * part.minutes, end - time.monotonic()))
+                outcome = run_part(part, folder, min(60 * part.minutes, end - time.monotonic()), runner or run_command)
             run.parts.append(outcome)
             write_first_run(run, folder)
             print(f"{outcome.status:>8}  {outcome.name}, {outcome.seconds:.0f} s: {outcome.said}", flush=True)
@@ -137,7 +142,7 @@ def as_typed(part: Part) -> str:
     return " ".join(["python", *part.command])
 
 
-def run_part(part: Part, folder: Path, seconds: float) -> Outcome:
+def run_part(part: Part, folder: Path, seconds: float, runner: Runner) -> Outcome:
     """Run a part in a process of its own, its output into a log."""
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     outcome = Outcome(part.name, as_typed(part), "not run", date=date)
@@ -147,7 +152,7 @@ def run_part(part: Part, folder: Path, seconds: float) -> Outcome:
     log = folder / f"{part.name}.log"
     print(f"{'running':>8}  {outcome.command}", flush=True)
     start = time.monotonic()
-    code = run_command(part.command, log, seconds)
+    code = runner(part.command, log, seconds)
     outcome.seconds = time.monotonic() - start
     said = log.read_text(encoding="utf-8", errors="replace")
     outcome.said = last_line(said)
@@ -160,7 +165,9 @@ def run_part(part: Part, folder: Path, seconds: float) -> Outcome:
     return outcome
 
 
-def run_command(command: Sequence[str], log: Path, seconds: float) -> int | None:
+def run_command(
+    command: Sequence[str], log: Path, seconds: float, seconds_to_save: float = SECONDS_TO_SAVE
+) -> int | None:
     """Run Python from the top of the repository, and return its exit status; None where it was stopped.
 
     It is stopped as by Ctrl-C, and gets time to write what it has measured.
@@ -177,7 +184,7 @@ def run_command(command: Sequence[str], log: Path, seconds: float) -> int | None
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
                 try:
-                    process.wait(SECONDS_TO_SAVE)
+                    process.wait(seconds_to_save)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()

@@ -9,7 +9,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,7 +40,7 @@ class CacheReport(TargetReport):
     interrupted: bool = False
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, judge: Callable[[], Target] = judge_memory) -> int:
     """Measure every target, and return 0; 1 where one was missed, 130 after Ctrl-C, which keeps what was measured."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = CacheReport(describe_environment(device), describe_command("feature_cache.py", given), settings)
     try:
         with no_garbage_collection():
-            for target in measure(report, task, options, clock_for(device)):
+            for target in measure(report, task, options, clock_for(device), judge):
                 report.add(target)
         plan = Plan(options.batch_size, options.epochs, options.fine_tuning_epochs)
         for outcome in compare_methods(options.seeds, plan, device) if options.seeds else ():
@@ -91,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if report.missed else 0
 
 
-def measure(report: CacheReport, task: Task, options: argparse.Namespace, clock: Clock) -> Iterator[Target]:
+def measure(
+    report: CacheReport, task: Task, options: argparse.Namespace, clock: Clock, judge: Callable[[], Target]
+) -> Iterator[Target]:
     """Take every time, as soon as it is there into the report, and yield the targets."""
     samples = Samples(report.milliseconds)
     time_runs(task, options.repeats or 6, clock, samples)
@@ -105,7 +107,7 @@ def measure(report: CacheReport, task: Task, options: argparse.Namespace, clock:
         on_disk = sum(path.stat().st_size for path in stored.iterdir())
     vectors = features.tensors[0]
     yield judge_size(options.model, len(vectors), vectors.nbytes, on_disk)
-    yield judge_memory()
+    yield judge()
 
     head_task = make_head_task(
         options.model, options.features, vectors.shape[1], task.batch_size, task.epochs, task.device

@@ -100,7 +100,7 @@ class Conditions:
         return Batch(images, labels, self.precision, memory_format)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, methods: Sequence[Method] = METHODS) -> int:
     """Measure every method on every model, and return 0; 1 where a network, ours or the limit failed, 130 after Ctrl-C.
 
     What another library cannot do is a result, which its row tells, and no failure of the command.
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.models:
         rows: list[PeerRow] = []
         try:
-            measure_network(name, conditions, rows)
+            measure_network(name, conditions, rows, methods)
         except KeyboardInterrupt:
             interrupted = True
         except Exception as error:  # whatever keeps one network from running goes on record, and the others go on
@@ -150,14 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(row.error for row in report.rows if row.method in (EVERY_METHOD, OURS, LIMIT)) else 0
 
 
-def measure_network(name: str, conditions: Conditions, rows: list[PeerRow]) -> None:
+def measure_network(name: str, conditions: Conditions, rows: list[PeerRow], methods: Sequence[Method]) -> None:
     """Fill `rows` with every method on one network, at the largest batch that fits with all of them in memory."""
     size, arguments = input_size_of(name, conditions.image_size)
     blueprint = make_blueprint(name, NUM_CLASSES, size[-1], arguments)
 
     def attempt(count: int) -> None:
         rows.clear()
-        compare_methods(blueprint, conditions.batch(count, size), METHODS, conditions.repeats, rows)
+        compare_methods(blueprint, conditions.batch(count, size), methods, conditions.repeats, rows)
 
     at_largest_batch(attempt, conditions.batch_size, lambda text: tqdm.write(f"{name}: {text}"))
 

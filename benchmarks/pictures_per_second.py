@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +26,9 @@ from reading.stages import time_openvino, time_stages
 HERE = Path(__file__).parent
 LIMIT, AGAIN, TRAIN, WORKERS = "one pass by hand", "the same again", "train, no workers", "train, workers"
 
+Runner = Callable[..., tuple[float, float]]
+TimeOpenVINO = Callable[[str], tuple[float, float, float] | None]
+
 
 @dataclass
 class ReadingReport(TargetReport):
@@ -36,7 +39,9 @@ class ReadingReport(TargetReport):
     stages_ms: dict[str, list[float]] = field(default_factory=dict)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, *, runner: Runner | None = None, openvino: TimeOpenVINO = time_openvino
+) -> int:
     """Measure, write, and return 0; 1 where a target was missed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with TemporaryDirectory() as folder:
             make_folder(Path(folder, "images"), options.pictures)
-            measure(report, Path(folder), options)
+            measure(report, Path(folder), options, runner or run, openvino)
     finally:  # whatever stops it, what was measured until then is worth its time
         note_end(report.environment, device)
         stem = options.output / "pictures_per_second"
@@ -65,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if report.missed else 0
 
 
-def measure(report: ReadingReport, folder: Path, options: argparse.Namespace) -> None:
+def measure(
+    report: ReadingReport, folder: Path, options: argparse.Namespace, runner: Runner, openvino: TimeOpenVINO
+) -> None:
     """Run everything by turns, forwards and then backwards, into the report."""
     images, output = str(folder / "images"), str(folder / "run")
     train = [
@@ -85,13 +92,13 @@ def measure(report: ReadingReport, folder: Path, options: argparse.Namespace) ->
     paths = sorted((folder / "images").rglob("*.jpg"))[:64]
     for turn in range(options.repeats or 3):
         for label in runs if turn % 2 == 0 else reversed(runs):
-            cpu, wall = run(runs[label], threads=None if label == WORKERS else 1)
+            cpu, wall = runner(runs[label], threads=None if label == WORKERS else 1)
             report.cpu_seconds.setdefault(label, []).append(cpu)
             report.wall_seconds.setdefault(label, []).append(wall)
             print(f"{label:20} {cpu:7.1f} s of CPU, {wall:7.1f} s", flush=True)
         for stage, milliseconds in time_stages(paths, options.model).items():
             report.stages_ms.setdefault(stage, []).append(milliseconds)
-        if (times := time_openvino(options.model)) is not None:
+        if (times := openvino(options.model)) is not None:
             names = ("pass, compiled by OpenVINO", "pass, not compiled", "to compile, seconds")
             for name, value in zip(names, times, strict=True):
                 report.stages_ms.setdefault(name, []).append(value)

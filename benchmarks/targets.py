@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from backward_time import Setup, measure_at_batch
+from backward_time import Measured, Setup, measure_at_batch
 from harness import cuda
 from harness.cuda import Fact
 from harness.environment import describe_command, describe_environment, describe_precision, note_end
@@ -34,7 +34,7 @@ from harness.timing import (
 from peers import Conditions, compare_methods
 from subjects.equality import prove_equal
 from subjects.networks import NUM_CLASSES, build_network, check_names, input_size_of
-from subjects.peer_methods import METHODS, make_blueprint
+from subjects.peer_methods import METHODS, Method, make_blueprint
 from subjects.peer_report import PeerRow
 from subjects.variants import Precision, Trainer, Variant, count_saved, optimizer_name, variants_of
 from wrapper_overhead import compare_forward
@@ -42,7 +42,7 @@ from wrapper_overhead import compare_forward
 DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224", "convnext_atto")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, ask: Ask | None = None) -> int:
     """Measure every target, and return 0; 1 where one was missed or could not be measured, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted = False
     try:
         with no_garbage_collection():
-            for question in list_questions(options.models, setup):
+            for question in (ask or list_questions)(options.models, setup):
                 answer(question, report, lambda: write_targets(report, options.output / "targets"))
     except KeyboardInterrupt:
         interrupted = True
@@ -91,6 +91,9 @@ class Question:
     model: str
     what: str
     measure: Callable[[], Iterable[Target]]
+
+
+Ask = Callable[[Sequence[str], Setup], Iterable[Question]]
 
 
 def list_questions(models: Sequence[str], setup: Setup) -> Iterator[Question]:
@@ -177,14 +180,16 @@ def wrapper_forward(name: str, setup: Setup) -> Iterator[Target]:
     yield compared(name, "wrapped forward / bare timm forward", 1.01, samples, noise)
 
 
-def against_methods(name: str, limits: dict[str, float], setup: Setup) -> Iterator[Target]:
+def against_methods(
+    name: str, limits: dict[str, float], setup: Setup, methods: Sequence[Method] = METHODS
+) -> Iterator[Target]:
     """Compare our frozen step with that of other ways to freeze."""
     size, arguments = input_size_of(name, setup.image_size)
     blueprint = make_blueprint(name, NUM_CLASSES, size[-1], arguments)
     batch = Conditions(setup.device, setup.batch_size, setup.image_size, setup.repeats).batch(setup.batch_size, size)
     rows: list[PeerRow] = []
-    methods = [method for method in METHODS if method.label in (*limits, "ours")]
-    compare_methods(blueprint, batch, methods, setup.repeats, rows)
+    asked = [method for method in methods if method.label in (*limits, "ours")]
+    compare_methods(blueprint, batch, asked, setup.repeats, rows)
     by_label = {row.method: row for row in rows}
     if by_label["ours"].error is not None:
         raise RuntimeError(f"ours: {by_label['ours'].error}")
@@ -238,6 +243,11 @@ def falls_with_depth(name: str, setup: Setup) -> Iterator[Target]:
     measured = measure_at_batch(name, setup, setup.batch_size)
     if measured.interrupted:
         raise KeyboardInterrupt
+    yield from compare_depths(name, measured)
+
+
+def compare_depths(name: str, measured: Measured) -> Iterator[Target]:
+    """Compare the measured backward of each depth with the next shallower one."""
     rows = [row for row in measured.rows if row.trainable_groups is not None]
     noise = next(
         Paired(again.backward_ms, rows[0].backward_ms) for again in measured.noise if again.variant == "unfrozen"

@@ -9,7 +9,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -63,13 +63,13 @@ class OverheadReport:
     calls: list[CallTime] = field(default_factory=list)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, ladders: Mapping[str, Sequence[str]] = LADDERS) -> int:
     """Measure and write; Ctrl-C keeps what was measured."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/wrapper_overhead")
     add_models_option(parser, DEFAULT_MODELS)
-    parser.add_argument("--ladder", nargs="*", choices=list(LADDERS), default=list(LADDERS), help="families to grow")
+    parser.add_argument("--ladder", nargs="*", choices=list(ladders), default=list(ladders), help="families to grow")
     options = parser.parse_args(given)
     try:
         check_names(options.models)
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report.comparisons += [forward, compare_construction(name, repeats=repeats)]
             for family in options.ladder:
                 print(f"{family}: the wrapper's own calls", file=sys.stderr)
-                time_calls(family, LADDERS[family], repeats, report.calls)
+                time_calls(family, ladders[family], repeats, report.calls)
     except KeyboardInterrupt:
         print("interrupted: writing what was measured until then", file=sys.stderr)
         return 130
@@ -103,12 +103,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare_forward(
-    name: str, *, batch_size: int, image_size: int | None, device: torch.device, repeats: int
+    name: str,
+    *,
+    batch_size: int,
+    image_size: int | None,
+    device: torch.device,
+    repeats: int,
+    wrap: Callable[[nn.Module], nn.Module] = FineTuneModel.from_timm,
 ) -> Comparison:
     """Time a forward in eval mode under `no_grad`, where the wrapper's share is largest, on the same weights."""
     size, arguments = input_size_of(name, image_size)
     bare = timm.create_model(name, num_classes=NUM_CLASSES, **arguments).to(device).eval()
-    wrapped = FineTuneModel.from_timm(copy.deepcopy(bare)).to(device).eval()
+    wrapped = wrap(copy.deepcopy(bare)).to(device).eval()
     images = torch.randn(batch_size, *size, device=device)
 
     def forward(network: nn.Module) -> Tensor:

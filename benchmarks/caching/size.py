@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -93,14 +93,14 @@ def judge_size(model: str, count: int, features_bytes: int, folder_bytes: int) -
     return Target(model, "cache on disk / (N * D * bytes)", 1.01, Interval(ratio, ratio, ratio), remark=remark)
 
 
-def judge_memory(few: int = FEW, many: int = MANY) -> Target:
+def judge_memory(few: int = FEW, many: int = MANY, build: Callable[..., dict[str, int]] = build_apart) -> Target:
     """Compare the peak of memory with few images and with many: how much of the further features is in it.
 
     The same is measured without a cache on disk, where the features are in memory: were that not seen, nothing was.
     """
     growth, peaks = {}, {}
     for on_disk in (True, False):
-        small, large = build_apart(few, on_disk=on_disk), build_apart(many, on_disk=on_disk)
+        small, large = build(few, on_disk=on_disk), build(many, on_disk=on_disk)
         growth[on_disk] = (large["memory"] - small["memory"]) / (large["features"] - small["features"])
         peaks[on_disk] = [f"{built['memory'] / 2**20:.0f} MiB" for built in (small, large)]
     return Target(

@@ -70,6 +70,7 @@ class Plan:
     frozen_epochs: int = 20
     fine_tuning_epochs: int = 5
     image_size: int = 96
+    rates: tuple[float, ...] = FINE_TUNING_RATES
 
 
 def compare_methods(seeds: int, plan: Plan, device: torch.device) -> Iterator[Outcome]:
@@ -170,7 +171,7 @@ def train_head_first_and_plainly(
     loop = TrainerConfig(make_accelerator(device), batch_size=plan.batch_size, seed=seed, show_progress=False)
     model = FineTuneModel.from_timm(network, num_classes=images.num_classes)
     tried: dict[str, list[tuple[float, Outcome]]] = {LP_FT: [], PLAIN: []}
-    for rate in FINE_TUNING_RATES:
+    for rate in plan.rates:
         everything = Phase(
             epochs=plan.fine_tuning_epochs,
             trainable_groups=len(model.layer_groups),

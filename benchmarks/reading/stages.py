@@ -56,10 +56,12 @@ def time_stages(paths: list[Path], name: str) -> dict[str, float]:
     return taken
 
 
-def time_openvino(name: str, batches: int = 4, batch_size: int = 32) -> tuple[float, float, float] | None:
+def time_openvino(
+    name: str, batches: int = 4, batch_size: int = 32, compiler: Compile = compile_openvino
+) -> tuple[float, float, float] | None:
     """Return the CPU time per image of the pass, compiled by OpenVINO and not, and the seconds that compiling takes."""
     try:
-        compile_openvino(torch.nn.Identity())
+        compiler(torch.nn.Identity())
     except ModuleNotFoundError:
         return None
     model = FineTuneModel.from_timm(timm.create_model(name), num_classes=10).freeze_backbone().eval()
@@ -69,11 +71,11 @@ def time_openvino(name: str, batches: int = 4, batch_size: int = 32) -> tuple[fl
         for count in (1, 1 + batches)
     )
 
-    def time_pass(loader: DataLoader[Any], compiler: Compile | None) -> float:
-        return cpu_milliseconds(lambda: extract_features(model, loader, compile=compiler), 1)
+    def time_pass(loader: DataLoader[Any], compile_with: Compile | None) -> float:
+        return cpu_milliseconds(lambda: extract_features(model, loader, compile=compile_with), 1)
 
     time_pass(few, None)  # the first pass of a process
-    once = [time_pass(few, compiler) for compiler in (None, compile_openvino)]
-    more = [time_pass(many, compiler) for compiler in (None, compile_openvino)]
+    once = [time_pass(few, compile_with) for compile_with in (None, compiler)]
+    more = [time_pass(many, compile_with) for compile_with in (None, compiler)]
     eager, compiled = ((b - a) / (batches * batch_size) for a, b in zip(once, more, strict=True))
     return compiled, eager, (once[1] - batch_size * compiled) / 1e3

@@ -7,25 +7,25 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import backward_time
 import pytest
 import torch
-from harness import results, timing
+from harness import results
 from PIL import Image
-from subjects import networks, variants
+from subjects import networks
+from torch import nn
 
 import backbone_finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def _run(output: Path, *arguments: str) -> int:
+def _run(output: Path, *arguments: str, **keywords: Any) -> int:
     small = ["--device", "cpu", "--batch-size", "2", "--repeats", "3", "--threads", "1"]
-    return backward_time.main([*small, "--output", str(output), *arguments])
+    return backward_time.main([*small, "--output", str(output), *arguments], **keywords)
 
 
 def test_a_small_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,13 +73,17 @@ def test_a_small_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "| unfrozen" in capsys.readouterr().out
 
 
-def test_a_wrong_fast_row_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_a_fast_wrong_one(network: networks.Network, *, compiled: bool) -> list[variants.Variant]:
-        right = variants.variants_of(network, compiled=compiled)
-        return [replace(v, logits=right[-1].logits) if v.kind == "partial" else v for v in right]
+def test_a_variant_with_wrong_gradients_has_no_row(tmp_path: Path) -> None:
+    def build(name: str, **arguments: Any) -> networks.Network:
+        network = networks.build_network(name, **arguments)
+        network.model.backbone.register_forward_hook(detach_if_partly_frozen)
+        return network
 
-    monkeypatch.setattr(backward_time, "variants_of", with_a_fast_wrong_one)
-    assert _run(tmp_path, "--models", "ConvModel") == 1
+    def detach_if_partly_frozen(backbone: nn.Module, inputs: object, features: torch.Tensor) -> torch.Tensor:
+        trains = [parameter.requires_grad for parameter in backbone.parameters()]
+        return features.detach() if any(trains) and not all(trains) else features
+
+    assert _run(tmp_path, "--models", "ConvModel", build=build) == 1
     report = results.read_report(tmp_path / "backward_time.json")
     assert [row.variant for row in report.rows] == ["unfrozen", "frozen", "limit"]
     assert [entry["variant"] for entry in report.refused] == ["2 trainable groups", "1 trainable groups"]
@@ -90,35 +94,38 @@ def test_a_wrong_fast_row_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_ctrl_c_keeps_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    times = 7 * 2 + 3  # two passes over the seven rows of ConvModel, its two A/A rows among them, and a part
+class _Interrupted:
+    """A clock that shows 10 ms for each call, which makes a warm-up of 3 calls, and is interrupted after some."""
 
-    def visit(step: timing.TrainingStep, setup: backward_time.Setup, bar: object) -> timing.StepTimes:
-        nonlocal times
-        times -= 1
-        if times < 0:
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        self.calls -= 1
+        if self.calls < 0:
             raise KeyboardInterrupt
-        return timing.StepTimes(1.0, 2.0, 3.0, 6.0)
+        return call(), 10.0
 
-    monkeypatch.setattr(backward_time, "visit", visit)
-    assert _run(tmp_path, "--models", "ConvModel", "PretrainedResNet") == 130
+
+def test_an_interrupt_keeps_complete_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # ConvModel has seven rows, with its two A/A rows; each of them is warmed up, and each visit has four clocks.
+    clock = _Interrupted(7 * 3 + 4 * (7 * 2 + 3))
+    assert _run(tmp_path, "--models", "ConvModel", "PretrainedResNet", clock=clock) == 130
     report = results.read_report(tmp_path / "backward_time.json")
     assert report.interrupted
     assert report.models() == ["ConvModel"]
-    assert all(row.backward_ms == [2.0, 2.0] for row in report.rows)
+    assert all(row.backward_ms == [10.0, 10.0] for row in report.rows)
     assert "Interrupted" in (tmp_path / "backward_time.md").read_text()
     assert f"interrupted: what was measured until then is in {tmp_path}" in capsys.readouterr().err
 
 
-def test_ctrl_c_before_the_first_sample_keeps_earlier_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt_the_second(variant: variants.Variant, network: networks.Network, precision: str) -> None:
-        if network.name == "PretrainedResNet":
+def test_an_interrupt_before_the_first_sample_keeps_earlier_models(tmp_path: Path) -> None:
+    def build(name: str, **arguments: Any) -> networks.Network:
+        if name == "PretrainedResNet":
             raise KeyboardInterrupt
+        return networks.build_network(name, **arguments)
 
-    monkeypatch.setattr(backward_time, "prove_equal", interrupt_the_second)
-    assert _run(tmp_path, "--models", "ConvModel", "PretrainedResNet") == 130
+    assert _run(tmp_path, "--models", "ConvModel", "PretrainedResNet", build=build) == 130
     assert results.read_report(tmp_path / "backward_time.json").models() == ["ConvModel"]
 
 
@@ -133,49 +140,42 @@ def _memory_for(largest: int) -> Callable[..., networks.Network]:
     return build
 
 
-def test_out_of_memory_halves_the_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(backward_time, "build_network", _memory_for(1))
-    assert _run(tmp_path, "--models", "ConvModel") == 0
+def test_out_of_memory_halves_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(tmp_path, "--models", "ConvModel", build=_memory_for(1)) == 0
     assert {row.batch_size for row in results.read_report(tmp_path / "backward_time.json").rows} == {1}
     assert "ConvModel: out of memory: going on with batch size 1" in capsys.readouterr().out
 
 
-def test_out_of_memory_in_a_variant_is_not_the_variants_own_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def prove(variant: variants.Variant, network: networks.Network, precision: variants.Precision) -> None:
-        if variant.kind == "unfrozen" and len(network.images) > 1:
+def test_out_of_memory_in_a_variant_halves_the_batch_for_all(tmp_path: Path) -> None:
+    def build(name: str, **arguments: Any) -> networks.Network:
+        network = networks.build_network(name, **arguments)
+        network.model.backbone.register_forward_pre_hook(check_memory)
+        return network
+
+    def check_memory(backbone: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if len(inputs[0]) > 1 and all(parameter.requires_grad for parameter in backbone.parameters()):
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(backward_time, "prove_equal", prove)
-    assert _run(tmp_path, "--models", "ConvModel") == 0
+    assert _run(tmp_path, "--models", "ConvModel", build=build) == 0
     report = results.read_report(tmp_path / "backward_time.json")
     assert [row.batch_size for row in report.rows] == [1] * 5
 
 
-def test_a_model_that_does_not_fit_is_refused_and_the_next_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backward_time, "build_network", _memory_for(0))
-    assert _run(tmp_path, "--models", "ConvModel", "test_vit", "--image-size", "32") == 1
+def test_a_model_that_does_not_fit_is_refused_and_the_next_is_measured(tmp_path: Path) -> None:
+    assert _run(tmp_path, "--models", "ConvModel", "test_vit", "--image-size", "32", build=_memory_for(0)) == 1
     report = results.read_report(tmp_path / "backward_time.json")
     assert report.models() == ["test_vit"]
     reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. (batch size 1)"
     assert report.refused == [{"model": "ConvModel", "variant": "all", "reason": reason}]
 
 
-def test_a_model_that_cannot_be_built_is_refused_and_the_next_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_be_built_is_refused_and_the_next_is_measured(tmp_path: Path) -> None:
     def build(name: str, **arguments: Any) -> networks.Network:
         if name == "test_vit":
             raise ValueError("test_vit: it has no classifier.\nThe second line is for a terminal.")
         return networks.build_network(name, **arguments)
 
-    monkeypatch.setattr(backward_time, "build_network", build)
-    assert _run(tmp_path, "--models", "test_vit", "ConvModel") == 1
+    assert _run(tmp_path, "--models", "test_vit", "ConvModel", build=build) == 1
     report = results.read_report(tmp_path / "backward_time.json")
     assert report.models() == ["ConvModel"]
     reason = "ValueError: test_vit: it has no classifier. (batch size 2)"

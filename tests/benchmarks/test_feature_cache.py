@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,8 @@ SMALL = ["--device", "cpu", "--threads", "1", "--model", "test_resnet", "--image
 SMALL += ["--pictures", "8", "--features", "16", "--batch-size", "4", "--epochs", "2", "--repeats", "2"]
 
 
-@pytest.fixture
-def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Build the caches whose memory is watched in this process, and small."""
-    monkeypatch.setattr(size, "build_apart", size.build)
-    monkeypatch.setattr(size.judge_memory, "__defaults__", (40, 80))
+# Small caches, built in this process.
+JUDGE_MEMORY = partial(size.judge_memory, 40, 80, build=size.build)
 
 
 @pytest.fixture
@@ -39,9 +37,12 @@ def peers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.usefixtures("no_processes", "peers_missing")
+@pytest.mark.usefixtures("peers_missing")
 def test_a_small_run_writes_every_row(tmp_path: Path) -> None:
-    assert feature_cache.main([*SMALL, "--output", str(tmp_path)]) in {0, 1}  # so small a run misses its targets
+    assert feature_cache.main([*SMALL, "--output", str(tmp_path)], judge=JUDGE_MEMORY) in {
+        0,
+        1,
+    }  # so small a run misses its targets
     content = json.loads((tmp_path / "feature_cache.json").read_text())
     assert content["command"].startswith("python benchmarks/feature_cache.py --device cpu")
     assert content["environment"]["torch"] == torch.__version__.partition("+")[0]
@@ -64,7 +65,7 @@ def test_a_small_run_writes_every_row(tmp_path: Path) -> None:
         assert len(picture.convert("L").getcolors()) > 10
 
 
-@pytest.mark.usefixtures("no_processes", "peers_missing")
+@pytest.mark.usefixtures("peers_missing")
 def test_ctrl_c_keeps_the_turns_that_were_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = timing.take_turns
 
@@ -81,13 +82,12 @@ def test_ctrl_c_keeps_the_turns_that_were_whole(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("peers_missing")
-def test_an_error_late_in_a_run_loses_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+def test_an_error_late_in_a_run_keeps_earlier_measurements(tmp_path: Path) -> None:
+    def fail() -> Any:
         raise RuntimeError("no more memory to watch")
 
-    monkeypatch.setattr(feature_cache, "judge_memory", fail)
     with pytest.raises(RuntimeError, match="no more memory to watch"):
-        feature_cache.main([*SMALL, "--output", str(tmp_path)])
+        feature_cache.main([*SMALL, "--output", str(tmp_path)], judge=fail)
     content = json.loads((tmp_path / "feature_cache.json").read_text())
     assert len(content["milliseconds"]["ours, float32"]) == 2
     assert len(content["targets"]) == 2 + 2 * 3 + 1
@@ -102,7 +102,7 @@ def test_an_unfit_architecture_is_a_clear_error(model: str, message: str, capsys
     assert message in capsys.readouterr().err
 
 
-def test_ours_sees_each_picture_once_and_the_recipe_in_every_epoch() -> None:
+def test_ours_runs_each_image_once_and_the_recipe_in_every_epoch() -> None:
     task = training.make_task("test_resnet", 8, 32, 4, 3, CPU)
     blueprint = task.blueprint
     model = training.FineTuneModel.from_timm(copy.deepcopy(blueprint.network)).freeze_backbone()
@@ -112,7 +112,8 @@ def test_ours_sees_each_picture_once_and_the_recipe_in_every_epoch() -> None:
     )
     before = model.classifier.weight.detach().clone()
     training.run_ours(model, task, own_way=False)
-    assert seen == [torch.float32] * (8 + 4)  # and the test's batch, once
+    # Eight images of each dataset first, for the layout of the features; then each image once, and the test's batch.
+    assert seen == [torch.float32] * (8 + 4 + 8 + 4)
     assert not torch.equal(before, model.classifier.weight)
     seen.clear()
     training.run_backbone(model, task, own_way=False)
@@ -193,9 +194,8 @@ def test_memory_that_grows_with_the_pictures_is_seen() -> None:
     assert 1 <= on_disk["files"] / on_disk["features"] < 1.01
 
 
-def test_four_ways_to_train_on_one_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "FINE_TUNING_RATES", (1e-3,))
-    plan = transfer.Plan(frozen_epochs=1, fine_tuning_epochs=1, image_size=32)
+def test_four_ways_to_train_on_one_split() -> None:
+    plan = transfer.Plan(frozen_epochs=1, fine_tuning_epochs=1, image_size=32, rates=(1e-3,))
     outcomes = list(transfer.compare_methods(1, plan, CPU))
     assert [outcome.method for outcome in outcomes] == [
         transfer.RECIPE,

@@ -6,10 +6,12 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cuda_first_run
+import feature_cache
 import pytest
 from caching import size
 from first_run import parts, predictions
@@ -19,8 +21,14 @@ from backbone_finetune import cli
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def _run(folder: Path, *arguments: str) -> int:
-    return cuda_first_run.main(["--device", "cpu", "--output", str(folder), *arguments])
+def _run(
+    folder: Path,
+    *arguments: str,
+    listed: Sequence[parts.Part] | None = None,
+    runner: cuda_first_run.Runner | None = None,
+) -> int:
+    given = ["--device", "cpu", "--output", str(folder), *arguments]
+    return cuda_first_run.main(given, listed=listed, runner=runner)
 
 
 def _saved(folder: Path) -> dict[str, Any]:
@@ -28,25 +36,25 @@ def _saved(folder: Path) -> dict[str, Any]:
     return content
 
 
-@pytest.fixture
-def ran_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Run each part in this process, where torch is loaded already; but for the tests, which cannot run themselves."""
-    ran: list[str] = []
+class _InThisProcess:
+    """Runs each part in this process, where torch is loaded already; except the tests, which cannot run themselves."""
 
-    def run_command(command: Sequence[str], log: Path, seconds: float) -> int:
-        ran.append(log.stem)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ran: list[str] = []
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, command: Sequence[str], log: Path, seconds: float) -> int:
+        self.ran.append(log.stem)
         log.write_text("ran\n")
-        monkeypatch.chdir(cuda_first_run.REPOSITORY)
+        self.monkeypatch.chdir(cuda_first_run.REPOSITORY)
         if command[:2] == ("-m", "backbone_finetune.cli"):
             return _exit_status(cli.main, command[2:])
         if command[0] == "-m":
             return 0
-        return _exit_status(importlib.import_module(Path(command[0]).stem).main, command[1:])
-
-    monkeypatch.setattr(cuda_first_run, "run_command", run_command)
-    monkeypatch.setattr(size, "build_apart", size.build)
-    monkeypatch.setattr(size.judge_memory, "__defaults__", (40, 80))
-    return ran
+        main = importlib.import_module(Path(command[0]).stem).main
+        if main is feature_cache.main:
+            main = partial(main, judge=partial(size.judge_memory, 40, 80, build=size.build))
+        return _exit_status(main, command[1:])
 
 
 def _exit_status(main: Callable[[list[str]], int | None], arguments: Sequence[str]) -> int:
@@ -56,8 +64,9 @@ def _exit_status(main: Callable[[list[str]], int | None], arguments: Sequence[st
         return int(end.code or 0)
 
 
-def test_all_of_it_runs_through_on_a_cpu(tmp_path: Path, ran_here: list[str]) -> None:
-    assert _run(tmp_path) == 0, _saved(tmp_path)["parts"]
+def test_all_parts_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = _InThisProcess(monkeypatch)
+    assert _run(tmp_path, runner=runner) == 0, _saved(tmp_path)["parts"]
     saved = _saved(tmp_path)
     assert {part["status"] for part in saved["parts"]} == {"done"}
     on_a_card_alone = ("peak GB", "kernels", "bf16 and channels last")  # the last where there are bf16 instructions
@@ -66,8 +75,8 @@ def test_all_of_it_runs_through_on_a_cpu(tmp_path: Path, ran_here: list[str]) ->
     page = (tmp_path / "first_run.md").read_text()
     assert "backward_float32: frozen, backward ms" in page
     assert "as predicted" not in page  # a CPU is not what they are about
-    assert _run(tmp_path) == 0
-    assert len(ran_here) == len(saved["parts"]), "what was done is not done again"
+    assert _run(tmp_path, runner=runner) == 0
+    assert len(runner.ran) == len(saved["parts"]), "finished parts do not run again"
 
 
 def test_a_card_gets_full_sizes_and_a_folder_of_its_own() -> None:
@@ -84,20 +93,15 @@ def _part(name: str, code: str, *, minutes: float = 1.0, result: str | None = "s
     return parts.Part(name, ("-S", "-c", code), minutes, result)
 
 
-def _listing(monkeypatch: pytest.MonkeyPatch, *listed: parts.Part) -> None:
-    monkeypatch.setattr(cuda_first_run, "list_parts", lambda **_: list(listed))
-
-
-def test_a_part_that_fails_says_why_and_the_next_ones_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _listing(
-        monkeypatch,
+def test_a_part_that_fails_has_a_reason_and_the_next_parts_run(tmp_path: Path) -> None:
+    listed = [
         _part("crashes", "print('so far'); raise RuntimeError('no kernel image')"),
         _part("misses", "print('missed'); raise SystemExit(1)"),
         _part("fails", "print('1 failed'); raise SystemExit(1)", result=None),
         _part("dies", "import os; print('dying', flush=True); os.abort()"),
         _part("works", "print('fine')"),
-    )
-    assert _run(tmp_path) == 1
+    ]
+    assert _run(tmp_path, listed=listed) == 1
     became = {part["name"]: (part["status"], part["said"]) for part in _saved(tmp_path)["parts"]}
     assert became == {
         "crashes": ("failed", "RuntimeError: no kernel image"),
@@ -110,60 +114,48 @@ def test_a_part_that_fails_says_why_and_the_next_ones_run(tmp_path: Path, monkey
     assert "so far" in (tmp_path / "crashes.log").read_text()
 
 
-def test_the_same_command_again_runs_what_is_missing_or_is_another_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_command_again_runs_missing_and_changed_parts(tmp_path: Path) -> None:
     write = f"open({str(tmp_path / 'ran')!r}, 'a').write"
-    _listing(monkeypatch, _part("works", f"{write}('w')"), _part("fails", f"{write}('f'); 1 / 0"))
-    assert _run(tmp_path) == _run(tmp_path) == 1
+    listed = [_part("works", f"{write}('w')"), _part("fails", f"{write}('f'); 1 / 0")]
+    assert _run(tmp_path, listed=listed) == _run(tmp_path, listed=listed) == 1
     assert (tmp_path / "ran").read_text() == "wff"
-    _listing(monkeypatch, _part("works", f"{write}('n')"), _part("fails", f"{write}('g')"))
-    assert _run(tmp_path) == 0
+    listed = [_part("works", f"{write}('n')"), _part("fails", f"{write}('g')")]
+    assert _run(tmp_path, listed=listed) == 0
     assert (tmp_path / "ran").read_text() == "wffng"
 
 
-def test_a_part_that_takes_too_long_is_stopped_and_saves_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_that_takes_too_long_is_stopped_and_can_save(tmp_path: Path) -> None:
     saving = "try:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('saved')"
     slow = _part("slow", f"import time\n{saving}", minutes=1 / 60)
-    _listing(monkeypatch, slow, _part("after", "print('fine')"))
-    assert _run(tmp_path) == 1
+    assert _run(tmp_path, listed=[slow, _part("after", "print('fine')")]) == 1
     stopped, after = _saved(tmp_path)["parts"]
     assert (stopped["status"], stopped["said"]) == ("stopped", "not done after 1 s; its last line: saved")
     assert after["status"] == "done"
 
 
-def test_what_does_not_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_first_run, "SECONDS_TO_SAVE", 0.1)
+def test_a_part_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     deaf = "import os, signal, time; signal.signal(2, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
-    _listing(monkeypatch, _part("deaf", deaf, minutes=1 / 60))
-    assert _run(tmp_path) == 1
+    runner = partial(cuda_first_run.run_command, seconds_to_save=0.1)
+    assert _run(tmp_path, listed=[_part("deaf", deaf, minutes=1 / 60)], runner=runner) == 1
     with pytest.raises(ProcessLookupError, match="No such process"):
         os.kill(int((tmp_path / "deaf.log").read_text()), 0)
 
 
-def test_the_time_for_all_parts_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _listing(monkeypatch, _part("first", "print('fine')"))
-    assert _run(tmp_path, "--minutes", "0") == 1
+def test_the_time_limit_of_all_parts(tmp_path: Path) -> None:
+    assert _run(tmp_path, "--minutes", "0", listed=[_part("first", "print('fine')")]) == 1
     (first,) = _saved(tmp_path)["parts"]
     assert first["status"] == "not run"
     assert "the same command again goes on here" in first["said"]
 
 
-def test_ctrl_c_keeps_the_parts_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _listing(monkeypatch, _part("first", "print('fine')"), _part("second", "print('never')"))
-    run_part = cuda_first_run.run_part
-
-    def interrupted(part: parts.Part, *arguments: Any) -> cuda_first_run.Outcome:
-        if part.name == "second":
+def test_an_interrupt_keeps_earlier_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(command: Sequence[str], log: Path, seconds: float) -> int | None:
+        if log.stem == "second":
             raise KeyboardInterrupt
-        return run_part(part, *arguments)
+        return cuda_first_run.run_command(command, log, seconds)
 
-    monkeypatch.setattr(cuda_first_run, "run_part", interrupted)
-    assert _run(tmp_path) == 130
+    listed = [_part("first", "print('fine')"), _part("second", "print('never')")]
+    assert _run(tmp_path, listed=listed, runner=interrupted) == 130
     assert [part["name"] for part in _saved(tmp_path)["parts"]] == ["first"]
     assert f"interrupted: what was measured until then is in {tmp_path}" in capsys.readouterr().err
 

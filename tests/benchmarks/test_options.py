@@ -17,9 +17,9 @@ from torch import Tensor, nn
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def _run(output: Path, *arguments: str) -> int:
+def _run(output: Path, *arguments: str, **keywords: Any) -> int:
     small = ["--device", "cpu", "--batch-size", "2", "--repeats", "3", "--threads", "1"]
-    return backward_time.main([*small, "--output", str(output), *arguments])
+    return backward_time.main([*small, "--output", str(output), *arguments], **keywords)
 
 
 class _Spy:
@@ -50,17 +50,30 @@ class _Spy:
     ],
 )
 def test_precision_and_memory_format(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], logits: torch.dtype, channels_last: bool
+    tmp_path: Path, arguments: list[str], logits: torch.dtype, channels_last: bool
 ) -> None:
     spy = _Spy()
-    monkeypatch.setattr(backward_time, "build_network", spy.build)
-    assert _run(tmp_path, "--models", "test_resnet", "--image-size", "32", "--repeats", "1", *arguments) == 0
+    small = ["--models", "test_resnet", "--image-size", "32", "--repeats", "1"]
+    assert _run(tmp_path, *small, *arguments, build=spy.build) == 0
     report = results.read_report(tmp_path / "backward_time.json")
     assert report.settings["amp"] == (arguments[1] if "--amp" in arguments else "off")
     assert report.settings["channels_last"] == channels_last
     assert report.row("test_resnet", "frozen") is not None
     assert spy.logits == {logits}
     assert spy.channels_last == {channels_last}
+
+
+class _WatchingClock:
+    """A clock that shows 10 ms for each call, which makes a warm-up of 3 calls, and records what `watch` returns."""
+
+    def __init__(self, watch: Callable[[], bool]) -> None:
+        self.watch = watch
+        self.seen: list[bool] = []
+
+    def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        result = call()
+        self.seen.append(self.watch())
+        return result, 10.0
 
 
 def test_compile_compiles_all_that_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,33 +87,29 @@ def test_compile_compiles_all_that_is_timed(tmp_path: Path, monkeypatch: pytest.
 
         return run
 
-    def visit(step: timing.TrainingStep, setup: backward_time.Setup, bar: object) -> timing.StepTimes:
+    def ran_compiled() -> bool:
+        answer = bool(ran)
         ran.clear()
-        times = timing.time_step(step, setup.clock)
-        assert ran, "timed without the compiler"
-        return times
+        return answer
 
+    clock = _WatchingClock(ran_compiled)
     monkeypatch.setattr(torch, "compile", compile_in_name)
-    monkeypatch.setattr(backward_time, "visit", visit)
     with torch._dynamo.config.patch(recompile_limit=8):
-        assert _run(tmp_path, "--models", "ConvModel", "--compile") == 0
+        assert _run(tmp_path, "--models", "ConvModel", "--compile", clock=clock) == 0
         assert torch._dynamo.config.recompile_limit == 256
+    # Seven rows: warm-ups, then forward, backward, optimizer step and whole step of each visit.
+    assert clock.seen == [True] * 3 * 7 + [True, False, False, True] * 7 * 3
     report = results.read_report(tmp_path / "backward_time.json")
     assert report.settings["compile"] is True
     assert [row.backward_flops for row in report.rows] == [None] * 5
 
 
-def test_no_garbage_is_collected_inside_a_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collecting: list[bool] = []
-
-    def visit(step: timing.TrainingStep, setup: backward_time.Setup, bar: object) -> timing.StepTimes:
-        collecting.append(gc.isenabled())
-        return timing.StepTimes(1.0, 2.0, 3.0, 6.0)
-
-    monkeypatch.setattr(backward_time, "visit", visit)
+def test_no_garbage_is_collected_inside_a_clock(tmp_path: Path) -> None:
+    clock = _WatchingClock(gc.isenabled)
     assert gc.isenabled()
-    assert _run(tmp_path, "--models", "ConvModel") == 0
-    assert not any(collecting)
+    assert _run(tmp_path, "--models", "ConvModel", clock=clock) == 0
+    assert clock.seen
+    assert not any(clock.seen)
     assert gc.isenabled()
 
 

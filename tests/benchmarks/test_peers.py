@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peers
 import pytest
@@ -107,14 +106,11 @@ def _rows(folder: Path) -> list[dict[str, object]]:
     return content["rows"]
 
 
-@pytest.fixture
-def _ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "METHODS", [_method(peer_methods.ours)])
+OURS_ALONE = [_method(peer_methods.ours)]
 
 
-@pytest.mark.usefixtures("_ours_alone")
 def test_a_network_that_cannot_be_compared_has_a_row_and_the_next_is_measured(tmp_path: Path) -> None:
-    assert peers.main(_small(tmp_path, "--models", "levit_128s", "test_resnet")) == 1
+    assert peers.main(_small(tmp_path, "--models", "levit_128s", "test_resnet"), methods=OURS_ALONE) == 1
     refused, *measured = _rows(tmp_path)
     assert (refused["model"], refused["method"]) == ("levit_128s", "every method")
     assert str(refused["error"]).startswith("ValueError: levit_128s: its classifier is (")
@@ -168,12 +164,45 @@ def _fails_after(times: int, error: Exception) -> peer_methods.Method:
     return peer_methods.Method("late", freeze, "torch", "network.")
 
 
-# Three steps for what moves, with one copy; one forward for bytes and three or more to warm up, with another.
-@pytest.mark.parametrize("times", [3, 60])
-def test_a_method_that_fails_later_leaves_the_others_their_rows(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    monkeypatch.setattr(peers, "warm_up", lambda call, clock, **limits: [call() for _ in range(3)])
+class _FailsInTurn:
+    """Two methods: ours, and one that fails when its turn comes after ours once too often.
+
+    Its first turn is the check of what moves, its second the warm-up; then every other pass has one.
+    """
+
+    def __init__(self, turn: int, error: BaseException) -> None:
+        self.turn = turn
+        self.error = error
+        self.others = 0  # forwards of ours since the last forward of the other
+        self.turns = 0
+
+    def methods(self) -> list[peer_methods.Method]:
+        return [
+            peer_methods.Method("ours", self.freeze_ours, "torch", "backbone."),
+            peer_methods.Method("late", self.freeze_late, "torch"),
+        ]
+
+    def freeze_ours(self, blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
+        module = peer_methods.ours(blueprint, network)
+        module.register_forward_pre_hook(lambda module, inputs: setattr(self, "others", self.others + module.training))
+        return module
+
+    def freeze_late(self, blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
+        module = peer_methods.article_recipe(blueprint, network)
+        module.register_forward_pre_hook(self.count)
+        return module
+
+    def count(self, module: nn.Module, inputs: object) -> None:
+        self.turns += self.others > 0 and module.training
+        self.others = 0
+        if self.turns > self.turn:
+            raise self.error
+
+
+@pytest.mark.parametrize("late", [0, 20])
+def test_a_method_that_fails_later_does_not_affect_others(late: int) -> None:
     rows: list[peer_report.PeerRow] = []
-    methods = [_method(peer_methods.ours), _fails_after(times, ValueError("too often"))]
+    methods = _FailsInTurn(late, ValueError("too often")).methods()
     peers.compare_methods(_blueprint(), _batch(), methods, 40, rows)
     ours, late, limit = rows
     assert late.error == "ValueError: too often"
@@ -184,7 +213,7 @@ def test_a_method_that_fails_later_leaves_the_others_their_rows(monkeypatch: pyt
 
 @pytest.mark.parametrize("times", [0, 3, 5])
 def test_memory_that_runs_out_is_not_one_methods_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], times: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], times: int
 ) -> None:
     def freeze(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
         module = _FailsLater(network, times, torch.OutOfMemoryError("CUDA out of memory."))
@@ -196,9 +225,8 @@ def test_memory_that_runs_out_is_not_one_methods_failure(
             module.times = 9  # a smaller batch fits
 
     methods = [_method(peer_methods.ours), peer_methods.Method("late", freeze, "torch", "network.")]
-    monkeypatch.setattr(peers, "METHODS", methods)
-    # A image of its own statistics: test_vit has no BatchNorm, which needs two.
-    assert peers.main(_small(tmp_path, "--models", "test_vit")) == 0
+    # test_vit has no BatchNorm, which needs two images.
+    assert peers.main(_small(tmp_path, "--models", "test_vit"), methods=methods) == 0
     rows = _rows(tmp_path)
     assert [(row["method"], row["error"]) for row in rows] == [
         ("ours", None),
@@ -209,22 +237,13 @@ def test_memory_that_runs_out_is_not_one_methods_failure(
     assert "test_vit: out of memory: going on with batch size 1" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("_ours_alone")
-def test_ctrl_c_keeps_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    times = 2 + 1  # a pass over ours and the limit, and a part
-
-    def interrupt(step: timing.TrainingStep, clock: timing.Clock, loop_steps: int) -> timing.StepTimes:
-        nonlocal times
-        times -= 1
-        if times < 0:
-            raise KeyboardInterrupt
-        return timing.StepTimes(1.0, 2.0, 3.0, 6.0)
-
-    monkeypatch.setattr(peers, "time_step", interrupt)
-    assert peers.main(_small(tmp_path, "--models", "test_vit", "test_resnet")) == 130
-    assert [(row["model"], row["step_ms"]) for row in _rows(tmp_path)] == [("test_vit", [6.0])] * 2
+def test_an_interrupt_keeps_complete_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = _FailsInTurn(2, KeyboardInterrupt()).methods()
+    given = _small(tmp_path, "--models", "test_vit", "test_resnet", "--repeats", "3")
+    assert peers.main(given, methods=methods) == 130
+    rows = _rows(tmp_path)
+    assert {row["model"] for row in rows} == {"test_vit"}
+    assert [len(row["step_ms"]) for row in rows] == [2, 2, 2]  # type: ignore[arg-type]
     assert f"interrupted: what was measured until then is in {tmp_path}" in capsys.readouterr().err
 
 
@@ -236,27 +255,25 @@ def test_a_copy_trains_as_a_trainer_leaves_it() -> None:
     assert all(module.training for module in peers.freeze_copy(_blueprint(), _batch(), method).modules())
 
 
-@pytest.mark.usefixtures("_ours_alone")
 @pytest.mark.parametrize(("arguments", "dtype"), [([], torch.float32), (["--amp", "bf16"], torch.bfloat16)])
 def test_methods_run_in_the_precision_and_the_layout_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], dtype: torch.dtype
+    tmp_path: Path, arguments: list[str], dtype: torch.dtype
 ) -> None:
     seen: set[tuple[torch.dtype, bool]] = set()
-    make = peers.make_blueprint
 
-    def spied(*given: Any) -> peer_methods.Blueprint:
-        blueprint = make(*given)
-        blueprint.network.conv1[0].register_forward_hook(note)  # type: ignore[index, union-attr]
-        return blueprint
+    def freeze(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
+        network.get_submodule("conv1.0").register_forward_hook(note)
+        return peer_methods.ours(blueprint, network)
 
     def note(layer: nn.Module, given: object, output: torch.Tensor) -> None:
         weight = layer.get_parameter("weight")
         if len(output) == 3:  # the wrapper tries a network with fewer images, when it is made
             seen.add((output.dtype, weight.is_contiguous(memory_format=torch.channels_last)))
 
-    monkeypatch.setattr(peers, "make_blueprint", spied)
+    methods = [peer_methods.Method("ours", freeze, "torch", "backbone.")]
     layout = ["--channels-last"] if arguments else []
-    assert peers.main(_small(tmp_path, "--models", "test_resnet", "--batch-size", "3", *arguments, *layout)) == 0
+    given = _small(tmp_path, "--models", "test_resnet", "--batch-size", "3", *arguments, *layout)
+    assert peers.main(given, methods=methods) == 0
     assert seen == {(dtype, bool(layout))}
     settings = json.loads((tmp_path / "peers.json").read_text())["settings"]
     assert settings["precision"] == ("bf16 autocast" if arguments else "float32")

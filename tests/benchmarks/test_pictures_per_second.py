@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pictures_per_second
 import pytest
@@ -20,11 +21,14 @@ def test_a_folder_holds_images_of_ten_classes_and_a_pass_gives_a_feature_of_each
     assert sum(map(len, run_once(tmp_path, "test_resnet", batch_size=5))) == 12
 
 
-def test_a_small_run_writes_its_samples_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures_per_second, "time_openvino", lambda model: (1.0, 4.0, 5.0))
-    monkeypatch.setattr(pictures_per_second, "run", lambda command, threads: (2.0, 1.0))
+def test_a_small_run_writes_its_samples_and_ratios(tmp_path: Path) -> None:
     arguments = ["--model", "test_resnet", "--pictures", "20", "--repeats", "2", "--threads", "1"]
-    assert pictures_per_second.main([*arguments, "--output", str(tmp_path)]) == 0
+    status = pictures_per_second.main(
+        [*arguments, "--output", str(tmp_path)],
+        runner=lambda command, threads: (2.0, 1.0),
+        openvino=lambda model: (1.0, 4.0, 5.0),
+    )
+    assert status == 0
     written = json.loads((tmp_path / "pictures_per_second.json").read_text())
     assert {len(samples) for samples in written["cpu_seconds"].values()} == {2}
     assert [target["ratio"]["median"] for target in written["targets"]] == [1.0, 1.0, 0.5]
@@ -41,13 +45,16 @@ def test_a_command_that_fails_is_no_measurement() -> None:
     assert wall > 0
 
 
-def test_compiled_passes_are_timed_where_openvino_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "compile_openvino", lambda module: module.forward)
-    compiled, eager, seconds = stages.time_openvino("test_resnet", batches=1, batch_size=2) or (0.0, 0.0, 0.0)
+def test_compiled_passes_are_timed_if_openvino_is_installed() -> None:
+    small = {"batches": 1, "batch_size": 2}
+    compiled, eager, seconds = stages.time_openvino("test_resnet", **small, compiler=lambda module: module.forward) or (
+        0.0,
+        0.0,
+        0.0,
+    )
     assert torch.tensor([compiled, eager, seconds]).isfinite().all()
 
-    def fail(module: object) -> None:
+    def fail(module: object) -> Any:
         raise ModuleNotFoundError("openvino is not installed")
 
-    monkeypatch.setattr(stages, "compile_openvino", fail)
-    assert stages.time_openvino("test_resnet") is None
+    assert stages.time_openvino("test_resnet", compiler=fail) is None

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import backward_time
 import pytest
@@ -67,14 +68,14 @@ def test_depths_are_compared_pair_by_pair() -> None:
     assert all(target.at_most == 1 and "FLOPs predict 0." in target.remark for target in compared)
 
 
-def test_a_method_that_is_not_there_is_said_not_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_is_not_installed_is_not_measured() -> None:
     methods = [
         peer_methods.Method("rare", _cannot, "no-such-package"),
         _method(peer_methods.article_recipe),
         _method(peer_methods.ours),
     ]
-    monkeypatch.setattr(targets, "METHODS", methods)
-    recipe, rare = targets.against_methods("test_resnet", {"the article's recipe": 1e3, "rare": 1.0}, _setup())
+    limits = {"the article's recipe": 1e3, "rare": 1.0}
+    recipe, rare = targets.against_methods("test_resnet", limits, _setup(), methods)
     assert recipe.verdict == "met"
     assert (rare.verdict, rare.remark) == ("not measured", "ModuleNotFoundError: No module named 'rare'")
 
@@ -83,7 +84,8 @@ def test_a_method_that_is_not_there_is_said_not_to_be_measured(monkeypatch: pyte
 def test_half_precision_is_measured_where_there_are_instructions(
     monkeypatch: pytest.MonkeyPatch, instructions: bool
 ) -> None:
-    monkeypatch.setattr(targets, "has_bf16_instructions", lambda device: instructions)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: instructions)
     (target,) = targets.half_precision("test_resnet", _setup())
     assert (target.ratio is not None) == instructions
     assert instructions == ("no bf16 instructions" not in target.remark)
@@ -110,23 +112,22 @@ def test_a_ratio_keeps_what_it_was_taken_from() -> None:
         assert ratio == timing.paired_ratio(samples.numerator, samples.denominator)
 
 
-def test_a_deeper_freeze_that_costs_more_is_missed_whatever_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deeper_freeze_that_costs_more_is_missed_despite_noise() -> None:
     def row(variant: str, groups: int, backward: list[float]) -> results.Row:
         return results.Row("net", variant, groups, 2, 32, 1, 1, None, None, backward_ms=backward)
 
     rows = [row("unfrozen", 1, [10.0] * 8), row("frozen", 0, [11.0] * 8)]
     again = [row("unfrozen", 1, [8.0, 12.0] * 4)]
-    monkeypatch.setattr(targets, "measure_at_batch", lambda *given: backward_time.Measured(rows, again, []))
-    (target,) = targets.falls_with_depth("net", _setup())
+    (target,) = targets.compare_depths("net", backward_time.Measured(rows, again, []))
     assert target.noise is not None
     assert target.noise.high > 1.1
     assert target.verdict == "missed"
 
 
-def _run(folder: Path, monkeypatch: pytest.MonkeyPatch, *answers: Callable[[], Iterator[ratios.Target]]) -> int:
+def _run(folder: Path, *answers: Callable[[], Iterator[ratios.Target]]) -> int:
     questions = [targets.Question(f"net{place}", "a question", answer) for place, answer in enumerate(answers)]
-    monkeypatch.setattr(targets, "list_questions", lambda models, setup: questions)
-    return targets.main(["--device", "cpu", "--threads", "1", "--output", str(folder)])
+    arguments = ["--device", "cpu", "--threads", "1", "--output", str(folder)]
+    return targets.main(arguments, ask=lambda models, setup: questions)
 
 
 def _saved(folder: Path) -> dict[str, list[dict[str, object]]]:
@@ -135,31 +136,29 @@ def _saved(folder: Path) -> dict[str, list[dict[str, object]]]:
 
 
 @pytest.mark.parametrize(("at_most", "code"), [(0.5, 1), (3.0, 0)])
-def test_a_missed_target_ends_the_command_with_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_most: float, code: int
-) -> None:
-    assert _run(tmp_path, monkeypatch, lambda: iter([replace(_missed(), at_most=at_most)])) == code
+def test_a_missed_target_ends_the_command_with_1(tmp_path: Path, at_most: float, code: int) -> None:
+    assert _run(tmp_path, lambda: iter([replace(_missed(), at_most=at_most)])) == code
     (saved,) = _saved(tmp_path)["targets"]
     assert saved["samples"] == {"numerator": [2.0] * 6, "denominator": [1.0] * 6}
 
 
-def test_ctrl_c_keeps_each_target_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_keeps_earlier_targets(tmp_path: Path) -> None:
     def interrupted() -> Iterator[ratios.Target]:
         yield _missed("first")
-        assert [target["model"] for target in _saved(tmp_path)["targets"]] == ["first"], "saved as soon as it is there"
+        assert [target["model"] for target in _saved(tmp_path)["targets"]] == ["first"], "saved at once"
         yield _missed("second")
         raise KeyboardInterrupt
 
-    assert _run(tmp_path, monkeypatch, interrupted) == 130
+    assert _run(tmp_path, interrupted) == 130
     assert [target["model"] for target in _saved(tmp_path)["targets"]] == ["first", "second"]
 
 
-def test_a_question_without_an_answer_leaves_the_others_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_one_question_does_not_affect_others(tmp_path: Path) -> None:
     def wrong() -> Iterator[ratios.Target]:
         raise equality.WrongVariantError("logits: off by 1")
 
     right = [replace(_missed(), at_most=3.0)]
-    assert _run(tmp_path, monkeypatch, wrong, lambda: iter(right)) == 1
+    assert _run(tmp_path, wrong, lambda: iter(right)) == 1
     content = _saved(tmp_path)
     reason = "WrongVariantError: logits: off by 1"
     assert content["refused"] == [{"model": "net0", "what": "a question", "reason": reason}]
@@ -178,12 +177,16 @@ def test_what_is_asked_of_which_model() -> None:
     }
 
 
-def test_a_gpu_is_judged_by_steps_back_to_back_and_says_what_is_launch_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    def time_step(step: timing.TrainingStep, clock: timing.Clock, loop_steps: int) -> timing.StepTimes:
-        return timing.StepTimes(1.0, 0.15, 1.0, 5.0, loop=float(loop_steps), backward_host=0.14, step_host=1.0)
+class LoopClock(timing.WallClock):
+    """A clock that shows 300 ms for the steps that run back to back."""
 
-    monkeypatch.setattr(targets, "time_step", time_step)
-    backward, step, _ = targets.against_the_limit("test_vit", replace(_setup(), loop_steps=3))
-    assert backward.remark == "launch-bound"
+    def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        result, elapsed = super().time(call)
+        return result, 300.0 if getattr(call, "__name__", "") == "run_back_to_back" else elapsed
+
+
+def test_a_gpu_is_compared_by_steps_back_to_back_and_launch_bound_is_reported() -> None:
+    backward, step, _ = targets.against_the_limit("test_vit", replace(_setup(), clock=LoopClock(), loop_steps=3))
+    assert backward.remark == "launch-bound"  # on a CPU, the host is the device
     assert step.samples is not None
-    assert step.samples.numerator == step.samples.denominator == [3.0, 3.0]
+    assert step.samples.numerator == step.samples.denominator == [100.0, 100.0]

@@ -6,7 +6,6 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,13 +104,15 @@ def test_a_wrong_variant_is_refused(
     equality.prove_equal(right, network)
 
 
-def test_the_copy_that_proves_is_gone_before_the_variant_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_copy_is_deleted_before_the_variant_runs() -> None:
     network = _network("test_resnet")
     copies: list[weakref.ref[nn.Parameter]] = []
     alive: list[bool] = []
 
-    def deepcopy(model: FineTuneModel) -> FineTuneModel:
-        answer = copy.deepcopy(model)
+    def record_copy(memo: dict[int, object]) -> nn.Module:
+        own = vars(network.model).pop("__deepcopy__")
+        answer = copy.deepcopy(network.model, memo)
+        vars(network.model)["__deepcopy__"] = own
         copies.extend(weakref.ref(parameter) for parameter in answer.parameters())
         return answer
 
@@ -120,7 +121,7 @@ def test_the_copy_that_proves_is_gone_before_the_variant_runs(monkeypatch: pytes
         return right.logits()
 
     right = _variant(network, "frozen")
-    monkeypatch.setattr(equality, "copy", SimpleNamespace(deepcopy=deepcopy))
+    vars(network.model)["__deepcopy__"] = record_copy
     equality.prove_equal(replace(right, logits=logits), network)
     assert len(alive) == len(list(network.model.parameters()))
     assert not any(alive)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +19,11 @@ from backbone_finetune import FineTuneModel
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(wrapper_overhead, "LADDERS", {"ViT": ("test_vit", "test_vit2")})
+def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ladders = {"ViT": ("test_vit", "test_vit2")}
     small = ["--device", "cpu", "--threads", "1", "--batch-size", "2", "--image-size", "32", "--repeats", "3"]
     small += ["--models", "test_resnet", "--output", str(tmp_path)]
-    assert wrapper_overhead.main([*small, "--ladder", "ViT"]) == 0
+    assert wrapper_overhead.main([*small, "--ladder", "ViT"], ladders=ladders) == 0
     content = json.loads((tmp_path / "wrapper_overhead.json").read_text())
     assert [comparison["what"] for comparison in content["comparisons"]] == ["forward", "construction"]
     for comparison in content["comparisons"]:
@@ -78,11 +77,10 @@ class _Shifted(nn.Module):
         return logits + 1
 
 
-def test_a_wrapper_that_computes_something_else_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wrapper_overhead, "FineTuneModel", SimpleNamespace(from_timm=_Shifted))
+def test_a_wrapper_with_other_outputs_raises() -> None:
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         wrapper_overhead.compare_forward(
-            "test_resnet", batch_size=2, image_size=32, device=torch.device("cpu"), repeats=1
+            "test_resnet", batch_size=2, image_size=32, device=torch.device("cpu"), repeats=1, wrap=_Shifted
         )
 
 
@@ -102,13 +100,17 @@ def test_each_call_is_timed_under_its_own_name() -> None:
     assert called[-9:] == ["wrapped", "bare", "bare", "bare", "bare", "wrapped", "wrapped", "bare", "bare"]
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(family: str, names: object, repeats: int, times: object) -> None:
+class _Interrupted(tuple[str, ...]):
+    """Names of networks that are interrupted when they are read."""
+
+    def __iter__(self) -> Iterator[str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(wrapper_overhead, "time_calls", interrupt)
+
+def test_an_interrupt_keeps_earlier_measurements(tmp_path: Path) -> None:
     small = ["--device", "cpu", "--threads", "1", "--batch-size", "2", "--image-size", "32", "--repeats", "1"]
-    assert wrapper_overhead.main([*small, "--models", "test_resnet", "--output", str(tmp_path)]) == 130
+    arguments = [*small, "--models", "test_resnet", "--output", str(tmp_path)]
+    assert wrapper_overhead.main(arguments, ladders={"ViT": _Interrupted()}) == 130
     content = json.loads((tmp_path / "wrapper_overhead.json").read_text())
     assert len(content["comparisons"]) == 2
 
