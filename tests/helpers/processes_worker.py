@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.utils.data import TensorDataset
 from training_worker import Shaken, make_images, make_model
 
 from backbone_finetune.recipes.training import epoch
 from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.objectives import MultiLabel, Regression, SingleLabel, SoftLabels
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 from backbone_finetune.recipes.training.scoring import evaluate
@@ -28,6 +31,9 @@ class Still(Shaken):
 
     def shake(self, image: torch.Tensor) -> torch.Tensor:
         return image
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
 
 
 def main(folder: str, device: str = "cpu") -> None:
@@ -49,18 +55,41 @@ def main(folder: str, device: str = "cpu") -> None:
             batch_size=4,
             accumulation=accumulation,
             checkpoints=Path(folder, name),
-            class_weights=(0.5, 2.0, 7.0) if name == "weighted" else None,
+            objective=SingleLabel((0.5, 2.0, 7.0) if name == "weighted" else None),
             autocast_features=False,  # cached and uncached results are compared up to rounding
         )
         history = fine_tune(model, data, make_images(7), [phase], loop)
         told[name] = [result.train_loss for result in history]
-        told[f"{name} test"] = evaluate(model, make_images(7), batch_size=3, accelerator=accelerator).accuracy
+        told[f"{name} test"] = evaluate(model, make_images(7), replace(loop, batch_size=3)).accuracy
         if accelerator.is_main_process:
             save_file(model.cpu().state_dict(), Path(folder, f"{name}.safetensors"))
+    train_objectives(folder, accelerator, told)
     average_by_hand(folder, accelerator)
     if accelerator.is_main_process:
         Path(folder, "told.json").write_text(json.dumps(told))
     accelerator.end_training()
+
+
+def train_objectives(folder: str, accelerator: Any, told: dict[str, Any]) -> None:
+    """Train on targets of each kind, cached and not, and write the weights and what is reported."""
+    images, classes = make_images(23).tensors
+    rows = torch.eye(3)[classes]
+    for kind, objective, targets in (
+        ("soft", SoftLabels(), 0.7 * rows + 0.1),
+        ("labels", MultiLabel(), (rows + rows.roll(1, 0)).clamp(max=1)),
+        ("values", Regression((1.0, 2.0, 3.0), (2.0,)), rows * torch.arange(3) + images.mean((2, 3))),
+    ):
+        data = TensorDataset(images, targets)
+        for name, shown in ((f"{kind} cached", data), (f"{kind} uncached", Still(data))):
+            model = make_model(dropout=0.0).freeze_backbone()
+            config = TrainerConfig(
+                accelerator, batch_size=4, objective=objective, autocast_features=False, show_progress=False
+            )
+            (result,) = fine_tune(model, shown, shown, [Phase(epochs=1, lr=0.02)], config)
+            figures = {**asdict(result), **result.validation_metrics}
+            told[name] = {key: value for key, value in figures.items() if isinstance(value, int | float)}
+            if accelerator.is_main_process:
+                save_file(model.cpu().state_dict(), Path(folder, f"{name}.safetensors"))
 
 
 def average_by_hand(folder: str, accelerator: Any) -> None:

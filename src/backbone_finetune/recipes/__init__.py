@@ -31,6 +31,7 @@ from .training.checkpoints import EpochResult
 from .training.divergence import DivergedError
 from .training.folds import cross_validate
 from .training.loop import TrainerConfig, fine_tune
+from .training.objectives import MultiLabel, Regression, SingleLabel, SoftLabels
 from .training.phases import Phase, read_phases
 from .training.processes import make_accelerator
 from .training.scoring import Score, evaluate
@@ -48,10 +49,14 @@ __all__ = [
     "LabelledFolder",
     "LbfgsResult",
     "Metrics",
+    "MultiLabel",
     "NamedModel",
     "Phase",
     "Prediction",
+    "Regression",
     "Score",
+    "SingleLabel",
+    "SoftLabels",
     "TrainSettings",
     "TrainedModel",
     "TrainerConfig",

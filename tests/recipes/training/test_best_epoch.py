@@ -75,7 +75,7 @@ def test_the_weights_after_the_best_epoch_stay(values: tuple[float, ...], best: 
 
 def test_the_kept_model_has_the_accuracy_that_was_best() -> None:
     model, history = train([HEAD, BOTH], lambda result: result.validation_accuracy or 0.0)
-    score = evaluate(model, make_data(60, seed=1), batch_size=8, accelerator=ACCELERATOR)
+    score = evaluate(model, make_data(60, seed=1), TrainerConfig(ACCELERATOR))
     assert score.accuracy == max(result.validation_accuracy for result in history)
 
 

@@ -81,6 +81,22 @@ def test_two_processes_give_the_weights_of_one(one: Any, printed_by_two: tuple[s
 
 
 @needs_gloo
+@pytest.mark.parametrize(
+    ("kind", "metrics"), [("soft", []), ("labels", ["mean_average_precision", "macro_f1"]), ("values", ["r2"])]
+)
+def test_two_processes_do_as_one_on_targets_of_every_kind(
+    one: Any, printed_by_two: tuple[str, Path], kind: str, metrics: list[str]
+) -> None:
+    (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
+    for name in (f"{kind} cached", f"{kind} uncached"):
+        torch.testing.assert_close(weights_of_two[name], weights[name], rtol=1e-5, atol=1e-6, msg=name)
+        assert told_by_two[name] == pytest.approx(told[name], rel=1e-5)
+        assert set(metrics) <= told[name].keys()
+    torch.testing.assert_close(weights[f"{kind} cached"], weights[f"{kind} uncached"], rtol=1e-5, atol=1e-6)
+    assert told[f"{kind} cached"] == pytest.approx(told[f"{kind} uncached"], rel=1e-5)
+
+
+@needs_gloo
 def test_trainable_statistics_on_two_processes(one: Any, printed_by_two: tuple[str, Path]) -> None:
     (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
     assert told["statistics test"] > 0.8

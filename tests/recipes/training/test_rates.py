@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.objectives import SingleLabel
 from backbone_finetune.recipes.training.phases import Phase
 
 ACCELERATOR = Accelerator(cpu=True)
@@ -29,7 +30,8 @@ def make_model(head: nn.Module | None = None) -> FineTuneModel:
 
 def train(model: FineTuneModel, data: Any, validation: Any = None, **settings: Any) -> Any:
     phase = Phase(**{"epochs": 3, **{name: settings.pop(name) for name in ("lr", "weight_decay") if name in settings}})
-    config = TrainerConfig(ACCELERATOR, batch_size=8, show_progress=False, **settings)
+    objective = SingleLabel(loss=settings.pop("loss", None))
+    config = TrainerConfig(ACCELERATOR, batch_size=8, objective=objective, show_progress=False, **settings)
     return fine_tune(model, data, validation, [phase], config)
 
 

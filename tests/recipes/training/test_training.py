@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.data.images import IGNORED
@@ -21,6 +21,7 @@ from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.training.checkpoints import newest_checkpoint
 from backbone_finetune.recipes.training.divergence import DivergedError
 from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.objectives import SingleLabel
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 from backbone_finetune.recipes.training.scoring import evaluate
@@ -248,16 +249,29 @@ def test_accuracy_is_the_share_of_correct_predictions() -> None:
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [5.0, 4.0]])
     data = TensorDataset(logits, torch.tensor([0, 1, 1, 0]))
     module = nn.Sequential(nn.Identity(), nn.Dropout(0.9))
-    score = evaluate(module, data, batch_size=3, accelerator=ACCELERATOR)
+    score = evaluate(module, data, TrainerConfig(ACCELERATOR, batch_size=3))
     assert (score.accuracy, score.balanced_accuracy) == (0.75, (1 + 1 / 2) / 2)
 
 
-def test_unreadable_images_and_invalid_targets_are_never_correct() -> None:
-    logits = torch.eye(4)[[0, 0, 0, 2, 2]]
-    data = TensorDataset(logits, torch.tensor([0, IGNORED, 9, 2, -1]))
-    score = evaluate(nn.Identity(), data, batch_size=2, accelerator=ACCELERATOR)
-    assert (score.correct, score.images) == ([1, 0, 1, 0, 0], [1, 0, 1, 0, 2])
-    assert (score.accuracy, score.balanced_accuracy) == (2 / 4, (1 + 1 + 0) / 3)
+def test_what_cannot_be_read_does_not_count() -> None:
+    logits = torch.eye(4)[[0, 0, 2, 2]]
+    data = TensorDataset(logits, torch.tensor([0, IGNORED, 2, 1]))
+    score = evaluate(nn.Identity(), data, TrainerConfig(ACCELERATOR, batch_size=2))
+    assert (score.accuracy, score.balanced_accuracy) == (2 / 3, (1 + 1 + 0) / 3)
+    assert (score.answers.tolist(), score.targets.tolist()) == ([0, 2, 2], [0, 2, 1])
+    with pytest.raises(ValueError, match="data: none of the images can be read"):
+        evaluate(nn.Identity(), TensorDataset(logits[:1], torch.tensor([IGNORED])), TrainerConfig(ACCELERATOR))
+
+
+@pytest.mark.parametrize("target", [4, -1])
+def test_a_target_outside_the_classes_is_not_evaluated(target: int) -> None:
+    class Own(Subset[Any]):
+        """A dataset whose targets nobody knows before they are loaded."""
+
+    images = TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, target]))
+    for data in (images, Own(images, range(4))):
+        with pytest.raises(ValueError, match=f"target {target} is outside the 4 classes"):
+            evaluate(nn.Identity(), data, TrainerConfig(ACCELERATOR, batch_size=2))
 
 
 def test_progress_is_shown_for_each_epoch(capfd: pytest.CaptureFixture[str]) -> None:
@@ -459,7 +473,9 @@ def test_torch_set_default_device_has_no_effect(as_list: bool) -> None:
     for default in ("cpu", "meta"):
         model, data = make_model(), make_images()
         images = [(image, int(target)) for image, target in data] if as_list else data
-        config = TrainerConfig(ACCELERATOR, batch_size=8, class_weights=(1.0, 2.0, 1.0), show_progress=False, workers=0)
+        config = TrainerConfig(
+            ACCELERATOR, batch_size=8, objective=SingleLabel((1.0, 2.0, 1.0)), show_progress=False, workers=0
+        )
         with torch.device(default):
             results.append(
                 fine_tune(model, images, images, [Phase(epochs=1), Phase(epochs=1, trainable_groups=2)], config)

@@ -72,8 +72,7 @@ def baseline_accuracy(
         if config.accelerator.is_main_process:
             logger.warning("%s: %s; it is not compared with", name, error)
         return None
-    workers, accelerator = config.workers_for(test), config.accelerator
-    return evaluate(model, test, batch_size=config.batch_size, accelerator=accelerator, workers=workers).accuracy
+    return evaluate(model, test, config).accuracy
 
 
 @dataclass(frozen=True)

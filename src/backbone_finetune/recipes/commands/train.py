@@ -31,7 +31,7 @@ from ..together import run_on_main
 from ..training.divergence import DivergedError
 from ..training.folds import cross_validate
 from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
-from ..training.losses import balanced_weights
+from ..training.objectives import SingleLabel, balanced_weights
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
 from .baselines import baseline_accuracy, chance_accuracy, measure_backward, pixel_model, random_model
@@ -139,8 +139,10 @@ def _start(
         memory_share={"memory": 1.0, "disk": 0.0}.get(settings.cache, FeatureCache.memory_share),
         cache_features=settings.cache != "off",
         views=settings.views,
-        class_weights=None if settings.class_weights is None else balanced_weights(task.train.folder.targets),
-        label_smoothing=settings.label_smoothing,
+        objective=SingleLabel(
+            class_weights=None if settings.class_weights is None else balanced_weights(task.train.folder.targets),
+            label_smoothing=settings.label_smoothing,
+        ),
         autocast_features=(settings.mixed_precision != "no") if autocast is None else autocast,
         monitor=choose_monitor(settings, task),
         patience=settings.patience,
@@ -235,13 +237,7 @@ def _best_epoch(history: Sequence[EpochResult], config: TrainerConfig) -> int | 
 
 def _score(model: FineTuneModel, data: ImageDataset, config: TrainerConfig) -> Score:
     """Evaluate a model on images, once, in the precision of `predict`."""
-    score = evaluate(
-        model.to(config.accelerator.device),
-        data,
-        batch_size=config.batch_size,
-        accelerator=config.accelerator,
-        workers=config.workers_for(data),
-    )
+    score = evaluate(model.to(config.accelerator.device), data, config)
     report_skipped([data], {}, config.accelerator)
     return score
 

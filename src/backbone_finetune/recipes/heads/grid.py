@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, product
 from typing import Annotated, Any
 
@@ -102,7 +101,8 @@ class StackedHeads:
         for batch in feature_batches(validation, batch_size):
             features, targets = head_batch(validation, batch, self.device)
             logits = self.logits(features)
-            correct += (logits.argmax(-1) == targets[:, None]).sum(0)
+            if targets.ndim == 1 and not targets.is_floating_point():
+                correct += (logits.argmax(-1) == targets[:, None]).sum(0)
             loss += _losses(logits, targets, loss_of) * len(targets)
         accuracy = (correct / len(validation)).masked_fill(~loss.isfinite(), 0)
         return accuracy.tolist(), (loss / len(validation)).nan_to_num(math.inf, math.inf).tolist()
@@ -146,12 +146,15 @@ def fit_heads(
         ValueError: a setting is out of range, there are no features, a target is no class of the classifier, nothing in
             the classifier trains, or every head diverged.
     """
-    train, validation = check_features("train", train, classifier), check_features("validation", validation, classifier)
+    train, validation = check_features("train", train), check_features("validation", validation)
+    if loss is None:
+        for name, data in (("train", train), ("validation", validation)):
+            check_targets(name, data.tensors[-1], count_classes(classifier))
     rates = list(product(learning_rates, weight_decays))
     device = device or find_device_of(classifier)
     heads = StackedHeads(classifier, rates, device=device)
     generator = torch.Generator().manual_seed(seed)
-    loss_of: ImageLoss = loss or partial(cross_entropy, reduction="none")
+    loss_of = loss or _cross_entropies
     alone = len(train) % batch_size == 1 < len(train)  # BatchNorm cannot train on a batch of one
     batches = feature_batches(train, batch_size, generator=generator, drop_last=alone)
     heads.head.train()
@@ -173,11 +176,10 @@ def fit_heads(
     return tuple(HeadResult(*rates[index], accuracies[index], losses[index]) for index in order)
 
 
-def check_features(name: str, data: TensorDataset, classifier: nn.Module) -> TensorDataset:
-    """Check that targets are classes of a classifier; returns the features without images that could not be read."""
+def check_features(name: str, data: TensorDataset) -> TensorDataset:
+    """Check that there are features; returns those without images that could not be read."""
     if not isinstance(data, TensorDataset):
         raise ValueError(f"{name} is a {type(data).__name__}; pass what extract_features returns")
-    check_targets(name, data.tensors[-1], count_classes(classifier))
     data = without_unread(data)
     if not len(data):
         raise ValueError(f"len({name}) = 0: expected one image or more")
@@ -195,11 +197,15 @@ def head_batch(data: TensorDataset, batch: Sequence[Tensor], device: torch.devic
     """Move a batch of features to a device, and arrange it as ``(features, targets)`` for a classifier."""
     *features, targets = (tensor.to(device) for tensor in batch)
     arranged = module_inputs(data, features)
-    return (arranged[0] if len(arranged) == 1 else arranged), targets.long()
+    return (arranged[0] if len(arranged) == 1 else arranged), targets
+
+
+def _cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits, targets.long(), reduction="none")
 
 
 def _losses(logits: Tensor, targets: Tensor, loss_of: ImageLoss) -> Tensor:
-    """Compute each head's mean loss: (B, H, num_classes) and (B,) to (H,)."""
+    """Compute each head's mean loss: outputs (B, H, K) and targets (B,) or (B, K) to (H,)."""
     batch, heads = logits.shape[:2]
-    repeated = targets.repeat_interleave(heads)
+    repeated = targets.repeat_interleave(heads, 0)
     return loss_of(logits.flatten(0, 1), repeated).view(batch, heads).mean(0)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+from backbone_finetune.splitting.measures import count_classes
+
 from ..checking import NotNegative, Positive, validated
+from ..data.targets import check_targets
 from ..features.extract import find_device_of
 from ..features.frozen_pass import in_eval
 from .grid import check_features, decaying_names, head_batch
@@ -62,7 +65,8 @@ def fit_lbfgs(
         ValueError: an argument is out of range, there are no features, nothing in the classifier trains, or the
             objective is not finite.
     """
-    features = check_features("features", features, classifier)
+    features = check_features("features", features)
+    check_targets("features", features.tensors[-1], count_classes(classifier))
     decaying = decaying_names(classifier)
     device = device or find_device_of(classifier)
     classifier.to(device)
@@ -98,7 +102,7 @@ def fit_lbfgs(
     def mean_loss(chunk: Sequence[Tensor]) -> Tensor:
         inputs, targets = head_batch(features, chunk, device)
         logits: Tensor = classifier(inputs)
-        return cross_entropy(logits.to(precision), targets, reduction="sum") / len(features)
+        return cross_entropy(logits.to(precision), targets.long(), reduction="sum") / len(features)
 
     with in_eval(classifier):
         if not (start := objective()).isfinite():  # torch's search fails on it in its own words

@@ -57,22 +57,24 @@ class EpochResult:
     Args:
         epoch: Its number, from 1, over all phases.
         train_loss: The mean training loss of its steps.
-        train_accuracy: The accuracy in its steps, 0 to 1.
+        train_accuracy: The accuracy in its steps, 0 to 1; None where targets are values.
         lr: The classifier's learning rate in its phase, before warmup and decay.
         weight_decay: The weight decay of its phase.
-        validation_loss: The mean cross entropy after it.
+        validation_loss: The mean loss after it.
         validation_accuracy: The accuracy after it, 0 to 1.
         validation_balanced_accuracy: The mean recall of the classes that have validation images.
+        validation_metrics: The other metrics of the objective after it, by name, such as "r2".
     """
 
     epoch: int
     train_loss: float
-    train_accuracy: float
+    train_accuracy: float | None
     lr: float
     weight_decay: float
     validation_loss: float | None = None
     validation_accuracy: float | None = None
     validation_balanced_accuracy: float | None = None
+    validation_metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass

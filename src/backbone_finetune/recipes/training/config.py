@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from accelerate import Accelerator
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from typing_extensions import Self
 
@@ -16,14 +15,9 @@ from ..data.loading import default_workers
 from ..features.cache import FeatureCache
 from ..features.compiled import Compile
 from .checkpoints import EpochResult
+from .objectives import Objective, SingleLabel
 
 __all__ = ["TrainerConfig", "count"]
-
-
-ClassWeights = Annotated[
-    tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...],
-    BeforeValidator(lambda weights: weights.tolist() if isinstance(weights, Tensor) else weights),
-]
 
 
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
@@ -40,12 +34,8 @@ class TrainerConfig:
     images are drawn at random, ``views`` of each are computed once, and epoch e shows view (e + index) mod ``views``
     of an image; 1 draws them anew in each epoch, and runs the whole model.
 
-    The loss is torch's ``cross_entropy`` in every phase, so that the losses of all epochs compare. ``class_weights``,
-    one positive weight per class, and ``label_smoothing``, from 0 to below 1, are its arguments: with weights, the
-    loss of a batch, and that reported of an epoch, is the sum of the weighted losses divided by the sum of the images'
-    weights. Or else ``loss`` is a function of your own, of logits ``(B, K)`` and targets ``(B,)``, that returns one
-    loss per image, ``(B,)``; the mean over the batch is taken. B counts the images of one process and one part of a
-    batch, and may be 0.
+    ``objective`` says what the targets are, and holds the settings of the loss: `SingleLabel` for class indices,
+    `SoftLabels`, `MultiLabel` or `Regression`. It is one for all phases, so that the losses of all epochs compare.
 
     With ``monitor``, a function of an epoch's result, the weights after the epoch for which it is largest are kept, as
     in ``monitor=lambda result: result.validation_accuracy``; else those after the last epoch. A phase ends early after
@@ -70,17 +60,13 @@ class TrainerConfig:
     memory_share: NotNegative = FeatureCache.memory_share
     cache_features: bool = True
     views: Positive = 1
-    class_weights: ClassWeights | None = None
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    objective: Objective = SingleLabel()
     monitor: Callable[[EpochResult], float] | None = None
     patience: Positive | None = None
     show_progress: bool = True
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
-        if self.loss is not None and (self.class_weights is not None or self.label_smoothing):
-            raise ValueError("loss and class_weights or label_smoothing were both given; weigh and smooth in your loss")
         if self.patience is not None and self.monitor is None:
             raise ValueError("patience was given without monitor, which says how good an epoch is")
         return self

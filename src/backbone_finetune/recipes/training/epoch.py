@@ -3,25 +3,20 @@
 import math
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..data.images import IGNORED
-from ..data.targets import check_targets
+from ..data.images import is_read
 from ..features.dataset import module_inputs
 from .batches import LocalBatch, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, load_by_name
 from .config import TrainerConfig, count
 from .divergence import DivergedError
-from .losses import sum_losses, sum_weights
 from .phase_state import PhaseState, save_checkpoint, snapshot
-from .scoring import Score, evaluate
+from .scoring import evaluate
 
 __all__ = ["train_epoch"]
 
@@ -48,7 +43,7 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
         device=accelerator.device,
         workers=config.workers_for(state.train),
         seed=f"{config.seed} {epoch}",
-        check=partial(check_targets, "train", classes=state.model.num_classes),
+        check=lambda targets: config.objective.check("train", targets[is_read(targets)], state.model.num_classes),
     )
     state.prepared.train()
     with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not config.shows) as bar:
@@ -64,16 +59,20 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
                 save_checkpoint(state, progress, config)
         loss_sum, correct, seen, weight = fetch_sums(state, sums, progress, config)
         average_statistics(state, accelerator)
-        phase, shown = state.phase, {"loss": f"{loss_sum / weight:.3f}", "train": f"{correct / seen:.3f}"}
-        result = EpochResult(epoch, loss_sum / weight, correct / seen, phase.lr or 0.0, phase.weight_decay or 0.0)
+        phase, shown = state.phase, {"loss": f"{loss_sum / weight:.3f}"}
+        accuracy = correct / seen if config.objective.has_accuracy else None
+        result = EpochResult(epoch, loss_sum / weight, accuracy, phase.lr or 0.0, phase.weight_decay or 0.0)
+        if accuracy is not None:
+            shown["train"] = f"{accuracy:.3f}"
         if state.validation is not None:
-            score = evaluate_validation(state, state.validation, config)
-            shown["validation"] = f"{score.accuracy:.3f}"
+            score = evaluate(accelerator.unwrap_model(state.prepared), state.validation, config, name="validation")
+            shown["validation"] = f"{score.metrics[config.objective.main_metric]:.3f}"
             result = replace(
                 result,
                 validation_loss=score.loss,
                 validation_accuracy=score.accuracy,
                 validation_balanced_accuracy=score.balanced_accuracy,
+                validation_metrics={name: score.metrics[name] for name in score.metrics if "accuracy" not in name},
             )
         bar.set_postfix(shown)
     keep_best(state, result, progress, config)
@@ -119,19 +118,6 @@ def fetch_sums(
     )
 
 
-def evaluate_validation(state: PhaseState, data: Dataset[Any], config: TrainerConfig) -> Score:
-    """Evaluate what trains on the validation data."""
-    module, workers = config.accelerator.unwrap_model(state.prepared), config.workers_for(data)
-    return evaluate(
-        module,
-        data,
-        batch_size=config.batch_size,
-        accelerator=config.accelerator,
-        workers=workers,
-        check=partial(check_targets, "validation", classes=state.model.num_classes),
-    )
-
-
 def train_step(
     state: PhaseState, share: LocalBatch, loaded: tuple[Tensor, ...], batch_size: int, config: TrainerConfig
 ) -> Tensor:
@@ -141,10 +127,11 @@ def train_step(
     images, and the processes' gradients are averaged. With class weights it is the weighted mean, divided by the sum of
     the weights of the whole batch; without, the weight of an image is 1.
     """
-    accelerator, weights = config.accelerator, state.class_weights
+    accelerator, objective = config.accelerator, config.objective
     factor: Tensor | float = accelerator.num_processes / batch_size
+    weights = objective.weights(loaded[-1][: share.num_real].to(accelerator.device))
     if weights is not None:
-        total = accelerator.reduce(sum_weights(loaded[-1][: share.num_real].to(accelerator.device).long(), weights))
+        total = accelerator.reduce(weights.sum())
         factor = accelerator.num_processes / total  # where no image can be read, torch's gradient is 0 all the same
     # Parts of two images at least, which BatchNorm needs to train.
     count_of_parts = min(config.accumulation, max(len(share) // 2, 1))
@@ -155,20 +142,18 @@ def train_step(
     for number, part in enumerate(parts, start=1):
         *inputs, targets = (tensor[start : start + len(part)].to(accelerator.device) for tensor in loaded)
         start += len(part)
-        targets = targets.long()
         with nullcontext() if number == len(parts) else accelerator.no_sync(state.prepared):
             logits = state.prepared(*module_inputs(state.train, inputs))
             if part.num_real < len(part):  # others' images, seen once more
                 logits, targets = logits[: part.num_real], targets[: part.num_real]
-            loss = sum_losses(logits, targets, config, weights)
+            loss = objective.losses(logits, targets).sum()
             # The factor of the mean is where the backward begins, and costs no product of its own. A tensor made of a
             # number would wait for the device.
             gradient = factor.to(loss.dtype) if isinstance(factor, Tensor) else loss.new_full((), factor)
             accelerator.backward(loss, gradient=gradient)
-        correct = (logits.detach().argmax(-1) == targets).sum()
-        seen = (targets != IGNORED).sum()
-        weight = seen if weights is None else sum_weights(targets, weights)
-        sums.append(torch.stack((loss.detach(), correct, seen, weight)))
+        seen, weights = is_read(targets).sum(), objective.weights(targets)
+        correct = objective.correct(logits.detach(), targets).sum()
+        sums.append(torch.stack((loss.detach(), correct, seen, seen if weights is None else weights.sum())))
     state.optimizer.step()
     return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 

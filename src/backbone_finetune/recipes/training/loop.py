@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from backbone_finetune import FineTuneModel
 
 from ..data.images import ImageDataset
-from ..data.targets import check_dataset, check_targets
+from ..data.targets import check_dataset
 from ..text import printable
 from .checkpoints import EpochResult, Progress, load_by_name, open_checkpoints, resume
 from .config import TrainerConfig
@@ -62,11 +62,9 @@ def fine_tune(
         raise ValueError("phases is empty; pass one Phase or more")
     parts = {"train": train} if validation is None else {"train": train, "validation": validation}
     for name, data in parts.items():
-        check_dataset(name, data, lambda name, targets: check_targets(name, targets, model.num_classes))
+        check_dataset(name, data, lambda name, targets: config.objective.check(name, targets, model.num_classes))
     if validation is None and config.monitor is not None:
         raise ValueError("monitor was given without validation data; pass validation, or leave monitor out")
-    if config.class_weights is not None and model.num_classes not in {None, len(config.class_weights)}:
-        raise ValueError(f"class_weights has {len(config.class_weights)} entries for {model.num_classes} classes")
     begun, saved = (
         (False, None) if config.checkpoints is None else open_checkpoints(config.checkpoints, config.accelerator)
     )

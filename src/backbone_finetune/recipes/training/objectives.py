@@ -35,6 +35,7 @@ class Objective(ABC):
     """
 
     main_metric: ClassVar[str] = "accuracy"  # larger is better
+    has_accuracy: ClassVar[bool] = True
     loss: Loss | None
 
     @abstractmethod
@@ -42,7 +43,7 @@ class Objective(ABC):
         """Raise ValueError unless all targets are of this kind and fit a network of ``outputs`` outputs."""
 
     @abstractmethod
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def default_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Compute the loss of each image where ``loss`` is None, ``(B,)``: 0 where it could not be read."""
 
     @abstractmethod
@@ -57,9 +58,9 @@ class Objective(ABC):
         """Reduce outputs to what the metrics need: by default, all that `predict` returns."""
         return self.predict(outputs)
 
-    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Tell which images are answered right, ``(B,)``; None where an answer is not right or wrong."""
-        return None
+    @abstractmethod
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Tell which images are answered right, ``(B,)``."""
 
     def weights(self, targets: Tensor) -> Tensor | None:
         """Return the weight of each image in the mean loss, ``(B,)``, 0 where it could not be read; None for all 1."""
@@ -69,14 +70,14 @@ class Objective(ABC):
         """Return what the outputs should be."""
         return targets
 
-    def sum_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum the losses of the images that could be read: ``()``.
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the loss of each image, ``(B,)``; one that could not be read has none, or 0.
 
         Raises:
             ValueError: a loss of the caller's own does not return one number per image.
         """
         if self.loss is None:
-            return self.losses(outputs, targets).sum()
+            return self.default_losses(outputs, targets)
         read = is_read(targets)
         losses, expected = self.loss(outputs[read], self.scale(targets[read])), outputs[read].shape[:1]
         if not isinstance(losses, Tensor) or losses.shape != expected:
@@ -85,7 +86,7 @@ class Objective(ABC):
                 f"loss returned {came}: expected one loss per image, shape {tuple(expected)}; "
                 "torch's losses return that with reduction='none'"
             )
-        return losses.sum()
+        return losses
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -120,7 +121,7 @@ class SingleLabel(Objective):
         if self.class_weights is not None and outputs not in {None, len(self.class_weights)}:
             raise ValueError(f"class_weights has {len(self.class_weights)} entries for {outputs} classes")
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def default_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Compute the weighted cross entropy of each image, ``(B,)``."""
         weights = None if self.class_weights is None else _on(outputs, self.class_weights)
         smoothing = self.label_smoothing
@@ -170,7 +171,7 @@ class SoftLabels(Objective):
         wrong = ~((targets >= 0).all(1) & ((targets.double().sum(1) - 1).abs() <= 1e-3))
         _refuse(name, targets, wrong, "SoftLabels takes rows of numbers from 0 on that sum to 1")
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def default_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Compute the cross entropy of each image, ``(B,)``."""
         losses = cross_entropy(outputs, targets.nan_to_num().to(outputs.dtype), reduction="none")
         return losses.where(is_read(targets), 0)
@@ -219,7 +220,7 @@ class MultiLabel(Objective):
         if self.thresholds is not None and len(self.thresholds) != targets.shape[1]:
             raise ValueError(f"thresholds has {len(self.thresholds)} entries for {targets.shape[1]} labels")
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def default_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Compute the mean binary cross entropy of each image, ``(B,)``."""
         wanted = targets.to(outputs.dtype).nan_to_num()
         return binary_cross_entropy_with_logits(outputs, wanted, reduction="none").mean(1).where(is_read(targets), 0)
@@ -271,6 +272,7 @@ class Regression(Objective):
     """
 
     main_metric: ClassVar[str] = "r2"
+    has_accuracy: ClassVar[bool] = False
     mean: Numbers = (0.0,)
     std: Positives = (1.0,)
     loss: Loss | None = None
@@ -282,7 +284,7 @@ class Regression(Objective):
         _check_rows(name, targets, outputs, "Regression takes one number per output")
         _refuse(name, targets, ~targets.double().isfinite().all(1), "Regression takes finite numbers")
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def default_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Compute the squared error of each image, the mean over its outputs, ``(B,)``."""
         wanted = self.scale(targets).nan_to_num().to(outputs.dtype)
         return mse_loss(_as_rows(outputs), wanted, reduction="none").mean(1).where(is_read(targets), 0)
@@ -295,6 +297,10 @@ class Regression(Objective):
     def predict(self, outputs: Tensor) -> Tensor:
         """Return values in the units of the targets, ``(B, K)``."""
         return _as_rows(outputs) * _on(outputs, self.std) + _on(outputs, self.mean)
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return False for each image: a value is not right or wrong."""
+        return torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
 
     def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
         """Compute R squared and the mean absolute error, each the mean over the outputs."""

@@ -15,9 +15,9 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.frontier import NoFrontier
 
 from ..data.fingerprint import find_randomness
-from ..data.images import ImageDataset
+from ..data.images import ImageDataset, is_read
 from ..data.loading import DeviceLoader, default_workers
-from ..data.targets import check_targets, split_row
+from ..data.targets import split_row
 from ..features.cache import backbone_fingerprint, bytes_per_row, layout_of
 from ..features.dataset import Features
 from ..features.frozen_pass import (
@@ -186,9 +186,10 @@ def _compute(
                 rows = data.select(data.computed.get(key) or data.computed.setdefault(key, compute()))
             else:
                 rows = compute()
-            check_targets(name, rows.tensors[-1], model.num_classes)
+            targets = rows.tensors[-1]
+            config.objective.check(name, targets[is_read(targets)], model.num_classes)
             if isinstance(data, ImageDataset):
-                data.skip_ignored(rows.tensors[-1][: count(data)])
+                data.skip_ignored(targets[: count(data)])
             computed[name] = rows
     return PhaseData(
         computed["train"],

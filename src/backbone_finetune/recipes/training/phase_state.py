@@ -44,7 +44,6 @@ class PhaseState:
     train: Dataset[Any]
     validation: Dataset[Any] | None
     views: int = 1
-    class_weights: Tensor | None = None
     best: dict[str, Tensor] | None = None  # what training changes, after the best epoch
     not_finite: Tensor | float = 0.0  # tensors that were not when the phase began, as a mask of -inf
 
@@ -100,8 +99,6 @@ def prepared_phase(
         state = PhaseState(
             copied, module, prepared, optimizer, schedule, phase, changed, data.train, data.validation, data.views
         )
-        if config.class_weights is not None:
-            state.class_weights = torch.as_tensor(config.class_weights, dtype=torch.float32, device=accelerator.device)
         state.not_finite = state.count_not_finite(accelerator.device)
         try:
             yield state

@@ -14,7 +14,7 @@ from ..heads.grid import fit_heads
 from ..rng import preserve_rng_state
 from ..together import run_on_main
 from .config import TrainerConfig
-from .losses import image_losses
+from .objectives import SingleLabel
 from .phase_data import PhaseData
 from .phases import Phase
 
@@ -59,7 +59,7 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
                 batch_size=config.batch_size,
                 device=config.accelerator.device,
                 seed=config.seed,
-                loss=image_losses(config, config.accelerator.device),
+                loss=config.objective.losses,
                 show_progress=config.show_progress,
             )
         # Of a small validation set the loss says more than the accuracy, in which an image is a step: on the packaged
@@ -92,7 +92,9 @@ def _split(data: PhaseData, config: TrainerConfig) -> tuple[Features, Features] 
         assert isinstance(data.validation, Features)
         return train, data.validation
     images = len(train) // data.views
-    targets = train.tensors[-1][:images].tolist()
+    classes = train.tensors[-1][:images]
+    # Rows and values are drawn from as one class.
+    targets = classes.tolist() if isinstance(config.objective, SingleLabel) else [0] * images
     if min(Counter(targets).values()) < FEWEST:
         return None
     generator = random.Random(f"{config.seed} rates")

@@ -1,87 +1,92 @@
-"""How many images a model gets right, of all and of each class."""
+"""How well a model does on images: its loss, its answers, and the metrics of its objective."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
-from ..data.images import IGNORED
+from ..data.images import is_read
+from ..data.targets import known_targets
 from ..features.dataset import module_inputs
 from .batches import load_batches, local_batch
-from .config import count
+from .config import TrainerConfig, count
 
 __all__ = ["Score", "evaluate"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers and images of each class, and the mean cross entropy.
+    """How well a model does on images that could be read.
 
-    >>> score = Score(correct=(9, 1), images=(10, 2), loss=0.5)
-    >>> round(score.accuracy, 3), score.balanced_accuracy
-    (0.833, 0.7)
+    Args:
+        loss: The mean loss.
+        metrics: Of the objective, by name, such as "accuracy".
+        answers: What the objective keeps of the outputs: classes ``(N,)``, probabilities or values ``(N, K)``.
+        targets: The targets of the answers.
     """
 
-    correct: Sequence[int]
-    images: Sequence[int]
     loss: float
+    metrics: Mapping[str, float]
+    answers: Tensor
+    targets: Tensor
 
     @property
-    def accuracy(self) -> float:
-        """The share of images whose answer is right."""
-        return sum(self.correct) / max(sum(self.images), 1)
+    def accuracy(self) -> float | None:
+        """The share of images that are answered right; None where answers are values."""
+        return self.metrics.get("accuracy")
 
     @property
-    def balanced_accuracy(self) -> float:
-        """The mean recall of the classes that have images; a rare class counts as much as a common one."""
-        recalls = [correct / images for correct, images in zip(self.correct, self.images, strict=True) if images]
-        return sum(recalls) / max(len(recalls), 1)
+    def balanced_accuracy(self) -> float | None:
+        """The mean recall of the classes that have images; None where targets are no classes."""
+        return self.metrics.get("balanced_accuracy")
 
 
 @torch.no_grad()
-def evaluate(
-    module: nn.Module,
-    data: Dataset[Any],
-    *,
-    batch_size: int,
-    accelerator: Accelerator,
-    workers: int = 0,
-    check: Callable[[Tensor], None] | None = None,
-) -> Score:
-    """Count the images of each class whose largest logit is their target. Leaves the module in eval mode.
+def evaluate(module: nn.Module, data: Dataset[Any], config: TrainerConfig, *, name: str = "data") -> Score:
+    """Evaluate a model on images. Leaves it in eval mode, on the device that it is on.
 
-    Each process takes a share of each batch; no image counts twice, and one that cannot be read does not count. What
-    has a target outside the classes counts as wrong, as of one class more, unless ``check`` raises for it.
+    Each process takes a share of each batch; no image counts twice, and one that cannot be read does not count. Errors
+    call the data by ``name``.
 
+    >>> from accelerate import Accelerator
     >>> data = [(torch.tensor([0.0, 1.0]), 1)]
-    >>> evaluate(nn.Identity(), data, batch_size=1, accelerator=Accelerator(cpu=True)).accuracy
-    1.0
+    >>> evaluate(nn.Identity(), data, TrainerConfig(Accelerator(cpu=True))).metrics
+    {'accuracy': 1.0, 'balanced_accuracy': 1.0}
+
+    Raises:
+        ValueError: a target does not fit the objective, or no image can be read.
     """
     module.eval()
+    accelerator, objective = config.accelerator, config.objective
     shares = [
         local_batch(batch, process=accelerator.process_index, processes=accelerator.num_processes)
-        for batch in torch.split(torch.arange(count(data), device="cpu"), batch_size)
+        for batch in torch.split(torch.arange(count(data), device="cpu"), config.batch_size)
     ]
     answers: list[Tensor] = []
-    losses: list[Tensor] = []
     targets: list[Tensor] = []
-    loaded = load_batches(data, shares, device=accelerator.device, workers=workers, seed="evaluation", check=check)
+    losses: list[Tensor] = []
+    workers, known = config.workers_for(data), known_targets(data)
+    loaded = load_batches(data, shares, device=accelerator.device, workers=workers, seed="evaluation")
     for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
-        logits = module(*module_inputs(data, inputs))[: share.num_real]
-        answers.append(logits.argmax(-1))
-        targets.append(batch_targets[: share.num_real].long())
-        known = targets[-1].where((targets[-1] >= 0) & (targets[-1] < logits.shape[-1]), IGNORED)
-        losses.append(cross_entropy(logits.float(), known, ignore_index=IGNORED, reduction="sum"))
-    classes, true = logits.shape[-1], torch.cat(targets)
-    right = true[torch.cat(answers) == true]
-    readable = true[true != IGNORED]
-    readable = readable.where((readable >= 0) & (readable < classes), classes)
-    counts = torch.stack([torch.bincount(part, minlength=classes + 1) for part in (right, readable)])
-    correct, images = accelerator.reduce(counts).tolist()
-    loss = accelerator.reduce(torch.stack(losses).sum()).item()
-    return Score(correct, images, loss / max(sum(images), 1))
+        wanted = batch_targets[: share.num_real]
+        outputs = module(*module_inputs(data, inputs))[: share.num_real]
+        if not targets or known is None:  # before the loss: on a GPU, a class that is none would end the process
+            checked = wanted if known is None else known
+            objective.check(name, checked[is_read(checked)], outputs.shape[1] if outputs.ndim > 1 else 1)
+        weights, loss = objective.weights(wanted), objective.losses(outputs, wanted).sum()
+        losses.append(torch.stack((loss, (is_read(wanted) if weights is None else weights).sum())))
+        answers.append(objective.answer(outputs))
+        targets.append(wanted)
+    own = [torch.cat(parts).cpu() for parts in (answers, targets)]
+    parts = zip(*gather_object([own]), strict=True) if accelerator.num_processes > 1 else ([part] for part in own)
+    all_answers, all_targets = (torch.cat(list(part)) for part in parts)
+    read = is_read(all_targets)
+    if not read.any():
+        raise ValueError(f"{name}: none of the images can be read")
+    loss, weight = accelerator.reduce(torch.stack(losses).sum(0)).tolist()
+    all_answers, all_targets = all_answers[read], all_targets[read]
+    return Score(loss / weight, objective.measure(all_answers, all_targets), all_answers, all_targets)
