@@ -18,7 +18,7 @@ import torch
 from harness.environment import describe_command, describe_environment
 from harness.results import write_text
 
-TEST = "test_every_family_meets_every_condition"
+TEST = "test_every_family_under_every_condition"
 PYTEST = "pytest -m slow tests/zoo/test_torture.py --junitxml=torture.xml"
 
 

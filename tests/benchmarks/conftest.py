@@ -1,4 +1,4 @@
-"""What stands in this folder is about the benchmarks, and not in the quick tier."""
+"""Mark the tests in this folder, which are not in the quick tier."""
 
 from pathlib import Path
 

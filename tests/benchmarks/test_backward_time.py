@@ -47,7 +47,7 @@ def test_a_small_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         for clock in ("forward_ms", "backward_ms", "optimizer_ms", "step_ms"):
             assert len(row[clock]) == 3
             assert all(sample > 0 for sample in row[clock])
-        assert row["peak_bytes"] is None  # torch counts no bytes on a CPU
+        assert row["peak_bytes"] is None  # torch does not count bytes on a CPU
     assert [row["image_size"] for row in content["rows"]] == [64] * 5 + [32] * (len(content["rows"]) - 5)
     for model in ("ConvModel", "test_vit"):
         by_variant = {row["variant"]: row for row in content["rows"] if row["model"] == model}
@@ -130,7 +130,7 @@ def test_an_interrupt_before_the_first_sample_keeps_earlier_models(tmp_path: Pat
 
 
 def _memory_for(largest: int) -> Callable[..., networks.Network]:
-    """A device on which a batch of `largest` ConvModels fits."""
+    """Return a builder for a device with memory for a batch of `largest` in ConvModel."""
 
     def build(name: str, *, batch_size: int, **arguments: Any) -> networks.Network:
         if batch_size > largest and name == "ConvModel":
@@ -183,9 +183,7 @@ def test_a_model_that_cannot_be_built_is_refused_and_the_next_is_measured(tmp_pa
     assert f"Refused: test_vit, all: {reason}" in (tmp_path / "backward_time.md").read_text()
 
 
-def test_a_run_of_which_nothing_can_be_measured_has_files_that_say_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_measurements_writes_the_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(tmp_path, "--models", "test_vit", "--image-size", "30") == 1
     report = results.read_report(tmp_path / "backward_time.json")
     assert not report.rows
@@ -194,7 +192,7 @@ def test_a_run_of_which_nothing_can_be_measured_has_files_that_say_so(
     assert ".md\n" in capsys.readouterr().out
 
 
-def test_a_variant_that_cannot_run_leaves_the_others_their_rows(tmp_path: Path) -> None:
+def test_a_variant_that_cannot_run_does_not_affect_others(tmp_path: Path) -> None:
     small = ["--models", "test_resnet", "--image-size", "32", "--batch-size", "1"]
     assert _run(tmp_path, *small) == 1
     report = results.read_report(tmp_path / "backward_time.json")

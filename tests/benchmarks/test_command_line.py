@@ -1,4 +1,4 @@
-"""The options that the benchmarks share: each does what it says, before the first clock runs."""
+"""The common options of the benchmarks, which take effect before the first measurement."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def _options(tmp_path: Path, *arguments: str) -> argparse.Namespace:
     return parser.parse_args(["--device", "cpu", *arguments])
 
 
-def test_threads_are_as_many_as_asked_for(tmp_path: Path) -> None:
+def test_the_number_of_threads_is_set(tmp_path: Path) -> None:
     options.settle_device(_options(tmp_path, "--threads", "2"))
     assert torch.get_num_threads() == 2
     options.settle_device(_options(tmp_path))
-    assert torch.get_num_threads() == 2  # whatever they were
+    assert torch.get_num_threads() == 2  # unchanged
 
 
 def test_cudnn_chooses_its_algorithms_during_warm_up(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_model_named_twice_is_measured_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "main", [backward_time.main, feature_cache.main, peers.main, targets.main, wrapper_overhead.main]
 )
-def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_measured(
+def test_a_read_only_folder_is_an_error_before_any_measurement(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int]
 ) -> None:
     file = tmp_path / "file"
@@ -63,18 +63,18 @@ def test_an_existing_folder_without_write_permission_is_an_error(tmp_path: Path)
         options.settle_device(_options(tmp_path, "--output", "/proc/self"))
 
 
-def test_the_trial_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_the_check_of_the_folder_leaves_no_file(tmp_path: Path) -> None:
     options.settle_device(_options(tmp_path, "--output", str(tmp_path / "new" / "folder")))
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["new", "new/folder"]
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", 8), ("cuda", 256)])
-def test_a_batch_is_as_large_as_the_device_needs_unless_said(tmp_path: Path, device: str, expected: int) -> None:
+def test_the_default_batch_size_depends_on_the_device(tmp_path: Path, device: str, expected: int) -> None:
     assert options.batch_size_on(torch.device(device), _options(tmp_path)) == expected
     assert options.batch_size_on(torch.device(device), _options(tmp_path, "--batch-size", "3")) == 3
 
 
-def test_readme_points_at_what_is_there() -> None:
+def test_readme_links_and_scripts_exist() -> None:
     folder = Path(backward_time.__file__).parent
     page = (folder / "README.md").read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page)

@@ -1,4 +1,4 @@
-"""`harness/cuda.py` without a card: what it makes of what torch, the profiler and nvidia-smi say."""
+"""`harness/cuda.py` without a GPU, with stand-ins for torch, the profiler and nvidia-smi."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ CARD = torch.device("cuda")
 
 @pytest.fixture
 def _a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch see one card."""
+    """Make torch report one GPU."""
     properties = SimpleNamespace(
         name="NVIDIA Test", major=9, minor=0, total_memory=2**36, uuid="12-34", L2_cache_size=1
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 3})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setenv("TEARDOWN_CUPTI", "0")  # which the profiler's use would set for all tests that follow
+    monkeypatch.setenv("TEARDOWN_CUPTI", "0")  # the profiler would set this for all later tests
 
 
 def _nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Put a program of that name before all others."""
+    """Put a program named nvidia-smi first in PATH."""
     program = folder / "bin" / "nvidia-smi"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{script}")
@@ -37,7 +37,7 @@ def _nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
 
 
-# Answers each field by its own name, so that no value can be put under another's; knows the old name of one alone.
+# Prints the name of each field as its value, so that values cannot be mixed up; of one field, only the old name works.
 _OLD_DRIVER = """
 [ "$1" = "--id=GPU-12-34" ] || { echo "No devices were found"; exit 6; }
 case "$2" in
@@ -49,7 +49,7 @@ esac
 
 
 @pytest.mark.usefixtures("_a_card")
-def test_the_driver_is_asked_about_our_card_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_is_queried_for_the_right_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _nvidia_smi(tmp_path, monkeypatch, _OLD_DRIVER)
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     facts = environment.describe_environment(CARD)
@@ -80,7 +80,7 @@ def test_the_driver_is_asked_about_our_card_before_and_after(tmp_path: Path, mon
     ("script", "answer"),
     [("echo Insufficient Permissions; exit 4", "failed: Insufficient Permissions"), (None, "not found")],
 )
-def test_a_driver_that_cannot_say_is_told(
+def test_a_failing_driver_query_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, answer: str
 ) -> None:
     if script is None:
@@ -90,7 +90,7 @@ def test_a_driver_that_cannot_say_is_told(
     assert cuda.describe_card(CARD)["nvidia-smi"] == answer
 
 
-def test_a_cpu_has_no_facts_of_a_card() -> None:
+def test_a_cpu_has_no_gpu_facts() -> None:
     facts = environment.describe_environment(torch.device("cpu"))
     before = dict(facts)
     environment.note_end(facts, torch.device("cpu"))
@@ -107,10 +107,10 @@ def _float32_as_it_was() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_float32_as_it_was")
-def test_float32_is_named_by_what_it_means(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_meaning_of_float32_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.describe_precision("bf16", CARD) == "bf16 autocast"
     assert environment.describe_precision("off", torch.device("cpu")) == "float32"
-    # torch's defaults; then set by the new names, after which the old ones raise.
+    # torch's defaults; then set with the new names, after which the old ones raise.
     assert environment.describe_precision("off", CARD) == "float32: TF32 convolutions, IEEE matrix products"
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -126,7 +126,7 @@ def _event(kind: DeviceType, count: int, microseconds: float, *, annotation: boo
 
 
 class _Profiler:
-    """A stand-in for the profiler: a call is seen as two kernels of so many microseconds, and what is beside them."""
+    """A stand-in for the profiler: a call has two kernels of given microseconds, and other events."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[SimpleNamespace] = []
@@ -143,7 +143,7 @@ class _Profiler:
 
 
 @pytest.mark.usefixtures("_a_card")
-def test_kernels_alone_are_summed_and_the_median_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_summed_and_the_median_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     profiler = _Profiler(monkeypatch)
     elapsed = iter([50.0, 10.0, 12.0])
 
@@ -155,15 +155,15 @@ def test_kernels_alone_are_summed_and_the_median_is_taken(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("_a_card")
-def test_a_profiler_that_sees_no_kernel_leaves_the_work_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    _Profiler(monkeypatch)  # as where the driver keeps its counters for the administrator
+def test_a_profiler_without_kernels_gives_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    _Profiler(monkeypatch)  # as if the driver's counters were restricted to the administrator
     assert cuda.device_work(lambda: lambda: None, CARD) is None
     assert cuda.device_work(lambda: lambda: None, torch.device("cpu")) is None
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_card_says_what_it_computes() -> None:
+def test_the_time_of_kernels_on_a_gpu() -> None:
     large = torch.randn(2048, 2048, device=CARD)
     work = cuda.device_work(lambda: lambda: large @ large, CARD)
     assert work is not None

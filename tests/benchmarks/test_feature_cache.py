@@ -1,4 +1,4 @@
-"""`feature_cache.py`: every row is there, what it compares is what it says, and what it watches can be seen to grow."""
+"""`feature_cache.py`: complete rows, correct comparisons, and memory measurements that detect growth."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JUDGE_MEMORY = partial(size.judge_memory, 40, 80, build=size.build)
 
 @pytest.fixture
 def peers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let fastai and Lightning be missing, also where they are installed."""
+    """Make fastai and Lightning count as not installed."""
     monkeypatch.setattr(
         training, "installed_version", lambda package: None if package in {"fastai", "lightning"} else "1"
     )
@@ -66,7 +66,7 @@ def test_a_small_run_writes_every_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("peers_missing")
-def test_ctrl_c_keeps_the_turns_that_were_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_keeps_complete_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = timing.take_turns
 
     def interrupted(*arguments: Any) -> Iterator[Any]:
@@ -96,7 +96,7 @@ def test_an_error_late_in_a_run_keeps_earlier_measurements(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("model", "message"), [("resnet5000", "--models resnet5000: timm"), ("levit_128s", "levit_128s: its classifier is")]
 )
-def test_an_unfit_architecture_is_a_clear_error(model: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unsupported_architecture_raises(model: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         feature_cache.main(["--model", model])
     assert message in capsys.readouterr().err
@@ -137,7 +137,7 @@ def test_ours_runs_each_image_once_and_the_recipe_in_every_epoch() -> None:
 
 
 @pytest.mark.usefixtures("peers_missing")
-def test_each_row_runs_in_the_precision_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_runs_in_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, bool]] = []
     for name in ("run_ours", "run_backbone"):
         monkeypatch.setattr(training, name, lambda model, task, own_way, name=name: ran.append((name, own_way)))
@@ -156,7 +156,7 @@ def test_each_row_runs_in_the_precision_that_it_names(monkeypatch: pytest.Monkey
     ]
 
 
-def test_an_epoch_on_the_cache_is_an_epoch_of_the_product() -> None:
+def test_an_epoch_on_the_cache_is_timed() -> None:
     task = heads.make_head_task("net", 16, 6, 4, 2, CPU)
     assert torch.equal(task.cached.tensors[0], task.in_memory.tensors[0])
     samples = training.Samples()
@@ -167,7 +167,7 @@ def test_an_epoch_on_the_cache_is_an_epoch_of_the_product() -> None:
     assert target.ratio is not None
 
 
-def test_the_heads_together_are_the_heads_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_heads_are_trained_together_and_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     task = heads.make_head_task("net", 8, 6, 4, 2, CPU)
     made: list[tuple[float, float]] = []
     plain = heads.PlainHead
@@ -186,7 +186,7 @@ def test_the_heads_together_are_the_heads_one_by_one(monkeypatch: pytest.MonkeyP
     assert "32 x 3.0 s" in target.remark
 
 
-def test_memory_that_grows_with_the_pictures_is_seen() -> None:
+def test_memory_that_grows_with_the_images_is_detected() -> None:
     few, many = (size.build(count, on_disk=False) for count in (100, 1500))
     assert many["memory"] - few["memory"] > 0.5 * (many["features"] - few["features"])
     on_disk = size.build(1500, on_disk=True)
@@ -206,12 +206,12 @@ def test_four_ways_to_train_on_one_split() -> None:
     assert all(0.1 < outcome.accuracy < 1 and outcome.seconds > 0 for outcome in outcomes)
     *_, head_first, plain = outcomes
     assert head_first.epochs == 2
-    assert plain.epochs >= 2  # the time of the head's epoch counts for it
+    assert plain.epochs >= 2  # with the time of the head's epoch
     page = transfer.describe_outcomes(outcomes)
     assert all(outcome.method in page for outcome in outcomes)
 
 
-def test_no_picture_is_on_two_sides_of_a_split() -> None:
+def test_splits_are_disjoint() -> None:
     folder = transfer.find_images(transfer.CLIPART)
     numbered = torch.arange(len(folder.paths), dtype=torch.float32)
     drawn = transfer.draw_split(folder, numbered, seed=1)
@@ -226,7 +226,7 @@ def test_no_picture_is_on_two_sides_of_a_split() -> None:
     assert torch.equal(targets[drawn.test.tensors[0].long()], drawn.test.tensors[1])
 
 
-def test_a_verdict_on_two_methods_says_what_their_splits_say() -> None:
+def test_a_verdict_on_two_methods_follows_their_splits() -> None:
     def outcomes(method: str, *accuracies: float) -> list[transfer.Outcome]:
         return [transfer.Outcome(method, seed, value, 1.0, 1, 0.1) for seed, value in enumerate(accuracies)]
 

@@ -1,4 +1,4 @@
-"""`cuda_first_run.py`: it runs through, keeps what was measured, and says which part failed and why."""
+"""`cuda_first_run.py`: all parts run, measurements are kept, and failures have a reason."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ def test_all_parts_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert _run(tmp_path, runner=runner) == 0, _saved(tmp_path)["parts"]
     saved = _saved(tmp_path)
     assert {part["status"] for part in saved["parts"]} == {"done"}
-    on_a_card_alone = ("peak GB", "kernels", "bf16 and channels last")  # the last where there are bf16 instructions
+    on_a_card_alone = ("peak GB", "kernels", "bf16 and channels last")  # the last one needs bf16 instructions
     missing = [line["what"] for line in saved["predictions"] if line["measured"] is None]
     assert not [what for what in missing if not any(name in what for name in on_a_card_alone)]
     page = (tmp_path / "first_run.md").read_text()
     assert "backward_float32: frozen, backward ms" in page
-    assert "as predicted" not in page  # a CPU is not what they are about
+    assert "as predicted" not in page  # predictions are for a GPU
     assert _run(tmp_path, runner=runner) == 0
     assert len(runner.ran) == len(saved["parts"]), "finished parts do not run again"
 
 
-def test_a_card_gets_full_sizes_and_a_folder_of_its_own() -> None:
+def test_a_gpu_gets_full_sizes_and_a_separate_folder() -> None:
     listed = parts.list_parts(on_cuda=True, folder="benchmarks/results/card")
     assert [part.name for part in listed] == [part.name for part in parts.list_parts(on_cuda=False, folder="x")]
     assert all("cuda" in part.command and "test_resnet" not in part.command for part in listed)
@@ -169,7 +169,7 @@ _ASKED = {
 }
 
 
-def test_each_prediction_finds_its_number() -> None:
+def test_each_prediction_finds_its_measurement() -> None:
     frozen = {"model": "resnet50", "variant": "frozen", "backward_ms": [0.1, 0.2, 0.15], "peak_bytes": 8 * 10**8}
     frozen |= {"step_ms": [10.0], "backward_device_ms": 0.02}
     unfrozen = frozen | {"variant": "unfrozen", "step_ms": [40.0]}
@@ -178,7 +178,7 @@ def test_each_prediction_finds_its_number() -> None:
     assert {what: predicted[what].read(content) for what in _ASKED} == _ASKED
 
 
-def test_a_card_is_compared_with_what_was_predicted() -> None:
+def test_a_gpu_is_compared_with_the_predictions() -> None:
     lines = [cuda_first_run.Comparison("part", "what", 1.0, 2.0, measured) for measured in (1.5, 2.5, None)]
     run = cuda_first_run.FirstRun({"device_name": "NVIDIA H100 80GB HBM3"}, "python", predictions=lines)
     page = [line for line in cuda_first_run.as_markdown(run).splitlines() if line.startswith("| part: ")]

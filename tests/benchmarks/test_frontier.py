@@ -1,4 +1,4 @@
-"""`frontier.py`: every row is there, each step does the work of its name, and the ratios are of what they name."""
+"""`frontier.py`: complete rows, steps that do the work of their name, and correct ratios."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_work(network: Network, precision: Precision = "off") -> FrontierWork:
 
 
 def test_a_small_run_writes_every_row(tmp_path: Path) -> None:
-    assert frontier.main([*SMALL, "--output", str(tmp_path)]) in {0, 1}  # so small a run may miss its targets
+    assert frontier.main([*SMALL, "--output", str(tmp_path)]) in {0, 1}  # a small run may miss its targets
     content = json.loads((tmp_path / "frontier.json").read_text())
     assert content["refused"] == []
     assert content["command"].startswith("python benchmarks/frontier.py --device cpu")
@@ -60,7 +60,7 @@ def test_a_small_run_writes_every_row(tmp_path: Path) -> None:
         assert len(figure.convert("L").getcolors()) > 10
 
 
-def test_a_network_that_cannot_be_measured_goes_on_record(tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_measured_is_recorded(tmp_path: Path) -> None:
     report = FrontierReport({"cpu": "this", "threads": 1, "torch": "2", "date": "now"}, "python", {"epochs": 3})
 
     def too_few() -> list[Target]:
@@ -75,22 +75,22 @@ def test_a_network_that_cannot_be_measured_goes_on_record(tmp_path: Path) -> Non
     assert "Refused: test_resnet" in (tmp_path / "frontier.md").read_text()
 
 
-def test_a_network_without_a_rest_by_hand_is_a_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_without_a_handwritten_rest_is_a_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         frontier.main(["--models", "resnet18", "resnet50"])
     assert "--models resnet18: pass some of PretrainedResNetVariation, resnet50" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", BLUEPRINTS)
-def test_the_rest_by_hand_is_the_rest_of_the_network(name: str) -> None:
+def test_the_handwritten_rest_equals_the_rest_of_the_network(name: str) -> None:
     blueprint = BLUEPRINTS[name]
     network = build_partly_frozen(blueprint.network, blueprint.trainable_groups, 3, 32, CPU)
-    work = FrontierWork(network, blueprint.rest, "off", ProcessClock())  # proved when it is made
+    work = FrontierWork(network, blueprint.rest, "off", ProcessClock())  # checked at construction
     assert work.find_ms > 0
     assert len(work.ready) == 1
 
 
-def test_a_rest_that_computes_something_else_is_refused(network: Network) -> None:
+def test_a_rest_with_other_outputs_raises(network: Network) -> None:
     def rest(model: Any, features: torch.Tensor) -> torch.Tensor:
         return BLUEPRINTS["test_resnet"].rest(model, features.flip(1))
 
@@ -98,7 +98,7 @@ def test_a_rest_that_computes_something_else_is_refused(network: Network) -> Non
         FrontierWork(network, rest, "off", ProcessClock())
 
 
-def test_cached_steps_train_the_rest_and_leave_the_front_alone(network: Network) -> None:
+def test_cached_steps_train_the_rest_and_not_the_front(network: Network) -> None:
     front, rest = [0], [0]
     work = make_work(network)
     backbone = network.model.backbone
@@ -121,7 +121,7 @@ def test_cached_steps_train_the_rest_and_leave_the_front_alone(network: Network)
     assert ran == {**steps, "record": (1, 0, 0)}
 
 
-def test_a_batch_comes_out_of_the_store_that_recording_fills(network: Network) -> None:
+def test_a_batch_is_read_from_the_recorded_store(network: Network) -> None:
     work = make_work(network)
     (stored,) = work.store
     (ready,) = work.ready
@@ -146,7 +146,7 @@ def test_the_recipe_is_float32_in_train_mode_with_the_same_parameters_frozen(net
     def look(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
         seen.append((module.training, output.dtype, output.requires_grad))
 
-    # Hooks are copied with the network that the recipe runs.
+    # The recipe runs a copy of the network, with its hooks.
     handles = [module.register_forward_hook(look) for module in (model.backbone.bn1, model.backbone.layer4)]
     step = recipe_step(network)
     for handle in handles:
@@ -157,13 +157,13 @@ def test_the_recipe_is_float32_in_train_mode_with_the_same_parameters_frozen(net
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_bf16_keeps_half_the_bytes(network: Network) -> None:
+def test_bf16_needs_half_the_bytes(network: Network) -> None:
     single, half = make_work(network), make_work(network, "bf16")
     assert half.ready[0].dtype == torch.bfloat16
     assert single.bytes_per_image == 2 * half.bytes_per_image == single.ready[0][0].numel() * 4
 
 
-def test_the_epochs_are_put_together_as_the_page_says() -> None:
+def test_epochs_are_computed_as_described() -> None:
     work = {"whole step": [40.0] * 6, "cached step": [10.0] * 6, "cached step again": [11.0] * 6}
     work |= {"rest by hand": [8.0] * 6, "record": [30.0] * 6, "find": [20.0]}
     work |= {"the article's recipe": [50.0] * 6, "read and transform": [5.0] * 6}
@@ -181,8 +181,8 @@ def test_the_epochs_are_put_together_as_the_page_says() -> None:
     assert recipe.remark == "4.00 times faster, 3 wanted; kept"
 
 
-def test_memory_that_grows_with_the_images_is_seen() -> None:
-    # Each in a process of its own: what earlier tests have freed would be used again.
+def test_memory_that_grows_with_the_images_is_detected() -> None:
+    # In separate processes, because memory that earlier tests have freed would be reused.
     few, many = (frontier_memory.build_apart(count, on_disk=False) for count in (40, 1200))
     assert many["kept"] == 30 * few["kept"]
     assert many["memory"] - few["memory"] > 0.5 * (many["kept"] - few["kept"])
@@ -190,7 +190,7 @@ def test_memory_that_grows_with_the_images_is_seen() -> None:
     assert on_disk["memory"] - few["memory"] < 0.5 * (many["kept"] - few["kept"])
 
 
-def test_a_batch_of_files_is_read_anew_each_time(tmp_path: Path) -> None:
+def test_a_batch_of_files_is_read_each_time(tmp_path: Path) -> None:
     batch = JpegBatch(tmp_path / "images", 3, 32)
     first = batch.read()
     assert first.shape == (3, 3, 32, 32)
@@ -200,15 +200,15 @@ def test_a_batch_of_files_is_read_anew_each_time(tmp_path: Path) -> None:
         batch.read()
 
 
-def test_the_time_of_a_process_leaves_out_what_it_waits() -> None:
+def test_process_time_does_not_include_waiting() -> None:
     answer, waited = ProcessClock().time(lambda: time.sleep(0.3) or "slept")
     _, worked = ProcessClock().time(lambda: sum(range(3_000_000)))
     assert answer == "slept"
-    assert waited < 200  # milliseconds of the processor
+    assert waited < 200  # CPU milliseconds
     assert worked > 1
 
 
-def test_names_that_take_more_than_was_meant_are_seen() -> None:
+def test_names_that_match_more_parameters_are_detected() -> None:
     network = build_partly_frozen("test_resnet", 1, 4, 32, CPU)
     assert not names_take_more(network, ("fc", "layer4"))
     assert names_take_more(network, ("fc", "layer4", "bn2"))

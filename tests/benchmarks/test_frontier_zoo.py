@@ -1,4 +1,4 @@
-"""`frontier_zoo.py`: what it says of a network, how it goes on after an interruption, and what it writes."""
+"""`frontier_zoo.py`: the record of a network, resuming after an interruption, and the page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SOUND = Case(
 
 
 class RandomFront(nn.Module):
-    """Frozen layers of which nothing can be cached."""
+    """A network with frozen layers that cannot be cached."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class RandomFront(nn.Module):
         return features.mean((2, 3))
 
 
-def test_what_is_said_of_a_network_with_a_frontier() -> None:
+def test_the_record_of_a_network_with_a_frontier() -> None:
     model = FineTuneModel.from_timm("test_resnet", num_classes=CLASSES)
     case = examine("resnet", "test_resnet", 32, model, 1)
     assert case.refused is None
@@ -61,7 +61,7 @@ def test_what_is_said_of_a_network_with_a_frontier() -> None:
     assert case.share_of_step > 0
 
 
-def test_a_network_without_one_is_refused_with_the_reason() -> None:
+def test_the_record_of_a_network_without_a_frontier_has_the_reason() -> None:
     case = examine("own", "random", 8, FineTuneModel(RandomFront(), nn.Linear(4, CLASSES)), 1)
     assert case.refused is not None
     assert "no frozen module depends on the input alone" in case.refused
@@ -69,7 +69,7 @@ def test_a_network_without_one_is_refused_with_the_reason() -> None:
     assert case.share_of_step is None
 
 
-def test_each_family_is_there_once() -> None:
+def test_each_family_occurs_once() -> None:
     keys = [(subject.family, subject.name) for subject in subjects()]
     assert len(keys) == len(set(keys)) > 83
     (subject,) = [subject for subject in subjects() if subject.name == "test_byobnet"]
@@ -77,7 +77,7 @@ def test_each_family_is_there_once() -> None:
     assert model(torch.randn(2, 3, subject.side, subject.side)).shape == (2, CLASSES)
 
 
-def test_a_run_goes_on_from_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "results" / "page"
     output.parent.mkdir()
     done = replace(SOUND, family="byobnet", network="test_byobnet", kept=("what was done before: 1 kB, per image",))
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_what_was_done(tmp_path: Path, monkeypatch: pytest.Mo
     assert not log.exists()
 
 
-def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+def test_a_truncated_line_is_dropped(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     assert frontier_zoo.read_cases(log) == {}
     log.write_text(json.dumps(vars(SOUND)) + '\n{"family": "vi')
@@ -100,7 +100,7 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     assert log.read_text() == json.dumps(vars(SOUND)) + "\n"
 
 
-def test_the_page_counts_what_is_sound_and_what_is_equal() -> None:
+def test_the_page_counts_valid_and_equal_cases() -> None:
     refused = Case("vit", "test_vit", 32, groups=4, trainable=2, refused="it draws lots")
     rounded = replace(SOUND, trainable=3, logits_difference=2e-7)
     drifted = replace(SOUND, family="torchvision", network="resnet18", state_is_equal=False)

@@ -1,4 +1,4 @@
-"""The table of popular networks' layer groups: what it says, and that what is committed keeps the promise."""
+"""The table of layer groups of popular networks, and the committed table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backbone_finetune import FineTuneModel
 PAGE = (Path(layer_groups.__file__).parent / "results" / "layer_groups.md").read_text(encoding="utf-8")
 
 
-def test_a_row_counts_and_names_and_what_is_not_installed_is_said() -> None:
+def test_rows_have_counts_and_names_or_the_missing_package() -> None:
     page = layer_groups.as_markdown(
         [
             PopularNetwork("a resnet", "timm", lambda: timm.create_model("test_resnet", num_classes=0)),
@@ -33,7 +33,7 @@ def test_a_row_counts_and_names_and_what_is_not_installed_is_said() -> None:
     assert f"{'a resnet ' + format(share, '.1%') if share > 0.6 else 'none'}. A ResNet" in page
 
 
-def test_the_committed_table_has_all_networks_within_the_limits_but_those_that_it_names() -> None:
+def test_all_networks_of_the_committed_table_are_within_limits_except_listed_ones() -> None:
     shares = dict(re.findall(r"^\| (.+?) \| \d+ \| `.+?` \| ([\d.]+)% \|", PAGE, flags=re.MULTILINE))
     assert list(shares) == [network.name for network in popular_networks()]
     outside = {name for name, share in shares.items() if not 0.5 <= float(share) <= 60}
@@ -43,13 +43,13 @@ def test_the_committed_table_has_all_networks_within_the_limits_but_those_that_i
     assert PAGE.count("not installed") == 0
 
 
-# The others need their values, which takes long.
+# The others need real values, which takes long.
 WITH_VALUES = ("open_clip", "torchvision regnet", "torchvision vgg")
 ON_META = [network for network in popular_networks() if not network.name.startswith(WITH_VALUES)]
 
 
 @pytest.mark.parametrize("network", ON_META, ids=lambda n: n.name)
-def test_the_networks_themselves_are_grouped_as_the_table_says(network: PopularNetwork) -> None:
+def test_the_networks_have_the_groups_of_the_table(network: PopularNetwork) -> None:
     if layer_groups.installed_version(network.package) is None:
         pytest.skip(f"{network.package} is not installed")
     model = FineTuneModel(layer_groups.build_without_values(network), timm.layers.Linear(2, 2))

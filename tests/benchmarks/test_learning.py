@@ -1,4 +1,4 @@
-"""`learning.py`: every way to train is the one that it names, and every set is split as it says."""
+"""`learning.py`: each way to train matches its name, and the sets are split as described."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BY_NAME = {arm.name: arm for arm in arms.ARMS}
 
 @pytest.fixture
 def fashion(tmp_path: Path) -> Path:
-    """The files of Fashion-MNIST, with 5 images in each class, each of one shade of its own."""
+    """Write the files of Fashion-MNIST with 5 images per class, each with a different shade."""
     folder = tmp_path / "fashion"
     folder.mkdir()
     images = b"".join(bytes([number]) * 28 * 28 for number in range(50))
@@ -46,7 +46,7 @@ def train() -> sets.Images:
     return sets.Images("train", images, torch.arange(6) % 2)
 
 
-def test_a_small_run_writes_a_line_for_each_arm_and_goes_on_where_it_was(
+def test_a_small_run_writes_a_line_for_each_arm_and_resumes(
     tmp_path: Path, fashion: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--splits", "1", "--head-epochs", "1", "--backbone-epochs", "1", "--image-size", "32"]
@@ -58,7 +58,7 @@ def test_a_small_run_writes_a_line_for_each_arm_and_goes_on_where_it_was(
     assert "learning.json has results of other settings" in capsys.readouterr().err
     assert learning.main(command) == 0
     content = json.loads((tmp_path / "learning.json").read_text())
-    assert content["outcomes"][:1] == first  # its seconds too: it did not train again
+    assert content["outcomes"][:1] == first  # with equal seconds: it did not train again
     assert [outcome["arm"] for outcome in content["outcomes"]] == list(BY_NAME)
     assert all(set(outcome["accuracy"]) == {"plain", "mirror", "views"} for outcome in content["outcomes"])
     page = (tmp_path / "learning.md").read_text()
@@ -66,15 +66,13 @@ def test_a_small_run_writes_a_line_for_each_arm_and_goes_on_where_it_was(
     assert all(f"| {first} / {second} " in page for first, second in learning.PAIRS)
 
 
-def test_missing_files_are_an_error_that_says_where_to_get_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_files_raise_with_their_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         learning.main(["--fashion-mnist", str(tmp_path), "--output", str(tmp_path / "learning")])
     assert "apt install dataset-fashion-mnist" in capsys.readouterr().err
 
 
-def test_fashion_has_as_many_of_each_class_and_no_image_on_both_sides(fashion: Path) -> None:
+def test_fashion_is_balanced_and_its_split_disjoint(fashion: Path) -> None:
     train, test = sets.split_fashion(fashion, 30, 20, seed=1)
     shades = [[image.getpixel((0, 0))[0] for image in side.images] for side in (train, test)]  # type: ignore[index]
     assert sorted(shades[0] + shades[1]) == list(range(50))
@@ -83,14 +81,14 @@ def test_fashion_has_as_many_of_each_class_and_no_image_on_both_sides(fashion: P
         assert [shade % 10 for shade in own] == side.targets.tolist()
 
 
-def test_a_view_is_the_same_whenever_it_is_drawn(views: sets.Views, train: sets.Images) -> None:
+def test_a_view_is_the_same_each_time(views: sets.Views, train: sets.Images) -> None:
     assert torch.equal(train.view(views, 3), train.view(views, 3))
     assert not torch.equal(train.view(views, 3), train.view(views, 4))
     assert torch.equal(train.view(views, None)[0], views.plain(train.images[0]))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_an_arm_trains_what_it_names(name: str, views: sets.Views, train: sets.Images) -> None:
+def test_an_arm_trains_the_parameters_of_its_name(name: str, views: sets.Views, train: sets.Images) -> None:
     arm = BY_NAME[name]
     network = FineTuneModel.from_timm("test_resnet", num_classes=2).freeze_backbone()
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -118,7 +116,7 @@ def _norms(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in backbone.named_modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def test_epochs_on_cached_views_are_those_of_the_whole_network(views: sets.Views, train: sets.Images) -> None:
+def test_epochs_on_cached_views_equal_those_of_the_whole_network(views: sets.Views, train: sets.Images) -> None:
     network = FineTuneModel.from_timm("test_resnet", num_classes=2).freeze_backbone()
     plan = arms.Plan(head_epochs=1, backbone_epochs=3)
     cached, _ = arms.train_arm(arms.Arm("", 1, 2), network, train, views, plan)
@@ -137,7 +135,7 @@ def test_epochs_on_cached_views_are_those_of_the_whole_network(views: sets.Views
     torch.testing.assert_close(cached.state_dict(), whole.state_dict())
 
 
-def test_a_test_view_is_averaged_by_probability() -> None:
+def test_probabilities_of_test_views_are_averaged() -> None:
     class Fixed(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1)

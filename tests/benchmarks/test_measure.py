@@ -1,4 +1,4 @@
-"""The clock itself: what is inside it, what is not, and what its ratios say."""
+"""Timing: what is measured, what is not, and ratios."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from harness import timing
 from torch import Tensor, nn
 
 
-def test_a_known_sleep_is_measured_right() -> None:
+def test_a_known_sleep_is_measured_correctly() -> None:
     clock = timing.WallClock()
     timed = [clock.time(lambda: time.sleep(0.02)) for _ in range(5)]
     assert [result for result, _ in timed] == [None] * 5
-    # Never shorter than the sleep; the best of five is free of what else the machine does.
+    # Never shorter than the sleep; the best of five is without other load on the machine.
     assert 20 <= min(elapsed for _, elapsed in timed) < 30
 
 
 class _Slow(torch.autograd.Function):
-    """Takes a different, known time in each direction."""
+    """Takes a known time, different in forward and backward."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor) -> Tensor:
@@ -59,25 +59,25 @@ def _slow_step(weight: nn.Parameter, events: list[str]) -> timing.TrainingStep:
     return timing.TrainingStep(enter, forward, update, clear_gradients)
 
 
-def test_each_part_of_a_step_has_a_clock_of_its_own() -> None:
+def test_each_part_of_a_step_is_timed_separately() -> None:
     weight = nn.Parameter(torch.ones(1))
     events: list[str] = []
     step = _slow_step(weight, events)
     times = []
     for _ in range(4):
-        weight.grad = torch.ones(1)  # what an earlier step left behind
+        weight.grad = torch.ones(1)  # from an earlier step
         times.append(timing.time_step(step, timing.WallClock()))
     assert 10 <= min(t.forward for t in times) < 20
     assert 30 <= min(t.backward for t in times) < 40
     assert 20 <= min(t.optimizer for t in times) < 30
     assert 60 <= min(t.step for t in times) < 90
-    # A gradient that is there would be added to, which is other work; entering a variant is nobody's time.
+    # Adding to an existing gradient is other work; entering a variant is not timed.
     once = ["forward", "backward, gradient None", "update"]
     assert events == ["enter", *once, *once] * 4
     assert weight.grad is None
 
 
-def test_steps_back_to_back_are_one_call_of_the_clock() -> None:
+def test_steps_back_to_back_are_one_measurement() -> None:
     weight = nn.Parameter(torch.ones(1))
     step = timing.TrainingStep(
         lambda: None, lambda: weight.sum() * 2, lambda: None, lambda: setattr(weight, "grad", None)
@@ -92,13 +92,13 @@ def test_steps_back_to_back_are_one_call_of_the_clock() -> None:
     assert timing.loop_steps_on(torch.device("cpu")) == 0
 
 
-def test_the_host_is_timed_until_it_has_queued_the_work() -> None:
+def test_the_host_is_timed_until_the_work_is_queued() -> None:
     device = _Device()
     clock = timing.EventClock(device.new_event, device.synchronize)
     host: list[float] = []
     _, elapsed = clock.time(timing.noting_host(lambda: device.work("long on the device", 1e6), host))
     assert elapsed == 1e6
-    assert host[0] < 1e3  # queued, and not waited for
+    assert host[0] < 1e3  # queued without waiting
 
 
 def test_variants_take_turns_a_b_b_a() -> None:
@@ -137,21 +137,21 @@ def test_the_interval_of_an_a_against_a_ratio_contains_1() -> None:
         drifts = [1 + repetition / 10 for repetition in range(20)]
         ratio = timing.paired_ratio([noisy(d) for d in drifts], [noisy(d) for d in drifts], resamples=500)
         covered += ratio.low <= 1 <= ratio.high
-    # Of a 95 % interval, give or take what a hundred trials leave to chance; always would be too wide.
+    # For a 95 % interval, with the uncertainty of a hundred trials; 100 % would be too wide.
     assert 88 <= covered <= 99
 
 
-def test_an_interval_leaves_out_the_tails() -> None:
+def test_an_interval_excludes_the_tails() -> None:
     samples = [float(place) for place in range(1, 22)]
     ratio = timing.paired_ratio(samples, [1.0] * 21)
     # The median of 21 lies between the 6th and the 16th with 97 %, by the binomial distribution.
     assert (ratio.low, ratio.median, ratio.high) == pytest.approx((6, 11, 16), abs=1)
-    # The extremes of four thousand draws lie further out.
+    # The extremes of four thousand draws are further out.
     assert ratio.high - ratio.low <= 11
 
 
 @pytest.mark.parametrize(("passes", "text"), [(5, "2.000 [too few passes]"), (6, "2.000 [2.000, 2.000]")])
-def test_an_interval_needs_passes(passes: int, text: str) -> None:
+def test_an_interval_needs_six_passes(passes: int, text: str) -> None:
     ratio = timing.paired_ratio([2.0] * passes, [1.0] * passes)
     assert str(ratio) == text
     assert (ratio.low, ratio.high) == (2.0, 2.0)
@@ -177,7 +177,7 @@ def test_interquartile_range() -> None:
 
 
 class _ScriptedClock:
-    """Says that each call took the next of the given times."""
+    """A clock that shows the next of the given times for each call."""
 
     def __init__(self, *elapsed: float) -> None:
         self.elapsed = list(elapsed)
@@ -195,17 +195,17 @@ def test_warm_up_ends_when_calls_no_longer_get_faster(elapsed: list[float], call
     assert timing.warm_up(lambda: done.append(1), _ScriptedClock(*elapsed)) == calls == len(done)
 
 
-def test_warm_up_of_short_calls_takes_a_least_time() -> None:
+def test_warm_up_of_short_calls_has_a_minimum_time() -> None:
     assert timing.warm_up(lambda: None, _ScriptedClock(*[1.0] * 99), at_least_ms=50) == 50
     assert timing.least_warm_up(torch.device("cuda")) > timing.least_warm_up(torch.device("cpu")) > 0
 
 
-def test_warm_up_ends_on_a_machine_that_never_settles() -> None:
+def test_warm_up_ends_on_a_noisy_machine() -> None:
     assert timing.warm_up(lambda: None, _ScriptedClock(*[0.9**n for n in range(99)]), at_most=6) == 6
 
 
 class _Device:
-    """A stand-in for a GPU: work is queued by the host and done in order, at the device's own pace."""
+    """A stand-in for a GPU: the host queues work, and the device runs it in order at its own speed."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -245,18 +245,18 @@ class _Event:
         return end_event.at - self.at
 
 
-def test_an_event_clock_times_the_call_alone() -> None:
+def test_an_event_clock_times_only_the_call() -> None:
     device = _Device()
     device.work("earlier", 1000)
     clock = timing.EventClock(device.new_event, device.synchronize, flush=lambda: device.work("flush", 500))
     result, elapsed = clock.time(lambda: device.work("call", 7))
     assert result is None
     assert elapsed == 7
-    # The flush is queued before the device is waited for, so that it is over when the first event is recorded.
+    # The flush is queued before waiting for the device, so it is finished when the first event is recorded.
     assert device.log == ["idle", "earlier", "flush", "idle", "call"]
 
 
-def test_what_flushes_the_cache_is_gone_when_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flush_buffer_is_freed_before_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     device = _Device()
     buffers: list[weakref.ref[Tensor]] = []
 
@@ -290,7 +290,7 @@ def test_a_missing_device_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> N
     assert timing.resolve_device("auto") == torch.device("cuda")
 
 
-def test_a_cpu_has_the_hosts_clock_and_no_cache_to_flush() -> None:
+def test_a_cpu_has_the_hosts_clock_and_no_flush() -> None:
     cpu = torch.device("cpu")
     assert isinstance(timing.clock_for(cpu), timing.WallClock)
     with pytest.raises(ValueError, match="flush_l2: only a CUDA device has the cache that this clears, not cpu"):
@@ -299,7 +299,7 @@ def test_a_cpu_has_the_hosts_clock_and_no_cache_to_flush() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_is_timed_by_its_own_events() -> None:
+def test_a_gpu_is_timed_by_its_events() -> None:
     device = torch.device("cuda")
     clock = timing.clock_for(device, flush_l2=True)
     small, large = (torch.randn(n, n, device=device) for n in (64, 4096))

@@ -1,4 +1,4 @@
-"""Bytes are counted exactly, and memory that runs out makes the batch smaller."""
+"""Bytes are counted exactly, and out-of-memory errors reduce the batch size."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def test_saved_bytes_of_a_linear_head_are_exact() -> None:
     # The features for the weight's gradient; for the loss the log-softmax (8, 10), the labels and its total weight ().
     assert memory.count_saved_bytes(forward, head.parameters()) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4
 
-    features.requires_grad_(True)  # now backward needs the weight as well, which is alive anyway
+    features.requires_grad_(True)  # now backward also needs the weight, which exists anyway
     assert memory.count_saved_bytes(forward, head.parameters()) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4
     assert memory.count_saved_bytes(forward, []) == 8 * 32 * 4 + 8 * 10 * 4 + 8 * 8 + 4 + 10 * 32 * 4
 
 
-def test_saved_bytes_count_a_storage_once_and_whole() -> None:
+def test_saved_bytes_count_each_storage_once_and_completely() -> None:
     tokens = torch.randn(2, 100, 16)
     head, other = nn.Linear(16, 4), nn.Linear(16, 4)
 
@@ -38,7 +38,7 @@ def test_saved_bytes_count_a_storage_once_and_whole() -> None:
     assert memory.count_saved_bytes(lambda: head(tokens[:, 0].clone()), parameters) == 2 * 16 * 4
 
 
-def test_memory_runs_out_until_the_batch_fits() -> None:
+def test_out_of_memory_halves_the_batch_until_it_fits() -> None:
     said: list[str] = []
 
     def fit(batch_size: int) -> int:
@@ -63,7 +63,7 @@ def test_memory_runs_out_until_the_batch_fits() -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
     ],
 )
-def test_memory_runs_out_in_several_forms(error: RuntimeError) -> None:
+def test_all_forms_of_out_of_memory_errors(error: RuntimeError) -> None:
     tried: list[int] = []
 
     def fit(batch_size: int) -> int:
@@ -84,7 +84,7 @@ def test_memory_runs_out_in_several_forms(error: RuntimeError) -> None:
         ValueError("out of memory"),
     ],
 )
-def test_another_error_is_no_reason_for_a_smaller_batch(error: Exception) -> None:
+def test_other_errors_do_not_reduce_the_batch(error: Exception) -> None:
     tried: list[int] = []
 
     def fail(batch_size: int) -> None:
@@ -96,7 +96,7 @@ def test_another_error_is_no_reason_for_a_smaller_batch(error: Exception) -> Non
     assert tried == [4]
 
 
-def test_a_single_image_that_does_not_fit_is_an_error() -> None:
+def test_a_single_image_that_does_not_fit_raises() -> None:
     def never_fit(batch_size: int) -> None:
         raise torch.OutOfMemoryError(f"batch of {batch_size}")
 
@@ -105,7 +105,7 @@ def test_a_single_image_that_does_not_fit_is_an_error() -> None:
 
 
 class _CountedBytes:
-    """A stand-in for `torch.cuda`: bytes allocated and reserved now, and the most of both since the last reset."""
+    """A stand-in for `torch.cuda`: bytes allocated and reserved now, and their peaks since the last reset."""
 
     def __init__(self) -> None:
         self.allocated = self.reserved = self.most_allocated = self.most_reserved = 0
@@ -135,7 +135,7 @@ class _CountedBytes:
 
 
 class _Leftover:
-    """Garbage that only the cyclic collector finds, as a proof may leave it: holds 30 bytes of the device."""
+    """Garbage that only the cyclic collector finds, with 30 bytes on the device."""
 
     def __init__(self, device: _CountedBytes) -> None:
         self.device, self.own = device, self
@@ -145,12 +145,12 @@ class _Leftover:
         self.device.use(-30)
 
 
-def test_a_peak_is_that_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peak_is_that_of_the_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
     device = _CountedBytes()
     for name in vars(_CountedBytes):
         if hasattr(torch.cuda, name) and not name.startswith("_"):
             monkeypatch.setattr(torch.cuda, name, getattr(device, name))
-    device.use(900)  # what came before, and is no longer there
+    device.use(900)  # allocated before, and freed
     device.use(-800)
     _Leftover(device)
 
@@ -161,13 +161,13 @@ def test_a_peak_is_that_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert memory.peak_memory(call, torch.device("cuda")) == cuda.PeakMemory(before=100, allocated=150, reserved=150)
 
 
-def test_a_cpu_counts_no_peak() -> None:
+def test_a_cpu_has_no_peak() -> None:
     assert memory.peak_memory(lambda: None, torch.device("cpu")) is None
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_counts_the_peak() -> None:
+def test_the_peak_on_a_gpu() -> None:
     large = torch.randn(4096, 4096, device="cuda")
     peak = memory.peak_memory(lambda: large @ large, large.device)
     assert peak is not None

@@ -1,4 +1,4 @@
-"""`backward_time.py`: each option does what it says to what is timed."""
+"""`backward_time.py`: the effect of each option on the timed work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _run(output: Path, *arguments: str, **keywords: Any) -> int:
 
 
 class _Spy:
-    """Builds networks that note what runs through them."""
+    """Builds networks that record dtypes and memory formats in their forward."""
 
     def __init__(self) -> None:
         self.logits: set[torch.dtype] = set()
@@ -113,7 +113,7 @@ def test_no_garbage_is_collected_inside_a_clock(tmp_path: Path) -> None:
     assert gc.isenabled()
 
 
-def test_what_a_gpu_adds_is_in_every_row(
+def test_gpu_measurements_are_in_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     retries = iter([1, 3])
@@ -124,14 +124,14 @@ def test_what_a_gpu_adds_is_in_every_row(
     report = results.read_report(tmp_path / "backward_time.json")
     assert all(len(row.loop_ms) == 3 and row.allocation_retries == 2 for row in report.rows)
     assert all((row.backward_kernels, row.step_kernels) == (3, 3) for row in report.rows)
-    # Here the host is the device: whatever runs goes at its pace.
+    # On a CPU the host is the device, so everything is launch-bound.
     assert all("backward" in row.launch_bound for row in report.rows)
     assert "launch-bound" in capsys.readouterr().out
     assert "freed its cache 2 times" in (tmp_path / "backward_time.md").read_text()
 
 
 def _kernels_of(make_call: Callable[[], Callable[[], object]], device: torch.device) -> cuda.DeviceWork:
-    """A stand-in for the profiler: makes and does the call as often as it does, and sees three kernels of no time."""
+    """A stand-in for the profiler: runs the call as often, and reports three kernels that take no time."""
     for _ in range(3):
         call = make_call()
         call()
@@ -154,7 +154,7 @@ def test_kernels_are_counted_after_the_last_clock(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(results, "device_work", fail)
     assert _run(tmp_path, "--models", "ConvModel", "test_vit", "--image-size", "32", "--repeats", "1") == 0
     assert done.index("counted") == done.count("timed")
-    # What cannot be counted costs no row.
+    # Rows are kept if kernels cannot be counted.
     report = results.read_report(tmp_path / "backward_time.json")
     assert report.models() == ["ConvModel", "test_vit"]
     assert all(row.step_ms and row.backward_kernels is None for row in report.rows)

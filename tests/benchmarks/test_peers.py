@@ -1,4 +1,4 @@
-"""`peers.py`: no row is dropped, a wrong one has no times, and what moved is named."""
+"""`peers.py`: every method has a row, wrong ones have no times, and changed tensors are listed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _method(freeze: Callable[[peer_methods.Blueprint, nn.Module], nn.Module]) ->
     return next(method for method in peer_methods.METHODS if method.freeze is freeze)
 
 
-def test_what_each_method_moves_is_named() -> None:
+def test_the_tensors_that_each_method_changes_are_listed() -> None:
     methods = [
         _method(freeze)
         for freeze in (
@@ -43,10 +43,10 @@ def test_what_each_method_moves_is_named() -> None:
     unfrozen, recipe, timm_freeze, ours, limit = rows
     assert unfrozen.moved["parameters"]
     assert unfrozen.moved["buffers"]
-    # The recipe freezes parameters alone: running statistics go on.
+    # The recipe freezes parameters only: running statistics change.
     assert not recipe.moved["parameters"]
     assert "conv1.1.running_mean" in recipe.moved["buffers"]
-    # timm swaps BatchNorms for modules without the counter.
+    # timm replaces BatchNorms by modules without the counter.
     assert timm_freeze.moved["gone"]
     assert all(name.endswith("num_batches_tracked") for name in timm_freeze.moved["gone"])
     assert ours.moved == {"parameters": [], "buffers": [], "gone": []}
@@ -65,7 +65,7 @@ def _cannot(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
     raise ModuleNotFoundError("No module named 'rare'")
 
 
-def test_a_method_that_cannot_do_a_case_keeps_its_row() -> None:
+def test_a_method_that_fails_keeps_its_row() -> None:
     rows: list[peer_report.PeerRow] = []
     methods = [peer_methods.Method("rare", _cannot, "no-such-package"), _method(peer_methods.ours)]
     peers.compare_methods(_blueprint(), _batch(), methods, 1, rows)
@@ -91,7 +91,7 @@ def test_the_command_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "| ours" in capsys.readouterr().out
 
 
-def test_a_network_whose_classifier_is_no_single_layer_is_refused() -> None:
+def test_a_network_whose_classifier_is_not_a_single_layer_raises() -> None:
     with pytest.raises(ValueError, match=r"levit_128s: its classifier is \(.*freeze all but a single layer"):
         peer_methods.make_blueprint("levit_128s", 10, 224, {})
 
@@ -128,7 +128,7 @@ def _double(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
     return network
 
 
-def test_a_method_that_computes_something_else_has_its_reason_in_place_of_times() -> None:
+def test_a_method_with_other_outputs_has_a_reason_and_no_times() -> None:
     rows: list[peer_report.PeerRow] = []
     methods = [peer_methods.Method("fast and wrong", _double, "torch"), _method(peer_methods.ours)]
     peers.compare_methods(_blueprint(), _batch(), methods, 1, rows)
@@ -141,7 +141,7 @@ def test_a_method_that_computes_something_else_has_its_reason_in_place_of_times(
 
 
 class _FailsLater(nn.Module):
-    """Runs in eval mode and so many times in train mode, then raises."""
+    """Runs in eval mode and a number of times in train mode, then raises."""
 
     def __init__(self, network: nn.Module, times: int, error: Exception) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def test_a_method_that_fails_later_does_not_affect_others(late: int) -> None:
 
 
 @pytest.mark.parametrize("times", [0, 3, 5])
-def test_memory_that_runs_out_is_not_one_methods_failure(
+def test_out_of_memory_halves_the_batch_for_all_methods(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], times: int
 ) -> None:
     def freeze(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
@@ -247,7 +247,7 @@ def test_an_interrupt_keeps_complete_passes(tmp_path: Path, capsys: pytest.Captu
     assert f"interrupted: what was measured until then is in {tmp_path}" in capsys.readouterr().err
 
 
-def test_a_copy_trains_as_a_trainer_leaves_it() -> None:
+def test_a_copy_is_in_train_mode() -> None:
     def leave_in_eval(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
         return network.eval()
 
@@ -256,7 +256,7 @@ def test_a_copy_trains_as_a_trainer_leaves_it() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "dtype"), [([], torch.float32), (["--amp", "bf16"], torch.bfloat16)])
-def test_methods_run_in_the_precision_and_the_layout_asked_for(
+def test_methods_run_in_the_given_precision_and_layout(
     tmp_path: Path, arguments: list[str], dtype: torch.dtype
 ) -> None:
     seen: set[tuple[torch.dtype, bool]] = set()
@@ -267,7 +267,7 @@ def test_methods_run_in_the_precision_and_the_layout_asked_for(
 
     def note(layer: nn.Module, given: object, output: torch.Tensor) -> None:
         weight = layer.get_parameter("weight")
-        if len(output) == 3:  # the wrapper tries a network with fewer images, when it is made
+        if len(output) == 3:  # the wrapper runs a network with fewer images at construction
             seen.add((output.dtype, weight.is_contiguous(memory_format=torch.channels_last)))
 
     methods = [peer_methods.Method("ours", freeze, "torch", "backbone.")]

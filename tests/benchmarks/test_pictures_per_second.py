@@ -1,4 +1,4 @@
-"""The benchmark of reading images: a small run writes what it measured, and its limit reads each image once."""
+"""The benchmark of reading images: a small run, its limit, and failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reading.folder import make_folder
 from reading.one_pass import run_once
 
 
-def test_a_folder_holds_images_of_ten_classes_and_a_pass_gives_a_feature_of_each(tmp_path: Path) -> None:
+def test_a_pass_over_a_folder_of_ten_classes_gives_a_feature_per_image(tmp_path: Path) -> None:
     make_folder(tmp_path, 12, distinct=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"class {number}" for number in range(10)]
     assert sum(map(len, run_once(tmp_path, "test_resnet", batch_size=5))) == 12
@@ -37,7 +37,7 @@ def test_a_small_run_writes_its_samples_and_ratios(tmp_path: Path) -> None:
     assert "| read and decode " in page
 
 
-def test_a_command_that_fails_is_no_measurement() -> None:
+def test_a_command_that_fails_raises() -> None:
     with pytest.raises(RuntimeError, match=r"exit\(3\) ended with 3"):
         pictures_per_second.run([sys.executable, "-c", "exit(3)"], threads=1)
     cpu, wall = pictures_per_second.run([sys.executable, "-c", "sum(range(10**6))"], threads=1)

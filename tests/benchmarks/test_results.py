@@ -1,4 +1,4 @@
-"""`results.py` and `plots.py`: what was measured comes back from its files, and a file is whole or not there."""
+"""`results.py` and `plots.py`: reports round-trip through files, and writes are atomic."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 CPU = torch.device("cpu")
 
 
-def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
+def test_a_report_round_trips(tmp_path: Path) -> None:
     report = _report()
     results.write_report(report, tmp_path / "again")
     assert asdict(results.read_report(tmp_path / "again.json")) == asdict(report)
 
 
-def test_a_report_from_before_kernels_were_counted_can_be_read() -> None:
+def test_a_report_without_kernel_counts_can_be_read() -> None:
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "cpu-2-cores" / "backward_time.json"
     report = results.read_report(path)
     assert len(report.rows) > 20
@@ -28,7 +28,7 @@ def test_a_report_from_before_kernels_were_counted_can_be_read() -> None:
 
 
 def _on_a_gpu() -> results.Report:
-    """As a card would have it: a frozen backward of 20 µs of kernels that takes 150 µs to launch."""
+    """Return rows as from a GPU: a frozen backward with kernels of 20 µs that take 150 µs to launch."""
     report = _report()
     for row in report.rows:
         row.loop_ms = [39.0, 41.0] * 3
@@ -44,7 +44,7 @@ def _on_a_gpu() -> results.Report:
     return report
 
 
-def test_a_row_that_waits_for_the_host_is_called_launch_bound(tmp_path: Path) -> None:
+def test_a_row_that_waits_for_the_host_is_launch_bound(tmp_path: Path) -> None:
     report = _on_a_gpu()
     assert {row.variant: row.launch_bound for row in report.rows} == {
         "unfrozen": [],
@@ -66,7 +66,7 @@ def test_a_row_that_waits_for_the_host_is_called_launch_bound(tmp_path: Path) ->
     assert (written["loop_ms_median"], written["backward_device_ms"]) == ("40", "20.0")
 
 
-def test_memory_that_ran_short_while_a_clock_ran_is_told() -> None:
+def test_allocation_retries_during_timing_are_reported() -> None:
     report = _on_a_gpu()
     assert "freed its cache" not in results.as_markdown(report)
     report.rows[0].allocation_retries = 2
@@ -98,7 +98,7 @@ def test_ratios_are_taken_pass_by_pass() -> None:
     assert "| top 1 groups train |" in page
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "result.txt"
     path.write_text("old")
 
@@ -111,16 +111,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("result.txt", "old")]
 
 
-def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+def test_a_reader_never_reads_an_incomplete_file(tmp_path: Path) -> None:
     path = tmp_path / "result.txt"
     path.write_text("old")
     with path.open() as reader:
         results.write_text(path, "new")
-        assert reader.read() == "old"  # moved into place beside the old file, not written into it
+        assert reader.read() == "old"  # renamed over the old file, not written into it
     assert path.read_text() == "new"
 
 
-def test_a_scale_is_logarithmic_where_bars_are_far_apart() -> None:
+def test_a_scale_is_logarithmic_for_very_different_bars() -> None:
     figure = Figure()
     near, far = figure.subplots(1, 2)
     plots.draw_bars(far, _report(), "net", "backward_ms", "backward")
@@ -128,7 +128,7 @@ def test_a_scale_is_logarithmic_where_bars_are_far_apart() -> None:
     assert (far.get_yscale(), near.get_yscale()) == ("log", "linear")
 
 
-def test_the_kernels_are_marked_on_the_bars_of_a_gpu() -> None:
+def test_kernel_times_are_marked_on_the_bars_of_a_gpu() -> None:
     figure = Figure()
     gpu, cpu = figure.subplots(1, 2)
     for axes, report in ((gpu, _on_a_gpu()), (cpu, _report())):

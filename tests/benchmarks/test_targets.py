@@ -1,4 +1,4 @@
-"""`targets.py`: a verdict says what its ratio says, and no target is lost."""
+"""`targets.py`: verdicts follow the ratios, and every target is recorded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _cannot(blueprint: peer_methods.Blueprint, network: nn.Module) -> nn.Module:
         (None, "not measured"),
     ],
 )
-def test_a_verdict_says_what_its_ratio_says(ratio: timing.Interval | None, verdict: str) -> None:
+def test_a_verdict_follows_its_ratio(ratio: timing.Interval | None, verdict: str) -> None:
     assert ratios.Target("net", "ours / theirs", 1.0, ratio).verdict == verdict
 
 
@@ -53,7 +53,7 @@ def _setup() -> backward_time.Setup:
     )
 
 
-def test_the_frozen_network_keeps_as_much_as_the_bare_head() -> None:
+def test_the_frozen_network_saves_as_many_bytes_as_the_bare_head() -> None:
     backward, step, saved = targets.against_the_limit("test_vit", _setup())
     assert saved.ratio == timing.Interval(1.0, 1.0, 1.0)
     assert saved.verdict == "met"
@@ -61,7 +61,7 @@ def test_the_frozen_network_keeps_as_much_as_the_bare_head() -> None:
     assert step.noise is not None
 
 
-def test_depths_are_compared_pair_by_pair() -> None:
+def test_depths_are_compared_in_pairs() -> None:
     compared = list(targets.falls_with_depth("test_resnet", _setup()))
     assert [target.what for target in compared][-1] == "backward, top 0 groups train / top 1"
     assert len(compared) == 5
@@ -81,9 +81,7 @@ def test_a_method_that_is_not_installed_is_not_measured() -> None:
 
 
 @pytest.mark.parametrize("instructions", [True, False])
-def test_half_precision_is_measured_where_there_are_instructions(
-    monkeypatch: pytest.MonkeyPatch, instructions: bool
-) -> None:
+def test_half_precision_is_measured_with_bf16_instructions(monkeypatch: pytest.MonkeyPatch, instructions: bool) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: instructions)
     (target,) = targets.half_precision("test_resnet", _setup())
@@ -104,7 +102,7 @@ def _missed(model: str = "net") -> ratios.Target:
     return ratios.compared(model, "ours / theirs", 0.5, ratios.Paired([2.0] * 6, [1.0] * 6))
 
 
-def test_a_ratio_keeps_what_it_was_taken_from() -> None:
+def test_a_ratio_keeps_its_samples() -> None:
     (wrapped,) = targets.wrapper_forward("test_vit", _setup())
     for ratio, samples in ((wrapped.ratio, wrapped.samples), (wrapped.noise, wrapped.noise_samples)):
         assert samples is not None
@@ -166,7 +164,7 @@ def test_an_error_in_one_question_does_not_affect_others(tmp_path: Path) -> None
     assert f"Refused: net0, a question: {reason}" in (tmp_path / "targets.md").read_text()
 
 
-def test_what_is_asked_of_which_model() -> None:
+def test_the_questions_for_each_model() -> None:
     asked = [(question.model, question.what) for question in targets.list_questions(["resnet18", "test_vit"], _setup())]
     every = {"against the limit", "the wrapper's forward", "depth by depth"}
     assert {what for model, what in asked if model == "test_vit"} == every

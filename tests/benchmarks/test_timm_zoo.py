@@ -1,4 +1,4 @@
-"""The support matrix: how it decides, how it goes on after an interruption, and what it writes."""
+"""The support matrix: decisions, resuming after an interruption, and the page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESULTS = Path(timm_zoo.__file__).parent / "results" / "timm_zoo"
 
 
 class Chain(nn.Module):
-    """Three layers in the order of their names, or with the last one used first."""
+    """Three layers that run in the order of their names, or the last one first."""
 
     def __init__(self, *, last_comes_first: bool) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def test_a_group_that_runs_after_a_later_one_is_found() -> None:
     assert trace(Chain(last_comes_first=True), features).walked_through == {(0, 2), (1, 2)}
 
 
-def test_what_is_written_into_a_view_counts_for_all_of_it() -> None:
+def test_a_write_into_a_view_counts_for_the_whole_tensor() -> None:
     class WritesInPlace(Chain):
         def forward(self, features: Tensor) -> Tensor:
             table = torch.zeros(2, 4, device=features.device)
@@ -62,7 +62,7 @@ def test_what_is_written_into_a_view_counts_for_all_of_it() -> None:
     assert (0, 2) in trace(WritesInPlace(last_comes_first=True), torch.empty(2, 4, device="meta")).walked_through
 
 
-def test_dropout_is_random_only_where_it_drops() -> None:
+def test_dropout_is_random_only_with_a_rate() -> None:
     features = torch.empty(2, 4, device="meta")
     for rate, is_random in ((0.0, False), (0.5, True)):
         backbone = nn.Sequential(nn.Linear(4, 4), nn.Dropout(rate))
@@ -73,7 +73,7 @@ def test_dropout_is_random_only_where_it_drops() -> None:
     ("name", "kept", "comes_back"),
     [("test_vit", True, True), ("levit_128s", True, False), ("volo_d1_224", False, False)],
 )
-def test_what_is_said_of_an_architecture(name: str, kept: bool, comes_back: bool) -> None:
+def test_the_record_of_an_architecture(name: str, kept: bool, comes_back: bool) -> None:
     structure = examine_structure(name, "its family")
     values = examine_values(structure)
     assert structure.refused is None
@@ -84,13 +84,13 @@ def test_what_is_said_of_an_architecture(name: str, kept: bool, comes_back: bool
     assert values.keep_round_trip == ("equal" if kept else None)
 
 
-def test_an_encoder_is_refused_and_decides_nothing() -> None:
+def test_an_encoder_is_refused_and_does_not_decide_for_others() -> None:
     structure = examine_structure("gemma4_vit_167m_enc", "gemma4_vit")
     assert "no classifier to take off" in str(structure.refused)
     assert record.decide_kept(structure, {}, []).kept is False
 
 
-def test_without_values_its_like_decides_and_says_so() -> None:
+def test_without_values_a_similar_architecture_decides() -> None:
     structure = examine_structure("test_vit", "vision_transformer")
     values = {"test_vit": examine_values(structure)}
     large = replace(structure, name="vit_large")
@@ -99,12 +99,12 @@ def test_without_values_its_like_decides_and_says_so() -> None:
     kept = record.decide_kept(large, values, alike)
     assert (kept.kept, kept.proof, kept.like) == (True, "structure", "test_vit")
     assert record.decide_kept(large, {}, alike).kept is None
-    # Two that lose the same modules and disagree say nothing of a third.
+    # Two that lose the same modules and disagree decide nothing for a third.
     values["vit_other"] = replace(values["test_vit"], name="vit_other", keep_refused="differs")
     assert record.decide_kept(large, values, [*alike, "vit_other"]).kept is None
 
 
-def test_a_line_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
+def test_a_truncated_line_is_examined_again(tmp_path: Path) -> None:
     path = tmp_path / "zoo.jsonl"
     structure = examine_structure("test_vit", "vision_transformer")
     record.write_line(path, "structure", structure)
@@ -114,7 +114,7 @@ def test_a_line_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
     assert list(record.read_lines(path)[0]) == ["test_vit", "another"]
 
 
-def test_the_command_writes_the_matrix_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_the_command_writes_the_matrix_and_resumes(tmp_path: Path) -> None:
     started = tmp_path / f"zoo.timm-{timm.__version__}.jsonl"
     done = replace(examine_structure("test_resnet", "resnet"), width=1, parameters=10**9)
     record.write_line(started, "structure", done)
@@ -154,7 +154,7 @@ def test_the_page_is_the_summary_of_the_matrix_and_readme_quotes_it() -> None:
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "samvit_base_patch16_224", "test_vit"])
-def test_the_share_of_the_last_group_is_told(name: str) -> None:
+def test_the_share_of_the_last_group_is_recorded(name: str) -> None:
     structure = examine_structure(name, "its family")
     with torch.device("meta"):
         model = FineTuneModel.from_timm(name, num_classes=7).freeze_backbone(trainable_groups=1)

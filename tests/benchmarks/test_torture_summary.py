@@ -1,4 +1,4 @@
-"""The page that sums up the torture test: what it counts, what it names, what it refuses to read."""
+"""The summary page of the torture test: counts, failures, and invalid reports."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torture_summary
 
 REPORT = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites><testsuite name="pytest" time="90.0" timestamp="2026-11-24T04:00:00.000000+00:00">
-<testcase name="test_the_share_that_always_runs_is_broad" time="1" />
-<testcase name="test_every_family_meets_every_condition[efficientnet_v2-adamw-none-plain]" time="1" />
-<testcase name="test_every_family_meets_every_condition[efficientnet_v2-adamw-zeros-plain]" time="1" />
-<testcase name="test_every_family_meets_every_condition[vit-adamw-none-plain]" time="1" />
-<testcase name="test_every_family_meets_every_condition[vit-adamw-none-checkpointing]" time="1">
+<testcase name="test_the_default_cases_cover_all_conditions" time="1" />
+<testcase name="test_every_family_under_every_condition[efficientnet_v2-adamw-none-plain]" time="1" />
+<testcase name="test_every_family_under_every_condition[efficientnet_v2-adamw-zeros-plain]" time="1" />
+<testcase name="test_every_family_under_every_condition[vit-adamw-none-plain]" time="1" />
+<testcase name="test_every_family_under_every_condition[vit-adamw-none-checkpointing]" time="1">
 <skipped type="pytest.skip" message="has no gradient checkpointing">more</skipped></testcase>
-<testcase name="test_every_family_meets_every_condition[vit-adamw-zeros-checkpointing]" time="1">
+<testcase name="test_every_family_under_every_condition[vit-adamw-zeros-checkpointing]" time="1">
 <skipped type="pytest.skip" message="has no gradient checkpointing">more</skipped></testcase>
-<testcase name="test_every_family_meets_every_condition[vit-adamw-zeros-plain]" time="1">{}</testcase>
+<testcase name="test_every_family_under_every_condition[vit-adamw-zeros-plain]" time="1">{}</testcase>
 </testsuite></testsuites>
 """
 FAILURE = '<failure message="AssertionError: 3 frozen tensors moved">a trace</failure>'
@@ -31,7 +31,7 @@ def summarise(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     return torture_summary.main(), page
 
 
-def test_it_counts_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_and_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, page = summarise(REPORT.format(""), tmp_path, monkeypatch)
     assert status == 0
     text = page.read_text()
@@ -42,7 +42,7 @@ def test_it_counts_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "ended 2026-11-24T04:01:30+00:00, 2 minutes" in text
 
 
-def test_a_failure_is_told_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_listed_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, page = summarise(REPORT.format(FAILURE), tmp_path, monkeypatch)
     assert status == 1
     assert "- failed: AssertionError: 3 frozen tensors moved: 1 case: vit (plain)" in page.read_text()
@@ -52,7 +52,7 @@ def test_a_failure_is_told_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "text", ["no xml", "<testsuites><testsuite time='1' timestamp='2026-11-24T04:00:00'/></testsuites>"]
 )
-def test_a_report_of_something_else_is_refused(
+def test_a_report_of_other_tests_raises(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):

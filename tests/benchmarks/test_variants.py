@@ -1,4 +1,4 @@
-"""`variants.py` and `equality.py`: right variants are proved, wrong ones are refused, each by what is wrong with it."""
+"""`variants.py` and `equality.py`: correct variants pass, and wrong ones raise with the reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _variant(network: networks.Network, kind: str) -> variants.Variant:
 
 @pytest.mark.parametrize("kind", ["unfrozen", "partial", "frozen", "limit"])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
-def test_right_variants_are_proved(name: str, kind: str) -> None:
+def test_correct_variants_pass(name: str, kind: str) -> None:
     network = _network(name)
     equality.prove_equal(_variant(network, kind), network)
 
@@ -41,12 +41,12 @@ def _other_logits(network: networks.Network, variant: variants.Variant) -> varia
 def _statistics_that_move(network: networks.Network, variant: variants.Variant) -> variants.Variant:
     def enter() -> None:
         variant.enter()
-        # What a trainer's own train() does to a backbone that was frozen by requires_grad alone.
+        # The effect of a trainer's train() on a backbone that was frozen by requires_grad alone.
         for module in network.model.modules():
             module.training = True
 
     def logits() -> Tensor:
-        # The features come from before the statistics move, so that the buffers alone tell.
+        # The features are computed before the statistics change, so only the buffers differ.
         network.model.backbone.eval()
         answer = variant.logits()
         nn.Module.train(network.model.backbone, True)
@@ -94,7 +94,7 @@ def _not_a_number(network: networks.Network, variant: variants.Variant) -> varia
         (_nothing_frozen, "a gradient where none belongs, .*: backbone.conv1.0.weight"),
     ],
 )
-def test_a_wrong_variant_is_refused(
+def test_a_wrong_variant_raises(
     spoil: Callable[[networks.Network, variants.Variant], variants.Variant], complaint: str
 ) -> None:
     network = _network("test_resnet")
@@ -133,19 +133,19 @@ def _network_with_dropout() -> networks.Network:
     return networks.Network("dropout", model, torch.randn(4, 3, 8, 8), torch.arange(4))
 
 
-def test_a_compiled_network_with_dropout_is_proved() -> None:
+def test_a_compiled_network_with_dropout_passes() -> None:
     network = _network_with_dropout()
     compiled = variants.variants_of(network, compiled=True)
     assert [variant.kind for variant in compiled][-2:] == ["frozen", "limit"]
     for variant in compiled:
         equality.prove_equal(variant, network)
-    # By torch's own random numbers, or there would be nothing to prove: compiled code draws others.
+    # With torch's own random numbers, because compiled code draws others.
     with pytest.raises(equality.WrongVariantError, match="logits: off by"):
         equality.prove_equal(replace(compiled[0], proof_logits=None), network)
 
 
 class _Compiler:
-    """A stand-in for `torch.compile`: records what runs through it, and gives its results `times` what they were."""
+    """A stand-in for `torch.compile`: records the modules that it runs, and multiplies their outputs by `times`."""
 
     def __init__(self, times: float = 1.0) -> None:
         self.times = times
@@ -161,7 +161,7 @@ class _Compiler:
 
 
 @pytest.mark.parametrize("build", [_network_with_dropout, lambda: _network("test_resnet")])
-def test_a_wrong_compiled_variant_is_refused(
+def test_a_wrong_compiled_variant_raises(
     monkeypatch: pytest.MonkeyPatch, build: Callable[[], networks.Network]
 ) -> None:
     monkeypatch.setattr(torch, "compile", _Compiler(1.05))
@@ -171,7 +171,7 @@ def test_a_wrong_compiled_variant_is_refused(
             equality.prove_equal(variant, network)
 
 
-def test_the_limits_classifier_is_compiled_as_the_others_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_classifier_of_the_limit_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = _Compiler()
     monkeypatch.setattr(torch, "compile", compiler)
     network = _network("test_resnet")
@@ -191,7 +191,7 @@ def test_the_limits_classifier_is_compiled_as_the_others_is(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16)])
-def test_a_step_runs_in_the_precision_asked_for(precision: variants.Precision, dtype: torch.dtype) -> None:
+def test_a_step_runs_in_the_given_precision(precision: variants.Precision, dtype: torch.dtype) -> None:
     network = _network("test_resnet")
     right = _variant(network, "frozen")
     dtypes: list[torch.dtype] = []
@@ -208,7 +208,7 @@ def test_a_step_runs_in_the_precision_asked_for(precision: variants.Precision, d
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
-def test_both_sides_train_with_the_optimizer_that_suits_the_device(
+def test_both_sides_train_with_the_optimizer_for_the_device(
     monkeypatch: pytest.MonkeyPatch, device: str, fused: bool | None
 ) -> None:
     made: list[bool | None] = []

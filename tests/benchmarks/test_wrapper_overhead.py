@@ -1,4 +1,4 @@
-"""`wrapper_overhead.py`: its comparisons are paired, its growth exponents right."""
+"""`wrapper_overhead.py`: paired comparisons and growth exponents."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_growth_is_the_exponent(exponent: int) -> None:
     assert ("(not linear)" in wrapper_overhead.as_markdown(report)) == (exponent > 1)
 
 
-def test_what_the_wrapper_does_grows_with_the_tensors_and_no_faster() -> None:
+def test_the_wrappers_work_is_linear_in_the_number_of_tensors() -> None:
     with torch.device("meta"):
         shallow, deep = (FineTuneModel.from_timm("test_vit", num_classes=3, depth=depth) for depth in (12, 96))
     tensors = [len(list(model.parameters())) for model in (shallow, deep)]

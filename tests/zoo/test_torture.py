@@ -70,7 +70,7 @@ def test_frozen_tensors_are_constant_and_the_rest_trains(name: str, condition: C
 @pytest.mark.slow
 @pytest.mark.parametrize("condition", CONDITIONS, ids=str)
 @pytest.mark.parametrize("name", SMALL)
-def test_every_condition_occurs(name: str, condition: Condition) -> None:
+def test_every_family_under_every_condition(name: str, condition: Condition) -> None:
     run(name, condition)
 
 
