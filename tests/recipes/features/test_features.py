@@ -33,7 +33,7 @@ from backbone_finetune.recipes import (
     fine_tune,
     make_accelerator,
 )
-from backbone_finetune.recipes.features.cache import MANIFEST
+from backbone_finetune.recipes.features.cache import MANIFEST, SLOT
 from backbone_finetune.recipes.features.frozen_pass import autocast_dtype
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def is_mapped(tensor: Tensor) -> bool:
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(address, 16) for address in line.split()[0].split("-"))
         if start <= tensor.data_ptr() < end:
-            return "/slot-" in line
+            return "/backbone-features-" in line
     raise AssertionError("a tensor in no part of memory")
 
 
@@ -264,7 +264,7 @@ def test_features_that_cannot_be_stored_raise(tmp_path: Path, backbone: nn.Modul
     cache = FeatureCache(tmp_path / "train", "data") if kept else None
     with pytest.raises(ValueError, match=message):
         extract(make_model(backbone), cache)
-    assert not list(tmp_path.glob("train/manifest.json"))
+    assert not list(tmp_path.glob(f"train/{MANIFEST}"))
 
 
 @pytest.mark.parametrize(
@@ -300,9 +300,9 @@ def test_only_features_larger_than_the_share_stay_on_disk(tmp_path: Path) -> Non
     for slot in (0, 1):
         assert is_mapped(mapped[slot])
         assert not is_mapped(read[slot])
-    octets = (tmp_path / "train" / "slot-0.bin").read_bytes()
+    octets = (tmp_path / "train" / SLOT.format(0)).read_bytes()
     mapped[0].zero_()  # changes a copy of the page, not the file
-    assert (tmp_path / "train" / "slot-0.bin").read_bytes() == octets
+    assert (tmp_path / "train" / SLOT.format(0)).read_bytes() == octets
 
 
 def test_features_too_large_for_memory_are_in_a_temporary_folder(
@@ -317,7 +317,7 @@ def test_features_too_large_for_memory_are_in_a_temporary_folder(
     found = extract(model)
     assert all(map(torch.equal, found, expected))
     assert is_mapped(found[0])
-    assert "slot-0.bin" in during
+    assert SLOT.format(0) in during
     assert not list(tmp_path.iterdir())
     assert f"features: on disk in {tmp_path}" in logged()[0]
 
@@ -521,20 +521,20 @@ def test_other_data_precision_or_versions_recompute_features(
 
 
 def truncate(folder: Path) -> None:
-    os.truncate(folder / "slot-0.bin", 100)
+    os.truncate(folder / SLOT.format(0), 100)
 
 
 def lengthen(folder: Path) -> None:
-    with open(folder / "slot-1.bin", "ab") as file:
+    with open(folder / SLOT.format(1), "ab") as file:
         file.write(b"more")
 
 
 def fill_with_zeros(folder: Path) -> None:
-    (folder / "slot-0.bin").write_bytes(bytes(704))
+    (folder / SLOT.format(0)).write_bytes(bytes(704))
 
 
 def remove_a_slot(folder: Path) -> None:
-    (folder / "slot-1.bin").unlink()
+    (folder / SLOT.format(1)).unlink()
 
 
 def remove_the_manifest(folder: Path) -> None:
@@ -581,26 +581,21 @@ def test_a_damaged_cache_is_recomputed(
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_a_folder_of_other_files_raises_before_any_work(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
+def test_other_files_in_the_folder_are_left_alone(tmp_path: Path, logged: Logged) -> None:
+    for name in ("thesis.tex", "manifest.json", "lock", "slot-0.bin", "features-0.bin"):
+        (tmp_path / name).write_text("years of work")
     model = make_model()
-    passes = Passes(model)
-    with pytest.raises(FileExistsError, match=r"is no folder of cached features \(thesis.tex\); pass a folder"):
-        extract(model, FeatureCache(tmp_path, "data"))
-    with pytest.raises(
-        FileExistsError, match=r"thesis.tex is no folder of cached features .*; pass a folder of its own"
-    ):
-        extract(model, FeatureCache(tmp_path / "thesis.tex", "data"))
-    assert passes.count == 0
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-def test_a_folder_in_place_of_a_file_raises(tmp_path: Path) -> None:
-    (tmp_path / "slot-9.bin").mkdir()
-    (tmp_path / "slot-9.bin" / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"is no folder of cached features \(slot-9\.bin\)"):
-        extract(make_model(), FeatureCache(tmp_path, "data"))
-    assert (tmp_path / "slot-9.bin" / "thesis.tex").exists()
+    for data in ("these", "others"):
+        expected = extract(model, FeatureCache(tmp_path, data))
+    assert all(map(torch.equal, extract(model, FeatureCache(tmp_path, "others")), expected))
+    kept = [path for path in tmp_path.iterdir() if not path.name.startswith("backbone-features")]
+    assert len(kept) == 5
+    assert {path.read_text() for path in kept} == {"years of work"}
+    logged()
+    extract(model, FeatureCache(tmp_path / "thesis.tex", "data"))
+    assert logged() == [
+        f"{tmp_path / 'thesis.tex'} cannot hold the features (File exists); going on without this cache"
+    ]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links take privileges elsewhere")
@@ -783,7 +778,7 @@ def test_another_process_its_peak_memory_its_cache_and_what_it_leaves_when_kille
         process.send_signal(signal.SIGKILL)
 
     # 32 images are 8 MiB of features and 1024 are 256 MiB: 248 MiB more if they were in memory.
-    assert (tmp_path / "1024 images" / "slot-0.bin").stat().st_size == 256 * 2**20
+    assert (tmp_path / "1024 images" / SLOT.format(0)).stat().st_size == 256 * 2**20
     assert peaks[1] - peaks[0] < 32
 
     # Hashes of strings and the order of sets differ between processes; keys must not.
@@ -796,7 +791,7 @@ def test_another_process_its_peak_memory_its_cache_and_what_it_leaves_when_kille
     assert logged() == []
 
     killed = FeatureCache(tmp_path / "killed", "data")
-    assert (killed.folder / "slot-0.bin").exists()
+    assert (killed.folder / SLOT.format(0)).exists()
     assert not (killed.folder / MANIFEST).exists()
     assert all(map(torch.equal, extract(model, killed, loader=loader, autocast=True), expected))
     assert passes.count == 1 + 1 + 3  # the check of each cache, and three batches

@@ -26,7 +26,6 @@ from backbone_finetune.recipes.models.file import (
     save_trained_model,
 )
 from backbone_finetune.recipes.models.weights import (
-    BaseWeights,
     load_network,
     load_packaged_network,
     remember_base,
@@ -175,12 +174,6 @@ def test_random_weights_as_base_raise() -> None:
     _, source, words, network = load_network("test_resnet")
     with pytest.raises(ValueError, match="the backbone starts from random weights, which cannot be built again"):
         remember_base(FineTuneModel.from_timm(network, num_classes=3), source, words)
-
-
-def test_the_base_of_another_model_raises(tmp_path: Path) -> None:
-    other = BaseWeights("file", "weights from base.pth", {"backbone.weight": "0"})
-    with pytest.raises(ValueError, match="the base is that of another model"):
-        save_trained_changes(make_trained(), other, tmp_path / "changes.safetensors", record={})
 
 
 def test_predictions_are_the_most_likely_classes_in_order(tmp_path: Path) -> None:

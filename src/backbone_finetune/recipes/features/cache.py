@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
@@ -33,8 +32,8 @@ from .frozen_pass import Front
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, LOCK_FILE = "manifest.json", "lock"
-_OWN_FILES = re.compile(r"manifest\.json|\.manifest\.json\.\d+|slot-\d+\.bin|lock|shared-[0-9a-f-]{36}")
+# No file of anyone else has such a name: they are replaced, and others in the folder are left alone.
+MANIFEST, LOCK_FILE, SLOT = "backbone-features.json", "backbone-features.lock", "backbone-features-{}.bin"
 _FORMAT = "backbone-finetune features 4"
 _KEY = TypeAdapter(dict[str, str])
 
@@ -50,7 +49,7 @@ class FeatureCache:
     """Where features are kept between runs, and which images they come from.
 
     Args:
-        folder: Holds the features of one dataset and nothing else.
+        folder: Holds the features of one dataset.
         data_fingerprint: Names the images and targets. ``data_fingerprint(dataset)`` computes one; a name of your own
             serves as well, as long as it changes when they do.
         memory_share: Features that take more than this share of the machine's memory stay on disk, memory-mapped.
@@ -86,16 +85,7 @@ def backbone_fingerprint(backbone: nn.Module, trained: Set[str] = frozenset()) -
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Lock a folder of features in the block; waits for another process that has it.
-
-    Raises:
-        FileExistsError: it is a file, or holds other files than features, which would be replaced.
-    """
-    others = {*([folder] if folder.is_file() else folder.glob("*"))} - set(_own_files(folder))
-    if names := sorted(path.name for path in others):
-        raise FileExistsError(
-            f"{folder} is no folder of cached features ({', '.join(names[:3])}); pass a folder of its own for the cache"
-        )
+    """Lock a folder of features in the block; waits for another process that has it."""
     with _writing_to(folder):
         folder.resolve().mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK_FILE)
@@ -114,16 +104,14 @@ class RowStore:
     def __init__(self, folder: Path, *, count: int, layout: Layout, key: Mapping[str, str]) -> None:
         self.folder, self.count, self.layout = folder, count, layout
         self.key = {"format": _FORMAT, "image count": str(count), **key}
-        self.slots = [folder / f"slot-{index}.bin" for index in range(len(layout))]
+        self.slots = [folder / SLOT.format(index) for index in range(len(layout))]
 
     def find_problem(self, sample: Sequence[Tensor], *, autocast: bool) -> str | None:
         """Say why stored features cannot be used, None where they can be, "" where there are none.
 
-        Args:
-            sample: What the rows of ``spread_rows`` are when they are computed now.
-            autocast: Whether they were computed under bf16.
+        ``sample`` is what the rows of ``spread_rows`` are when they are computed now, under ``autocast`` or not.
         """
-        if not any(path.suffix == ".bin" or path.name == MANIFEST for path in _own_files(self.folder)):
+        if not self._stored():
             return ""
         try:
             made = _KEY.validate_json((self.folder / MANIFEST).read_bytes())
@@ -139,9 +127,8 @@ class RowStore:
     def allocate(self) -> None:
         """Remove the features that are there, and create files for those to come at their whole size."""
         with _writing_to(self.folder):
-            for path in _own_files(self.folder):  # removed, not truncated: another process may have mapped them
-                if path.name != LOCK_FILE:
-                    path.unlink()
+            for path in self._stored():  # removed, not truncated: another process may have mapped them
+                path.unlink()
             needed = self.count * sum(map(bytes_per_row, self.layout))
             if (free := shutil.disk_usage(self.folder).free) < needed:
                 raise OSError(errno.ENOSPC, f"the features take {needed:,} bytes, and {free:,} are free")
@@ -183,6 +170,9 @@ class RowStore:
             slots.append(torch.from_numpy(load(path, numpy.uint8)).view(dtype).view(self.count, *shape))
         return slots
 
+    def _stored(self) -> list[Path]:
+        return [path for path in (self.folder / MANIFEST, *self.folder.glob(SLOT.format("*"))) if path.exists()]
+
 
 def layout_of(rows: Sequence[Tensor]) -> Layout:
     """Name the dtype and shape per image of each tensor."""
@@ -209,10 +199,6 @@ def _agree(stored: Sequence[Tensor], computed: Sequence[Tensor], *, autocast: bo
         if not torch.allclose(one.double(), other.double(), rtol=0, atol=tolerance * largest, equal_nan=True):
             return False
     return True
-
-
-def _own_files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*") if _OWN_FILES.fullmatch(path.name) and path.is_file()]
 
 
 @contextmanager

@@ -61,7 +61,6 @@ def extract_features(
         title: show a progress bar under this name.
 
     Raises:
-        FileExistsError: the cache's folder holds other files.
         ValueError: part of the backbone trains; the loader shuffles, drops images or has none; or what it or the
             backbone gives is not what can be stored.
     """

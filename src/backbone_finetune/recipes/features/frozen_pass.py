@@ -124,10 +124,6 @@ class FrozenPass:
 
         On a CPU, the worker that loaded a batch runs the front on it too. There, each batch runs on one core whether
         there are workers or not: with other numbers of threads some networks give other last bits.
-
-        Raises:
-            ValueError: a batch is not ``(inputs, ..., targets)``, or does not fit the backbone's forward.
-            UncacheableError: the front returns something else than tensors with an entry per image.
         """
         show = partial(tqdm, desc=title, unit="batch", disable=title is None)
         if isinstance(loader, DeviceLoader) and self.device.type == "cpu" and self.compile is None and can_fork():
@@ -148,7 +144,7 @@ class FrozenPass:
             torch.set_num_threads(threads)
 
     def __call__(self, batch: Any) -> Features:
-        """Run on one batch, and return the results and the targets on the CPU; raises as ``over``."""
+        """Run on one batch, and return the results and the targets on the CPU, or raise UncacheableError."""
         inputs, targets = split_row(batch)
         module = self.front.module
         taken = signature(module.forward)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..data.loading import DeviceLoader
 from ..together import is_alone, run_on_main, together
-from .cache import FeatureCache, Layout, RowStore, UnwritableStoreError, bytes_per_row, claim, layout_of
+from .cache import SLOT, FeatureCache, Layout, RowStore, UnwritableStoreError, bytes_per_row, claim, layout_of
 from .dataset import Features
 from .frozen_pass import FrozenPass, UncacheableError
 
@@ -111,7 +111,7 @@ def _rows_on_disk(
                 logger.info("features in %s: %s; computing them again", folder, problem)
             if problem is not None:
                 store.allocate()
-            token = folder / f"shared-{uuid4()}"
+            token = folder / SLOT.format(uuid4())
             token.touch()
             held.callback(token.unlink, missing_ok=True)
             return problem is None, token.name
