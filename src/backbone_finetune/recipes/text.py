@@ -19,30 +19,19 @@ def printable(text: str) -> str:
 
 
 def one_line(value: object, *, most: int = 80) -> str:
-    r"""Write a value on one line, cut after ``most`` characters.
-
-    >>> one_line("two\n lines"), one_line([1, 2]), one_line("0123456789", most=5)
-    ('two lines', '[1, 2]', '01234...')
-    """
+    """Write a value on one line, cut after ``most`` characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def join_some(parts: Sequence[str], *, most: int = 3, separator: str = ", ") -> str:
-    """Join the first parts and count the rest.
-
-    >>> join_some(["a", "b"]), join_some(["a", "b", "c", "d"])
-    ('a, b', 'a, b, c and 1 more')
-    """
+    """Join the first parts and count the rest: "a, b, c and 1 more"."""
     more = f" and {len(parts) - most} more" if len(parts) > most else ""
     return separator.join(parts[:most]) + more
 
 
 def describe_fault(error: ValidationError) -> str:
-    """Write the first fault that pydantic found as one sentence: where it is, what came, and what is allowed.
-
-    It is as ``epochs = 0: input should be greater than or equal to 1``.
-    """
+    """Write the first fault that pydantic found as "epochs = 0: input should be greater than or equal to 1"."""
     fault = error.errors(include_url=False)[0]
     place = " ".join(part if isinstance(part, str) else str(part + 1) for part in fault["loc"])
     came = "" if fault["type"] == "missing" else f" = {one_line(repr(fault['input']))}"

@@ -8,8 +8,6 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
-from ..data.images import is_read
-
 
 class Features(TensorDataset):
     """Features and targets, ``tensors = (*features, targets)``; ``structure`` says what the backbone's output was.
@@ -27,15 +25,6 @@ class Features(TensorDataset):
 def module_inputs(data: Dataset[Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
     """Arrange a batch of a dataset's input tensors as the arguments of a module: of features, the one it expects."""
     return (tree_unflatten(list(inputs), data.structure),) if isinstance(data, Features) else tuple(inputs)
-
-
-def without_unread(data: TensorDataset) -> TensorDataset:
-    """Leave out the images that could not be read."""
-    seen = is_read(data.tensors[-1])
-    if seen.all():
-        return data
-    tensors = [tensor[seen] for tensor in data.tensors]
-    return Features(tensors, data.structure) if isinstance(data, Features) else TensorDataset(*tensors)
 
 
 def feature_batches(

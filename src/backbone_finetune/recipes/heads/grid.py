@@ -21,8 +21,9 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.measures import count_classes
 
 from ..checking import NotNegative, Positive, validated
+from ..data.images import is_read
 from ..data.targets import check_targets
-from ..features.dataset import feature_batches, module_inputs, without_unread
+from ..features.dataset import Features, feature_batches, module_inputs
 from ..features.extract import find_device_of
 
 _listed = BeforeValidator(lambda rates: list(rates) if isinstance(rates, Iterable) else rates)  # an array, too
@@ -180,7 +181,9 @@ def check_features(name: str, data: TensorDataset) -> TensorDataset:
     """Check that there are features; returns those without images that could not be read."""
     if not isinstance(data, TensorDataset):
         raise ValueError(f"{name} is a {type(data).__name__}; pass what extract_features returns")
-    data = without_unread(data)
+    if not (read := is_read(data.tensors[-1])).all():
+        tensors = [tensor[read] for tensor in data.tensors]
+        data = Features(tensors, data.structure) if isinstance(data, Features) else TensorDataset(*tensors)
     if not len(data):
         raise ValueError(f"len({name}) = 0: expected one image or more")
     return data
