@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from image_folders import make_folder
 from safetensors.torch import load_file
@@ -129,3 +131,33 @@ def test_folds_are_those_of_the_training_images(tmp_path: Path, capsys: pytest.C
     assert main([*arguments, str(tmp_path / "plain")]) == 0
     plain, folded = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "run"))
     assert all(torch.equal(tensor, folded[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("options", [(), ("--trainable-only",)])
+def test_a_model_file_is_trained_further(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    """With its classifier if the classes are the same: at a rate of next to nothing, it answers as before."""
+    same, fewer = make_folder(tmp_path / "same"), make_folder(tmp_path / "fewer")
+    shutil.rmtree(fewer / "green")
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)
+    first, second, third = (tmp_path / name / "model.safetensors" for name in ("first", "second", "third"))
+    small = ["--epochs", "1", "--batch-size", "8", "--lr"]
+    start = ["--model", "test_resnet", "--checkpoint", str(weights), "--output", str(first.parent)]
+    assert main(["train", str(same), *small, "0.1", *start]) == 0
+    assert main(["train", str(same), *small, "1e-12", "--checkpoint", str(first), "--output", str(second.parent)]) == 0
+    before, after = (load_file(path) for path in (first, second))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
+    capsys.readouterr()
+    further = ["--checkpoint", str(first), "--output", str(third.parent), *options]
+    assert main(["train", str(fewer), *small, "0.1", *further]) == 0
+    assert "with a new classifier, as its classes are blue, green, red" in capsys.readouterr().out
+    trained = load_trained_model(third, base=first if options else None)
+    assert trained.class_names == ("blue", "red")
+    backbone = trained.model.backbone.state_dict()
+    assert all(torch.equal(backbone[name.removeprefix("backbone.")], before[name]) for name in before if "bac" in name)
+    other = ["train", str(same), "--model", "test_vit", "--checkpoint", str(first), "--output", str(tmp_path / "x")]
+    assert main(other) == 2
+    assert "is a model on test_resnet; leave out --model and --pretrained with it" in capsys.readouterr().err

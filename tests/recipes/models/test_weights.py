@@ -198,3 +198,29 @@ def test_an_architecture_alone_has_random_weights() -> None:
     with warnings.catch_warnings():
         *_, weights, _ = load_network("test_resnet")
     assert weights.startswith("random weights")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "backbone.", "model.net.", "_orig_mod."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("with_classifier", [True, False])
+def test_checkpoints_of_other_trainers_load(
+    tmp_path: Path, prefix: str, key: str | None, with_classifier: bool
+) -> None:
+    tensors = write_weights(tmp_path / "plain.pth")
+    named = {f"{prefix}{name}": tensor for name, tensor in tensors.items() if with_classifier or "fc." not in name}
+    if prefix not in {"", "module.", "_orig_mod."}:  # these are wrapped around everything
+        named["loss.weight"] = torch.ones(3)
+    torch.save(named if key is None else {key: named, "epoch": 3, "optimizer": {}}, tmp_path / "weights.pth")
+    loaded = load_checkpoint_network("test_resnet", tmp_path / "weights.pth").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items() if "fc." not in name)
+    assert not with_classifier or torch.equal(loaded["fc.weight"], tensors["fc.weight"])
+
+
+def test_what_does_not_fit_is_named_beside_what_is_wanted(tmp_path: Path) -> None:
+    torch.save({"encoder.0.kernel": torch.ones(2), "decoder.0.kernel": torch.ones(2)}, tmp_path / "weights.pth")
+    expected = r"its tensors are conv1\.0\.weight, .* and \d+ more; the file has encoder\.0\.kernel, decoder"
+    with pytest.raises(ValueError, match=expected):
+        load_checkpoint_network("test_resnet", tmp_path / "weights.pth")
+    torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth: holds no tensors but epoch, args; pass a state dict"):
+        load_checkpoint_network("test_resnet", tmp_path / "weights.pth")

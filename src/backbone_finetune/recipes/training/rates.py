@@ -42,10 +42,13 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
     (0.3, 0.0)
     """
     default = (phase.lr or 1e-3, 0.01 if phase.weight_decay is None else phase.weight_decay)
-    if phase.lr is not None or not (data.on_features and _can_be_stacked(data.module)):
+    if phase.lr is not None or phase.trainable_groups:
         return default
-    parts = _split(data, config)
+    parts = _split(data, config) if data.on_features and _can_be_stacked(data.module) else None
     if parts is None:
+        if config.shows:
+            why = "others are tried only on cached features with five images of each class"
+            logger.info("rates: lr %g and weight decay %g; %s", *default, why)
         return default
 
     def fit() -> tuple[float, float]:

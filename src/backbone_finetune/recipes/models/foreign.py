@@ -1,0 +1,65 @@
+"""Weights files of other trainers: nested state dicts, and names with the prefix of a wrapper."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import Tensor
+
+from ..text import join_some, one_line
+
+NESTED = ("model_state_dict", "state_dict", "model", "net", "weights")
+
+
+def read_weights(path: Path, architecture: str) -> dict[str, Tensor]:
+    """Read a weights file, and give its tensors the names of a timm architecture.
+
+    A state dict inside a checkpoint is found under the keys that trainers use, and the prefix that most of the
+    network's tensors have in the file is removed, as Lightning's ``model.``, DistributedDataParallel's ``module.``, or
+    the ``backbone.`` of a `FineTuneModel`. Tensors without it are left out then: they are no part of the network.
+
+    Names of a format that timm translates stay as they are.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no state dict.
+    """
+    try:
+        found: Any = load_state_dict(str(path))
+    except Exception as error:  # torch's unpickler raises anything for a file that is no pickle
+        raise ValueError(f"{path}: not a readable weights file ({one_line(error, most=300)})") from error
+    while nested := [found[key] for key in NESTED if isinstance(found.get(key), Mapping)]:
+        found = nested[0]
+    tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors but {join_some(list(map(str, found)))}; pass a state dict")
+    prefix = _find_prefix(tensors, network_names(architecture))
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def network_names(architecture: str) -> list[str]:
+    """Name the tensors of an architecture."""
+    with torch.device("meta"):
+        return list(timm.create_model(architecture).state_dict())
+
+
+def _find_prefix(tensors: Iterable[str], names: list[str]) -> str:
+    """Return the text before the names of most tensors; "" where the names themselves are there."""
+    known = set(names)
+    counts = Counter(
+        name[: position + 1]
+        for name in tensors
+        for position, character in enumerate(name)
+        if character == "." and name[position + 1 :] in known
+    )
+    own = len(known & set(tensors))
+    prefix, count = counts.most_common(1)[0] if counts else ("", 0)
+    return prefix if count > own else ""
+
+
+def describe_names(names: Iterable[str]) -> str:
+    """Name the first tensors, and count the rest."""
+    return join_some([one_line(name, most=60) for name in names])
