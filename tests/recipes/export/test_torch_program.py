@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from exported_models import make_trained, names_in
+from torch import nn
 
 from backbone_finetune.recipes import export_torch
 
@@ -23,3 +25,18 @@ def test_it_takes_any_batch_and_carries_the_names(tmp_path: Path) -> None:
         inputs = torch.randn(size, 3, 64, 64)
         with torch.no_grad():
             torch.testing.assert_close(network(inputs), trained.model(inputs))
+
+
+class Branching(nn.Module):
+    """What it computes depends on the values, which no graph can hold."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features[:, :3] if features.sum() > 0 else features[:, 3:6]
+
+
+def test_a_network_that_is_no_graph_is_one_sentence(tmp_path: Path) -> None:
+    trained = make_trained()
+    trained.model.classifier = Branching()
+    with pytest.raises(ValueError, match=r"^torch\.export can't convert this network \(.*"):
+        export_torch(trained, tmp_path / "model.pt2")
+    assert names_in(tmp_path) == []

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.images import read_image
 from ..models.file import TrainedModel, build_transform
+from ..text import one_line
 
 MOST_IMAGES = 16
 # Of the largest logit. A runtime that sums in another order is off by 1e-6 to 1e-5 of it.
@@ -76,11 +78,22 @@ def _draw_noise() -> list[Image.Image]:
 
 
 @contextmanager
+def converting(converter: str) -> Iterator[None]:
+    """Silence a converter's warnings of its own plans, and make a ValueError of one line of whatever it raises."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(f"{converter} can't convert this network ({one_line(error, most=300)})") from error
+
+
+@contextmanager
 def staging(path: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a path of the same name in a new folder; after the block, all that is there moves beside ``path``.
 
     Raises:
-        FileExistsError: something is there already.
+        FileExistsError: something of this name exists already.
         ValueError: the path has another suffix.
     """
     if suffix and path.suffix != suffix:

@@ -13,7 +13,7 @@ from .timm_checkpoint import make_timm_network, save_weights
 
 
 def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
-    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, and check it so.
+    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, and load it to compare logits.
 
     ``AutoModelForImageClassification.from_pretrained`` of transformers loads it as well.
 
@@ -31,11 +31,11 @@ def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Pat
 
     Args:
         trained: The model.
-        path: A folder that is not there yet.
+        path: A folder that does not exist yet.
         images: Image files to compare the logits on; without any, noise is.
 
     Raises:
-        FileExistsError: the folder is there already.
+        FileExistsError: the folder exists already.
         ValueError: timm's network cannot hold the classifier.
     """
     network = make_timm_network(trained)

@@ -1,7 +1,6 @@
 """An ONNX file, with or without the preprocessing in its graph."""
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ..extras import import_extra
 from ..models.file import TrainedModel
 from ..models.metadata import installed_versions
 from ..models.onnx_file import load_onnx_model
-from .checks import Comparison, Exported, staging
+from .checks import Comparison, Exported, converting, staging
 from .onnx_preprocessing import build_preprocessing
 
 # As a share of the largest logit, where a pixel may differ by 1 or 2 of 255.
@@ -75,8 +74,7 @@ def export_onnx(
 
 def _convert(network: nn.Module, inputs: Tensor) -> Any:
     """Convert a network to a model of ONNX in the opset that torch recommends."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of torch's own plans
+    with converting("torch.onnx"):
         program = torch.onnx.export(
             network,
             (torch.zeros(2, *inputs.shape[1:]),),

@@ -16,7 +16,7 @@ from .checks import Comparison, Exported, staging
 
 
 def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
-    """Write a checkpoint that ``timm.create_model(..., checkpoint_path=path)`` loads strictly, and check it so.
+    """Write a checkpoint that ``timm.create_model(..., checkpoint_path=path)`` loads strictly, and load it to compare logits.
 
     Beside ``model.safetensors`` it writes ``model.classes.txt``, the class map of timm's scripts, which order class
     folders in another way (1, 2, 10) than this library (1, 10, 2).
@@ -33,11 +33,11 @@ def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = (
 
     Args:
         trained: The model.
-        path: A file that is not there yet, and ends in ``.safetensors``.
+        path: A file that does not exist yet and ends in ``.safetensors``.
         images: Image files to compare the logits on; without any, noise is.
 
     Raises:
-        FileExistsError: the file is there already.
+        FileExistsError: the file exists already.
         ValueError: timm's network cannot hold the classifier.
     """
     network = make_timm_network(trained)

@@ -1,14 +1,13 @@
 """A program of ``torch.export``: the network as a graph, which needs neither timm nor this library."""
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..models.file import TrainedModel
-from .checks import Comparison, Exported, staging
+from .checks import Comparison, Exported, converting, staging
 
 
 def export_torch(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
@@ -29,22 +28,23 @@ def export_torch(trained: TrainedModel, path: Path, *, images: Sequence[Path] = 
 
     Args:
         trained: The model.
-        path: A file that is not there yet, and ends in ``.pt2``.
+        path: A file that does not exist yet and ends in ``.pt2``.
         images: Image files to compare the logits on; without any, noise is.
 
     Raises:
-        FileExistsError: the file is there already.
-        ValueError: the file gives other logits.
+        FileExistsError: the file exists already.
+        ValueError: it can't be converted, or the file has different logits.
     """
     comparison = Comparison(trained, images)
     example = torch.zeros(2, *comparison.inputs.shape[1:])
-    with staging(path, ".pt2") as temporary, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of torch's own plans
-        program = torch.export.export(comparison.network, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        files = {
-            "class_names.json": json.dumps(trained.class_names),
-            "data_config.json": json.dumps(dict(trained.data_config)),
-        }
-        torch.export.save(program, temporary, extra_files=files)
+    batch = {0: torch.export.Dim.DYNAMIC}
+    files = {
+        "class_names.json": json.dumps(trained.class_names),
+        "data_config.json": json.dumps(dict(trained.data_config)),
+    }
+    with staging(path, ".pt2") as temporary:
+        with converting("torch.export"):
+            program = torch.export.export(comparison.network, (example,), dynamic_shapes=(batch,))
+            torch.export.save(program, temporary, extra_files=files)
         loaded = torch.export.load(temporary).module()
         return comparison.prove(loaded, path, use=f"torch.export.load({str(path)!r}).module()")
