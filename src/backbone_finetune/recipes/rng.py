@@ -16,8 +16,8 @@ def random_state() -> dict[str, Any]:
     return {
         "python": random.getstate(),
         "numpy": [name, key.tolist(), *rest],  # type: ignore[union-attr]  # typed for the other form, too
-        "torch": _as_text(torch.get_rng_state()),
-        "cuda": [_as_text(state) for state in on_gpus],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in on_gpus],
     }
 
 
@@ -26,9 +26,9 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     numpy.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(_as_bytes(state["torch"]))
-    for index, text in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_as_bytes(text), index)
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8, device="cpu"))
+    for index, octets in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(torch.tensor(octets, dtype=torch.uint8, device="cpu"), index)
 
 
 def seed_everything(seed: int) -> None:
@@ -46,11 +46,3 @@ def preserve_rng_state() -> Iterator[None]:
         yield
     finally:
         restore_random_state(before)
-
-
-def _as_text(state: torch.Tensor) -> str:
-    return state.numpy().tobytes().hex()
-
-
-def _as_bytes(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
