@@ -1,4 +1,4 @@
-"""What freezing saves: backward, whole step and memory, for every depth of freezing, beside the limit.
+"""Measure what freezing saves: backward, whole step and memory, for each depth of freezing, compared with the limit.
 
 python benchmarks/backward_time.py --device cuda --models resnet50
 """
@@ -64,7 +64,7 @@ DEFAULT_MODELS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """How to measure: the same for all models of a run."""
+    """The settings of a measurement, the same for all models of a run."""
 
     device: torch.device
     clock: Clock
@@ -117,7 +117,7 @@ def main(
             if report.interrupted:
                 break
         if setup.loop_steps and not report.interrupted:
-            # Last, as the profiler makes later launches slower.
+            # Last, because the profiler slows down later kernel launches.
             for name in report.models():
                 count_kernels(name, setup, report)
                 save(report, options.output)
@@ -133,7 +133,7 @@ def main(
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
+    """Build the parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/backward_time", batch_size_on_cuda=64)
     add_models_option(parser, DEFAULT_MODELS)
@@ -144,7 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def prepare(options: argparse.Namespace, build: Callable[..., Network], clock: Clock | None) -> Setup:
-    """Settle what must stand before the first clock runs."""
+    """Set everything that must be set before the first measurement."""
     clock = clock or clock_for(resolve_device(options.device), flush_l2=options.flush_l2)
     device = settle_device(options)
     if options.compile:
@@ -165,14 +165,14 @@ def prepare(options: argparse.Namespace, build: Callable[..., Network], clock: C
 
 
 def save(report: Report, folder: Path) -> None:
-    """Write all files of a report; no plot before there is a row to draw."""
+    """Write all files of a report, with a plot if there are rows."""
     write_report(report, folder / "backward_time")
     if report.rows:
         draw_report(report, folder / "backward_time.png")
 
 
 def measure_model(name: str, setup: Setup, report: Report) -> None:
-    """Add one model's rows to a report, at the largest batch that fits; a model that cannot run, as refused."""
+    """Add one model's rows to a report, at the largest batch that fits; record a model that cannot run as refused."""
     tried = [setup.batch_size]
 
     def measure(batch_size: int) -> Measured:
@@ -181,7 +181,7 @@ def measure_model(name: str, setup: Setup, report: Report) -> None:
 
     try:
         added = at_largest_batch(measure, setup.batch_size, lambda text: tqdm.write(f"{name}: {text}"))
-    except Exception as error:  # whatever keeps one network from running goes on record, and the others go on
+    except Exception as error:  # the error of one network is recorded, and the others are measured
         added = Measured([], [], [])
         added.refuse(name, "all", f"{reason_of(error)} (batch size {tried[-1]})")
     report.rows += added.rows
@@ -200,13 +200,13 @@ class Measured:
     interrupted: bool = False
 
     def refuse(self, model: str, variant: str, reason: str) -> None:
-        """Record what cannot be measured, and say so."""
+        """Record and print what cannot be measured."""
         tqdm.write(f"{model}, {variant}: refused, no row: {reason}")
         self.refused.append({"model": model, "variant": variant, "reason": reason})
 
 
 def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
-    """Prove and time all variants of a model; on Ctrl-C keep the passes that are complete."""
+    """Check and time all variants of a model; on Ctrl-C keep complete passes."""
     network = setup.build(name, batch_size)
     measured = Measured([], [], [])
     proved: list[tuple[Variant, Row]] = []
@@ -215,7 +215,7 @@ def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
         row = check(variant, network, setup, measured)
         if row is not None:
             proved.append((variant, row))
-    # The ends of the curve are measured twice in each pass: what differs between the two is noise.
+    # The first and last variant are measured twice in each pass: the difference is noise.
     again = [
         (variant, inspect(variant, network, setup)) for variant, _ in proved if variant.kind in ("unfrozen", "frozen")
     ]
@@ -247,7 +247,7 @@ def measure_at_batch(name: str, setup: Setup, batch_size: int) -> Measured:
 
 
 def count_kernels(name: str, setup: Setup, report: Report) -> None:
-    """Add to a model's rows what the device computes in each; what cannot be counted leaves them as they are."""
+    """Add kernel counts to a model's rows; an error leaves the rows unchanged."""
     rows = {(row.variant, row.trainable_groups): row for row in report.rows_of(name)}
     try:
         network = setup.build(name, report.rows_of(name)[0].batch_size)
@@ -256,18 +256,18 @@ def count_kernels(name: str, setup: Setup, report: Report) -> None:
             row = rows.get((variant.kind, variant.trainable_groups))
             if row is not None:
                 step = trainer.step_of(variant)
-                step.run()  # cuDNN's search for algorithms is no work of the step's
+                step.run()  # without cuDNN's search for algorithms
                 row.count_kernels(step, setup.device)
-    except Exception as error:  # the rows are measured, and worth more than this count
+    except Exception as error:  # the measured rows are more important than this count
         tqdm.write(f"{name}: kernels were not counted: {reason_of(error)}")
 
 
 def check(variant: Variant, network: Network, setup: Setup, measured: Measured) -> Row | None:
-    """Prove a variant and begin its row; None, and it is refused, where it is wrong or cannot run."""
+    """Check a variant and return its row; return None and record it as refused if it is wrong or cannot run."""
     try:
         prove_equal(variant, network, setup.precision)
         return inspect(variant, network, setup)
-    except Exception as error:  # a BatchNorm that trains wants two images, a frozen one does not: others may run
+    except Exception as error:  # e.g. a trainable BatchNorm needs two images; frozen variants may run
         if is_out_of_memory(error):
             raise
         measured.refuse(network.name, variant.label, reason_of(error))
@@ -275,11 +275,11 @@ def check(variant: Variant, network: Network, setup: Setup, measured: Measured) 
 
 
 def inspect(variant: Variant, network: Network, setup: Setup) -> Row:
-    """Count what needs no clock: bytes, parameters, floating point operations."""
+    """Return a row with everything that is not timed: bytes, parameters, floating-point operations."""
     variant.enter()
     trainer = Trainer(network, setup.precision)
     step = trainer.step_of(variant)
-    step.run()  # the optimizer makes its moments on its first step: they belong in the peak of the second
+    step.run()  # creates the optimizer's moments, which are part of the peak of the second step
     parameters = list(network.model.parameters())
     peak = peak_memory(step.run, setup.device)
     step.clear_gradients()
@@ -295,7 +295,7 @@ def inspect(variant: Variant, network: Network, setup: Setup) -> Row:
         peak_bytes=None if peak is None else peak.allocated,
         peak_before_bytes=None if peak is None else peak.before,
         peak_reserved_bytes=None if peak is None else peak.reserved,
-        # FlopCounterMode sees operators one by one, which a compiled graph no longer has.
+        # FlopCounterMode counts single operators, which a compiled graph does not have.
         backward_flops=None if setup.compiled else count_backward_flops(partial(trainer.loss, variant)),
     )
 
@@ -308,7 +308,7 @@ def settle(step: TrainingStep, setup: Setup) -> None:
 
 
 def visit(step: TrainingStep, setup: Setup, bar: tqdm[NoReturn]) -> StepTimes:
-    """Take one sample of a variant, and show that it was taken."""
+    """Take one sample of a variant, and update the progress bar."""
     times = time_step(step, setup.clock, setup.loop_steps)
     bar.update()
     return times

@@ -1,9 +1,9 @@
-"""The first run on a card: the CUDA tests, each benchmark, and what was predicted beside what was measured.
+"""The first run on a GPU: the CUDA tests, each benchmark, and predictions compared with measurements.
 
 python benchmarks/cuda_first_run.py
 
-It takes 40 minutes at most. What a part measured is kept as soon as it is there; the same command again runs only what
-is missing. With --device cpu it runs everything small, to see that it would.
+It takes at most 40 minutes. Each part's results are written at once; the same command again runs only what
+is missing. With --device cpu it runs everything with small sizes, as a check.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECONDS_TO_SAVE = 30
 
 @dataclass
 class Outcome:
-    """What became of a part; `said` is its last line, which is the reason where it failed."""
+    """The result of a part; `said` is its last line of output, which is the reason of a failure."""
 
     name: str
     command: str
@@ -48,7 +48,7 @@ class Outcome:
 
 @dataclass
 class Comparison:
-    """A prediction, and what was measured; None where nothing was."""
+    """A prediction and its measurement, None if there is none."""
 
     part: str
     what: str
@@ -59,7 +59,7 @@ class Comparison:
 
 @dataclass
 class FirstRun:
-    """All that is known of a card so far."""
+    """All results of a GPU."""
 
     environment: dict[str, Fact]
     command: str
@@ -74,7 +74,7 @@ Runner = Callable[[Sequence[str], Path, float], int | None]
 def main(
     arguments: Sequence[str] | None = None, *, listed: Sequence[Part] | None = None, runner: Runner | None = None
 ) -> int:
-    """Run all parts, and return 0; 1 where one has not run to its end, 130 after Ctrl-C."""
+    """Run all parts; return 0, or 1 if one did not finish, or 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -109,7 +109,7 @@ def main(
 
 
 def environment_of_card() -> dict[str, Fact]:
-    """Describe the card from a process that is gone afterwards: the parts must not find this one on the card."""
+    """Describe the GPU in a separate process, so that this process uses no GPU memory while the parts run."""
     script = "import json, torch; from harness.environment import describe_environment as describe"
     script += "; print(json.dumps(describe(torch.device('cuda'))))"
     answer = subprocess.run(
@@ -122,7 +122,7 @@ def environment_of_card() -> dict[str, Fact]:
 
 
 def default_folder(environment: dict[str, Fact]) -> Path:
-    """Name a folder after the card."""
+    """Return the output folder, named after the GPU."""
     card = environment.get("device_name")
     if card is None:
         return Path("runs/cuda_first_run")
@@ -130,7 +130,7 @@ def default_folder(environment: dict[str, Fact]) -> Path:
 
 
 def read_outcomes(path: Path) -> dict[str, Outcome]:
-    """Read what became of each part in an earlier run, none where there was no earlier run."""
+    """Read the results of an earlier run; empty if there was none."""
     if not path.exists():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -138,12 +138,12 @@ def read_outcomes(path: Path) -> dict[str, Outcome]:
 
 
 def as_typed(part: Part) -> str:
-    """Give a part's command as it can be typed at the top of the repository."""
+    """Return a part's command as it can be typed at the top of the repository."""
     return " ".join(["python", *part.command])
 
 
 def run_part(part: Part, folder: Path, seconds: float, runner: Runner) -> Outcome:
-    """Run a part in a process of its own, its output into a log."""
+    """Run a part in a separate process, with its output in a log."""
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     outcome = Outcome(part.name, as_typed(part), "not run", date=date)
     if seconds <= 0:
@@ -156,7 +156,7 @@ def run_part(part: Part, folder: Path, seconds: float, runner: Runner) -> Outcom
     outcome.seconds = time.monotonic() - start
     said = log.read_text(encoding="utf-8", errors="replace")
     outcome.said = last_line(said)
-    # An uncaught error ends Python with 1 as well, which a benchmark says of a missed target.
+    # Python also exits with 1 for an uncaught error; benchmarks do for a missed target.
     missed = code == 1 and part.result is not None and "\nTraceback (most recent call last):" not in f"\n{said}"
     if code is None:
         outcome.status, outcome.said = "stopped", f"not done after {seconds:.0f} s; its last line: {outcome.said}"
@@ -168,9 +168,9 @@ def run_part(part: Part, folder: Path, seconds: float, runner: Runner) -> Outcom
 def run_command(
     command: Sequence[str], log: Path, seconds: float, seconds_to_save: float = SECONDS_TO_SAVE
 ) -> int | None:
-    """Run Python from the top of the repository, and return its exit status; None where it was stopped.
+    """Run Python from the top of the repository, and return its exit status; None if it was stopped.
 
-    It is stopped as by Ctrl-C, and gets time to write what it has measured.
+    It is stopped with SIGINT, and has time to write its measurements.
     """
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -191,7 +191,7 @@ def run_command(
 
 
 def last_line(text: str) -> str:
-    """Give the last line that says something."""
+    """Return the last line that is not empty."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
@@ -203,7 +203,7 @@ def write_first_run(run: FirstRun, folder: Path) -> None:
 
 
 def compare_predictions(run: FirstRun, folder: Path) -> list[Comparison]:
-    """Look up each prediction in what its part wrote in this run or before."""
+    """Look up the measurement of each prediction in the files of its part."""
     results = {part.name: part.result for part in list_parts(on_cuda=True, folder="") if part.result is not None}
     ran = {outcome.name for outcome in run.parts}
     contents: dict[str, Any] = {}
@@ -223,7 +223,7 @@ def compare_predictions(run: FirstRun, folder: Path) -> list[Comparison]:
 
 
 def as_markdown(run: FirstRun) -> str:
-    """Give the run as a page to read."""
+    """Return the run as a page to read."""
     parts = [[part.name, part.status, f"{part.seconds:.0f}", part.said.replace("|", "/")] for part in run.parts]
     predicted_for = PREDICTED_FOR in str(run.environment.get("device_name"))
     lines = []

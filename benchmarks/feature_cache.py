@@ -1,4 +1,4 @@
-"""What it saves to run a frozen backbone once, what the cache costs, and what is learnt in the same time.
+"""Measure what it saves to run a frozen backbone once, the cost of the cache, and accuracy in the same time.
 
 python benchmarks/feature_cache.py --threads 1
 """
@@ -33,7 +33,7 @@ from backbone_finetune.recipes import FeatureCache, extract_features
 
 @dataclass
 class CacheReport(TargetReport):
-    """All that one command measured: every sample by what was timed, and how each way to train did on each split."""
+    """All results of a run: samples by what was timed, and the accuracy of each method on each split."""
 
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -41,7 +41,7 @@ class CacheReport(TargetReport):
 
 
 def main(arguments: Sequence[str] | None = None, *, judge: Callable[[], Target] = judge_memory) -> int:
-    """Measure every target, and return 0; 1 where one was missed, 130 after Ctrl-C, which keeps what was measured."""
+    """Measure every target; return 0, or 1 if one was missed, or 130 after Ctrl-C, which keeps earlier measurements."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/feature_cache", batch_size=32)
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, *, judge: Callable[[], Target] 
     options = parser.parse_args(given)
     try:
         device = settle_device(options)
-        # Of the CPU's network and images a GPU has done its part before the host has begun on its own.
+        # The defaults for a CPU are too small for a GPU, where the host would be the limit.
         model, pictures = ("vit_large_patch16_224", 4096) if device.type == "cuda" else ("tf_efficientnet_lite0", 512)
         options.model, options.pictures = options.model or model, options.pictures or pictures
         check_names([options.model])
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, *, judge: Callable[[], Target] 
     except KeyboardInterrupt:
         report.interrupted = True
         print("interrupted: writing what was measured until then", file=sys.stderr)
-    finally:  # whatever stops it, what was measured until then is worth its time
+    finally:  # write earlier measurements in any case
         note_end(report.environment, device)
         write_cache_report(report, options.output / "feature_cache")
     print(f"written to {options.output}: feature_cache.json, .md and .png")
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None, *, judge: Callable[[], Target] 
 def measure(
     report: CacheReport, task: Task, options: argparse.Namespace, clock: Clock, judge: Callable[[], Target]
 ) -> Iterator[Target]:
-    """Take every time, as soon as it is there into the report, and yield the targets."""
+    """Measure, add each sample to the report at once, and yield the targets."""
     samples = Samples(report.milliseconds)
     time_runs(task, options.repeats or 6, clock, samples)
     yield from judge_runs(task, samples)
@@ -127,7 +127,7 @@ def write_cache_report(report: CacheReport, stem: Path) -> None:
 
 
 def as_markdown(report: CacheReport) -> str:
-    """Give the report as a page to read."""
+    """Return the report as a page to read."""
     parts = ["# A frozen backbone runs once\n", describe(report)]
     if report.interrupted:
         parts.append("**Interrupted: this is what was measured until then.**\n")
@@ -140,7 +140,7 @@ def as_markdown(report: CacheReport) -> str:
 
 
 def seconds_table(report: CacheReport) -> str:
-    """Lay out what a user waits for: whole runs in seconds, a peer's from the epochs that were timed."""
+    """Format the seconds of whole runs; those of peers are computed from the timed epochs."""
     epochs = int(report.settings["epochs"] or 0)
     taken, lines = report.milliseconds, []
     for label in ("one pass, float32", "one pass, bf16", "ours, float32", "ours, bf16", *PEERS):

@@ -1,9 +1,9 @@
-"""What the frontier saves: a cached step beside the trainable rest alone, and 20 epochs beside the article's recipe.
+"""Measure what the frontier saves: a cached step vs. the trainable rest alone, 20 epochs vs. the article's recipe.
 
     python benchmarks/frontier.py --device cpu --threads 1
 
 Whole steps (forward, loss, backward, AdamW) take turns with a pass that records the frontier and with reading JPEGs. 20
-epochs are put together from them. On a CPU the clock is the CPU time of the process, as others may use the machine too.
+epochs are computed from them. On a CPU, CPU time of the process is measured, because the machine may be shared.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from subjects.frontier_steps import BLUEPRINTS, FrontierWork, build_partly_froze
 from subjects.variants import Precision, optimizer_name
 from targets import has_bf16_instructions
 
-SHORTEST_SAMPLE_MS = 150.0  # what is shorter runs several times
+SHORTEST_SAMPLE_MS = 150.0  # shorter work is repeated
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every target, and return 0; 1 where one was missed or could not be measured, 130 after Ctrl-C."""
+    """Measure every target; return 0, or 1 if one was missed or not measured, or 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/frontier", batch_size=16)
@@ -85,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def answer(report: FrontierReport, model: str, measure: Callable[[], Iterable[Target]]) -> None:
-    """Add the targets of one question to a report; what keeps it from its answer goes on record."""
+    """Add the targets of one question to a report; an error is recorded."""
     try:
         for target in measure():
             report.add(target)
-    except Exception as error:  # the other networks are measured all the same
+    except Exception as error:  # the other networks are still measured
         report.refuse(model, "all of it", reason_of(error))
 
 
@@ -140,7 +140,7 @@ def least_ms(call: Callable[[], object], clock: Clock) -> float:
 
 
 def run_several(call: Callable[[], object], runs: int) -> None:
-    """Run back to back, as a training loop does: a GPU is then not waited for in between."""
+    """Run back to back, like a training loop, without waiting for a GPU in between."""
     for _ in range(runs):
         call()
 
@@ -148,7 +148,7 @@ def run_several(call: Callable[[], object], runs: int) -> None:
 def judge(
     model: str, taken: Mapping[str, Sequence[float]], fewest: float, epochs: int, remark: str
 ) -> Iterator[Target]:
-    """Compare a cached step with the rest by hand, and the epochs on the frontier with those of others."""
+    """Compare a cached step with the handwritten rest, and epochs on the frontier with those of other methods."""
     cached, read = taken[CACHED], taken[READ]
     noise = Paired(taken[AGAIN], cached)
     yield compared(model, "cached step / the rest by hand on ready tensors", 1.05, Paired(cached, taken[REST]), noise)

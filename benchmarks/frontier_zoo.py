@@ -1,10 +1,10 @@
-"""Which networks have a frontier: sound or why not, what is kept, and training on it against the whole network.
+"""List which networks have a frontier or why not, what is kept, and compare training on it with the whole network.
 
     OMP_NUM_THREADS=1 python benchmarks/frontier_zoo.py
 
 Each family of timm below 50 M parameters, and networks of torchvision, transformers and open_clip where these are
-installed; with the last two layer groups trainable, and with half of them. An interrupted run goes on where it
-stopped: what is done stands in a `.jsonl` beside the output, which goes when the page is written.
+installed; with the last two layer groups trainable, and with half of them. An interrupted run resumes:
+results are in a `.jsonl` next to the output, which is deleted when the page is written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BESIDE_TIMM = frozenset({"torchvision", "transformers", "open_clip"})
 
 
 def main() -> None:
-    """Examine what is left to examine, then write the page."""
+    """Examine the remaining networks, then write the page."""
     options = parse_arguments()
     torch.set_num_threads(1)
     log = options.output.with_suffix(".jsonl")
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def examine_both(subject: Subject, done: dict[tuple[str, str, int], Case]) -> list[Case]:
-    """Examine one network with two groups trainable and with half of them, where that is not done yet."""
+    """Examine one network with two groups trainable and with half of them, unless that is done."""
     torch.manual_seed(0)
     model = subject.build()
     splits = sorted({min(2, len(model.layer_groups)), len(model.layer_groups) // 2})
@@ -61,7 +61,7 @@ def examine_both(subject: Subject, done: dict[tuple[str, str, int], Case]) -> li
 
 
 def read_cases(log: Path) -> dict[tuple[str, str, int], Case]:
-    """Read what earlier runs did; a last line that was cut off is done again."""
+    """Read the results of earlier runs; a truncated last line is dropped."""
     text = log.read_text(encoding="utf-8") if log.is_file() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
@@ -71,7 +71,7 @@ def read_cases(log: Path) -> dict[tuple[str, str, int], Case]:
 
 
 def as_markdown(cases: Sequence[Case], facts: Mapping[str, object], left: Sequence[str]) -> str:
-    """Give totals, refusals, and a line for each case; `left` was not examined."""
+    """Return totals, refusals, and a line for each case; `left` was not examined."""
     timm = [case for case in cases if case.family not in BESIDE_TIMM]
     refused = [f"- {case.network}, {case.trainable} of {case.groups}: {case.refused}" for case in cases if case.refused]
     sections = [

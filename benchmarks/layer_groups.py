@@ -1,9 +1,9 @@
-"""The layer groups of popular networks: how many, what the last one is, and what `trainable_groups=1` trains of it.
+"""List the layer groups of popular networks: their number, the last one, and what `trainable_groups=1` trains.
 
     python benchmarks/layer_groups.py
 
-Counts parameters; nothing is measured, downloaded or run. `pip install "backbone-finetune[peers]" torchvision` brings
-what the networks need; those whose package is not installed are named as such.
+Counts parameters; nothing is timed, downloaded or run. `pip install "backbone-finetune[peers]" torchvision` installs
+the packages of the networks; missing packages are listed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def as_markdown(networks: Sequence[PopularNetwork], command: str) -> str:
-    """Give a row for each network, and say which are outside of the limits."""
+    """Return a row for each network, and the networks outside of the limits."""
     environment = describe_environment(torch.device("cpu"))
     versions = ", ".join(f"{name} {installed_version(name) or 'not installed'}" for name in PACKAGES)
     rows: list[str] = []
@@ -81,7 +81,7 @@ def as_markdown(networks: Sequence[PopularNetwork], command: str) -> str:
 
 
 def build_without_values(network: PopularNetwork) -> nn.Module:
-    """Build a network on the meta device, or with values where its library needs them."""
+    """Build a network on the meta device, or with values if its library needs them."""
     try:
         with torch.device("meta"):
             return network.build()
@@ -90,7 +90,7 @@ def build_without_values(network: PopularNetwork) -> nn.Module:
 
 
 def share_of_last_group(model: FineTuneModel) -> float:
-    """Give the share of the backbone's parameters that are in its last layer group."""
+    """Return the share of the backbone's parameters that are in its last layer group."""
     sizes = {name: parameter.numel() for name, parameter in model.backbone.named_parameters()}
     return sum(sizes[name] for name in model.layer_groups[-1].parameter_names) / sum(sizes.values())
 

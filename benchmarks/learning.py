@@ -1,4 +1,4 @@
-"""What is learnt on few images: running statistics fixed or not, cached views, and views averaged in the test.
+"""Measure accuracy on few images: fixed or trainable running statistics, cached views, and test-time views.
 
 OMP_NUM_THREADS=1 python benchmarks/learning.py
 """
@@ -51,7 +51,7 @@ class LearningReport:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train in all ways on all splits; results are written after each, and a run that was stopped goes on."""
+    """Train all arms on all splits; results are written after each, and a stopped run resumes."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parse_arguments(given)
     torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_outcomes(path: Path, settings: dict[str, Fact]) -> list[Outcome]:
-    """Read what a run that was stopped has left; ValueError where it had other settings."""
+    """Read the results of a stopped run; raise ValueError if its settings differ."""
     if not path.is_file():
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def write_report(report: LearningReport, stem: Path) -> None:
 
 
 def measure(options: argparse.Namespace, done: Container[tuple[str, int, str]]) -> Iterator[Outcome]:
-    """Give the outcome of each arm that is not done, one split of each set after the other."""
+    """Return the outcome of each arm that is not done, one split of each set after the other."""
     size = (3, options.image_size, options.image_size)
     views = make_views(resolve_model_data_config(load_packaged_network(), args={"input_size": size}))  # type: ignore[no-untyped-call]
     plan = Plan(options.head_epochs, options.backbone_epochs)
@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace, done: Container[tuple[str, int, str]]) 
 
 
 def as_markdown(report: LearningReport) -> str:
-    """Give the report as a page to read."""
+    """Return the report as a page to read."""
     parts = ["# What is learnt on few images\n", describe(report)]
     for data in dict.fromkeys(outcome.data for outcome in report.outcomes):
         outcomes = [outcome for outcome in report.outcomes if outcome.data == data]
@@ -115,7 +115,7 @@ def as_markdown(report: LearningReport) -> str:
 
 
 def accuracy_table(outcomes: Sequence[Outcome]) -> str:
-    """Lay out a line for each arm."""
+    """Format a line for each arm."""
     lines = []
     for arm in dict.fromkeys(outcome.arm for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.arm == arm]
@@ -130,7 +130,7 @@ def accuracy_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def pair_table(outcomes: Sequence[Outcome]) -> str:
-    """Lay out what arms gain over others on the same splits."""
+    """Format what arms gain over others on the same splits."""
     lines = []
     for challenger, champion in PAIRS:
         ours, theirs = (

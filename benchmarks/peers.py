@@ -1,4 +1,4 @@
-"""The same network frozen by each library: what a step costs, and whether what was frozen stayed the same.
+"""Compare libraries that freeze the same network: the cost of a step, and whether frozen tensors change.
 
 python benchmarks/peers.py --models resnet18 tf_efficientnet_lite0
 """
@@ -58,7 +58,7 @@ DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224")
 
 @dataclass(frozen=True)
 class Batch:
-    """The images and labels that all methods see, in the memory format that their weights are put into as well."""
+    """The images and labels of all methods, and the memory format of images and weights."""
 
     images: Tensor  # (B, 3, H, W)
     labels: Tensor  # (B,)
@@ -72,7 +72,7 @@ class Batch:
         return functional.cross_entropy(logits.float(), self.labels)
 
     def settle(self, module: nn.Module) -> nn.Module:
-        """Put a module where the images are, and its weights into their memory format."""
+        """Move a module to the device and memory format of the images."""
         moved: nn.Module = module.to(device=self.images.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         return moved
 
@@ -83,7 +83,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Conditions:
-    """How all methods are measured."""
+    """The settings of a measurement, the same for all methods."""
 
     device: torch.device
     batch_size: int
@@ -101,9 +101,9 @@ class Conditions:
 
 
 def main(arguments: Sequence[str] | None = None, *, methods: Sequence[Method] = METHODS) -> int:
-    """Measure every method on every model, and return 0; 1 where a network, ours or the limit failed, 130 after Ctrl-C.
+    """Measure every method on every model; return 0, or 1 if a network, ours or the limit failed, or 130 after Ctrl-C.
 
-    What another library cannot do is a result, which its row tells, and no failure of the command.
+    An error of another library is a result, recorded in its row.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None, *, methods: Sequence[Method] = 
             measure_network(name, conditions, rows, methods)
         except KeyboardInterrupt:
             interrupted = True
-        except Exception as error:  # whatever keeps one network from running goes on record, and the others go on
+        except Exception as error:  # the error of one network is recorded, and the others are measured
             rows = [PeerRow(name, EVERY_METHOD, installed_version("timm"), error=reason_of(error))]
         report.rows += rows
         note_end(report.environment, device)
@@ -165,9 +165,9 @@ def measure_network(name: str, conditions: Conditions, rows: list[PeerRow], meth
 def compare_methods(
     blueprint: Blueprint, batch: Batch, methods: Sequence[Method], repeats: int, rows: list[PeerRow]
 ) -> None:
-    """Fill `rows`: one for each method, and one for the limit; a method that fails keeps its row, with its reason.
+    """Fill `rows`: one for each method and one for the limit; the row of a method that fails has the reason.
 
-    Memory that runs out is raised: with all methods in it, it is not one method's own failure.
+    Out-of-memory errors are raised: memory holds all methods, so the error is not one method's failure.
     """
     network = batch.settle(copy.deepcopy(blueprint.network))
     expected = logits_in_eval(network, batch)
@@ -184,7 +184,7 @@ def compare_methods(
         row.batch_size = len(batch.images)
     with no_garbage_collection():
         while contenders and not time_in_turns(contenders, repeats, batch.images.device, title=blueprint.name):
-            # The turns of the one that failed fell into the others' passes: they start again without it.
+            # The passes include turns of the failed method, so they start again without it.
             contenders = [contender for contender in contenders if contender.row.error is None]
             for row in rows:
                 row.clear()
@@ -199,12 +199,12 @@ class Contender:
 
 
 class MethodFailedError(Exception):
-    """A method cannot go on; its row says why."""
+    """A method failed; its row has the reason."""
 
 
 @contextmanager
 def failures_go_into(row: PeerRow) -> Iterator[None]:
-    """Put what a library cannot do into its row, which makes it a result, and raise MethodFailedError."""
+    """Record an error of a library in its row, and raise MethodFailedError."""
     try:
         yield
     except Exception as error:
@@ -215,13 +215,13 @@ def failures_go_into(row: PeerRow) -> Iterator[None]:
 
 
 def enter_contest(row: PeerRow, make_step: Callable[[], TrainingStep], contenders: list[Contender]) -> None:
-    """Add a method to those that take turns, unless its row says why it cannot."""
+    """Add a method to those that take turns, unless it fails."""
     with suppress(MethodFailedError), failures_go_into(row):
         contenders.append(Contender(row, make_step()))
 
 
 def time_in_turns(contenders: Sequence[Contender], repeats: int, device: torch.device, *, title: str) -> bool:
-    """Warm all up, then fill their rows in turns; False as soon as one fails, whose row then says why."""
+    """Warm all up, then fill their rows in turns; return False if one fails, whose row has the reason."""
     clock = clock_for(device)
     with (
         suppress(MethodFailedError),
@@ -245,14 +245,14 @@ def time_in_turns(contenders: Sequence[Contender], repeats: int, device: torch.d
 
 
 def logits_in_eval(module: nn.Module, batch: Batch) -> Tensor:
-    """Logits in eval mode, where no method may differ: in train mode some mean to."""
+    """Return logits in eval mode, in which all methods must agree; in train mode some differ by design."""
     module.eval()
     with torch.no_grad(), autocast(batch.images.device, batch.precision):
         return module(batch.images)  # type: ignore[no-any-return]
 
 
 def prepare(blueprint: Blueprint, batch: Batch, method: Method, row: PeerRow, expected: Tensor) -> TrainingStep:
-    """Freeze a fresh copy, prove it the same network, see what three real steps move, and make the step to time."""
+    """Freeze a copy, check its logits, list what three steps change, and return the step to time."""
     before = {
         name: tensor.clone()
         for name, tensor in blueprint.network.state_dict().items()
@@ -268,7 +268,7 @@ def prepare(blueprint: Blueprint, batch: Batch, method: Method, row: PeerRow, ex
         batch.loss(module).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     row.moved = what_moved(before, blueprint.network, module.state_dict(), method.prefix)
-    # Timed from the first weights on, as the others are.
+    # Timed from the initial weights, like the others.
     module = freeze_copy(blueprint, batch, method)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     row.trainable_parameters = sum(parameter.numel() for parameter in parameters)
@@ -277,13 +277,13 @@ def prepare(blueprint: Blueprint, batch: Batch, method: Method, row: PeerRow, ex
 
 
 def freeze_copy(blueprint: Blueprint, batch: Batch, method: Method) -> nn.Module:
-    """Freeze a copy of the network by a method, and put it in train mode, as trainers do before an epoch."""
+    """Freeze a copy of the network with a method, and put it in train mode, like a trainer before an epoch."""
     module = method.freeze(blueprint, copy.deepcopy(blueprint.network))
     return batch.settle(module).train()
 
 
 def prepare_limit(blueprint: Blueprint, batch: Batch, row: PeerRow, expected: Tensor) -> TrainingStep:
-    """Make the step that no way of freezing can beat: eval backbone under `no_grad`, and the bare classifier on it."""
+    """Return the step of the limit: the backbone in eval mode under `no_grad`, and the bare classifier."""
     module = batch.settle(blueprint.split(copy.deepcopy(blueprint.network)))
     compare("logits in eval mode", logits_in_eval(module, batch), expected, batch.precision)
     assert isinstance(module, nn.Sequential)
@@ -305,7 +305,7 @@ def prepare_limit(blueprint: Blueprint, batch: Batch, row: PeerRow, expected: Te
 def what_moved(
     before: dict[str, Tensor], network: nn.Module, after: dict[str, Tensor], prefix: str
 ) -> dict[str, list[str]]:
-    """Name the backbone's parameters and buffers that are no longer bit for bit what they were, or no longer there."""
+    """List the backbone's parameters and buffers that changed or are missing."""
     parameters = {name for name, _ in network.named_parameters()}
     moved: dict[str, list[str]] = {"parameters": [], "buffers": [], "gone": []}
     for name, tensor in before.items():

@@ -1,4 +1,4 @@
-"""What `train` costs on images of your own, beside reading, transforming and running each of them once.
+"""Measure the cost of `train` on a folder of images, compared with reading, transforming and running each image once.
 
 python benchmarks/pictures_per_second.py --threads 1
 """
@@ -32,7 +32,7 @@ TimeOpenVINO = Callable[[str], tuple[float, float, float] | None]
 
 @dataclass
 class ReadingReport(TargetReport):
-    """All that one command measured: CPU and wall seconds of each run, and the stages of a pass."""
+    """All results of a run: CPU and wall seconds of each command, and the stages of a pass."""
 
     cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
     wall_seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class ReadingReport(TargetReport):
 def main(
     arguments: Sequence[str] | None = None, *, runner: Runner | None = None, openvino: TimeOpenVINO = time_openvino
 ) -> int:
-    """Measure, write, and return 0; 1 where a target was missed."""
+    """Measure and write; return 0, or 1 if a target was missed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/pictures_per_second")
@@ -62,7 +62,7 @@ def main(
         with TemporaryDirectory() as folder:
             make_folder(Path(folder, "images"), options.pictures)
             measure(report, Path(folder), options, runner or run, openvino)
-    finally:  # whatever stops it, what was measured until then is worth its time
+    finally:  # write earlier measurements in any case
         note_end(report.environment, device)
         stem = options.output / "pictures_per_second"
         write_text(stem.with_suffix(".json"), json.dumps(asdict(report), indent=1) + "\n")
@@ -73,7 +73,7 @@ def main(
 def measure(
     report: ReadingReport, folder: Path, options: argparse.Namespace, runner: Runner, openvino: TimeOpenVINO
 ) -> None:
-    """Run everything by turns, forwards and then backwards, into the report."""
+    """Run all commands in turns, in alternating order, and add the results to the report."""
     images, output = str(folder / "images"), str(folder / "run")
     train = [
         sys.executable,
@@ -120,7 +120,7 @@ def measure(
 
 
 def run(command: Sequence[str], *, threads: int | None) -> tuple[float, float]:
-    """Run a command to its end: the CPU seconds of it and of its workers, and the seconds that passed."""
+    """Run a command; return its CPU seconds, including workers, and its wall seconds."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("OMP_NUM_THREADS", None)
     if threads is not None:
@@ -135,7 +135,7 @@ def run(command: Sequence[str], *, threads: int | None) -> tuple[float, float]:
 
 
 def as_markdown(report: ReadingReport) -> str:
-    """Give the report as a page to read."""
+    """Return the report as a page to read."""
     parts = ["# Images per second, from JPEG files to cached features\n", describe(report)]
     count = int(report.settings["pictures"] or 1)
     lines = [

@@ -1,4 +1,4 @@
-"""The project's own targets, each as a ratio taken in one run, beside the limit that it may not pass.
+"""Measure the project's own targets: ratios from one run, each with its upper limit.
 
 python benchmarks/targets.py --threads 1
 """
@@ -43,7 +43,7 @@ DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224", 
 
 
 def main(arguments: Sequence[str] | None = None, *, ask: Ask | None = None) -> int:
-    """Measure every target, and return 0; 1 where one was missed or could not be measured, 130 after Ctrl-C."""
+    """Measure every target; return 0, or 1 if one was missed or not measured, or 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_options(parser, output="runs/targets", batch_size_on_cuda=256)
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None, *, ask: Ask | None = None) -> i
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of one model; `measure` gives one target or more."""
+    """A question about one model; `measure` returns one or more targets."""
 
     model: str
     what: str
@@ -97,7 +97,7 @@ Ask = Callable[[Sequence[str], Setup], Iterable[Question]]
 
 
 def list_questions(models: Sequence[str], setup: Setup) -> Iterator[Question]:
-    """List what is asked, in the order in which it is measured."""
+    """Yield the questions in the order in which they are measured."""
     for name in models:
         yield Question(name, "against the limit", partial(against_the_limit, name, setup))
         yield Question(name, "the wrapper's forward", partial(wrapper_forward, name, setup))
@@ -113,12 +113,12 @@ def list_questions(models: Sequence[str], setup: Setup) -> Iterator[Question]:
 
 
 def answer(question: Question, report: TargetReport, save: Callable[[], object]) -> None:
-    """Add a question's targets to a report, saved after each; a wrong variant, or one that cannot run, as refused."""
+    """Add a question's targets to a report and save it after each; an error is recorded."""
     try:
         for target in question.measure():
             report.add(target)
             save()
-    except Exception as error:  # whatever keeps one question from its answer goes on record, and the others go on
+    except Exception as error:  # the error of one question is recorded, and the others are measured
         report.refuse(question.model, question.what, reason_of(error))
         save()
 
@@ -231,10 +231,10 @@ def half_precision(name: str, setup: Setup) -> Iterator[Target]:
 
 
 def has_bf16_instructions(device: torch.device) -> bool:
-    """Say whether bf16 runs on the device's own instructions, as torch knows it."""
+    """Return whether the device has bf16 instructions, according to torch."""
     if device.type == "cuda":
         return cuda.has_bf16()
-    # torch has no public question for this one.
+    # torch has no public function for this.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -260,7 +260,7 @@ def compare_depths(name: str, measured: Measured) -> Iterator[Target]:
 
 
 def predicted(deeper: Row, shallower: Row) -> str:
-    """Say what the floating point operations of the two backwards let expect."""
+    """Describe what the floating point operations of the two backwards let expect."""
     if not deeper.backward_flops or not shallower.backward_flops:
         return ""
     return f"FLOPs predict {deeper.backward_flops / shallower.backward_flops:.3f}"

@@ -1,10 +1,10 @@
-"""The support matrix over the whole zoo of timm: what wraps, what keeps its classifier, what comes back, how it groups.
+"""The support matrix of all timm architectures: wrapping, keeping the classifier, `to_module()`, layer groups.
 
     python benchmarks/timm_zoo.py
 
 Structure comes from the meta device, for every architecture; logits from real values, for the smallest network of each
-kind of structure in each family. An interrupted run goes on where it stopped: what is done stands in a `.jsonl` beside
-the output, which goes when the matrix is written.
+kind of structure in each family. An interrupted run resumes: results are in a `.jsonl` next to the
+output, which is deleted when the matrix is written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FAMILIES = {name: family for family in timm.list_modules() for name in timm.list
 
 
 def main() -> None:
-    """Examine what is left to examine, then write the matrix and its summary."""
+    """Examine the remaining architectures, then write the matrix and its summary."""
     options = parse_arguments()
     torch.set_num_threads(options.threads)
     started = options.output.with_suffix(f".timm-{timm.__version__}.jsonl")
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def smallest_of_each_kind(structures: dict[str, Structure]) -> list[Structure]:
-    """What to run with values: for each family and kind of structure its smallest network, small ones first."""
+    """Return the networks to run with values: the smallest of each family and kind of structure, small ones first."""
     smallest: dict[str, Structure] = {}
     for structure in sorted((s for s in structures.values() if s.refused is None), key=lambda s: s.parameters):
         smallest.setdefault(f"{structure.family} {structure.signature}", structure)

@@ -1,4 +1,4 @@
-"""The torture test on one page: every family of timm's against every condition, from the report that pytest wrote.
+"""Summarize the torture test on one page, every timm family under every condition, from pytest's report.
 
 pytest -m slow tests/zoo/test_torture.py --junitxml=torture.xml
 python benchmarks/torture_summary.py torture.xml
@@ -23,7 +23,7 @@ PYTEST = "pytest -m slow tests/zoo/test_torture.py --junitxml=torture.xml"
 
 
 class Case(NamedTuple):
-    """What became of one family under one condition; `reason` where it did not pass."""
+    """The outcome of one family under one condition; `reason` if it did not pass."""
 
     family: str
     optimizer: str
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 def main() -> int:
-    """Write the page; status 1 where a case failed."""
+    """Write the page; return 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, metavar="XML", help="what pytest's --junitxml wrote")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "torture.md")
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def read_report(path: Path) -> tuple[dict[str, str], list[Case]]:
-    """Read when the tests ended and how long they took, and every case of the torture test."""
+    """Read the time and duration of the tests, and every case of the torture test."""
     root = ElementTree.parse(path).getroot()
     suite = root if root.tag == "testsuite" else root.find("testsuite")
     cases = [_read_case(element) for element in root.iter("testcase") if element.get("name", "").startswith(f"{TEST}[")]
@@ -77,7 +77,7 @@ def _read_case(element: ElementTree.Element) -> Case:
 
 
 def as_markdown(cases: list[Case], header: str) -> str:
-    """Give totals, what did not pass and why, and a line for each family."""
+    """Return totals, cases that did not pass with their reasons, and a line for each family."""
     cells: dict[str, dict[str, list[Case]]] = defaultdict(lambda: defaultdict(list))
     for case in cases:
         cells[case.family][case.circumstance].append(case)

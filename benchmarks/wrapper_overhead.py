@@ -1,4 +1,4 @@
-"""What the wrapper costs: its forward and construction beside bare timm, and its own calls as networks grow.
+"""Measure the cost of the wrapper: forward and construction vs. bare timm, and its own calls for growing networks.
 
 python benchmarks/wrapper_overhead.py --models resnet18 vit_small_patch16_224
 """
@@ -43,7 +43,7 @@ DEFAULT_MODELS = ("resnet18", "tf_efficientnet_lite0", "vit_small_patch16_224", 
 
 @dataclass
 class Comparison:
-    """Samples of one piece of work, wrapped and bare, taken in turns; `again` is the bare one once more."""
+    """Samples of the same work, wrapped and bare, taken in turns; `again` is a second measurement of bare."""
 
     model: str
     what: str
@@ -121,12 +121,12 @@ def compare_forward(
         with torch.no_grad():
             return network(images)  # type: ignore[no-any-return]
 
-    torch.testing.assert_close(forward(wrapped), forward(bare))  # the same work, or there is nothing to compare
+    torch.testing.assert_close(forward(wrapped), forward(bare))  # otherwise the comparison is meaningless
     return compare(name, "forward", partial(forward, wrapped), partial(forward, bare), clock_for(device), repeats)
 
 
 def compare_construction(name: str, *, repeats: int) -> Comparison:
-    """Time `FineTuneModel.from_timm` beside `timm.create_model`, random weights and all."""
+    """Compare the times of `FineTuneModel.from_timm` and `timm.create_model`, including random weights."""
     wrapped = partial(FineTuneModel.from_timm, name, num_classes=NUM_CLASSES)
     bare = partial(timm.create_model, name, num_classes=NUM_CLASSES)
     return compare(name, "construction", wrapped, bare, WallClock(), repeats)
@@ -146,7 +146,7 @@ def compare(  # noqa: PLR0917  all that a comparison is made of
 
 
 def as_markdown(report: OverheadReport) -> str:
-    """Give the report as a page to read."""
+    """Return the report as a page to read."""
     lines = []
     for comparison in report.comparisons:
         lines.append([f"{comparison.model}: {comparison.what}", spread(comparison.wrapped_ms)])

@@ -208,7 +208,7 @@ def timed(train: Callable[[], Result], device: torch.device) -> tuple[Result, fl
 
 
 def accuracy_of(module: nn.Module, data: TensorDataset, batch_size: int, device: torch.device) -> float:
-    """Give the share of images whose largest logit is their target."""
+    """Return the share of images whose largest logit is their target."""
     module.eval()
     with torch.no_grad():
         right = [
@@ -218,7 +218,7 @@ def accuracy_of(module: nn.Module, data: TensorDataset, batch_size: int, device:
 
 
 def describe_outcomes(outcomes: Sequence[Outcome]) -> str:
-    """Lay out the methods by pair, with the verdict on each pair."""
+    """Format the methods by pair, with the verdict on each pair."""
     parts = []
     for challenger, champion in PAIRS:
         rows = [[method, *_row(outcomes, method)] for method in (challenger, champion)]
@@ -228,7 +228,7 @@ def describe_outcomes(outcomes: Sequence[Outcome]) -> str:
 
 
 def judge(outcomes: Sequence[Outcome], challenger: str, champion: str) -> str:
-    """Say by how much one method beats another on the same splits, or that it does not."""
+    """Describe by how much one method beats another on the same splits, or that it does not."""
     ours, theirs = (
         {outcome.seed: outcome.accuracy for outcome in outcomes if outcome.method == method}
         for method in (challenger, champion)

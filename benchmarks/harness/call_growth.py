@@ -119,7 +119,7 @@ def _exponent(times: Sequence[CallTime], measured: Sequence[float]) -> float:
 
 
 def calls_table(times: Sequence[CallTime]) -> str:
-    """Lay out a family's calls, and how they grow: in what they do, and in the time that it takes."""
+    """Format a family's calls, and how they grow: in what they do, and in the time that it takes."""
     calls = list(dict.fromkeys(time.call for time in times))
     lines = []
     for name in dict.fromkeys(time.model for time in times):

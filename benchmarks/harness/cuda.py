@@ -45,12 +45,12 @@ def new_event() -> torch.cuda.Event:
 
 
 def is_available() -> bool:
-    """Say whether torch sees a CUDA device."""
+    """Return whether torch sees a CUDA device."""
     return torch.cuda.is_available()
 
 
 def has_bf16() -> bool:
-    """Say whether the card has bf16 instructions of its own."""
+    """Return whether the card has bf16 instructions of its own."""
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
@@ -155,7 +155,7 @@ def describe_card(device: torch.device) -> dict[str, Fact]:
 
 
 def describe_card_at_end(device: torch.device) -> dict[str, Fact]:
-    """Say what has drifted by the end of a run."""
+    """Describe what has drifted by the end of a run."""
     facts = {**_query(device, _DRIFTING), "allocation_retries": allocation_retries(device)}
     return {f"{name}_at_end": value for name, value in facts.items()}
 

@@ -1,4 +1,4 @@
-"""What a result was measured on: written into every result file, so that a number never stands alone."""
+"""The environment of a measurement, written into every result file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness.cuda import Fact
 
 
 def describe_environment(device: torch.device) -> dict[str, Fact]:
-    """Name date, machine, device, threads and versions."""
+    """Return date, machine, device, threads and versions."""
     facts: dict[str, Fact] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -34,20 +34,20 @@ def describe_environment(device: torch.device) -> dict[str, Fact]:
     }
     for package in ("torch", "timm"):
         facts[package] = installed_version(package)
-    facts["backbone-finetune"] = __version__  # of the code that runs, which may not be what is installed
+    facts["backbone-finetune"] = __version__  # of the running code, which may differ from the installed package
     if device.type == "cuda":
         facts |= cuda.describe_card(device)
     return facts
 
 
 def note_end(environment: dict[str, Fact], device: torch.device) -> None:
-    """Add to an environment what has drifted since: a card that grew hot or slow explains a ratio that did too."""
+    """Add values at the end of a run to an environment: the temperature or clocks of a GPU may explain a ratio."""
     if device.type == "cuda":
         environment |= cuda.describe_card_at_end(device)
 
 
 def describe_precision(precision: str, device: torch.device) -> str:
-    """Name what a row computes in: `off` is torch's float32, which on a GPU may mean TF32."""
+    """Return the precision of a row: `off` is torch's float32, which on a GPU may mean TF32."""
     if precision != "off":
         return f"{precision} autocast"
     if device.type != "cuda":
@@ -57,12 +57,12 @@ def describe_precision(precision: str, device: torch.device) -> str:
 
 
 def describe_command(script: str, arguments: list[str]) -> str:
-    """Give the command that ran, as it is typed at the top of the repository."""
+    """Return the command, as it is typed at the top of the repository."""
     return shlex.join(["python", f"benchmarks/{Path(script).name}", *arguments])
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed package, None where it is not installed."""
+    """Return the version of an installed package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

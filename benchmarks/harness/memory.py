@@ -1,4 +1,4 @@
-"""What a step keeps in memory, counted exactly, and what to do when a device has not enough of it."""
+"""Count the memory that a step keeps, and reduce the batch size when memory runs out."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch.autograd.graph import saved_tensors_hooks
 from harness import cuda
 
 Result = TypeVar("Result")
-# What torch says when memory has run out elsewhere than in its own allocator, which raises OutOfMemoryError.
+# torch's messages for memory errors outside its own allocator, which raises OutOfMemoryError.
 _OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    # cuDNN's search for an algorithm drops those whose workspace does not fit, and says this when none is left.
+    # cuDNN's search for an algorithm skips those whose workspace does not fit, and raises this if none is left.
     "was unable to find an engine to execute this computation",
     "DefaultCPUAllocator: can't allocate memory",
 )
 
 
 def count_saved_bytes(forward: Callable[[], object], parameters: Iterable[nn.Parameter]) -> int:
-    """Count the bytes that a forward keeps alive for its backward: each storage once and whole, parameters left out.
+    """Count the bytes that a forward keeps for its backward: each storage once and completely, without parameters.
 
-    A storage counts whole, as a small view keeps all of it alive.
+    A storage counts completely, because a small view keeps all of it alive.
     """
     parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    # Holding the storages keeps their addresses from being used again, so an address tells them apart.
+    # References to the storages prevent that their addresses are reused, so addresses identify them.
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -51,19 +51,19 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> cuda.PeakMe
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory has run out, in any of the forms that torch gives it."""
+    """Return whether an error means that memory ran out, in any form that torch raises."""
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def at_largest_batch(measure: Callable[[int], Result], batch_size: int, say: Callable[[str], object]) -> Result:
-    """Measure at `batch_size`, halved as long as the device runs out of memory; `say` tells the user."""
+    """Measure at `batch_size`, halved as long as the device runs out of memory; `say` prints a message."""
     while True:
         try:
             return measure(batch_size)
         except RuntimeError as error:
             if batch_size == 1 or not is_out_of_memory(error):
                 raise
-        # Outside the handler: inside it the traceback still holds the tensors that did not fit.
+        # Outside the handler: inside it, the traceback keeps the tensors that did not fit alive.
         batch_size //= 2
         say(f"out of memory: going on with batch size {batch_size}")
         gc.collect()

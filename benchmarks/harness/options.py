@@ -1,4 +1,4 @@
-"""The options that the benchmarks share, and what they settle before the first clock runs."""
+"""The common options of the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ import torch
 
 from harness.timing import resolve_device
 
-_IMAGE_SIZE = (
-    "side of the pictures (default: each network's own; the article's networks take theirs, 64, whatever is said)"
-)
+_IMAGE_SIZE = "side of the images (default: each network's own; the article's networks always use 64)"
 
 
 def add_shared_options(
     parser: argparse.ArgumentParser, *, output: str, batch_size: int = 8, batch_size_on_cuda: int = 256
 ) -> None:
-    """Add device, sizes, repeats, threads and output; a GPU needs a larger batch to have more to do than the host."""
+    """Add device, sizes, repeats, threads and output; a GPU needs a larger batch to be busier than the host."""
     parser.set_defaults(default_batch_size={"cpu": batch_size, "cuda": batch_size_on_cuda})
-    sizes = f"pictures in a batch (default: {batch_size} on a CPU, {batch_size_on_cuda} on a GPU)"
+    sizes = f"images per batch (default: {batch_size} on a CPU, {batch_size_on_cuda} on a GPU)"
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--batch-size", type=positive, help=sizes)
     parser.add_argument("--image-size", type=positive, help=_IMAGE_SIZE)
@@ -34,11 +32,11 @@ def add_shared_options(
 def add_precision_options(parser: argparse.ArgumentParser) -> None:
     """Add autocast and the memory format."""
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast to this type")
-    parser.add_argument("--channels-last", action="store_true", help="store weights and pictures channels last")
+    parser.add_argument("--channels-last", action="store_true", help="store weights and images channels last")
 
 
 def batch_size_on(device: torch.device, options: argparse.Namespace) -> int:
-    """Return how many images a batch has: as many as asked for, else what suits the device."""
+    """Return the batch size: the given one, or the default for the device."""
     asked: int | None = options.batch_size
     return asked or int(options.default_batch_size[device.type])
 
@@ -49,7 +47,7 @@ def add_models_option(parser: argparse.ArgumentParser, default: Sequence[str]) -
 
 
 class _EachOnce(argparse.Action):
-    """Keeps the first of equal values: a network measured twice would have its rows mixed, as they go by name."""
+    """Keeps the first of equal values: rows are by name, so a network measured twice would mix its rows."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -58,7 +56,7 @@ class _EachOnce(argparse.Action):
 
 
 def positive(text: str) -> int:
-    """Read a whole number of at least 1."""
+    """Read an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: pass 1 or more")
@@ -68,7 +66,7 @@ def positive(text: str) -> int:
 def settle_device(options: argparse.Namespace) -> torch.device:
     """Find the device, fix the threads, let cuDNN choose its algorithms during warm-up, and try the output folder.
 
-    ValueError where the device is missing or the folder cannot be written: before anything is measured in vain.
+    Raises ValueError before any measurement if the device is missing or the folder cannot be written.
     """
     device = resolve_device(options.device)
     make_writable(options.output)
@@ -78,7 +76,7 @@ def settle_device(options: argparse.Namespace) -> torch.device:
 
 
 def make_writable(folder: Path) -> None:
-    """Create a folder and write into it, as results will be; ValueError where that fails."""
+    """Create a folder and check that files can be written; raise ValueError otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -88,6 +86,6 @@ def make_writable(folder: Path) -> None:
 
 
 def repeats_on(device: torch.device, options: argparse.Namespace) -> int:
-    """Return how many samples to take: more on a GPU, where they are short."""
+    """Return the number of samples: more on a GPU, where they are short."""
     asked: int | None = options.repeats
     return asked or (50 if device.type == "cuda" else 10)

@@ -1,4 +1,4 @@
-"""Targets: ratios, each beside what it may be at most, with a verdict that says what the ratio says."""
+"""Targets: ratios with an upper limit and a verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.timing import Interval, paired_ratio
 
 @dataclass(frozen=True)
 class Paired:
-    """Samples of two pieces of work in milliseconds: those at the same place come from the same pass."""
+    """Samples of two pieces of work in milliseconds; samples at the same index come from the same pass."""
 
     numerator: Sequence[float]
     denominator: Sequence[float]
@@ -26,9 +26,9 @@ class Paired:
 
 @dataclass(frozen=True)
 class Target:
-    """One ratio and what it may be at most; `noise` is the same ratio of a row measured against itself.
+    """One ratio and its upper limit; `noise` is the same ratio of a row measured against itself.
 
-    `samples` and `noise_samples` are what the two were taken from, so that they can be checked again.
+    `samples` and `noise_samples` are the samples of the two.
     """
 
     model: str
@@ -46,20 +46,20 @@ class Target:
             return "not measured"
         if self.ratio.median <= self.at_most:
             return "met"
-        # A target is missed when the ratio is above it by more than chance: when its whole interval is.
+        # A target is missed if the whole interval of the ratio is above the limit.
         return "missed" if self.ratio.low > self.at_most else "within the noise"
 
 
 def compared(
     model: str, what: str, at_most: float, samples: Paired, noise: Paired | None = None, *, remark: str = ""
 ) -> Target:
-    """Make the target of a ratio of samples, which it keeps."""
+    """Return the target of a ratio of samples, with the samples."""
     return Target(model, what, at_most, samples.ratio, noise.ratio if noise else None, remark, samples, noise)
 
 
 @dataclass
 class TargetReport:
-    """All that one command measured."""
+    """All results of a run."""
 
     environment: dict[str, Fact]
     command: str
@@ -68,12 +68,12 @@ class TargetReport:
     refused: list[dict[str, Fact]] = field(default_factory=list)
 
     def refuse(self, model: str, what: str, reason: str) -> None:
-        """Record what could not be measured, and say so."""
+        """Record and print what could not be measured."""
         self.refused.append({"model": model, "what": what, "reason": reason})
         print(f"{'refused':>16}  {model}: {what}: {reason}", flush=True)
 
     def add(self, target: Target) -> None:
-        """Add a target, and say what became of it."""
+        """Add a target, and print its verdict."""
         self.targets.append(target)
         print(f"{target.verdict:>16}  {target.model}: {target.what}: {target.ratio or target.remark}", flush=True)
 
@@ -90,13 +90,13 @@ def write_targets(report: TargetReport, stem: Path) -> None:
 
 
 def as_markdown(report: TargetReport) -> str:
-    """Give the report as a page to read."""
+    """Return the report as a page to read."""
     refused = [f"Refused: {entry['model']}, {entry['what']}: {entry['reason']}\n" for entry in report.refused]
     return "\n".join(["# Targets\n", describe(report), target_table(report.targets), *refused])
 
 
 def target_table(targets: Iterable[Target]) -> str:
-    """Lay out targets, and how to read them."""
+    """Format targets, and how to read them."""
     lines = []
     for target in targets:
         name = f"{target.model}: {target.what}"

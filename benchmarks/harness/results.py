@@ -138,7 +138,7 @@ def start_report(device: torch.device, command: str, settings: dict[str, Fact]) 
 
 
 def reason_of(error: Exception) -> str:
-    """Give an error as one line, for the row of what it kept from being measured."""
+    """Return an error as one line, for the row of what it kept from being measured."""
     return f"{type(error).__name__}: {error}".splitlines()[0].strip()
 
 
@@ -191,7 +191,7 @@ def median(samples: Sequence[float]) -> float:
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Lay out a Markdown table whose columns also line up on a terminal."""
+    """Format a Markdown table whose columns also line up on a terminal."""
     cells = [list(header), *([*line] for line in lines)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     # Names to the left, numbers to the right.
@@ -236,7 +236,7 @@ before the step, `peak MiB` is the most allocated in it, `reserved MiB` what was
 
 
 def as_markdown(report: Report) -> str:
-    """Give the report as a page to read."""
+    """Return the report as a page to read."""
     parts = ["# Backward time, frozen against unfrozen\n", describe(report)]
     if report.interrupted:
         parts.append("**Interrupted: these are the samples taken until then.**\n")
@@ -266,7 +266,7 @@ def _on_a_gpu(report: Report, model: str) -> bool:
 
 
 def model_table(report: Report, model: str) -> str:
-    """Lay out one model's rows beside the limit and the noise."""
+    """Format one model's rows beside the limit and the noise."""
     unfrozen, limit = report.row(model, "unfrozen"), report.row(model, "limit")
     header = ["", "forward ms", "backward ms", "step ms", "backward speed-up", "step speed-up"]
     header += ["backward, of the limit", "step, of the limit", "saved MiB"]
@@ -283,7 +283,7 @@ def model_table(report: Report, model: str) -> str:
 
 
 def device_table(report: Report, model: str) -> str:
-    """Lay out what only a GPU has: steps back to back, kernels, memory, and what is bound by launches."""
+    """Format what only a GPU has: steps back to back, kernels, memory, and what is bound by launches."""
     unfrozen = report.row(model, "unfrozen")
     header = ["", "step ms, back to back", "speed-up", "backward kernels", "backward device ms"]
     header += ["step device ms", "launch-bound", "before MiB", "peak MiB", "reserved MiB"]

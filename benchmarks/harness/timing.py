@@ -1,12 +1,12 @@
-"""How to time a training step, in one place: the other scripts here ask the questions, this one holds the clock.
+"""Timing of training steps, for all benchmarks.
 
-What is inside a clock and what is not:
+What is measured:
 
-- The graph is rebuilt and gradients are set to None before the backward clock starts; `.backward()` alone is inside it.
-- Forward (with the loss), optimizer step and the whole step have clocks of their own.
-- On a GPU, where the host may be the slower one, steps are also timed back to back, as a training loop runs them.
-- Variants take turns, A B B A, in one process on the same tensors, so that a machine that slows down slows them all.
-- Results are medians of paired ratios with a bootstrap interval, beside an A/A row that shows the noise.
+- The graph is rebuilt and gradients are set to None before the backward clock starts; it measures `.backward()` only.
+- Forward (with the loss), optimizer step and the whole step are measured separately.
+- On a GPU, where the host may be slower, steps are also timed back to back, as in a training loop.
+- Variants take turns, A B B A, in one process on the same tensors, so that a slower machine affects all of them.
+- Results are medians of paired ratios with a bootstrap interval, and an A/A row shows the noise.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Result = TypeVar("Result")
 
 
 class Clock(Protocol):
-    """Times one call: what it returned, and the milliseconds it took on the device."""
+    """Times a call; returns its result and the milliseconds on the device."""
 
     def time(self, call: Callable[[], Result]) -> tuple[Result, float]: ...
 
 
 class WallClock:
-    """The monotonic clock of the host, for work that is done when the call returns."""
+    """The monotonic clock of the host, for work that is finished when the call returns."""
 
     def time(self, call: Callable[[], Result]) -> tuple[Result, float]:
         start = time.perf_counter_ns()
@@ -43,7 +43,7 @@ class WallClock:
 
 
 class ProcessClock:
-    """The CPU time of this process, all its threads together, for work on a CPU that others use as well."""
+    """The CPU time of this process with all threads, for work on a shared CPU."""
 
     def time(self, call: Callable[[], Result]) -> tuple[Result, float]:
         start = time.process_time_ns()
@@ -52,12 +52,12 @@ class ProcessClock:
 
 
 def milliseconds_of(call: Callable[[], object], clock: Clock) -> float:
-    """Time a call whose result nobody wants."""
+    """Return the milliseconds of a call."""
     return clock.time(call)[1]
 
 
 class Event(Protocol):
-    """What a device clock needs of `torch.cuda.Event`."""
+    """The part of `torch.cuda.Event` that a device clock uses."""
 
     def record(self) -> None: ...
 
@@ -67,8 +67,8 @@ class Event(Protocol):
 class EventClock:
     """A pair of device events around each call, on an idle device.
 
-    The device is idle when the first event is recorded, so no earlier work is counted; it has finished when the pair
-    is read, so no work is missed. Between the two the device waits for the host to launch each kernel: where kernels
+    The device is idle when the first event is recorded, so earlier work is not counted; it has finished when the pair
+    is read, so all work is counted. In between, the device waits for the host to launch each kernel: if kernels
     are shorter than their launches, as in a frozen backward, the interval is the host's time. `cuda.device_work` has
     the device's alone. `flush` empties the second-level cache before the first event.
     """
@@ -108,7 +108,7 @@ def clock_for(device: torch.device, *, flush_l2: bool = False) -> Clock:
         size = 2 * cuda.second_level_cache_bytes(device)
 
         def flush() -> None:
-            # Gone when it is done, so that it is not counted as memory of what is measured.
+            # Freed at once, so that it is not counted as memory of the measured work.
             torch.empty(size, dtype=torch.uint8, device=device).zero_()
 
     return EventClock(cuda.new_event, lambda: cuda.synchronize(device), flush=flush)
@@ -128,9 +128,9 @@ def resolve_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One variant's training step, cut where the clocks go.
+    """One variant's training step, in the parts that are timed.
 
-    `enter` puts the tensors that the variants share into this variant's state; `forward` gives the (scaled) loss.
+    `enter` puts the shared tensors into this variant's state; `forward` returns the (scaled) loss.
     """
 
     enter: Callable[[], object]
@@ -139,7 +139,7 @@ class TrainingStep:
     clear_gradients: Callable[[], object]
 
     def run(self) -> None:
-        """Do the whole step, as a training loop does it."""
+        """Run the whole step, as in a training loop."""
         self.clear_gradients()
         self.forward().backward()  # type: ignore[no-untyped-call]
         self.update()
@@ -147,9 +147,9 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Milliseconds of one repetition; `step` is a run of its own, not the sum of the other three.
+    """Milliseconds of one repetition; `step` is a separate run, not the sum of the other three.
 
-    `loop` is a step's share of several that ran back to back; `backward_host` and `step_host` are what the host took to
+    `loop` is the mean of several steps back to back; `backward_host` and `step_host` are the host's times to
     queue a backward and a step. None on a CPU.
     """
 
@@ -163,7 +163,7 @@ class StepTimes:
 
 
 def loop_steps_on(device: torch.device) -> int:
-    """Return how many steps to time back to back: none on a CPU, where the host does all the work."""
+    """Return the number of steps to time back to back: none on a CPU, where the host does all the work."""
     return 5 if device.type == "cuda" else 0
 
 
@@ -187,13 +187,13 @@ def time_step(step: TrainingStep, clock: Clock, loop_steps: int = 0) -> StepTime
 
         loop = milliseconds_of(run_back_to_back, clock) / loop_steps
         times = replace(times, loop=loop, backward_host=host[0], step_host=host[1])
-    # The next variant must not find this one's gradients: freeing them would fall into its clock.
+    # Otherwise the next variant's clock would include freeing these gradients.
     step.clear_gradients()
     return times
 
 
 def noting_host(call: Callable[[], Result], taken: list[float]) -> Callable[[], Result]:
-    """Let a call note the host's milliseconds until it returns, when a device may still work on what was queued."""
+    """Wrap a call to record the host's milliseconds until it returns; a device may still be running queued work."""
 
     def run() -> Result:
         result, elapsed = WallClock().time(call)
@@ -204,10 +204,10 @@ def noting_host(call: Callable[[], Result], taken: list[float]) -> Callable[[], 
 
 
 def warm_up(call: Callable[[], object], clock: Clock, *, at_most: int = 20, at_least_ms: float = 0.0) -> int:
-    """Call until two calls in a row were no faster than the best before them; return how many calls it took.
+    """Call until two calls in a row are not faster than the best before; return the number of calls.
 
-    Compilation, cuDNN's search for algorithms, allocator growth, clock ramps: all show as calls that still get faster.
-    A ramp takes longer than three short calls, so that `at_least_ms` of them are made, more than `at_most` if need be.
+    During compilation, cuDNN's search for algorithms, allocator growth and clock ramps, calls still get faster.
+    A clock ramp is longer than three short calls, so calls take at least `at_least_ms`, even beyond `at_most`.
     """
     best = float("inf")
     steady = count = 0
@@ -222,7 +222,7 @@ def warm_up(call: Callable[[], object], clock: Clock, *, at_most: int = 20, at_l
 
 
 def least_warm_up(device: torch.device) -> float:
-    """Milliseconds of work after which a device runs at its pace: a GPU raises its clock rate by and by."""
+    """Return the milliseconds of work after which a device has full speed: a GPU raises its clock rate gradually."""
     return 200.0 if device.type == "cuda" else 20.0
 
 
@@ -241,7 +241,7 @@ def take_turns(visits: Sequence[Callable[[], Result]], repeats: int) -> Iterator
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Keep the cyclic garbage collector out of the clocks, as `timeit` does."""
+    """Turn off the cyclic garbage collector during measurements, like `timeit`."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -252,7 +252,7 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-# Of fewer, chance alone leaves the whole sample on one side of the median in more than 5 % of all runs: 2 / 2^n.
+# With fewer, all samples are on one side of the median in more than 5 % of runs by chance: 2 / 2^n.
 FEWEST_PASSES = 6
 
 
@@ -288,7 +288,7 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, re
 def interval_of_median(samples: Sequence[float], *, resamples: int = 4000) -> Interval:
     """Median of samples, one from each pass, with its 95 % bootstrap interval over passes."""
     values = torch.tensor(samples, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)  # the same samples give the same interval, whoever asks
+    generator = torch.Generator().manual_seed(0)  # the same samples always give the same interval
     picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
     medians = values[picks].quantile(0.5, dim=1)
     low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

@@ -144,13 +144,13 @@ def _epoch(
 
 
 def show_test_images(test: Images, views: Views) -> list[Tensor]:
-    """Give the test images as they are, mirrored, and in two augmented views."""
+    """Return the test images as they are, mirrored, and in two augmented views."""
     plain = test.view(views, None)
     return [plain, plain.flip(-1), test.view(views, 0), test.view(views, 1)]
 
 
 def accuracies(model: nn.Module, shown: Sequence[Tensor], targets: Tensor) -> dict[str, float]:
-    """Give the share of right answers by `SHOWN`, from the mean of the probabilities over the views."""
+    """Return the share of right answers by `SHOWN`, from the mean of the probabilities over the views."""
     model.eval()
     with torch.no_grad():
         answers = torch.stack(

@@ -46,7 +46,7 @@ class Images:
     targets: Tensor  # (N,)
 
     def view(self, views: Views, number: int | None) -> Tensor:
-        """Give all images as they are, (N, 3, H, W), or an augmented view of each by its number."""
+        """Return all images as they are, (N, 3, H, W), or an augmented view of each by its number."""
         return torch.stack([self._view(views, number, index) for index in range(len(self.images))])
 
     def _view(self, views: Views, number: int | None, index: int) -> Tensor:

@@ -20,5 +20,5 @@ class JpegBatch:
         self._transform = create_transform(image_size, is_training=False)
 
     def read(self) -> torch.Tensor:
-        """Give the images, (count, 3, H, W)."""
+        """Return the images, (count, 3, H, W)."""
         return torch.stack([self._transform(Image.open(path).convert("RGB")) for path in self._paths])

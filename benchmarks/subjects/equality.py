@@ -1,4 +1,4 @@
-"""The proof that a variant does the network's own work, which comes before its times."""
+"""Check that a variant computes the same as the network, before it is timed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _TOLERANCE = {"off": 2e-3, "bf16": 6e-2, "fp16": 1e-2}
 
 
 class WrongVariantError(Exception):
-    """A variant computes something else than the network does: its times would be those of other work."""
+    """A variant computes something else than the network, so its times are meaningless."""
 
 
 def prove_equal(variant: Variant, network: Network, precision: Precision = "off") -> None:
-    """Raise WrongVariantError unless a variant does the network's own work and leaves alone what it froze.
+    """Raise WrongVariantError unless a variant computes the same as the network and changes no frozen buffer.
 
-    Compared with a copy that has no freezing in it at all: the logits, the gradients of the classifier and of what else
+    Compared with a copy without any freezing: the logits, the gradients of the classifier and of everything else that
     trains, no gradient elsewhere, and bit-equal buffers in each layer without a trainable parameter.
     """
     model = network.model
@@ -37,7 +37,7 @@ def prove_equal(variant: Variant, network: Network, precision: Precision = "off"
     training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     in_classifier = list(dict(model.classifier.named_parameters(prefix="classifier")))
     buffers = {name: buffer.clone() for name, buffer in _buffers_of_frozen_layers(model)}
-    # The copy is gone before the variant runs, and of its gradients only those that are asked for stay: the proof needs
+    # The copy is deleted before the variant runs, and only the requested gradients are kept: the check needs
     # no more memory than training, which keeps two moments for each weight.
     expected = _reference(copy.deepcopy(model), variant.kind, network, precision, keep={*training, *in_classifier})
     logits_of = variant.proof_logits if expected.draws and variant.proof_logits is not None else variant.logits
@@ -49,7 +49,7 @@ def prove_equal(variant: Variant, network: Network, precision: Precision = "off"
         if gradients.keys() != expected_gradients.keys():
             wrong = sorted(gradients.keys() ^ expected_gradients.keys())
             raise WrongVariantError(f"a gradient where none belongs, or none where one does: {', '.join(wrong[:3])}")
-        # As one vector: a single layer's gradient may be nothing but rounding, as a bias's before a BatchNorm.
+        # As one vector: a single layer's gradient may be rounding only, e.g. of a bias before a BatchNorm.
         together, together_expected = (
             torch.cat([tree[name].flatten() for name in sorted(tree)]) for tree in (gradients, expected_gradients)
         )
@@ -60,7 +60,7 @@ def prove_equal(variant: Variant, network: Network, precision: Precision = "off"
 
 
 def _buffers_of_frozen_layers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers that sit beside frozen parameters: read off `requires_grad`, as modes are what is on trial."""
+    """Yield the buffers of layers with frozen parameters, by `requires_grad`, because modes are what is checked."""
     for path, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if own and not any(parameter.requires_grad for parameter in own):
@@ -69,7 +69,7 @@ def _buffers_of_frozen_layers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a plain network gives; `draws` says whether its forward drew random numbers, as dropout does."""
+    """The results of a plain network; `draws` is whether its forward drew random numbers, e.g. for dropout."""
 
     logits: Tensor
     gradients: dict[str, Tensor]
@@ -109,7 +109,7 @@ def _logits_and_gradients(
     model: nn.Module, forward: Callable[[], Tensor], network: Network, precision: Precision
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(0)  # dropout must draw the same numbers on both sides
+    torch.manual_seed(0)  # the same dropout masks on both sides
     with autocast(network.images.device, precision):
         logits = forward()
     if not logits.requires_grad:
@@ -120,14 +120,14 @@ def _logits_and_gradients(
 
 
 def compare(what: str, value: Tensor | None, expected: Tensor | None, precision: Precision = "off") -> None:
-    """Raise WrongVariantError where a value is further from the expected one than the precision explains."""
+    """Raise WrongVariantError if a value differs from the expected one by more than the precision explains."""
     if value is None or expected is None:
         if value is expected:
             return
         raise WrongVariantError(f"{what}: {'missing' if value is None else 'there, though the network has none'}")
     difference = (value.float() - expected.float()).abs().max().item()
     scale = expected.float().abs().max().item()
-    if not difference <= _TOLERANCE[precision] * scale:  # so that NaN is a difference
+    if not difference <= _TOLERANCE[precision] * scale:  # NaN counts as a difference
         raise WrongVariantError(
             f"{what}: off by {difference:.3g} where the largest value is {scale:.3g}; "
             f"{_TOLERANCE[precision]:g} of that is allowed"

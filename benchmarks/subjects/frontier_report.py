@@ -55,7 +55,7 @@ class FrontierReport(TargetReport):
 
 
 def as_markdown(report: FrontierReport, figure: str) -> str:
-    """Give the report as a page to read."""
+    """Return the report as a page to read."""
     refused = [f"Refused: {entry['model']}, {entry['what']}: {entry['reason']}\n" for entry in report.refused]
     parts = ["# The frontier: what a step on it costs, and 20 epochs of them\n", describe(report)]
     parts += ["**Interrupted: these are the samples taken until then.**\n"] if report.interrupted else []
@@ -73,7 +73,7 @@ def as_markdown(report: FrontierReport, figure: str) -> str:
 
 
 def milliseconds_table(report: FrontierReport) -> str:
-    """Lay out the medians, a line for each network and precision."""
+    """Format the medians, a line for each network and precision."""
     lines = []
     for name, by_precision in report.kept.items():
         taken = report.milliseconds[name]

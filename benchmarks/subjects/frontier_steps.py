@@ -107,7 +107,7 @@ def recipe_step(network: Network, words: Collection[str] | None = None) -> Train
 
 
 def names_take_more(network: Network, words: Collection[str]) -> bool:
-    """Say whether the recipe's words are in the names of other parameters than those that train in `network`."""
+    """Return whether the recipe's words are in the names of other parameters than those that train in `network`."""
     plain = copy.deepcopy(network.model).to_module()
     return any(
         parameter.requires_grad != any(word in name for word in words) for name, parameter in plain.named_parameters()

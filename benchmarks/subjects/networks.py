@@ -95,7 +95,7 @@ def _wrap_timm_network(name: str, image_size: int | None) -> tuple[FineTuneModel
 
 
 def input_size_of(name: str, image_size: int | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Give the size of a timm architecture's images, (channels, height, width), and what to build it with for them.
+    """Return the size of a timm architecture's images, (channels, height, width), and what to build it with for them.
 
     `image_size` None takes the architecture's own.
     """

@@ -1,7 +1,7 @@
-"""How each library freezes a timm network but for its classifier, written as its own documentation does it.
+"""How each library freezes a timm network except its classifier, as in its own documentation.
 
 Each function takes a bare network, which it may change, and returns the module to train. The libraries are imported
-where they are used: one that is not installed costs its own row and no other.
+where they are used: if one is not installed, only its own row is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Blueprint:
     image_size: int
 
     def split(self, network: nn.Module) -> nn.Sequential:
-        """Give backbone and classifier in a row, for fastai's splitters and Lightning's `pl_module.backbone`."""
+        """Return a sequence of backbone and classifier, for fastai's splitters and Lightning's `pl_module.backbone`."""
         classifier = network.get_submodule(self.classifier)
         network.reset_classifier(0)  # type: ignore[operator]
         return nn.Sequential(network, classifier)
@@ -36,7 +36,7 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to freeze; `package` is whose version is recorded, `prefix` what state dicts put before the backbone."""
+    """A way to freeze, the package whose version is recorded, and the prefix of the backbone in state dicts."""
 
     label: str
     freeze: Callable[[Blueprint, nn.Module], nn.Module]
@@ -51,14 +51,14 @@ def unfrozen(blueprint: Blueprint, network: nn.Module) -> nn.Module:
 
 
 def article_recipe(blueprint: Blueprint, network: nn.Module) -> nn.Module:
-    """Freeze each parameter whose name does not hold the classifier's."""
+    """Freeze each parameter whose name does not contain the classifier's."""
     for name, parameter in network.named_parameters():
         parameter.requires_grad = blueprint.classifier in name
     return network
 
 
 def timm_freeze(blueprint: Blueprint, network: nn.Module) -> nn.Module:
-    """Freeze all, running statistics among it, then unfreeze the classifier."""
+    """Freeze everything, including running statistics, then unfreeze the classifier."""
     freeze(network)  # type: ignore[no-untyped-call]
     unfreeze(network, [blueprint.classifier])  # type: ignore[no-untyped-call]
     return network
@@ -155,7 +155,7 @@ METHODS = (
 
 
 def make_blueprint(name: str, num_classes: int, image_size: int, arguments: dict[str, Any]) -> Blueprint:
-    """Build the network that all methods start from; ValueError where its classifier is not one layer."""
+    """Build the network that all methods start from; raise ValueError if its classifier is not one layer."""
     torch.manual_seed(0)
     network = timm.create_model(name, num_classes=num_classes, **arguments)
     config = timm.get_pretrained_cfg(name)

@@ -47,7 +47,7 @@ class PeerReport:
 
 
 def as_markdown(report: PeerReport) -> str:
-    """Give the report as a page to read."""
+    """Return the report as a page to read."""
     by_model: dict[str, list[PeerRow]] = {}
     for row in report.rows:
         by_model.setdefault(row.model, []).append(row)
@@ -70,7 +70,7 @@ def _batch(rows: Sequence[PeerRow]) -> str:
 
 
 def model_table(rows: Sequence[PeerRow]) -> str:
-    """Lay out the rows of one model."""
+    """Format the rows of one model."""
     own = next((row for row in rows if row.method == OURS and row.step_ms), None)
     on_a_gpu = any(row.loop_ms for row in rows)
     header = ["", "version", "forward ms", "backward ms", "step ms", "step / ours", "saved MiB", "trainable"]

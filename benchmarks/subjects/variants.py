@@ -1,4 +1,4 @@
-"""The variants that a benchmark compares: one network in different states, and the training step of each."""
+"""The variants that a benchmark compares: one network in different freeze states, and their training steps."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _AUTOCAST_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 @dataclass(frozen=True)
 class Variant:
-    """One state of a network: `enter` puts the network into it, `logits` then runs its forward.
+    """One state of a network: `enter` puts the network into it, and `logits` runs its forward.
 
-    A compiled forward draws other random numbers than a plain one. `proof_logits` is then the same forward compiled
-    to draw the plain one's, which is slower: to be compared, not timed.
+    A compiled forward draws other random numbers than a plain one. `proof_logits` is then the same forward, compiled
+    to draw the same ones, which is slower: it is compared, not timed.
     """
 
     kind: Kind
@@ -43,10 +43,10 @@ class Variant:
 
 
 def variants_of(network: Network, *, compiled: bool = False) -> list[Variant]:
-    """List the states from unfrozen, by one more frozen layer group at a time, to frozen; and last the limit.
+    """List the states from unfrozen to frozen, with one more frozen layer group each, and last the limit.
 
-    The limit is what no way of freezing can beat: the backbone in eval mode under `no_grad`, and the bare classifier on
-    its features, which depend on nothing but themselves.
+    No way of freezing can be faster than the limit: the backbone in eval mode under `no_grad`, and the bare classifier
+    on its features.
     """
     model = network.model
 
@@ -80,7 +80,7 @@ class _Forwards:
 
 
 def _forwards(network: Network, prepare: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> _Forwards:
-    """Give the network's forward and the limit's: each of the limit's two parts is prepared as the whole is."""
+    """Return the network's forward and the limit's, whose two parts are prepared like the whole."""
     model, images = network.model, network.images
     run, extract, classify = prepare(model), prepare(model.backbone), prepare(model.classifier)
 
@@ -93,20 +93,20 @@ def _forwards(network: Network, prepare: Callable[[nn.Module], Callable[[Tensor]
 
 
 def own_storage(features: Tensor) -> Tensor:
-    """Copy features that are a small view of a large tensor, so that what is kept for backward is theirs alone."""
+    """Copy features that are a small view of a large tensor, so that only they are kept for backward."""
     return features.clone() if features.untyped_storage().nbytes() > features.nbytes else features
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Autocast to the precision asked for; `off` is a context that changes nothing."""
+    """Return an autocast context for a precision; `off` has no effect."""
     return torch.autocast(device.type, dtype=_AUTOCAST_TYPES[precision], enabled=precision != "off")
 
 
 class Trainer:
     """Makes the training steps of one network's variants, on one set of optimizer moments.
 
-    Each variant has an optimizer over what it trains, as a user has. The moments are shared, as the parameters are: a
-    copy for each would fill the memory of a GPU.
+    Each variant has an optimizer of its trainable parameters, like a user. The moments are shared, like the parameters:
+    a copy for each would fill the memory of a GPU.
     """
 
     def __init__(self, network: Network, precision: Precision = "off") -> None:
@@ -121,7 +121,7 @@ class Trainer:
         return functional.cross_entropy(logits.float(), self._network.labels)
 
     def step_of(self, variant: Variant) -> TrainingStep:
-        """Make the step of a variant, which it enters to see what trains in it."""
+        """Return the step of a variant, after entering it to find its trainable parameters."""
         variant.enter()
         return training_step(
             lambda: self.loss(variant),
@@ -154,12 +154,12 @@ def training_step(
 ) -> TrainingStep:
     """Make a step with AdamW, fused on CUDA, and with loss scaling where `scaled`.
 
-    The learning rate is 0, so that all repetitions do the same arithmetic on the same weights.
+    The learning rate is 0, so that all repetitions compute the same.
     """
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=fused_on(device))
     if moments is not None:
         optimizer.state = moments
-    # A scaler that is switched off hands losses and steps through unchanged.
+    # A disabled scaler passes losses and steps through.
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
 
     def update() -> None:
@@ -181,7 +181,7 @@ def count_saved(variant: Variant, network: Network) -> int:
 
 
 def count_backward_flops(loss: Callable[[], Tensor]) -> int:
-    """Count the floating point operations of a backward alone, as torch's FlopCounterMode knows them."""
+    """Count the floating-point operations of a backward with torch's FlopCounterMode."""
     graph = loss()
     with FlopCounterMode(display=False) as counter:
         graph.backward()  # type: ignore[no-untyped-call]

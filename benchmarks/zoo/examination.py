@@ -93,7 +93,7 @@ def examine_values(structure: Structure) -> Values:
 
 
 def _round_trip(model: FineTuneModel, image: torch.Tensor, expected_names: set[str]) -> tuple[str, nn.Module]:
-    """Say how the plain network compares, and give it, or the backbone where there is none."""
+    """Describe how the plain network compares, and give it, or the backbone where there is none."""
     wrapped = model(image)
     try:
         plain = model.to_module()
@@ -135,7 +135,7 @@ def _build_small(structure: Structure, classes: int) -> tuple[Any, torch.Tensor]
 
 
 def _fill_zero_weights(heads: nn.Module | tuple[nn.Module, ...]) -> None:
-    """Give heads that timm starts at zero (gmlp, hiera, sequencer) some values, since zeros would agree with any."""
+    """Give heads that timm initializes with zeros (gmlp, hiera, sequencer) other values: zeros agree with any."""
     for head in heads if isinstance(heads, tuple) else (heads,):
         for parameter in head.parameters():
             if parameter.ndim > 1 and not parameter.any():
