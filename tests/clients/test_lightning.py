@@ -17,13 +17,13 @@ from client_loops import (
     train_plainly,
 )
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("lightning")
 import lightning
 from client_lightning import fit
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
 pytestmark = [
     pytest.mark.clients,
@@ -100,6 +100,14 @@ def test_its_weight_averaging_averages_what_trains_and_leaves_what_is_frozen(ima
     update_bn(DataLoader(images, BATCH_SIZE), expected)
     assert_equal(model.state_dict(), expected.state_dict(), atol=1e-6)
     assert not torch.equal(model.classifier.weight, watch.weights[2]["classifier.weight"])
+
+
+def test_an_exponential_average_leaves_what_is_frozen(images: TensorDataset) -> None:
+    model, plain = small_model(), train_plainly(small_model(), images, groups_at)
+    averaging = WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    with model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
+        fit(model, by_epoch(), averaging)
+    assert not torch.equal(model.classifier.weight, plain.classifier.weight)
 
 
 def test_an_unfreezing_within_a_fit_on_two_processes(tmp_path: Path) -> None:
