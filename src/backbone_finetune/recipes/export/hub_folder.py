@@ -13,7 +13,7 @@ from .timm_checkpoint import make_timm_network, save_weights
 
 
 def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
-    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, and load it to compare logits.
+    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, and check its logits.
 
     ``AutoModelForImageClassification.from_pretrained`` of transformers loads it as well.
 

@@ -16,7 +16,7 @@ from .checks import Comparison, Exported, staging
 
 
 def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
-    """Write a checkpoint that ``timm.create_model(..., checkpoint_path=path)`` loads strictly, and load it to compare logits.
+    """Write a checkpoint that ``timm.create_model(..., checkpoint_path=path)`` loads strictly, and check its logits.
 
     Beside ``model.safetensors`` it writes ``model.classes.txt``, the class map of timm's scripts, which order class
     folders in another way (1, 2, 10) than this library (1, 10, 2).
