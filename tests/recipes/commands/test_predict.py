@@ -90,6 +90,7 @@ def test_images_are_given_as_paths_folders_and_patterns(images: Path) -> None:
 
     assert found("a") == ["a/1.png", "a/b/2.png"]
     assert found("*.png", "a/*") == ["3.png", "a/1.png", "a/b/2.png"]
+    assert found("**/[ab3]*") == ["3.png"]
     assert found("**/*.png") == ["3.png", "a/1.png", "a/b/2.png"]
     (images / "[x].png").touch()
     assert found("[x].png") == ["[x].png"]

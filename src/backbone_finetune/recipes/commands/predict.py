@@ -182,7 +182,8 @@ def list_inputs(given: Sequence[str]) -> list[Path]:
             found = sorted(glob.glob(name, recursive=True))
             if not found:
                 raise ValueError(f"{name}: no file matches this pattern")
-            paths += map(Path, found)
+            # What is in a folder matches ** as well as the folder.
+            paths += [Path(each) for each in found if not ("**" in name and os.path.isdir(each))]
         else:
             paths.append(Path(name))
     if not paths:
