@@ -14,7 +14,8 @@ from typing import NoReturn
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from .recipes.commands.evaluate import describe_evaluation, evaluate_folder, write_evaluation
+from .recipes.commands.evaluate import Evaluation, describe_evaluation, evaluate_folder, write_evaluation
+from .recipes.commands.evaluate_table import evaluate_table
 from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.frontier import inspect_frontier
 from .recipes.commands.inspect import inspect, inspect_file
@@ -26,6 +27,7 @@ from .recipes.models.file import TrainedModel, load_trained_model
 from .recipes.models.named import NamedModel, load_timm_model
 from .recipes.models.onnx_file import load_onnx_model
 from .recipes.text import describe_fault, print_any_name, printable
+from .recipes.training.objectives import SingleLabel
 from .recipes.training.phases import Phase, read_phases
 from .recipes.training.processes import find_device
 
@@ -190,6 +192,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help="weight the loss of each image by N / (K * images of its class), for N images in K classes",
     )
     add_numbers(parser, settings, ("label_smoothing", "SHARE", "share of each target spread over all classes; "))
+    add(
+        "--regression",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        metavar="COLUMN[,COLUMN]",
+        help="columns of a table whose numbers are predicted, instead of a class or labels",
+    )
     add("--workers", type=int, metavar="N", help="processes that load images (default: by cores and images)")
     add(
         "--cache",
@@ -381,7 +389,7 @@ def run_predict(options: argparse.Namespace) -> int:
     )
     write = None
     if options.output is not None:
-        write = choose_writer(options.output, min(options.top_k, len(trained.class_names)))
+        write = choose_writer(options.output, min(options.top_k, len(trained.class_names)), trained)
     # A bar where no line is printed in the terminal.
     silent = write is None and sys.stdout.isatty()
     bar = tqdm(
@@ -395,8 +403,9 @@ def run_predict(options: argparse.Namespace) -> int:
     unreadable = 0
     for prediction in bar:
         if prediction.error is None and write is None:
-            answers = ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
-            print(printable(f"{prediction.path}: {answers}"))
+            answers = [f"{name} {share:.1%}" for name, share in prediction.classes]
+            answers += [f"{name} {value:.6g}" for name, value in prediction.values]
+            print(printable(f"{prediction.path}: {', '.join(answers) or 'no label'}"))
         elif prediction.error is not None:
             tqdm.write(printable(f"{PROGRAM}: skipped: {prediction.error}"), file=sys.stderr)
             unreadable += 1
@@ -410,13 +419,17 @@ def run_predict(options: argparse.Namespace) -> int:
 def run_evaluate(options: argparse.Namespace) -> int:
     """Run ``evaluate``: print a table by class, and a line for each image that was skipped."""
     trained = load_model(options)
-    evaluation = evaluate_folder(
+    of_classes = isinstance(trained.objective, SingleLabel)
+    evaluation = (evaluate_folder if of_classes else evaluate_table)(
         trained, options.images, batch_size=options.batch_size, workers=options.workers, tta=options.tta
     )
     for message in evaluation.skipped_images:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
-    print(describe_evaluation(evaluation))
-    print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output)))}")
+    if isinstance(evaluation, Evaluation):
+        print(describe_evaluation(evaluation))
+        print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output)))}")
+    else:
+        print(f"{evaluation.describe()}\nwrote {evaluation.write(options.output)}")
     return 0
 
 

@@ -72,7 +72,7 @@ def baseline_accuracy(
         if config.accelerator.is_main_process:
             logger.warning("%s: %s; it is not compared with", name, error)
         return None
-    return evaluate(model, test, config).accuracy
+    return evaluate(model, test, config).metrics[config.objective.main_metric]
 
 
 @dataclass(frozen=True)

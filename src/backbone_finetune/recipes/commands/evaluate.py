@@ -10,6 +10,7 @@ from ..data.finding import choose_test, find_splits
 from ..files import replacing
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
+from ..training.objectives import SingleLabel, SoftLabels
 from .predict import predict
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "write_evaluation"]
@@ -81,6 +82,8 @@ def evaluate_folder(
         NotADirectoryError: it is a file.
         ValueError: a class folder is not one of the model's classes, or is empty, or no image can be read.
     """
+    if not isinstance(trained.objective, SingleLabel | SoftLabels):
+        raise ValueError("the model has labels or values; call evaluate_table with a table")
     found = choose_test(find_splits(folder, trained.class_names))
     names = trained.class_names
     confusion = [[0] * len(names) for _ in names]

@@ -55,10 +55,11 @@ def inspect_file(path: Path) -> str:
     parameters = dict(model.backbone.named_parameters())
     states = {group.name: _state(parameters[name] for name in group.parameter_names) for group in model.layer_groups}
     states["classifier"] = _state(model.classifier.parameters())
-    names = description.class_names
+    names, objective = description.class_names, description.objective
+    kind = "classes" if objective is None else {"MultiLabel": "labels", "Regression": "values"}[objective.kind]
     return "\n".join(
         [
-            f"{path}: {len(names):,} classes ({join_some(names, most=10)})",
+            f"{path}: {len(names):,} {kind} ({join_some(names, most=10)})",
             "written with " + ", ".join(f"{name} {version}" for name, version in description.versions.items()),
             *_tabulate(model, description.architecture, description.data_config.input_size, states, "state"),
         ]

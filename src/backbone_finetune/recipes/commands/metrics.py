@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..training.checkpoints import EpochResult
@@ -19,14 +20,19 @@ class Metrics:
     What was not measured is None. The test images are looked at once, when all is chosen; ``history`` has what the
     validation images gave in each epoch, and ``best_epoch`` is the one whose weights were kept, where a monitor chose.
     ``fold_accuracies`` are those of a cross-validation on the training images. ``test_balanced_accuracy`` is the mean
-    recall of the classes that have test images.
+    recall of the classes that have test images. Where images have labels or values, ``objective`` says so, with its
+    thresholds or its scale, accuracies are the share of images whose labels are all right, or None, and the metrics are
+    those of the objective.
     """
 
     test_accuracy: float | None
+    test_metrics: Mapping[str, float] = field(default_factory=dict)
     validation_accuracy: float | None = None
+    validation_metrics: Mapping[str, float] = field(default_factory=dict)
+    objective: Mapping[str, Any] | None = None
     best_epoch: int | None = None
     fold_accuracies: tuple[float, ...] | None = None
-    chance: float
+    chance: float | None
     random_backbone: float | None = None
     raw_pixels: float | None = None
     test_balanced_accuracy: float | None = None
@@ -67,17 +73,25 @@ def describe(metrics: Metrics) -> str:
         "raw pixels": "the same classifier on 32 x 32 pixels",
     }
     lines = []
-    if metrics.validation_accuracy is not None:
+    are_classes = metrics.objective is None
+    if are_classes and metrics.validation_accuracy is not None:
         chosen = "" if metrics.best_epoch is None else f", after epoch {metrics.best_epoch}, which they chose"
         line = f"validation       {_decimals(metrics.validation_accuracy)}"
         lines.append(f"{line}  of {metrics.validation_images} images{chosen}")
-    if metrics.test_accuracy is not None:
+    if are_classes and metrics.test_accuracy is not None:
         error = math.sqrt(metrics.test_accuracy * (1 - metrics.test_accuracy) / metrics.test_images)
         line = f"test accuracy    {_decimals(metrics.test_accuracy)}"
         lines.append(f"{line}  of {metrics.test_images} images, standard error {_decimals(error)}")
         # Where the classes are of one size it is the accuracy.
         if mean is not None and not math.isclose(mean, metrics.test_accuracy):
             lines.append(f"balanced         {_decimals(mean)}  mean recall of the classes")
+    for part, others, count in (
+        ("validation", metrics.validation_metrics, metrics.validation_images),
+        ("test", metrics.test_metrics, metrics.test_images),
+    ):
+        if others:
+            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in others.items())
+            lines.append(f"{part:15}  {shown}  of {count} images")
     if metrics.fold_accuracies is not None:
         mean, spread = statistics.mean(metrics.fold_accuracies), statistics.stdev(metrics.fold_accuracies)
         folds = len(metrics.fold_accuracies)

@@ -13,24 +13,28 @@ __all__ = ["draw_confusion", "draw_curves"]
 MOST_NAMED = 50
 
 
-def draw_curves(history: Sequence[EpochResult], references: Mapping[str, float], path: Path) -> None:
-    """Draw loss and accuracy by epoch as a PNG, with a line across for each reference accuracy."""
+def draw_curves(
+    history: Sequence[EpochResult], references: Mapping[str, float], path: Path, metric: str = "accuracy"
+) -> None:
+    """Draw the loss and a metric by epoch as a PNG, with a line across for each reference."""
     epochs = [result.epoch for result in history]
     # Not pyplot: its figures are global state, and a window system may stand behind them.
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(epochs, [result.train_loss for result in history], marker=".", label="training")
-    loss.set(xlabel="epoch", ylabel="cross entropy", ylim=(0, None))
-    if history[0].validation_accuracy is not None:
-        validation = [result.validation_accuracy for result in history]
+    loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    validation = [value for result in history if (value := result.validation(metric)) is not None]
+    if validation:
         accuracy.plot(epochs, validation, marker=".", color="C2", label="validation")
-    accuracy.plot(epochs, [result.train_accuracy for result in history], marker=".", color="C0", label="training")
+    if metric == "accuracy":
+        accuracy.plot(epochs, [result.train_accuracy for result in history], marker=".", color="C0", label="training")
     for (name, value), style in zip(references.items(), ("-", "--", "-.", ":", "-"), strict=False):
         accuracy.axhline(value, color="grey", linestyle=style, label=name)
-    accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+    accuracy.set(xlabel="epoch", ylabel=metric.replace("_", " "), ylim=(min(0, *validation, 0), 1))
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc="best")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best")
         axes.spines[["top", "right"]].set_visible(False)
     FigureCanvasAgg(figure).print_png(path)  # type: ignore[no-untyped-call]
 

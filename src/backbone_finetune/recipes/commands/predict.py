@@ -28,6 +28,7 @@ from ..data.transforms import split_transform
 from ..files import replacing
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
+from ..training.objectives import MultiLabel, Regression, SingleLabel
 
 __all__ = ["Prediction", "choose_writer", "list_inputs", "predict", "write_csv", "write_jsonl"]
 
@@ -39,6 +40,8 @@ MOST_PIXELS = 2**27
 class Prediction:
     """The likeliest classes of an image, best first, as ``(class name, probability)``; or why it cannot be read.
 
+    Of a model of labels, they are all labels above their thresholds, maybe none; of a model of values, see ``values``.
+
     >>> Prediction(Path("tom.jpg"), (("cat", 0.9), ("dog", 0.1))).error is None
     True
     """
@@ -46,6 +49,7 @@ class Prediction:
     path: Path
     classes: tuple[tuple[str, float], ...] = ()
     error: str | None = None
+    values: tuple[tuple[str, float], ...] = ()
 
 
 @validated
@@ -74,7 +78,7 @@ def predict(
     Args:
         trained: The model; it runs on the device that it is on.
         images: Paths of image files.
-        top_k: How many classes to name for each image.
+        top_k: How many classes to name for each image; of a model of labels all are named that the image has.
         batch_size: How many images run at a time.
         workers: How many processes read images; None chooses by the cores and the images.
         tta: Whether to average over the image and its mirror image (test-time augmentation), at twice the cost.
@@ -82,6 +86,27 @@ def predict(
     Raises:
         ValueError: a number is out of range (pydantic's ``ValidationError``).
     """
+    for path, outcome in predict_rows(trained, images, batch_size=batch_size, workers=workers, tta=tta):
+        yield Prediction(path, error=outcome) if isinstance(outcome, str) else _name(trained, path, outcome, top_k)
+
+
+def _name(trained: TrainedModel | NamedModel, path: Path, row: Tensor, top_k: int) -> Prediction:
+    """Name what an image's probabilities or values, ``(K,)``, say."""
+    names, objective = trained.class_names, trained.objective
+    if isinstance(objective, Regression):
+        return Prediction(path, values=tuple(zip(names, row.tolist(), strict=True)))
+    values, indices = row.sort(descending=True, stable=True)
+    pairs = [(names[index], value) for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
+    if isinstance(objective, MultiLabel):
+        chosen = objective.choose(row.double())[indices].tolist()
+        return Prediction(path, tuple(pair for pair, is_chosen in zip(pairs, chosen, strict=True) if is_chosen))
+    return Prediction(path, tuple(pairs[:top_k]))
+
+
+def predict_rows(
+    trained: TrainedModel | NamedModel, images: Iterable[Path], *, batch_size: int, workers: int | None, tta: bool
+) -> Iterator[tuple[Path, Tensor | str]]:
+    """Predict the probabilities or values of each image, ``(K,)`` on the CPU; or say why it cannot be read."""
     trained.model.eval()
     config = trained.data_config
     to_bytes: Callable[[Image.Image], Tensor] = pil_to_tensor
@@ -98,12 +123,12 @@ def predict(
     position = iter(paths)
     for outcomes in map_batches(read, paths, batch_size=batch_size, workers=workers):
         loaded = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
-        answers: Iterator[tuple[tuple[str, float], ...]] = iter(())
+        answers: Iterator[Tensor] = iter(())
         if loaded:
             inputs = torch.stack(loaded).to(device)
-            answers = iter(_classify(trained, inputs if normalize is None else normalize(inputs), top_k, tta=tta))
+            answers = iter(_run(trained, inputs if normalize is None else normalize(inputs), tta=tta))
         for path, outcome in zip(islice(position, len(outcomes)), outcomes, strict=True):
-            yield Prediction(path, error=outcome) if isinstance(outcome, str) else Prediction(path, next(answers))
+            yield path, outcome if isinstance(outcome, str) else next(answers)
 
 
 def _read_input(path: Path, transform: Callable[[Image.Image], Tensor], most_elongated: float) -> Tensor | str:
@@ -123,29 +148,37 @@ def _read_input(path: Path, transform: Callable[[Image.Image], Tensor], most_elo
 
 
 @torch.no_grad()
-def _classify(
-    trained: TrainedModel | NamedModel, inputs: Tensor, top_k: int, *, tta: bool
-) -> list[tuple[tuple[str, float], ...]]:
-    """Name the likeliest classes of each input, ``(B, 3, H, W)``, with their probabilities, best first."""
+def _run(trained: TrainedModel | NamedModel, inputs: Tensor, *, tta: bool) -> Tensor:
+    """Compute the probabilities or values of inputs ``(B, 3, H, W)``: ``(B, K)`` on the CPU."""
     views = (inputs, inputs.flip(-1)) if tta else (inputs,)
-    probabilities = torch.stack([trained.model(view).float().softmax(-1) for view in views]).mean(0).cpu()
-    values, indices = probabilities.topk(min(top_k, len(trained.class_names)))
-    return [
-        tuple((trained.class_names[index], value) for index, value in zip(*row, strict=True))
-        for row in zip(indices.tolist(), values.tolist(), strict=True)
-    ]
+    return torch.stack([trained.objective.predict(trained.model(view).float()) for view in views]).mean(0).cpu()
 
 
-def write_csv(predictions: Iterable[Prediction], path: Path, top_k: int) -> Iterator[Prediction]:
-    """Yield each prediction when it is written to a CSV file, which is complete after the last one."""
+def write_csv(
+    predictions: Iterable[Prediction], path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
+) -> Iterator[Prediction]:
+    """Yield each prediction when it is written to a CSV file, which is complete after the last one.
+
+    Its columns are those of the ``top_k`` classes; of a ``trained`` model of labels, all labels of an image in one, as
+    "cat;dog"; of one of values, one for each.
+    """
+    objective = SingleLabel() if trained is None else trained.objective
+    columns = [f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability")]
+    if isinstance(objective, MultiLabel):
+        columns = ["labels", "probabilities"]
+    elif isinstance(objective, Regression) and trained is not None:
+        columns = list(trained.class_names)
     # In UTF-8; bytes of a name that are not text are written as they are.
     with replacing(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
         rows = csv.writer(file)
-        columns = (f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability"))
         rows.writerow(["image", *columns, "error"])
         for prediction in predictions:
-            cells = [cell for pair in prediction.classes for cell in pair]
-            rows.writerow([prediction.path, *cells, *[""] * (2 * top_k - len(cells)), prediction.error or ""])
+            cells: list[object] = [cell for pair in prediction.classes for cell in pair]
+            if isinstance(objective, MultiLabel):
+                cells = [";".join(str(pair[part]) for pair in prediction.classes) for part in (0, 1)]
+            elif isinstance(objective, Regression):
+                cells = [value for _, value in prediction.values]
+            rows.writerow([prediction.path, *cells, *[""] * (len(columns) - len(cells)), prediction.error or ""])
             yield prediction
 
 
@@ -157,15 +190,19 @@ def write_jsonl(predictions: Iterable[Prediction], path: Path) -> Iterator[Predi
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for prediction in predictions:
             classes = [{"name": name, "probability": probability} for name, probability in prediction.classes]
-            entry = {"image": str(prediction.path), "classes": classes, "error": prediction.error}
+            entry: dict[str, object] = {"image": str(prediction.path), "classes": classes, "error": prediction.error}
+            if prediction.values:
+                entry["values"] = dict(prediction.values)
             file.write(json.dumps(entry) + "\n")
             yield prediction
 
 
-def choose_writer(path: Path, top_k: int) -> Callable[[Iterable[Prediction]], Iterator[Prediction]]:
+def choose_writer(
+    path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
+) -> Callable[[Iterable[Prediction]], Iterator[Prediction]]:
     """Choose what writes predictions to a file: ``.csv`` is a table, ``.jsonl`` are JSON lines."""
     if path.suffix == ".csv":
-        return partial(write_csv, path=path, top_k=top_k)
+        return partial(write_csv, path=path, top_k=top_k, trained=trained)
     if path.suffix == ".jsonl":
         return partial(write_jsonl, path=path)
     raise ValueError(f"{path}: predictions are written to a file that ends in .csv or .jsonl")

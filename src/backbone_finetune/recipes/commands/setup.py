@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+import torch
 from accelerate import Accelerator
 from pydantic import ConfigDict, Field
 from timm.data.config import resolve_model_data_config
@@ -22,6 +23,7 @@ from ..models.weights import BaseWeights, Source, load_network, model_arguments,
 from ..text import join_some
 from ..together import run_on_main
 from ..training.loop import EpochResult, TrainerConfig
+from ..training.objectives import MultiLabel, Objective, Regression, SingleLabel, balanced_weights
 from ..training.phases import Phase
 from .run_folder import check_output_folder
 
@@ -32,12 +34,6 @@ CLIPART = Path(__file__).parents[1] / "data" / "clipart" / "pictures"
 # .69 at 128 and .73 at 160, for 2 and 4 times the time; a first look at a library should be quick.
 CLIPART_INPUT_SIZE = (3, 96, 96)
 TEST_SHARE = 0.3
-MONITORS: dict[str, Callable[[EpochResult], float] | None] = {
-    "accuracy": lambda result: result.validation_accuracy or 0.0,
-    "balanced-accuracy": lambda result: result.validation_balanced_accuracy or 0.0,
-    "loss": lambda result: -math.inf if result.validation_loss is None else -result.validation_loss,
-    "off": None,
-}
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -81,6 +77,8 @@ class TrainSettings:
         class_weights: "balanced" weighs the loss of an image by N / (K * count), of N training images in K classes and
             those of its class; None weighs all images alike.
         label_smoothing: The share of each target that is spread evenly over all classes.
+        regression: Columns of a table whose numbers are predicted. Without it, a table with a column ``label`` has one
+            class per image, and one with a column ``labels`` any number, as "cat;dog".
 
     >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output
     PosixPath('fine-tuned')
@@ -113,6 +111,7 @@ class TrainSettings:
     views: Positive = 1
     class_weights: Literal["balanced"] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    regression: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,7 @@ class Task:
     train: ImageDataset
     validation: ImageDataset | None
     test: ImageDataset | None
+    objective: Objective
 
     def parts(self) -> dict[str, ImageDataset]:
         """Name the images that there are: "train", "validation", "test"."""
@@ -151,8 +151,8 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     transform = build_transform(data_config)
     validation, test = (None if part is None else ImageDataset(part, transform) for part in others)
     shown = ImageDataset(train, build_transform(data_config, augment=settings.views > 1))
-    arguments = dict(start.arguments)
-    return Task(model, start.architecture, arguments, weights, data_config, base, shown, validation, test)
+    arguments, objective = dict(start.arguments), choose_objective(settings, train, start.objective)
+    return Task(model, start.architecture, arguments, weights, data_config, base, shown, validation, test, objective)
 
 
 def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[TrainedModel, Source, str]:
@@ -177,7 +177,7 @@ def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[
         return replace(trained, model=trained.model.unfreeze_backbone()), "file", words
     words = f"{words}, with a new classifier, as its classes are {join_some(trained.class_names)}"
     model = FineTuneModel.from_timm(trained.model.unfreeze_backbone().to_module(), num_classes=len(class_names))
-    return replace(trained, model=model, class_names=class_names), "file", words
+    return replace(trained, model=model, class_names=class_names, objective=SingleLabel()), "file", words
 
 
 def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
@@ -189,7 +189,26 @@ def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder 
         chooses=None if settings.monitor is None else settings.monitor != "off",
         test_share=TEST_SHARE,
         seed=settings.seed,
+        values=settings.regression or (),
     )
+
+
+def choose_objective(settings: TrainSettings, folder: LabelledFolder, start: Objective) -> Objective:
+    """Return what the targets of the training images are; ValueError where a setting is for other ones.
+
+    A model of the same values that is trained further keeps the scale that its classifier has.
+    """
+    if isinstance(folder.targets[0], int):
+        weights = None if settings.class_weights is None else balanced_weights(folder.targets)
+        return SingleLabel(weights, settings.label_smoothing)
+    objective = MultiLabel() if settings.regression is None else Regression().scaled_to(torch.tensor(folder.targets))
+    if settings.class_weights is not None or settings.label_smoothing or settings.monitor not in {None, "loss", "off"}:
+        raise ValueError(
+            "class_weights, label_smoothing, and accuracy as a monitor are for one class per image; these images have "
+            f"{'labels' if settings.regression is None else 'values'}, and their monitor is {objective.main_metric}, "
+            "loss or off"
+        )
+    return start if isinstance(objective, Regression) and isinstance(start, Regression) else objective
 
 
 def choose_data_config(model: FineTuneModel, *, small: bool) -> dict[str, Any]:
@@ -203,5 +222,15 @@ def choose_data_config(model: FineTuneModel, *, small: bool) -> dict[str, Any]:
 
 def choose_monitor(settings: TrainSettings, task: Task) -> Callable[[EpochResult], float] | None:
     """Return what the best epoch is chosen by; None keeps the last one."""
-    by_default = "off" if task.validation is None or task.test is None else "accuracy"
-    return MONITORS[settings.monitor or by_default]
+    main = task.objective.main_metric
+    monitor = settings.monitor or ("off" if task.validation is None or task.test is None else main)
+    if monitor == "off":
+        return None
+
+    def rate(result: EpochResult) -> float:
+        value = result.validation(monitor.replace("-", "_"))
+        if monitor == "loss":
+            value = None if result.validation_loss is None else -result.validation_loss
+        return -math.inf if value is None else value
+
+    return rate

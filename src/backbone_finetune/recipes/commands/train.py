@@ -24,14 +24,14 @@ from ..export.timm_checkpoint import find_obstacle
 from ..features.cache import FeatureCache
 from ..features.compiled import COMPILERS
 from ..models.file import TrainedModel, build_transform, save_trained_changes, save_trained_model
-from ..models.metadata import installed_versions
+from ..models.metadata import describe_objective, installed_versions
 from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
 from ..training.divergence import DivergedError
 from ..training.folds import cross_validate
 from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
-from ..training.objectives import SingleLabel, balanced_weights
+from ..training.objectives import MultiLabel, Regression
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
 from .baselines import baseline_accuracy, chance_accuracy, measure_backward, pixel_model, random_model
@@ -99,8 +99,10 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         if accelerator.is_main_process:
             logger.info(describe(metrics))
             with publishing(settings.output, CURVES_FILE) as temporary:
-                test = {} if metrics.test_accuracy is None else {"test": metrics.test_accuracy}
-                draw_curves(metrics.history, test | metrics.references(), temporary)
+                main = config.objective.main_metric
+                value = {"accuracy": metrics.test_accuracy, **metrics.test_metrics}.get(main)
+                test = {} if value is None else {"test": value}
+                draw_curves(metrics.history, test | metrics.references(), temporary, metric=main)
             with publishing(settings.output, METRICS_FILE) as temporary:
                 temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False) + "\n")
             finish_run(settings.output)
@@ -139,10 +141,7 @@ def _start(
         memory_share={"memory": 1.0, "disk": 0.0}.get(settings.cache, FeatureCache.memory_share),
         cache_features=settings.cache != "off",
         views=settings.views,
-        objective=SingleLabel(
-            class_weights=None if settings.class_weights is None else balanced_weights(task.train.folder.targets),
-            label_smoothing=settings.label_smoothing,
-        ),
+        objective=task.objective,
         autocast_features=(settings.mixed_precision != "no") if autocast is None else autocast,
         monitor=choose_monitor(settings, task),
         patience=settings.patience,
@@ -183,14 +182,22 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
     except DivergedError as error:
         hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
         raise DivergedError(f"{error}; {hint}") from error
+    config = _choose_thresholds(task, config)
     score = None if task.test is None else _score(task.model, task.test, config)
     best = _best_epoch(history, config)
+    others = {} if score is None else {name: score.metrics[name] for name in score.metrics if "accuracy" not in name}
+    kept = history[-1 if best is None else best - 1]
     metrics = Metrics(
         test_accuracy=None if score is None else score.accuracy,
         test_balanced_accuracy=None if score is None else score.balanced_accuracy,
-        validation_accuracy=history[-1 if best is None else best - 1].validation_accuracy,
+        test_metrics=others,
+        validation_accuracy=kept.validation_accuracy,
+        validation_metrics=kept.validation_metrics,
+        objective=describe_objective(config.objective),
         best_epoch=best,
-        chance=chance_accuracy(task.train.folder.targets, _held_out(task).folder.targets),
+        chance=None
+        if isinstance(config.objective, MultiLabel | Regression)
+        else chance_accuracy(task.train.folder.targets, _held_out(task).folder.targets),
         architecture=task.architecture,
         weights=task.weights,
         phases=settings.phases,
@@ -208,7 +215,9 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
         versions=installed_versions(),
     )
     if accelerator.is_main_process:
-        trained = TrainedModel(task.model, task.architecture, metrics.class_names, task.data_config, task.arguments)
+        trained = TrainedModel(
+            task.model, task.architecture, metrics.class_names, task.data_config, task.arguments, config.objective
+        )
         with publishing(settings.output, RUN_FILE) as temporary:
             temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
         with publishing(settings.output, MODEL_FILE) as temporary:
@@ -217,6 +226,19 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
             else:
                 save_trained_changes(trained, task.base, temporary, record=asdict(metrics))
     return metrics
+
+
+def _choose_thresholds(task: Task, config: TrainerConfig) -> TrainerConfig:
+    """Choose the threshold of each label on the validation images, once the model is trained."""
+    objective = config.objective
+    if not isinstance(objective, MultiLabel):
+        return config
+    if task.validation is None:
+        if config.accelerator.is_main_process:
+            logger.warning("the threshold of each label is 0.5: there are no validation images to choose it on")
+        return config
+    score = _score(task.model, task.validation, config)
+    return replace(config, objective=objective.choose_thresholds(score.answers, score.targets))
 
 
 def _held_out(task: Task) -> ImageDataset:
@@ -250,7 +272,8 @@ def _cross_validate(
     config = replace(config, show_progress=False)
     folds = settings.folds or 2
     histories = cross_validate(model, task.train, settings.phases, config, folds=folds, evaluated=still)
-    return replace(metrics, fold_accuracies=tuple(history[-1].validation_accuracy or 0.0 for history in histories))
+    accuracies = (history[-1].validation(config.objective.main_metric) for history in histories)
+    return replace(metrics, fold_accuracies=tuple(accuracy or 0.0 for accuracy in accuracies))
 
 
 def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig) -> Metrics:

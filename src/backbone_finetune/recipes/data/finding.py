@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -60,12 +61,15 @@ def find_images(path: Path, class_names: Sequence[str] | None = None) -> Labelle
     return next(iter(parts.values()))
 
 
-def find_splits(path: Path, class_names: Sequence[str] | None = None) -> dict[str, LabelledFolder]:
+def find_splits(
+    path: Path, class_names: Sequence[str] | None = None, values: Sequence[str] = ()
+) -> dict[str, LabelledFolder]:
     """List images by the part of the data that they belong to: "train" and, if they are there, "validation", "test".
 
     The parts are folders ``train``, ``val`` (``valid``, ``validation``) and ``test`` that have the same sub-folders,
     one per class; or what a table says in a column of splits. The classes of all parts are those of "train", unless
-    ``class_names`` are given. What is not split is "train" as a whole.
+    ``class_names`` are given. What is not split is "train" as a whole. Of a table with a column ``labels``, or with
+    ``values``, columns of numbers, targets are rows.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -81,10 +85,13 @@ def find_splits(path: Path, class_names: Sequence[str] | None = None) -> dict[st
         ValueError: as for `find_images`; or a part has a class that "train" has not.
     """
     if path.suffix.lower() in TABLES and path.is_file():
-        found = read_table(path)
+        found = read_table(path, values)
+        class_names = values or class_names
         parts = {TRAIN: _label(path, found.pop(TRAIN), class_names)}
         known = class_names or parts[TRAIN].class_names
         return parts | {part: _label(path, pairs, known) for part, pairs in found.items()}
+    if values:
+        raise ValueError(f"{path}: no table; values are read from columns of a table ({', '.join(TABLES)})")
     folders = _folders_in(path)
     named = {PARTS[folder.name.lower()]: folder for folder in folders if folder.name.lower() in PARTS}
     inside = {part: {folder.name for folder in _folders_in(folder)} for part, folder in named.items()}
@@ -122,19 +129,27 @@ def _find_classes(root: Path, class_names: Sequence[str] | None) -> LabelledFold
     return _label(root, pairs, class_names)
 
 
-def _label(root: Path, pairs: Iterable[tuple[Path, str]], class_names: Sequence[str] | None) -> LabelledFolder:
+def _label(root: Path, pairs: Iterable[tuple[Path, Any]], class_names: Sequence[str] | None) -> LabelledFolder:
     """Number the classes of images, and check their names."""
     paths, labels = zip(*pairs, strict=True)
-    names = tuple(dict.fromkeys(labels))
+    are_rows = isinstance(labels[0], tuple)
+    if are_rows and any(isinstance(value, float) for row in labels for value in row):
+        return LabelledFolder(root, tuple(class_names or ()), paths, labels)
+    names = tuple(sorted({name for row in labels for name in row})) if are_rows else tuple(dict.fromkeys(labels))
     if named := [name for name in names if has_control_characters(name)]:
         raise ValueError(f"{root}: class {named[0]!r} has control characters in its name; rename it")
-    if class_names is None and len(names) == 1:
+    if class_names is None and not names:
+        raise ValueError(f"{root}: no row has labels")
+    if class_names is None and len(names) == 1 and not are_rows:
         raise ValueError(f"{root} has one class only ({names[0]}); {EXPECTED}, two classes or more")
     if unknown := [name for name in names if class_names is not None and name not in class_names]:
         raise ValueError(
             f"{root}: {join_some(unknown, most=5)}: not a class of this model, whose classes are "
             f"{join_some(class_names or (), most=20)}; rename the class, or remove it"
         )
+    if are_rows:
+        rows = tuple(tuple(float(name in row) for name in class_names or names) for row in labels)
+        return LabelledFolder(root, tuple(class_names or names), paths, rows)
     numbers = {name: number for number, name in enumerate(class_names or names)}
     return LabelledFolder(root, tuple(numbers), paths, tuple(numbers[label] for label in labels))
 
@@ -196,6 +211,7 @@ def find_data(
     chooses: bool | None = None,
     test_share: float,
     seed: int,
+    values: Sequence[str] = (),
 ) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
     """Find the images to train, validate and test on, and log what is used for what; see `find_splits`.
 
@@ -206,32 +222,35 @@ def find_data(
         validation: Another place of the validation images.
         test: Another place of the test images.
         chooses: Whether something is chosen on the validation images. Then they are no test images too, and where
-            there are none, a fifth of the training images is held out for it. None is yes where there is a test.
+            there are none, a fifth of the training images is held out for it. None is yes where there is a test, or
+            where images have several labels, whose thresholds are chosen.
         test_share: The share of each class to test on, where there are neither test nor validation images.
         seed: Draws what is held out.
+        values: The columns of a table that are numbers to predict.
     """
-    parts = find_splits(path)
+    parts = find_splits(path, values=values)
+    if chooses is None and not values and not isinstance(parts[TRAIN].targets[0], int):
+        chooses = True
+    each = "of each class" if isinstance(parts[TRAIN].targets[0], int) else "of the images"
     for part, other in ((VALIDATION, validation), (TEST, test)):
         if other is not None:
-            parts[part] = choose_test(find_splits(other, parts[TRAIN].class_names))
+            parts[part] = choose_test(find_splits(other, parts[TRAIN].class_names, values))
     notes = dict.fromkeys(parts, "")
     if len(parts) == 1:
         parts[TRAIN], parts[TEST] = split(parts[TRAIN], test_share=test_share, seed=seed)
-        notes[TEST] = f", {100 * test_share:.0f} % of each class, held out"
+        notes[TEST] = f", {100 * test_share:.0f} % {each}, held out"
     elif TEST not in parts and not chooses:
         parts[TEST] = parts.pop(VALIDATION)
         notes[TEST] = ", the validation images, as nothing is chosen on them"
     if chooses and VALIDATION not in parts:
         parts[TRAIN], parts[VALIDATION] = split(parts[TRAIN], test_share=VALIDATION_SHARE, seed=seed)
-        notes[VALIDATION] = f", {100 * VALIDATION_SHARE:.0f} % of each class of the rest, held out"
+        notes[VALIDATION] = f", {100 * VALIDATION_SHARE:.0f} % {each} of the rest, held out"
     for name, images in parts.items():
         logger.info("%s: %d images from %s%s", name, len(images.paths), _show(images.root), notes.get(name, ""))
-    counts = [Counter(images.targets) for images in parts.values()]
-    lines = [
-        f"{name} {' + '.join(str(count[target]) for count in counts)}"
-        for target, name in enumerate(parts[TRAIN].class_names)
-    ]
-    logger.info("images by class, %s: %s", " + ".join(parts), _show(join_some(lines, most=20)))
+    counts = [_describe_targets(images, values) for images in parts.values()]
+    lines = [f"{name} {' + '.join(shown)}" for name, *shown in zip(parts[TRAIN].class_names, *counts, strict=True)]
+    what = "values" if values else "images by class"
+    logger.info("%s, %s: %s", what, " + ".join(parts), _show(join_some(lines, most=20)))
     for name, later in combinations(parts, 2):
         if pairs := _find_identical(parts[name], parts[later]):
             shown = join_some([f"{second} is {first}" for first, second in pairs], separator="; ")
@@ -240,6 +259,15 @@ def find_data(
                 *(len(pairs), len(parts[later].paths), later, {TRAIN: "training"}.get(name, name), later, _show(shown)),
             )
     return parts[TRAIN], parts.get(VALIDATION), parts.get(TEST)
+
+
+def _describe_targets(images: LabelledFolder, values: Sequence[str]) -> list[str]:
+    """Count the images of each class, or name the range of each value."""
+    if isinstance(images.targets[0], int):
+        counts = Counter(images.targets)
+        return [str(counts[target]) for target in range(len(images.class_names))]
+    columns = zip(*images.targets, strict=True)
+    return [f"{min(column):g} to {max(column):g}" if values else str(int(sum(column))) for column in columns]
 
 
 def _find_identical(train: LabelledFolder, test: LabelledFolder) -> list[tuple[Path, Path]]:

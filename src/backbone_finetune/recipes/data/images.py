@@ -80,7 +80,13 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
             self.broken.setdefault(str(path), f"{path}: not a readable image")
 
     def check_classes(self) -> None:
-        """Raise ValueError unless each class still has an image that can be read."""
+        """Raise ValueError unless each class still has an image that can be read; any, where targets are rows."""
+        if not isinstance(self.folder.targets[0], int):
+            if len(self.broken) == len(set(self.folder.paths)):
+                raise ValueError(
+                    f"{self.folder.root}: no image can be read; the first: {next(iter(self.broken.values()))}"
+                )
+            return
         labelled = list(zip(map(str, self.folder.paths), self.folder.targets, strict=True))
         readable = {target for path, target in labelled if path not in self.broken}
         for path, target in labelled:
@@ -130,12 +136,14 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
     """Hold out a share of each class, drawn by ``seed``: returns ``(train, test)``, disjoint and together everything.
 
     Each class has at least one image on both sides. The draw depends on the order of the images alone, so the
-    same folder gives the same split on every machine. A class of one image is a ValueError.
+    same folder gives the same split on every machine. A class of one image is a ValueError. Where targets are rows, the
+    share is of all images.
     """
     generator = random.Random(seed)
     held_out: set[int] = set()
-    for target, name in enumerate(folder.class_names):
-        members = [index for index, other in enumerate(folder.targets) if other == target]
+    are_classes = isinstance(folder.targets[0], int)
+    for target, name in enumerate(folder.class_names if are_classes else ["of all images"]):
+        members = [index for index, other in enumerate(folder.targets) if other == target or not are_classes]
         if len(members) == 1:
             raise ValueError(f"{folder.root}: class {name} holds 1 image, and needs 2: one to train, one to test")
         count = min(max(round(test_share * len(members)), 1), len(members) - 1)

@@ -1,14 +1,19 @@
-"""Tables of images: a CSV or TSV file with the path and the class of an image in each row."""
+"""Tables of images: a CSV or TSV file with the path and the class, the labels or values of an image in each row."""
 
 import csv
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..text import join_some, one_line
 
 TABLES = {".csv": ",", ".tsv": "\t"}  # the delimiter of each kind
 PATHS = ("path", "file", "filename", "file_name", "image")
 LABELS = ("label", "class", "target")
+SEVERAL = "labels"  # of which an image has any number
+SEPARATORS = "[;|]"  # of the labels of an image
 SPLITS = ("split", "subset")
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -16,29 +21,41 @@ PARTS = {"train": TRAIN, "training": TRAIN, "val": VALIDATION, "valid": VALIDATI
 PARTS |= {"test": TEST, "testing": TEST}
 
 
-def read_table(table: Path) -> dict[str, list[tuple[Path, str]]]:
-    """Read paths and labels from a table in UTF-8 whose first line names its columns, by the part of the data.
+def read_table(table: Path, values: Sequence[str] = ()) -> dict[str, list[tuple[Path, Any]]]:
+    """Read paths and targets from a table in UTF-8 whose first line names its columns, by the part of the data.
 
-    Paths are relative to the table's folder; they come in the order of the labels.
+    A target is the text of the column ``label``; or a tuple of those in the column ``labels``, which may be empty, as
+    "cat;dog" or "cat|dog"; or a tuple of the numbers in the columns ``values``. Paths are relative to the table's
+    folder; they come in the order of the labels.
 
     Raises:
-        ValueError: a column is missing or there twice, a row lacks an entry or is of an unknown part, none of the paths
-            is a file, or none is of "train".
+        ValueError: a column is missing or there twice, a row lacks an entry or a number, or is of an unknown part, none
+            of the paths is a file, or none is of "train".
     """
-    found: dict[str, list[tuple[Path, str]]] = {TRAIN: [], VALIDATION: [], TEST: []}
+    found: dict[str, list[tuple[Path, Any]]] = {TRAIN: [], VALIDATION: [], TEST: []}
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=TABLES[table.suffix.lower()], strict=True)
             names = list(reader.fieldnames or ())
-            path, label, split = (_find_column(table, names, known) for known in (PATHS, LABELS, SPLITS))
+            path, split = (_find_column(table, names, known) for known in (PATHS, SPLITS))
+            if missing := [name for name in values if names.count(name) != 1]:
+                raise ValueError(f"{table}: no column {missing[0]}, or two; its columns are {_show(names)}")
+            columns = values or [str(_find_column(table, names, (*LABELS, SEVERAL)))]
+            several = not values and columns[0].strip().lower() == SEVERAL
             for row in reader:
-                for column in filter(None, (path, label, split)):
+                line = f"{table}, line {reader.line_num}"
+                for column in filter(None, (path, split, *(() if several else columns))):
                     if not (row[column] or "").strip():
-                        raise ValueError(f"{table}, line {reader.line_num}: no {column}; fill it in, or remove the row")
+                        raise ValueError(f"{line}: no {column}; fill it in, or remove the row")
                 part = row[split].strip() if split else TRAIN
                 if part.lower() not in PARTS:
                     raise ValueError(f"{table}: split {part!r}; expected one of {', '.join(PARTS)}")
-                found[PARTS[part.lower()]].append((table.parent / row[str(path)].strip(), row[str(label)].strip()))
+                target: Any = (row[columns[0]] or "").strip()
+                if several:
+                    target = tuple(filter(None, map(str.strip, re.split(SEPARATORS, target))))
+                elif values:
+                    target = tuple(_read_number(f"{line}: {column}", row[column]) for column in columns)
+                found[PARTS[part.lower()]].append((table.parent / row[str(path)].strip(), target))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{table}: not a table in UTF-8 ({error})") from error
     paths = [path for pairs in found.values() for path, _ in pairs]
@@ -54,8 +71,21 @@ def _find_column(table: Path, names: Sequence[str], known: Sequence[str]) -> str
     found = [name for name in names if name.strip().lower() in known]
     if len(found) == 1 or (not found and known is SPLITS):
         return found[0] if found else None
-    shown = one_line(join_some(names, most=10)) or "none"
     raise ValueError(
-        f"{table}: its columns are {shown}; expected one of {', '.join(known)}; the first line names them: path, "
-        "label and, optionally, split"
+        f"{table}: its columns are {_show(names)}; expected one of {', '.join(known)}; the first line names them: "
+        "path, label and, optionally, split"
     )
+
+
+def _read_number(place: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{place} is {text.strip()!r}; expected a finite number")
+    return number
+
+
+def _show(names: Sequence[str]) -> str:
+    return one_line(join_some(names, most=10)) or "none"

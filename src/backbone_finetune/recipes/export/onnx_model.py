@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..extras import import_extra
 from ..models.file import TrainedModel
-from ..models.metadata import installed_versions
+from ..models.metadata import describe_objective, installed_versions
 from ..models.onnx_file import load_onnx_model
 from .checks import Comparison, Exported, converting, staging
 from .onnx_preprocessing import build_preprocessing
@@ -56,6 +56,8 @@ def export_onnx(
             "data_config": json.dumps(dict(trained.data_config)),
             "versions": json.dumps(installed_versions()),
         }
+        if (objective := describe_objective(trained.objective)) is not None:
+            metadata["objective"] = json.dumps(objective)
         onnx.helper.set_model_props(model, metadata)
         onnx.save_model(model, temporary)
         loaded = load_onnx_model(temporary).model

@@ -30,7 +30,8 @@ from backbone_finetune.checkpoint import (
 
 from ..checking import validated
 from ..text import one_line
-from .metadata import ModelDescription, installed_versions, parse_metadata
+from ..training.objectives import Objective, SingleLabel
+from .metadata import ModelDescription, describe_objective, installed_versions, parse_metadata
 from .weights import BaseWeights, find_base
 
 # Tables that a network computes for itself (masks, positions), which no tensor of the file accounts for.
@@ -43,7 +44,8 @@ class TrainedModel:
 
     ``data_config`` holds ``input_size`` (channels, height, width), ``mean``, ``std``, ``interpolation``, ``crop_pct``
     and ``crop_mode``, as ``timm.data.resolve_model_data_config`` gives them. ``arguments`` are the further ones that
-    ``FineTuneModel.from_timm`` got, such as ``drop_rate``.
+    ``FineTuneModel.from_timm`` got, such as ``drop_rate``. ``objective`` says what the outputs mean, by default a
+    class.
 
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
     >>> data_config = timm.data.resolve_model_data_config(model)
@@ -56,6 +58,7 @@ class TrainedModel:
     class_names: tuple[str, ...]
     data_config: Mapping[str, Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    objective: Objective = field(default_factory=SingleLabel)
 
 
 def build_transform(data_config: Mapping[str, Any], *, augment: bool = False) -> Callable[[Image.Image], Tensor]:
@@ -130,7 +133,8 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
     for parameter, described in zip(model.parameters(), outline.parameters(), strict=True):
         parameter.requires_grad_(described.requires_grad)
     names, config = description.class_names, description.data_config.model_dump()
-    return TrainedModel(model.eval(), description.architecture, names, config, description.given_arguments)
+    objective, arguments = description.make_objective(), description.given_arguments
+    return TrainedModel(model.eval(), description.architecture, names, config, arguments, objective)
 
 
 def describe_model_file(path: Path) -> ModelDescription | None:
@@ -178,7 +182,7 @@ def _naming(path: Path, what: str = "") -> Iterator[None]:
 def _make_metadata(trained: TrainedModel, record: Mapping[str, object]) -> dict[str, str]:
     """Describe a model as the metadata of a file, and check that the model can be built again from it."""
     trainable = [name for name, parameter in trained.model.named_parameters() if parameter.requires_grad]
-    entries = {
+    entries: dict[str, object] = {
         "arguments": dict(trained.arguments),
         "class_names": trained.class_names,
         "data_config": dict(trained.data_config),
@@ -186,6 +190,8 @@ def _make_metadata(trained: TrainedModel, record: Mapping[str, object]) -> dict[
         "versions": installed_versions(),
         "record": record,
     }
+    if (objective := describe_objective(trained.objective)) is not None:
+        entries["objective"] = objective
     metadata = {"architecture": trained.architecture, **{name: json.dumps(entries[name]) for name in entries}}
     try:
         _check_layouts(parse_metadata(metadata), distinct_tensors(trained.model))

@@ -14,6 +14,7 @@ from backbone_finetune import __version__
 from backbone_finetune.validation import check_architecture
 
 from ..text import describe_fault, has_control_characters
+from ..training.objectives import MultiLabel, Objective, Regression, SingleLabel
 
 LARGEST_SIDE = 4096
 
@@ -39,7 +40,7 @@ def _parse_class_names(text: str) -> tuple[str, ...]:
         names = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError("invalid JSON") from error
-    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError("expected a list of two names or more")
     for name in names:
         _check_printable(name).encode(errors="surrogateescape")  # raises a ValueError for any other surrogate
@@ -104,10 +105,29 @@ class BaseReference(_Schema):
     fingerprint: str
 
 
+class MultiLabelDescription(_Schema):
+    """An image has any number of the classes, those whose probability is above their threshold."""
+
+    kind: Literal["MultiLabel"]
+    thresholds: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+
+
+class RegressionDescription(_Schema):
+    """The classes are names of values, which are outputs times ``std`` plus ``mean``."""
+
+    kind: Literal["Regression"]
+    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
+
+
+ObjectiveDescription = Annotated[MultiLabelDescription | RegressionDescription, Field(discriminator="kind")]
+
+
 class ModelDescription(BaseModel, strict=True, extra="ignore"):
     """All that it takes to build a model again and to feed it an image, except its tensors.
 
     ``arguments`` are further ones of ``FineTuneModel.from_timm``, and ``base`` is what a file of changes builds on.
+    Without an ``objective`` an image has one class.
     """
 
     architecture: Annotated[str, AfterValidator(_check_known)]
@@ -117,11 +137,40 @@ class ModelDescription(BaseModel, strict=True, extra="ignore"):
     freeze_state: Json[FreezeState] = FreezeState()
     versions: Json[dict[Printable, Printable]] = Field(default_factory=dict)
     base: Json[BaseReference] | None = None
+    objective: Json[ObjectiveDescription] | None = None
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> "ModelDescription":
+        names = len(self.class_names)
+        if self.objective is None and names < 2:
+            raise ValueError("class_names: expected a list of two names or more")
+        entries = {} if self.objective is None else self.objective.model_dump(exclude={"kind"}, exclude_none=True)
+        for name, numbers in entries.items():
+            if len(numbers) not in {names, 1 if name in {"mean", "std"} else names}:
+                raise ValueError(f"objective: {name} has {len(numbers)} entries for {names} outputs")
+        return self
+
+    def make_objective(self) -> Objective:
+        """Return what the outputs mean."""
+        if isinstance(self.objective, MultiLabelDescription):
+            return MultiLabel(self.objective.thresholds)
+        if isinstance(self.objective, RegressionDescription):
+            return Regression(self.objective.mean, self.objective.std)
+        return SingleLabel()
 
     @property
     def given_arguments(self) -> dict[str, Any]:
         """The arguments that the file gives."""
         return self.arguments.model_dump(exclude_unset=True)
+
+
+def describe_objective(objective: Objective) -> dict[str, Any] | None:
+    """Write down what the outputs of a network mean, as a model file has it; None where an image has one class."""
+    if isinstance(objective, MultiLabel):
+        return {"kind": "MultiLabel", "thresholds": objective.thresholds}
+    if isinstance(objective, Regression):
+        return {"kind": "Regression", "mean": objective.mean, "std": objective.std}
+    return None
 
 
 def parse_metadata(metadata: Mapping[str, str]) -> ModelDescription:

@@ -1,13 +1,14 @@
 """A network of any origin that classifies images into named classes: what ``predict`` and ``evaluate`` need to know."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
+from ..training.objectives import Objective, SingleLabel
 from .weights import create_network
 
 
@@ -22,6 +23,7 @@ class NamedModel:
     class_names: tuple[str, ...]
     data_config: Mapping[str, Any]
     preprocesses: bool = False
+    objective: Objective = field(default_factory=SingleLabel)
 
 
 def load_timm_model(name: str) -> NamedModel:

@@ -54,4 +54,5 @@ def load_onnx_model(path: Path) -> NamedModel:
         network = OnnxNetwork(session).eval()
     except ValueError as error:
         raise ValueError(f"{path}: not a file of `backbone-finetune export --to onnx`; {error}") from error
-    return NamedModel(network, description.class_names, description.data_config.model_dump(), network.preprocesses)
+    names, config = description.class_names, description.data_config.model_dump()
+    return NamedModel(network, names, config, network.preprocesses, description.make_objective())

@@ -76,6 +76,11 @@ class EpochResult:
     validation_balanced_accuracy: float | None = None
     validation_metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def validation(self, metric: str) -> float | None:
+        """Return a metric on the validation data by its name, such as "accuracy"; None where there is none."""
+        accuracies = {"accuracy": self.validation_accuracy, "balanced_accuracy": self.validation_balanced_accuracy}
+        return accuracies.get(metric, self.validation_metrics.get(metric))
+
 
 @dataclass
 class Progress:

@@ -71,8 +71,8 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
         if config.show_progress:
             where = "a fifth of the training images" if config.monitor is None else "the validation images"
             logger.info(
-                "rates: lr %g and weight decay %g, of %d heads the one with the least loss on %s (accuracy %.3f)",
-                *(best.lr, best.weight_decay, len(heads), where, best.validation_accuracy),
+                "rates: lr %g and weight decay %g, of %d heads the one with the least loss on %s (%.3g)",
+                *(best.lr, best.weight_decay, len(heads), where, best.validation_loss),
             )
         return best.lr, best.weight_decay
 

@@ -1,0 +1,128 @@
+"""``backbone-finetune evaluate`` of a model of labels or values: a table of images whose labels or values are known."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..data.finding import choose_test, find_splits
+from ..data.tables import TABLES
+from ..files import replacing
+from ..models.file import TrainedModel
+from ..models.named import NamedModel
+from ..training import metrics
+from ..training.objectives import MultiLabel, Regression
+from .predict import predict_rows
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """Counts and metrics of one label: images that have it (``support``), that are given it, and both (``correct``)."""
+
+    name: str
+    threshold: float
+    support: int
+    predicted: int
+    correct: int
+    f1: float | None  # None where no image has the label
+    average_precision: float | None
+
+
+@dataclass(frozen=True)
+class ValueScore:
+    """The mean absolute error of one output, in its own units, and R squared."""
+
+    name: str
+    mean_absolute_error: float
+    r2: float
+
+
+@dataclass(frozen=True)
+class TableEvaluation:
+    """How a model does on images with labels or values: the metrics of all, and those of each label or output."""
+
+    metrics: dict[str, float]
+    images: int
+    outputs: tuple[LabelScore, ...] | tuple[ValueScore, ...]
+    skipped_images: tuple[str, ...]
+
+    def describe(self) -> str:
+        """Format the evaluation as a table by label or output and a summary."""
+        width = max(len("output"), *(len(score.name) for score in self.outputs))
+        lines = []
+        for score in self.outputs:
+            if isinstance(score, ValueScore):
+                line = f"mean absolute error {score.mean_absolute_error:.4g}, R squared {score.r2:.3f}"
+            else:
+                f1, precision = ("-" if each is None else f"{each:.3f}" for each in (score.f1, score.average_precision))
+                line = f"{score.support:,} images, F1 {f1} above {score.threshold:.2f}, average precision {precision}"
+            lines.append(f"{score.name:{width}}  {line}")
+        lines += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.metrics.items()]
+        lines[-1] += f" of {self.images:,} images"
+        if self.skipped_images:
+            lines.append(f"skipped: {len(self.skipped_images):,} images that cannot be read")
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> Path:
+        """Write ``evaluation.json`` into a folder, which is created where there is none."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "evaluation.json") as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        return folder / "evaluation.json"
+
+
+def evaluate_table(
+    trained: TrainedModel | NamedModel,
+    table: Path,
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    tta: bool = False,
+    show_progress: bool = True,
+) -> TableEvaluation:
+    """Evaluate a model of labels or values on a table with a column ``labels``, or a column for each of its values.
+
+    Of a table that is split in train, validation and test the last that it has counts. Images that cannot be read are
+    skipped, each with a message.
+
+    Args:
+        trained: The model, on any device; its objective is `MultiLabel` or `Regression`.
+        table: A ``.csv`` or ``.tsv`` file.
+        batch_size: How many images run at a time.
+        workers: How many processes read images; None chooses by the cores and the images.
+        tta: Whether to average over an image and its mirror image, as ``predict`` does.
+        show_progress: Whether to show a progress bar on stderr.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has other columns or labels than the model, or no image can be read.
+    """
+    objective, names = trained.objective, trained.class_names
+    if table.suffix.lower() not in TABLES:
+        raise ValueError(f"{table}: the model has labels or values, and takes a table ({', '.join(TABLES)})")
+    values = names if isinstance(objective, Regression) else ()
+    found = choose_test(find_splits(table, names, values))
+    if isinstance(found.targets[0], int):
+        raise ValueError(f"{table}: one class per image, and the model has labels; pass a table with a column labels")
+    predicted = predict_rows(trained, found.paths, batch_size=batch_size, workers=workers, tta=tta)
+    bar = tqdm(predicted, total=len(found.paths), desc="evaluating", unit="image", disable=not show_progress)
+    outcomes = [outcome for _, outcome in bar]
+    skipped = tuple(outcome for outcome in outcomes if isinstance(outcome, str))
+    pairs = [(row, target) for row, target in zip(outcomes, found.targets, strict=True) if not isinstance(row, str)]
+    if not pairs:
+        raise ValueError(f"{table}: none of its {len(found.paths)} images can be read; the first: {skipped[0]}")
+    answers, targets = torch.stack([row for row, _ in pairs]), torch.tensor([target for _, target in pairs])
+    measured = objective.measure(answers, targets)
+    if not isinstance(objective, MultiLabel):
+        errors = zip(names, *(each.tolist() for each in metrics.regression_errors(answers, targets)), strict=True)
+        return TableEvaluation(measured, len(pairs), tuple(ValueScore(*each) for each in errors), skipped)
+    chosen, scores = objective.choose(answers.double()), []
+    for label, (name, threshold) in enumerate(zip(names, objective.thresholds or [0.5] * len(names), strict=True)):
+        column, truth = chosen[:, [label]], targets[:, [label]]
+        counts = (int(each.sum()) for each in (truth, column, column * truth))
+        figures = (metrics.macro_f1(column, truth), metrics.mean_average_precision(answers[:, [label]], truth))
+        known = figures if truth.any() else (None, None)
+        scores.append(LabelScore(name, threshold, *counts, *known))
+    return TableEvaluation(measured, len(pairs), tuple(scores), skipped)
