@@ -4,6 +4,7 @@ They need the extra ``recipes``; the core never imports them.
 """
 
 from .commands.evaluate import ClassScore, Evaluation, evaluate_folder
+from .commands.evaluate_table import TableEvaluation, evaluate_table
 from .commands.inspect import inspect
 from .commands.metrics import Metrics
 from .commands.predict import Prediction, predict
@@ -57,6 +58,7 @@ __all__ = [
     "Score",
     "SingleLabel",
     "SoftLabels",
+    "TableEvaluation",
     "TrainSettings",
     "TrainedModel",
     "TrainerConfig",
@@ -66,6 +68,7 @@ __all__ = [
     "data_fingerprint",
     "evaluate",
     "evaluate_folder",
+    "evaluate_table",
     "export_hub_folder",
     "export_onnx",
     "export_openvino",

@@ -1,0 +1,361 @@
+"""Tables whose images have several labels, or values: trained on, kept in the model file, predicted, evaluated."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_folders import COLOURS
+from PIL import Image
+from torch import Tensor
+
+from backbone_finetune.cli import main
+from backbone_finetune.recipes import Metrics, TrainSettings, find_splits, load_trained_model, predict, train
+from backbone_finetune.recipes.commands.evaluate import evaluate_folder
+from backbone_finetune.recipes.commands.evaluate_table import evaluate_table
+from backbone_finetune.recipes.data.images import ImageDataset, read_image
+from backbone_finetune.recipes.models.file import TrainedModel, build_transform
+from backbone_finetune.recipes.models.metadata import parse_metadata
+from backbone_finetune.recipes.training.objectives import MultiLabel, Regression, SingleLabel
+from backbone_finetune.recipes.training.phases import Phase
+
+PARTS = ["train"] * 48 + ["val"] * 16 + ["test"] * 16
+SMALL: dict[str, Any] = {"architecture": "test_resnet", "device": "cpu", "mixed_precision": "no", "baselines": False}
+
+
+def write_table(path: Path, rows: Sequence[dict[str, object]]) -> Path:
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 images with a coloured square for each label, of which the third is rare, and a grey that is the value."""
+    root, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
+    rows: list[dict[str, object]] = []
+    for index, part in enumerate(PARTS):
+        drawn = torch.rand(3, generator=generator) < torch.tensor([0.5, 0.5, 0.25])
+        grey = int(torch.randint(0, 200, (), generator=generator))
+        image = Image.new("RGB", (32, 32), (grey, grey, grey))
+        labels = [name for name, is_drawn in zip(COLOURS, drawn.tolist(), strict=True) if is_drawn]
+        for place, name in enumerate(COLOURS):
+            if name in labels:
+                image.paste(COLOURS[name], (10 * place, 0, 10 * place + 10, 16))
+        image.save(root / f"{index}.png")
+        row: dict[str, object] = {"path": f"{index}.png", "labels": ";".join(labels), "split": part}
+        rows.append({**row, "grey": 1000 + 10 * grey, "count": len(labels)})
+    write_table(root / "table.csv", rows)
+    write_table(root / "whole.csv", [{"path": row["path"], "labels": row["labels"]} for row in rows])
+    return root
+
+
+def run(root: Path, output: Path, **settings: Any) -> Metrics:
+    phases = (Phase(epochs=12),)
+    return train(
+        TrainSettings(**{**SMALL, "images": root / "table.csv", "phases": phases, **settings}, output=output)
+    )
+
+
+@pytest.fixture(scope="module")
+def labelled(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Metrics]:
+    folder = tmp_path_factory.mktemp("labels") / "run"
+    return folder, run(images, folder)
+
+
+@pytest.fixture(scope="module")
+def valued(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Metrics]:
+    folder = tmp_path_factory.mktemp("values") / "run"
+    return folder, run(images, folder, regression=("grey", "count"))
+
+
+def outputs_of(trained: TrainedModel, paths: Sequence[Path]) -> Tensor:
+    transform = build_transform(trained.data_config)
+    with torch.no_grad():
+        return trained.model.eval()(torch.stack([transform(read_image(path)) for path in paths]))
+
+
+def test_labels_of_a_table_become_rows(tmp_path: Path) -> None:
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    rows: list[dict[str, object]] = [
+        {"path": "a.png", "labels": "dog; cat", "split": "train"},
+        {"path": "b.png", "labels": "", "split": "train"},
+        {"path": "c.png", "labels": "emu|cat|", "split": "train"},
+        {"path": "d.png", "labels": "emu", "split": "val"},
+    ]
+    parts = find_splits(write_table(tmp_path / "table.csv", rows))
+    assert parts["train"].class_names == parts["validation"].class_names == ("cat", "dog", "emu")
+    found = dict(zip((path.name for path in parts["train"].paths), parts["train"].targets, strict=True))
+    assert found == {"a.png": (1, 1, 0), "b.png": (0, 0, 0), "c.png": (1, 0, 1)}
+    assert parts["validation"].targets == ((0, 0, 1),)
+    data = ImageDataset(parts["validation"], lambda image: torch.zeros(3))
+    assert data[0][1].tolist() == [0, 0, 1]
+    assert data[0][1].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("rows", "values", "message"),
+    [
+        ([{"path": "a.png", "labels": ""}], (), "no row has labels"),
+        (
+            [{"path": "a.png", "labels": "cat", "label": "cat"}],
+            (),
+            "its columns are path, labels, label; expected one of",
+        ),
+        ([{"path": "a.png", "labels": "c\x1b[2J"}], (), r"class 'c\\x1b\[2J' has control characters"),
+        (
+            [{"path": "a.png", "age": "3"}, {"path": "a.png", "age": "old"}],
+            ("age",),
+            "line 3: age is 'old'; expected a",
+        ),
+        ([{"path": "a.png", "age": "inf"}], ("age",), "line 2: age is 'inf'; expected a finite number"),
+        ([{"path": "a.png", "age": ""}], ("age",), "line 2: no age; fill it in"),
+        ([{"path": "a.png", "age": "3"}], ("age", "size"), "no column size, or two; its columns are path, age"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(
+    rows: list[dict[str, object]], values: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=message):
+        find_splits(write_table(tmp_path / "table.csv", rows), values=values)
+
+
+def test_a_label_that_training_has_not_is_refused(images: Path, labelled: tuple[Path, Metrics], tmp_path: Path) -> None:
+    row: dict[str, object] = {"path": str(images / "0.png"), "labels": "blue;pink"}
+    with pytest.raises(ValueError, match="pink: not a class of this model, whose classes are blue, green, red"):
+        evaluate_table(
+            load_trained_model(labelled[0] / "model.safetensors"), write_table(tmp_path / "other.csv", [row])
+        )
+
+
+def test_labels_are_trained_with_thresholds_chosen_on_validation_images(
+    images: Path, labelled: tuple[Path, Metrics]
+) -> None:
+    folder, metrics = labelled
+    assert metrics.class_names == ("blue", "green", "red")
+    assert (metrics.train_images, metrics.validation_images, metrics.test_images) == (48, 16, 16)
+    assert metrics.test_metrics["mean_average_precision"] > 0.6
+    assert metrics.best_epoch is not None
+    best = max(metrics.history, key=lambda result: result.validation_metrics["mean_average_precision"])
+    assert metrics.validation_metrics == best.validation_metrics
+    written = json.loads((folder / "metrics.json").read_text())
+    assert written["test_metrics"] == metrics.test_metrics
+    assert written["test_metrics"].keys() == {"mean_average_precision", "macro_f1"}
+    trained = load_trained_model(folder / "model.safetensors")
+    assert isinstance(trained.objective, MultiLabel)
+    assert written["objective"] == {"kind": "MultiLabel", "thresholds": list(trained.objective.thresholds or ())}
+    parts = find_splits(images / "table.csv")
+    outputs = outputs_of(trained, parts["validation"].paths)
+    chosen = MultiLabel().choose_thresholds(outputs.sigmoid(), torch.tensor(parts["validation"].targets))
+    assert trained.objective.thresholds == pytest.approx(chosen.thresholds, rel=1e-3, abs=1e-6)
+
+
+def test_predict_gives_the_labels_above_their_thresholds(
+    images: Path, labelled: tuple[Path, Metrics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = labelled[0] / "model.safetensors"
+    trained, paths = load_trained_model(model), [images / f"{index}.png" for index in range(64, 80)]
+    probabilities = outputs_of(trained, paths).sigmoid()
+    above = probabilities > torch.tensor(trained.objective.thresholds)  # type: ignore[attr-defined]
+    assert above.any(1).sum() not in {0, len(paths)}  # some have no label
+    predictions = list(predict(trained, paths, top_k=1))
+    for prediction, chances, is_above in zip(predictions, probabilities, above, strict=True):
+        named = {name: float(chance) for name, chance, is_one in zip(COLOURS, chances, is_above, strict=True) if is_one}
+        assert dict(prediction.classes) == pytest.approx(named, abs=1e-5)
+        assert [share for _, share in prediction.classes] == sorted(named.values(), reverse=True) or len(named) < 2
+    assert main(["predict", str(model), *map(str, paths), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, prediction in zip(lines, predictions, strict=True):
+        shown = ", ".join(f"{name} {share:.1%}" for name, share in prediction.classes) or "no label"
+        assert line == f"{prediction.path}: {shown}"
+    written = tmp_path / "labels.csv"
+    assert main(["predict", str(model), *map(str, paths), "no.png", "--device", "cpu", "--output", str(written)]) == 2
+    with written.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "labels", "probabilities", "error"]
+    assert [row["labels"] for row in rows] == [
+        *(";".join(name for name, _ in prediction.classes) for prediction in predictions),
+        "",
+    ]
+    assert rows[-1]["error"] == "no.png: there is no such file"
+
+
+def test_evaluate_gives_the_metrics_of_the_test_images(
+    images: Path, labelled: tuple[Path, Metrics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, metrics = labelled
+    given = [str(folder / "model.safetensors"), str(images / "table.csv"), "--device", "cpu"]
+    assert main(["evaluate", *given, "--output", str(tmp_path / "evaluation")]) == 0
+    printed = capsys.readouterr().out
+    evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert evaluation["images"] == 16
+    assert evaluation["metrics"] == pytest.approx({**metrics.test_metrics, "accuracy": metrics.test_accuracy}, rel=1e-6)
+    scores = {score["name"]: score for score in evaluation["outputs"]}
+    targets = find_splits(images / "table.csv")["test"].targets
+    assert [scores[name]["support"] for name in COLOURS] == [sum(row[label] for row in targets) for label in range(3)]
+    assert evaluation["metrics"]["macro_f1"] == pytest.approx(sum(score["f1"] for score in scores.values()) / 3)
+    for score in scores.values():
+        assert score["f1"] == pytest.approx(2 * score["correct"] / (score["support"] + score["predicted"]))
+        assert f"F1 {score['f1']:.3f} above {score['threshold']:.2f}" in printed
+
+
+def test_without_a_split_validation_images_are_held_out_for_the_thresholds(images: Path, tmp_path: Path) -> None:
+    short = (Phase(epochs=1, lr=0.01),)
+    metrics = run(images, tmp_path / "run", images=images / "whole.csv", phases=short)
+    assert (metrics.train_images, metrics.validation_images, metrics.test_images) == (45, 11, 24)
+    assert metrics.objective is not None
+    assert metrics.objective["thresholds"] is not None
+    metrics = run(images, tmp_path / "off", images=images / "whole.csv", monitor="off", phases=short)
+    assert (metrics.validation_images, metrics.objective) == (0, {"kind": "MultiLabel", "thresholds": None})
+
+
+def test_values_are_trained_predicted_and_evaluated(
+    images: Path, valued: tuple[Path, Metrics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, metrics = valued
+    assert metrics.class_names == ("grey", "count")
+    assert metrics.test_metrics["r2"] > 0.5
+    assert (metrics.test_accuracy, metrics.validation_accuracy, metrics.chance) == (None, None, None)
+    assert metrics.history[0].train_accuracy is None
+    trained = load_trained_model(folder / "model.safetensors")
+    train_targets = torch.tensor(find_splits(images / "table.csv", values=("grey", "count"))["train"].targets)
+    assert trained.objective == Regression().scaled_to(train_targets)
+    assert json.loads((folder / "metrics.json").read_text())["objective"]["mean"] == list(trained.objective.mean)
+    path = images / "70.png"
+    expected = dict(
+        zip(("grey", "count"), trained.objective.predict(outputs_of(trained, [path]))[0].tolist(), strict=True)
+    )
+    (prediction,) = predict(trained, [path])
+    assert dict(prediction.values) == pytest.approx(expected, rel=1e-4)
+    assert prediction.classes == ()
+    given = ["predict", str(folder / "model.safetensors"), str(path), "--device", "cpu"]
+    assert main(given) == 0
+    assert capsys.readouterr().out == f"{path}: " + ", ".join(f"{n} {v:.6g}" for n, v in prediction.values) + "\n"
+    assert main([*given, "--output", str(tmp_path / "values.csv")]) == 0
+    with (tmp_path / "values.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert main([*given, "--output", str(tmp_path / "values.jsonl")]) == 0
+    assert json.loads((tmp_path / "values.jsonl").read_text())["values"] == pytest.approx(expected, rel=1e-4)
+    evaluation = evaluate_table(trained, images / "table.csv", show_progress=False)
+    assert evaluation.metrics == pytest.approx(metrics.test_metrics, rel=1e-5)
+    assert [score.name for score in evaluation.outputs] == ["grey", "count"]
+    assert "Regression" not in evaluation.describe()
+    assert "grey    mean absolute error " in evaluation.describe()
+
+
+def test_the_command_line_trains_values_of_columns(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", "test_resnet", "--device", "cpu", "--mixed-precision", "no", "--epochs", "2", "--folds", "2"]
+    table, output = str(images / "table.csv"), str(tmp_path / "run")
+    assert main(["train", table, "--regression", "grey, count", *given, "--output", output]) == 0
+    printed = capsys.readouterr().out
+    assert "values, train + validation + test: grey 1" in printed
+    assert "mean absolute error" in printed
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]["regression"] == ["grey", "count"]
+    assert main(["train", "--run", str(tmp_path / "run" / "run.json"), "--output", str(tmp_path / "again")]) == 0
+    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "again"))
+    assert first["test_metrics"] == second["test_metrics"]
+    assert main(["inspect", str(tmp_path / "run" / "model.safetensors")]) == 0
+    assert "2 values (grey, count)" in capsys.readouterr().out
+    # Trained further, it keeps the scale of its classifier.
+    further = [
+        "train",
+        table,
+        "--regression",
+        "grey,count",
+        "--checkpoint",
+        str(tmp_path / "run" / "model.safetensors"),
+    ]
+    assert main([*further, "--epochs", "1", "--device", "cpu", "--output", str(tmp_path / "further")]) == 0
+    objectives = (load_trained_model(tmp_path / name / "model.safetensors").objective for name in ("run", "further"))
+    assert len(set(objectives)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"class_weights": "balanced"},
+            "are for one class per image; these images have labels, and their monitor is mean",
+        ),
+        ({"label_smoothing": 0.1}, "these images have labels"),
+        (
+            {"monitor": "accuracy", "regression": ("grey",)},
+            "these images have values, and their monitor is r2, loss or",
+        ),
+        ({"regression": ("path",)}, "path is '0.png'; expected a finite number"),
+        ({"images": None, "regression": ("grey",)}, r"no table; values are read from columns of a table"),
+    ],
+)
+def test_settings_of_other_targets_are_refused(
+    settings: dict[str, Any], message: str, images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(images, tmp_path / "run", **settings)
+
+
+def test_a_model_is_evaluated_on_what_it_predicts(
+    images: Path, labelled: tuple[Path, Metrics], valued: tuple[Path, Metrics], tmp_path: Path
+) -> None:
+    labels, values = (load_trained_model(folder / "model.safetensors") for folder, _ in (labelled, valued))
+    with pytest.raises(ValueError, match="the model has labels or values, and takes a table"):
+        evaluate_table(labels, images)
+    with pytest.raises(ValueError, match="the model has labels or values; call evaluate_table"):
+        evaluate_folder(labels, images / "table.csv")
+    with pytest.raises(ValueError, match="no column grey, or two; its columns are path, labels"):
+        evaluate_table(values, images / "whole.csv")
+    classes: list[dict[str, object]] = [{"path": str(images / "0.png"), "label": "blue"}]
+    with pytest.raises(
+        ValueError, match="one class per image, and the model has labels; pass a table with a column lab"
+    ):
+        evaluate_table(labels, write_table(tmp_path / "classes.csv", classes))
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_images_that_cannot_be_read_are_skipped(
+    images: Path, cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in images.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes() if path.name not in {"3.png", "70.png"} else b"no image")
+    (tmp_path / "table.csv").write_bytes((images / "table.csv").read_bytes())
+    for name, regression in (("labels", None), ("values", ("grey",))):
+        phases = (Phase(epochs=1, lr=0.01),)
+        metrics = run(tmp_path, tmp_path / name, regression=regression, phases=phases, cache=cache)
+        assert (metrics.train_images, metrics.test_images) == (47, 15)
+        assert [message.split(":")[0].rsplit("/")[-1] for message in metrics.skipped_images] == ["3.png", "70.png"]
+        evaluation = evaluate_table(load_trained_model(tmp_path / name / "model.safetensors"), tmp_path / "table.csv")
+        assert (evaluation.images, len(evaluation.skipped_images)) == (15, 1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"kind": "MultiLabel", "thresholds": [0.5]}, "thresholds has 1 entries for 2 outputs"),
+        ({"kind": "MultiLabel", "thresholds": [0.5, 1.5]}, "less than or equal to 1"),
+        ({"kind": "Regression", "mean": [0.0, 0.0], "std": [0.0, 1.0]}, "greater than 0"),
+        ({"kind": "Regression", "mean": [float("nan")], "std": [1.0]}, "finite number"),
+        ({"kind": "Regression", "mean": [0.0] * 3, "std": [1.0]}, "mean has 3 entries for 2 outputs"),
+        ({"kind": "Ranking"}, "kind"),
+        ({"kind": "MultiLabel", "code": "x"}, "extra inputs are not permitted"),
+    ],
+)
+def test_a_file_with_an_unfit_objective_is_refused(objective: dict[str, Any], message: str, labelled: Any) -> None:
+    trained = load_trained_model(labelled[0] / "model.safetensors")
+    metadata = {"architecture": "test_resnet", "class_names": '["cat", "dog"]'}
+    metadata |= {"data_config": json.dumps(dict(trained.data_config))}
+    assert parse_metadata(metadata).make_objective() == SingleLabel()
+    with pytest.raises(ValueError, match=message):
+        parse_metadata({**metadata, "objective": json.dumps(objective)})
+    with pytest.raises(ValueError, match="two names or more"):
+        parse_metadata({**metadata, "class_names": '["cat"]'})
