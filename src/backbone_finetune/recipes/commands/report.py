@@ -1,0 +1,203 @@
+"""``report.html``: how a classifier does on labelled images, in one file to look at, without a script or a download."""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from PIL import Image
+
+from ..data.images import read_image
+from ..text import printable
+from .figures import Array, Interval, auroc, bootstrap, calibration_bins, calibration_error, order_mistakes
+
+SHOWN = 24  # images of each kind
+SIDE = 160  # of a thumbnail, in pixels
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --bar: #4a7ebb; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; vertical-align: top; }
+th:first-child, td:first-child { min-width: 6rem; overflow-wrap: anywhere; text-align: left; }
+.matrix td { text-align: center; min-width: 2rem; } .matrix th { font-weight: normal; }
+.images { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
+figure { margin: 0; } figcaption { font-size: .8rem; overflow-wrap: anywhere; }
+img { background: var(--soft); height: 8rem; object-fit: contain; width: 100%; }
+svg { height: auto; max-width: 100%; } svg text { fill: currentColor; font-size: 11px; }
+"""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered on labelled images.
+
+    Args:
+        class_names: The K classes.
+        paths: The N images.
+        targets: Their classes.
+        probabilities: Of each class, ``(N, K)``.
+    """
+
+    class_names: Sequence[str]
+    paths: Sequence[Path]
+    targets: Sequence[int]
+    probabilities: Array
+
+
+def make_report(
+    title: str, facts: Mapping[str, str], answers: Answers, curves: Mapping[str, Sequence[float]] | None = None
+) -> str:
+    """Write how a classifier does on labelled images as one HTML page.
+
+    Names of files and classes are escaped, thumbnails are inside the page, and a policy in it forbids scripts and any
+    access to the network.
+
+    Args:
+        title: What the page is of.
+        facts: Lines of a table at its top, by name.
+        answers: What the model answered.
+        curves: Figures by epoch to draw, 0 to 1, by name.
+
+    Returns:
+        The page.
+    """
+    targets = numpy.asarray(answers.targets)
+    predicted, confidence = answers.probabilities.argmax(1), answers.probabilities.max(1)
+    is_right = (predicted == targets).astype(float)
+    accuracy = bootstrap(lambda right: float(right.mean()), is_right)
+    error = bootstrap(calibration_error, confidence, is_right)
+    mistakes = order_mistakes(answers.targets, answers.probabilities)
+    least_sure = [int(index) for index in numpy.argsort(confidence, kind="stable") if index not in set(mistakes)]
+    known = {
+        **facts,
+        "accuracy": f"{_interval(accuracy)} of {len(targets):,} images",
+        "calibration error": f"{_interval(error)} (the mean distance of confidence and accuracy)",
+    }
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        _table(("", ""), known.items(), head=False),
+        *(["<h2>By epoch</h2>", draw_curves(curves)] if curves else []),
+        "<h2>By class</h2>",
+        _class_table(answers, predicted),
+        "<h2>Which class was taken for which</h2>",
+        _confusion(answers.class_names, targets, predicted),
+        "<h2>Confidence and accuracy</h2>",
+        _table(
+            ("confidence", "accuracy", "images"),
+            ((f"{sure:.2f}", f"{right:.2f}", count) for count, sure, right in calibration_bins(confidence, is_right)),
+        ),
+        f"<h2>The most confident mistakes ({len(mistakes)} in all); a label may be wrong</h2>",
+        _gallery(answers, mistakes[:SHOWN]),
+        "<h2>Right, and least sure</h2>",
+        _gallery(answers, least_sure[:SHOWN]),
+    ]
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def _class_table(answers: Answers, predicted: Array) -> str:
+    """Precision, recall, F1 and AUROC of each class."""
+    targets = numpy.asarray(answers.targets)
+    rows = []
+    for index, name in enumerate(answers.class_names):
+        support, called = int((targets == index).sum()), int((predicted == index).sum())
+        both = int(((targets == index) & (predicted == index)).sum())
+        area = auroc(answers.probabilities[:, index], (targets == index).astype(float))
+        shares = (both / called if called else None, both / support if support else None)
+        f1 = 2 * both / (support + called) if support + called else None
+        rows.append((name, support, *("-" if share is None else f"{share:.3f}" for share in (*shares, f1, area))))
+    return _table(("class", "images", "precision", "recall", "F1", "AUROC"), rows)
+
+
+def _confusion(names: Sequence[str], targets: Array, predicted: Array) -> str:
+    """Draw the confusion matrix: a row for each true class, a column for each predicted one."""
+    counts = numpy.zeros((len(names), len(names)), dtype=int)
+    numpy.add.at(counts, (targets, predicted), 1)
+    head = "".join(f"<th>{_text(name)}</th>" for name in names)
+    rows = [f'<tr><th>true</th><th colspan="{len(names)}">predicted</th></tr><tr><th></th>{head}</tr>']
+    for name, row in zip(names, counts, strict=True):
+        shades = row / max(int(row.sum()), 1)
+        cells = "".join(
+            f'<td style="background: rgb(74 126 187 / {shade:.2f})">{count or ""}</td>'
+            for count, shade in zip(row, shades, strict=True)
+        )
+        rows.append(f"<tr><th>{_text(name)}</th>{cells}</tr>")
+    return f'<div class="wide"><table class="matrix">{"".join(rows)}</table></div>'
+
+
+def draw_curves(curves: Mapping[str, Sequence[float]]) -> str:
+    """Draw figures by epoch, 0 to 1, as an SVG.
+
+    >>> draw_curves({"training": [0.5, 1.0]}).count("<polyline")
+    1
+    """
+    width, height, margin = 640, 240, 30
+    lines = []
+    for place, (name, values) in enumerate(curves.items()):
+        step = (width - 2 * margin) / max(len(values) - 1, 1)
+        points = " ".join(
+            f"{margin + index * step:.1f},{height - margin - value * (height - 2 * margin):.1f}"
+            for index, value in enumerate(values)
+        )
+        colour = ("#4a7ebb", "#c0504d", "#7f9a48", "#8064a2")[place % 4]
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        lines.append(f'<text x="{margin + 100 * place}" y="14" style="fill: {colour}">{_text(name)}</text>')
+    for share in (0, 0.5, 1):
+        y = height - margin - share * (height - 2 * margin)
+        lines.append(f'<line x1="{margin}" x2="{width - margin}" y1="{y}" y2="{y}" stroke="#8884"/>')
+        lines.append(f'<text x="0" y="{y + 4}">{share:g}</text>')
+    count = max(map(len, curves.values()))
+    lines.append(f'<text x="{width - margin - 60}" y="{height - 8}">epoch {count}</text>')
+    return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(lines)}</svg>'
+
+
+def _gallery(answers: Answers, indices: Iterable[int]) -> str:
+    """Show images with their class, the answer, and its probability."""
+    figures = []
+    for index in indices:
+        answer = int(answers.probabilities[index].argmax())
+        path, names = answers.paths[index], answers.class_names
+        share = answers.probabilities[index, answer]
+        caption = f"{names[answers.targets[index]]}, predicted {names[answer]} {share:.0%}"
+        figures.append(
+            f'<figure><img alt="{_text(path.name)}" src="{_thumbnail(path)}">'
+            f"<figcaption>{_text(caption)}<br>{_text(path.name)}</figcaption></figure>"
+        )
+    return f'<div class="images">{"".join(figures)}</div>' if figures else "<p>None.</p>"
+
+
+def _thumbnail(path: Path) -> str:
+    """Return a small JPEG of an image as a data URL; of one that is gone or broken by now an empty one."""
+    try:
+        image = read_image(path)
+    except (OSError, ValueError):
+        return "data:,"
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _table(head_cells: Sequence[object], rows: Iterable[Sequence[object]], *, head: bool = True) -> str:
+    lines = [f"<tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head_cells)}</tr>"] if head else []
+    lines += [f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _interval(figure: Interval) -> str:
+    return f"{figure.value:.3f} (95 % interval {figure.low:.3f} to {figure.high:.3f})"
+
+
+def _text(value: object) -> str:
+    """Escape a text; bytes of a file's name that are no text are written as escapes."""
+    return html.escape(printable(str(value)).encode(errors="backslashreplace").decode())
