@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..data.images import read_image
 from ..text import printable
 from .figures import Array, Interval, auroc, bootstrap, calibration_bins, calibration_error, order_mistakes
+
+Classes = NDArray[numpy.int64]
 
 SHOWN = 24  # images of each kind
 SIDE = 160  # of a thumbnail, in pixels
@@ -105,7 +108,7 @@ def make_report(
     )
 
 
-def _class_table(answers: Answers, predicted: Array) -> str:
+def _class_table(answers: Answers, predicted: Classes) -> str:
     """Precision, recall, F1 and AUROC of each class."""
     targets = numpy.asarray(answers.targets)
     rows = []
@@ -119,7 +122,7 @@ def _class_table(answers: Answers, predicted: Array) -> str:
     return _table(("class", "images", "precision", "recall", "F1", "AUROC"), rows)
 
 
-def _confusion(names: Sequence[str], targets: Array, predicted: Array) -> str:
+def _confusion(names: Sequence[str], targets: Classes, predicted: Classes) -> str:
     """Draw the confusion matrix: a row for each true class, a column for each predicted one."""
     counts = numpy.zeros((len(names), len(names)), dtype=int)
     numpy.add.at(counts, (targets, predicted), 1)

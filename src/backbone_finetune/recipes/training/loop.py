@@ -40,8 +40,8 @@ def fine_tune(
     ``transform = None``. Otherwise the whole model runs in every step, and what a random transform draws for an image
     comes from the seed, the epoch and the image's index. Images of an `ImageDataset` that cannot be read are skipped.
     AdamW and its schedule begin anew with each phase. The validation data is evaluated after each epoch; with
-    ``config.monitor`` the weights after the best epoch stay, and else those after the last one. A phase on features
-    without a learning rate chooses one; see `choose_rates`.
+    ``config.monitor`` the weights after the best epoch stay, and else those after the last one. A phase that
+    trains the classifier on features and has no learning rate chooses one.
 
     >>> import torch
     >>> model = FineTuneModel(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))

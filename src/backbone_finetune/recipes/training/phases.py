@@ -39,8 +39,8 @@ class Phase:
         epochs: How many passes over the training images.
         trainable_groups: Layer groups of the backbone that train too, counted from its output; 0 trains the
             classifier alone.
-        lr: Learning rate of the classifier. None chooses it, and the weight decay with it, by ``choose_rates`` in a
-            phase that trains the classifier on features; elsewhere it is 1e-3.
+        lr: Learning rate of the classifier. None chooses it among eight, and the weight decay with it, by the
+            validation loss of classifiers on features; a phase that trains layers too, or on images, takes 1e-3.
         backbone_lr: Learning rate of the backbone's last layer.
         layer_decay: Factor between the rates of one layer and the layer before it, as in BEiT.
         weight_decay: Weight decay of AdamW. None is 0.01, or is chosen with ``lr``.
