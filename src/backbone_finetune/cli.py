@@ -107,7 +107,7 @@ def build_parser() -> Parser:
     parser = Parser(prog=PROGRAM, description="Fine-tune any timm network with its backbone frozen.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands.add_parser("train", help="train a classifier on images"))
-    add_predict(commands.add_parser("predict", help="name the likeliest classes of images"))
+    add_predict(commands.add_parser("predict", help="predict the most likely classes of images"))
     add_evaluate(commands.add_parser("evaluate", help="measure a trained model on images of known classes"))
     add_export(commands.add_parser("export", help="write a trained model in the format of where it will run"))
     add_inspect(commands.add_parser("inspect", help="print layer groups, parameters and cost of a network"))
@@ -308,7 +308,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add("output", type=Path, metavar="OUTPUT", help="the file or, for hub-folder, the folder to write; not there yet")
     add("--to", choices=sorted(EXPORTERS), required=True, help="the format")
     add("--images", nargs="+", metavar="IMAGE", help="images, folders or patterns on which the logits are compared")
-    text = "onnx: the graph itself resizes, crops and normalises; its input is images in uint8, (B, height, width, 3)"
+    text = "onnx: the graph itself resizes, crops and normalizes; its input is images in uint8, (B, height, width, 3)"
     add("--preprocessing", action="store_true", help=text)
     parser.set_defaults(run_command=run_export)
 

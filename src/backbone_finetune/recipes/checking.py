@@ -1,4 +1,4 @@
-"""Types of settings, which pydantic checks: an error names what came and what is allowed."""
+"""Types of settings, checked by pydantic, whose errors have the value and the allowed values."""
 
 from typing import Annotated
 
@@ -7,5 +7,5 @@ from pydantic import ConfigDict, Field, validate_call
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# Checks the arguments of a function by their annotations; what is wrong is pydantic's ValidationError, a ValueError.
+# Checks the arguments of a function by their annotations; raises pydantic's ValidationError, a ValueError.
 validated = validate_call(config=ConfigDict(arbitrary_types_allowed=True))

@@ -1,11 +1,11 @@
-"""Packages of the extras, imported where they are used."""
+"""Import of packages of the extras."""
 
 import importlib
 from typing import Any
 
 
 def import_extra(name: str, extra: str) -> Any:
-    """Import a package of an extra; its types are not known without it.
+    """Import a package of an extra.
 
     >>> import_extra("no_such_package", "onnx")
     Traceback (most recent call last):

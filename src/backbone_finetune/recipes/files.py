@@ -1,4 +1,4 @@
-"""Files: written as a whole or not at all, synced to disk, and their digests."""
+"""Files: atomic writes, syncing to disk, and digests."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; when the block ends without an error, the file replaces ``path``.
+    """Yield a temporary path to write to; if the block ends without an error, the file replaces ``path``.
 
     A reader always sees a complete file, the old one or the new one. A symbolic link is followed: its target is
     replaced. A pipe or a terminal cannot be replaced and is written to directly.

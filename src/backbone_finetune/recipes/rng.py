@@ -1,4 +1,4 @@
-"""The state of the random generators that training may draw from: those of Python, NumPy and torch."""
+"""The state of the random generators of Python, NumPy and torch."""
 
 import random
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Text for people: safe to print in a terminal, and short."""
+"""Text that is safe to print in a terminal, and short."""
 
 import sys
 import unicodedata
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 
 def has_control_characters(text: str) -> bool:
-    """Tell whether a text has characters that move a terminal's cursor, colour it or end a line."""
+    """Return whether a text has control characters."""
     return any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in text)
 
 
@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 
 
 def one_line(value: object, *, most: int = 80) -> str:
-    """Write a value on one line, cut after ``most`` characters."""
+    """Format a value on one line of at most ``most`` characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[:most]}..."
 
@@ -31,7 +31,7 @@ def join_some(parts: Sequence[str], *, most: int = 3, separator: str = ", ") -> 
 
 
 def describe_fault(error: ValidationError) -> str:
-    """Write the first fault that pydantic found as "epochs = 0: input should be greater than or equal to 1"."""
+    """Format pydantic's first error as "epochs = 0: input should be greater than or equal to 1"."""
     fault = error.errors(include_url=False)[0]
     place = " ".join(part if isinstance(part, str) else str(part + 1) for part in fault["loc"])
     came = "" if fault["type"] == "missing" else f" = {one_line(repr(fault['input']))}"
@@ -41,7 +41,7 @@ def describe_fault(error: ValidationError) -> str:
 
 
 def print_any_name() -> None:
-    """Have stdout and stderr write an escape for what their encoding cannot hold: bytes in a file's name."""
+    """Let stdout and stderr escape characters outside of their encoding, such as undecodable bytes of a file name."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Blocks that several processes run together: an error of one of them is raised on all, and none waits for ever."""
+"""Blocks that several processes run together: an error of one process is raised on all of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def is_alone(accelerator: Accelerator | None) -> bool:
-    """Tell whether this process is the only one, as it is without an accelerator."""
+    """Return whether this is the only process, e.g. without an accelerator."""
     return accelerator is None or accelerator.num_processes == 1
 
 
@@ -29,7 +29,7 @@ def together(accelerator: Accelerator | None) -> Iterator[None]:
     sent: Exception | None = error
     is_plain = isinstance(error, ValueError) and error.args == (str(error),)
     if error is not None and not isinstance(error, OSError) and not is_plain:
-        # What can't be pickled, or only in part, would end in an error of its own.
+        # An error that cannot be pickled would raise another error.
         sent = RuntimeError(f"process {accelerator.process_index}: {type(error).__name__}: {error}")
     errors = [each for each in gather_object([sent]) if each is not None]
     if errors:
@@ -37,7 +37,7 @@ def together(accelerator: Accelerator | None) -> Iterator[None]:
 
 
 def run_on_main(accelerator: Accelerator | None, function: Callable[[], T]) -> T:
-    """Run a function on the main process; its result, or its error, is that of every process."""
+    """Run a function on the main process; every process gets its result or its error."""
     if accelerator is None or is_alone(accelerator):
         return function()
     outcome: list[Any] = [None]

@@ -1,4 +1,4 @@
-"""What a fine-tuned model is compared with: chance, a random backbone, raw pixels, and an unfrozen backward pass."""
+"""Baselines of a fine-tuned model: chance, a random backbone, raw pixels, and an unfrozen backward pass."""
 
 import copy
 import logging
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["BackwardTimes", "baseline_accuracy", "chance_accuracy", "measure_backward", "pixel_model", "random_model"]
 
-SECONDS = 0.5  # for which each backward pass is repeated
+SECONDS = 0.5  # seconds for which each backward pass is repeated
 
 
 def chance_accuracy(train_targets: Sequence[int], test_targets: Sequence[int]) -> float:
-    """The test accuracy of always answering the commonest training class: the most that ignoring the image gives.
+    """Return the test accuracy of always predicting the most common training class.
 
     >>> chance_accuracy([0, 0, 1], [0, 1, 1, 1])
     0.25
@@ -79,7 +79,7 @@ def baseline_accuracy(
 class BackwardTimes:
     """Medians in milliseconds of ``.backward()`` alone, each for the same batch.
 
-    ``frozen`` is the model as it is trained, ``classifier_alone`` its limit: the classifier on ready features.
+    ``frozen`` is the model as trained, ``classifier_alone`` its limit: the classifier on computed features.
     """
 
     unfrozen: float
@@ -89,9 +89,9 @@ class BackwardTimes:
 
 
 def measure_backward(model: FineTuneModel, inputs: Tensor, targets: Tensor) -> BackwardTimes | None:
-    """Time the backward pass of the unfrozen model, of the model as it is frozen, and of its classifier alone.
+    """Time the backward pass of the unfrozen model, of the frozen model, and of its classifier alone.
 
-    Copies run: the model is left as it was. None if the unfrozen model does not fit into the device's memory.
+    Copies run, so the model does not change. None if the unfrozen model does not fit into the device's memory.
 
     >>> model = FineTuneModel(nn.Linear(2, 3), nn.Linear(3, 2)).freeze_backbone()
     >>> measure_backward(model, torch.ones(4, 2), torch.zeros(4, dtype=torch.long)).batch_size

@@ -1,4 +1,4 @@
-"""``backbone-finetune evaluate``: a trained model on a folder of images whose classes are known."""
+"""``backbone-finetune evaluate``: evaluate a trained model on a folder of images with known classes."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -24,13 +24,13 @@ class ClassScore:
     support: int
     predicted: int
     correct: int
-    precision: float | None  # correct / predicted, None where there is nothing to divide by
+    precision: float | None  # correct / predicted, None for 0 / 0
     recall: float | None  # correct / support
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does on images: ``confusion[i][j]`` images of class ``i`` were predicted as class ``j``."""
+    """The results of a model: ``confusion[i][j]`` images of class ``i`` were predicted as class ``j``."""
 
     accuracy: float
     balanced_accuracy: float  # the mean recall of the classes that have images
@@ -50,10 +50,10 @@ def evaluate_folder(
     tta: bool = False,
     show_progress: bool = True,
 ) -> Evaluation:
-    """Evaluate a model on a folder with a sub-folder of images per class, named as the model's classes.
+    """Evaluate a model on a folder with a sub-folder of images for each of the model's classes.
 
-    Of a folder or table that is split in train, validation and test (`find_splits`) the last that it has counts.
-    Images that cannot be read are skipped, each with a message. Classes without a folder are listed as missing.
+    If a folder or table is split in train, validation and test (`find_splits`), its last part is used.
+    Unreadable images are skipped, each with a message. Classes without a folder are listed as missing.
 
     >>> import timm
     >>> from tempfile import TemporaryDirectory
@@ -72,9 +72,9 @@ def evaluate_folder(
     Args:
         trained: The model, on any device.
         folder: The folder of the sub-folders.
-        batch_size: How many images run at a time.
-        workers: How many processes read images; None chooses by the cores and the images.
-        tta: Whether to average over an image and its mirror image, as ``predict`` does.
+        batch_size: The number of images per batch.
+        workers: The number of processes that read images; None chooses by cores and images.
+        tta: Whether to average over an image and its mirror image, as in ``predict``.
         show_progress: Whether to show a progress bar on stderr.
 
     Raises:
@@ -133,14 +133,14 @@ def describe_evaluation(evaluation: Evaluation) -> str:
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
-    """Write ``evaluation.json`` and ``confusion.png`` into a folder, which is created where there is none."""
+    """Write ``evaluation.json`` and ``confusion.png`` into a folder, which is created if necessary."""
     from .plots import draw_confusion  # noqa: PLC0415 (matplotlib, only where it is needed)
 
     folder.mkdir(parents=True, exist_ok=True)
     numbers, image = folder / "evaluation.json", folder / "confusion.png"
     with replacing(numbers) as temporary:
         temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
-    # The bytes of a name that are not text cannot be drawn.
+    # Bytes of a name that are not valid text cannot be drawn.
     names = [score.name.encode(errors="backslashreplace").decode() for score in evaluation.classes]
     with replacing(image) as temporary:
         draw_confusion(evaluation.confusion, names, temporary)

@@ -1,4 +1,4 @@
-"""``backbone-finetune export``: a trained model in the format of where it will run."""
+"""``backbone-finetune export``: write a trained model in another format."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from ..export.torch_program import export_torch
 
 __all__ = ["EXPORTERS", "describe_export"]
 
-# What the command line calls them.
+# by the names of the command line
 EXPORTERS: Mapping[str, Callable[..., Exported]] = MappingProxyType(
     {
         "timm": export_timm,
@@ -25,7 +25,7 @@ EXPORTERS: Mapping[str, Callable[..., Exported]] = MappingProxyType(
 
 
 def describe_export(exported: Exported) -> str:
-    """Say what was written, how far it is from the model, and how to load it."""
+    """Describe what was written, its difference from the model, and how to load it."""
     images = exported.images
     on = f"{images} of your images" if images else "noise (pass --images to compare on your own images)"
     return (

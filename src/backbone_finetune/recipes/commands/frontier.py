@@ -1,4 +1,4 @@
-"""What ``backbone-finetune inspect --trainable-groups``: what can be cached, and what each epoch still computes."""
+"""``backbone-finetune inspect --trainable-groups``: what can be cached, and what each epoch still computes."""
 
 from collections.abc import Callable
 
@@ -15,13 +15,13 @@ from ..rng import preserve_rng_state
 
 __all__ = ["inspect_frontier"]
 
-IMAGES = 3  # the fewest that find_frontier takes
+IMAGES = 3  # the minimum of find_frontier
 
 
 def inspect_frontier(architecture: str, trainable_groups: int) -> str:
-    """Describe what is cached for each image while the last layer groups train, or why nothing can be.
+    """Describe what is cached for each image while the last layer groups train, or why nothing is.
 
-    The network is built with random weights on the CPU, and runs on random images of its own size.
+    The network has random weights, and runs on the CPU on random images of its own size.
 
     >>> print(inspect_frontier("test_resnet", 1))
     --trainable-groups 1: computed once for each image, and cached:

@@ -1,4 +1,4 @@
-"""``backbone-finetune inspect``: layer groups, parameters and cost of a network, without building a single weight."""
+"""``backbone-finetune inspect``: layer groups, parameters and cost of a network, without weights."""
 
 from collections import defaultdict
 from collections.abc import Container, Iterable
@@ -69,8 +69,8 @@ def inspect_file(path: Path) -> str:
 def count_operations(model: FineTuneModel, input_size: tuple[int, int, int]) -> dict[str, int]:
     """Count the floating-point operations of one image's forward pass, by layer group and of the classifier.
 
-    A multiplication and an addition count two, as in torch's ``FlopCounterMode``, which counts matrix products and
-    convolutions. What a module computes outside its children is counted for the last layer group in it. The model is
+    A multiplication and an addition count as two, as in torch's ``FlopCounterMode``, which counts matrix products and
+    convolutions. Operations of a module outside its children count for the last layer group in it. The model is
     on the meta device; afterwards it is in eval mode and none of its parameters requires a gradient.
 
     >>> with torch.device("meta"):
@@ -83,7 +83,7 @@ def count_operations(model: FineTuneModel, input_size: tuple[int, int, int]) -> 
         for path in (f"backbone.{name}" for name in group.parameter_names):
             while path := path.rpartition(".")[0]:
                 owners[path] = group.name
-    # Without gradients by the parameters' own flags: under no_grad the counter's hooks find no graph and fail.
+    # Without gradients by requires_grad: under no_grad, the counter's hooks find no graph and fail.
     model.eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *input_size, device="meta"))
@@ -98,7 +98,7 @@ def count_operations(model: FineTuneModel, input_size: tuple[int, int, int]) -> 
 
 
 def _nearest(path: str, known: Container[str]) -> str:
-    """Return the path of a module, or of its nearest ancestor, that is known; the root is."""
+    """Return the path of a module, or of its nearest known ancestor."""
     while path not in known:
         path = path.rpartition(".")[0]
     return path
@@ -112,7 +112,7 @@ def _state(parameters: Iterable[nn.Parameter]) -> str:
 def _tabulate(
     model: FineTuneModel, architecture: str, input_size: tuple[int, int, int], last: dict[str, str], title: str
 ) -> list[str]:
-    """Tabulate a model by layer group; ``last`` is what the last column, ``title``, says of each."""
+    """Return a table of a model by layer group; ``last`` has the entries of the last column, ``title``."""
     backbone = dict(model.backbone.named_parameters())
     total = sum(parameter.numel() for parameter in backbone.values())
     operations = count_operations(model, input_size)

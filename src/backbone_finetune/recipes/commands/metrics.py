@@ -1,4 +1,4 @@
-"""The record of a training run: what ``metrics.json`` holds, and what is printed of it."""
+"""The record of a training run: the contents of ``metrics.json``, and its text."""
 
 import math
 import statistics
@@ -15,10 +15,10 @@ __all__ = ["Metrics", "describe"]
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """The record of a run, as ``metrics.json`` holds it. Accuracies are shares of images, 0 to 1.
+    """The record of a run, the contents of ``metrics.json``. Accuracies are shares of images, 0 to 1.
 
-    What was not measured is None. The test images are looked at once, when all is chosen; ``history`` has what the
-    validation images gave in each epoch, and ``best_epoch`` is the one whose weights were kept, where a monitor chose.
+    Values that were not measured are None. The test images are evaluated once, at the end; ``history`` has those of the
+    validation images in each epoch, and ``best_epoch`` is the one whose weights were kept, with a monitor.
     ``fold_accuracies`` are those of a cross-validation on the training images. ``test_balanced_accuracy`` is the mean
     recall of the classes that have test images. Where images have labels or values, ``objective`` says so, with its
     thresholds or its scale, accuracies are the share of images whose labels are all right, or None, and the metrics are
@@ -55,7 +55,7 @@ class Metrics:
     versions: dict[str, str]
 
     def references(self) -> dict[str, float]:
-        """Name the accuracies that this run's is compared with, those that were measured."""
+        """Return the measured baseline accuracies by name."""
         measured = {
             "chance": self.chance,
             "random backbone": self.random_backbone,
@@ -65,7 +65,7 @@ class Metrics:
 
 
 def describe(metrics: Metrics) -> str:
-    """Write the accuracies and the backward times as lines to read."""
+    """Format the accuracies and the backward times as text."""
     times, mean = metrics.backward_milliseconds, metrics.test_balanced_accuracy
     explanations = {
         "chance": "always the commonest class",
@@ -82,7 +82,7 @@ def describe(metrics: Metrics) -> str:
         error = math.sqrt(metrics.test_accuracy * (1 - metrics.test_accuracy) / metrics.test_images)
         line = f"test accuracy    {_decimals(metrics.test_accuracy)}"
         lines.append(f"{line}  of {metrics.test_images} images, standard error {_decimals(error)}")
-        # Where the classes are of one size it is the accuracy.
+        # With classes of equal size it is the accuracy.
         if mean is not None and not math.isclose(mean, metrics.test_accuracy):
             lines.append(f"balanced         {_decimals(mean)}  mean recall of the classes")
     for part, others, count in (

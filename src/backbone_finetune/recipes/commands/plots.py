@@ -18,7 +18,7 @@ def draw_curves(
 ) -> None:
     """Draw the loss and a metric by epoch as a PNG, with a line across for each reference."""
     epochs = [result.epoch for result in history]
-    # Not pyplot: its figures are global state, and a window system may stand behind them.
+    # Not pyplot: its figures are global state, and it may use a window system.
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(epochs, [result.train_loss for result in history], marker=".", label="training")
@@ -43,13 +43,13 @@ def draw_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str
     """Draw a confusion matrix as a PNG: true classes down, predicted ones across, shaded by the share of each row."""
     count = len(class_names)
     side = min(max(4.0, 0.45 * count + 2), 24.0)
-    # Not pyplot: its figures are global state, and a window system may stand behind them.
+    # Not pyplot: its figures are global state, and it may use a window system.
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow([[cell / max(sum(row), 1) for cell in row] for row in confusion], cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")
     if count <= MOST_NAMED:  # more would not be readable
-        # A dollar sign in a name would begin a formula.
+        # A dollar sign in a name would start a formula.
         names = [name.replace("$", r"\$") for name in class_names]
         axes.set_xticks(range(count), names, rotation=90)
         axes.set_yticks(range(count), names)

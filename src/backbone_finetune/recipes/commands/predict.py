@@ -1,4 +1,4 @@
-"""``backbone-finetune predict``: images in, class names and probabilities out."""
+"""``backbone-finetune predict``: predict class names and probabilities of images."""
 
 from __future__ import annotations  # help() shows the names of types, not what pydantic checks
 
@@ -32,13 +32,13 @@ from ..training.objectives import MultiLabel, Regression, SingleLabel
 
 __all__ = ["Prediction", "choose_writer", "list_inputs", "predict", "write_csv", "write_jsonl"]
 
-# Of a resized image: half a gigabyte in float32. The largest networks of timm need far less.
+# For a resized image: half a gigabyte in float32. The largest timm networks need far less.
 MOST_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of an image, best first, as ``(class name, probability)``; or why it cannot be read.
+    """The most likely classes of an image, best first, as ``(class name, probability)``; or why it cannot be read.
 
     Of a model of labels, they are all labels above their thresholds, maybe none; of a model of values, see ``values``.
 
@@ -55,14 +55,14 @@ class Prediction:
 @validated
 def predict(
     trained: TrainedModel | NamedModel,
-    images: Iterable[Annotated[Path, Strict()]],  # strict: the characters of a str are no paths
+    images: Iterable[Annotated[Path, Strict()]],  # strict: a str is a sequence of characters, not of paths
     *,
     top_k: Positive = 3,
     batch_size: Positive = 32,
     workers: Whole | None = None,
     tta: bool = False,
 ) -> Iterator[Prediction]:
-    """Predict the likeliest classes of each image, in order, in float32. An image that cannot be read stops no other.
+    """Predict the most likely classes of each image, in order, in float32. Unreadable images do not stop the others.
 
     >>> import timm
     >>> from tempfile import TemporaryDirectory
@@ -76,11 +76,11 @@ def predict(
     ['cat', 'dog']
 
     Args:
-        trained: The model; it runs on the device that it is on.
+        trained: The model; it runs on its device.
         images: Paths of image files.
         top_k: How many classes to name for each image; of a model of labels all are named that the image has.
-        batch_size: How many images run at a time.
-        workers: How many processes read images; None chooses by the cores and the images.
+        batch_size: The number of images per batch.
+        workers: The number of processes that read images; None chooses by cores and images.
         tta: Whether to average over the image and its mirror image (test-time augmentation), at twice the cost.
 
     Raises:
@@ -112,10 +112,10 @@ def predict_rows(
     to_bytes: Callable[[Image.Image], Tensor] = pil_to_tensor
     normalize: Callable[[Tensor], Tensor] | None = None
     if isinstance(trained, NamedModel) and trained.preprocesses:
-        batch_size = 1  # images are of any size then
+        batch_size = 1  # images may then have any size
     else:
         to_bytes, normalize = split_transform(build_transform(config))
-    # The shorter side of an image becomes that of the input before it is cropped, however long the other one is.
+    # The shorter side of an image is resized to that of the input before cropping, for any length of the other one.
     most_elongated = MOST_PIXELS / (max(config["input_size"]) / config["crop_pct"]) ** 2
     paths = list(images)
     read = partial(_read_input, transform=to_bytes, most_elongated=most_elongated)
@@ -132,7 +132,7 @@ def predict_rows(
 
 
 def _read_input(path: Path, transform: Callable[[Image.Image], Tensor], most_elongated: float) -> Tensor | str:
-    """Read an image as a model takes it, ``(3, H, W)``; or return why that is not possible."""
+    """Read an image as input of a model, ``(3, H, W)``; or return why that is not possible."""
     try:
         image = read_image(path)
         if max(image.size) > most_elongated * min(image.size):
@@ -168,7 +168,7 @@ def write_csv(
         columns = ["labels", "probabilities"]
     elif isinstance(objective, Regression) and trained is not None:
         columns = list(trained.class_names)
-    # In UTF-8; bytes of a name that are not text are written as they are.
+    # In UTF-8; bytes of a name that are not valid text are written unchanged.
     with replacing(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image", *columns, "error"])
@@ -200,7 +200,7 @@ def write_jsonl(predictions: Iterable[Prediction], path: Path) -> Iterator[Predi
 def choose_writer(
     path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
 ) -> Callable[[Iterable[Prediction]], Iterator[Prediction]]:
-    """Choose what writes predictions to a file: ``.csv`` is a table, ``.jsonl`` are JSON lines."""
+    """Return the writer for a file of predictions: ``.csv`` for a table, ``.jsonl`` for JSON lines."""
     if path.suffix == ".csv":
         return partial(write_csv, path=path, top_k=top_k, trained=trained)
     if path.suffix == ".jsonl":
@@ -209,7 +209,7 @@ def choose_writer(
 
 
 def list_inputs(given: Sequence[str]) -> list[Path]:
-    """List the images that are named: paths, folders, patterns (``photos/**/*.jpg``), and ``-`` for lines of stdin."""
+    """List images from paths, folders, patterns (``photos/**/*.jpg``), and ``-`` for the lines of stdin."""
     paths: list[Path] = []
     for name in given:
         if name == "-":

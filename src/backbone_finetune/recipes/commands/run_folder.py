@@ -1,8 +1,8 @@
-"""The output folder of a run: what may be written there, and the record that says which run it is.
+"""The output folder of a run, and the record that identifies the run.
 
-While a run is under way, everything of it is in ``.unfinished/``: its record, its checkpoints and its features. Results
-are moved into the folder when they are complete, and ``.unfinished/`` is removed at the end. Nothing that was in the
-folder before is deleted or replaced unless ``overwrite`` is given; then the four results and ``.unfinished/`` are.
+During a run, all of its files are in ``.unfinished/``: its record, checkpoints and features. Results
+are moved into the folder when they are complete, and ``.unfinished/`` is removed at the end. Existing files in the
+folder are not deleted or replaced unless ``overwrite`` is given; then the four results and ``.unfinished/`` are.
 """
 
 import json
@@ -31,7 +31,7 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
     if overwrite or (unfinished / RUN_FILE).is_file():
         return
     names = [name for name in (RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE) if os.path.lexists(folder / name)]
-    # A run writes its lock and a temporary file before its record is there.
+    # A run writes its lock and a temporary file before its record.
     if unfinished.exists() and any(
         path.name != LOCK_FILE and not path.name.startswith(f".{RUN_FILE}.") for path in unfinished.iterdir()
     ):
@@ -48,8 +48,8 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
 def open_run(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
     """Start the run that ``record`` describes in a folder, or resume it, and lock the folder for the block.
 
-    ``.unfinished/`` is removed after the block if ``finish_run`` was called in it. Raises FileExistsError where another
-    process is training, or an unfinished run has another record and is not to be overwritten.
+    ``.unfinished/`` is removed after the block if ``finish_run`` was called in it. Raises FileExistsError if another
+    process is training, or if an unfinished run has another record and ``overwrite`` is False.
     """
     check_output_folder(folder, overwrite=overwrite)
     unfinished = folder / UNFINISHED
@@ -64,7 +64,7 @@ def open_run(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> Ite
         yield
     finally:
         is_finished = not (unfinished / RUN_FILE).exists()
-        lock.release()  # before its file is removed: Windows removes no open file
+        lock.release()  # before its file is removed: Windows cannot remove an open file
         if is_finished:
             shutil.rmtree(unfinished)
 
@@ -98,7 +98,7 @@ def _start_or_resume(folder: Path, record: Mapping[str, Any], *, overwrite: bool
 def publishing(folder: Path, name: str) -> Iterator[Path]:
     """Yield a path in ``.unfinished/`` to write to; when the block ends without an error, move it to ``folder / name``.
 
-    A process that is killed while it writes leaves the file that was there before.
+    If the process is killed while writing, the existing file is kept.
     """
     temporary = folder / UNFINISHED / f"new-{name}"
     yield temporary
@@ -108,12 +108,12 @@ def publishing(folder: Path, name: str) -> Iterator[Path]:
 
 
 def finish_run(folder: Path) -> None:
-    """Mark a run as finished: from now on there is nothing to resume."""
+    """Mark a run as finished, with nothing to resume."""
     (folder / UNFINISHED / RUN_FILE).unlink()
 
 
 def find_differences(there: Any, here: Any, place: str = "") -> list[str]:
-    """Name what differs between two records: ``["phases 1 lr: 0.1 there, 0.2 here"]``."""
+    """List the differences between two records: ``["phases 1 lr: 0.1 there, 0.2 here"]``."""
     if isinstance(there, dict) and isinstance(here, dict):
         pairs = [(key, there.get(key), here.get(key)) for key in {**there, **here}]
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):

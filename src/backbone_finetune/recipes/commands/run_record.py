@@ -1,4 +1,4 @@
-"""``run.json``: which run it is, written so that the run can be done again."""
+"""``run.json``: the record of a run, with which the run can be repeated."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from .setup import Task, TrainSettings
 
 __all__ = ["compare_runs", "read_run", "record_run"]
 
-# What changes nothing in the model; the folder may be moved.
+# Settings without effect on the model; the folder may be moved.
 NOT_RECORDED = {"output", "overwrite", "baselines", "workers", "cache"}
 
 FOLDER = "local-dir:"
@@ -38,9 +38,9 @@ class _RunFile(BaseModel):
 def record_run(
     settings: TrainSettings, task: Task, config: TrainerConfig, fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Describe a run: its settings as they came out, and its versions, images and backbone.
+    """Describe a run: its effective settings, versions, images and backbone.
 
-    Paths are absolute, so that the run can be done again from any folder, and precisions are those in use.
+    Paths are absolute, so that the run can be repeated from any folder, and precisions are those in use.
     """
     accelerator = config.accelerator
     arguments = {
@@ -63,7 +63,7 @@ def record_run(
 
 
 def compare_runs(recorded: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """Name what differs in a run that is done again: versions, images, backbone, or a precision."""
+    """List the differences of a repeated run: versions, images, backbone, or a precision."""
 
     def compared(run: Mapping[str, Any]) -> dict[str, Any]:
         precisions = {name: run["arguments"].get(name) for name in ("mixed_precision", "autocast_features")}

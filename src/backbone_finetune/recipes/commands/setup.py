@@ -1,4 +1,4 @@
-"""The settings of a run, and the model and the images that they ask for."""
+"""The settings of a run, and its model and images."""
 
 import math
 from collections.abc import Callable
@@ -31,52 +31,52 @@ __all__ = ["CLIPART", "Task", "TrainSettings", "choose_monitor", "make_task"]
 
 CLIPART = Path(__file__).parents[1] / "data" / "clipart" / "pictures"
 # The clipart is stored at 64 pixels. Five-fold cross-validation on its training images alone gave .66 at 96 pixels,
-# .69 at 128 and .73 at 160, for 2 and 4 times the time; a first look at a library should be quick.
+# .69 at 128 and .73 at 160, in 2 and 4 times the time; the demo should be quick.
 CLIPART_INPUT_SIZE = (3, 96, 96)
 TEST_SHARE = 0.3
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class TrainSettings:
-    """What to train on what. By default: the packaged ImageNet weights, on the packaged clipart.
+    """The settings of a run. By default: the packaged ImageNet weights, on the packaged clipart.
 
     Args:
-        images: A folder with a sub-folder of images per class; one of train, val and test folders of these; or a table.
-        validation: Images that rates and the best epoch are chosen on. By default the val folder.
-        test: Images that the model is tested on, once, when it is trained. By default the test folder; where there is
+        images: A folder with a sub-folder of images per class, with train, val and test folders of these, or a table.
+        validation: Images on which rates and the best epoch are chosen. By default the val folder.
+        test: Images on which the trained model is tested once. By default the test folder; if there is
             none, the validation images if nothing is chosen on them, else a share of each class.
-        monitor: What the best epoch is chosen by, on the validation images: "accuracy", "balanced-accuracy" or "loss";
-            "off" keeps the last one. None is "accuracy" where there are both validation and test images, else "off".
-            Where there are no validation images, a fifth of the training images is held out for it.
-        folds: Cross-validate on the training images in so many folds too, once the model is written.
-        patience: A phase ends after so many epochs that are no better.
-        architecture: A name of timm, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``. Its weights are random, unless
+        monitor: The metric of the best epoch, on the validation images: "accuracy", "balanced-accuracy" or "loss";
+            "off" keeps the last epoch. None means "accuracy" if there are both validation and test images, else "off".
+            If there are no validation images, a fifth of the training images is held out for it.
+        folds: The number of folds of a cross-validation on the training images, after the model is written.
+        patience: A phase ends after this number of epochs without improvement.
+        architecture: A timm name, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``. Its weights are random unless
             ``pretrained`` or ``checkpoint`` is given.
         pretrained: Whether to load the pretrained weights, timm's from the hub or those of the folder.
         checkpoint: A file of weights.
-        phases: What trains for how long, one after the other.
-        batch_size: Images in a step, on all processes together.
-        accumulation: Parts of a batch that are computed one after the other.
+        phases: The phases of the training, in order.
+        batch_size: Images per step, in all processes together.
+        accumulation: The number of consecutive parts of a batch.
         seed: Seed of the split, of the classifier and of the order of images.
-        checkpoint_steps: Steps between checkpoints; there is one after each epoch as well.
-        mixed_precision: None is what the launcher says.
-        autocast_features: Whether a frozen backbone computes in bf16 where that is faster; None is yes, unless
+        checkpoint_steps: Steps between checkpoints; there is also one after each epoch.
+        mixed_precision: None means the launcher's setting.
+        autocast_features: Whether a frozen backbone computes in bf16 if that is faster; None means yes, unless
             ``mixed_precision`` is "no".
-        device: A name of torch; "auto" is CUDA, else MPS, else the CPU.
+        device: A torch device; "auto" is CUDA, else MPS, else the CPU.
         output: The folder of the results.
-        trainable_only: Whether the model file holds only what training changed; it then loads on top of these weights.
+        trainable_only: Whether the model file has only the changed tensors; it then needs the base weights.
         overwrite: Whether to replace results in ``output``.
-        baselines: Whether to train the classifier on a random backbone and on raw pixels too, and to time the
-            backward pass; None is yes for the clipart only.
-        workers: How many processes load images; None is by the cores and the number of images. The model is the
+        baselines: Whether to also train the classifier on a random backbone and on raw pixels, and to time the
+            backward pass; None means only for the clipart.
+        workers: The number of processes that load images; None chooses by cores and images. The model is the
             same with any number.
-        compile: How to compile a frozen backbone for its pass, which pays from some 5,000 images on; None does not.
-        cache: Where what is frozen is kept for each image: "memory", "disk" (memory-mapped), "auto" for both, with a
-            quarter of the memory at most, or "off", with which the whole model runs in every step.
+        compile: The compiler of a frozen backbone, which is faster from about 5,000 images on; None does not compile.
+        cache: Where to cache frozen features: "memory", "disk" (memory-mapped), "auto" for both, with a
+            quarter of the memory at most, or "off", which runs the whole model in every step.
         views: How many augmented views of each training image are cached; 1 trains on the image itself.
-        class_weights: "balanced" weighs the loss of an image by N / (K * count), of N training images in K classes and
-            those of its class; None weighs all images alike.
-        label_smoothing: The share of each target that is spread evenly over all classes.
+        class_weights: "balanced" weights the loss of an image by N / (K * count), for N training images, K classes and
+            the number of its class; None weights all images equally.
+        label_smoothing: The share of each target that is spread over all classes.
         regression: Columns of a table whose numbers are predicted. Without it, a table with a column ``label`` has one
             class per image, and one with a column ``labels`` any number, as "cat;dog".
 
@@ -116,9 +116,9 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Task:
-    """A model and what it is trained, validated and tested on.
+    """A model and its training, validation and test images.
 
-    ``base`` is what the backbone was before, where only what changes is to be written. ``validation`` or ``test`` is
+    ``base`` has the initial backbone if only changed tensors will be written. ``validation`` or ``test`` may be
     None, but not both.
     """
 
@@ -134,7 +134,7 @@ class Task:
     objective: Objective
 
     def parts(self) -> dict[str, ImageDataset]:
-        """Name the images that there are: "train", "validation", "test"."""
+        """Return the existing parts by name: "train", "validation", "test"."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: data for name, data in parts.items() if data is not None}
 
@@ -144,7 +144,7 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     parts = run_on_main(accelerator, lambda: _find_data(settings))
     start, source, weights = _load_start(settings, parts[0].class_names)
     model, data_config = start.model, dict(start.data_config)
-    for phase in reversed(settings.phases):  # each is checked; the model ends as the first has it
+    for phase in reversed(settings.phases):  # checks each; the model is then frozen as in the first
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
     train, *others = parts
@@ -156,7 +156,7 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
 
 
 def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[TrainedModel, Source, str]:
-    """Load the model that training starts with, and say where its weights are from, for the machine and in words.
+    """Load the initial model, and return the source of its weights and a description of it.
 
     A model file is trained further: with its classifier if the classes are the same, else with a new one.
     """
@@ -212,7 +212,7 @@ def choose_objective(settings: TrainSettings, folder: LabelledFolder, start: Obj
 
 
 def choose_data_config(model: FineTuneModel, *, small: bool) -> dict[str, Any]:
-    """Return timm's data config of a model; with ``small`` that of a small input, where the network takes one."""
+    """Return timm's data config of a model; with ``small`` that of a small input, if the network supports it."""
     if small and not model.pretrained_cfg.get("fixed_input_size", False):
         config: dict[str, Any] = resolve_model_data_config(model, args={"input_size": CLIPART_INPUT_SIZE})  # type: ignore[no-untyped-call]
         if find_size_problem(meta_copy(model), config["input_size"]) is None:
@@ -221,7 +221,7 @@ def choose_data_config(model: FineTuneModel, *, small: bool) -> dict[str, Any]:
 
 
 def choose_monitor(settings: TrainSettings, task: Task) -> Callable[[EpochResult], float] | None:
-    """Return what the best epoch is chosen by; None keeps the last one."""
+    """Return the monitor of the best epoch; None keeps the last one."""
     main = task.objective.main_metric
     monitor = settings.monitor or ("off" if task.validation is None or task.test is None else main)
     if monitor == "off":

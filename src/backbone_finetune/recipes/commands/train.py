@@ -1,4 +1,4 @@
-"""What ``backbone-finetune train`` does, from a folder of images to a model file and the record of its training."""
+"""``backbone-finetune train``: from a folder of images to a model file and the record of its training."""
 
 import copy
 import json
@@ -48,11 +48,11 @@ TIMED_BATCH_SIZE = 16
 
 
 def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None) -> Metrics:
-    """Fine-tune a model and write it to a file; where baselines are wanted, compare it with them.
+    """Fine-tune a model, write it to a file, and optionally compare it with baselines.
 
     ``settings.output`` gets ``model.safetensors`` and ``run.json`` when the training is done, then ``metrics.json`` and
-    ``curves.png``. Settings and images are checked before the training, and files of an earlier run stay until new ones
-    replace them. A run that was stopped resumes when it is given the same settings again. What it does is logged, by
+    ``curves.png``. Settings and images are checked before the training. Files of an earlier run are kept until new ones
+    replace them. A stopped run resumes with the same settings. Progress is logged by
     the main process.
 
     >>> from pathlib import Path
@@ -62,19 +62,19 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     FileNotFoundError: no such folder: there is no such folder; ...
 
     Args:
-        settings: What to train on what.
+        settings: The settings of the run.
         recorded: The record of an earlier run with these settings (``read_run``); differences are logged.
 
     Raises:
-        FileExistsError: the output folder holds results, another unfinished run, or one that is under way.
+        FileExistsError: the output folder has results, another unfinished run, or a running one.
         DivergedError: the loss or the weights are not finite after an epoch; a ValueError. No model is written.
-        FileNotFoundError: the images or the checkpoint are not there.
+        FileNotFoundError: the images or the checkpoint do not exist.
         ModuleNotFoundError: matplotlib or the packaged weights are not installed.
-        ValueError: the settings or the images are not fit for training; the message says how to change them.
+        ValueError: the settings or the images are invalid; the message has a remedy.
     """
     start = time.monotonic()
     accelerator = make_accelerator(find_device(settings.device), mixed_precision=settings.mixed_precision)
-    try:  # now, in case it is missing; and only here, as matplotlib takes time
+    try:  # early, in case it is missing; and only here, because matplotlib is slow to import
         from .plots import draw_curves  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
@@ -119,9 +119,9 @@ def _start(
     exit_stack: ExitStack,
     recorded: Mapping[str, Any] | None,
 ) -> tuple[TrainerConfig, dict[str, Any]]:
-    """Open the output folder, start the run there or resume it, and log what is trained on what.
+    """Open the output folder, start or resume the run, and log the images and the model.
 
-    The main process holds the lock of the folder until ``exit_stack`` is closed. Returns how to train, and the record.
+    The main process has the lock of the folder until ``exit_stack`` is closed. Returns the config and the record.
     """
     fingerprints = run_on_main(accelerator, lambda: _fingerprints(settings, task))
     unfinished, autocast = settings.output / UNFINISHED, settings.autocast_features
@@ -166,7 +166,7 @@ def _start(
 
 
 def _fingerprints(settings: TrainSettings, task: Task) -> dict[str, str]:
-    """Name the images of each part; augmented views are those of the seed."""
+    """Return the fingerprint of each part, including the seed of augmented views."""
     views = f" in {settings.views} views of seed {settings.seed}" if settings.views > 1 else ""
     transform = build_transform(task.data_config)
     names = {name: data_fingerprint(ImageDataset(data.folder, transform)) for name, data in task.parts().items()}
@@ -174,7 +174,7 @@ def _fingerprints(settings: TrainSettings, task: Task) -> dict[str, str]:
 
 
 def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, record: Mapping[str, Any]) -> Metrics:
-    """Train the model, and write it before anything else can fail."""
+    """Train the model, and write it at once."""
     accelerator = config.accelerator
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
     try:
@@ -242,7 +242,7 @@ def _choose_thresholds(task: Task, config: TrainerConfig) -> TrainerConfig:
 
 
 def _held_out(task: Task) -> ImageDataset:
-    """Return the images that the accuracy is of: the test images, else the validation images."""
+    """Return the images of the reported accuracy: the test images, else the validation images."""
     held_out = task.validation if task.test is None else task.test
     assert held_out is not None
     return held_out
@@ -253,12 +253,12 @@ def _count_readable(data: ImageDataset | None) -> int:
 
 
 def _best_epoch(history: Sequence[EpochResult], config: TrainerConfig) -> int | None:
-    """Return the number of the first epoch that the monitor rates highest; None without a monitor."""
+    """Return the first epoch with the highest value of the monitor; None without a monitor."""
     return None if config.monitor is None else max(history, key=config.monitor).epoch
 
 
 def _score(model: FineTuneModel, data: ImageDataset, config: TrainerConfig) -> Score:
-    """Evaluate a model on images, once, in the precision of `predict`."""
+    """Evaluate a model on images in the precision of `predict`."""
     score = evaluate(model.to(config.accelerator.device), data, config)
     report_skipped([data], {}, config.accelerator)
     return score
@@ -267,7 +267,7 @@ def _score(model: FineTuneModel, data: ImageDataset, config: TrainerConfig) -> S
 def _cross_validate(
     metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
 ) -> Metrics:
-    """Add the accuracy of each fold of the training images; what is frozen runs over them once more at most."""
+    """Add the accuracy of each fold of the training images; frozen modules run over them at most once more."""
     still = ImageDataset(task.train.folder, build_transform(task.data_config)) if settings.views > 1 else None
     config = replace(config, show_progress=False)
     folds = settings.folds or 2
@@ -277,12 +277,12 @@ def _cross_validate(
 
 
 def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig) -> Metrics:
-    """Train what the model is compared with, and time its backward pass."""
+    """Train the baselines, and time the backward pass."""
     accelerator, num_classes = config.accelerator, len(metrics.class_names)
     if accelerator.is_main_process:
         logger.info("training the same classifier on a random backbone and on raw pixels, to compare")
     seed_everything(settings.seed)
-    # As long as the model itself, with the first phase's rates, and always frozen.
+    # As many epochs as the model, with the first phase's rates, and always frozen.
     phase = replace(settings.phases[0], epochs=len(metrics.history), trainable_groups=0)
     baseline_config = replace(
         config, checkpoints=None, caches=None, compile=None, monitor=None, patience=None, show_progress=False
@@ -302,7 +302,7 @@ def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config
 
 
 def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Stack the first images, 16 at most, to time a step with: ``(B, 3, H, W)`` and ``(B,)``."""
+    """Return the first images, at most 16, to time a step: ``(B, 3, H, W)`` and ``(B,)``."""
     readable = (index for index, path in enumerate(data.folder.paths) if str(path) not in data.broken)
     inputs, targets = default_collate([data[index] for index in islice(readable, TIMED_BATCH_SIZE)])
     return inputs.to(device), targets.to(device)

@@ -1,4 +1,4 @@
-"""Which images there are, and of which class: in a folder of classes, in train/, val/ and test/, or in a table."""
+"""Find images and their classes: in a folder of classes, in train/, val/ and test/, or in a table."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from .tables import PARTS, TABLES, TEST, TRAIN, VALIDATION, read_table
 
 logger = logging.getLogger(__name__)
 
-# All that Pillow reads by itself: not EPS, which runs Ghostscript, nor formats that are a name and no decoder.
+# All suffixes that Pillow can read without EPS, which runs Ghostscript, and without formats that have no decoder.
 NO_DECODER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 IMAGE_EXTENSIONS = frozenset(
     extension
@@ -31,10 +31,10 @@ VALIDATION_SHARE = 0.2
 
 
 def find_images(path: Path, class_names: Sequence[str] | None = None) -> LabelledFolder:
-    """List the images of a folder with a sub-folder per class, or of a table, in an order that is always the same.
+    """List the images of a folder with a sub-folder per class, or of a table, in a fixed order.
 
-    Only names are looked at. A class is a direct sub-folder; images in deeper folders belong to it as well. Links to
-    folders are followed. Hidden files and folders are passed over; what else is left out is logged by its kind.
+    Only names are read. A class is a direct sub-folder, including the images in deeper folders. Links to
+    folders are followed. Hidden files and folders are skipped; other skipped files are logged by kind.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -47,13 +47,13 @@ def find_images(path: Path, class_names: Sequence[str] | None = None) -> Labelle
 
     Args:
         path: The folder; or a ``.csv`` or ``.tsv`` table with columns ``path`` and ``label``.
-        class_names: The classes that there may be, in their order. By default those that are found, two at least.
+        class_names: The allowed classes, in their order. By default those that are found, at least two.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        NotADirectoryError: it is another file than a table.
-        ValueError: it has too few classes, or other ones, or is split in parts (`find_splits` reads these); or a class
-            holds no image, or has a name that no terminal should be given.
+        NotADirectoryError: it is a file, but not a table.
+        ValueError: it has too few or other classes, or is split in parts (`find_splits` reads these); or a class
+            has no image, or has control characters in its name.
     """
     parts = find_splits(path, class_names)
     if len(parts) > 1:
@@ -67,9 +67,9 @@ def find_splits(
     """List images by the part of the data that they belong to: "train" and, if they are there, "validation", "test".
 
     The parts are folders ``train``, ``val`` (``valid``, ``validation``) and ``test`` that have the same sub-folders,
-    one per class; or what a table says in a column of splits. The classes of all parts are those of "train", unless
-    ``class_names`` are given. What is not split is "train" as a whole. Of a table with a column ``labels``, or with
-    ``values``, columns of numbers, targets are rows.
+    one per class; or the splits in a column of a table. The classes of all parts are those of "train", unless
+    ``class_names`` are given. Data that is not split is "train" as a whole. For a table with a column ``labels``, or
+    with ``values``, columns of numbers, targets are rows.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -81,8 +81,8 @@ def find_splits(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        NotADirectoryError: it is another file than a table.
-        ValueError: as for `find_images`; or a part has a class that "train" has not.
+        NotADirectoryError: it is a file, but not a table.
+        ValueError: as for `find_images`; or a part has a class that "train" does not have.
     """
     if path.suffix.lower() in TABLES and path.is_file():
         found = read_table(path, values)
@@ -155,7 +155,7 @@ def _label(root: Path, pairs: Iterable[tuple[Path, Any]], class_names: Sequence[
 
 
 def _folders_in(root: Path) -> list[Path]:
-    """List the folders in a folder, without those that are hidden or links to where the folder itself is."""
+    """List the folders in a folder, without hidden ones and links to a folder that contains it."""
     if not root.exists():
         raise FileNotFoundError(f"{root}: there is no such folder; {EXPECTED}")
     if not root.is_dir():
@@ -165,15 +165,15 @@ def _folders_in(root: Path) -> list[Path]:
 
 
 def _files_below(root: Path) -> Iterator[Path]:
-    """Yield the files of a folder and of those below it that are not hidden.
+    """Yield the files of a folder and of its sub-folders that are not hidden.
 
-    Links to folders are followed, and each folder is entered once, so that no loop is. A link that leads nowhere is
-    among the files, so that whoever reads them names it.
+    Links to folders are followed, and each folder is entered once, so loops end. A broken link is
+    yielded, so that reading it reports it.
     """
     entered = {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
         seen = sorted((name for name in folders if not name.startswith(".")), reverse=True)
-        real = {os.path.realpath(os.path.join(folder, name)): name for name in seen}  # of two links to one, the first
+        real = {os.path.realpath(os.path.join(folder, name)): name for name in seen}  # the first of two links
         folders[:] = sorted(name for path, name in real.items() if path not in entered)
         entered.update(real)
         yield from (Path(folder, name) for name in names if not name.startswith("."))
@@ -184,7 +184,7 @@ def _raise(error: OSError) -> None:
 
 
 def list_images(given: Sequence[Path]) -> list[Path]:
-    """Replace each folder among paths by the images below it, one at least; any other path stays, whatever it is."""
+    """Replace each folder among paths by the images below it, at least one; other paths are not changed."""
     paths: list[Path] = []
     for path in given:
         found = sorted(filter(_is_image, _files_below(path))) if path.is_dir() else [path]
@@ -199,7 +199,7 @@ def _is_image(path: Path) -> bool:
 
 
 def choose_test(parts: Mapping[str, LabelledFolder]) -> LabelledFolder:
-    """Choose what a model is tested on: "test" if it is there, else "validation", else all images."""
+    """Return the images to test a model on: "test" if it exists, else "validation", else all images."""
     return next(parts[part] for part in (TEST, VALIDATION, TRAIN) if part in parts)
 
 
@@ -213,19 +213,19 @@ def find_data(
     seed: int,
     values: Sequence[str] = (),
 ) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
-    """Find the images to train, validate and test on, and log what is used for what; see `find_splits`.
+    """Find the images to train, validate and test on, and log them; see `find_splits`.
 
     Images that are in two of the parts are logged.
 
     Args:
         path: The folder or table.
-        validation: Another place of the validation images.
-        test: Another place of the test images.
-        chooses: Whether something is chosen on the validation images. Then they are no test images too, and where
+        validation: Another folder or table of validation images.
+        test: Another folder or table of test images.
+        chooses: Whether something is chosen on the validation images. Then they are not test images too, and if
             there are none, a fifth of the training images is held out for it. None is yes where there is a test, or
             where images have several labels, whose thresholds are chosen.
-        test_share: The share of each class to test on, where there are neither test nor validation images.
-        seed: Draws what is held out.
+        test_share: The share of each class to test on if there are neither test nor validation images.
+        seed: Seed of the held-out images.
         values: The columns of a table that are numbers to predict.
     """
     parts = find_splits(path, values=values)
@@ -271,9 +271,9 @@ def _describe_targets(images: LabelledFolder, values: Sequence[str]) -> list[str
 
 
 def _find_identical(train: LabelledFolder, test: LabelledFolder) -> list[tuple[Path, Path]]:
-    """Find test images that have the bytes of a training image: pairs of that and the test image.
+    """Find test images that are copies of a training image; return pairs of training and test image.
 
-    Only files of a size that is on both sides are read.
+    Only files whose size occurs in both parts are read.
     """
     sizes = [{path: path.stat().st_size for path in part.paths if path.is_file()} for part in (train, test)]
     both = set(sizes[0].values()) & set(sizes[1].values())

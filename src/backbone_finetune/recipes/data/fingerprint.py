@@ -1,4 +1,4 @@
-"""Whether a dataset gives the same tensors in every epoch, and a digest of the images and targets that it gives."""
+"""Check whether a dataset returns the same tensors in every epoch, and compute a digest of its images and targets."""
 
 import hashlib
 import json
@@ -21,33 +21,33 @@ from ..rng import preserve_rng_state
 from ..text import one_line
 from .images import ImageDataset
 
-# By name, so that nothing is imported for them. Each gives the same tensor for the same image; a subclass may do
-# anything, so it does not count.
+# By name, so that nothing is imported for them. Each returns the same tensor for the same image; a subclass may do
+# anything, so it is not included.
 _PACKAGES = ("torchvision.transforms.", "timm.data.transforms", "open_clip.transform")
 _DETERMINISTIC = frozenset(
     {"CenterCrop", "CenterCropOrPad", "ConvertImageDtype", "Grayscale", "Identity", "ImageClassification"}
     | {"MaybeConvertMode", "MaybePILToTensor", "MaybeToTensor", "Normalize", "PILToTensor", "Pad", "RGB", "Resize"}
     | {"ToDtype", "ToImage", "ToNumpy", "ToPILImage", "ToPureTensor", "ToTensor", "TrimBorder", "_convert_to_rgb"}
 )
-# What torchvision's datasets, and most others, call what they do to an image and its target.
+# The names of transforms in torchvision's datasets, and in most others.
 _TRANSFORMS = ("transform", "transforms", "target_transform")
 _NAME_INSTEAD = "pass a name of your own: FeatureCache(folder, 'images of 2024, 224 pixels')"
 
 
 def is_deterministic(transform: Any) -> bool:
-    """Tell whether a transform of torchvision, timm or open_clip is known to give the same tensor each time.
+    """Return whether a transform of torchvision, timm or open_clip is known to be deterministic.
 
     >>> from timm.data import create_transform
     >>> is_deterministic(create_transform(64)), is_deterministic(create_transform(64, is_training=True))
     (True, False)
 
-    A transform that is not known, such as a function or a class of your own, counts as random; None changes nothing.
+    An unknown transform, such as a function or a custom class, counts as random. None is deterministic.
     """
     if transform is None or type(transform) is nn.Sequential:
         return all(map(is_deterministic, transform or ()))
     named = transform if hasattr(transform, "__qualname__") else type(transform)  # a function, or an object's class
     module, name = getattr(named, "__module__", None) or "", getattr(named, "__qualname__", "")
-    if name == "StandardTransform":  # what torchvision's datasets make of their two others
+    if name == "StandardTransform":  # torchvision's datasets combine the two other transforms in it
         return is_deterministic(transform.transform) and is_deterministic(transform.target_transform)
     if not module.startswith(_PACKAGES):
         return False
@@ -60,11 +60,11 @@ def is_deterministic(transform: Any) -> bool:
 
 
 def find_randomness(data: Any) -> str | None:
-    """Say why a dataset may give other tensors in the next epoch, or None where it is known to give the same.
+    """Return why a dataset may return other tensors in the next epoch; None if it is known to return the same.
 
-    Tensors, lists and tuples are the same each time, and a dataset of other datasets is what they are. Any other says
-    so by ``transform`` (``transforms``, ``target_transform``), which is None or a transform that ``is_deterministic``.
-    Eight items of a class that is not torchvision's or ours are then read twice, and must be equal.
+    Tensors, lists and tuples are the same each time, and a dataset of other datasets is checked by these. Any other
+    needs a ``transform`` (``transforms``, ``target_transform``) that is None or a transform that ``is_deterministic``.
+    Eight items of a custom class are then read twice, and must be equal.
     """
     stated = _stated_transforms(data)
     reasons = [
@@ -75,7 +75,7 @@ def find_randomness(data: Any) -> str | None:
     parts = [data.dataset] if isinstance(data, Subset) else data.datasets if isinstance(data, ConcatDataset) else []
     if reasons := reasons or list(filter(None, map(find_randomness, parts))):
         return reasons[0]
-    # A subclass may do anything in __getitem__, as one of Subset that has a transform of its own does.
+    # A subclass may do anything in __getitem__, e.g. a Subset with a separate transform.
     if type(data) in {TensorDataset, Subset, ConcatDataset, list, tuple}:
         return None
     if not stated:
@@ -90,12 +90,12 @@ def find_randomness(data: Any) -> str | None:
 
 
 def spread_rows(count: int) -> list[int]:
-    """Choose up to eight rows, spread over all."""
+    """Return up to eight indices, spread over all rows."""
     return sorted({round(look * (count - 1) / 7) for look in range(8)})
 
 
 def data_fingerprint(dataset: Dataset[Any]) -> str:
-    """Digest the images and targets of a dataset, in their order.
+    """Return a digest of the images and targets of a dataset, in their order.
 
     >>> import torch
     >>> images, targets = torch.zeros(2, 3), torch.tensor([0, 1])
@@ -103,15 +103,15 @@ def data_fingerprint(dataset: Dataset[Any]) -> str:
     >>> same, data_fingerprint(TensorDataset(images, targets)) == data_fingerprint(TensorDataset(images + 1, targets))
     (True, False)
 
-    Of an ``ImageDataset`` and of torchvision's ``ImageFolder`` the files are read and not decoded, which costs a small
-    part of what a backbone costs; where they are, when they were written and their transform do not count: that is seen
-    when a ``FeatureCache`` computes eight images again. A ``Subset`` and a ``ConcatDataset`` count by what they are
-    made of. Any other dataset is read item by item, as slow as an epoch of reading: where that takes too long, give
+    The files of an ``ImageDataset`` or of torchvision's ``ImageFolder`` are read but not decoded, which costs a small
+    part of the cost of a backbone. Their paths, times and transform are not included: another transform is detected
+    when a ``FeatureCache`` computes eight images again. A ``Subset`` and a ``ConcatDataset`` are digested through their
+    datasets. Any other dataset is read item by item, which takes as long as an epoch of reading: if too long, give
     ``FeatureCache`` a name instead.
 
     Raises:
-        OSError: an image can't be read.
-        ValueError: the dataset's transform is random, or not known not to be, or its items can't be compared.
+        OSError: an image cannot be read.
+        ValueError: the dataset's transform is not known to be deterministic, or its items cannot be compared.
     """
     if isinstance(dataset, DataLoader):
         raise ValueError("data_fingerprint got a DataLoader; pass its dataset: data_fingerprint(loader.dataset)")
@@ -126,7 +126,7 @@ def data_fingerprint(dataset: Dataset[Any]) -> str:
 
 
 def _describe(dataset: Any) -> Any:
-    """Write down a dataset as JSON holds it."""
+    """Describe a dataset as JSON."""
     kind = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
     if type(dataset) is TensorDataset:
         return [kind, [digest(tensor) for tensor in dataset.tensors]]
@@ -134,7 +134,7 @@ def _describe(dataset: Any) -> Any:
         return [kind, [int(index) for index in dataset.indices], _describe(dataset.dataset)]
     if type(dataset) is ConcatDataset:
         return [kind, [_describe(part) for part in dataset.datasets]]
-    # A dataset of your own may state no transform; if it draws all the same, no two of its fingerprints are equal.
+    # A custom dataset may have no transform attribute and still draw random numbers; then its fingerprints differ.
     if _stated_transforms(dataset) and (reason := find_randomness(dataset)):
         raise ValueError(
             f"{reason}; use an evaluation transform, as timm's create_transform(224) gives, or {_NAME_INSTEAD}"
@@ -148,10 +148,10 @@ def _describe(dataset: Any) -> Any:
 
 
 def _describe_files(paths: Iterable[Path], targets: Iterable[int], root: Path) -> list[Any]:
-    """Write down images: contents are read, not sizes and times, which can stay the same when an image changes."""
+    """Describe images by their contents, not by sizes and times, which may not change with an image."""
 
     def describe(path: Path, target: int) -> tuple[str, int, str]:
-        # A pipe or a link to nothing, which would block or fail, is an image that a pass skips.
+        # A pipe or a broken link, which would block or fail, is an image that a pass skips.
         return relpath(path, root), target, digest_file(path) if path.is_file() else "no file"
 
     with ThreadPoolExecutor() as threads:
@@ -159,13 +159,13 @@ def _describe_files(paths: Iterable[Path], targets: Iterable[int], root: Path) -
 
 
 def _stated_transforms(data: Any) -> list[Any]:
-    """List the transforms that a dataset has under the usual names, not those of a dataset that it wraps."""
+    """Return the transforms of a dataset under the usual names, without those of a wrapped dataset."""
     own = getattr(data, "__dict__", {})
     return [getattr(data, name) for name in _TRANSFORMS if name in own or hasattr(type(data), name)]
 
 
 def _digest_item(item: Any) -> str:
-    """Digest what a dataset returns for one index: tensors, arrays, images and numbers, in tuples, lists and dicts."""
+    """Digest an item of a dataset: tensors, arrays, images and numbers, in tuples, lists and dicts."""
     leaves, structure = tree_flatten(dict(item) if isinstance(item, Mapping) else item)
     hashed = hashlib.sha256(f"{structure} ".encode())
     for leaf in leaves:

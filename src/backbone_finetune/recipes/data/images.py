@@ -1,4 +1,4 @@
-"""Images and their classes: read them, hold some out for the test."""
+"""Images and their classes: read them, and hold out a test set."""
 
 import random
 import warnings
@@ -12,29 +12,29 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-# The target of an image that cannot be read: it keeps its place, without weight. torch's losses ignore it by default.
+# The target of an unreadable image, which keeps its position without weight. torch's losses ignore it by default.
 IGNORED = -100
 
-# Resized by its shorter side, a line of 1 x 100,000 pixels would become an image of many gigabytes.
+# Resized by its shorter side, an image of 1 x 100,000 pixels would need many gigabytes.
 MOST_ELONGATED = 100
 
 
 def is_read(targets: Tensor) -> Tensor:
-    """Tell which targets are of images that could be read, ``(N,)``: others are ``IGNORED``, or nan in floats.
+    """Return which targets are of readable images, ``(N,)``: others are ``IGNORED``, or nan in floats.
 
     >>> is_read(torch.tensor([2, IGNORED])), is_read(torch.tensor([[0.5, 0.5], [torch.nan, torch.nan]]))
     (tensor([ True, False]), tensor([ True, False]))
     """
-    # Compared as long: -100 would be 156 in uint8.
+    # Compared as int64: -100 would be 156 in uint8.
     read = ~targets.isnan() if targets.is_floating_point() else targets.long() != IGNORED
     return read if targets.ndim == 1 else read.flatten(1).all(1)
 
 
 @dataclass(frozen=True)
 class LabelledFolder:
-    """Images and their classes: ``paths[i]`` shows ``class_names[targets[i]]``.
+    """Images and their classes: ``paths[i]`` is an image of ``class_names[targets[i]]``.
 
-    Where an image has several labels, or values, ``targets[i]`` is a row of one number for each of ``class_names``.
+    If an image has several labels, or values, ``targets[i]`` is a row with one number for each of ``class_names``.
 
     >>> LabelledFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,)).targets
     (1,)
@@ -49,8 +49,8 @@ class LabelledFolder:
 class ImageDataset(Dataset[tuple[Tensor, Any]]):
     """Images as ``(tensor, target)`` pairs, read from disk each time.
 
-    An image that cannot be read raises. Passes of the recipes skip it instead: ``broken`` has a message for each that
-    they met, by its path.
+    An unreadable image raises an error. Passes of the recipes skip it instead: ``broken`` has a message for each that
+    was skipped, by its path.
 
     >>> folder = LabelledFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,))
     >>> len(ImageDataset(folder, transform=lambda image: torch.zeros(3, 8, 8)))
@@ -74,13 +74,13 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         return target if isinstance(target, int) else torch.tensor(target, dtype=torch.float32, device="cpu")
 
     def skip_ignored(self, targets: Tensor) -> None:
-        """Remember the images that have the target ``IGNORED``, in the targets that a pass over all of them gave."""
+        """Record the images whose target is ``IGNORED`` in the targets of a pass over all images."""
         for index in (~is_read(targets)).nonzero().flatten().tolist():
             path = self.folder.paths[index]
             self.broken.setdefault(str(path), f"{path}: not a readable image")
 
     def check_classes(self) -> None:
-        """Raise ValueError unless each class still has an image that can be read; any, where targets are rows."""
+        """Raise ValueError unless each class, or with rows as targets the dataset, has a readable image."""
         if not isinstance(self.folder.targets[0], int):
             if len(self.broken) == len(set(self.folder.paths)):
                 raise ValueError(
@@ -98,24 +98,24 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image as RGB: upright as its EXIF entry says, and on white where it is transparent.
+    """Read an image as RGB, rotated by its EXIF entry, with transparent pixels on white.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not an image, or not a whole one; the message names it.
+        ValueError: the file is not an image, or is truncated.
     """
     try:
         with warnings.catch_warnings():
-            # What Pillow remarks on damaged metadata of an image that it reads all the same is of no use here.
+            # Pillow's warnings about damaged metadata of a readable image are not useful here.
             warnings.simplefilter("ignore")
-            # Pillow warns of a decompression bomb first and refuses it at twice the size; here the warning is enough.
+            # Pillow warns about a decompression bomb, and raises an error at twice the size; here both are errors.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 if max(file.size) > MOST_ELONGATED * min(file.size):
                     raise ValueError(f"{file.width} x {file.height} pixels; at most 1 to {MOST_ELONGATED} is allowed")
                 image = ImageOps.exif_transpose(file)
-                if image.mode.startswith("I;16"):  # converted as it is, all above 255 of 65,535 would be white
-                    # By way of 32 bits, as Pillow computes on 16 in the one order of bytes only.
+                if image.mode.startswith("I;16"):  # a direct conversion would make all values above 255 white
+                    # Through 32 bits, because Pillow computes on 16 bits in one byte order only.
                     image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
                 if image.mode in {"I", "F"}:
                     raise ValueError("its 32-bit values have no known range; save it with 8 or 16 bits")
@@ -127,17 +127,17 @@ def read_image(path: Path) -> Image.Image:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except MemoryError:
         raise ValueError(f"{path}: takes more memory than there is") from None
-    except Exception as error:  # what Pillow says of a damaged file can be anything, struct.error and KeyError included
+    except Exception as error:  # Pillow may raise anything for a damaged file, including struct.error and KeyError
         reason = str(error).replace(f" {str(path)!r}", "")  # Pillow repeats the path in some of its messages
         raise ValueError(f"{path}: not a readable image ({reason})") from error
 
 
 def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[LabelledFolder, LabelledFolder]:
-    """Hold out a share of each class, drawn by ``seed``: returns ``(train, test)``, disjoint and together everything.
+    """Hold out a share of each class, drawn with ``seed``; return disjoint ``(train, test)``.
 
-    Each class has at least one image on both sides. The draw depends on the order of the images alone, so the
-    same folder gives the same split on every machine. A class of one image is a ValueError. Where targets are rows, the
-    share is of all images.
+    Each class has at least one image in both parts. The draw depends only on the order of the images, so the
+    same folder has the same split on every machine. Raises ValueError for a class of one image. If targets are rows,
+    the share is of all images.
     """
     generator = random.Random(seed)
     held_out: set[int] = set()

@@ -1,7 +1,7 @@
-"""Load a dataset batch by batch, by worker processes where it pays: the same batches whatever their number.
+"""Load a dataset in batches, with worker processes if that is faster; batches do not depend on their number.
 
-The evaluation transform stops at bytes there, which go to the device from pinned memory and are normalised on it, as
-timm's ``PrefetchLoader`` does.
+Workers run the evaluation transform up to bytes, which are sent to the device from pinned memory and normalized there,
+like in timm's ``PrefetchLoader``.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ from .images import IGNORED, ImageDataset, is_read, read_image
 from .targets import split_row
 from .transforms import Normalize, split_transform
 
-# Below it, 1 to 3 s of decoding, workers start for nothing.
+# With fewer, 1 to 3 s of decoding, starting workers takes longer than it saves.
 FEWEST_IMAGES = 1000
 MOST_WORKERS = 16
 PR_SET_PDEATHSIG = 1
@@ -36,9 +36,9 @@ Compute = Callable[[list[Any]], Any]
 
 
 def default_workers(count: int, *, processes: int = 1, fewest: int = FEWEST_IMAGES) -> int:
-    """Choose how many worker processes load ``count`` images: 0 for few, else one for each core of this machine.
+    """Return the number of worker processes for ``count`` images: 0 for few, else one per core.
 
-    Where processes do not start by ``fork`` it is 0: there, a script without ``if __name__ == "__main__":`` would run
+    Without ``fork`` it is 0, because a script without ``if __name__ == "__main__":`` would run
     again in each worker.
     """
     if count < fewest or not can_fork():
@@ -48,7 +48,7 @@ def default_workers(count: int, *, processes: int = 1, fewest: int = FEWEST_IMAG
 
 
 class Batch(NamedTuple):
-    """What a worker gives: ``[inputs..., targets]``, the images among them that cannot be read, or what went wrong."""
+    """The result of a worker: ``[inputs..., targets]``, the unreadable images among them, or an error."""
 
     values: Any
     broken: Mapping[str, str] = {}
@@ -56,7 +56,7 @@ class Batch(NamedTuple):
 
 
 class Batches(Dataset[Any]):
-    """A dataset as workers load it, by the batch: errors are values, and a sample's draws come from seed and index."""
+    """A dataset for workers, by batch: errors are values, and random numbers depend on seed and index."""
 
     def __init__(self, data: Dataset[Any], seed: str | None, views: int, compute: Compute | None) -> None:
         self.data: Any = data
@@ -79,12 +79,12 @@ class Batches(Dataset[Any]):
                     rows.append(self.load(index % len(self.data), broken))
             place = ""
             if broken:
-                # Another image of the batch has the right size, and changes the statistics of a BatchNorm least.
+                # Another image of the batch has the right size and the least effect on BatchNorm statistics.
                 with torch.device("cpu"):
                     read = is_read(default_collate([target for _, target in rows])).tolist()
                 image = rows[read.index(True)][0] if any(read) else rows[0][0]
                 rows = [row if is_one else (image, row[1]) for row, is_one in zip(rows, read, strict=True)]
-            with torch.device("cpu"):  # targets that are numbers become a tensor here
+            with torch.device("cpu"):  # converts targets that are numbers to a tensor
                 values = default_collate(rows)
             if self.compute is not None:
                 if self.normalize is not None:
@@ -94,20 +94,20 @@ class Batches(Dataset[Any]):
         except Exception as error:
             if get_worker_info() is None:
                 raise
-            # torch would raise it with a worker's traceback as its message, and not each kind survives the way.
+            # torch would put the worker's traceback into the message, and cannot pass every kind of error.
             if isinstance(error, OSError) or type(error).__init__ is ValueError.__init__:
                 return Batch([], broken, type(error)(f"{place}{error}"))
             return Batch([], broken, RuntimeError(f"{place}{error} ({type(error).__name__})"))
 
     def load(self, index: int, broken: dict[str, str]) -> Any:
-        """Load a sample; an image that cannot be read becomes a grey one whose target says so; see `is_read`."""
+        """Load a sample; an unreadable image becomes a grey one with a special target; see `is_read`."""
         if not isinstance(self.data, ImageDataset):
             return self.data[index]
         path, target = self.data.folder.paths[index], self.data.target(index)
         try:
             image = read_image(path)
         except (ValueError, OSError) as error:
-            # Where a whole batch is broken; of ImageNet's mean, next to nothing for a BatchNorm.
+            # If a whole batch is broken: ImageNet's mean, which is almost neutral for a BatchNorm.
             image = Image.new("RGB", (64, 64), (124, 116, 104))
             target = IGNORED if isinstance(target, int) else torch.full_like(target, torch.nan)
             broken[str(path)] = str(error)
@@ -118,10 +118,10 @@ class Batches(Dataset[Any]):
 
 
 class DeviceLoader(DataLoader[Any]):
-    """A loader whose batches come as ``[inputs..., targets]`` on ``device``, normalised.
+    """A loader of batches ``[inputs..., targets]`` on ``device``, normalized.
 
-    An image of an `ImageDataset` that cannot be read keeps its place with a target that says so (`is_read`), and
-    the dataset remembers it. Any other error of a worker is raised here, and names the sample.
+    An unreadable image of an `ImageDataset` keeps its position with a special target (`is_read`), and
+    the dataset records it. Any other error of a worker is raised here, and names the sample.
     """
 
     def __init__(
@@ -129,13 +129,13 @@ class DeviceLoader(DataLoader[Any]):
         data: Dataset[Any],  # of ``(inputs..., target)``
         device: torch.device,
         *,
-        batches: Sequence[Sequence[int]] | None = None,  # of indices; by default all in order, ``batch_size`` each
+        batches: Sequence[Sequence[int]] | None = None,  # of indices; by default all in order, ``batch_size`` in each
         batch_size: int = 32,
         workers: int = 0,  # 0 loads in this process
-        seed: str | None = None,  # what a sample draws comes from it and the index; None leaves the generators alone
-        views: int = 1,  # how often the data comes, one view of all samples after the other, each drawn anew
-        compute: Compute | None = None,  # on a batch, in the process that loaded it; the results stay on the CPU
-        check: Callable[[Tensor], None] | None = None,  # on targets loaded without ``compute``; raises for wrong ones
+        seed: str | None = None,  # random numbers of a sample depend on it and the index; None does not seed
+        views: int = 1,  # number of passes over the data, each with other random numbers
+        compute: Compute | None = None,  # called on a batch in the process that loaded it; results stay on the CPU
+        check: Callable[[Tensor], None] | None = None,  # raises for invalid targets; not called with ``compute``
     ) -> None:
         order: Mapping[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
         pin_memory = device.type == "cuda" and compute is None
@@ -162,7 +162,7 @@ class DeviceLoader(DataLoader[Any]):
             values = batch.values
             if self.samples.compute is None:
                 if self.check is not None:
-                    self.check(split_row(values)[1])  # on the CPU: a look at the device would wait for it
+                    self.check(split_row(values)[1])  # on the CPU: reading from the device would wait for it
                 values = send_to_device(values, self.device, non_blocking=True)
                 if self.samples.normalize is not None:
                     values[0] = self.samples.normalize(values[0])
@@ -172,9 +172,9 @@ class DeviceLoader(DataLoader[Any]):
 def map_batches(
     function: Callable[[Any], Any], items: Sequence[Any], *, batch_size: int, workers: int | None = None
 ) -> Iterator[list[Any]]:
-    """Apply a function to each item, in worker processes where there are some; yields lists of results, in order."""
+    """Apply a function to each item, in worker processes if there are any; yield lists of results in order."""
     number = default_workers(len(items)) if workers is None else workers
-    given: Any = items  # a sequence is all that a loader needs
+    given: Any = items  # a loader needs only a sequence
     yield from _start(DataLoader(given, batch_size, collate_fn=partial(_apply, function), **_workers(number)))
 
 
@@ -187,7 +187,7 @@ def _apply(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 
 def can_fork() -> bool:
-    """Tell whether workers start as copies of this process, with all that it has loaded and built."""
+    """Return whether workers start as copies of this process."""
     return "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
 
 
@@ -196,23 +196,23 @@ def _workers(number: int) -> dict[str, Any]:
     return {
         "num_workers": number,
         "worker_init_fn": end_with_parent,
-        # With a generator of its own a loader draws nothing from torch's when it starts: a resumed run is the same run.
+        # With a separate generator a loader draws nothing from torch's when it starts, so a resumed run is the same.
         "generator": torch.Generator(),
-        # Forked, a worker is there in milliseconds and needs no `if __name__ == "__main__"` in the script.
+        # With fork, a worker starts in milliseconds and needs no `if __name__ == "__main__"` in the script.
         "multiprocessing_context": "fork" if number and can_fork() else None,
     }
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start a loader without Python's warning, from 3.12 on, of other threads: forked workers take no lock of these."""
-    # torch draws a seed as it starts, with a generator of the CPU: another default device of the user's would not do.
+    """Start a loader without the warning of Python 3.12 about other threads, whose locks forked workers do not use."""
+    # torch draws a seed at the start, with a CPU generator, which would fail with another default device.
     with warnings.catch_warnings(), torch.device("cpu"):
         warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
         return DataLoader.__iter__(loader)
 
 
 def end_with_parent(worker: int) -> None:
-    """Have a worker end at once when its parent is killed, so that it holds no lock of it, and leave Ctrl-C to that."""
+    """Make a worker exit when its parent is killed, so that it keeps no lock, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -220,7 +220,7 @@ def end_with_parent(worker: int) -> None:
 
 @contextmanager
 def seeded(text: str) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's generators by a text, and give them back as they were."""
+    """Seed Python's, numpy's and torch's generators with a text in the block, and restore them after it."""
     python, arrays = random.getstate(), numpy.random.get_state()
     number = random.Random(text).getrandbits(63)
     try:

@@ -24,12 +24,12 @@ PARTS |= {"test": TEST, "testing": TEST}
 def read_table(table: Path, values: Sequence[str] = ()) -> dict[str, list[tuple[Path, Any]]]:
     """Read paths and targets from a table in UTF-8 whose first line names its columns, by the part of the data.
 
-    A target is the text of the column ``label``; or a tuple of those in the column ``labels``, which may be empty, as
-    "cat;dog" or "cat|dog"; or a tuple of the numbers in the columns ``values``. Paths are relative to the table's
-    folder; they come in the order of the labels.
+    A target is the text in the column ``label``; or a tuple of the texts in the column ``labels``, e.g. "cat;dog" or
+    "cat|dog", which may be empty; or a tuple of the numbers in the columns ``values``. Paths are relative to the
+    table's folder, and sorted by label.
 
     Raises:
-        ValueError: a column is missing or there twice, a row lacks an entry or a number, or is of an unknown part, none
+        ValueError: a column is missing or duplicated, a row lacks an entry or a number, or is of an unknown part, none
             of the paths is a file, or none is of "train".
     """
     found: dict[str, list[tuple[Path, Any]]] = {TRAIN: [], VALIDATION: [], TEST: []}

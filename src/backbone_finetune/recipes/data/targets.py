@@ -1,4 +1,4 @@
-"""Checks of what a dataset returns: inputs and a target, before any of it costs a pass."""
+"""Check the items of a dataset, inputs and a target, before the first pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from .images import IGNORED, ImageDataset
 def check_dataset(name: str, data: Dataset[Any], check: Callable[[str, Tensor], None]) -> None:
     """Raise ValueError unless a dataset has a length and returns inputs and a target that ``check`` accepts.
 
-    All targets are looked at where they are at hand; else the first item is read.
+    All targets are checked if the dataset has them in memory; otherwise the first item is read.
     """
     if isinstance(data, DataLoader):
         raise ValueError(f"{name} is a DataLoader; pass its dataset: {name}.dataset")
@@ -30,12 +30,12 @@ def check_dataset(name: str, data: Dataset[Any], check: Callable[[str, Tensor], 
 
 
 def first_row(name: str, data: Any) -> tuple[list[Tensor], Tensor]:
-    """Load the first row of a dataset as a batch of one; raise ValueError where it is none."""
+    """Load the first row of a dataset as a batch of one; raise ValueError if that is not possible."""
     with preserve_rng_state(), torch.device("cpu"):
         row = data[0]
         try:
             return split_row(default_collate([row]))
-        except TypeError as error:  # an image of Pillow, say
+        except TypeError as error:  # e.g. a Pillow image
             kinds = ", ".join(type(part).__name__ for part in row) if isinstance(row, tuple | list) else ""
             raise ValueError(
                 f"{name}[0] is {describe_value(row)}{f' ({kinds})' if kinds else ''}; return tensors or numbers: give "
@@ -44,7 +44,7 @@ def first_row(name: str, data: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def known_targets(data: Any) -> Tensor | None:
-    """Return the targets of a dataset that has them at hand; None else."""
+    """Return the targets of a dataset that has them in memory; None otherwise."""
     if type(data) is ImageDataset:
         return torch.tensor(data.folder.targets, device="cpu")
     if isinstance(data, list) and all(
@@ -64,7 +64,7 @@ def known_targets(data: Any) -> Tensor | None:
 
 
 def check_targets(name: str, targets: Tensor, classes: int | None = None) -> None:
-    """Raise ValueError unless targets are one whole number per image, from 0 to ``classes - 1``, or ``IGNORED``."""
+    """Raise ValueError unless targets are one integer per image, from 0 to ``classes - 1``, or ``IGNORED``."""
     if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(
             f"{name}: the targets are {describe_targets(targets)}; pass class indices, one whole number per image"
@@ -82,12 +82,12 @@ def check_targets(name: str, targets: Tensor, classes: int | None = None) -> Non
 
 
 def describe_targets(targets: Tensor) -> str:
-    """Name the type and shape of targets, such as "float32 of shape (3,) per image"."""
+    """Describe the type and shape of targets, such as "float32 of shape (3,) per image"."""
     return f"{str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape[1:])} per image"
 
 
 def _suggest(targets: Tensor) -> str:
-    """Tell what fits targets that are no class indices."""
+    """Suggest an objective for targets that are not class indices."""
     if targets.ndim == 2 and targets.shape[1] > 1:
         is_binary = bool(((targets == 0) | (targets == 1)).all())
         sums_to_1 = bool(((targets.double().sum(1) - 1).abs() <= 1e-3).all())
@@ -103,7 +103,7 @@ def _suggest(targets: Tensor) -> str:
 
 
 def split_row(batch: Any) -> tuple[list[Tensor], Tensor]:
-    """Split what a loader gives, ``(input, ..., target)`` tensors, into inputs and targets; else raise ValueError."""
+    """Split a batch ``(input, ..., target)`` of tensors into inputs and targets; raise ValueError for other batches."""
     if not isinstance(batch, tuple | list) or len(batch) < 2 or not all(isinstance(part, Tensor) for part in batch):
         raise ValueError(
             f"the loader gave {describe_value(batch)}; the dataset must return (input, target), or (input, input, ..., "
@@ -114,7 +114,7 @@ def split_row(batch: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def describe_value(value: object) -> str:
-    """Name what came in a few words, such as "a tensor of shape (2, 3)" or "a list of 3"."""
+    """Describe a value, such as "a tensor of shape (2, 3)" or "a list of 3"."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
-"""An evaluation transform in two halves: bytes where the image is decoded, normalised floats on the device.
+"""Split an evaluation transform in two: one to bytes, in the worker, and normalization, on the device.
 
-Pillow decodes and resizes, so the numbers are those of timm's own transform, to the bit. Measured on 500 x 375 JPEGs
+Pillow decodes and resizes, so the values are exactly those of timm's own transform. Measured on 500 x 375 JPEGs
 (Pillow 13.0, torchvision 0.29, one core): its draft mode saves 6 % of the decoding and changes pixels; torchvision's
 decoder saves 25 % and is deprecated; its resizing of bytes saves 75 % of Pillow's and is off by up to 2/255; Pillow's
-``resize(box=...)`` of the crop alone saves 40 % and is off by 20/255 where it takes the axes in another order.
+``resize(box=...)`` of the crop alone saves 40 % and is off by 20/255 if it resizes the axes in another order.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,9 @@ Normalize = Callable[[Tensor], Tensor]
 
 
 def split_transform(transform: Decode) -> tuple[Decode, Normalize | None]:
-    """Take a transform apart: what gives ``(C, H, W)`` bytes, and the normalisation that is left for the device.
+    """Split a transform into one that returns ``(C, H, W)`` bytes, and the normalization for the device.
 
-    A transform that does not end in torchvision's conversion and normalisation comes back whole, with None.
+    A transform that does not end in torchvision's conversion and normalization is returned unchanged, with None.
     """
     steps: list[Any] = transform.transforms if isinstance(transform, transforms.Compose) else []
     if len(steps) < 2 or type(steps[-1]) is not transforms.Normalize or type(steps[-2]) not in TO_TENSOR:
@@ -36,6 +36,6 @@ def split_transform(transform: Decode) -> tuple[Decode, Normalize | None]:
 
 
 def _normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Normalise images of bytes, ``(..., C, H, W)``, to the bits of torchvision's ``ToTensor`` and ``Normalize``."""
+    """Normalize images of bytes, ``(..., C, H, W)``, exactly like torchvision's ``ToTensor`` and ``Normalize``."""
     shift, scale = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
-    return images.float().div_(255).sub_(shift).div_(scale)  # torchvision's operations, in its order
+    return images.float().div_(255).sub_(shift).div_(scale)  # torchvision's operations in the same order

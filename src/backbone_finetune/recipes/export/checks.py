@@ -1,4 +1,4 @@
-"""What every export shares: files that appear whole or not at all, and the proof that they give the model's logits."""
+"""Helpers of all exports: atomic writes, and the check that the logits are the model's."""
 
 import copy
 import os
@@ -18,16 +18,16 @@ from ..models.file import TrainedModel, build_transform
 from ..text import one_line
 
 MOST_IMAGES = 16
-# Of the largest logit. A runtime that sums in another order is off by 1e-6 to 1e-5 of it.
+# Relative to the largest logit. A runtime that sums in another order differs by 1e-6 to 1e-5.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote, and how far its logits are from the model's, on how many images.
+    """The result of an export, and the difference of its logits from the model's.
 
-    ``difference`` and ``largest`` are absolute: of the logits, and the largest logit. ``images`` is 0 where none were
-    given, and noise was compared. ``use`` says how to load it.
+    ``difference`` and ``largest`` are absolute: of the logits, and the largest logit. ``images`` is 0 if none were
+    given and noise was compared. ``use`` explains how to load it.
     """
 
     path: Path
@@ -42,11 +42,11 @@ class Comparison:
 
     Args:
         trained: The model.
-        images: Image files. Without any, two images of noise, a wide and a tall one.
+        images: Image files. Without any: two images of noise, a wide and a tall one.
     """
 
     def __init__(self, trained: TrainedModel, images: Sequence[Path]) -> None:
-        # On the CPU, in float32, and without what watches over its training.
+        # On the CPU, in float32, without training hooks.
         network = nn.Sequential(trained.model.backbone, trained.model.classifier)
         self.network = copy.deepcopy(network).float().cpu().eval()
         self.pictures = [read_image(path) for path in images[:: -(-len(images) // MOST_IMAGES) or 1]] or _draw_noise()
@@ -56,10 +56,10 @@ class Comparison:
 
     @torch.no_grad()
     def prove(self, run: Callable[[Tensor], Tensor], path: Path, *, use: str, tolerance: float = TOLERANCE) -> Exported:
-        """Compare what was exported with the model, on a batch and on one input alone; ``run`` gives its logits.
+        """Compare the export with the model, on a batch and on a single input; ``run`` returns its logits.
 
         Raises:
-            ValueError: they differ by more than ``tolerance``, a share of the largest logit.
+            ValueError: they differ by more than ``tolerance``, relative to the largest logit.
         """
         batches = self.inputs, self.inputs[:1]
         difference = max(float((run(batch) - self.network(batch)).abs().max()) for batch in batches)
@@ -79,7 +79,7 @@ def _draw_noise() -> list[Image.Image]:
 
 @contextmanager
 def converting(converter: str) -> Iterator[None]:
-    """Silence a converter's warnings of its own plans, and make a ValueError of one line of whatever it raises."""
+    """Suppress a converter's warnings, and convert its errors to a ValueError of one line."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
@@ -90,7 +90,7 @@ def converting(converter: str) -> Iterator[None]:
 
 @contextmanager
 def staging(path: Path, suffix: str = "") -> Iterator[Path]:
-    """Yield a path of the same name in a new folder; after the block, all that is there moves beside ``path``.
+    """Yield a path of the same name in a temporary folder; after the block, its files move to the folder of ``path``.
 
     Raises:
         FileExistsError: something of this name exists already.
@@ -105,7 +105,7 @@ def staging(path: Path, suffix: str = "") -> Iterator[Path]:
         moves = {written: path.with_name(written.name) for written in Path(folder).iterdir()}
         for target in moves.values():
             _check_free(target)
-        (mode_of := Path(folder, ".mode")).touch()  # as the umask has it; safetensors writes for the owner alone
+        (mode_of := Path(folder, ".mode")).touch()  # from the umask; safetensors' mode is 600
         for file in Path(folder).rglob("*"):
             if file.is_file():
                 file.chmod(mode_of.stat().st_mode)

@@ -1,4 +1,4 @@
-"""A folder as timm writes it for the Hugging Face hub; nothing is pushed."""
+"""A folder in timm's format for the Hugging Face hub; nothing is uploaded."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .timm_checkpoint import make_timm_network, save_weights
 def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
     """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, and check its logits.
 
-    ``AutoModelForImageClassification.from_pretrained`` of transformers loads it as well.
+    ``AutoModelForImageClassification.from_pretrained`` of transformers also loads it.
 
     ``config.json`` holds the architecture, the preprocessing and the class names, ``model.safetensors`` the weights.
 
@@ -36,7 +36,7 @@ def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Pat
 
     Raises:
         FileExistsError: the folder exists already.
-        ValueError: timm's network cannot hold the classifier.
+        ValueError: timm's network cannot contain the classifier.
     """
     network = make_timm_network(trained)
     comparison = Comparison(trained, images)
@@ -51,7 +51,7 @@ def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Pat
             data_config=dict(trained.data_config),
         )
         config = json.loads((folder / "config.json").read_text())
-        del config["model_args"]["num_classes"]  # it stands beside model_args too, and transformers refuses it twice
+        del config["model_args"]["num_classes"]  # transformers raises an error for duplicate entries
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         return comparison.prove(loaded, path, use=f"timm.create_model({f'local-dir:{path}'!r}, pretrained=True)")

@@ -1,4 +1,4 @@
-"""An ONNX file, with or without the preprocessing in its graph."""
+"""Export to ONNX, with or without the preprocessing in the graph."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ..models.onnx_file import load_onnx_model
 from .checks import Comparison, Exported, converting, staging
 from .onnx_preprocessing import build_preprocessing
 
-# As a share of the largest logit, where a pixel may differ by 1 or 2 of 255.
+# Relative to the largest logit, if a pixel may differ by 1 or 2 of 255.
 PREPROCESSING_TOLERANCE = 0.05
 
 
@@ -49,7 +49,7 @@ def export_onnx(
             graph.ir_version = model.ir_version
             graph.opset_import[0].version = next(each.version for each in model.opset_import if not each.domain)
             model = onnx.compose.merge_models(graph, model, io_map=[("preprocessed", "input")])
-            del model.opset_import[0]  # it is there twice
+            del model.opset_import[0]  # it would be there twice
         metadata = {
             "architecture": trained.architecture,
             "class_names": json.dumps(trained.class_names),
@@ -86,8 +86,8 @@ def _convert(network: nn.Module, inputs: Tensor) -> Any:
             output_names=["logits"],
             verbose=False,
         )
-    assert program is not None  # it is None for the old exporter alone
+    assert program is not None  # None only for the old exporter
     model = program.model_proto
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
-        del part.metadata_props[:]  # stack traces, with the paths of this machine
+        del part.metadata_props[:]  # stack traces with paths of this machine
     return model

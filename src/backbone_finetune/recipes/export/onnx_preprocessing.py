@@ -1,4 +1,4 @@
-"""timm's evaluation transform as an ONNX graph: from the bytes of an image to the input of a network."""
+"""timm's evaluation transform as an ONNX graph, from the bytes of an image to the input of a network."""
 
 import importlib
 import math
@@ -63,11 +63,11 @@ BOTH_SIDES = """
 def build_preprocessing(data_config: Mapping[str, Any]) -> Any:
     """Build a graph from ``image``, uint8 ``(B, height, width, 3)`` in RGB, to ``preprocessed``, ``(B, 3, H, W)``.
 
-    It resizes, crops and normalises as timm's evaluation transform does with Pillow. A pixel of a photograph differs by
-    2 of 255 at most, in the mean by less than 0.1.
+    It resizes, crops and normalizes like timm's evaluation transform with Pillow. A pixel of a photograph differs by
+    at most 2 of 255, on average by less than 0.1.
 
     Raises:
-        ValueError: the interpolation or the crop is another one.
+        ValueError: the interpolation or the crop is not supported.
     """
     _, rows, columns = data_config["input_size"]
     interpolation, crop_mode, crop_pct = (data_config[name] for name in ("interpolation", "crop_mode", "crop_pct"))

@@ -1,4 +1,4 @@
-"""A model of OpenVINO, for CPUs and other devices of Intel's."""
+"""Export to OpenVINO, for CPUs and other Intel devices."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from ..extras import import_extra
 from ..models.file import TrainedModel
 from .checks import Comparison, Exported, converting, staging
 
-# Where a CPU has bf16, OpenVINO computes in it unless it is told not to, and logits are off by a percent.
+# On a CPU with bf16, OpenVINO uses it by default, and logits differ by a percent.
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
@@ -28,7 +28,7 @@ def export_openvino(trained: TrainedModel, path: Path, *, images: Sequence[Path]
     Raises:
         FileExistsError: the file exists already.
         ModuleNotFoundError: OpenVINO is not installed.
-        ValueError: it can't be converted, or the file has different logits.
+        ValueError: it cannot be converted, or the file has different logits.
     """
     openvino = import_extra("openvino", "openvino")
     comparison = Comparison(trained, images)

@@ -1,4 +1,4 @@
-"""A plain checkpoint of timm, which its own scripts load, and the class map that they need beside it."""
+"""Export to a plain timm checkpoint for timm's scripts, with the class map that they need."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +18,8 @@ from .checks import Comparison, Exported, staging
 def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
     """Write a checkpoint that ``timm.create_model(..., checkpoint_path=path)`` loads strictly, and check its logits.
 
-    Beside ``model.safetensors`` it writes ``model.classes.txt``, the class map of timm's scripts, which order class
-    folders in another way (1, 2, 10) than this library (1, 10, 2).
+    It also writes ``model.classes.txt``, the class map of timm's scripts, which order class
+    folders differently (1, 2, 10) than this library (1, 10, 2).
 
     >>> from tempfile import TemporaryDirectory
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
@@ -38,7 +38,7 @@ def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = (
 
     Raises:
         FileExistsError: the file exists already.
-        ValueError: timm's network cannot hold the classifier.
+        ValueError: timm's network cannot contain the classifier.
     """
     network = make_timm_network(trained)
     comparison = Comparison(trained, images)
@@ -54,10 +54,10 @@ def export_timm(trained: TrainedModel, path: Path, *, images: Sequence[Path] = (
 
 
 def make_timm_network(trained: TrainedModel) -> nn.Module:
-    """Give timm's own network with the trained weights, on the CPU.
+    """Return timm's own network with the trained weights, on the CPU.
 
     Raises:
-        ValueError: it cannot hold the classifier.
+        ValueError: it cannot contain the classifier.
     """
     if obstacle := find_obstacle(trained.architecture, len(trained.class_names), **trained.arguments):
         raise ValueError(obstacle)
@@ -67,20 +67,20 @@ def make_timm_network(trained: TrainedModel) -> nn.Module:
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    """Write a state dict as safetensors, tied tensors under each of their names, as timm expects them."""
+    """Write a state dict as safetensors, with tied tensors under each of their names, as timm expects."""
     state = network.state_dict()
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 def find_obstacle(architecture: str, num_classes: int, **arguments: Any) -> str | None:
-    """Say why a trained architecture does not go back to timm's own network; None where it does.
+    """Return why a trained architecture cannot be converted to timm's own network; None if it can.
 
     >>> find_obstacle("test_resnet", 3)
     >>> find_obstacle("levit_128s", 3)
     "levit_128s: timm's own network has more in its classifier than one linear layer, so a trained ..."
 
-    It is built on the meta device, in a moment.
+    It is built on the meta device.
     """
     with torch.device("meta"):
         plain = timm.create_model(architecture, num_classes=num_classes, **arguments)

@@ -1,4 +1,4 @@
-"""A program of ``torch.export``: the network as a graph, which needs neither timm nor this library."""
+"""Export with ``torch.export``: the network as a graph, which needs neither timm nor this library."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .checks import Comparison, Exported, converting, staging
 
 
 def export_torch(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
-    """Write a ``.pt2`` file by ``torch.export``, with a batch of any size, and check it as it is loaded.
+    """Write a ``.pt2`` file with ``torch.export``, for any batch size, and check it after loading.
 
     ``torch.export.load(path, extra_files=files)`` fills ``files = {"class_names.json": "", "data_config.json": ""}``.
 
@@ -33,7 +33,7 @@ def export_torch(trained: TrainedModel, path: Path, *, images: Sequence[Path] = 
 
     Raises:
         FileExistsError: the file exists already.
-        ValueError: it can't be converted, or the file has different logits.
+        ValueError: it cannot be converted, or the file has different logits.
     """
     comparison = Comparison(trained, images)
     example = torch.zeros(2, *comparison.inputs.shape[1:])

@@ -1,4 +1,4 @@
-"""Features kept on disk between runs: the key under which they are used again, and rows of tensors in a folder."""
+"""Features on disk between runs: the key that must match to use them again, and rows of tensors in a folder."""
 
 import errno
 import hashlib
@@ -32,7 +32,7 @@ from .frozen_pass import Front
 
 logger = logging.getLogger(__name__)
 
-# No file of anyone else has such a name: they are replaced, and others in the folder are left alone.
+# Files with these names are replaced; other files in the folder are not changed.
 MANIFEST, LOCK_FILE, SLOT = "backbone-features.json", "backbone-features.lock", "backbone-features-{}.bin"
 _FORMAT = "backbone-finetune features 4"
 _KEY = TypeAdapter(dict[str, str])
@@ -46,12 +46,12 @@ class UnwritableStoreError(OSError):
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Where features are kept between runs, and which images they come from.
+    """The folder of features between runs, and the identity of their images.
 
     Args:
-        folder: Holds the features of one dataset.
-        data_fingerprint: Names the images and targets. ``data_fingerprint(dataset)`` computes one; a name of your own
-            serves as well, as long as it changes when they do.
+        folder: The folder of the features of one dataset.
+        data_fingerprint: Identifies the images and targets. ``data_fingerprint(dataset)`` computes one; any name
+            works too, as long as it changes with them.
         memory_share: Features that take more than this share of the machine's memory stay on disk, memory-mapped.
 
     >>> FeatureCache("cache/train", data_fingerprint="images of 2024, 224 pixels").memory_share
@@ -63,7 +63,7 @@ class FeatureCache:
     memory_share: float = 0.25
 
     def key(self, front: Front, autocast_dtype: torch.dtype | None) -> dict[str, str]:
-        """Name all that the features are made with."""
+        """Return the key: everything that the features depend on."""
         packages = {name: version(name) for name in ("torchvision", "pillow")}
         versions = {"backbone-finetune": __version__, "torch": torch.__version__, "timm": timm.__version__, **packages}
         return {
@@ -75,8 +75,8 @@ class FeatureCache:
 
 
 def backbone_fingerprint(backbone: nn.Module, trained: Set[str] = frozenset()) -> str:
-    """Digest a backbone: the bits of its tensors that are not in ``trained``, and the path and class of each module."""
-    clear_caches(backbone)  # as levit's in eval, which are computed from the parameters
+    """Return a digest of a backbone: its tensors that are not in ``trained``, and the path and class of each module."""
+    clear_caches(backbone)  # e.g. levit's caches in eval mode, which are computed from the parameters
     modules = [[path, type(part).__module__, type(part).__qualname__] for path, part in backbone.named_modules()]
     named = [*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False)]
     content = json.dumps([modules, [[name, digest(tensor)] for name, tensor in named if name not in trained]])
@@ -85,7 +85,7 @@ def backbone_fingerprint(backbone: nn.Module, trained: Set[str] = frozenset()) -
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Lock a folder of features in the block; waits for another process that has it."""
+    """Lock a folder of features in the block; wait for another process that has the lock."""
     with _writing_to(folder):
         folder.resolve().mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK_FILE)
@@ -107,9 +107,9 @@ class RowStore:
         self.slots = [folder / SLOT.format(index) for index in range(len(layout))]
 
     def find_problem(self, sample: Sequence[Tensor], *, autocast: bool) -> str | None:
-        """Say why stored features cannot be used, None where they can be, "" where there are none.
+        """Return why stored features cannot be used; None if they can, "" if there are none.
 
-        ``sample`` is what the rows of ``spread_rows`` are when they are computed now, under ``autocast`` or not.
+        ``sample`` has the rows of ``spread_rows`` as computed now, under ``autocast`` or not.
         """
         if not self._stored():
             return ""
@@ -125,7 +125,7 @@ class RowStore:
         return None
 
     def allocate(self) -> None:
-        """Remove the features that are there, and create files for those to come at their whole size."""
+        """Remove existing features, and create files of the full size."""
         with _writing_to(self.folder):
             for path in self._stored():  # removed, not truncated: another process may have mapped them
                 path.unlink()
@@ -137,8 +137,8 @@ class RowStore:
                 os.truncate(path, self.count * bytes_per_row(slot))
 
     def fill(self, parts: Iterable[tuple[int, Sequence[Tensor]]]) -> None:
-        """Write tensors of (B, ...) as the rows from a start on, and flush them to the disk."""
-        # To files, not to a memory map: on a full disk a write raises an error, where the map would end the process.
+        """Write tensors (B, ...) to the rows from ``start``, and flush them to disk."""
+        # To files, not to a memory map: on a full disk, a write raises an error, but a memory map ends the process.
         with ExitStack() as opened:
             with _writing_to(self.folder):
                 files = [opened.enter_context(open(path, "r+b", 0)) for path in self.slots]
@@ -147,21 +147,21 @@ class RowStore:
                     for file, slot, tensor in zip(files, self.layout, rows, strict=True):
                         file.seek(start * bytes_per_row(slot))
                         octets = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-                        while len(octets):  # a write may take a part only
+                        while len(octets):  # a write may be partial
                             octets = octets[file.write(octets) :]
             with _writing_to(self.folder):
                 for file in files:
                     os.fsync(file.fileno())
 
     def commit(self) -> None:
-        """Write the manifest, without which there are no features."""
+        """Write the manifest, which makes the features valid."""
         with _writing_to(self.folder), replacing(self.folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(self.key, indent=1))
 
     def read(self, *, in_memory: bool) -> list[Tensor]:
-        """Return the slots, (N, ...) each: in memory, where no file can change under them, or mapped.
+        """Return the slots, each (N, ...), in memory or memory-mapped.
 
-        What is written to these tensors does not reach the files.
+        Writing to these tensors does not change the files.
         """
         slots = []
         for path, (dtype, shape) in zip(self.slots, self.layout, strict=True):
@@ -175,18 +175,18 @@ class RowStore:
 
 
 def layout_of(rows: Sequence[Tensor]) -> Layout:
-    """Name the dtype and shape per image of each tensor."""
+    """Return the dtype and shape per image of each tensor."""
     return tuple((tensor.dtype, tuple(tensor.shape[1:])) for tensor in rows)
 
 
 def bytes_per_row(slot: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    """Count the bytes of one image in a slot."""
+    """Return the bytes of one image in a slot."""
     return int(slot[0].itemsize * math.prod(slot[1]))
 
 
 def _agree(stored: Sequence[Tensor], computed: Sequence[Tensor], *, autocast: bool) -> bool:
-    """Tell whether stored rows are those computed now: to 1e-3 of the largest value of a slot, under bf16 to 5e-2."""
-    # In the place of an image that cannot be read is another of its batch, which is another one now.
+    """Return whether stored rows equal computed ones, to 1e-3 of the largest value of a slot, under bf16 5e-2."""
+    # An unreadable image is replaced by another of its batch, which may be another one now.
     seen = is_read(stored[-1]) | is_read(computed[-1])
     stored, computed = ([tensor[seen] for tensor in rows] for rows in (stored, computed))
     for one, other in zip(stored, computed, strict=True):
@@ -203,7 +203,7 @@ def _agree(stored: Sequence[Tensor], computed: Sequence[Tensor], *, autocast: bo
 
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[None]:
-    """Tell errors of this folder from those of a dataset, which may read from the disk as well."""
+    """Distinguish errors of this folder from those of a dataset, which may also read from disk."""
     try:
         yield
     except OSError as error:

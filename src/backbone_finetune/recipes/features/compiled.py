@@ -1,7 +1,7 @@
-"""Compile a frozen backbone for its pass; the result is used only where it gives the backbone's own features.
+"""Compile a frozen backbone for its pass; the result is used only if it returns the backbone's own features.
 
 Measured on one core with bf16 instructions, EfficientNet-Lite0 at 224 pixels, OpenVINO 2026.4: 3.4 ms of CPU time per
-image against 11.3 in bf16, 6.0 against 27.3 in float32, and 10 s to compile: it pays from 1,300 images
+image vs. 11.3 in bf16, 6.0 vs. 27.3 in float32, and 10 s to compile: it is faster from 1,300 images
 on, and takes half the time or less from 5,000 on.
 """
 
@@ -25,12 +25,12 @@ Compile = Callable[[nn.Module], Run]
 
 
 def compile_inductor(backbone: nn.Module) -> Run:
-    """Compile by ``torch.compile`` with frozen weights; a minute or more, and a C++ compiler is needed on a CPU."""
+    """Compile with ``torch.compile`` and frozen weights. Takes a minute or more, and needs a C++ compiler on a CPU."""
     return torch.compile(backbone, dynamic=False, options={"freezing": True})
 
 
 def compile_openvino(backbone: nn.Module) -> Run:
-    """Compile by OpenVINO, for CPUs; seconds. It is in the extra ``openvino``.
+    """Compile with OpenVINO, for CPUs. Takes seconds, and needs the extra ``openvino``.
 
     Raises:
         ModuleNotFoundError: OpenVINO is not installed.
@@ -42,7 +42,7 @@ def compile_openvino(backbone: nn.Module) -> Run:
         nonlocal compiled
         inputs = tuple(each.contiguous() for each in inputs)
         if compiled is None:
-            # It traces in float32, chooses the precision itself, and warns of torch's plans for tracing.
+            # OpenVINO traces in float32, chooses the precision itself, and emits torch's warnings about tracing.
             with torch.autocast("cpu", enabled=False), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 shapes = [tuple(each.shape) for each in inputs]
@@ -56,15 +56,15 @@ def compile_openvino(backbone: nn.Module) -> Run:
     return run
 
 
-# What the command line calls them.
+# by the names of the command line
 COMPILERS: dict[str, Compile] = {"inductor": compile_inductor, "openvino": compile_openvino}
 
 
 def compile_checked(compile: Compile, backbone: nn.Module, inputs: Sequence[Tensor], *, tolerance: float) -> Run:  # noqa: A002
-    """Compile a backbone for batches of one size, or return it itself where that fails or gives other features.
+    """Compile a backbone for batches of one size, or return the backbone if that fails or its features differ.
 
-    ``inputs`` is the first batch, which both compute; for a smaller one, the last, the backbone itself runs.
-    ``tolerance`` is the largest difference that is taken, as a share of the largest feature.
+    Both compute the first batch, ``inputs``. For a smaller last batch, the backbone itself runs.
+    ``tolerance`` is the largest allowed difference, relative to the largest feature.
     """
     expected, structure = tree_flatten(backbone(*inputs))
     count = len(inputs[0])
@@ -81,7 +81,7 @@ def compile_checked(compile: Compile, backbone: nn.Module, inputs: Sequence[Tens
             assert_close(found.float(), slot.float(), rtol=0, atol=tolerance * largest)
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # compilers raise anything; without them the pass is slower, and right
+    except Exception as error:  # compilers may raise anything; without them the pass is slower, but correct
         logger.warning(
             "features: not compiled, the backbone itself runs (%s: %s)", type(error).__name__, one_line(error, most=200)
         )

@@ -1,4 +1,4 @@
-"""A dataset of features: the tensors of each image as rows, and how a module takes them."""
+"""A dataset of features: rows of tensors for each image, and their structure."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 
 class Features(TensorDataset):
-    """Features and targets, ``tensors = (*features, targets)``; ``structure`` says what the backbone's output was.
+    """Features and targets, ``tensors = (*features, targets)``; ``structure`` is that of the backbone's output.
 
     >>> from torch.utils._pytree import tree_structure
     >>> Features([torch.ones(2, 4), torch.tensor([0, 1])], tree_structure(0))[1]
@@ -23,16 +23,16 @@ class Features(TensorDataset):
 
 
 def module_inputs(data: Dataset[Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Arrange a batch of a dataset's input tensors as the arguments of a module: of features, the one it expects."""
+    """Arrange a batch of a dataset's input tensors as the arguments of a module; features become one argument."""
     return (tree_unflatten(list(inputs), data.structure),) if isinstance(data, Features) else tuple(inputs)
 
 
 def feature_batches(
     features: TensorDataset, batch_size: int, *, generator: torch.Generator | None = None, drop_last: bool = False
 ) -> DataLoader[Any]:
-    """Load batches of features as fast as memory gives them: a batch is indexed at once, not collated from images.
+    """Return a fast loader of features: a batch is indexed at once, not collated from single items.
 
-    With a ``generator`` the order is drawn anew for each epoch: the very order of
+    With a ``generator`` each epoch has a new order, the same as in
     ``DataLoader(features, batch_size, shuffle=True, generator=generator)``.
 
     >>> dataset = TensorDataset(torch.arange(5.0), torch.arange(5))
@@ -41,5 +41,5 @@ def feature_batches(
     """
     order = SequentialSampler(features) if generator is None else RandomSampler(features, generator=generator)
     batches = BatchSampler(order, batch_size, drop_last)
-    # torch types a loader's sampler by single indices; with batch_size=None it hands these lists of them through.
+    # torch types a loader's sampler by single indices; with batch_size=None it accepts these lists.
     return DataLoader(features, sampler=batches, batch_size=None, generator=generator)

@@ -1,4 +1,4 @@
-"""Run a frozen backbone once: what its classifier sees of every image."""
+"""Run a frozen backbone once, and return the features of every image."""
 
 from itertools import chain
 from typing import Any
@@ -28,10 +28,10 @@ def extract_features(
     compile: Compile | None = None,  # noqa: A002
     title: str | None = None,
 ) -> Features:
-    """Run a frozen backbone once over ``(input, ..., target)`` batches: a dataset of ``(features, target)``, in order.
+    """Run a frozen backbone once over ``(input, ..., target)`` batches, and return a dataset of ``(features, target)``.
 
-    A frozen backbone computes the same features in every epoch, so a classifier that trains on them trains as it would
-    above the backbone, but without its cost. Where the backbone returns several tensors, each (B, ...) of any shape and
+    A frozen backbone computes the same features in every epoch, so a classifier trains on them in the same way as
+    on the backbone, without its cost. If the backbone returns several tensors, each (B, ...) of any shape and
     dtype, in a tuple, list or dict, the dataset's ``tensors`` are ``(*features, targets)``, on the CPU.
 
     >>> model = FineTuneModel(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).freeze_backbone()
@@ -40,29 +40,29 @@ def extract_features(
     >>> tuple(features.shape), targets
     ((3, 4), tensor([0, 1, 1]))
 
-    With a ``cache`` they are kept on disk, and used again when two things hold. The key is equal: each parameter and
-    buffer to the bit, the class of each module, data, precision and versions. And eight images, spread over the
-    dataset, give what is stored when they are read, transformed and run through the backbone now. A change that touches
-    no weight and no class name, and acts on few images or stays below 1e-3 of the largest value (5e-2 under bf16), is
-    not noticed. Otherwise they are computed again, and a line in the log says why. Without a cache they are in memory,
-    or from a quarter of it on in a temporary folder; so they are where the cache's disk is full.
+    With a ``cache`` they are kept on disk, and used again under two conditions. The key is equal: each parameter and
+    buffer, the class of each module, data, precision and versions. And eight images, spread over the
+    dataset, have the stored features when they are read, transformed and run through the backbone now. A change of
+    neither weights nor class names that affects few images or is below 1e-3 of the largest value (5e-2 under bf16) is
+    not detected. Otherwise they are recomputed, and the log has the reason. Without a cache they are in memory,
+    or, if larger than a quarter of it, in a temporary folder; the same if the cache's disk is full.
 
-    Images go through convolutions in channels_last. The model's modes are left as they were.
+    Convolutions run in channels_last. The model's modes do not change.
 
     Args:
         model: its backbone is frozen.
-        loader: gives each item once and in order.
-        device: where the backbone runs; the model goes there and stays. By default where it is.
+        loader: returns each item once and in order.
+        device: where the backbone runs; the model is moved there. Default: its present device.
         cache: where to keep the features.
-        autocast: run a float32 backbone under bf16 autocast on CUDA and on a CPU with bf16 instructions. What comes out
-            in bf16 is widened to float32, so that a float32 classifier can train on it.
-        compile: makes a faster callable of the backbone, as ``compile_openvino`` does. Where its answer on the first
-            batch is not the backbone's, a line in the log says so and the backbone itself runs.
-        title: show a progress bar under this name.
+        autocast: run a float32 backbone under bf16 autocast on CUDA and on a CPU with bf16 instructions. Outputs
+            in bf16 are converted to float32, so that a float32 classifier can train on them.
+        compile: returns a faster callable for the backbone, e.g. ``compile_openvino``. If its output on the first
+            batch differs from the backbone's, that is logged and the backbone itself runs.
+        title: show a progress bar with this title.
 
     Raises:
-        ValueError: part of the backbone trains; the loader shuffles, drops images or has none; or what it or the
-            backbone gives is not what can be stored.
+        ValueError: part of the backbone trains; the loader shuffles, drops images or has none; or its items or outputs
+            of the backbone cannot be stored.
     """
     _check_order(loader)
     front = front_of_backbone(model)
@@ -76,12 +76,12 @@ def extract_features(
 
 
 def find_device_of(module: nn.Module) -> torch.device:
-    """Return the device of a module's first tensor, the CPU where it has none."""
+    """Return the device of a module's first tensor, the CPU if it has none."""
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
 def _check_order(loader: DataLoader[Any]) -> None:
-    """Raise ValueError where a loader does not give each image once and in order, as far as can be told."""
+    """Raise ValueError if a loader is known not to return each image once and in order."""
     if getattr(loader.batch_sampler, "drop_last", False):
         raise ValueError("the loader drops its last images; pass one with drop_last=False")
     for sampler in (getattr(loader.batch_sampler, "sampler", loader.sampler), loader.batch_sampler):

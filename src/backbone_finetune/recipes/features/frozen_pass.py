@@ -1,4 +1,4 @@
-"""What of a model is computed once for each image, and its pass over images, in the precision that suits the device."""
+"""The frozen front of a model, and its pass over images in the fastest precision of the device."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -32,22 +32,22 @@ class Front:
     """The part of a model that computes the same for an image in every epoch."""
 
     backbone: nn.Module
-    module: nn.Module  # in eval while ``run`` runs
-    run: Callable[..., Any]  # takes the inputs of a batch, and returns what ``rest`` takes
+    module: nn.Module  # in eval mode while ``run`` runs
+    run: Callable[..., Any]  # from the inputs of a batch to the inputs of ``rest``
     rest: nn.Module  # trains, and returns the logits
-    description: str = "the output of the backbone"  # what is kept for each image
+    description: str = "the output of the backbone"  # the kept tensors of each image
     trained: frozenset[str] = frozenset()  # parameters and buffers of the backbone that training changes
 
 
 def front_of_backbone(model: FineTuneModel) -> Front:
-    """Return the front of a model whose whole backbone is frozen: the backbone, and its classifier as the rest."""
+    """Return the front of a model with a frozen backbone: the backbone, and its classifier as the rest."""
     if has_trainable(model.backbone):
         raise ValueError("features of a backbone that trains change with every step; call freeze_backbone() first")
     return Front(model.backbone, model.backbone, model.backbone, model.classifier)
 
 
 def find_front(model: FineTuneModel, inputs: Sequence[Tensor]) -> Front | NoFrontier:
-    """Find the front of a model that is frozen as it will train, and prove it on a batch; see ``find_frontier``."""
+    """Find the front of a partly frozen model and check it on a batch; see ``find_frontier``."""
     if not has_trainable(model.backbone):
         return front_of_backbone(model)
     if not len(inputs[0]) > 2:
@@ -63,7 +63,7 @@ def find_front(model: FineTuneModel, inputs: Sequence[Tensor]) -> Front | NoFron
 
 
 class Replay(nn.Module):
-    """The rest of a model behind its frontier, as a module of one argument: the tensors that were recorded."""
+    """The rest of a model after its frontier, as a module of one argument: the recorded tensors."""
 
     def __init__(self, frontier: Frontier) -> None:
         super().__init__()
@@ -75,29 +75,29 @@ class Replay(nn.Module):
 
 
 def has_trainable(module: nn.Module) -> bool:
-    """Tell whether any parameter of a module trains."""
+    """Return whether any parameter of a module trains."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 @contextmanager
 def in_eval(module: nn.Module) -> Iterator[None]:
-    """Set a module to eval in the block, and restore the mode of each of its submodules after it."""
+    """Set a module to eval mode in the block, and restore the mode of each submodule after it."""
     with preserve_modes(module):
         module.eval()
         yield
 
 
 class UncacheableError(ValueError):
-    """What is computed cannot be stored per image, or there is no room for it."""
+    """The outputs cannot be stored per image, or are too large."""
 
 
 def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | None:
-    """Choose bf16 where a float32 backbone gains from it on a device, else None."""
+    """Return bf16 if it is faster for a float32 backbone on a device, else None."""
     if any(parameter.is_floating_point() and parameter.dtype != torch.float32 for parameter in backbone.parameters()):
         return None
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    if device.type == "cpu":  # without bf16 instructions, EfficientNet-Lite0 took 20 times as long on one of AMD's
+    if device.type == "cpu":  # without bf16 instructions, EfficientNet-Lite0 took 20 times as long on an AMD CPU
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
     return None
 
@@ -106,7 +106,7 @@ def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | N
 class FrozenPass:
     """Runs the front of a model over batches, under autocast to ``dtype`` unless it is None.
 
-    Where a batch does not fit into the memory of the device, it and all that follow run in parts of half its size.
+    If a batch does not fit into the memory of the device, it and all later ones run in parts of half its size.
     """
 
     front: Front  # the caller sets its ``module`` to eval
@@ -114,7 +114,7 @@ class FrozenPass:
     dtype: torch.dtype | None
     widens: bool = True  # store results in ``dtype`` as float32
     compile: Compile | None = None  # see ``extract_features``
-    most: int = 0  # images that fit into memory at once; 0 for any number
+    most: int = 0  # maximum images at once; 0 for any number
 
     def __post_init__(self) -> None:
         self._run: Run = self.front.run
@@ -122,8 +122,8 @@ class FrozenPass:
     def over(self, loader: DataLoader[Any], title: str | None = None) -> Iterator[Features]:
         """Run over each batch of a loader; a ``title`` shows a progress bar.
 
-        On a CPU, the worker that loaded a batch runs the front on it too. There, each batch runs on one core whether
-        there are workers or not: with other numbers of threads some networks give other last bits.
+        On a CPU, the worker that loaded a batch also runs the front on it. There, each batch runs on one core, whether
+        there are workers or not: with other numbers of threads, the last bits of some networks differ.
         """
         show = partial(tqdm, desc=title, unit="batch", disable=title is None)
         if isinstance(loader, DeviceLoader) and self.device.type == "cpu" and self.compile is None and can_fork():
@@ -132,7 +132,7 @@ class FrozenPass:
             yield from map(self, show(loader))
 
     def sample(self, loader: DataLoader[Any]) -> Features:
-        """Run on up to eight images, spread over all, and never compiled."""
+        """Run on up to eight images, spread over all, without compiling."""
         return replace(self, compile=None)(load_sample(loader))
 
     def _on_one_core(self, batch: Any) -> Features:
@@ -156,7 +156,7 @@ class FrozenPass:
                 f"{taken} does not take"
             ) from None
         inputs = move_inputs(inputs, module, self.device)
-        # Not inference_mode: its tensors, and what modules cache in it, could take no part in autograd afterwards.
+        # Not inference_mode: its tensors, and tensors that modules cache in it, cannot be used in autograd later.
         with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             if self.compile is not None and isinstance(self._run, nn.Module):
                 tolerance = 5e-2 if self.dtype is not None else 1e-3
@@ -187,13 +187,13 @@ class FrozenPass:
                     raise
                 self.most = -(-min(self.most or count, count) // 2)
                 logger.warning("out of memory: the backbone runs on %d images at a time from here on", self.most)
-            if self.device.type == "cuda":  # not in the except block, where the failed pass is still referred to
+            if self.device.type == "cuda":  # not in the except block, where the error refers to its tensors
                 torch.cuda.empty_cache()
 
 
 def move_inputs(inputs: Sequence[Tensor], module: nn.Module, device: torch.device) -> list[Tensor]:
-    """Move inputs to a device, images to channels_last where the module has convolutions, which follow their input."""
-    # The weights stay as they are: a batch of EfficientNet-Lite0 took .73 of the time, with them converted as well .70.
+    """Move inputs to a device, images to channels_last if the module has convolutions, which follow their input."""
+    # The weights are not converted: a batch of EfficientNet-Lite0 took .73 of the time, with converted weights .70.
     moved = [tensor.to(device) for tensor in inputs]
     if device.type not in {"cpu", "cuda"} or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return moved
@@ -206,5 +206,5 @@ def load_sample(loader: DataLoader[Any]) -> Any:
     if isinstance(loader, DeviceLoader):
         return next(iter(loader.over([rows], workers=0)))
     chosen = Subset(loader.dataset, rows)
-    # With a generator of its own a loader draws nothing from torch's.
+    # With a separate generator, a loader draws nothing from torch's.
     return next(iter(DataLoader(chosen, len(rows), collate_fn=loader.collate_fn, generator=torch.Generator())))

@@ -1,4 +1,4 @@
-"""What the front of a model gives for all images, in memory or on disk, by one process or several together."""
+"""The outputs of the front of a model for all images, in memory or on disk, computed by one or several processes."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,10 +35,10 @@ def compute_rows(
     accelerator: Accelerator | None = None,
     title: str | None = None,
 ) -> Features:
-    """Run over all images once, or take what is stored of them; the rows are in the order of the dataset.
+    """Run over all images once, or read stored rows; the rows are in the order of the dataset.
 
-    The caller has set the front to eval. Several processes, which need a ``DeviceLoader``, write into one folder that
-    all must see: the cache's, or a temporary one. Where one does not see it, or its disk is full, each computes all
+    The front must be in eval mode. Several processes, which need a ``DeviceLoader``, write into one shared folder:
+    the cache's, or a temporary one. If one has no access to it, or its disk is full, each computes all
     rows for itself. An error of one process is raised on all of them.
     """
     on_disk = partial(_rows_on_disk, run, loader, title=title)
@@ -84,7 +84,7 @@ def _rows_on_disk(
     accelerator: Accelerator | None,
     title: str | None,
 ) -> Features:
-    """Read rows from a folder, or compute them into it, each process its own batches."""
+    """Read rows from a folder, or compute them into it; each process computes its own batches."""
     count = _count_images(loader) or 0
     process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     start = gap = 0
@@ -105,7 +105,7 @@ def _rows_on_disk(
             return folder
 
         def open_store() -> tuple[bool, str]:
-            """Say whether what is stored is usable, and name a file that only this very folder has."""
+            """Return whether the stored rows are usable, and the name of a file that identifies the folder."""
             problem = store.find_problem(sample.tensors, autocast=run.dtype is not None)
             if problem:
                 logger.info("features in %s: %s; computing them again", folder, problem)
@@ -131,7 +131,7 @@ def _rows_on_disk(
                 store.fill(_placed(run.over(own, title), sample, count, start=start, gap=gap))
             run_on_main(accelerator, store.commit)
         with together(accelerator):
-            # The files of a temporary folder go now, and what is mapped of them with the last tensor.
+            # The files of a temporary folder are removed now; mapped memory is freed with the last tensor.
             in_memory = _fits(count, store.layout, memory_share / processes)
             return Features(store.read(in_memory=in_memory), sample.structure)
 
@@ -139,7 +139,7 @@ def _rows_on_disk(
 def _placed(
     batches: Iterable[Features], sample: Features, count: int | None, *, start: int = 0, gap: int = 0
 ) -> Iterator[tuple[int, Sequence[Tensor]]]:
-    """Yield the first row and the tensors of each batch, which are laid out as those of a sample.
+    """Yield the first row and the tensors of each batch, after checking that their layout is that of a sample.
 
     Between two batches ``gap`` rows are left for other processes.
     """
@@ -161,7 +161,7 @@ def _fits(count: int, layout: Layout, memory_share: float) -> bool:
 
 
 def _count_images(loader: DataLoader[Any]) -> int | None:
-    """Count a loader's images, None where its dataset is a stream, or gives whole batches."""
+    """Return the number of a loader's images; None if its dataset is a stream, or returns whole batches."""
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return None
     return len(loader.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length; a sampled one has it

@@ -33,7 +33,7 @@ Rates = Annotated[Sequence[NotNegative], _listed, Field(min_length=1)]
 
 @dataclass(frozen=True)
 class HeadResult:
-    """A head of the grid, and what it made of the validation data: accuracy 0 to 1, and mean loss.
+    """A head of the grid, and its validation accuracy, 0 to 1, and mean validation loss.
 
     A head that diverged has accuracy 0 and an infinite loss.
 
@@ -48,13 +48,13 @@ class HeadResult:
 
 
 class StackedHeads:
-    """Copies of one head, each with its own rates, that train as one: every tensor has a first dimension H for them."""
+    """Copies of one head, each with its own rates, that train at once: the first dimension of each tensor is H."""
 
     def __init__(self, head: nn.Module, rates: Sequence[tuple[float, float]], *, device: torch.device) -> None:
-        self.head = copy.deepcopy(head).to(device)  # never trained itself: it says how to compute, and in which mode
+        self.head = copy.deepcopy(head).to(device)  # not trained itself: it defines the computation and the mode
         self.count, self.device = len(rates), device
         self.parameters, self.buffers = stack_module_state([self.head] * self.count)
-        lr, weight_decay = torch.tensor(rates, dtype=torch.float64, device="cpu").T  # on the CPU, as MPS has no float64
+        lr, weight_decay = torch.tensor(rates, dtype=torch.float64, device="cpu").T  # MPS has no float64
         decays = decaying_names(self.head)
         self.trained = {name: tensor for name, tensor in self.parameters.items() if tensor.requires_grad}
         self.rates: dict[str, Tensor] = {}
@@ -68,9 +68,9 @@ class StackedHeads:
         self.optimizer = torch.optim.AdamW(self.steps.values(), lr=1.0, weight_decay=0.0, fused=True)
 
     def logits(self, features: Any) -> Tensor:
-        """Compute (B, H, num_classes) for the same features in every head; dropout draws for each head anew."""
+        """Compute (B, H, num_classes) for the same features in every head; dropout masks differ between heads."""
         if type(self.head) is nn.Linear and features.ndim == 2:
-            # All heads side by side are one wide layer: one matrix product, a fourth of the time of the batched one.
+            # All heads together are one wide layer: one matrix product, in a fourth of the time of the batched one.
             bias = self.parameters.get("bias")
             wide = linear(features, self.parameters["weight"].flatten(0, 1), None if bias is None else bias.flatten())
             return wide.view(len(wide), self.count, -1)
@@ -82,10 +82,10 @@ class StackedHeads:
         return stacked
 
     def step(self, loss: Tensor) -> None:
-        """Take one step of AdamW in every head, each down its own loss, (H,)."""
+        """Take one step of AdamW in every head, each for its own loss, (H,)."""
         gradients = torch.autograd.grad(loss.sum(), list(self.trained.values()))
         for step, gradient in zip(self.steps.values(), gradients, strict=True):
-            step.grad = gradient.contiguous()  # the fused kernel reads memory as it lies, transposed ones too
+            step.grad = gradient.contiguous()  # the fused kernel ignores strides
         self.optimizer.step()
         with torch.no_grad():
             for name, tensor in self.trained.items():
@@ -96,7 +96,7 @@ class StackedHeads:
     def validate(
         self, validation: TensorDataset, batch_size: int, loss_of: ImageLoss
     ) -> tuple[list[float], list[float]]:
-        """Compute the accuracy and the mean loss of every head: 0 and infinite where the loss is not finite."""
+        """Compute the accuracy and the mean loss of every head: 0 and infinity if the loss is not finite."""
         self.head.eval()
         correct, loss = torch.zeros(2, self.count, device=self.device)
         for batch in feature_batches(validation, batch_size):
@@ -126,11 +126,11 @@ def fit_heads(
 ) -> tuple[HeadResult, ...]:
     """Train a head for each pair of a learning rate and a weight decay, all at once, and keep the best in place.
 
-    As DINOv2's linear evaluation (Oquab et al. 2023, section 7.1) does, all heads see the same batches of features,
-    and the one with the highest validation accuracy (of equals, the lowest loss) is kept: ``classifier`` has its
-    weights afterwards. Each head starts where ``classifier`` is and trains with cross entropy, as it would alone under
-    ``torch.optim.AdamW(model.param_groups(lr, weight_decay=weight_decay))``: to rounding the same, but for the draws
-    of dropout, which stays on and is drawn for each head anew. Returns all heads, best first.
+    As in DINOv2's linear evaluation (Oquab et al. 2023, section 7.1), all heads get the same batches of features,
+    and the one with the highest validation accuracy (if equal, the lowest loss) is kept: ``classifier`` has its
+    weights afterwards. Each head starts from ``classifier`` and trains with cross entropy, as it would alone with
+    ``torch.optim.AdamW(model.param_groups(lr, weight_decay=weight_decay))``, up to rounding and the masks
+    of dropout, which differ between heads. Returns all heads, best first.
 
     >>> data = TensorDataset(torch.eye(2), torch.tensor([0, 1]))
     >>> results = fit_heads(
@@ -141,10 +141,10 @@ def fit_heads(
     (4, 0.1, 1.0)
 
     A linear head on (N, D) features is fastest: 32 of them cost little more than a few. With tuples of features, the
-    classifier gets a tuple. On data of one image more than full batches, that one sits the epoch out.
+    classifier gets a tuple. A last batch of one image is left out.
 
     Raises:
-        ValueError: a setting is out of range, there are no features, a target is no class of the classifier, nothing in
+        ValueError: a setting is out of range, there are no features, a target is not a class, nothing in
             the classifier trains, or every head diverged.
     """
     train, validation = check_features("train", train), check_features("validation", validation)
@@ -160,7 +160,7 @@ def fit_heads(
     batches = feature_batches(train, batch_size, generator=generator, drop_last=alone)
     heads.head.train()
     bar = tqdm(total=epochs * len(batches), desc=f"{len(rates)} heads", unit="batch", disable=not show_progress)
-    with torch.device("cpu"), bar:  # a loader draws its seed on the default device, which may be another
+    with torch.device("cpu"), bar:  # a loader draws its seed on the default device
         for _ in range(epochs):
             for batch in batches:
                 features, targets = head_batch(train, batch, device)
@@ -178,7 +178,7 @@ def fit_heads(
 
 
 def check_features(name: str, data: TensorDataset) -> TensorDataset:
-    """Check that there are features; returns those without images that could not be read."""
+    """Check that there are features; return those of readable images."""
     if not isinstance(data, TensorDataset):
         raise ValueError(f"{name} is a {type(data).__name__}; pass what extract_features returns")
     if not (read := is_read(data.tensors[-1])).all():
@@ -190,7 +190,7 @@ def check_features(name: str, data: TensorDataset) -> TensorDataset:
 
 
 def decaying_names(classifier: nn.Module) -> set[str]:
-    """Name the parameters of a classifier that weight decay is for; ValueError where nothing trains."""
+    """Return the names of a classifier's parameters with weight decay; raise ValueError if nothing trains."""
     groups = FineTuneModel(nn.Identity(), classifier).param_groups(lr=1.0, weight_decay=1.0)
     names = (name for group in groups if group["weight_decay"] for name in group["param_names"])
     return {name.removeprefix("classifier.") for name in names}

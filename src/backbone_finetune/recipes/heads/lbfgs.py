@@ -1,4 +1,4 @@
-"""A head by full-batch L-BFGS on cached features, as CLIP's linear probe is trained: no learning rate to choose."""
+"""Train a head by full-batch L-BFGS on cached features, like CLIP's linear probe, without a learning rate."""
 
 from __future__ import annotations  # help() shows the names of types, not what pydantic checks
 
@@ -23,7 +23,7 @@ from .grid import check_features, decaying_names, head_batch
 
 @dataclass(frozen=True)
 class LbfgsResult:
-    """Where L-BFGS ended: the objective, its largest partial derivative, and whether that is within the tolerance.
+    """The result of L-BFGS: the objective, its largest partial derivative, and whether that is within the tolerance.
 
     >>> LbfgsResult(loss=0.3, gradient=2e-6, iterations=80, converged=True).converged
     True
@@ -46,20 +46,20 @@ def fit_lbfgs(
     chunk_size: Positive = 8192,
     device: torch.device | None = None,
 ) -> LbfgsResult:
-    """Minimise a classifier's mean cross entropy over all features at once, by L-BFGS with a strong-Wolfe search.
+    """Minimize a classifier's mean cross entropy over all features by L-BFGS with a strong-Wolfe search.
 
-    CLIP (Radford et al. 2021, section 3.2 and appendix A.3) evaluates features so, with 1000 iterations; its L2
+    CLIP (Radford et al. 2021, section 3.2 and appendix A.3) evaluates features like this, with 1000 iterations; its L2
     penalty ``C`` of scikit-learn is ``weight_decay = 1 / (C * N)``: the objective is ``mean loss + weight_decay / 2 *
-    |weights|**2``, biases and 1-d weights left out as in `FineTuneModel.param_groups`. For a linear classifier it is
-    convex, so wherever it starts it ends at the same optimum.
+    |weights|**2``, without biases and 1-d weights as in `FineTuneModel.param_groups`. For a linear classifier it is
+    convex, so the optimum does not depend on the start.
 
     >>> classifier = nn.Linear(2, 2)
     >>> data = TensorDataset(torch.eye(2), torch.tensor([0, 1]))
     >>> fit_lbfgs(classifier, data, weight_decay=0.1).converged
     True
 
-    Memory is bounded by ``chunk_size`` images at a time. The search needs the same function at each look, so the
-    classifier runs in eval: dropout is off, running statistics stay. It goes to ``device``, and keeps its modes.
+    Memory is bounded by ``chunk_size`` images at a time. The search needs a deterministic function, so the
+    classifier runs in eval mode: dropout is off, running statistics are fixed. It moves to ``device``; modes are kept.
 
     Raises:
         ValueError: an argument is out of range, there are no features, nothing in the classifier trains, or the
@@ -80,12 +80,12 @@ def fit_lbfgs(
         line_search_fn="strong_wolfe",
     )
     tensors = features.tensors
-    # Each evaluation reads all features, so they are sent once where they leave a GPU half of what is free.
+    # Each evaluation reads all features, so they are sent once if they need at most half of the free GPU memory.
     if device.type != "cuda" or 2 * sum(each.nbytes for each in tensors) < torch.cuda.mem_get_info(device)[0]:
         tensors = tuple(each.to(device) for each in tensors)
     chunks = list(zip(*(torch.split(each, chunk_size) for each in tensors), strict=True))
-    # Near the optimum the loss changes by less than float32 can tell, and the search would stop early: gradients of
-    # 8e-5 remained where they fall below 1e-5 with the sum alone in double precision. MPS has none.
+    # Near the optimum the loss changes by less than float32 can represent, and the search would stop early: gradients
+    # of 8e-5 remained, but with the sum in double precision they fall below 1e-5. MPS has no double precision.
     precision = torch.float32 if device.type == "mps" else torch.float64
 
     def objective() -> Tensor:
@@ -105,7 +105,7 @@ def fit_lbfgs(
         return cross_entropy(logits.to(precision), targets.long(), reduction="sum") / len(features)
 
     with in_eval(classifier):
-        if not (start := objective()).isfinite():  # torch's search fails on it in its own words
+        if not (start := objective()).isfinite():  # torch's search would raise an unclear error
             raise ValueError(f"the objective is {start}; the features or the classifier's weights are not finite")
         optimizer.step(objective)  # type: ignore[no-untyped-call]
         loss = objective()

@@ -1,7 +1,7 @@
-"""A trained model as one file: its tensors, and what it takes to build the network again and to feed it an image.
+"""A trained model as one file: its tensors, and everything to build the network and preprocess images.
 
-A file may be a stranger's: nothing in it is executed, no path or address in it is followed, and no weight is loaded
-before the layouts of all tensors were compared with the network that the file names, built on the meta device.
+A file may be untrusted: nothing in it is executed, no path or URL in it is opened, and no weight is loaded
+before the layouts of all tensors are compared with the network of the file, built on the meta device.
 """
 
 import json
@@ -34,7 +34,7 @@ from ..training.objectives import Objective, SingleLabel
 from .metadata import ModelDescription, describe_objective, installed_versions, parse_metadata
 from .weights import BaseWeights, find_base
 
-# Tables that a network computes for itself (masks, positions), which no tensor of the file accounts for.
+# Limit for buffers that a network computes (masks, positions) and that are not in the file.
 MOST_BYTES_BESIDE = 2**28
 
 
@@ -43,8 +43,8 @@ class TrainedModel:
     """A model with the names of its classes and timm's data config.
 
     ``data_config`` holds ``input_size`` (channels, height, width), ``mean``, ``std``, ``interpolation``, ``crop_pct``
-    and ``crop_mode``, as ``timm.data.resolve_model_data_config`` gives them. ``arguments`` are the further ones that
-    ``FineTuneModel.from_timm`` got, such as ``drop_rate``. ``objective`` says what the outputs mean, by default a
+    and ``crop_mode``, as in ``timm.data.resolve_model_data_config``. ``arguments`` are further arguments of
+    ``FineTuneModel.from_timm``, such as ``drop_rate``. ``objective`` says what the outputs mean, by default a
     class.
 
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
@@ -62,7 +62,7 @@ class TrainedModel:
 
 
 def build_transform(data_config: Mapping[str, Any], *, augment: bool = False) -> Callable[[Image.Image], Tensor]:
-    """Build timm's evaluation transform, which gives the same tensor for an image each time.
+    """Build timm's evaluation transform, which is deterministic.
 
     With ``augment`` it is timm's training transform: a random crop of at least 35 % of the image, and a random mirror.
     """
@@ -72,7 +72,7 @@ def build_transform(data_config: Mapping[str, Any], *, augment: bool = False) ->
 
 
 def save_trained_model(trained: TrainedModel, path: Path, *, record: Mapping[str, object]) -> None:
-    """Write a trained model to a ``.safetensors`` file, atomically; ``record`` is JSON to keep about its training.
+    """Write a trained model to a ``.safetensors`` file, atomically; ``record`` is JSON about its training.
 
     >>> from tempfile import TemporaryDirectory
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
@@ -83,16 +83,16 @@ def save_trained_model(trained: TrainedModel, path: Path, *, record: Mapping[str
     ('cat', 'dog')
 
     Raises:
-        ValueError: ``load_trained_model`` could not build it again: another head, another architecture, an argument
-            that a file may not give.
+        ValueError: ``load_trained_model`` could not load it: another head, another architecture, an argument
+            that is not allowed in a file.
     """
     save_tensors(distinct_tensors(trained.model), path, _make_metadata(trained, record))
 
 
 def save_trained_changes(trained: TrainedModel, base: BaseWeights, path: Path, *, record: Mapping[str, object]) -> None:
-    """Write the classifier, and the tensors of the backbone that training changed; see ``save_trained_model``.
+    """Write the classifier and the backbone tensors that training changed; see ``save_trained_model``.
 
-    The file names its base (``remember_base``) and has a fingerprint of it: it loads onto this base and no other.
+    The file has the name of its base (``remember_base``) and a fingerprint of it: it loads onto this base only.
     """
     kept = base.find_kept(trained.model)
     changes = {name: tensor for name, tensor in distinct_tensors(trained.model).items() if name not in kept}
@@ -102,18 +102,18 @@ def save_trained_changes(trained: TrainedModel, base: BaseWeights, path: Path, *
 
 @validated
 def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
-    """Read a model file, and build its model again, on the CPU and in eval mode; see ``save_trained_model``.
+    """Read a model file, and build its model on the CPU in eval mode; see ``save_trained_model``.
 
     Parameters are frozen as they were. Nothing is downloaded.
 
     Args:
         path: A file of ``save_trained_model``, or of ``train`` with ``trainable_only``: a file of changes.
-        base: The base weights of a file of changes. None finds those of the package, and of the Hugging Face hub where
+        base: The base weights of a file of changes. None finds those of the package, and of the Hugging Face hub if
             they are in its cache on this machine.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, foreign, or does not fit the network that it names, or its base is another one or
+        ValueError: it is truncated, foreign, or does not fit its network, or its base is another one or
             not on this machine.
     """
     description, outline = load_outline(path)
@@ -138,7 +138,7 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
 
 
 def describe_model_file(path: Path) -> ModelDescription | None:
-    """Read what a model file says of its model; None of any other file of weights."""
+    """Read the description of a model file; None for any other file of weights."""
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     _, metadata = peek_checkpoint(path)
@@ -146,7 +146,7 @@ def describe_model_file(path: Path) -> ModelDescription | None:
 
 
 def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:
-    """Read what a model file says about its model, and build that on the meta device, frozen as it was."""
+    """Read the description of a model file, and build its model on the meta device, frozen as it was."""
     layouts, metadata = peek_checkpoint(path)
     with _naming(path, "not a model that `backbone-finetune train` wrote; "):
         description = parse_metadata(metadata)
@@ -161,11 +161,11 @@ def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:
 
 
 def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str | None:
-    """Tell why a network on the meta device takes no image of a size (channels, height, width); None where it does."""
+    """Return why a network on the meta device does not support an image size (C, H, W); None if it does."""
     try:
         with torch.no_grad():
             model.eval()(torch.empty(1, *size, device="meta"))
-    except Exception as error:  # a network may raise anything for an image of another size
+    except Exception as error:  # a network may raise any error for another size
         return str(error)[:200] or type(error).__name__
     return None
 
@@ -209,7 +209,7 @@ def _build_model(description: ModelDescription) -> FineTuneModel:
             norm_eval=description.freeze_state.norm_eval,
             **description.given_arguments,
         )
-    except Exception as error:  # an architecture may raise anything for an argument that it does not take
+    except Exception as error:  # an architecture may raise any error for an argument that it does not support
         raise ValueError(
             f"timm {timm.__version__} can't build {description.architecture} with {description.given_arguments} "
             f"({one_line(error, most=200)})"
@@ -217,7 +217,7 @@ def _build_model(description: ModelDescription) -> FineTuneModel:
 
 
 def _check_layouts(description: ModelDescription, layouts: Mapping[str, Layout | Tensor]) -> FineTuneModel:
-    """Compare the layouts of a file's tensors with the network that it names, built on the meta device: returns that.
+    """Compare the layouts of a file's tensors with its network, built on the meta device; return the network.
 
     A file with a base may leave out tensors of the backbone.
     """

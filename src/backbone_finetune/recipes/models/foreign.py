@@ -18,18 +18,18 @@ NESTED = ("model_state_dict", "state_dict", "model", "net", "weights")
 def read_weights(path: Path, architecture: str) -> dict[str, Tensor]:
     """Read a weights file, and give its tensors the names of a timm architecture.
 
-    A state dict inside a checkpoint is found under the keys that trainers use, and the prefix that most of the
-    network's tensors have in the file is removed, as Lightning's ``model.``, DistributedDataParallel's ``module.``, or
-    the ``backbone.`` of a `FineTuneModel`. Tensors without it are left out then: they are no part of the network.
+    A state dict inside a checkpoint is found under common keys of trainers, and the prefix that most of the
+    network's tensors have in the file is removed: Lightning's ``model.``, DistributedDataParallel's ``module.``, or
+    the ``backbone.`` of a `FineTuneModel`. Tensors without it are then left out: they are not part of the network.
 
-    Names of a format that timm translates stay as they are.
+    Names of a format that timm converts do not change.
 
     Raises:
-        ValueError: the file cannot be read, or holds no state dict.
+        ValueError: the file cannot be read, or contains no state dict.
     """
     try:
         found: Any = load_state_dict(str(path))
-    except Exception as error:  # torch's unpickler raises anything for a file that is no pickle
+    except Exception as error:  # torch's unpickler may raise any error for a file that is not a pickle
         raise ValueError(f"{path}: not a readable weights file ({one_line(error, most=300)})") from error
     while nested := [found[key] for key in NESTED if isinstance(found.get(key), Mapping)]:
         found = nested[0]
@@ -41,13 +41,13 @@ def read_weights(path: Path, architecture: str) -> dict[str, Tensor]:
 
 
 def network_names(architecture: str) -> list[str]:
-    """Name the tensors of an architecture."""
+    """Return the tensor names of an architecture."""
     with torch.device("meta"):
         return list(timm.create_model(architecture).state_dict())
 
 
 def _find_prefix(tensors: Iterable[str], names: list[str]) -> str:
-    """Return the text before the names of most tensors; "" where the names themselves are there."""
+    """Return the prefix of the names of most tensors; "" if there is none."""
     known = set(names)
     counts = Counter(
         name[: position + 1]
@@ -61,5 +61,5 @@ def _find_prefix(tensors: Iterable[str], names: list[str]) -> str:
 
 
 def describe_names(names: Iterable[str]) -> str:
-    """Name the first tensors, and count the rest."""
+    """List the first names, and count the rest."""
     return join_some([one_line(name, most=60) for name in names])

@@ -1,4 +1,4 @@
-"""The metadata of a model file, as a pydantic schema: nothing in a file is used before it is checked."""
+"""The metadata of a model file as a pydantic schema, which checks everything in a file before it is used."""
 
 import json
 import platform
@@ -20,7 +20,7 @@ LARGEST_SIDE = 4096
 
 
 def _check_known(architecture: str) -> str:
-    """Refuse a name that is not one of timm's own: timm would fetch what another name points to."""
+    """Raise ValueError unless a name is one of timm's: timm may download other names."""
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} has no architecture of this name")
     check_architecture(architecture)
@@ -28,14 +28,14 @@ def _check_known(architecture: str) -> str:
 
 
 def _check_printable(text: str) -> str:
-    """Refuse what a terminal would act on."""
+    """Raise ValueError for control characters."""
     if has_control_characters(text):
         raise ValueError("control characters are not allowed")
     return text
 
 
 def _parse_class_names(text: str) -> tuple[str, ...]:
-    """Read class names with Python's parser: pydantic's refuses the surrogates that stand for undecodable bytes."""
+    """Read class names with Python's parser: pydantic's does not support the surrogates of undecodable bytes."""
     try:
         names = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -57,11 +57,11 @@ Printable = Annotated[str, Field(max_length=200), AfterValidator(_check_printabl
 
 
 class _Schema(BaseModel, strict=True, extra="forbid"):
-    """What a file may say: these entries of these types, and no others."""
+    """The entries that a file may have, with their types; no others."""
 
 
 class DataConfig(_Schema):
-    """What timm's evaluation transform needs to know of a network."""
+    """The arguments of timm's evaluation transform for a network."""
 
     input_size: tuple[Literal[3], Side, Side]
     mean: tuple[Number, Number, Number]
@@ -78,7 +78,7 @@ class DataConfig(_Schema):
 
 
 class NetworkArguments(_Schema):
-    """The arguments of a network that a file may give: none that reads a file, downloads, or repeats layers."""
+    """The arguments of a network that a file may have: none that reads a file, downloads, or repeats layers."""
 
     drop_rate: Share | None = None
     drop_path_rate: Share | None = None
@@ -91,14 +91,14 @@ class NetworkArguments(_Schema):
 
 
 class FreezeState(_Schema):
-    """What of a model trains: names of parameters, and whether statistics do."""
+    """The names of trainable parameters, and whether running statistics are fixed."""
 
     norm_eval: bool = False
     trainable: tuple[str, ...] = ()
 
 
 class BaseReference(_Schema):
-    """The weights that a file of changes leaves out; ``fingerprint`` is a digest of them."""
+    """The weights that are not in a file of changes; ``fingerprint`` is their digest."""
 
     source: Literal["package", "hub", "file"]
     words: Printable
@@ -124,9 +124,9 @@ ObjectiveDescription = Annotated[MultiLabelDescription | RegressionDescription, 
 
 
 class ModelDescription(BaseModel, strict=True, extra="ignore"):
-    """All that it takes to build a model again and to feed it an image, except its tensors.
+    """Everything to build a model and preprocess images, except its tensors.
 
-    ``arguments`` are further ones of ``FineTuneModel.from_timm``, and ``base`` is what a file of changes builds on.
+    ``arguments`` are further arguments of ``FineTuneModel.from_timm``, and ``base`` is the base of a file of changes.
     Without an ``objective`` an image has one class.
     """
 
@@ -160,7 +160,7 @@ class ModelDescription(BaseModel, strict=True, extra="ignore"):
 
     @property
     def given_arguments(self) -> dict[str, Any]:
-        """The arguments that the file gives."""
+        """The arguments in the file."""
         return self.arguments.model_dump(exclude_unset=True)
 
 
@@ -174,7 +174,7 @@ def describe_objective(objective: Objective) -> dict[str, Any] | None:
 
 
 def parse_metadata(metadata: Mapping[str, str]) -> ModelDescription:
-    """Read a description from the metadata of a file; what is wrong is a ValueError of one sentence."""
+    """Read a description from the metadata of a file; raise ValueError with one sentence if it is invalid."""
     try:
         return ModelDescription.model_validate(dict(metadata))
     except ValidationError as error:

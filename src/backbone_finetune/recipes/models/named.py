@@ -1,4 +1,4 @@
-"""A network of any origin that classifies images into named classes: what ``predict`` and ``evaluate`` need to know."""
+"""A network with named classes and a data config, for ``predict`` and ``evaluate``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from .weights import create_network
 class NamedModel:
     """A network in eval mode with the names of its classes and timm's data config.
 
-    The network takes ``(B, 3, H, W)`` as the data config says; if it ``preprocesses``, it takes whole images in uint8.
+    The network takes ``(B, 3, H, W)`` as in the data config; if it ``preprocesses``, it takes whole images in uint8.
     """
 
     model: nn.Module
@@ -29,10 +29,10 @@ class NamedModel:
 def load_timm_model(name: str) -> NamedModel:
     """Load a network with its weights and class names from ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
 
-    The names are ``label_names`` of its ``config.json``, or ImageNet's where it has those classes.
+    The names are ``label_names`` of its ``config.json``, or ImageNet's if it has those classes.
 
     Raises:
-        ValueError: timm can't load it, or it has no class names.
+        ValueError: timm cannot load it, or it has no class names.
     """
     network = create_network(name, pretrained=True).eval()
     names = network.pretrained_cfg.get("label_names") or ()

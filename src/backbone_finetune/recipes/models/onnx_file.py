@@ -1,4 +1,4 @@
-"""A model that was exported to ONNX, read again and run by onnxruntime on the CPU."""
+"""Read a model that was exported to ONNX, and run it with onnxruntime on the CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from .named import NamedModel
 
 
 class OnnxNetwork(nn.Module):
-    """Run a session of onnxruntime on ``(B, 3, H, W)``; returns logits."""
+    """Runs a session of onnxruntime on ``(B, 3, H, W)`` and returns logits."""
 
     def __init__(self, session: Any) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def load_onnx_model(path: Path) -> NamedModel:
     onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors; it warns of its own optimisations
+    options.log_severity_level = 3  # errors only; it warns about its own optimizations
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class

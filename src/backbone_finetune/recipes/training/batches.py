@@ -1,4 +1,4 @@
-"""Which images a step sees: a function of the seed and the epoch, on any number of processes."""
+"""The images of each step: a function of the seed and the epoch, for any number of processes."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +15,14 @@ __all__ = ["LocalBatch", "epoch_batches", "load_batches", "local_batch"]
 
 
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """Draw the batches of an epoch: every one of ``count`` images once, in an order of ``(seed, epoch)`` alone.
+    """Return the batches of an epoch: each of ``count`` images once, in an order that depends only on seed and epoch.
 
-    >>> [batch.tolist() for batch in epoch_batches(5, 2, seed=0, epoch=1)]  # image 3 sits this epoch out
+    >>> [batch.tolist() for batch in epoch_batches(5, 2, seed=0, epoch=1)]  # without image 3 in this epoch
     [[2, 1], [0, 4]]
 
-    BatchNorm cannot train on a batch of one, so a last image left alone is left out (another one the next time).
+    BatchNorm cannot train on a batch of one, so a last batch of one image is left out (another image in each epoch).
     """
-    # Python's seeding by text mixes both numbers well, and is the same everywhere.
+    # Python's seeding with a text mixes both numbers well, and is the same on all machines.
     drawn = random.Random(f"{seed} {epoch}").getrandbits(63)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(drawn), device="cpu")
     batches = torch.split(order, batch_size)
@@ -33,7 +33,7 @@ def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tupl
 class LocalBatch:
     """One process's part of a batch: ``indices`` of images, of which only the first ``num_real`` count.
 
-    All processes' parts of a batch are equally long, as what they compute together must be; the images after the first
+    All processes' parts of a batch have equal length, as collectives require; the images after the first
     ``num_real`` belong to other processes and have no weight.
 
     >>> batch = LocalBatch(torch.tensor([4, 7, 4]), num_real=2)
@@ -48,7 +48,7 @@ class LocalBatch:
         return len(self.indices)
 
     def split(self, parts: int) -> "list[LocalBatch]":
-        """Cut into consecutive parts, nearly equal."""
+        """Split into consecutive parts of nearly equal length."""
         cut, start = [], 0
         for indices in self.indices.tensor_split(parts):
             cut.append(LocalBatch(indices, min(max(self.num_real - start, 0), len(indices))))
@@ -57,7 +57,7 @@ class LocalBatch:
 
 
 def local_batch(batch: Tensor, *, process: int, processes: int) -> LocalBatch:
-    """Take a process's part of a batch: the real images of all parts are the batch, each image once.
+    """Return a process's part of a batch: the real images of all parts are the batch, each image once.
 
     >>> [(part.indices.tolist(), part.num_real) for part in (
     ...     local_batch(torch.tensor([5, 6, 7, 8, 9]), process=process, processes=2) for process in (0, 1))]
@@ -81,7 +81,7 @@ def load_batches(
     seed: str | None = None,
     check: Callable[[Tensor], None] | None = None,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Load the images of each local batch: a batch of ``(inputs..., targets)`` each, on ``device``; see `DeviceLoader`.
+    """Yield ``(inputs..., targets)`` on ``device`` for each local batch; see `DeviceLoader`.
 
     >>> data = TensorDataset(torch.arange(4.0), torch.arange(4))
     >>> next(load_batches(data, [LocalBatch(torch.tensor([3, 1]), num_real=2)]))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is in one, how it is written and read, and how a run resumes from it."""
+"""Checkpoints of a run: contents, writing, reading, and resuming."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch: how the model did while it trained, and on the validation data after it, where there is any.
+    """The results of an epoch: in training, and on the validation data after it, if there is any.
 
     >>> EpochResult(epoch=1, train_loss=2.1, train_accuracy=0.2, lr=1e-3, weight_decay=0.01).validation_accuracy is None
     True
@@ -57,7 +57,7 @@ class EpochResult:
     Args:
         epoch: Its number, from 1, over all phases.
         train_loss: The mean training loss of its steps.
-        train_accuracy: The accuracy in its steps, 0 to 1; None where targets are values.
+        train_accuracy: The accuracy in its steps, 0 to 1; None if targets are values.
         lr: The classifier's learning rate in its phase, before warmup and decay.
         weight_decay: The weight decay of its phase.
         validation_loss: The mean loss after it.
@@ -84,11 +84,11 @@ class EpochResult:
 
 @dataclass
 class Progress:
-    """Where a run is: ``epoch`` epochs of phase ``phase`` and ``step`` steps of the next epoch are done.
+    """The progress of a run: ``epoch`` epochs of phase ``phase`` and ``step`` steps of the next epoch are done.
 
     ``steps`` counts the steps of the whole run; ``loss_sum``, ``correct``, ``seen`` and ``weight`` are the sums of the
-    current epoch. ``best_epoch`` is the epoch that the monitor rates highest, with ``best_value``; None without one.
-    ``skipped`` says of each image that cannot be read, by its path, why.
+    current epoch. ``best_epoch`` is the epoch with the highest value of the monitor, ``best_value``; None without one.
+    ``skipped`` has the error of each unreadable image, by its path.
 
     >>> Progress(history=[EpochResult(1, 2.1, 0.2, 1e-3, 0.01)], step=7, steps=27).describe()
     'epoch 2, step 7'
@@ -108,7 +108,7 @@ class Progress:
     history: list[EpochResult] = field(default_factory=list)
 
     def describe(self) -> str:
-        """Name the current epoch, counted over the whole run and from 1, and its finished steps."""
+        """Describe the current epoch, counted over the whole run from 1, and its finished steps."""
         return f"epoch {len(self.history) + 1}, step {self.step}"
 
     def finish_epoch(self, result: EpochResult, *, last_of_phase: bool) -> None:
@@ -126,7 +126,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to resume: changed tensors, the optimizer's state by parameter, and each process's random state.
+    """The state to resume a run: changed tensors, the optimizer's state by parameter, and each process's random state.
 
     ``best`` are the same tensors after the best epoch.
 
@@ -153,7 +153,7 @@ def capture(
 ) -> Checkpoint:
     """Build a checkpoint of the tensors named in ``changed``. Collective: every process must call it.
 
-    The other tensors are not in it: the run starts with a model that has them.
+    It does not contain the other tensors, which the initial model has.
 
     >>> layer = nn.Linear(2, 1)
     >>> checkpoint = capture(Progress(), layer, {"bias"}, None, accelerator=Accelerator(cpu=True))
@@ -162,7 +162,7 @@ def capture(
     """
     state: Any = {}
     if optimizer is not None:
-        # On several processes, the main process alone gets the state; it is the one that writes.
+        # With several processes, only the main process, which writes, gets the state.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_optimizer_state_dict(model, _unwrap(optimizer), options=options).get("state", {})
     return Checkpoint(
@@ -178,8 +178,8 @@ def capture(
 def resume(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
     """Restore the optimizer, the loss scaler and the random generators; see ``capture``."""
     if saved.optimizer:
-        optimizer.zero_grad(set_to_none=True)  # torch needs an optimizer without gradients to set its state up
-        # The groups are the optimizer's own: the schedule sets their rates by the number of the step.
+        optimizer.zero_grad(set_to_none=True)  # torch creates the state with an optimizer without gradients
+        # Groups are not restored: the schedule sets their rates by the number of the step.
         groups = get_optimizer_state_dict(model, _unwrap(optimizer))["param_groups"]
         set_optimizer_state_dict(
             model,
@@ -209,7 +209,7 @@ def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def open_checkpoints(folder: Path, accelerator: Accelerator) -> tuple[bool, Checkpoint | None]:
-    """Create a folder of checkpoints. Returns whether it existed, and its newest checkpoint, on every process.
+    """Create a folder of checkpoints; return whether it existed, and its newest checkpoint, on every process.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as parent:
@@ -255,12 +255,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read the newest undamaged checkpoint of a folder, None where there is none. Nothing in a file is executed.
+    """Read the newest undamaged checkpoint of a folder, None if there is none. Nothing in a file is executed.
 
     >>> newest_checkpoint(Path("no such folder")) is None
     True
     """
-    for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote
+    for leftover in folder.glob(".step-*"):  # of a process that was killed while writing
         leftover.unlink()
     for path in reversed(_list_checkpoints(folder)):
         try:
@@ -311,6 +311,6 @@ def _digest_all(state: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Take accelerate's wrapper off an optimizer, where there is one."""
+    """Return an optimizer without accelerate's wrapper."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner

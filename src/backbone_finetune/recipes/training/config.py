@@ -1,4 +1,4 @@
-"""How to train, whatever the phases: on which processes, by which batches, kept where."""
+"""The settings of a training that are the same in all phases."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,24 +22,24 @@ __all__ = ["TrainerConfig", "count"]
 
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
 class TrainerConfig:
-    """How to train, whatever the phases: on which processes, by which batches, kept where.
+    """The settings of a training that are the same in all phases.
 
-    A step sees ``batch_size`` images, on however many processes and in ``accumulation`` parts one after another:
-    these two change where the memory goes and not what is learnt. A checkpoint is written into ``checkpoints`` after
+    A step has ``batch_size`` images, on any number of processes and in ``accumulation`` consecutive parts:
+    these two change the use of memory, but not the result. A checkpoint is written into ``checkpoints`` after
     each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, test), and are computed
-    under bf16 autocast where the device gains from it, but for ``autocast_features=False``. ``workers`` processes load
-    images, None for a number by the cores and the images; the result is the same for any number. ``compile`` makes a
-    faster callable of a frozen backbone; see ``extract_features``. Features that take more than ``memory_share`` of the
-    machine's memory stay on disk; ``cache_features=False`` runs the whole model in every step. Where the training
-    images are drawn at random, ``views`` of each are computed once, and epoch e shows view (e + index) mod ``views``
-    of an image; 1 draws them anew in each epoch, and runs the whole model.
+    under bf16 autocast if that is faster, except with ``autocast_features=False``. ``workers`` processes load
+    images, None for a number by cores and images; the result is the same for any number. ``compile`` returns a
+    faster callable for a frozen backbone; see ``extract_features``. Features of more than ``memory_share`` of the
+    machine's memory stay on disk; ``cache_features=False`` runs the whole model in every step. If the training
+    images are random, ``views`` views of each are computed once, and epoch e uses view (e + index) mod ``views``
+    of an image; 1 draws new ones in each epoch, and runs the whole model.
 
-    ``objective`` says what the targets are, and holds the settings of the loss: `SingleLabel` for class indices,
-    `SoftLabels`, `MultiLabel` or `Regression`. It is one for all phases, so that the losses of all epochs compare.
+    ``objective`` is the kind of targets, with the settings of the loss: `SingleLabel` for class indices,
+    `SoftLabels`, `MultiLabel` or `Regression`. It is the same in all phases, so that losses are comparable.
 
-    With ``monitor``, a function of an epoch's result, the weights after the epoch for which it is largest are kept, as
-    in ``monitor=lambda result: result.validation_accuracy``; else those after the last epoch. A phase ends early after
-    ``patience`` epochs that are no better.
+    With ``monitor``, a function of an epoch's result, the weights after the epoch with its largest value are kept, e.g.
+    ``monitor=lambda result: result.validation_accuracy``; else those after the last epoch. A phase ends early after
+    ``patience`` epochs without improvement.
 
     >>> TrainerConfig(Accelerator(cpu=True)).batch_size
     32
@@ -50,7 +50,7 @@ class TrainerConfig:
     accumulation: Positive = 1
     seed: Whole = 0
     checkpoints: Path | None = None
-    # A step of a whole network takes 0.1 to 1 s, so a killed run loses minutes at most; a step of a classifier on
+    # A step of a whole network takes 0.1 to 1 s, so a killed run loses at most minutes; a step of a classifier on
     # features takes under a millisecond, so that a checkpoint of some 10 ms costs it about 1 %.
     checkpoint_steps: Positive = 1000
     caches: tuple[FeatureCache, FeatureCache] | None = None
@@ -72,17 +72,17 @@ class TrainerConfig:
         return self
 
     def workers_for(self, data: Dataset[Any]) -> int:
-        """Choose how many processes load a dataset."""
+        """Return the number of processes that load a dataset."""
         if self.workers is not None or isinstance(data, TensorDataset):
             return self.workers or 0
         return default_workers(count(data), processes=self.accelerator.num_processes)
 
     @property
     def shows(self) -> bool:
-        """Whether this process is the one that shows progress."""
+        """Whether this process shows progress."""
         return self.show_progress and self.accelerator.is_main_process
 
 
 def count(data: Dataset[Any]) -> int:
-    """Count a dataset's images; torch's Dataset declares no length, those used here have one."""
+    """Return the length of a dataset, which torch's Dataset does not declare."""
     return len(data)  # type: ignore[arg-type]

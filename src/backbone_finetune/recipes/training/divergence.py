@@ -1,4 +1,4 @@
-"""Divergence: numbers of a training that are no longer finite."""
+"""Divergence: losses or weights that are not finite."""
 
 from collections.abc import Iterable
 
@@ -10,16 +10,16 @@ __all__ = ["DivergedError", "count_not_finite"]
 
 
 class DivergedError(ValueError):
-    """The loss, or something that trains, is not finite."""
+    """The loss, or a trainable tensor, is not finite."""
 
 
 def count_not_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Count the tensors that hold a NaN or an infinity, on their device and without synchronising: ``()``, float32.
+    """Count the tensors with a NaN or an infinity, on their device and without synchronizing: ``()``, float32.
 
     >>> count_not_finite([torch.ones(2), torch.tensor([0, torch.inf]), torch.tensor(1)], torch.device("cpu"))
     tensor(1.)
 
-    Of a sharded tensor (FSDP2), this process's shard counts.
+    For a sharded tensor (FSDP2), the local shard is checked.
     """
     count = torch.zeros((), device=device)
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""One epoch of a training: its steps, the sums over them, and what it did to the validation accuracy."""
+"""One epoch of a training: its steps, their sums, and the evaluation."""
 
 import math
 from contextlib import nullcontext
@@ -22,10 +22,10 @@ __all__ = ["train_epoch"]
 
 
 def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *, title: str) -> bool:
-    """Train what is left of an epoch, evaluate, and update the progress; returns whether it is the phase's last one.
+    """Train the rest of an epoch, evaluate, and update the progress; return whether it is the phase's last epoch.
 
     Raises:
-        DivergedError: the losses, or what trains, are not finite.
+        DivergedError: the losses or trainable tensors are not finite.
     """
     accelerator = config.accelerator
     process, processes = accelerator.process_index, accelerator.num_processes
@@ -34,7 +34,7 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
     if state.views > 1:
         batches = tuple((epoch + batch) % state.views * images + batch for batch in batches)
     shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
-    # What was summed before a resumption is the main process's; the others begin at nothing.
+    # Sums from before resuming count on the main process; the others start at 0.
     before = [progress.loss_sum, progress.correct, progress.seen, progress.weight]
     sums = torch.tensor(before if accelerator.is_main_process else [0.0] * 4, device=accelerator.device)
     loaded_batches = load_batches(
@@ -85,7 +85,7 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
 
 
 def keep_best(state: PhaseState, result: EpochResult, progress: Progress, config: TrainerConfig) -> None:
-    """Copy what training changes where the monitor rates an epoch higher than all before it."""
+    """Copy the trained tensors if the monitor's value is higher than in all earlier epochs."""
     if config.monitor is None:
         return
     value = float(config.monitor(result))
@@ -99,10 +99,10 @@ def keep_best(state: PhaseState, result: EpochResult, progress: Progress, config
 def fetch_sums(
     state: PhaseState, sums: Tensor, progress: Progress, config: TrainerConfig
 ) -> tuple[float, float, float, float]:
-    """Fetch the sums of losses, correct answers, images and weights, of all processes together.
+    """Return the sums of losses, correct predictions, images and weights over all processes.
 
     Raises:
-        DivergedError: the losses, or what trains, are not finite: no checkpoint is to hold that, to go on with.
+        DivergedError: the losses or trainable tensors are not finite, and must not be in a checkpoint.
     """
     accelerator = config.accelerator
     faults = state.count_not_finite(accelerator.device) - state.not_finite
@@ -121,9 +121,9 @@ def fetch_sums(
 def train_step(
     state: PhaseState, share: LocalBatch, loaded: tuple[Tensor, ...], batch_size: int, config: TrainerConfig
 ) -> Tensor:
-    """Take one step of the optimizer; returns sums of this process, ``(4,)``: losses, correct answers, images, weights.
+    """Take one optimizer step; return sums of this process, ``(4,)``: losses, correct predictions, images, weights.
 
-    The gradient is that of the mean loss over the whole batch, whatever the shares: each process sums over its own
+    The gradient is that of the mean loss over the whole batch for any number of processes: each sums over its own
     images, and the processes' gradients are averaged. With class weights it is the weighted mean, divided by the sum of
     the weights of the whole batch; without, the weight of an image is 1.
     """
@@ -132,8 +132,8 @@ def train_step(
     weights = objective.weights(loaded[-1][: share.num_real].to(accelerator.device))
     if weights is not None:
         total = accelerator.reduce(weights.sum())
-        factor = accelerator.num_processes / total  # where no image can be read, torch's gradient is 0 all the same
-    # Parts of two images at least, which BatchNorm needs to train.
+        factor = accelerator.num_processes / total  # if no image is readable, torch's gradient is also 0
+    # Parts of at least two images, which BatchNorm needs to train.
     count_of_parts = min(config.accumulation, max(len(share) // 2, 1))
     parts = share.split(count_of_parts) if count_of_parts > 1 else [share]
     sums: list[Tensor] = []
@@ -144,10 +144,10 @@ def train_step(
         start += len(part)
         with nullcontext() if number == len(parts) else accelerator.no_sync(state.prepared):
             logits = state.prepared(*module_inputs(state.train, inputs))
-            if part.num_real < len(part):  # others' images, seen once more
+            if part.num_real < len(part):  # images of other processes
                 logits, targets = logits[: part.num_real], targets[: part.num_real]
             loss = objective.losses(logits, targets).sum()
-            # The factor of the mean is where the backward begins, and costs no product of its own. A tensor made of a
+            # The factor of the mean is the initial gradient, which needs no extra product. Creating a tensor from a
             # number would wait for the device.
             gradient = factor.to(loss.dtype) if isinstance(factor, Tensor) else loss.new_full((), factor)
             accelerator.backward(loss, gradient=gradient)
@@ -159,7 +159,7 @@ def train_step(
 
 
 def average_statistics(state: PhaseState, accelerator: Accelerator) -> None:
-    """Average over the processes what each gathered of its own images: running means and variances that train."""
+    """Average trainable running statistics over the processes."""
     if accelerator.num_processes == 1:
         return
     frozen = state.model.frozen_names()

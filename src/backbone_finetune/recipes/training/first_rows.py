@@ -1,4 +1,4 @@
-"""Errors of a run that the first row of a dataset explains."""
+"""Explain errors by running the model on the first row of a dataset."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from ..rng import preserve_rng_state
 
 @contextmanager
 def explain_errors(model: FineTuneModel, **datasets: Dataset[Any] | None) -> Iterator[None]:
-    """Replace any error in the block by a ValueError, where the model cannot run on the first row of a dataset.
+    """Replace any error in the block by a ValueError if the model cannot run on the first row of a dataset.
 
     >>> model = FineTuneModel(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     >>> with explain_errors(model, train=[(torch.ones(2).byte(), 0)]):

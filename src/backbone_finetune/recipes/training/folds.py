@@ -1,4 +1,4 @@
-"""Cross-validation in which what is frozen is computed once for all folds."""
+"""Cross-validation in which frozen modules run once for all folds."""
 
 import copy
 import random
@@ -29,12 +29,13 @@ def cross_validate(
     folds: int = 5,
     evaluated: Dataset[Any] | None = None,
 ) -> tuple[list[EpochResult], ...]:
-    """Train a copy of a model for each fold of a dataset on the other folds, and evaluate it on this one.
+    """Train a copy of a model for each fold of a dataset on the other folds, and evaluate it on that fold.
 
-    Rows of features, or of the frontier, are computed once for all folds, so that each fold costs only what trains. The
-    folds have as many images of each class, to one. Nothing is chosen on the fold that is left out: a monitor is not
-    used, and a learning rate is chosen on a fifth of the others (Kohavi 1995). The model is left as it was.
+    Rows of features, or of the frontier, are computed once for all folds; each fold runs only the trainable part. The
+    numbers of images of a class in the folds differ by at most 1. Nothing is chosen on the held-out fold: no monitor is
+    used, and a learning rate is chosen on a fifth of the others (Kohavi 1995). The model does not change.
 
+    >>> import torch
     >>> from accelerate import Accelerator
     >>> model = FineTuneModel(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     >>> images = torch.utils.data.TensorDataset(torch.eye(2).repeat(6, 1), torch.arange(2).repeat(6))
@@ -44,17 +45,17 @@ def cross_validate(
 
     Args:
         model: The model that each fold starts with.
-        data: The images to train on, which have a length.
+        data: The images to train on, with a length.
         phases: What trains for how long, as in ``fine_tune``.
         config: How to train. Checkpoints are not written.
         folds: The number of folds, from 2 to the number of images.
-        evaluated: The same images as they are to be evaluated, where those of ``data`` are augmented.
+        evaluated: The same images for evaluation, if those of ``data`` are augmented.
 
     Returns:
         The epochs of each fold.
 
     Raises:
-        ValueError: the number of folds is out of range, or as ``fine_tune``.
+        ValueError: the number of folds is out of range, or as for ``fine_tune``.
     """
     if not 2 <= folds <= count(data):
         raise ValueError(f"folds = {folds}: expected a whole number from 2 to the {count(data)} images")
@@ -71,7 +72,7 @@ def cross_validate(
 
 
 def split_folds(data: Dataset[Any], folds: int, seed: int) -> list[list[int]]:
-    """Deal the images of each class to the folds, in an order drawn by the seed; returns the indices of each fold."""
+    """Distribute the images of each class over the folds, in an order drawn with the seed; return their indices."""
     targets = known_targets(data)
     by_class = defaultdict(list)
     for index in range(count(data)):

@@ -1,4 +1,4 @@
-"""The training loop: phase after phase, on features where the backbone is frozen, on images where it is not."""
+"""The training loop: phase after phase, on features if the backbone is frozen, otherwise on images."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -32,16 +32,16 @@ def fine_tune(
     phases: Sequence[Phase],
     config: TrainerConfig,
 ) -> list[EpochResult]:
-    """Train a model in phases, and prove for each that what is frozen in it did not move.
+    """Train a model in phases, and check in each that no frozen tensor changed.
 
-    In a phase whose backbone is frozen, it runs once over the images and the classifier trains on its features,
-    where both datasets are known to show the same each time: tensors, lists, and datasets whose ``transform`` is None
-    or a deterministic one of torchvision or timm, in a Subset or ConcatDataset too. A dataset of your own says so by
-    ``transform = None``. Otherwise the whole model runs in every step, and what a random transform draws for an image
-    comes from the seed, the epoch and the image's index. Images of an `ImageDataset` that cannot be read are skipped.
-    AdamW and its schedule begin anew with each phase. The validation data is evaluated after each epoch; with
-    ``config.monitor`` the weights after the best epoch stay, and else those after the last one. A phase that
-    trains the classifier on features and has no learning rate chooses one.
+    In a phase with a frozen backbone, the backbone runs once over the images and the classifier trains on its features,
+    if both datasets are known to be deterministic: tensors, lists, and datasets whose ``transform`` is None
+    or a deterministic one of torchvision or timm, also in a Subset or ConcatDataset. A custom dataset is marked by
+    ``transform = None``. Otherwise the whole model runs in every step, and the random numbers of an image's transform
+    depend on the seed, the epoch and the image's index. Unreadable images of an `ImageDataset` are skipped.
+    Each phase has a new AdamW and schedule. The validation data is evaluated after each epoch; with
+    ``config.monitor`` the weights after the best epoch are kept, otherwise those after the last one. A phase that
+    trains the classifier on features without a learning rate chooses one.
 
     >>> import torch
     >>> model = FineTuneModel(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
@@ -50,12 +50,12 @@ def fine_tune(
     >>> len(fine_tune(model, images, images, phases, TrainerConfig(Accelerator(cpu=True), show_progress=False)))
     3
 
-    With ``config.checkpoints``, a run that was killed goes on after its last checkpoint, and on a CPU, as one process,
-    ends with the same weights to the bit: the model must come in as it came in then, and phases and config be the same.
+    With ``config.checkpoints``, a killed run resumes from its last checkpoint, and on a CPU, with one process,
+    ends with exactly the same weights: the initial model, the phases and the config must be the same.
 
     Raises:
         AssertionError: a frozen parameter or buffer changed.
-        DivergedError: an epoch's loss, or what it trained, is not finite; a ValueError.
+        DivergedError: an epoch's loss or trainable tensors are not finite; a ValueError.
         ValueError: there are no phases or no images, or nothing trains.
     """
     if not phases:
@@ -76,14 +76,14 @@ def fine_tune(
     for images in (data for data in parts.values() if isinstance(data, ImageDataset)):
         known = {path: progress.skipped[path] for path in map(str, images.folder.paths) if path in progress.skipped}
         images.broken.update(known)
-        progress.skipped.update(images.broken)  # named already, by this run or another on the same data
+        progress.skipped.update(images.broken)  # logged already, by this run or another on the same data
     if begun and config.shows:
         done = progress.phase == len(phases)
         logger.info("the training was finished before" if done else f"resuming at {progress.describe()}")
     total = sum(phase.epochs for phase in phases)
     while progress.phase < len(phases):
         phase = phases[progress.phase]
-        if progress.epoch:  # resumed: at the rates that were chosen
+        if progress.epoch:  # resumed with the chosen rates
             phase = replace(phase, lr=progress.history[-1].lr, weight_decay=progress.history[-1].weight_decay)
         with prepared_phase(model, train, validation, phase=phase, changed=changed, config=config) as state:
             report_skipped(parts.values(), progress.skipped, config.accelerator)
@@ -92,7 +92,7 @@ def fine_tune(
                 resume(saved, state.model, state.optimizer, config.accelerator)
                 state.best = dict(saved.best) or None
                 saved = None
-            elif progress.best_epoch is not None:  # of an earlier phase, which this one starts with
+            elif progress.best_epoch is not None:  # of an earlier phase, from which this one starts
                 state.best = snapshot(state)
             is_done = False
             while not is_done:
@@ -104,7 +104,7 @@ def fine_tune(
 
 
 def report_skipped(data: Iterable[Dataset[Any]], skipped: dict[str, str], accelerator: Accelerator) -> None:
-    """Log the images that turned out to be broken and are not in ``skipped`` yet, and add them to it.
+    """Log the broken images that are not in ``skipped``, and add them to it.
 
     Collective: every process must call it.
     """
@@ -119,6 +119,6 @@ def report_skipped(data: Iterable[Dataset[Any]], skipped: dict[str, str], accele
 
 
 def check_classes(data: Iterable[Dataset[Any]]) -> None:
-    """Raise ValueError where a class has no image left that can be read."""
+    """Raise ValueError if a class has no readable image."""
     for images in (part for part in data if isinstance(part, ImageDataset)):
         images.check_classes()

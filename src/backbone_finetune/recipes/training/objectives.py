@@ -1,4 +1,4 @@
-"""What the targets are: class indices, soft targets, labels or values. Their check, the loss, predictions, metrics."""
+"""The kinds of targets: class indices, soft targets, labels or values, with check, loss, predictions and metrics."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -27,10 +27,10 @@ CHECKED = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
 
 class Objective(ABC):
-    """What the targets are. B counts images, K the outputs of the network; targets are ``(B,)`` or ``(B, K)``.
+    """A kind of targets. B is the number of images, K that of outputs; targets are ``(B,)`` or ``(B, K)``.
 
-    ``loss`` is a function of your own, of outputs ``(B, K)`` and targets, that returns one loss per image, ``(B,)``;
-    the mean over the batch is taken. B counts the images of one process and one part of a batch that could be read, and
+    ``loss`` is a custom function of outputs ``(B, K)`` and targets that returns one loss per image, ``(B,)``;
+    the mean over the batch is taken. B is the number of readable images of one process and one part of a batch, and
     may be 0.
     """
 
@@ -44,37 +44,37 @@ class Objective(ABC):
 
     @abstractmethod
     def default_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Compute the loss of each image where ``loss`` is None, ``(B,)``: 0 where it could not be read."""
+        """Compute the loss of each image if ``loss`` is None, ``(B,)``: 0 for unreadable images."""
 
     @abstractmethod
     def predict(self, outputs: Tensor) -> Tensor:
-        """Turn outputs ``(B, K)`` into what they mean: probabilities or values, ``(B, K)``."""
+        """Convert outputs ``(B, K)`` to probabilities or values, ``(B, K)``."""
 
     @abstractmethod
     def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        """Compute the metrics of answers (see `answer`) to images that could be read, by name."""
+        """Compute the metrics of answers (see `answer`) for readable images, by name."""
 
     def answer(self, outputs: Tensor) -> Tensor:
-        """Reduce outputs to what the metrics need: by default, all that `predict` returns."""
+        """Reduce outputs to the input of the metrics. Default: the result of `predict`."""
         return self.predict(outputs)
 
     @abstractmethod
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Tell which images are answered right, ``(B,)``."""
+        """Return which images are predicted correctly, ``(B,)``."""
 
     def weights(self, targets: Tensor) -> Tensor | None:
-        """Return the weight of each image in the mean loss, ``(B,)``, 0 where it could not be read; None for all 1."""
+        """Return the weight of each image in the mean loss, ``(B,)``, 0 for unreadable ones; None if all are 1."""
         return None
 
     def scale(self, targets: Tensor) -> Tensor:
-        """Return what the outputs should be."""
+        """Convert targets to the scale of the outputs."""
         return targets
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Compute the loss of each image, ``(B,)``; one that could not be read has none, or 0.
+        """Compute the loss of each image, ``(B,)``; unreadable images have none, or 0.
 
         Raises:
-            ValueError: a loss of the caller's own does not return one number per image.
+            ValueError: a custom loss does not return one number per image.
         """
         if self.loss is None:
             return self.default_losses(outputs, targets)
@@ -93,7 +93,7 @@ class Objective(ABC):
 class SingleLabel(Objective):
     """One class per image: targets are class indices ``(B,)``, and the loss is torch's ``cross_entropy``.
 
-    With ``class_weights`` the loss of a batch, and that reported of an epoch, is the sum of the weighted losses divided
+    With ``class_weights`` the loss of a batch, and of an epoch, is the sum of the weighted losses divided
     by the sum of the images' weights.
 
     >>> SingleLabel().measure(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1]))
@@ -101,8 +101,8 @@ class SingleLabel(Objective):
 
     Args:
         class_weights: One positive weight per class.
-        label_smoothing: The share of each target that is spread evenly over all classes, from 0 to below 1.
-        loss: A loss of your own; it weighs and smooths by itself.
+        label_smoothing: The share of each target that is spread evenly over all classes, at least 0 and below 1.
+        loss: A custom loss, without ``class_weights`` and ``label_smoothing``.
     """
 
     class_weights: Positives | None = None
@@ -134,11 +134,11 @@ class SingleLabel(Objective):
         return outputs.softmax(-1)
 
     def answer(self, outputs: Tensor) -> Tensor:
-        """Return the likeliest class of each image, ``(B,)``."""
+        """Return the most likely class of each image, ``(B,)``."""
         return outputs.argmax(-1)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Tell which images have their class as the likeliest."""
+        """Return which images have their class as the most likely one."""
         return outputs.argmax(-1) == targets
 
     def weights(self, targets: Tensor) -> Tensor | None:
@@ -155,9 +155,9 @@ class SingleLabel(Objective):
 
 @dataclass(frozen=True, config=CHECKED)
 class SoftLabels(Objective):
-    """A probability for each class: targets are rows ``(B, K)`` that sum to 1, as several annotators or a teacher give.
+    """A probability for each class: targets are rows ``(B, K)`` that sum to 1, e.g. of several annotators or a teacher.
 
-    The loss is torch's ``cross_entropy``. An answer is right where the likeliest class is the target's.
+    The loss is torch's ``cross_entropy``. A prediction is correct if the most likely class is the target's.
 
     >>> SoftLabels().losses(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]))
     tensor([0.6931])
@@ -166,7 +166,7 @@ class SoftLabels(Objective):
     loss: Loss | None = None
 
     def check(self, name: str, targets: Tensor, outputs: int | None) -> None:
-        """Raise ValueError unless all targets are rows from 0 on that sum to 1, to a thousandth."""
+        """Raise ValueError unless all targets are non-negative rows that sum to 1, to a thousandth."""
         _check_rows(name, targets, outputs, "SoftLabels takes a row of one probability per class")
         wrong = ~((targets >= 0).all(1) & ((targets.double().sum(1) - 1).abs() <= 1e-3))
         _refuse(name, targets, wrong, "SoftLabels takes rows of numbers from 0 on that sum to 1")
@@ -181,32 +181,32 @@ class SoftLabels(Objective):
         return outputs.softmax(-1)
 
     def answer(self, outputs: Tensor) -> Tensor:
-        """Return the likeliest class of each image, ``(B,)``."""
+        """Return the most likely class of each image, ``(B,)``."""
         return outputs.argmax(-1)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Tell which images have the target's likeliest class as their own."""
+        """Return which images have the target's most likely class."""
         return (outputs.argmax(-1) == targets.argmax(-1)) & is_read(targets)
 
     def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        """Compute the accuracy, and the mean recall, of the targets' likeliest classes."""
+        """Compute the accuracy and the mean recall of the targets' most likely classes."""
         return metrics.accuracies(answers, targets.argmax(-1))
 
 
 @dataclass(frozen=True, config=CHECKED)
 class MultiLabel(Objective):
-    """Any number of labels per image: targets are rows ``(B, K)`` of 0 and 1; each output is a label's own yes or no.
+    """Any number of labels per image: targets are rows ``(B, K)`` of 0 and 1; each output is for one label.
 
     The loss of an image is the mean binary cross entropy of its labels. A label is predicted where its sigmoid
-    is above its threshold; an image is right where all of its labels are.
+    is above its threshold; an image is correct if all of its labels are.
 
     >>> objective = MultiLabel().choose_thresholds(torch.tensor([[0.0], [0.75], [0.25]]), torch.tensor([[0], [1], [0]]))
     >>> objective.thresholds
     (0.5,)
 
     Args:
-        thresholds: One per label, from 0 to 1; None is one half for all. `choose_thresholds` chooses them.
-        loss: A loss of your own.
+        thresholds: One per label, from 0 to 1; None means 0.5 for all. `choose_thresholds` chooses them.
+        loss: A custom loss.
     """
 
     main_metric: ClassVar[str] = "mean_average_precision"
@@ -230,15 +230,15 @@ class MultiLabel(Objective):
         return outputs.sigmoid()
 
     def choose(self, probabilities: Tensor) -> Tensor:
-        """Tell which labels each image has, ``(B, K)``: those whose probability is above their threshold."""
+        """Return the predicted labels of each image, ``(B, K)``: those with a probability above their threshold."""
         return probabilities > (0.5 if self.thresholds is None else _on(probabilities, self.thresholds))
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Tell which images have the very labels of their target."""
+        """Return which images have exactly the labels of their target."""
         return (self.choose(self.predict(outputs)) == targets).all(1)
 
     def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        """Compute the mean average precision and the macro F1 over labels, and the share of images that are right."""
+        """Compute the mean average precision and the macro F1 over labels, and the share of correct images."""
         chosen = self.choose(answers.double())
         return {
             "mean_average_precision": metrics.mean_average_precision(answers, targets),
@@ -247,9 +247,9 @@ class MultiLabel(Objective):
         }
 
     def choose_thresholds(self, probabilities: Tensor, targets: Tensor) -> "MultiLabel":
-        """Return this with the thresholds that give each label its best F1 on probabilities ``(N, K)`` of N images.
+        """Return a copy with the thresholds that maximize each label's F1 on probabilities ``(N, K)`` of N images.
 
-        Take images that the network did not train on, and others than those that its F1 is measured on.
+        Use images that are neither in the training data nor in the data on which F1 is measured.
         """
         return MultiLabel(metrics.best_thresholds(probabilities, targets), self.loss)
 
@@ -258,8 +258,8 @@ class MultiLabel(Objective):
 class Regression(Objective):
     """Numbers: targets are values ``(B,)`` of one output or ``(B, K)`` of several, and the loss is the squared error.
 
-    The network learns ``(value - mean) / std``, and `predict` turns its outputs into values again. A learning rate that
-    suits classes suits values of mean 0 and standard deviation 1; `scaled_to` takes both from the training targets.
+    The network learns ``(value - mean) / std``, and `predict` converts its outputs to values. A learning rate that
+    works for classes works for values of mean 0 and standard deviation 1; `scaled_to` sets both from training targets.
 
     >>> objective = Regression().scaled_to(torch.tensor([100.0, 300.0]))
     >>> objective.mean, objective.std, objective.predict(torch.tensor([[0.5]]))
@@ -268,7 +268,7 @@ class Regression(Objective):
     Args:
         mean: One per output, or one for all.
         std: One per output, or one for all.
-        loss: A loss of your own, of outputs and ``(value - mean) / std``, both ``(B, K)``.
+        loss: A custom loss of outputs and ``(value - mean) / std``, both ``(B, K)``.
     """
 
     main_metric: ClassVar[str] = "r2"
@@ -299,7 +299,7 @@ class Regression(Objective):
         return _as_rows(outputs) * _on(outputs, self.std) + _on(outputs, self.mean)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return False for each image: a value is not right or wrong."""
+        """Return False for each image: values are not correct or incorrect."""
         return torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
 
     def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
@@ -308,14 +308,14 @@ class Regression(Objective):
         return {"r2": float(r2.mean()), "mean_absolute_error": float(errors.mean())}
 
     def scaled_to(self, targets: Tensor) -> "Regression":
-        """Return this with the mean and the standard deviation of targets; 1 where all are the same."""
+        """Return a copy with the mean and the standard deviation of targets, 1 if all are equal."""
         rows = _as_rows(targets[is_read(targets)]).double()
         std = rows.std(0, correction=0)
         return Regression(tuple(rows.mean(0).tolist()), tuple(std.where(std > 0, 1).tolist()), self.loss)
 
 
 def balanced_weights(targets: Sequence[int]) -> tuple[float, ...]:
-    """Weigh each class by ``N / (K * count)``, as scikit-learn's "balanced" does; each class has an image.
+    """Return the weight ``N / (K * count)`` of each class, as scikit-learn's "balanced"; each class has an image.
 
     >>> balanced_weights([0, 0, 0, 1])
     (0.6666666666666666, 2.0)
@@ -332,7 +332,7 @@ def _check_rows(name: str, targets: Tensor, outputs: int | None, wanted: str) ->
 
 
 def _refuse(name: str, targets: Tensor, wrong: Tensor, wanted: str) -> None:
-    """Raise ValueError if targets are wrong, and show the first that is."""
+    """Raise ValueError with the first invalid target, if there is one."""
     if wrong.any():
         index = int(wrong.int().argmax())
         row = [round(value, 6) for value in targets[index].tolist()]
@@ -344,6 +344,6 @@ def _as_rows(values: Tensor) -> Tensor:
 
 
 def _on(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
-    """Make a tensor on another's device, which nobody waits for."""
+    """Return a tensor on another's device, without synchronizing."""
     made = torch.tensor(values, dtype=like.dtype if dtype is None else dtype, device="cpu")
     return made.to(like.device, non_blocking=True)

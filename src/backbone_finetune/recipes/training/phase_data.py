@@ -1,4 +1,4 @@
-"""What a phase trains on: what is frozen computed once for each image where that can be used in every epoch."""
+"""The data of a phase: outputs of frozen modules, computed once for each image if they are the same in every epoch."""
 
 import logging
 from collections.abc import Sequence
@@ -41,19 +41,19 @@ __all__ = ["PhaseData", "prepare_data"]
 
 logger = logging.getLogger(__name__)
 
-FEWEST_COMPUTED = 128  # images that are worth starting processes for
+FEWEST_COMPUTED = 128  # images for which starting processes is faster
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class PhaseData:
-    """What a phase trains on, and the module that trains on it.
+    """The data of a phase, and the module that trains on it.
 
     Args:
-        train: Images, or rows: all images of the first view, then those of the second one, and so on.
-        validation: Images, or rows; None where there is none.
-        module: The part of the model that runs in each step: all of it, or the rest behind what is cached.
-        cached: Whether the data is rows of what is frozen.
+        train: Images, or rows: all images of the first view, then those of the second, and so on.
+        validation: Images, or rows; None if there is none.
+        module: The part of the model that runs in each step: all of it, or the part after the cached tensors.
+        cached: Whether the data is rows of cached tensors.
         on_features: Whether the whole backbone is frozen, so that the rows are features and the module a classifier.
         views: The views of each image.
     """
@@ -67,12 +67,12 @@ class PhaseData:
 
 
 class Fold(Subset[Any]):
-    """Some images of a dataset, whose rows are taken from those of the whole dataset.
+    """A subset of a dataset, whose rows are taken from those of the whole dataset.
 
     Args:
         dataset: The whole dataset.
-        indices: Which images.
-        computed: The rows of the whole dataset by what they were computed with, which other folds share.
+        indices: The images of the subset.
+        computed: The rows of the whole dataset, shared with other folds.
     """
 
     def __init__(self, dataset: Dataset[Any], indices: Sequence[int], computed: dict[str, Features]) -> None:
@@ -80,7 +80,7 @@ class Fold(Subset[Any]):
         self.computed = computed
 
     def select(self, rows: Features) -> Features:
-        """Take the rows of these images, in each view."""
+        """Return the rows of these images, in each view."""
         count_of_all = count(self.dataset)
         views = torch.arange(len(rows) // count_of_all, device="cpu")[:, None] * count_of_all
         chosen = (views + torch.tensor(self.indices, device="cpu")).flatten()
@@ -93,7 +93,7 @@ def _whole(data: Dataset[Any]) -> Dataset[Any]:
 
 
 def _without_whole(data: Dataset[Any]) -> Dataset[Any]:
-    """Return a dataset that is loaded by itself; one of image files, so that broken ones can be skipped."""
+    """Return a dataset to load directly; one of image files, so that broken ones can be skipped."""
     if not (isinstance(data, Fold) and isinstance(data.dataset, ImageDataset)):
         return data
     folder = data.dataset.folder
@@ -104,9 +104,9 @@ def _without_whole(data: Dataset[Any]) -> Dataset[Any]:
 def prepare_data(
     model: FineTuneModel, train: Dataset[Any], validation: Dataset[Any] | None, config: TrainerConfig
 ) -> PhaseData:
-    """Compute what is frozen once for each image, where the images are the same in each epoch or views are cached.
+    """Run frozen modules once for each image, if the images are the same in each epoch or views are cached.
 
-    Otherwise a line in the log says why, and the whole model runs in every step.
+    Otherwise the log has the reason, and the whole model runs in every step.
 
     >>> from accelerate import Accelerator
     >>> model = FineTuneModel(nn.Linear(3, 4), nn.Linear(4, 2)).freeze_backbone()
@@ -156,7 +156,7 @@ def _compute(
     }
     if is_frozen:
         dtype = autocast_dtype(model.backbone, device) if config.autocast_features else None
-    else:  # the precision of the steps, so that they give what the whole model would
+    else:  # the precision of the steps, so that they equal those of the whole model
         dtype = PRECISIONS.get(accelerator.mixed_precision)
     front = front_of_backbone(model) if is_frozen else _find_shared_front(model, loaders["train"], config, dtype)
     if isinstance(front, NoFrontier):
@@ -202,7 +202,7 @@ def _compute(
 
 
 def _choose_workers(config: TrainerConfig, images: int) -> int:
-    """Choose how many processes load images; on a CPU they compute as well, which pays from fewer images on."""
+    """Return the number of processes that load images; on a CPU they also compute, so fewer images are enough."""
     if config.workers is not None:
         return config.workers
     processes = config.accelerator.num_processes
@@ -214,7 +214,7 @@ def _choose_workers(config: TrainerConfig, images: int) -> int:
 def _find_shared_front(
     model: FineTuneModel, loader: DeviceLoader, config: TrainerConfig, dtype: torch.dtype | None
 ) -> Front | NoFrontier:
-    """Find the front of a partly frozen model on a few images; all processes have it, or none."""
+    """Find the front of a partly frozen model on a few images; either all processes have it or none."""
     accelerator = config.accelerator
     if accelerator.is_fsdp2:
         return NoFrontier("FSDP2 shards the model")

@@ -1,4 +1,4 @@
-"""What one phase of a training works with: made before it, taken apart after it, and written to checkpoints."""
+"""The state of one phase of a training, and its checkpoints."""
 
 import copy
 import logging
@@ -32,24 +32,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PhaseState:
-    """What one phase works with: ``prepared`` is what the accelerator made of ``module``, which is in ``model``."""
+    """The state of one phase: ``prepared`` is the accelerator's wrapper of ``module``, which is part of ``model``."""
 
     model: FineTuneModel
     module: nn.Module
     prepared: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
-    phase: Phase  # with the rates that were chosen
+    phase: Phase  # with the chosen rates
     changed: set[str]
     train: Dataset[Any]
     validation: Dataset[Any] | None
     views: int = 1
-    best: dict[str, Tensor] | None = None  # what training changes, after the best epoch
-    not_finite: Tensor | float = 0.0  # tensors that were not when the phase began, as a mask of -inf
+    best: dict[str, Tensor] | None = None  # the trained tensors after the best epoch
+    not_finite: Tensor | float = 0.0  # tensors that were not finite before the phase, e.g. a mask of -inf
 
     def count_not_finite(self, device: torch.device) -> Tensor:
-        """Count the tensors that train and are not finite, of this process: ``()``, fetched by nobody yet."""
-        # On features only the classifier's: to name all of a large backbone's tensors takes as long as several steps.
+        """Count this process's trainable tensors that are not finite: ``()``, on the device."""
+        # On features only the classifier's: listing all tensors of a large backbone takes as long as several steps.
         on_features = self.module is self.model.classifier
         tensors = self.module.state_dict(prefix="classifier.") if on_features else self.model.state_dict()
         return count_not_finite((tensor for name, tensor in tensors.items() if name in self.changed), device)
@@ -65,7 +65,7 @@ def prepared_phase(
     changed: set[str],
     config: TrainerConfig,
 ) -> Iterator[PhaseState]:
-    """Freeze, then wrap, then train in the block; release and prove after it that what is frozen did not move."""
+    """Freeze, wrap, and train in the block; then release, and check that no frozen tensor changed."""
     accelerator = config.accelerator
     model.norm_eval = phase.norm_eval
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
@@ -74,12 +74,12 @@ def prepared_phase(
         data = prepare_data(model, train, validation, config)
         lr, weight_decay = choose_rates(data, phase, config)
         phase = replace(phase, lr=lr, weight_decay=weight_decay)
-        # The model itself goes there as well: after the phase a caller runs it where its inputs are.
+        # The model itself is moved too, because a caller may run it there after the phase.
         model.to(accelerator.device)
         copied, module = model, data.module
         if accelerator.is_fsdp2 and config.monitor is not None:
             raise ValueError("monitor was given, and FSDP2 shards what it keeps of the best epoch; leave monitor out")
-        if accelerator.is_fsdp2:  # it takes the parameters apart for good, so a copy trains, and is copied back
+        if accelerator.is_fsdp2:  # FSDP2 shards the parameters permanently, so a copy trains and is copied back
             copied = copy.deepcopy(model)
             module = copied.classifier if data.cached else copied
         groups = copied.param_groups(
@@ -102,7 +102,7 @@ def prepared_phase(
         state.not_finite = state.count_not_finite(accelerator.device)
         try:
             yield state
-        finally:  # who catches the error may train the model again
+        finally:  # after an error, the caller may train the model again
             release(accelerator, prepared)
         if copied is not model:
             load_by_name(model, {name: full_tensor(tensor) for name, tensor in copied.state_dict().items()})
@@ -114,10 +114,10 @@ def snapshot(state: PhaseState) -> dict[str, Tensor]:
 
 
 def save_checkpoint(state: PhaseState, progress: Progress, config: TrainerConfig) -> None:
-    """Write a checkpoint, if the config has a place for it; all processes take part, and the main one writes."""
+    """Write a checkpoint, if the config has a folder for it. Collective; the main process writes."""
     if config.checkpoints is None:
         return
-    optimizer = state.optimizer if progress.epoch or progress.step else None  # the next phase begins with its own
+    optimizer = state.optimizer if progress.epoch or progress.step else None  # the next phase has a new one
     best = state.best if progress.epoch or progress.step else None  # at the end of a phase the model has it
     checkpoint = capture(progress, state.model, state.changed, optimizer, accelerator=config.accelerator, best=best)
     if config.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""Phases: a training run is a list of them, each with its own trainable layers and its own learning rates."""
+"""Phases of a training run, each with its own trainable layers and learning rates."""
 
 import sys
 from dataclasses import fields
@@ -28,7 +28,7 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Phase:
-    """A stretch of training in which the same layers train.
+    """A part of a training in which the same layers train.
 
     Head first, then everything (LP-FT, Kumar et al. 2022):
 
@@ -36,18 +36,18 @@ class Phase:
     [20, 5]
 
     Args:
-        epochs: How many passes over the training images.
-        trainable_groups: Layer groups of the backbone that train too, counted from its output; 0 trains the
+        epochs: The number of passes over the training images.
+        trainable_groups: The number of last layer groups of the backbone that train; 0 trains the
             classifier alone.
-        lr: Learning rate of the classifier. None chooses it among eight, and the weight decay with it, by the
-            validation loss of classifiers on features; a phase that trains layers too, or on images, takes 1e-3.
+        lr: Learning rate of the classifier. None chooses it from eight, together with the weight decay, by the
+            validation loss of classifiers on features; a phase that also trains layers, or on images, uses 1e-3.
         backbone_lr: Learning rate of the backbone's last layer.
-        layer_decay: Factor between the rates of one layer and the layer before it, as in BEiT.
-        weight_decay: Weight decay of AdamW. None is 0.01, or is chosen with ``lr``.
+        layer_decay: Factor on the rate for each layer towards the input, as in BEiT.
+        weight_decay: Weight decay of AdamW. None means 0.01, or chosen with ``lr``.
         warmup_epochs: Epochs, or a fraction of one, in which the rates rise from 0.
         cosine: Whether the rates fall to 0 at the end (Loshchilov and Hutter, 2017).
-        norm_eval: Whether the backbone's running statistics stay fixed even where its weights train. On few images,
-            statistics that move cost accuracy (benchmarks/results/learning.md); random weights need them to move.
+        norm_eval: Whether the backbone's running statistics are fixed even if its weights train. On few images,
+            trainable statistics cost accuracy (benchmarks/results/learning.md), but random weights need them.
 
     Raises:
         ValueError: a value is of the wrong type or out of range (pydantic's ``ValidationError``).
@@ -105,7 +105,7 @@ def read_phases(path: Path) -> tuple[Phase, ...]:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, phase: Phase, steps_per_epoch: int) -> Scheduler:
-    """Make the schedule of a phase's learning rates; the rates depend on the number of the step alone.
+    """Return the schedule of a phase's learning rates, which depend only on the number of the step.
 
     >>> optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=1.0)
     >>> schedule, rates = make_schedule(optimizer, Phase(epochs=4, warmup_epochs=1, cosine=True), 2), []
@@ -117,7 +117,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, phase: Phase, steps_per_epoc
     """
     steps, warmup = phase.epochs * steps_per_epoch, round(phase.warmup_epochs * steps_per_epoch)
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate may have wrapped it
-    if phase.cosine:  # one step longer than the phase, so that the last step still learns
+    if phase.cosine:  # one step longer than the phase, so that the last step has a positive rate
         return CosineLRScheduler(
             inner, steps - warmup + 1, warmup_t=warmup, warmup_lr_init=0, warmup_prefix=True, t_in_epochs=False
         )

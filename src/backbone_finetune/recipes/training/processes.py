@@ -1,4 +1,4 @@
-"""What several processes need beyond one: one voice, one decision, and the whole of what is in parts."""
+"""Helpers for several processes: devices, accelerate preparation, unsharding."""
 
 import gc
 import warnings
@@ -18,18 +18,18 @@ from torch.distributed.tensor import DTensor
 
 __all__ = ["communicated_bytes", "find_device", "full_tensor", "make_accelerator", "prepare", "release"]
 
-# One process may compute features or references while the others wait for it.
+# One process may compute features or baselines while the others wait.
 PATIENCE = timedelta(hours=6)
 
 
 def find_device(name: str) -> torch.device:
-    """Find a device by its name; ``auto`` is the first CUDA device, else Apple's MPS, else the CPU.
+    """Return a device by its name; ``auto`` is the first CUDA device, else Apple's MPS, else the CPU.
 
     >>> find_device("cpu")
     device(type='cpu')
 
     Raises:
-        ValueError: it is not; the message names those that are.
+        ValueError: it is not available; the message lists available devices.
     """
     there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
@@ -42,18 +42,18 @@ def find_device(name: str) -> torch.device:
 
 
 def make_accelerator(device: torch.device, *, mixed_precision: str | None = None) -> Accelerator:
-    """Make the accelerator for a device; how many processes there are, the launcher says.
+    """Return the accelerator for a device; the launcher sets the number of processes.
 
     >>> make_accelerator(torch.device("cpu")).device
     device(type='cpu')
 
-    ``mixed_precision`` is "no", "fp16" or "bf16"; left out, it is what `accelerate launch` was told.
+    ``mixed_precision`` is "no", "fp16" or "bf16"; the default is the setting of `accelerate launch`.
 
     Raises:
         ValueError: accelerate chose another kind of device.
     """
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the current one, or with several processes each its own
+        torch.cuda.set_device(device)  # accelerate uses the current device, or with several processes one each
     # accelerate keeps one state per process: after a run on the CPU it would choose the CPU again.
     chosen = PartialState._shared_state.get("device")
     if chosen is not None and chosen.type != device.type and PartialState().num_processes == 1:
@@ -61,8 +61,8 @@ def make_accelerator(device: torch.device, *, mixed_precision: str | None = None
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=mixed_precision,
-        # DistributedDataParallel would send every buffer, frozen ones too, in each forward; what statistics gather
-        # is averaged once after each epoch instead.
+        # DistributedDataParallel would send every buffer, including frozen ones, in each forward; running statistics
+        # are averaged once after each epoch instead.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=PATIENCE),
@@ -79,20 +79,20 @@ def make_accelerator(device: torch.device, *, mixed_precision: str | None = None
 def prepare(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Prepare a module and its optimizer for one phase; after `release`, the next phase can prepare anew.
+    """Prepare a module and its optimizer for one phase; after `release`, the next phase can prepare again.
 
-    Where no loss is scaled, accelerate's wrapper around the optimizer is left out. It adds nothing there but, in
-    accelerate 1.15, two searches of the import path in each step, which take as long as a classifier's own step.
+    Without loss scaling, accelerate's wrapper of the optimizer is removed. It has no effect there except, in
+    accelerate 1.15, two searches of the import path in each step, which take as long as a step of a classifier.
     """
     with warnings.catch_warnings():
-        # torch 2.14 has another name for it, which 2.9 and accelerate do not know.
+        # torch 2.14 has another name for it, which torch 2.9 and accelerate do not support.
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
         prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
     return prepared, prepared_optimizer if accelerator.scaler is not None else prepared_optimizer.optimizer
 
 
 def release(accelerator: Accelerator, prepared: nn.Module) -> None:
-    """Give a module back as it was before `prepare`: no wrapper, no autocast around its forward, no mark.
+    """Undo `prepare` for a module: no wrapper, no autocast in its forward, no mark.
 
     >>> layer = nn.Linear(2, 2)
     >>> accelerator = make_accelerator(torch.device("cpu"))
@@ -103,24 +103,24 @@ def release(accelerator: Accelerator, prepared: nn.Module) -> None:
     """
     module = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     for part in (prepared, module):
-        vars(part).pop("_is_accelerate_prepared", None)  # with it, the next prepare would do nothing
+        vars(part).pop("_is_accelerate_prepared", None)  # otherwise the next prepare would do nothing
     if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-        del module.forward  # put there for autocast, and left as its class has it
-    # It collects all garbage too, so that a GPU's memory comes back. A CPU's does so without, and twenty epochs on
-    # features take less time than a search of all that torch and timm have loaded.
+        del module.forward  # set for autocast
+    # It also runs a full garbage collection, which frees GPU memory. On a CPU that is not needed, and twenty epochs on
+    # features take less time than a collection over everything that torch and timm have loaded.
     with nothing_collected() if accelerator.device.type == "cpu" else nullcontext():
         accelerator.free_memory()
 
 
 @contextmanager
 def nothing_collected() -> Iterator[None]:
-    """Keep what lives out of any garbage collection in the block; what the caller had kept out stays so.
+    """Freeze all objects for the garbage collector in the block, unless the caller has already done that.
 
     >>> with nothing_collected():
     ...     gc.collect()
     0
     """
-    if gc.get_freeze_count():  # thawing would thaw the caller's too
+    if gc.get_freeze_count():  # unfreezing would also unfreeze the caller's
         yield
         return
     gc.freeze()
@@ -131,7 +131,7 @@ def nothing_collected() -> Iterator[None]:
 
 
 def communicated_bytes(module: nn.Module) -> int:
-    """Count the bytes of gradients that a process gives to the others in a step: those of what trains, once.
+    """Count the bytes of gradients that a process sends in a step: those of the trainable parameters.
 
     >>> communicated_bytes(nn.Sequential(nn.Linear(64, 32).requires_grad_(False), nn.Linear(32, 10)))
     1320
@@ -140,7 +140,7 @@ def communicated_bytes(module: nn.Module) -> int:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Give the values on all processes together, where a tensor is in parts (FSDP2); all of them must ask.
+    """Return the full values of a tensor that may be sharded (FSDP2). Collective: every process must call it.
 
     >>> full_tensor(torch.ones(2))
     tensor([1., 1.])

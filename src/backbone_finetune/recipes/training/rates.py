@@ -1,4 +1,4 @@
-"""Learning rate and weight decay of a classifier on features: given, or chosen among a grid on validation data."""
+"""Learning rate and weight decay of a classifier on features: given, or chosen from a grid on validation data."""
 
 import copy
 import logging
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 WEIGHT_DECAYS = (0.0, 0.01, 0.1, 1.0)
-FEWEST = 5  # images of each class to choose on a fifth of them
+FEWEST = 5  # images of each class that are needed to choose on a fifth of them
 
 
 def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[float, float]:
     """Return the learning rate and weight decay of a phase that trains the module of ``data``.
 
     A phase without a learning rate that trains a classifier on features tries 32 pairs at once (`fit_heads`), on the
-    validation data where a monitor chooses on it too, else on a fifth of the training images, where each class has
-    five. It then trains anew, on all training images, at the rates of the head with the least validation loss.
+    validation data if a monitor also uses it, else on a fifth of the training images if each class has
+    five. It then trains again, on all training images, with the rates of the head with the lowest validation loss.
 
     >>> from accelerate import Accelerator
     >>> from torch.utils._pytree import tree_structure
@@ -65,7 +65,7 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
                 loss=config.objective.losses,
                 show_progress=config.show_progress,
             )
-        # Of a small validation set the loss says more than the accuracy, in which an image is a step: on the packaged
+        # On a small validation set the loss is more informative than the accuracy, with its few values: on the packaged
         # clipart the rates with the highest accuracy were up to a hundred times too large.
         best = min(heads, key=lambda head: head.validation_loss)
         if config.show_progress:
@@ -80,17 +80,17 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
 
 
 def _can_be_stacked(classifier: nn.Module) -> bool:
-    """Tell whether `fit_heads` can run copies of a classifier as one: torch's layers, without running statistics."""
+    """Return whether `fit_heads` supports a classifier: torch's layers, without running statistics."""
     layers = (type(layer).__module__.startswith(("torch.nn.", "backbone_finetune.")) for layer in classifier.modules())
     return next(classifier.buffers(), None) is None and all(layers)
 
 
 def _split(data: PhaseData, config: TrainerConfig) -> tuple[Features, Features] | None:
-    """Return what the heads train on and are compared on; None where there is too little of it, or it is not finite."""
+    """Return the training and validation data of the heads; None if there is too little, or it is not finite."""
     train = data.train
     assert isinstance(train, Features)
     if not all(tensor.isfinite().all() for tensor in train.tensors):
-        return None  # the training will say so
+        return None  # the training raises the error
     if data.validation is not None and config.monitor is not None:
         assert isinstance(data.validation, Features)
         return train, data.validation

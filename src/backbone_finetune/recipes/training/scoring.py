@@ -1,4 +1,4 @@
-"""How well a model does on images: its loss, its answers, and the metrics of its objective."""
+"""Evaluation of a model: loss, predictions, and the metrics of its objective."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ __all__ = ["Score", "evaluate"]
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model does on images that could be read.
+    """The results of a model on readable images.
 
     Args:
         loss: The mean loss.
         metrics: Of the objective, by name, such as "accuracy".
-        answers: What the objective keeps of the outputs: classes ``(N,)``, probabilities or values ``(N, K)``.
+        answers: The objective's answers: classes ``(N,)``, probabilities or values ``(N, K)``.
         targets: The targets of the answers.
     """
 
@@ -36,20 +36,20 @@ class Score:
 
     @property
     def accuracy(self) -> float | None:
-        """The share of images that are answered right; None where answers are values."""
+        """The share of correct images; None if answers are values."""
         return self.metrics.get("accuracy")
 
     @property
     def balanced_accuracy(self) -> float | None:
-        """The mean recall of the classes that have images; None where targets are no classes."""
+        """The mean recall of the classes that have images; None if targets are not classes."""
         return self.metrics.get("balanced_accuracy")
 
 
 @torch.no_grad()
 def evaluate(module: nn.Module, data: Dataset[Any], config: TrainerConfig, *, name: str = "data") -> Score:
-    """Evaluate a model on images. Leaves it in eval mode, on the device that it is on.
+    """Evaluate a model on images. It stays on its device, and is in eval mode afterwards.
 
-    Each process takes a share of each batch; no image counts twice, and one that cannot be read does not count. Errors
+    Each process takes a part of each batch; no image counts twice, and unreadable ones do not count. Errors
     call the data by ``name``.
 
     >>> from accelerate import Accelerator
@@ -74,7 +74,7 @@ def evaluate(module: nn.Module, data: Dataset[Any], config: TrainerConfig, *, na
     for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
         wanted = batch_targets[: share.num_real]
         outputs = module(*module_inputs(data, inputs))[: share.num_real]
-        if not targets or known is None:  # before the loss: on a GPU, a class that is none would end the process
+        if not targets or known is None:  # before the loss: on a GPU, an invalid class would end the process
             checked = wanted if known is None else known
             objective.check(name, checked[is_read(checked)], outputs.shape[1] if outputs.ndim > 1 else 1)
         weights, loss = objective.weights(wanted), objective.losses(outputs, wanted).sum()
