@@ -40,7 +40,12 @@ class CacheReport(TargetReport):
     interrupted: bool = False
 
 
-def main(arguments: Sequence[str] | None = None, *, judge: Callable[[], Target] = judge_memory) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    judge: Callable[[], Target] = judge_memory,
+    clock: Clock | None = None,
+) -> int:
     """Measure every target; return 0, or 1 if one was missed, or 130 after Ctrl-C, which keeps earlier measurements."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, *, judge: Callable[[], Target] 
     report = CacheReport(describe_environment(device), describe_command("feature_cache.py", given), settings)
     try:
         with no_garbage_collection():
-            for target in measure(report, task, options, clock_for(device), judge):
+            for target in measure(report, task, options, clock or clock_for(device), judge):
                 report.add(target)
         plan = Plan(options.batch_size, options.epochs, options.fine_tuning_epochs)
         for outcome in compare_methods(options.seeds, plan, device) if options.seeds else ():

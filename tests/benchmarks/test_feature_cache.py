@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from caching import heads, size, training, transfer
 from harness import timing
 from PIL import Image
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,9 +35,36 @@ JUDGE_MEMORY = partial(size.judge_memory, 40, 80, build=size.build)
 @pytest.fixture
 def peers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make fastai and Lightning count as not installed."""
-    monkeypatch.setattr(
-        training, "installed_version", lambda package: None if package in {"fastai", "lightning"} else "1"
-    )
+    find = importlib.metadata.Distribution.from_name
+
+    def find_others(name: str) -> importlib.metadata.Distribution:
+        if name in {"fastai", "lightning"}:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", find_others)
+
+
+class _Clock:
+    """A clock that shows 10 ms for each call, which makes a warm-up of two calls.
+
+    It records the precisions of the convolutions in each call, and is interrupted after a number of calls.
+    """
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+        self.precisions: list[set[torch.dtype]] = []
+
+    def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        self.precisions.append(set())
+        return call(), 10.0
+
+    def record(self, module: nn.Module, inputs: object, output: Any) -> None:
+        if isinstance(module, nn.Conv2d) and self.precisions:
+            self.precisions[-1].add(output.dtype)
 
 
 @pytest.mark.usefixtures("peers_missing")
@@ -67,14 +97,9 @@ def test_a_small_run_writes_every_row(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("peers_missing")
 def test_an_interrupt_keeps_complete_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = timing.take_turns
-
-    def interrupted(*arguments: Any) -> Iterator[Any]:
-        yield next(turns(*arguments))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "take_turns", interrupted)
-    assert feature_cache.main([*SMALL, "--output", str(tmp_path)]) == 130
+    _set_bf16(monkeypatch, False)
+    clock = _Clock(4 * 2 + 4)  # four rows: their warm-up, and the first turn
+    assert feature_cache.main([*SMALL, "--output", str(tmp_path)], clock=clock) == 130
     content = json.loads((tmp_path / "feature_cache.json").read_text())
     assert content["interrupted"]
     assert len(content["milliseconds"]["ours, float32"]) == 1
@@ -138,22 +163,24 @@ def test_ours_runs_each_image_once_and_the_recipe_in_every_epoch() -> None:
 
 @pytest.mark.usefixtures("peers_missing")
 def test_each_row_runs_in_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[tuple[str, bool]] = []
-    for name in ("run_ours", "run_backbone"):
-        monkeypatch.setattr(training, name, lambda model, task, own_way, name=name: ran.append((name, own_way)))
-    monkeypatch.setattr(training, "autocast_dtype", lambda backbone, device: torch.bfloat16)
-    monkeypatch.setattr(training, "warm_up", lambda *_, **__: 0)
-    samples = training.Samples()
-    training.time_runs(training.make_task("test_resnet", 4, 32, 4, 1, CPU), 1, CLOCK, samples)
+    _set_bf16(monkeypatch, True)
+    samples, clock = training.Samples(), _Clock(100)
+    handle = register_module_forward_hook(clock.record)
+    try:
+        training.time_runs(training.make_task("test_resnet", 4, 32, 4, 1, CPU), 1, clock, samples)
+    finally:
+        handle.remove()
+    rows = list(samples.milliseconds)
     named = ["ours, float32", "one pass, float32", "ours, bf16", "one pass, bf16", "one pass again"]
-    assert list(samples.milliseconds)[:5] == named
-    assert ran == [
-        ("run_ours", False),
-        ("run_backbone", False),
-        ("run_ours", True),
-        ("run_backbone", True),
-        ("run_backbone", False),
-    ]
+    assert rows[:5] == named
+    computed = dict(zip(rows, clock.precisions[-len(rows) :], strict=True))
+    assert {name for name in rows if computed[name] == {torch.bfloat16}} == {"ours, bf16", "one pass, bf16"}
+    assert all(computed[name] == {torch.float32} for name in rows if "bf16" not in name)
+
+
+def _set_bf16(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: supported)
 
 
 def test_an_epoch_on_the_cache_is_timed() -> None:
@@ -167,18 +194,19 @@ def test_an_epoch_on_the_cache_is_timed() -> None:
     assert target.ratio is not None
 
 
-def test_the_same_heads_are_trained_together_and_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_heads_are_trained_together_and_one_by_one() -> None:
     task = heads.make_head_task("net", 8, 6, 4, 2, CPU)
-    made: list[tuple[float, float]] = []
-    plain = heads.PlainHead
+    stepped: set[tuple[float, float]] = set()
 
-    def counted(task: heads.HeadTask, lr: float, weight_decay: float) -> heads.PlainHead:
-        made.append((lr, weight_decay))
-        return plain(task, lr, weight_decay)
+    def record(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        stepped.update((group["lr"], group["weight_decay"]) for group in optimizer.param_groups)
 
-    monkeypatch.setattr(heads, "PlainHead", counted)
-    heads.train_one_by_one(task)
-    assert len(set(made)) == heads.HEADS == 32
+    handle = register_optimizer_step_post_hook(record)
+    try:
+        heads.train_one_by_one(task)
+    finally:
+        handle.remove()
+    assert len(stepped) == heads.HEADS == 32
     samples = training.Samples({"heads together": [1.0, 1.0], "heads one by one": [4.0, 2.0]})
     (target,) = heads.judge_heads(task, samples, 3000.0)
     assert target.ratio is not None
