@@ -59,9 +59,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(root: Path, output: Path, **settings: Any) -> Metrics:
     phases = (Phase(epochs=12),)
-    return train(
-        TrainSettings(**{**SMALL, "images": root / "table.csv", "phases": phases, **settings}, output=output)
-    )
+    return train(TrainSettings(**{**SMALL, "images": root / "table.csv", "phases": phases, **settings}, output=output))
 
 
 @pytest.fixture(scope="module")
