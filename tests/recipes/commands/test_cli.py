@@ -207,7 +207,7 @@ def test_inspect_prints_groups_and_parameters_without_memory(capsys: pytest.Capt
 
 def test_inspect_accepts_networks_without_a_classifier(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "qwen3_vit_88m_enc"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("no classifier: `train` can't use it")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("no classifier: `train` cannot use it")
 
 
 def test_inspect_prints_what_can_be_cached(capsys: pytest.CaptureFixture[str], fail: Fail) -> None:

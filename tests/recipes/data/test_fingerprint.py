@@ -218,7 +218,10 @@ class Stream(IterableDataset[Any]):
     [
         (DataLoader(TensorDataset(ONES)), r"got a DataLoader; pass its dataset: data_fingerprint\(loader\.dataset\)"),
         (Stream(), r"Stream is a stream of unknown length; pass a name of your own: FeatureCache\(folder, 'images"),
-        ([{1, 2}], r"a dataset gave a set, which can't be compared; return tensors, arrays or numbers, or pass a name"),
+        (
+            [{1, 2}],
+            r"a dataset gave a set, which cannot be compared; return tensors, arrays or numbers, or pass a name",
+        ),
     ],
 )
 def test_what_has_no_fingerprint_says_what_to_pass(data: Any, message: str) -> None:

@@ -37,6 +37,6 @@ class Branching(nn.Module):
 def test_a_network_that_is_no_graph_is_one_sentence(tmp_path: Path) -> None:
     trained = make_trained()
     trained.model.classifier = Branching()
-    with pytest.raises(ValueError, match=r"^torch\.export can't convert this network \(.*"):
+    with pytest.raises(ValueError, match=r"^torch\.export cannot convert this network \(.*"):
         export_torch(trained, tmp_path / "model.pt2")
     assert names_in(tmp_path) == []

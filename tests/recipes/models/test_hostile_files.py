@@ -225,7 +225,7 @@ def with_config(content: bytes, **entries: object) -> bytes:
             lambda c: replace_entry(c, "arguments", '{"img_size": 1000000000}'),
             "arguments img_size .*less than or equal to 4096",
         ),
-        (lambda c: replace_entry(c, "arguments", '{"img_size": 64}'), "timm .* can't build test_resnet with"),
+        (lambda c: replace_entry(c, "arguments", '{"img_size": 64}'), "timm .* cannot build test_resnet with"),
         (lambda c: replace_entry(c, "class_names", "[" * 100_000), "class_names = .*: invalid JSON"),
         (lambda c: replace_entry(c, "class_names", json.dumps([*map(str, range(100_000))])), "has shape .*100000"),
         (

@@ -59,7 +59,7 @@ def test_a_folder_that_is_missing_is_one_line(command: str, tmp_path: Path, caps
     arguments = {"inspect": [name], "predict": [name, images], "train": [images, "--model", name]}
     assert cli.main([command, *arguments[command]]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("backbone-finetune: error: local-dir:nowhere: timm can't load it (Config file not found: ")
+    assert line.startswith("backbone-finetune: error: local-dir:nowhere: timm cannot load it (Config file not found: ")
 
 
 def test_train_starts_from_the_weights_of_a_folder(hub: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_arguments_that_a_model_file_cannot_keep_are_refused_before_training(
     change(hub, model_args={"img_size": 96, "depth": 6})
     images = make_folder(tmp_path / "images", per_class=2)
     assert cli.main(["train", str(images), "--model", f"local-dir:{hub}"]) == 2
-    assert "model_args that a model file can't keep: depth = 6" in capsys.readouterr().err
+    assert "model_args that a model file cannot keep: depth = 6" in capsys.readouterr().err
 
 
 def test_inspect_takes_a_folder(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""``backbone-finetune evaluate`` of a model of labels or values: a table of images whose labels or values are known."""
+"""``backbone-finetune evaluate`` for a model of labels or values, on a table of images with known labels or values."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -19,14 +19,14 @@ from .predict import predict_rows
 
 @dataclass(frozen=True)
 class LabelScore:
-    """Counts and metrics of one label: images that have it (``support``), that are given it, and both (``correct``)."""
+    """Counts and metrics of one label: ``support`` images have it, ``predicted`` are given it, ``correct`` are both."""
 
     name: str
     threshold: float
     support: int
     predicted: int
     correct: int
-    f1: float | None  # None where no image has the label
+    f1: float | None  # None if no image has the label
     average_precision: float | None
 
 
@@ -41,7 +41,7 @@ class ValueScore:
 
 @dataclass(frozen=True)
 class TableEvaluation:
-    """How a model does on images with labels or values: the metrics of all, and those of each label or output."""
+    """The metrics of a model on images with labels or values, in total and for each label or output."""
 
     metrics: dict[str, float]
     images: int
@@ -66,7 +66,7 @@ class TableEvaluation:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> Path:
-        """Write ``evaluation.json`` into a folder, which is created where there is none."""
+        """Write ``evaluation.json`` into a folder, which is created if it does not exist."""
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -82,22 +82,22 @@ def evaluate_table(
     tta: bool = False,
     show_progress: bool = True,
 ) -> TableEvaluation:
-    """Evaluate a model of labels or values on a table with a column ``labels``, or a column for each of its values.
+    """Evaluate a model of labels or values on a table with a column ``labels``, or with a column for each value.
 
-    Of a table that is split in train, validation and test the last that it has counts. Images that cannot be read are
+    If the table has several splits, the last of train, validation and test is used. Images that cannot be read are
     skipped, each with a message.
 
     Args:
         trained: The model, on any device; its objective is `MultiLabel` or `Regression`.
         table: A ``.csv`` or ``.tsv`` file.
-        batch_size: How many images run at a time.
-        workers: How many processes read images; None chooses by the cores and the images.
-        tta: Whether to average over an image and its mirror image, as ``predict`` does.
+        batch_size: The number of images per batch.
+        workers: The number of processes that read images; None chooses by cores and images.
+        tta: Whether to average over the image and its mirror image (test-time augmentation).
         show_progress: Whether to show a progress bar on stderr.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has other columns or labels than the model, or no image can be read.
+        FileNotFoundError: the table does not exist.
+        ValueError: the table has other columns or labels than the model, or no image can be read.
     """
     objective, names = trained.objective, trained.class_names
     if table.suffix.lower() not in TABLES:

@@ -42,7 +42,7 @@ def inspect(architecture: str) -> str:
     if has_classifier:
         lines[-1] += "  always; this many per class"
     else:
-        lines[-1] = "no classifier: `train` can't use it; in Python, FineTuneModel(backbone, classifier) can"
+        lines[-1] = "no classifier: `train` cannot use it; in Python, FineTuneModel(backbone, classifier) can"
     return "\n".join(lines)
 
 

@@ -20,8 +20,8 @@ class Metrics:
     Values that were not measured are None. The test images are evaluated once, at the end; ``history`` has those of the
     validation images in each epoch, and ``best_epoch`` is the one whose weights were kept, with a monitor.
     ``fold_accuracies`` are those of a cross-validation on the training images. ``test_balanced_accuracy`` is the mean
-    recall of the classes that have test images. Where images have labels or values, ``objective`` says so, with its
-    thresholds or its scale, accuracies are the share of images whose labels are all right, or None, and the metrics are
+    recall of the classes that have test images. If images have labels or values, ``objective`` has the
+    thresholds or the scale; accuracies are the share of images whose labels are all correct, or None, and metrics are
     those of the objective.
     """
 

@@ -16,7 +16,7 @@ MOST_NAMED = 50
 def draw_curves(
     history: Sequence[EpochResult], references: Mapping[str, float], path: Path, metric: str = "accuracy"
 ) -> None:
-    """Draw the loss and a metric by epoch as a PNG, with a line across for each reference."""
+    """Draw the loss and a metric by epoch as a PNG, with a horizontal line for each reference."""
     epochs = [result.epoch for result in history]
     # Not pyplot: its figures are global state, and it may use a window system.
     figure = Figure(figsize=(10, 4), layout="constrained")

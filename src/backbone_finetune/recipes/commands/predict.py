@@ -38,9 +38,10 @@ MOST_PIXELS = 2**27
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of an image, best first, as ``(class name, probability)``; or why it cannot be read.
+    """The most likely classes of an image, best first, as ``(class name, probability)``, or the reason of an error.
 
-    Of a model of labels, they are all labels above their thresholds, maybe none; of a model of values, see ``values``.
+    For a model of labels, ``classes`` has all labels above their thresholds, possibly none. A model of values sets
+    ``values``.
 
     >>> Prediction(Path("tom.jpg"), (("cat", 0.9), ("dog", 0.1))).error is None
     True
@@ -78,7 +79,7 @@ def predict(
     Args:
         trained: The model; it runs on its device.
         images: Paths of image files.
-        top_k: How many classes to name for each image; of a model of labels all are named that the image has.
+        top_k: The number of classes per image. A model of labels returns all labels of the image.
         batch_size: The number of images per batch.
         workers: The number of processes that read images; None chooses by cores and images.
         tta: Whether to average over the image and its mirror image (test-time augmentation), at twice the cost.
@@ -91,7 +92,7 @@ def predict(
 
 
 def _name(trained: TrainedModel | NamedModel, path: Path, row: Tensor, top_k: int) -> Prediction:
-    """Name what an image's probabilities or values, ``(K,)``, say."""
+    """Convert the probabilities or values of an image, ``(K,)``, to a `Prediction`."""
     names, objective = trained.class_names, trained.objective
     if isinstance(objective, Regression):
         return Prediction(path, values=tuple(zip(names, row.tolist(), strict=True)))
@@ -106,7 +107,7 @@ def _name(trained: TrainedModel | NamedModel, path: Path, row: Tensor, top_k: in
 def predict_rows(
     trained: TrainedModel | NamedModel, images: Iterable[Path], *, batch_size: int, workers: int | None, tta: bool
 ) -> Iterator[tuple[Path, Tensor | str]]:
-    """Predict the probabilities or values of each image, ``(K,)`` on the CPU; or say why it cannot be read."""
+    """Predict the probabilities or values of each image, ``(K,)`` on the CPU, or return why it cannot be read."""
     trained.model.eval()
     config = trained.data_config
     to_bytes: Callable[[Image.Image], Tensor] = pil_to_tensor
@@ -157,10 +158,10 @@ def _run(trained: TrainedModel | NamedModel, inputs: Tensor, *, tta: bool) -> Te
 def write_csv(
     predictions: Iterable[Prediction], path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
 ) -> Iterator[Prediction]:
-    """Yield each prediction when it is written to a CSV file, which is complete after the last one.
+    """Write predictions to a CSV file and yield each one; the file is complete after the last one.
 
-    Its columns are those of the ``top_k`` classes; of a ``trained`` model of labels, all labels of an image in one, as
-    "cat;dog"; of one of values, one for each.
+    The columns are the ``top_k`` classes. For a ``trained`` model of labels, one column has all labels of an image, as
+    "cat;dog"; for a model of values, each value has a column.
     """
     objective = SingleLabel() if trained is None else trained.objective
     columns = [f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability")]
@@ -183,9 +184,9 @@ def write_csv(
 
 
 def write_jsonl(predictions: Iterable[Prediction], path: Path) -> Iterator[Prediction]:
-    r"""Yield each prediction when it is written to a file of JSON lines, which is complete after the last one.
+    r"""Write predictions to a file of JSON lines and yield each one; the file is complete after the last one.
 
-    Bytes of a name that are not text are escaped as Python does, ``\udcff`` for 255: ``os.fsencode`` restores them.
+    Undecodable bytes of a name are escaped as Python does, ``\udcff`` for 255; ``os.fsencode`` restores them.
     """
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for prediction in predictions:

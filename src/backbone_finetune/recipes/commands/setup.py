@@ -77,7 +77,7 @@ class TrainSettings:
         class_weights: "balanced" weights the loss of an image by N / (K * count), for N training images, K classes and
             the number of its class; None weights all images equally.
         label_smoothing: The share of each target that is spread over all classes.
-        regression: Columns of a table whose numbers are predicted. Without it, a table with a column ``label`` has one
+        regression: Columns of a table whose numbers are predicted. Otherwise a table with a column ``label`` has one
             class per image, and one with a column ``labels`` any number, as "cat;dog".
 
     >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output
@@ -194,9 +194,9 @@ def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder 
 
 
 def choose_objective(settings: TrainSettings, folder: LabelledFolder, start: Objective) -> Objective:
-    """Return what the targets of the training images are; ValueError where a setting is for other ones.
+    """Return the objective for the targets of the training images; raise ValueError if a setting does not fit it.
 
-    A model of the same values that is trained further keeps the scale that its classifier has.
+    A model of the same values that is trained further keeps the scale of its classifier.
     """
     if isinstance(folder.targets[0], int):
         weights = None if settings.class_weights is None else balanced_weights(folder.targets)

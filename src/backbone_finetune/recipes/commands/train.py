@@ -229,7 +229,7 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
 
 
 def _choose_thresholds(task: Task, config: TrainerConfig) -> TrainerConfig:
-    """Choose the threshold of each label on the validation images, once the model is trained."""
+    """Choose the threshold of each label on the validation images, after training."""
     objective = config.objective
     if not isinstance(objective, MultiLabel):
         return config

@@ -50,8 +50,8 @@ def find_images(path: Path, class_names: Sequence[str] | None = None) -> Labelle
         class_names: The allowed classes, in their order. By default those that are found, at least two.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        NotADirectoryError: it is a file, but not a table.
+        FileNotFoundError: the folder does not exist.
+        NotADirectoryError: the path is a file, but not a table.
         ValueError: it has too few or other classes, or is split in parts (`find_splits` reads these); or a class
             has no image, or has control characters in its name.
     """
@@ -64,7 +64,7 @@ def find_images(path: Path, class_names: Sequence[str] | None = None) -> Labelle
 def find_splits(
     path: Path, class_names: Sequence[str] | None = None, values: Sequence[str] = ()
 ) -> dict[str, LabelledFolder]:
-    """List images by the part of the data that they belong to: "train" and, if they are there, "validation", "test".
+    """List the images of each part of the data: "train" and, if present, "validation" and "test".
 
     The parts are folders ``train``, ``val`` (``valid``, ``validation``) and ``test`` that have the same sub-folders,
     one per class; or the splits in a column of a table. The classes of all parts are those of "train", unless
@@ -80,8 +80,8 @@ def find_splits(
     {'train': (0, 1), 'validation': (1,)}
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        NotADirectoryError: it is a file, but not a table.
+        FileNotFoundError: the folder does not exist.
+        NotADirectoryError: the path is a file, but not a table.
         ValueError: as for `find_images`; or a part has a class that "train" does not have.
     """
     if path.suffix.lower() in TABLES and path.is_file():
@@ -226,7 +226,7 @@ def find_data(
             where images have several labels, whose thresholds are chosen.
         test_share: The share of each class to test on if there are neither test nor validation images.
         seed: Seed of the held-out images.
-        values: The columns of a table that are numbers to predict.
+        values: The columns of a table whose numbers are predicted.
     """
     parts = find_splits(path, values=values)
     if chooses is None and not values and not isinstance(parts[TRAIN].targets[0], int):
@@ -262,7 +262,7 @@ def find_data(
 
 
 def _describe_targets(images: LabelledFolder, values: Sequence[str]) -> list[str]:
-    """Count the images of each class, or name the range of each value."""
+    """Return the number of images of each class, or the range of each value."""
     if isinstance(images.targets[0], int):
         counts = Counter(images.targets)
         return [str(counts[target]) for target in range(len(images.class_names))]

@@ -172,7 +172,7 @@ def _digest_item(item: Any) -> str:
         array = numpy.empty(0) if isinstance(leaf, Tensor) else numpy.asarray(leaf)
         if array.dtype.hasobject:
             raise ValueError(
-                f"a dataset gave a {type(leaf).__name__}, which can't be compared; return tensors, arrays or numbers, "
+                f"a dataset gave a {type(leaf).__name__}, which cannot be compared; return tensors, arrays or numbers, "
                 f"or {_NAME_INSTEAD}"
             )
         content = digest(leaf).encode() if isinstance(leaf, Tensor) else array.tobytes()

@@ -1,4 +1,4 @@
-"""Tables of images: a CSV or TSV file with the path and the class, the labels or values of an image in each row."""
+"""Tables of images: each row of a CSV or TSV file has the path of an image and its class, labels or values."""
 
 import csv
 import math
@@ -12,8 +12,8 @@ from ..text import join_some, one_line
 TABLES = {".csv": ",", ".tsv": "\t"}  # the delimiter of each kind
 PATHS = ("path", "file", "filename", "file_name", "image")
 LABELS = ("label", "class", "target")
-SEVERAL = "labels"  # of which an image has any number
-SEPARATORS = "[;|]"  # of the labels of an image
+SEVERAL = "labels"  # an image has any number of them
+SEPARATORS = "[;|]"  # between the labels of an image
 SPLITS = ("split", "subset")
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -22,15 +22,15 @@ PARTS |= {"test": TEST, "testing": TEST}
 
 
 def read_table(table: Path, values: Sequence[str] = ()) -> dict[str, list[tuple[Path, Any]]]:
-    """Read paths and targets from a table in UTF-8 whose first line names its columns, by the part of the data.
+    """Read the paths and targets of each part of the data from a table in UTF-8 whose first line names the columns.
 
-    A target is the text in the column ``label``; or a tuple of the texts in the column ``labels``, e.g. "cat;dog" or
-    "cat|dog", which may be empty; or a tuple of the numbers in the columns ``values``. Paths are relative to the
+    A target is the text in the column ``label``, a tuple of the texts in the column ``labels``, e.g. "cat;dog" or
+    "cat|dog", which may be empty, or a tuple of the numbers in the columns ``values``. Paths are relative to the
     table's folder, and sorted by label.
 
     Raises:
-        ValueError: a column is missing or duplicated, a row lacks an entry or a number, or is of an unknown part, none
-            of the paths is a file, or none is of "train".
+        ValueError: a column is missing or duplicated, a row lacks an entry or a number, a split is unknown, none
+            of the paths is a file, or no row has the split "train".
     """
     found: dict[str, list[tuple[Path, Any]]] = {TRAIN: [], VALIDATION: [], TEST: []}
     try:

@@ -85,7 +85,7 @@ def converting(converter: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            raise ValueError(f"{converter} can't convert this network ({one_line(error, most=300)})") from error
+            raise ValueError(f"{converter} cannot convert this network ({one_line(error, most=300)})") from error
 
 
 @contextmanager

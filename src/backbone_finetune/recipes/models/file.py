@@ -211,7 +211,7 @@ def _build_model(description: ModelDescription) -> FineTuneModel:
         )
     except Exception as error:  # an architecture may raise any error for an argument that it does not support
         raise ValueError(
-            f"timm {timm.__version__} can't build {description.architecture} with {description.given_arguments} "
+            f"timm {timm.__version__} cannot build {description.architecture} with {description.given_arguments} "
             f"({one_line(error, most=200)})"
         ) from error
 

@@ -106,14 +106,14 @@ class BaseReference(_Schema):
 
 
 class MultiLabelDescription(_Schema):
-    """An image has any number of the classes, those whose probability is above their threshold."""
+    """An image has each class whose probability is above its threshold."""
 
     kind: Literal["MultiLabel"]
     thresholds: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
 
 
 class RegressionDescription(_Schema):
-    """The classes are names of values, which are outputs times ``std`` plus ``mean``."""
+    """The class names are names of values; a value is ``output * std + mean``."""
 
     kind: Literal["Regression"]
     mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
@@ -151,7 +151,7 @@ class ModelDescription(BaseModel, strict=True, extra="ignore"):
         return self
 
     def make_objective(self) -> Objective:
-        """Return what the outputs mean."""
+        """Return the objective, which defines the meaning of the outputs."""
         if isinstance(self.objective, MultiLabelDescription):
             return MultiLabel(self.objective.thresholds)
         if isinstance(self.objective, RegressionDescription):
@@ -165,7 +165,7 @@ class ModelDescription(BaseModel, strict=True, extra="ignore"):
 
 
 def describe_objective(objective: Objective) -> dict[str, Any] | None:
-    """Write down what the outputs of a network mean, as a model file has it; None where an image has one class."""
+    """Return an objective as the metadata of a model file; None for one class per image."""
     if isinstance(objective, MultiLabel):
         return {"kind": "MultiLabel", "thresholds": objective.thresholds}
     if isinstance(objective, Regression):

@@ -84,7 +84,7 @@ def create_network(name: str, *, pretrained: bool = False) -> Any:
     try:
         return timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # timm and the hub may raise any error if it does not exist or is not a model
-        raise ValueError(f"{name}: timm can't load it ({one_line(error, most=300)})") from error
+        raise ValueError(f"{name}: timm cannot load it ({one_line(error, most=300)})") from error
 
 
 def model_arguments(network: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def model_arguments(network: Any) -> dict[str, Any]:
         return NetworkArguments(**arguments).model_dump(exclude_unset=True)
     except ValidationError as error:
         fault = describe_fault(error)
-        raise ValueError(f"its config.json has model_args that a model file can't keep: {fault}") from error
+        raise ValueError(f"its config.json has model_args that a model file cannot keep: {fault}") from error
 
 
 def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> nn.Module:

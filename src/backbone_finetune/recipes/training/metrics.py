@@ -10,7 +10,7 @@ __all__ = ["accuracies", "best_thresholds", "macro_f1", "mean_average_precision"
 
 
 def accuracies(answers: Tensor, targets: Tensor) -> dict[str, float]:
-    """Compute the share of right answers ``(N,)``, and the mean of this share over the targets' classes.
+    """Compute the share of correct answers ``(N,)``, and the mean of this share over the targets' classes.
 
     >>> accuracies(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]))
     {'accuracy': 0.75, 'balanced_accuracy': 0.5}
@@ -22,9 +22,9 @@ def accuracies(answers: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
-    """Average the average precision of scores ``(N, K)`` over the labels of 0/1 targets that an image has; 0 for none.
+    """Compute the mean average precision of scores ``(N, K)`` over the labels that occur in 0/1 targets; 0 for none.
 
-    It is the area under the steps of the precision over the recall, as scikit-learn's ``average_precision_score``.
+    It is the area under the precision-recall curve in steps, as scikit-learn's ``average_precision_score``.
 
     >>> round(mean_average_precision(torch.tensor([[0.9], [0.8], [0.7]]), torch.tensor([[1], [0], [1]])), 4)
     0.8333
@@ -38,7 +38,7 @@ def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
 
 
 def macro_f1(chosen: Tensor, targets: Tensor) -> float:
-    """Average the F1 of chosen labels ``(N, K)`` over the labels of 0/1 targets that an image has; 0 for none.
+    """Compute the mean F1 of chosen labels ``(N, K)`` over the labels that occur in 0/1 targets; 0 for none.
 
     >>> macro_f1(torch.tensor([[1], [1], [0]]), torch.tensor([[1], [0], [1]]))
     0.5
@@ -50,9 +50,9 @@ def macro_f1(chosen: Tensor, targets: Tensor) -> float:
 
 
 def best_thresholds(scores: Tensor, targets: Tensor) -> tuple[float, ...]:
-    """Choose the threshold of each label with the best F1: scores ``(N, K)`` from 0 to 1 above it are a yes.
+    """Choose the threshold with the best F1 for each label; scores ``(N, K)`` from 0 to 1 above it are positive.
 
-    It lies midway between two scores; a label that no image has gets one half.
+    A threshold is midway between two scores; it is 0.5 for a label that no image has.
 
     >>> best_thresholds(torch.tensor([[1.0], [0.5], [0.25]]), torch.tensor([[1], [1], [0]]))
     (0.375,)
@@ -66,10 +66,10 @@ def best_thresholds(scores: Tensor, targets: Tensor) -> tuple[float, ...]:
 
 
 def regression_errors(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the mean absolute error and R squared of each output: values and targets ``(N, K)`` to two of ``(K,)``.
+    """Compute the mean absolute error and R squared of each output, both ``(K,)``, for values and targets ``(N, K)``.
 
-    R squared is 1 minus the squared errors over those of the targets' mean. Where all targets are the same it is 1 if
-    the values are these, else 0.
+    R squared is 1 minus the squared errors divided by those of the targets' mean. If all targets are equal, it is 1 if
+    the values are equal to them, and 0 otherwise.
 
     >>> regression_errors(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [3.0]]))
     (tensor([0.5000], dtype=torch.float64), tensor([0.5000], dtype=torch.float64))
@@ -81,7 +81,7 @@ def regression_errors(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cut(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut scores ``(N,)`` below each value that occurs: of those above, the hits and the number; and the values."""
+    """Count the hits and all scores ``(N,)`` at or above each distinct score; return both and the distinct scores."""
     values, order = scores.double().sort(descending=True)
     last = torch.cat((values.diff() != 0, values.new_ones(1).bool()))  # of equal scores
     hits = targets[order].double().cumsum(0)
