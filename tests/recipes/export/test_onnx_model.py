@@ -25,6 +25,7 @@ from backbone_finetune.recipes.commands.train import CLIPART
 from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.export.onnx_preprocessing import build_preprocessing
 from backbone_finetune.recipes.models.file import build_transform
+from backbone_finetune.recipes.training.objectives import MultiLabel, Objective, Regression
 
 pytestmark = pytest.mark.clients
 onnx = pytest.importorskip("onnx")
@@ -126,6 +127,19 @@ def test_it_is_evaluated_as_the_model_is(plain: Path, trained: TrainedModel, tmp
         evaluate_folder(each, tmp_path / "images", show_progress=False) for each in (load_onnx_model(plain), trained)
     ]
     assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("objective", [MultiLabel((0.4, 0.5, 0.45)), Regression((100.0,), (20.0,))])
+def test_labels_and_values_are_predicted_as_by_the_model(
+    objective: Objective, trained: TrainedModel, tmp_path: Path
+) -> None:
+    other = replace(trained, objective=objective)
+    loaded = load_onnx_model(export_onnx(other, tmp_path / "model.onnx").path)
+    assert loaded.objective == objective
+    for one, expected in zip(predict(loaded, IMAGES), predict(other, IMAGES), strict=True):
+        assert dict(one.classes) == pytest.approx(dict(expected.classes), abs=1e-4)
+        assert dict(one.values) == pytest.approx(dict(expected.values), abs=1e-2)
+        assert one.values or isinstance(objective, MultiLabel)
 
 
 def test_other_files_are_refused(plain: Path, tmp_path: Path) -> None:
