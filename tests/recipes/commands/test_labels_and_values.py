@@ -19,6 +19,7 @@ from backbone_finetune.recipes import Metrics, TrainSettings, find_splits, load_
 from backbone_finetune.recipes.commands.evaluate import evaluate_folder
 from backbone_finetune.recipes.commands.evaluate_table import evaluate_table
 from backbone_finetune.recipes.data.images import ImageDataset, read_image
+from backbone_finetune.recipes.data.loading import DeviceLoader
 from backbone_finetune.recipes.models.file import TrainedModel, build_transform
 from backbone_finetune.recipes.models.metadata import parse_metadata
 from backbone_finetune.recipes.training.objectives import MultiLabel, Regression, SingleLabel
@@ -267,6 +268,9 @@ def test_the_command_line_trains_values_of_columns(
     assert main(["inspect", str(tmp_path / "run" / "model.safetensors")]) == 0
     assert "2 values (grey, count)" in capsys.readouterr().out
     # Trained further, it keeps the scale of its classifier.
+    rows = list(csv.DictReader((images / "table.csv").read_text().splitlines()))
+    moved = [{**row, "path": str(images / row["path"]), "grey": float(row["grey"]) + 500} for row in rows]
+    table = str(write_table(tmp_path / "moved.csv", moved))
     further = [
         "train",
         table,
@@ -327,6 +331,10 @@ def test_images_that_cannot_be_read_are_skipped(
     for path in images.glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes() if path.name not in {"3.png", "70.png"} else b"no image")
     (tmp_path / "table.csv").write_bytes((images / "table.csv").read_bytes())
+    found = find_splits(tmp_path / "table.csv")["test"]
+    loader = DeviceLoader(ImageDataset(found, lambda image: torch.zeros(3)), torch.device("cpu"), batch_size=16)
+    (rows,) = (targets for _, targets in loader)
+    assert [path.name for path, row in zip(found.paths, rows, strict=True) if row.isnan().any()] == ["70.png"]
     for name, regression in (("labels", None), ("values", ("grey",))):
         phases = (Phase(epochs=1, lr=0.01),)
         metrics = run(tmp_path, tmp_path / name, regression=regression, phases=phases, cache=cache)

@@ -145,6 +145,7 @@ def test_losses_are_those_of_torch() -> None:
 def test_what_cannot_be_read_adds_nothing_to_loss_gradient_and_right_answers() -> None:
     rows = torch.tensor([[NAN, NAN], [1.0, 0.0]])
     assert is_read(rows).tolist() == [False, True]
+    assert is_read(torch.tensor([156], dtype=torch.uint8)).tolist() == [True]  # -100 in 8 bits
     for objective in (SoftLabels(), MultiLabel(), Regression(), MultiLabel(loss=lambda o, t: (o - t).square().sum(1))):
         outputs = draw(2, 2).requires_grad_()
         loss = objective.losses(outputs, rows).sum()
@@ -166,6 +167,27 @@ def test_a_loss_of_ones_own_for_values_gets_them_scaled() -> None:
 
     Regression((100.0,), (50.0,), loss).losses(torch.zeros(2, 1), torch.tensor([100.0, 200.0]))
     assert seen == [[[0.0], [2.0]]]
+
+
+@pytest.mark.parametrize(
+    ("objective", "targets", "seen"),
+    [
+        (SingleLabel(), torch.tensor([1, 0], dtype=torch.int32), torch.int64),
+        (MultiLabel(), torch.tensor([[True, False], [True, True]]), torch.float32),
+        (SoftLabels(), torch.tensor([[0.5, 0.5], [1.0, 0.0]]).double(), torch.float32),
+    ],
+)
+def test_a_loss_of_ones_own_gets_targets_as_losses_of_torch_take_them(
+    objective: Objective, targets: Tensor, seen: torch.dtype
+) -> None:
+    kinds = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        kinds.append(targets.dtype)
+        return outputs.sum(1)
+
+    type(objective)(loss=loss).losses(draw(2, 2), targets)  # type: ignore[call-arg]
+    assert kinds == [seen]
 
 
 def test_average_precision_is_the_mean_of_the_precision_at_each_hit_with_ties_as_one_cut() -> None:

@@ -74,6 +74,28 @@ def test_gradient_and_loss_are_those_of_torch(objective: Objective, targets: Ten
     assert result.validation_loss == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("objective", "targets"),
+    [(MultiLabel(), LABELS), (Regression((0.5,), (0.5,)), LABELS * 1.5)],
+    ids=["labels", "values"],
+)
+def test_where_layers_train_the_steps_on_what_is_cached_are_those_of_the_whole_model(
+    objective: Objective, targets: Tensor
+) -> None:
+    data = TensorDataset(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), targets)
+    phases, histories, weights = [Phase(epochs=2, trainable_groups=1, lr=0.01)], [], []
+    for cached in (True, False):
+        torch.manual_seed(1)
+        model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+        config = make_config(objective, batch_size=2, cache_features=cached)
+        histories.append(fine_tune(model, data, data, phases, config))
+        weights.append(model.state_dict())
+    assert [result.train_loss for result in histories[0]] == pytest.approx(
+        [r.train_loss for r in histories[1]], rel=1e-4
+    )
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
+
+
 def test_labels_are_learnt_and_their_metrics_reported() -> None:
     def draw(seed: int) -> TensorDataset:
         inputs, noise = make_data(torch.zeros(400, 3), seed).tensors[0].split((3, 3), 1)

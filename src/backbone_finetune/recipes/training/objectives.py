@@ -67,8 +67,8 @@ class Objective(ABC):
         return None
 
     def scale(self, targets: Tensor) -> Tensor:
-        """Convert targets to the scale of the outputs."""
-        return targets
+        """Convert targets to what a loss compares outputs with."""
+        return targets.float()
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Compute the loss of each image, ``(B,)``; unreadable images have none, or 0.
@@ -89,8 +89,32 @@ class Objective(ABC):
         return losses
 
 
+class _Classes(Objective):
+    """Each image has one correct class."""
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return probabilities that sum to 1."""
+        return outputs.softmax(-1)
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        """Return the most likely class of each image, ``(B,)``."""
+        return outputs.argmax(-1)
+
+    def classes(self, targets: Tensor) -> Tensor:
+        """Return the correct class of each image, ``(B,)``."""
+        return targets
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Tell for which images the correct class is the most likely."""
+        return outputs.argmax(-1) == self.classes(targets)
+
+    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
+        """Compute the accuracy, and the mean recall of the classes that have images."""
+        return metrics.accuracies(answers, self.classes(targets))
+
+
 @dataclass(frozen=True, config=CHECKED)
-class SingleLabel(Objective):
+class SingleLabel(_Classes):
     """One class per image: targets are class indices ``(B,)``, and the loss is torch's ``cross_entropy``.
 
     With ``class_weights`` the loss of a batch, and of an epoch, is the sum of the weighted losses divided
@@ -125,21 +149,10 @@ class SingleLabel(Objective):
         """Compute the weighted cross entropy of each image, ``(B,)``."""
         weights = None if self.class_weights is None else _on(outputs, self.class_weights)
         smoothing = self.label_smoothing
+        targets = self.scale(targets)
         return cross_entropy(
-            outputs, targets.long(), weights, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+            outputs, targets, weights, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
         )
-
-    def predict(self, outputs: Tensor) -> Tensor:
-        """Return probabilities that sum to 1."""
-        return outputs.softmax(-1)
-
-    def answer(self, outputs: Tensor) -> Tensor:
-        """Return the most likely class of each image, ``(B,)``."""
-        return outputs.argmax(-1)
-
-    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return which images have their class as the most likely one."""
-        return outputs.argmax(-1) == targets
 
     def weights(self, targets: Tensor) -> Tensor | None:
         """Return the weight of each image's class."""
@@ -148,13 +161,13 @@ class SingleLabel(Objective):
         weights = _on(targets, self.class_weights, torch.float32)
         return weights[targets.long().clamp(min=0)].where(is_read(targets), 0)
 
-    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        """Compute the accuracy, and the mean recall of the classes that have images."""
-        return metrics.accuracies(answers, targets)
+    def scale(self, targets: Tensor) -> Tensor:
+        """Return class indices as torch's losses take them."""
+        return targets.long()
 
 
 @dataclass(frozen=True, config=CHECKED)
-class SoftLabels(Objective):
+class SoftLabels(_Classes):
     """A probability for each class: targets are rows ``(B, K)`` that sum to 1, e.g. of several annotators or a teacher.
 
     The loss is torch's ``cross_entropy``. A prediction is correct if the most likely class is the target's.
@@ -173,24 +186,12 @@ class SoftLabels(Objective):
 
     def default_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Compute the cross entropy of each image, ``(B,)``."""
-        losses = cross_entropy(outputs, targets.nan_to_num().to(outputs.dtype), reduction="none")
+        losses = cross_entropy(outputs, self.scale(targets).nan_to_num().to(outputs.dtype), reduction="none")
         return losses.where(is_read(targets), 0)
 
-    def predict(self, outputs: Tensor) -> Tensor:
-        """Return probabilities that sum to 1."""
-        return outputs.softmax(-1)
-
-    def answer(self, outputs: Tensor) -> Tensor:
-        """Return the most likely class of each image, ``(B,)``."""
-        return outputs.argmax(-1)
-
-    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return which images have the target's most likely class."""
-        return (outputs.argmax(-1) == targets.argmax(-1)) & is_read(targets)
-
-    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        """Compute the accuracy and the mean recall of the targets' most likely classes."""
-        return metrics.accuracies(answers, targets.argmax(-1))
+    def classes(self, targets: Tensor) -> Tensor:
+        """Return the most likely class of each target."""
+        return targets.argmax(-1).where(is_read(targets), IGNORED)
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -222,7 +223,7 @@ class MultiLabel(Objective):
 
     def default_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Compute the mean binary cross entropy of each image, ``(B,)``."""
-        wanted = targets.to(outputs.dtype).nan_to_num()
+        wanted = self.scale(targets).nan_to_num().to(outputs.dtype)
         return binary_cross_entropy_with_logits(outputs, wanted, reduction="none").mean(1).where(is_read(targets), 0)
 
     def predict(self, outputs: Tensor) -> Tensor:
