@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from exported_models import make_trained, names_in
 from PIL import Image
 
-from backbone_finetune.recipes import export_hub_folder
+from backbone_finetune.recipes import MultiLabel, export_hub_folder
 from backbone_finetune.recipes.models.file import build_transform
 
 
@@ -28,6 +29,13 @@ def test_timm_loads_it_with_names_and_preprocessing(tmp_path: Path) -> None:
     for name, value in trained.data_config.items():
         assert config[name] == (list(value) if name in {"mean", "std"} else value)
     assert exported.use == f"timm.create_model('local-dir:{tmp_path / 'hub'}', pretrained=True)"
+
+
+def test_an_objective_that_the_folder_cannot_hold_is_refused(tmp_path: Path) -> None:
+    trained = replace(make_trained(), objective=MultiLabel((0.5, 0.5, 0.5)))
+    with pytest.raises(ValueError, match="as one class per image, and this model is MultiLabel; export --to onnx"):
+        export_hub_folder(trained, tmp_path / "hub")
+    assert names_in(tmp_path) == []
 
 
 def test_what_is_there_stays(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,18 @@ import torch
 from exported_models import make_trained, names_in
 from torch import nn
 
-from backbone_finetune.recipes import export_torch
+from backbone_finetune.recipes import MultiLabel, export_torch
 
 
 def test_it_takes_any_batch_and_carries_the_names(tmp_path: Path) -> None:
-    trained = make_trained()
+    trained = replace(make_trained(), objective=MultiLabel((0.5, 0.25, 0.5)))
     exported = export_torch(trained, tmp_path / "model.pt2")
     assert names_in(tmp_path) == ["model.pt2"]
-    files = {"class_names.json": "", "data_config.json": ""}
+    files = {"class_names.json": "", "data_config.json": "", "objective.json": ""}
     network = torch.export.load(exported.path, extra_files=files).module()
     assert tuple(json.loads(files["class_names.json"])) == trained.class_names
     assert json.loads(files["data_config.json"])["input_size"] == [3, 64, 64]
+    assert json.loads(files["objective.json"]) == {"kind": "MultiLabel", "thresholds": [0.5, 0.25, 0.5]}
     for size in (1, 5):
         inputs = torch.randn(size, 3, 64, 64)
         with torch.no_grad():

@@ -8,6 +8,7 @@ import timm
 from timm.models._hub import save_config_for_hf  # save_for_hf refuses tied tensors
 
 from ..models.file import TrainedModel
+from ..training.objectives import SingleLabel
 from .checks import Comparison, Exported, staging
 from .timm_checkpoint import make_timm_network, save_weights
 
@@ -36,8 +37,14 @@ def export_hub_folder(trained: TrainedModel, path: Path, *, images: Sequence[Pat
 
     Raises:
         FileExistsError: the folder exists already.
-        ValueError: timm's network cannot contain the classifier.
+        ValueError: the model does not predict one class per image, or timm's network cannot contain the classifier.
     """
+    if not isinstance(trained.objective, SingleLabel):
+        kind = type(trained.objective).__name__
+        raise ValueError(
+            f"timm and transformers read the outputs of a hub folder as one class per image, and this model is {kind}; "
+            "export --to onnx, which keeps the objective, or --to timm"
+        )
     network = make_timm_network(trained)
     comparison = Comparison(trained, images)
     with staging(path) as folder:

@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 
 from ..models.file import TrainedModel
+from ..models.metadata import describe_objective
 from .checks import Comparison, Exported, converting, staging
 
 
 def export_torch(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
     """Write a ``.pt2`` file with ``torch.export``, for any batch size, and check it after loading.
 
-    ``torch.export.load(path, extra_files=files)`` fills ``files = {"class_names.json": "", "data_config.json": ""}``.
+    ``torch.export.load(path, extra_files=files)`` fills in ``class_names.json``, ``data_config.json`` and
+    ``objective.json`` (null for one class per image), if ``files`` has these keys.
 
     >>> import timm
     >>> from tempfile import TemporaryDirectory
@@ -41,6 +43,7 @@ def export_torch(trained: TrainedModel, path: Path, *, images: Sequence[Path] = 
     files = {
         "class_names.json": json.dumps(trained.class_names),
         "data_config.json": json.dumps(dict(trained.data_config)),
+        "objective.json": json.dumps(describe_objective(trained.objective)),
     }
     with staging(path, ".pt2") as temporary:
         with converting("torch.export"):
