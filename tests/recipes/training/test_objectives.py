@@ -234,10 +234,12 @@ def test_errors_of_values_are_in_their_own_units() -> None:
     assert measured == pytest.approx({"r2": (1 - 0.75 / 2 + 1) / 2, "mean_absolute_error": 0.25})
     mean = targets.mean(0).expand(3, 2)
     assert objective.measure(mean, targets)["r2"] == 0
-    same = torch.full((3, 1), 7.0)
+    same = torch.full((3, 1), 7.1, dtype=torch.float64)  # whose mean is another number, by rounding
     assert Regression().measure(same, same)["r2"] == 1
     assert Regression().measure(same + 1, same)["r2"] == 0
-    assert Regression().scaled_to(same) == Regression((7.0,), (1.0,))
+    assert Regression().scaled_to(same).std == (1.0,)
+    assert Regression().measure(same + 1e-3, same)["r2"] == 0
+    assert Regression().scaled_to(same + torch.arange(3)[:, None] * 1e-5).std[0] < 1e-4
     assert Regression().scaled_to(torch.tensor([1.0, NAN, 3.0])) == Regression((2.0,), (1.0,))
 
 

@@ -237,7 +237,7 @@ def _choose_thresholds(task: Task, config: TrainerConfig) -> TrainerConfig:
         if config.accelerator.is_main_process:
             logger.warning("the threshold of each label is 0.5: there are no validation images to choose it on")
         return config
-    score = _score(task.model, task.validation, config)
+    score = evaluate(task.model.to(config.accelerator.device), task.validation, config)
     return replace(config, objective=objective.choose_thresholds(score.answers, score.targets))
 
 

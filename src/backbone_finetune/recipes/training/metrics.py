@@ -8,6 +8,8 @@ from torch import Tensor
 
 __all__ = ["accuracies", "best_thresholds", "macro_f1", "mean_average_precision", "regression_errors"]
 
+ROUNDING = 1e-7  # relative, of float32: values that differ by less are equal
+
 
 def accuracies(answers: Tensor, targets: Tensor) -> dict[str, float]:
     """Compute the share of correct answers ``(N,)``, and the mean of this share over the targets' classes.
@@ -76,7 +78,9 @@ def regression_errors(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     values, targets = values.double(), targets.double()
     squares, total = (values - targets).square().sum(0), (targets - targets.mean(0)).square().sum(0)
-    r2 = (1 - squares / total.where(total > 0, 1)).where(total > 0, (squares == 0).double())
+    least = (ROUNDING * targets.abs().amax(0)).square() * len(targets)
+    differ = total > least
+    r2 = (1 - squares / total.where(differ, 1)).where(differ, (squares <= least).double())
     return (values - targets).abs().mean(0), r2
 
 

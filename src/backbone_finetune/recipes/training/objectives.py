@@ -312,7 +312,8 @@ class Regression(Objective):
         """Return a copy with the mean and the standard deviation of targets, 1 if all are equal."""
         rows = _as_rows(targets[is_read(targets)]).double()
         std = rows.std(0, correction=0)
-        return Regression(tuple(rows.mean(0).tolist()), tuple(std.where(std > 0, 1).tolist()), self.loss)
+        std = std.where(std > metrics.ROUNDING * rows.abs().amax(0), 1)
+        return Regression(tuple(rows.mean(0).tolist()), tuple(std.tolist()), self.loss)
 
 
 def balanced_weights(targets: Sequence[int]) -> tuple[float, ...]:
