@@ -1,4 +1,4 @@
-"""The libraries take seconds to import: their tests are looked at only where the marker `clients` is asked for."""
+"""The libraries take seconds to import, so these tests are collected only with the marker `clients`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 @pytest.fixture
 def images() -> TensorDataset:
-    from client_loops import small_images  # noqa: PLC0415  # not where nothing of this folder runs
+    from client_loops import small_images  # noqa: PLC0415  # only if a test of this folder runs
 
     return small_images()

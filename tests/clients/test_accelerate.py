@@ -1,4 +1,4 @@
-"""accelerate: prepared again in each phase, on one process and on two, and resumed from its own folder."""
+"""accelerate: one `prepare` per phase, on one and two processes, and resuming from its folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from client_accelerate import make_adamw
 pytestmark = [pytest.mark.clients, pytest.mark.usefixtures("one_thread")]
 
 
-def test_groups_by_epoch_train_as_in_a_plain_loop(images: TensorDataset, tmp_path: Path) -> None:
+def test_groups_by_epoch_equal_a_plain_loop(images: TensorDataset, tmp_path: Path) -> None:
     model, plain = small_model(), small_model()
     loader = DataLoader(images, BATCH_SIZE)
     with model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
@@ -40,7 +40,7 @@ def test_groups_by_epoch_train_as_in_a_plain_loop(images: TensorDataset, tmp_pat
     assert torch.equal(again.eval()(images.tensors[0]), plain(images.tensors[0]))
 
 
-def test_a_run_is_resumed_from_its_folder(images: TensorDataset, tmp_path: Path) -> None:
+def test_a_run_resumes_from_its_folder(images: TensorDataset, tmp_path: Path) -> None:
     model = small_model()
     names = recipe("accelerate", model=model, loader=DataLoader(images, BATCH_SIZE), groups_at=groups_at)
     names["accelerator"].save_state(str(tmp_path / "state"))

@@ -1,4 +1,4 @@
-"""captum and grad-cam: a frozen model is explained as the same network that trains."""
+"""captum and grad-cam: attributions of a frozen model equal those of the trainable model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from captum.attr import IntegratedGradients
 pytestmark = [pytest.mark.clients, pytest.mark.usefixtures("one_thread")]
 
 
-def test_a_frozen_model_is_explained_as_one_that_trains(images: TensorDataset) -> None:
+def test_attributions_of_a_frozen_model_equal_those_of_a_trainable_one(images: TensorDataset) -> None:
     model, other = train_plainly(small_model(), images), small_model()
     other.load_state_dict(model.state_dict())
     inputs, targets = (tensor[:4] for tensor in images.tensors)

@@ -1,4 +1,4 @@
-"""fastai: freeze_to and one cycle by our layer groups, and its default, which undoes the freezing."""
+"""fastai: `freeze_to` and one cycle with our layer groups; its default undoes the freezing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from client_loops import BATCH_SIZE, assert_equal, recipe, small_images, small_m
 from torch.utils.data import TensorDataset
 
 pytest.importorskip("fastai")
-with warnings.catch_warnings():  # when it is imported, it calls what torch and pandas have given up
+with warnings.catch_warnings():  # its import calls deprecated functions of torch and pandas
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "The 'mode.chained_assignment' option is deprecated")
     import fastai.callback.schedule
@@ -41,7 +41,7 @@ def make_learner(model: FineTuneModel, **arguments: Any) -> fastai.learner.Learn
     return fastai.learner.Learner(loaders(), model, **{**splits, "train_bn": False, **arguments})
 
 
-def test_one_cycle_trains_the_last_groups_each_at_its_rate(images: TensorDataset) -> None:
+def test_one_cycle_trains_each_of_the_last_groups_at_its_rate(images: TensorDataset) -> None:
     model = small_model().freeze_backbone(trainable_groups=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with model.assert_frozen():
@@ -54,9 +54,9 @@ def test_one_cycle_trains_the_last_groups_each_at_its_rate(images: TensorDataset
     assert [rate / rates[-1] for rate in rates] == pytest.approx([10 ** (-2 + 2 * index / 5) for index in range(6)])
 
 
-# Its load allows for what numpy wrote long ago.
+# Its `load` calls a deprecated function of numpy.
 @pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
-def test_groups_that_it_freezes_train_as_in_a_plain_loop(images: TensorDataset, tmp_path: Path) -> None:
+def test_groups_that_fastai_freezes_equal_a_plain_loop(images: TensorDataset, tmp_path: Path) -> None:
     model, plain = small_model(), small_model()
     learner = make_learner(model, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), wd=0.1, path=tmp_path)
     learner.freeze_to(-3)
@@ -65,7 +65,7 @@ def test_groups_that_it_freezes_train_as_in_a_plain_loop(images: TensorDataset, 
             learner.freeze_to(-1 - phase)
             assert model.trainable_groups == phase
             learner.fit(1, 1e-3)
-            optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.1)  # fastai forgets moments
+            optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.1)  # fastai resets its state
             train_plainly(plain, images, lambda epoch, groups=phase: groups, optimizer=optimizer, epochs=1)
     assert_equal(model.state_dict(), plain.state_dict())
     learner.save("saved")
@@ -73,7 +73,7 @@ def test_groups_that_it_freezes_train_as_in_a_plain_loop(images: TensorDataset, 
     assert_equal(again.model.state_dict(), plain.state_dict())
 
 
-def test_its_default_undoes_the_freezing_and_the_proof_says_so(images: TensorDataset) -> None:
+def test_its_default_undoes_the_freezing_and_assert_frozen_raises(images: TensorDataset) -> None:
     model = small_model().freeze_backbone()
     learner = make_learner(model, train_bn=True)
 

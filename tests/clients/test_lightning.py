@@ -1,4 +1,4 @@
-"""Lightning: trainable groups as a function of the epoch, resuming in the middle of it, weight averaging, processes."""
+"""Lightning: trainable groups by epoch, resuming within an epoch, weight averaging, two processes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 pytestmark = [
     pytest.mark.clients,
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # Lightning calls torch's old name
-    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start"),  # as what is frozen should be
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty"),  # a run is resumed into it
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # Lightning uses torch's old name
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start"),  # frozen modules are meant to be
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty"),  # the run resumes into it
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the images are in memory
 ]
 
@@ -41,7 +41,7 @@ def by_epoch() -> lightning.Callback:
 
 
 class Watch(lightning.Callback):
-    """Note what trains in each step, and the weights at the start of each epoch."""
+    """Record what trains in each step, and the weights at the start of each epoch."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, int | None]] = []
@@ -56,7 +56,7 @@ class Watch(lightning.Callback):
         self.steps.append((trainer.current_epoch, module.model.trainable_groups))
 
 
-def test_groups_by_epoch_train_as_in_a_plain_loop(images: TensorDataset) -> None:
+def test_groups_by_epoch_equal_a_plain_loop(images: TensorDataset) -> None:
     model = small_model()
     with model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
         fit(model, by_epoch())
@@ -64,21 +64,21 @@ def test_groups_by_epoch_train_as_in_a_plain_loop(images: TensorDataset) -> None
     assert_equal(model.state_dict(), train_plainly(small_model(), images, groups_at).state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")  # here on purpose
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")  # intended
 @pytest.mark.parametrize(("stop", "steps"), [("every_n_epochs", 4), ("every_n_train_steps", 6)])
-def test_a_run_is_resumed_with_what_trains_in_its_epoch(
+def test_a_resumed_run_trains_the_groups_of_its_epoch(
     images: TensorDataset, tmp_path: Path, stop: str, steps: int
 ) -> None:
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **{stop: 1 if steps == 4 else steps})
     fit(small_model(), by_epoch(), saving, epochs=2)
     model, watch = small_model().freeze_backbone(), Watch()
     fit(model, by_epoch(), saving, watch, ckpt_path=str(tmp_path / f"step={steps}.ckpt"))
-    assert watch.steps == [(1, 1)] * (8 - steps) + [(2, 2)] * 4  # of four steps in each epoch
-    if stop == "every_n_epochs":  # Lightning begins an epoch's data anew, also where it goes on within the epoch
+    assert watch.steps == [(1, 1)] * (8 - steps) + [(2, 2)] * 4  # four steps per epoch
+    if stop == "every_n_epochs":  # Lightning restarts the data of an epoch, also when it resumes within the epoch
         assert_equal(model.state_dict(), train_plainly(small_model(), images, groups_at).state_dict())
 
 
-def test_a_checkpoint_goes_to_a_model_outside_lightning(images: TensorDataset, tmp_path: Path) -> None:
+def test_a_checkpoint_loads_into_a_model_outside_lightning(images: TensorDataset, tmp_path: Path) -> None:
     model = small_model()
     fit(model, by_epoch(), ModelCheckpoint(tmp_path, filename="last"))
     state = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
@@ -88,7 +88,7 @@ def test_a_checkpoint_goes_to_a_model_outside_lightning(images: TensorDataset, t
 
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before.*optimizer.step")  # its extra epoch takes no step
-def test_its_weight_averaging_averages_what_trains_and_leaves_what_is_frozen(images: TensorDataset) -> None:
+def test_weight_averaging_changes_only_trainable_tensors(images: TensorDataset) -> None:
     model, watch = small_model(), Watch()
     averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1, annealing_epochs=1)
     with model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
@@ -102,7 +102,7 @@ def test_its_weight_averaging_averages_what_trains_and_leaves_what_is_frozen(ima
     assert not torch.equal(model.classifier.weight, watch.weights[2]["classifier.weight"])
 
 
-def test_an_exponential_average_leaves_what_is_frozen(images: TensorDataset) -> None:
+def test_an_exponential_average_does_not_change_frozen_tensors(images: TensorDataset) -> None:
     model, plain = small_model(), train_plainly(small_model(), images, groups_at)
     averaging = WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.9))
     with model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
@@ -110,5 +110,5 @@ def test_an_exponential_average_leaves_what_is_frozen(images: TensorDataset) -> 
     assert not torch.equal(model.classifier.weight, plain.classifier.weight)
 
 
-def test_an_unfreezing_within_a_fit_on_two_processes(tmp_path: Path) -> None:
+def test_unfreezing_within_a_fit_on_two_processes(tmp_path: Path) -> None:
     run_two_processes("client_lightning.py", tmp_path / "log")  # the first process starts the second

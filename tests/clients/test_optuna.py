@@ -1,4 +1,4 @@
-"""optuna: each trial trains a copy from the same weights, so the best one can be trained again."""
+"""optuna: each trial trains a copy from the same weights, so the best trial is reproducible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("optuna")
 pytestmark = [pytest.mark.clients, pytest.mark.usefixtures("one_thread")]
 
 
-def test_a_trial_is_what_a_plain_loop_gives_with_its_parameters(images: TensorDataset) -> None:
+def test_a_trial_equals_a_plain_loop_with_its_parameters(images: TensorDataset) -> None:
     model = small_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 

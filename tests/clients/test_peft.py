@@ -1,4 +1,4 @@
-"""PEFT: LoRA around the model and inside its backbone, which are the same training; folders, and merging."""
+"""PEFT: LoRA around the model and inside its backbone train the same; adapter folders and merging."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train(network: nn.Module, images: TensorDataset, optimizer: torch.optim.Opti
     network.eval()
 
 
-def test_adapters_around_and_inside_train_the_same_and_nothing_else(images: TensorDataset) -> None:
+def test_adapters_around_and_inside_train_the_same_parameters(images: TensorDataset) -> None:
     model = vit()
     names = adapt(model)
     adapted, inside = names["adapted"], names["inside"]
@@ -62,7 +62,7 @@ def test_adapters_around_and_inside_train_the_same_and_nothing_else(images: Tens
     assert not torch.equal(adapted(inputs), vit()(inputs))
 
 
-def test_a_folder_of_adapters_and_what_is_merged(images: TensorDataset, tmp_path: Path) -> None:
+def test_an_adapter_folder_and_the_merged_model(images: TensorDataset, tmp_path: Path) -> None:
     model = vit()
     names = adapt(model)
     adapted, inputs = names["adapted"], images.tensors[0]

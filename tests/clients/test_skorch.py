@@ -1,4 +1,4 @@
-"""skorch: groups by epoch, its files, and a grid search of scikit-learn's, which copies the model."""
+"""skorch: groups by epoch, its files, and scikit-learn's grid search, which copies the model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plainly(images: TensorDataset, lr: float = 1e-3) -> FineTuneModel:
     return train_plainly(model, images, groups_at, optimizer=optimizer)
 
 
-def test_groups_by_epoch_train_as_in_a_plain_loop(images: TensorDataset, tmp_path: Path) -> None:
+def test_groups_by_epoch_equal_a_plain_loop(images: TensorDataset, tmp_path: Path) -> None:
     model, plain = small_model(), plainly(images)
     inputs, targets = images.tensors
     with model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
@@ -47,7 +47,7 @@ def test_groups_by_epoch_train_as_in_a_plain_loop(images: TensorDataset, tmp_pat
     torch.testing.assert_close(torch.from_numpy(predicted), expected, rtol=0, atol=1e-5)
 
 
-def test_a_grid_search_leaves_the_model_as_it_was(images: TensorDataset) -> None:
+def test_a_grid_search_does_not_change_the_model(images: TensorDataset) -> None:
     model = small_model().freeze_backbone()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inputs, targets = images.tensors

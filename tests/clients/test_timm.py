@@ -1,4 +1,4 @@
-"""What timm's train.py and validate.py are made of: the scripts themselves are in no package."""
+"""The parts of timm's train.py and validate.py; no package has the scripts themselves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _registered() -> None:
 
 
 def build() -> FineTuneModel:
-    """As train.py does, which seeds and passes what its arguments leave out as None."""
+    """Build a model as train.py does: it seeds, and passes missing arguments as None."""
     torch.manual_seed(0)
     model: FineTuneModel = timm.create_model(
         "resnet18_fine_tuned", num_classes=len(CLASSES), drop_rate=None, in_chans=3
@@ -43,7 +43,7 @@ def build_optimizer(model: FineTuneModel) -> torch.optim.Optimizer:
     return create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
 
 
-def test_its_optimizer_saver_and_averaging_leave_what_is_frozen(images: TensorDataset, tmp_path: Path) -> None:
+def test_optimizer_saver_and_averaging_do_not_change_frozen_tensors(images: TensorDataset, tmp_path: Path) -> None:
     model = build()
     optimizer, averaged = build_optimizer(model), ModelEmaV3(model, decay=0.9)
     saver = CheckpointSaver(model, optimizer, model_ema=averaged, checkpoint_dir=tmp_path, recovery_dir=tmp_path)
@@ -69,7 +69,7 @@ def test_its_optimizer_saver_and_averaging_leave_what_is_frozen(images: TensorDa
 
 
 def accuracy(network: nn.Module, folder: Path, class_map: str) -> float:
-    """As validate.py reads a folder of classes."""
+    """Compute the accuracy as validate.py does for a folder of classes."""
     dataset = create_dataset("", str(folder), split="", class_map=class_map)
     pixels = {"input_size": (3, 32, 32), "crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     one_process = {"use_prefetcher": False, "num_workers": 0, "device": torch.device("cpu")}
@@ -79,11 +79,9 @@ def accuracy(network: nn.Module, folder: Path, class_map: str) -> float:
     return torch.cat(right).float().mean().item()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves files to the garbage collector
-def test_what_goes_back_to_plain_timm_counts_the_same_classes_with_a_class_map(
-    images: TensorDataset, tmp_path: Path
-) -> None:
-    inputs, targets = (tensor[:20] for tensor in images.tensors)  # 7, 7 and 6 of a class
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm does not close files
+def test_the_accuracy_in_plain_timm_is_the_same_with_a_class_map(images: TensorDataset, tmp_path: Path) -> None:
+    inputs, targets = (tensor[:20] for tensor in images.tensors)  # 7, 7 and 6 images per class
     for index, (image, target) in enumerate(zip(inputs, targets, strict=True)):
         path = tmp_path / "images" / ("1", "10", "2")[target] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +90,7 @@ def test_what_goes_back_to_plain_timm_counts_the_same_classes_with_a_class_map(
     assert class_names == ("1", "10", "2")
     model = train_plainly(build(), images, lambda _: 1, epochs=1)
     with torch.no_grad():
-        model.classifier.bias[1] = 1e3  # it says 10 of each image
+        model.classifier.bias[1] = 1e3  # it predicts the class 10 for every image
     torch.save(model.to_module().state_dict(), tmp_path / "plain.pth")
     (tmp_path / "classes.txt").write_text("\n".join(class_names) + "\n")
 

@@ -1,4 +1,4 @@
-"""torchmetrics: what it measures is right, and training goes on afterwards as if nothing had been measured."""
+"""torchmetrics: its values are correct, and measuring does not change the training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("torchmetrics")
 pytestmark = [pytest.mark.clients, pytest.mark.usefixtures("one_thread")]
 
 
-def test_what_is_measured_between_epochs_is_right_and_changes_nothing(images: TensorDataset) -> None:
+def test_metrics_between_epochs_are_correct_and_do_not_change_the_training(images: TensorDataset) -> None:
     model, plain = small_model(), train_plainly(small_model(), images, groups_at)
     optimizer = make_optimizer(model)
     for epoch in range(3):
@@ -21,5 +21,5 @@ def test_what_is_measured_between_epochs_is_right_and_changes_nothing(images: Te
             values = recipe("torchmetrics", model=model, loader=DataLoader(images, BATCH_SIZE))["values"]
     assert_equal(model.state_dict(), plain.state_dict())
     inputs, targets = images.tensors
-    right = plain(inputs).argmax(1) == targets  # as many of each class, so the mean over the classes is the share
+    right = plain(inputs).argmax(1) == targets  # classes are equally frequent, so the mean over classes is the accuracy
     assert values["MulticlassAccuracy"].item() == pytest.approx(right.float().mean().item())

@@ -1,4 +1,4 @@
-"""transformers' Trainer: groups by epoch, resuming, the best model, checkpointing, label smoothing; a hub's folder."""
+"""transformers' Trainer: groups by epoch, resuming, the best model, checkpointing, label smoothing; a hub folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 pytestmark = [pytest.mark.clients, pytest.mark.usefixtures("one_thread")]
 
 
-def test_groups_by_epoch_train_as_in_a_plain_loop(images: TensorDataset, tmp_path: Path) -> None:
+def test_groups_by_epoch_equal_a_plain_loop(images: TensorDataset, tmp_path: Path) -> None:
     model, plain = small_model(), train_plainly(small_model(), images, groups_at)
     trainer = make_trainer(model, images)
     with model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
@@ -45,8 +45,8 @@ def test_groups_by_epoch_train_as_in_a_plain_loop(images: TensorDataset, tmp_pat
     assert torch.equal(again.eval()(inputs), plain(inputs))
 
 
-@pytest.mark.parametrize("steps", [4, 6, 10])  # of four in an epoch: between epochs, and within two of them
-def test_a_run_is_resumed_with_what_trains_in_its_epoch(images: TensorDataset, steps: int) -> None:
+@pytest.mark.parametrize("steps", [4, 6, 10])  # four steps per epoch: between epochs, and within two epochs
+def test_a_resumed_run_trains_the_groups_of_its_epoch(images: TensorDataset, steps: int) -> None:
     saving = {"save_strategy": "steps", "save_steps": steps}
     make_trainer(small_model(), images, **saving).train()
     seen = []
@@ -62,10 +62,10 @@ def test_a_run_is_resumed_with_what_trains_in_its_epoch(images: TensorDataset, s
     assert_equal(model.state_dict(), train_plainly(small_model(), images, groups_at).state_dict())
 
 
-def test_the_best_model_is_loaded_and_what_is_frozen_stays(images: TensorDataset) -> None:
+def test_loading_the_best_model_does_not_change_frozen_tensors(images: TensorDataset) -> None:
     model = small_model()
     each_epoch = {"eval_strategy": "epoch", "save_strategy": "epoch"}
-    # The loss on the images that it trains on falls, so the greatest is that of the first epoch.
+    # The training loss falls, so the largest is that of the first epoch.
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     trainer = make_trainer(model, images, **each_epoch, **best)
     with model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
@@ -94,11 +94,11 @@ def test_label_smoothing(images: TensorDataset) -> None:
     assert_equal(model.state_dict(), plain.state_dict(), atol=1e-5)
 
 
-def test_an_unfreezing_on_two_processes(tmp_path: Path) -> None:
+def test_unfreezing_on_two_processes(tmp_path: Path) -> None:
     run_two_processes("client_trainer.py", tmp_path / "log", *TORCHRUN)
 
 
-def test_a_folder_of_the_hub_holds_all_of_the_model(images: TensorDataset, tmp_path: Path) -> None:
+def test_a_hub_folder_has_the_whole_model(images: TensorDataset, tmp_path: Path) -> None:
     hosted = recipe("Hugging Face Hub")["Hosted"]("test_resnet", num_classes=3)
     train_plainly(hosted.model, images, groups_at)
     hosted.save_pretrained(tmp_path / "folder")

@@ -1,4 +1,4 @@
-"""Tables whose images have several labels, or values: trained on, kept in the model file, predicted, evaluated."""
+"""Tables of images with labels or values: training, model files, predictions and evaluation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_table(path: Path, rows: Sequence[dict[str, object]]) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 images with a coloured square for each label, of which the third is rare, and a grey that is the value."""
+    """Write 80 images: a coloured square for each label, the third one rare, and a gray level for the value."""
     root, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
     rows: list[dict[str, object]] = []
     for index, part in enumerate(PARTS):
@@ -81,7 +81,7 @@ def outputs_of(trained: TrainedModel, paths: Sequence[Path]) -> Tensor:
         return trained.model.eval()(torch.stack([transform(read_image(path)) for path in paths]))
 
 
-def test_labels_of_a_table_become_rows(tmp_path: Path) -> None:
+def test_labels_of_a_table_are_rows(tmp_path: Path) -> None:
     for name in "abcd":
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     rows: list[dict[str, object]] = [
@@ -120,7 +120,7 @@ def test_labels_of_a_table_become_rows(tmp_path: Path) -> None:
         ([{"path": "a.png", "age": "3"}], ("age", "size"), "no column size, or two; its columns are path, age"),
     ],
 )
-def test_a_table_that_does_not_fit_is_refused(
+def test_an_invalid_table_is_refused(
     rows: list[dict[str, object]], values: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
@@ -128,7 +128,7 @@ def test_a_table_that_does_not_fit_is_refused(
         find_splits(write_table(tmp_path / "table.csv", rows), values=values)
 
 
-def test_a_label_that_training_has_not_is_refused(images: Path, labelled: tuple[Path, Metrics], tmp_path: Path) -> None:
+def test_an_unknown_label_is_refused(images: Path, labelled: tuple[Path, Metrics], tmp_path: Path) -> None:
     row: dict[str, object] = {"path": str(images / "0.png"), "labels": "blue;pink"}
     with pytest.raises(ValueError, match="pink: not a class of this model, whose classes are blue, green, red"):
         evaluate_table(
@@ -158,7 +158,7 @@ def test_labels_are_trained_with_thresholds_chosen_on_validation_images(
     assert trained.objective.thresholds == pytest.approx(chosen.thresholds, rel=1e-3, abs=1e-6)
 
 
-def test_predict_gives_the_labels_above_their_thresholds(
+def test_predict_returns_the_labels_above_their_thresholds(
     images: Path, labelled: tuple[Path, Metrics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = labelled[0] / "model.safetensors"
@@ -188,7 +188,7 @@ def test_predict_gives_the_labels_above_their_thresholds(
     assert rows[-1]["error"] == "no.png: there is no such file"
 
 
-def test_evaluate_gives_the_metrics_of_the_test_images(
+def test_evaluate_returns_the_metrics_of_the_test_images(
     images: Path, labelled: tuple[Path, Metrics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, metrics = labelled
@@ -207,7 +207,7 @@ def test_evaluate_gives_the_metrics_of_the_test_images(
         assert f"F1 {score['f1']:.3f} above {score['threshold']:.2f}" in printed
 
 
-def test_without_a_split_validation_images_are_held_out_for_the_thresholds(images: Path, tmp_path: Path) -> None:
+def test_without_a_split_thresholds_are_chosen_on_held_out_images(images: Path, tmp_path: Path) -> None:
     short = (Phase(epochs=1, lr=0.01),)
     metrics = run(images, tmp_path / "run", images=images / "whole.csv", phases=short)
     assert (metrics.train_images, metrics.validation_images, metrics.test_images) == (45, 11, 24)
@@ -267,7 +267,7 @@ def test_the_command_line_trains_values_of_columns(
     assert first["test_metrics"] == second["test_metrics"]
     assert main(["inspect", str(tmp_path / "run" / "model.safetensors")]) == 0
     assert "2 values (grey, count)" in capsys.readouterr().out
-    # Trained further, it keeps the scale of its classifier.
+    # Further training keeps the scale of its classifier.
     rows = list(csv.DictReader((images / "table.csv").read_text().splitlines()))
     moved = [{**row, "path": str(images / row["path"]), "grey": float(row["grey"]) + 500} for row in rows]
     table = str(write_table(tmp_path / "moved.csv", moved))
@@ -307,7 +307,7 @@ def test_settings_of_other_targets_are_refused(
         run(images, tmp_path / "run", **settings)
 
 
-def test_a_model_is_evaluated_on_what_it_predicts(
+def test_a_model_is_evaluated_on_its_own_kind_of_targets(
     images: Path, labelled: tuple[Path, Metrics], valued: tuple[Path, Metrics], tmp_path: Path
 ) -> None:
     labels, values = (load_trained_model(folder / "model.safetensors") for folder, _ in (labelled, valued))
@@ -325,7 +325,7 @@ def test_a_model_is_evaluated_on_what_it_predicts(
 
 
 @pytest.mark.parametrize("cache", ["memory", "off"])
-def test_images_that_cannot_be_read_are_skipped(
+def test_unreadable_images_are_skipped(
     images: Path, cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for path in images.glob("*.png"):
@@ -356,7 +356,7 @@ def test_images_that_cannot_be_read_are_skipped(
         ({"kind": "MultiLabel", "code": "x"}, "extra inputs are not permitted"),
     ],
 )
-def test_a_file_with_an_unfit_objective_is_refused(objective: dict[str, Any], message: str, labelled: Any) -> None:
+def test_a_file_with_an_invalid_objective_is_refused(objective: dict[str, Any], message: str, labelled: Any) -> None:
     trained = load_trained_model(labelled[0] / "model.safetensors")
     metadata = {"architecture": "test_resnet", "class_names": '["cat", "dog"]'}
     metadata |= {"data_config": json.dumps(dict(trained.data_config))}

@@ -1,4 +1,4 @@
-"""What is exported appears when it was proved to give the model's logits, and takes the place of nothing."""
+"""Exported files appear only after their logits are compared with the model's, and never replace a file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_batch_and_an_input_alone_are_both_compared(wrong: int) -> None:
         comparison.prove(run, Path("model"), use="")
 
 
-def test_at_most_sixteen_images_are_compared_spread_over_all(tmp_path: Path) -> None:
+def test_at_most_sixteen_images_are_compared_evenly_spread(tmp_path: Path) -> None:
     images = [make_image(tmp_path / f"{index}.png", COLOURS["red"], seed=index) for index in range(17)]
     comparison = Comparison(make_trained(), images)
     assert comparison.images == len(comparison.inputs) == 9
@@ -59,7 +59,7 @@ def write_two(path: Path) -> None:
         temporary.with_suffix(".bin").touch()
 
 
-def test_files_appear_together_readable_as_any_other_file(tmp_path: Path) -> None:
+def test_files_appear_together_with_the_usual_permissions(tmp_path: Path) -> None:
     write_two(tmp_path / "new" / "model.xml")
     assert names_in(tmp_path / "new") == ["model.bin", "model.xml"]
     (tmp_path / "other").touch()
@@ -67,7 +67,7 @@ def test_files_appear_together_readable_as_any_other_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["model.xml", "model.bin"])
-def test_what_is_there_stays(tmp_path: Path, name: str) -> None:
+def test_an_existing_file_is_not_replaced(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("the user's")
     with pytest.raises(FileExistsError, match=f"{name} exists already; remove it"):
         write_two(tmp_path / "model.xml")

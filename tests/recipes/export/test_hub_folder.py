@@ -15,7 +15,7 @@ from backbone_finetune.recipes import MultiLabel, export_hub_folder
 from backbone_finetune.recipes.models.file import build_transform
 
 
-def test_timm_loads_it_with_names_and_preprocessing(tmp_path: Path) -> None:
+def test_timm_loads_the_folder_with_names_and_preprocessing(tmp_path: Path) -> None:
     trained = make_trained("test_vit", 96, img_size=96)
     exported = export_hub_folder(trained, tmp_path / "hub")
     assert names_in(tmp_path) == ["hub"]
@@ -31,14 +31,14 @@ def test_timm_loads_it_with_names_and_preprocessing(tmp_path: Path) -> None:
     assert exported.use == f"timm.create_model('local-dir:{tmp_path / 'hub'}', pretrained=True)"
 
 
-def test_an_objective_that_the_folder_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_labels_and_values_are_refused(tmp_path: Path) -> None:
     trained = replace(make_trained(), objective=MultiLabel((0.5, 0.5, 0.5)))
     with pytest.raises(ValueError, match="as one class per image, and this model is MultiLabel; export --to onnx"):
         export_hub_folder(trained, tmp_path / "hub")
     assert names_in(tmp_path) == []
 
 
-def test_what_is_there_stays(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text("the user's")
     with pytest.raises(FileExistsError, match="hub exists already"):
@@ -47,7 +47,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.clients
-def test_transformers_loads_it_too(tmp_path: Path) -> None:
+def test_transformers_loads_the_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     trained = make_trained("test_vit", 96, img_size=96)
     folder = str(export_hub_folder(trained, tmp_path / "hub").path)

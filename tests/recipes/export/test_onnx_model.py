@@ -59,7 +59,7 @@ def run(path: Path, name: str, values: Any) -> torch.Tensor:
     return torch.from_numpy(logits)
 
 
-def test_without_preprocessing_it_takes_a_batch_of_any_size(plain: Path, trained: TrainedModel) -> None:
+def test_without_preprocessing_a_batch_has_any_size(plain: Path, trained: TrainedModel) -> None:
     assert names_in(plain.parent) == ["model.onnx"]
     for size in (1, 5):
         inputs = torch.randn(size, 3, 64, 64)
@@ -67,7 +67,7 @@ def test_without_preprocessing_it_takes_a_batch_of_any_size(plain: Path, trained
             torch.testing.assert_close(run(plain, "input", inputs), trained.model(inputs), atol=1e-4, rtol=1e-4)
 
 
-def test_with_preprocessing_it_takes_images_of_any_size(whole: Path, trained: TrainedModel) -> None:
+def test_with_preprocessing_images_have_any_size(whole: Path, trained: TrainedModel) -> None:
     transform = build_transform(trained.data_config)
     for path in IMAGES:
         image = read_image(path)
@@ -80,7 +80,7 @@ def test_with_preprocessing_it_takes_images_of_any_size(whole: Path, trained: Tr
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 @pytest.mark.parametrize("size", [(96, 96), (64, 48), (224, 224)])
-def test_preprocessing_is_that_of_timm(interpolation: str, crop_mode: str, size: tuple[int, int]) -> None:
+def test_preprocessing_equals_timms(interpolation: str, crop_mode: str, size: tuple[int, int]) -> None:
     config = {"input_size": (3, *size), "crop_pct": 0.9, "interpolation": interpolation, "crop_mode": crop_mode}
     config |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     graph = build_preprocessing(config)
@@ -94,14 +94,14 @@ def test_preprocessing_is_that_of_timm(interpolation: str, crop_mode: str, size:
         assert off.mean() < 0.1 / 255
 
 
-def test_preprocessing_that_is_not_supported_is_refused(tmp_path: Path, trained: TrainedModel) -> None:
+def test_unsupported_preprocessing_is_refused(tmp_path: Path, trained: TrainedModel) -> None:
     other = replace(trained, data_config={**trained.data_config, "interpolation": "lanczos"})
     with pytest.raises(ValueError, match=r"lanczos, center and 0\.95; export without preprocessing"):
         export_onnx(other, tmp_path / "model.onnx", preprocessing=True)
     assert names_in(tmp_path) == []
 
 
-def test_it_tells_nothing_of_this_machine(plain: Path, whole: Path) -> None:
+def test_the_file_has_no_paths_of_this_machine(plain: Path, whole: Path) -> None:
     for path in (plain, whole):
         assert b"site-packages" not in path.read_bytes()
         assert b".py" not in path.read_bytes()
@@ -109,7 +109,7 @@ def test_it_tells_nothing_of_this_machine(plain: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("tta", [False, True])
-def test_predictions_are_those_of_the_model(plain: Path, whole: Path, trained: TrainedModel, tta: bool) -> None:
+def test_predictions_equal_the_models(plain: Path, whole: Path, trained: TrainedModel, tta: bool) -> None:
     expected = list(predict(trained, IMAGES, tta=tta, batch_size=4))
     for path, tolerance in ((plain, 1e-4), (whole, 0.02)):
         found = list(predict(load_onnx_model(path), IMAGES, tta=tta, batch_size=4))
@@ -118,7 +118,7 @@ def test_predictions_are_those_of_the_model(plain: Path, whole: Path, trained: T
             assert dict(one.classes) == pytest.approx(dict(other.classes), abs=tolerance)
 
 
-def test_it_is_evaluated_as_the_model_is(plain: Path, trained: TrainedModel, tmp_path: Path) -> None:
+def test_evaluation_equals_the_models(plain: Path, trained: TrainedModel, tmp_path: Path) -> None:
     for index, path in enumerate(IMAGES):
         target = tmp_path / "images" / trained.class_names[index % 3] / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def test_it_is_evaluated_as_the_model_is(plain: Path, trained: TrainedModel, tmp
 
 
 @pytest.mark.parametrize("objective", [MultiLabel((0.4, 0.5, 0.45)), Regression((100.0,), (20.0,))])
-def test_labels_and_values_are_predicted_as_by_the_model(
+def test_predictions_of_labels_and_values_equal_the_models(
     objective: Objective, trained: TrainedModel, tmp_path: Path
 ) -> None:
     other = replace(trained, objective=objective)

@@ -1,4 +1,4 @@
-"""A model of OpenVINO."""
+"""OpenVINO models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.clients
 
 
-def test_it_takes_any_batch_and_carries_the_names(tmp_path: Path) -> None:
+def test_any_batch_size_and_the_class_names(tmp_path: Path) -> None:
     trained = make_trained()
     exported = export_openvino(trained, tmp_path / "model.xml")
     assert names_in(tmp_path) == ["model.bin", "model.xml"]

@@ -15,14 +15,14 @@ from timm_families import SMALL
 from backbone_finetune.recipes import export_timm
 from backbone_finetune.recipes.export.timm_checkpoint import find_obstacle
 
-# Of the families below 25 million parameters: those whose own classifier is more than one linear layer.
+# Families below 25 million parameters whose own classifier is more than one linear layer.
 STAY = {
     *("crossvit", "efficientformer", "efficientformer_v2", "efficientvim", "efficientvit_msra", "iformer", "levit"),
     *("repvit", "shvit", "swiftformer"),
 }
 
 
-def test_timm_loads_it_strictly_with_the_same_logits(tmp_path: Path) -> None:
+def test_timm_loads_the_checkpoint_strictly_with_the_same_logits(tmp_path: Path) -> None:
     images = [make_image(tmp_path / f"{name}.png", colour) for name, colour in COLOURS.items()]
     trained = make_trained()
     exported = export_timm(trained, tmp_path / "out" / "plain.safetensors", images=images)
@@ -35,7 +35,7 @@ def test_timm_loads_it_strictly_with_the_same_logits(tmp_path: Path) -> None:
     assert exported.use == f"timm.create_model('test_resnet', num_classes=3, checkpoint_path={str(exported.path)!r})"
 
 
-def test_the_class_map_gives_timm_the_order_of_the_classes(tmp_path: Path) -> None:
+def test_the_class_map_has_the_order_of_the_classes(tmp_path: Path) -> None:
     trained = make_trained()
     for name in trained.class_names:
         make_image(tmp_path / "images" / name / "0.png", COLOURS["red"])
@@ -49,12 +49,12 @@ def test_the_class_map_gives_timm_the_order_of_the_classes(tmp_path: Path) -> No
     assert targets("") == {"1": 0, "2": 1, "10": 2}
 
 
-def test_arguments_are_part_of_how_to_load_it(tmp_path: Path) -> None:
+def test_the_loading_hint_has_the_arguments(tmp_path: Path) -> None:
     exported = export_timm(make_trained("test_vit", 96, img_size=96), tmp_path / "plain.safetensors")
     assert exported.use.startswith("timm.create_model('test_vit', num_classes=3, img_size=96, checkpoint_path=")
 
 
-QUICK = {"dla", "levit"}  # a classifier that is a convolution, and two with a norm
+QUICK = {"dla", "levit"}  # a convolution as classifier; two classifiers with a norm
 FAMILIES = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.zoo)
     for name, family in SMALL.items()
@@ -63,7 +63,7 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_goes_back_or_says_so(name: str, tmp_path: Path) -> None:
+def test_every_family_exports_or_raises(name: str, tmp_path: Path) -> None:
     family = SMALL[name]
     arguments = {"img_size": family.side} if family.takes_img_size else {}
     obstacle = find_obstacle(family.architecture, 3, **arguments)

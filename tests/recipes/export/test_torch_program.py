@@ -1,4 +1,4 @@
-"""A program of torch.export."""
+"""torch.export programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from backbone_finetune.recipes import MultiLabel, export_torch
 
 
-def test_it_takes_any_batch_and_carries_the_names(tmp_path: Path) -> None:
+def test_any_batch_size_and_the_class_names(tmp_path: Path) -> None:
     trained = replace(make_trained(), objective=MultiLabel((0.5, 0.25, 0.5)))
     exported = export_torch(trained, tmp_path / "model.pt2")
     assert names_in(tmp_path) == ["model.pt2"]
@@ -30,13 +30,13 @@ def test_it_takes_any_batch_and_carries_the_names(tmp_path: Path) -> None:
 
 
 class Branching(nn.Module):
-    """What it computes depends on the values, which no graph can hold."""
+    """Its control flow depends on values, which a graph cannot express."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return features[:, :3] if features.sum() > 0 else features[:, 3:6]
 
 
-def test_a_network_that_is_no_graph_is_one_sentence(tmp_path: Path) -> None:
+def test_the_error_for_an_unsupported_network_is_one_sentence(tmp_path: Path) -> None:
     trained = make_trained()
     trained.model.classifier = Branching()
     with pytest.raises(ValueError, match=r"^torch\.export cannot convert this network \(.*"):

@@ -1,4 +1,4 @@
-"""The best epoch by the validation data: its weights stay, a phase ends early, and a resumed run does the same."""
+"""The best epoch by validation data: its weights are kept, phases end early, and a resumed run does the same."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ def train(phases: list[Phase], monitor: Callable[[EpochResult], float] | None, *
 
 
 def rate(*values: float) -> Callable[[EpochResult], float]:
-    """Make a monitor that rates the epochs as given."""
+    """Return a monitor with the given value for each epoch."""
     return lambda result: values[result.epoch - 1]
 
 
@@ -48,7 +48,7 @@ def same(model: FineTuneModel, other: FineTuneModel) -> bool:
 
 
 def first_epochs(count: int) -> FineTuneModel:
-    """Train both phases, but no more than so many epochs."""
+    """Train both phases for ``count`` epochs in total."""
     parts = [Phase(**{**vars(HEAD), "epochs": min(count, 4)})]
     if count > 4:
         parts.append(Phase(**{**vars(BOTH), "epochs": count - 4}))
@@ -60,30 +60,30 @@ def first_epochs(count: int) -> FineTuneModel:
     [
         ((1, 2, 3, 4, 5, 6, 7, 8), 8),
         ((1, 2, 3, 4, 5, 9, 7, 8), 6),
-        ((1, 2, 3, 4, 3, 3, 3, 3), 4),  # the second phase made it worse
+        ((1, 2, 3, 4, 3, 3, 3, 3), 4),  # the second phase is worse
         ((-1, -2, -3, -4, -3, -3, -3, -3), 1),
-        ((1, 1, 1, 1, 1, 1, 1, 1), 1),  # of equals the first
+        ((1, 1, 1, 1, 1, 1, 1, 1), 1),  # the first of equal values
     ],
 )
-def test_the_weights_after_the_best_epoch_stay(values: tuple[float, ...], best: int) -> None:
-    """A phase begins with the best of the phase before, so the second one has the weights of another run's first."""
+def test_the_weights_of_the_best_epoch_are_kept(values: tuple[float, ...], best: int) -> None:
+    """A phase starts with the best weights of the previous phase."""
     model, history = train([HEAD, BOTH], rate(*values))
     assert [result.epoch for result in history] == list(range(1, 9))
     if best <= 4 or values[3] == max(values[:4]):
         assert same(model, first_epochs(best))
 
 
-def test_the_kept_model_has_the_accuracy_that_was_best() -> None:
+def test_the_kept_model_has_the_best_accuracy() -> None:
     model, history = train([HEAD, BOTH], lambda result: result.validation_accuracy or 0.0)
     score = evaluate(model, make_data(60, seed=1), TrainerConfig(ACCELERATOR))
     assert score.accuracy == max(result.validation_accuracy for result in history)
 
 
-def test_a_phase_ends_after_the_patience(tmp_path: Path) -> None:
+def test_a_phase_ends_when_patience_is_exceeded(tmp_path: Path) -> None:
     _, history = train([HEAD, BOTH], rate(1, 2, 1, 1, 1, 3, 1, 1), patience=2, checkpoints=tmp_path)
     assert len(history) == 8
     _, history = train([HEAD, BOTH], rate(2, 1, 1, 1, 1, 1, 1, 1), patience=2)
-    assert len(history) == 3 + 2  # of each phase, those that are no better
+    assert len(history) == 3 + 2  # in each phase, epochs without improvement
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 6, 7])
@@ -106,7 +106,7 @@ def test_a_killed_run_keeps_the_same_epoch(tmp_path: Path, stop: int) -> None:
     assert same(resumed, whole)
 
 
-def test_what_cannot_be_monitored_is_refused() -> None:
+def test_an_invalid_monitor_is_refused() -> None:
     config = TrainerConfig(ACCELERATOR, monitor=rate(1), show_progress=False)
     with pytest.raises(ValueError, match="monitor was given without validation data"):
         fine_tune(make_model(), make_data(40), None, [HEAD], config)

@@ -1,4 +1,4 @@
-"""Cross-validation: each image is left out once, what is frozen runs once, and a fold is a training of its own."""
+"""Cross-validation: each image is held out once, frozen modules run once, and folds train separately."""
 
 import copy
 from collections import Counter
@@ -26,7 +26,7 @@ BOTH = Phase(epochs=2, trainable_groups=1, lr=0.05, backbone_lr=0.05)
 
 
 class Stem(nn.Module):
-    """A first layer that counts the images that it sees."""
+    """A first layer that counts its images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Stem(nn.Module):
     def __deepcopy__(self, memo: Any) -> "Stem":
         stem = Stem()
         stem.load_state_dict(self.state_dict())
-        stem.seen = self.seen  # all copies count together
+        stem.seen = self.seen  # copies share the count
         return stem
 
 
@@ -60,12 +60,12 @@ def config(**settings: Any) -> TrainerConfig:
 
 
 @pytest.mark.parametrize("phases", [[HEAD], [HEAD, BOTH]])
-def test_what_is_frozen_runs_once_for_all_folds(phases: list[Phase]) -> None:
+def test_frozen_modules_run_once_for_all_folds(phases: list[Phase]) -> None:
     model = make_model()
     stem: Any = model.backbone[0]
     cross_validate(model, make_data(600), phases, config(workers=0), folds=5)
     passes = stem.seen["images"] / 600
-    # A frontier is found and proved on a batch for each fold.
+    # Each fold finds a frontier and checks it on one batch.
     assert 1 <= passes < 1.1 if len(phases) == 1 else 2 <= passes < 3
     plain = make_model()
     seen: Any = plain.backbone[0]
@@ -79,7 +79,7 @@ def test_what_is_frozen_runs_once_for_all_folds(phases: list[Phase]) -> None:
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("phases", [[HEAD], [HEAD, BOTH], [Phase(epochs=2)]])
-def test_a_fold_is_a_training_on_the_others(phases: list[Phase], cached: bool) -> None:
+def test_a_fold_equals_training_on_the_other_folds(phases: list[Phase], cached: bool) -> None:
     data = make_data()
     histories = cross_validate(make_model(), data, phases, config(cache_features=cached), folds=3)
     assert len(histories) == 3
@@ -93,14 +93,14 @@ def test_a_fold_is_a_training_on_the_others(phases: list[Phase], cached: bool) -
             assert one.validation_accuracy == other.validation_accuracy
 
 
-def test_each_image_is_left_out_once_and_each_fold_has_all_classes() -> None:
+def test_each_image_is_held_out_once_and_each_fold_has_all_classes() -> None:
     parts = split_folds(make_data(), 4, seed=0)
     assert sorted(index for part in parts for index in part) == list(range(60))
     assert all(Counter(index % 3 for index in part) == {0: 5, 1: 5, 2: 5} for part in parts)
     assert parts != split_folds(make_data(), 4, seed=1)
 
 
-def test_nothing_is_chosen_on_the_fold_that_is_left_out() -> None:
+def test_nothing_is_chosen_on_the_held_out_fold() -> None:
     asked: list[int] = []
 
     def monitor(result: Any) -> float:
@@ -116,7 +116,7 @@ def test_nothing_is_chosen_on_the_fold_that_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_images_of_a_folder_that_cannot_be_read_are_left_out(tmp_path: Path, drawn: bool) -> None:
+def test_unreadable_images_are_skipped(tmp_path: Path, drawn: bool) -> None:
     (make_folder(tmp_path) / "green" / "3.png").write_bytes(b"no image")
     transform = create_transform(32, is_training=drawn)
     data = ImageDataset(find_images(tmp_path), transform)
@@ -124,7 +124,7 @@ def test_images_of_a_folder_that_cannot_be_read_are_left_out(tmp_path: Path, dra
     model = FineTuneModel(backbone, nn.Linear(4, 3))
     histories = cross_validate(model, data, [HEAD], config(), folds=3)
     counts = [round(history[-1].train_accuracy * 11, 6) % 1 == 0 for history in histories]
-    assert sum(counts) >= 2  # 11 of 12 images count in the folds that train on the broken one
+    assert sum(counts) >= 2  # folds that train on the broken image use 11 of 12
 
 
 def test_augmented_views_are_evaluated_on_the_images_themselves(tmp_path: Path) -> None:
@@ -138,6 +138,6 @@ def test_augmented_views_are_evaluated_on_the_images_themselves(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("folds", [1, 61, -1])
-def test_a_number_of_folds_that_cannot_be_is_refused(folds: int) -> None:
+def test_an_invalid_number_of_folds_is_refused(folds: int) -> None:
     with pytest.raises(ValueError, match=f"folds = {folds}: expected a whole number from 2 to the 60 images"):
         cross_validate(make_model(), make_data(), [HEAD], config(), folds=folds)

@@ -1,4 +1,4 @@
-"""What each kind of target is checked for, its loss by torch's own, and its metrics by their definitions."""
+"""Each kind of target: its checks, its loss compared with torch's, and its metrics by definition."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_targets_of_its_kind_are_accepted(objective: Objective, targets: Tensor,
 @pytest.mark.parametrize(
     ("objective", "targets", "outputs", "message"),
     [
-        # The cases that users brought, each with what to do.
+        # Cases of users, each with a remedy.
         (
             SingleLabel(),
             torch.rand(4),
@@ -56,7 +56,7 @@ def test_targets_of_its_kind_are_accepted(objective: Objective, targets: Tensor,
         (SingleLabel(), BINARY, 3, "for rows of 0 and 1, pass TrainerConfig(objective=MultiLabel())"),
         (SingleLabel(), torch.tensor([0, 3]), 3, "target 3 is outside the 3 classes of the classifier (0 to 2)"),
         (SingleLabel(), torch.tensor([0, -1]), 3, "target -1 is outside the 3 classes"),
-        # And those beside them.
+        # Similar cases.
         (SingleLabel(), torch.tensor([0, 1]), 1, "the network has 1 output, whose class would always be right; pass"),
         (
             SingleLabel(),
@@ -117,12 +117,12 @@ def test_other_targets_are_refused(objective: Objective, targets: Tensor, output
         (lambda: SoftLabels(thresholds=(0.5,)), "Unexpected keyword argument"),  # type: ignore[call-arg]
     ],
 )
-def test_an_unfit_setting_is_refused(make: Any, message: str) -> None:
+def test_an_invalid_setting_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
 
-def test_losses_are_those_of_torch() -> None:
+def test_losses_equal_torchs() -> None:
     outputs, classes = draw(3, 3), torch.tensor([2, 0, 1])
     soft = draw(3, 3, seed=1).softmax(1)
     for objective, targets, expected in (
@@ -142,7 +142,7 @@ def test_losses_are_those_of_torch() -> None:
         torch.testing.assert_close(mean, expected)
 
 
-def test_what_cannot_be_read_adds_nothing_to_loss_gradient_and_right_answers() -> None:
+def test_unreadable_images_do_not_change_loss_gradient_and_accuracy() -> None:
     rows = torch.tensor([[NAN, NAN], [1.0, 0.0]])
     assert is_read(rows).tolist() == [False, True]
     assert is_read(torch.tensor([156], dtype=torch.uint8)).tolist() == [True]  # -100 in 8 bits
@@ -158,7 +158,7 @@ def test_what_cannot_be_read_adds_nothing_to_loss_gradient_and_right_answers() -
         assert correct.tolist() == [False, objective.has_accuracy]
 
 
-def test_a_loss_of_ones_own_for_values_gets_them_scaled() -> None:
+def test_a_custom_loss_of_values_gets_scaled_targets() -> None:
     seen: list[Any] = []
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def test_a_loss_of_ones_own_for_values_gets_them_scaled() -> None:
         (SoftLabels(), torch.tensor([[0.5, 0.5], [1.0, 0.0]]).double(), torch.float32),
     ],
 )
-def test_a_loss_of_ones_own_gets_targets_as_losses_of_torch_take_them(
+def test_a_custom_loss_gets_targets_in_the_dtype_of_torchs_losses(
     objective: Objective, targets: Tensor, seen: torch.dtype
 ) -> None:
     kinds = []
@@ -193,7 +193,7 @@ def test_a_loss_of_ones_own_gets_targets_as_losses_of_torch_take_them(
 def test_average_precision_is_the_mean_of_the_precision_at_each_hit_with_ties_as_one_cut() -> None:
     scores, targets = torch.tensor([0.9, 0.8, 0.7, 0.6])[:, None], torch.tensor([1, 0, 1, 1])[:, None]
     assert metrics.mean_average_precision(scores, targets) == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
-    # All alike: precision 3/4 for all, in whatever order the images come.
+    # Equal scores: the precision is 3/4 for any order of the images.
     for order in ([0, 1, 2, 3], [1, 0, 2, 3], [3, 2, 0, 1]):
         assert metrics.mean_average_precision(torch.full((4, 1), 0.5), targets[order]) == pytest.approx(3 / 4)
     both, none = torch.cat((scores, scores), 1), torch.cat((targets, torch.zeros_like(targets)), 1)
@@ -201,14 +201,14 @@ def test_average_precision_is_the_mean_of_the_precision_at_each_hit_with_ties_as
     assert metrics.mean_average_precision(scores, torch.zeros_like(targets)) == 0
 
 
-def test_the_f1_is_the_mean_over_the_labels_that_occur() -> None:
+def test_f1_is_the_mean_over_the_labels_that_occur() -> None:
     chosen = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
     targets = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 0]])
     assert metrics.macro_f1(chosen, targets) == pytest.approx((1 / 2 + 0) / 2)
     assert metrics.macro_f1(chosen, torch.zeros_like(targets)) == 0
 
 
-def test_thresholds_give_the_best_f1_that_any_threshold_gives() -> None:
+def test_chosen_thresholds_have_the_best_f1_of_all_thresholds() -> None:
     scores = draw(40, 5).sigmoid().mul(20).round() / 20  # with ties
     targets = (draw(40, 5, seed=1) + 2 * scores > torch.tensor([0.5, 1, 1.5, 2, 99])).long()
     assert targets[:, 4].sum() == 0
@@ -225,7 +225,7 @@ def test_thresholds_give_the_best_f1_that_any_threshold_gives() -> None:
     assert metrics.best_thresholds(torch.tensor([[0.5], [0.25]]), torch.tensor([[1], [1]])) == (0.125,)
 
 
-def test_errors_of_values_are_in_their_own_units() -> None:
+def test_errors_of_values_are_in_their_units() -> None:
     targets = torch.tensor([[1.0, 100.0], [2.0, 200.0], [3.0, 300.0]])
     objective = Regression().scaled_to(targets)
     torch.testing.assert_close(objective.predict(objective.scale(targets)), targets)
@@ -255,7 +255,7 @@ def test_predictions_are_probabilities_or_values() -> None:
     ]
 
 
-def test_soft_labels_are_right_where_the_likeliest_classes_agree() -> None:
+def test_soft_labels_are_correct_if_the_most_likely_classes_agree() -> None:
     objective, targets = SoftLabels(), torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.7, 0.3]])
     outputs = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     assert objective.correct(outputs, targets).tolist() == [True, False, True]

@@ -1,4 +1,4 @@
-"""Rates of a frozen phase: chosen on data that the model does not train on, and only where that is possible."""
+"""Learning rates of a frozen phase are chosen on data that the model does not train on, if there is any."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ ACCELERATOR = Accelerator(cpu=True)
 
 
 def make_data(per_class: int, *, seed: int = 0, noise: float = 1.0) -> TensorDataset:
-    """Make points around three centres."""
+    """Return points around three centres."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(3).repeat(per_class)
     return TensorDataset(torch.eye(3)[targets] + noise * torch.randn(3 * per_class, 3, generator=generator), targets)
@@ -35,7 +35,7 @@ def train(model: FineTuneModel, data: Any, validation: Any = None, **settings: A
     return fine_tune(model, data, validation, [phase], config)
 
 
-def test_rates_are_chosen_and_the_model_trains_at_them_on_all_images() -> None:
+def test_rates_are_chosen_and_used_on_all_images() -> None:
     chosen, given = make_model(), make_model()
     (*_, last) = train(chosen, make_data(10))
     assert (last.lr, last.weight_decay) != (1e-3, 0.01)
@@ -43,8 +43,8 @@ def test_rates_are_chosen_and_the_model_trains_at_them_on_all_images() -> None:
     assert torch.equal(chosen.classifier.weight, given.classifier.weight)
 
 
-def test_the_training_images_that_choose_are_not_those_that_teach() -> None:
-    """Targets that nothing can be learnt from: on the images that it trained on, the largest rate would win."""
+def test_rates_are_chosen_on_held_out_training_images() -> None:
+    """The targets are random, so on the trained images the largest rate would be best."""
     data = make_data(20, noise=0.0)
     inputs = data.tensors[0] + torch.randn(60, 3, generator=torch.Generator().manual_seed(1))
     shuffled = data.tensors[1][torch.randperm(60, generator=torch.Generator().manual_seed(2))]
@@ -52,13 +52,13 @@ def test_the_training_images_that_choose_are_not_those_that_teach() -> None:
     assert last.lr < 0.1
 
 
-def test_validation_data_chooses_rates_where_a_monitor_chooses_on_it() -> None:
+def test_with_a_monitor_rates_are_chosen_on_validation_data() -> None:
     opposite = TensorDataset(make_data(10, seed=1).tensors[0], (make_data(10).tensors[1] + 1) % 3)
     chosen = []
     for validation in (opposite, make_data(10, seed=1, noise=0.1)):
         (*_, last) = train(make_model(), make_data(10, noise=0.1), validation, monitor=lambda result: result.epoch)
         chosen.append((last.lr, last.weight_decay))
-    assert chosen[0][0] * (1 - chosen[0][1] / 2) < chosen[1][0]  # what is wrong there is learnt least
+    assert chosen[0][0] * (1 - chosen[0][1] / 2) < chosen[1][0]  # wrong targets there favour the smallest rate
     assert chosen[1][0] >= 1e-2
 
 
@@ -67,24 +67,24 @@ def test_validation_data_chooses_rates_where_a_monitor_chooses_on_it() -> None:
     [
         ({"lr": 0.02}, 10, None),
         ({"cache_features": False}, 10, None),
-        ({}, 4, None),  # too few to hold some out
+        ({}, 4, None),  # too few images to hold some out
         ({}, 10, nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))),  # running statistics
     ],
 )
-def test_where_nothing_can_be_chosen_the_rates_are_fixed(
+def test_rates_are_fixed_if_they_cannot_be_chosen(
     settings: dict[str, Any], per_class: int, head: nn.Module | None
 ) -> None:
     (*_, last) = train(make_model(head), make_data(per_class), **settings)
     assert (last.lr, last.weight_decay) == (settings.get("lr", 1e-3), 0.01)
 
 
-def test_a_weight_decay_that_is_given_stays() -> None:
+def test_a_given_weight_decay_is_kept() -> None:
     (*_, last) = train(make_model(), make_data(10), weight_decay=0.5)
     assert last.weight_decay == 0.5
 
 
-def test_the_loss_of_the_training_chooses_too() -> None:
-    """The loss of one's own is the sum of squares, so that logits 0 are best: every step away from them is too long."""
+def test_rates_are_chosen_by_a_custom_loss() -> None:
+    """The custom loss is also computed for the 32 heads."""
     seen = []
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def test_the_loss_of_the_training_chooses_too() -> None:
     assert (8 * 32, 3) in seen
 
 
-def test_a_run_that_resumes_keeps_its_rates(tmp_path: Any) -> None:
+def test_a_resumed_run_keeps_its_rates(tmp_path: Any) -> None:
     class StopError(Exception):
         pass
 
@@ -118,12 +118,12 @@ def test_a_run_that_resumes_keeps_its_rates(tmp_path: Any) -> None:
 
     resumed, whole = make_model(), make_model()
     history = train(resumed, make_data(10), loss=watch, checkpoints=tmp_path)
-    assert max(asked) <= 8  # no head of a grid
+    assert max(asked) <= 8  # no grid of heads
     assert history == train(whole, make_data(10), loss=watch)
     assert torch.equal(resumed.classifier.weight, whole.classifier.weight)
 
 
-def test_validation_data_chooses_nothing_without_a_monitor() -> None:
+def test_without_a_monitor_nothing_is_chosen_on_validation_data() -> None:
     weights = []
     for validation in (make_data(10, seed=1), make_data(10, seed=2), None):
         model = make_model()

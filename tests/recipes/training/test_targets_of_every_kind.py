@@ -1,4 +1,4 @@
-"""Training on soft targets, labels and values: what is learnt and reported, and what is refused before it begins."""
+"""Training on soft targets, labels and values: results, reported metrics, and errors before the first step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABELS = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 1, 1]])
 
 
 class Own(Dataset[Any]):
-    """A dataset whose targets nobody knows before they are loaded, and that is not known to be deterministic."""
+    """A dataset whose targets are known only when they are loaded, and that may be random."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data: Any = data
@@ -61,7 +61,7 @@ def make_config(objective: Objective, **settings: Any) -> TrainerConfig:
     ],
     ids=["soft", "labels", "values"],
 )
-def test_gradient_and_loss_are_those_of_torch(objective: Objective, targets: Tensor, loss: Any, kind: str) -> None:
+def test_gradient_and_loss_equal_torchs(objective: Objective, targets: Tensor, loss: Any, kind: str) -> None:
     model, data = make_model(), make_data(targets)
     expected = loss(model(data.tensors[0]), targets)
     (wanted,) = torch.autograd.grad(expected, [model.classifier.weight])
@@ -79,9 +79,7 @@ def test_gradient_and_loss_are_those_of_torch(objective: Objective, targets: Ten
     [(MultiLabel(), LABELS), (Regression((0.5,), (0.5,)), LABELS * 1.5)],
     ids=["labels", "values"],
 )
-def test_where_layers_train_the_steps_on_what_is_cached_are_those_of_the_whole_model(
-    objective: Objective, targets: Tensor
-) -> None:
+def test_steps_on_cached_tensors_equal_those_of_the_whole_model(objective: Objective, targets: Tensor) -> None:
     data = TensorDataset(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), targets)
     phases, histories, weights = [Phase(epochs=2, trainable_groups=1, lr=0.01)], [], []
     for cached in (True, False):
@@ -100,27 +98,27 @@ def test_labels_are_learnt_and_their_metrics_reported() -> None:
     def draw(seed: int) -> TensorDataset:
         inputs, noise = make_data(torch.zeros(400, 3), seed).tensors[0].split((3, 3), 1)
         data = torch.cat((inputs, torch.zeros(400, 3)), 1)
-        return TensorDataset(data, (inputs + noise > torch.tensor([0.0, 1.0, 2.0])).long())  # ever rarer, never sure
+        return TensorDataset(data, (inputs + noise > torch.tensor([0.0, 1.0, 2.0])).long())  # rarer and rarer, noisy
 
     model, validation = make_model(), draw(3)
     config = make_config(MultiLabel(), batch_size=32, monitor=lambda r: r.validation_metrics["mean_average_precision"])
     history = fine_tune(model, draw(2), validation, [Phase(epochs=9)], config)
-    assert history[-1].lr != 1e-3  # chosen among heads, by the loss
+    assert history[-1].lr != 1e-3  # chosen by the loss of heads
     best = max(history, key=config.monitor)  # type: ignore[arg-type]
     assert best.validation_metrics["mean_average_precision"] > 0.6
     assert best.train_accuracy is not None
-    assert 0 <= best.train_accuracy <= 1  # the share of images with the very labels of their target
+    assert 0 <= best.train_accuracy <= 1  # the share of images whose labels are all correct
     assert best.validation_balanced_accuracy is None
     score = evaluate(model, validation, config)
     assert score.metrics["mean_average_precision"] == best.validation_metrics["mean_average_precision"]
-    # Thresholds that are chosen on the validation images do better on others, too.
+    # Thresholds chosen on the validation images are also better on other images.
     chosen = replace(config, objective=MultiLabel().choose_thresholds(score.answers, score.targets))
     plain, better = (evaluate(model, draw(4), each).metrics["macro_f1"] for each in (config, chosen))
     assert better > plain + 0.1
 
 
 @pytest.mark.parametrize("shape", [(200,), (200, 1), (200, 2)])
-def test_values_are_learnt_in_their_own_units(shape: tuple[int, ...]) -> None:
+def test_values_are_learnt_in_their_units(shape: tuple[int, ...]) -> None:
     def draw(seed: int) -> TensorDataset:
         inputs, _ = make_data(torch.zeros(200), seed).tensors
         outputs = shape[1] if len(shape) > 1 else 1
@@ -147,7 +145,7 @@ def test_soft_targets_teach_probabilities() -> None:
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("objective", [SoftLabels(), MultiLabel(), Regression()])
-def test_a_run_that_resumes_ends_as_an_undisturbed_one(objective: Objective, cached: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(objective: Objective, cached: bool, tmp_path: Path) -> None:
     class StopError(Exception):
         pass
 
@@ -222,9 +220,7 @@ def test_all_targets_are_checked_before_the_first_pass(
         (MultiLabel(), [[0, 1, 0]] * 3 + [[0, 2, 0]], "[0, 2, 0]; MultiLabel takes rows of 0 and 1"),
     ],
 )
-def test_targets_that_nobody_knows_before_are_checked_as_they_come(
-    objective: Objective, targets: Any, message: str
-) -> None:
+def test_targets_of_a_custom_dataset_are_checked_when_loaded(objective: Objective, targets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         fine_tune(make_model(), Own(make_data(torch.tensor(targets))), None, [Phase(epochs=1)], make_config(objective))
 
