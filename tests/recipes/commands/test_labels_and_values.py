@@ -18,6 +18,7 @@ from backbone_finetune.cli import main
 from backbone_finetune.recipes import Metrics, TrainSettings, find_splits, load_trained_model, predict, train
 from backbone_finetune.recipes.commands.evaluate import evaluate_folder
 from backbone_finetune.recipes.commands.evaluate_table import evaluate_table
+from backbone_finetune.recipes.data.finding import find_data
 from backbone_finetune.recipes.data.images import ImageDataset, read_image
 from backbone_finetune.recipes.data.loading import DeviceLoader
 from backbone_finetune.recipes.models.file import TrainedModel, build_transform
@@ -126,6 +127,28 @@ def test_an_invalid_table_is_refused(
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=message):
         find_splits(write_table(tmp_path / "table.csv", rows), values=values)
+
+
+@pytest.mark.parametrize(
+    ("column", "labels", "hint"),
+    [
+        ("labels", ["cat", "dog"], "each image has one label; name the column label to train one class per image"),
+        ("labels", ["cat", "cat;dog"], None),
+        ("labels", ["cat", ""], None),
+        ("label", ["cat", "cat;dog"], "cat;dog is one class; name the column labels to train its labels"),
+        ("label", ["cat", "dog"], None),
+    ],
+)
+def test_a_column_that_seems_to_be_misnamed_is_named(
+    column: str, labels: list[str], hint: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows: list[dict[str, object]] = []
+    for index, label in enumerate(labels * 4):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+        rows.append({"path": f"{index}.png", column: label})
+    table = write_table(tmp_path / "table.csv", rows)
+    find_data(table, test_share=0.3, seed=0)
+    assert caplog.messages == ([] if hint is None else [f"{table}: {hint}"])
 
 
 def test_an_unknown_label_is_refused(images: Path, labelled: tuple[Path, Metrics], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
@@ -13,7 +14,7 @@ from PIL import Image
 from ..files import digest_file
 from ..text import has_control_characters, join_some, printable
 from .images import LabelledFolder, split
-from .tables import PARTS, TABLES, TEST, TRAIN, VALIDATION, read_table
+from .tables import PARTS, SEPARATORS, TABLES, TEST, TRAIN, VALIDATION, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +230,8 @@ def find_data(
         values: The columns of a table whose numbers are predicted.
     """
     parts = find_splits(path, values=values)
+    if not values and (hint := _doubt_column(parts[TRAIN])):
+        logger.warning("%s: %s", _show(path), _show(hint))
     if chooses is None and not values and not isinstance(parts[TRAIN].targets[0], int):
         chooses = True
     each = "of each class" if isinstance(parts[TRAIN].targets[0], int) else "of the images"
@@ -259,6 +262,16 @@ def find_data(
                 *(len(pairs), len(parts[later].paths), later, {TRAIN: "training"}.get(name, name), later, _show(shown)),
             )
     return parts[TRAIN], parts.get(VALIDATION), parts.get(TEST)
+
+
+def _doubt_column(train: LabelledFolder) -> str | None:
+    """Return a hint if a table's column seems to be named for targets of the other kind."""
+    if not isinstance(train.targets[0], int):
+        one_each = all(sorted(row)[-2:] in ([1.0], [0.0, 1.0]) for row in train.targets)
+        return "each image has one label; name the column label to train one class per image" if one_each else None
+    joined = [name for name in train.class_names if re.search(SEPARATORS, name)]
+    is_table = train.root.suffix.lower() in TABLES
+    return f"{joined[0]} is one class; name the column labels to train its labels" if joined and is_table else None
 
 
 def _describe_targets(images: LabelledFolder, values: Sequence[str]) -> list[str]:
