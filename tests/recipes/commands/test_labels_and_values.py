@@ -18,6 +18,7 @@ from backbone_finetune.cli import main
 from backbone_finetune.recipes import Metrics, TrainSettings, find_splits, load_trained_model, predict, train
 from backbone_finetune.recipes.commands.evaluate import evaluate_folder
 from backbone_finetune.recipes.commands.evaluate_table import evaluate_table
+from backbone_finetune.recipes.commands.metrics import describe
 from backbone_finetune.recipes.data.finding import find_data
 from backbone_finetune.recipes.data.images import ImageDataset, read_image
 from backbone_finetune.recipes.data.loading import DeviceLoader
@@ -172,6 +173,8 @@ def test_labels_are_trained_with_thresholds_chosen_on_validation_images(
     written = json.loads((folder / "metrics.json").read_text())
     assert written["test_metrics"] == metrics.test_metrics
     assert written["test_metrics"].keys() == {"mean_average_precision", "macro_f1"}
+    precision = metrics.validation_metrics["mean_average_precision"]
+    assert f"validation       mean average precision {precision:.4g}  of 16 images" in describe(metrics).splitlines()
     trained = load_trained_model(folder / "model.safetensors")
     assert isinstance(trained.objective, MultiLabel)
     assert written["objective"] == {"kind": "MultiLabel", "thresholds": list(trained.objective.thresholds or ())}

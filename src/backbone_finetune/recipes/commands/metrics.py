@@ -85,8 +85,10 @@ def describe(metrics: Metrics) -> str:
         # With classes of equal size it is the accuracy.
         if mean is not None and not math.isclose(mean, metrics.test_accuracy):
             lines.append(f"balanced         {_decimals(mean)}  mean recall of the classes")
+    # The F1 of the epochs is that of thresholds of 0.5, which are not those of the model.
+    validation = {name: value for name, value in metrics.validation_metrics.items() if name != "macro_f1"}
     for part, others, count in (
-        ("validation", metrics.validation_metrics, metrics.validation_images),
+        ("validation", validation, metrics.validation_images),
         ("test", metrics.test_metrics, metrics.test_images),
     ):
         if others:
