@@ -70,7 +70,7 @@ def baseline_accuracy(
         fine_tune(model, train, None, [phase], config)
     except DivergedError as error:
         if config.accelerator.is_main_process:
-            logger.warning("%s: %s; it is not compared with", name, error)
+            logger.warning("%s: %s; this baseline is left out", name, error)
         return None
     return evaluate(model, test, config).metrics[config.objective.main_metric]
 
