@@ -14,12 +14,13 @@ from typing import NoReturn
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from .recipes.commands.evaluate import Evaluation, describe_evaluation, evaluate_folder, write_evaluation
+from .recipes.commands.evaluate import Evaluation, describe_evaluation, evaluate_folder
 from .recipes.commands.evaluate_table import evaluate_table
 from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.frontier import inspect_frontier
 from .recipes.commands.inspect import inspect, inspect_file
 from .recipes.commands.predict import choose_writer, list_inputs, predict
+from .recipes.commands.report import write_evaluation
 from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.export.onnx_model import export_onnx
@@ -270,7 +271,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("evaluation"),
         metavar="DIR",
-        help="folder for evaluation.json and confusion.png (default: %(default)s)",
+        help="folder for report.html, evaluation.json, predictions.csv and confusion.png (default: %(default)s)",
     )
     parser.set_defaults(run_command=run_evaluate)
 
@@ -427,7 +428,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
     if isinstance(evaluation, Evaluation):
         print(describe_evaluation(evaluation))
-        print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output)))}")
+        title = f"{options.model.name} on {options.images}"
+        print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output, title=title)))}")
     else:
         print(f"{evaluation.describe()}\nwrote {evaluation.write(options.output)}")
     return 0

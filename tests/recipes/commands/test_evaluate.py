@@ -12,7 +12,8 @@ from image_folders import COLOURS, make_folder, make_image
 from torch import nn
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.commands.evaluate import describe_evaluation, evaluate_folder, write_evaluation
+from backbone_finetune.recipes.commands.evaluate import describe_evaluation, evaluate_folder
+from backbone_finetune.recipes.commands.report import write_evaluation
 from backbone_finetune.recipes.models.file import TrainedModel
 
 

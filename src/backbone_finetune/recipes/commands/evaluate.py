@@ -1,19 +1,20 @@
 """``backbone-finetune evaluate``: evaluate a trained model on a folder of images with known classes."""
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 from tqdm import tqdm
 
 from ..data.finding import choose_test, find_splits
-from ..files import replacing
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..training.objectives import SingleLabel, SoftLabels
+from .figures import Answers, Interval, auroc, bootstrap, calibration_error
 from .predict import predict
 
-__all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "write_evaluation"]
+__all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "score_answers"]
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,27 @@ class ClassScore:
     correct: int
     precision: float | None  # correct / predicted, None for 0 / 0
     recall: float | None  # correct / support
+    f1: float | None
+    auroc: float | None  # of this class against all others; None without images of both
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of a model: ``confusion[i][j]`` images of class ``i`` were predicted as class ``j``."""
+    """How a model does on images: ``confusion[i][j]`` images of class ``i`` were predicted as class ``j``.
+
+    ``calibration_error`` is the expected one (Guo et al. 2017): the mean distance of confidence and accuracy.
+    """
 
     accuracy: float
+    accuracy_interval: Interval
     balanced_accuracy: float  # the mean recall of the classes that have images
+    calibration_error: Interval
     images: int
     classes: tuple[ClassScore, ...]
     missing_classes: tuple[str, ...]
     skipped_images: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
+    answers: Answers = field(repr=False)
 
 
 def evaluate_folder(
@@ -86,43 +95,64 @@ def evaluate_folder(
         raise ValueError("the model has labels or values; call evaluate_table with a table")
     found = choose_test(find_splits(folder, trained.class_names))
     names = trained.class_names
-    confusion = [[0] * len(names) for _ in names]
     skipped: list[str] = []
-    answers = predict(trained, found.paths, top_k=1, batch_size=batch_size, workers=workers, tta=tta)
+    read: list[int] = []
+    rows: list[dict[str, float]] = []
+    answers = predict(trained, found.paths, top_k=len(names), batch_size=batch_size, workers=workers, tta=tta)
     bar = tqdm(answers, total=len(found.paths), desc="evaluating", unit="image", leave=False, disable=not show_progress)
-    for prediction, target in zip(bar, found.targets, strict=True):
+    for index, prediction in enumerate(bar):
         if prediction.error is None:
-            confusion[target][names.index(prediction.classes[0][0])] += 1
+            read.append(index)
+            rows.append(dict(prediction.classes))
         else:
             skipped.append(prediction.error)
-    images = len(found.paths) - len(skipped)
-    if images == 0:
+    if not read:
         raise ValueError(f"{folder}: none of its {len(found.paths)} images can be read; the first: {skipped[0]}")
+    paths, targets = [found.paths[index] for index in read], [int(found.targets[index]) for index in read]
+    probabilities = numpy.array([[row[name] for name in names] for row in rows])
+    missing = tuple(name for target, name in enumerate(names) if target not in found.targets)
+    return score_answers(Answers(names, paths, targets, probabilities), skipped=skipped, missing=missing)
+
+
+def score_answers(answers: Answers, *, skipped: Sequence[str] = (), missing: Sequence[str] = ()) -> Evaluation:
+    """Score what a classifier answered on labelled images."""
+    names, targets = answers.class_names, numpy.asarray(answers.targets)
+    confusion = numpy.zeros((len(names), len(names)), dtype=int)
+    numpy.add.at(confusion, (targets, answers.predicted), 1)
     scores = []
-    for position, (name, row) in enumerate(zip(names, confusion, strict=True)):
-        support, predicted, correct = sum(row), sum(other[position] for other in confusion), row[position]
+    for index, name in enumerate(names):
+        counts = (confusion[index].sum(), confusion[:, index].sum(), confusion[index, index])
+        support, predicted, correct = map(int, counts)
         precision, recall = correct / predicted if predicted else None, correct / support if support else None
-        scores.append(ClassScore(name, support, predicted, correct, precision, recall))
+        f1 = 2 * correct / (support + predicted) if support + predicted else None
+        area = auroc(answers.probabilities[:, index], (targets == index).astype(float))
+        scores.append(ClassScore(name, support, predicted, correct, precision, recall, f1, area))
     recalls = [score.recall for score in scores if score.recall is not None]
+    accuracy = bootstrap(lambda right: float(right.mean()), answers.is_right)
     return Evaluation(
-        accuracy=sum(score.correct for score in scores) / images,
+        accuracy=accuracy.value,
+        accuracy_interval=accuracy,
         balanced_accuracy=sum(recalls) / len(recalls),
-        images=images,
+        calibration_error=bootstrap(calibration_error, answers.probabilities.max(1), answers.is_right),
+        images=len(targets),
         classes=tuple(scores),
-        missing_classes=tuple(name for target, name in enumerate(names) if target not in found.targets),
+        missing_classes=tuple(missing),
         skipped_images=tuple(skipped),
-        confusion=tuple(map(tuple, confusion)),
+        confusion=tuple(tuple(map(int, row)) for row in confusion),
+        answers=answers,
     )
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:
     """Format an evaluation as a table by class and a summary."""
     width = max(len("class"), *(len(score.name) for score in evaluation.classes))
-    lines = [f"{'class':{width}}  images  precision  recall"]
+    lines = [f"{'class':{width}}  images  precision  recall     F1  AUROC"]
     for score in evaluation.classes:
-        precision, recall = ("-" if share is None else f"{share:.3f}" for share in (score.precision, score.recall))
-        lines.append(f"{score.name:{width}}  {score.support:>6,}  {precision:>9}  {recall:>6}")
-    lines.append(f"accuracy {evaluation.accuracy:.3f} of {evaluation.images:,} images")
+        shares = (score.precision, score.recall, score.f1, score.auroc)
+        precision, recall, f1, area = ("-" if share is None else f"{share:.3f}" for share in shares)
+        lines.append(f"{score.name:{width}}  {score.support:>6,}  {precision:>9}  {recall:>6}  {f1:>5}  {area:>5}")
+    lines.append(f"accuracy {evaluation.accuracy_interval} of {evaluation.images:,} images")
+    lines.append(f"calibration error {evaluation.calibration_error}, the mean distance of confidence and accuracy")
     if len({score.support for score in evaluation.classes if score.support}) > 1:
         lines.append(f"balanced accuracy {evaluation.balanced_accuracy:.3f}, the mean recall of the classes")
     if evaluation.skipped_images:
@@ -130,18 +160,3 @@ def describe_evaluation(evaluation: Evaluation) -> str:
     if evaluation.missing_classes:
         lines.append(f"without a folder: {', '.join(evaluation.missing_classes)}")
     return "\n".join(lines)
-
-
-def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
-    """Write ``evaluation.json`` and ``confusion.png`` into a folder, which is created if necessary."""
-    from .plots import draw_confusion  # noqa: PLC0415 (matplotlib, only where it is needed)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers, image = folder / "evaluation.json", folder / "confusion.png"
-    with replacing(numbers) as temporary:
-        temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
-    # Bytes of a name that are not valid text cannot be drawn.
-    names = [score.name.encode(errors="backslashreplace").decode() for score in evaluation.classes]
-    with replacing(image) as temporary:
-        draw_confusion(evaluation.confusion, names, temporary)
-    return numbers, image

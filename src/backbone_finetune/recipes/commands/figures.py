@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 from numpy.typing import NDArray
@@ -10,6 +11,35 @@ BINS = 10
 RESAMPLED = 1000
 
 Array = NDArray[numpy.float64]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a classifier answered on labelled images.
+
+    Args:
+        class_names: The K classes.
+        paths: The N images.
+        targets: Their classes.
+        probabilities: Of each class, ``(N, K)``.
+    """
+
+    class_names: Sequence[str]
+    paths: Sequence[Path]
+    targets: Sequence[int]
+    probabilities: Array
+
+    @property
+    def predicted(self) -> NDArray[numpy.int64]:
+        """The likeliest class of each image, ``(N,)``."""
+        predicted: NDArray[numpy.int64] = self.probabilities.argmax(1)
+        return predicted
+
+    @property
+    def is_right(self) -> Array:
+        """1 where that is the class of the image, else 0, ``(N,)``."""
+        right: Array = (self.predicted == numpy.asarray(self.targets)).astype(float)
+        return right
 
 
 @dataclass(frozen=True)
@@ -23,6 +53,9 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f})"
 
 
 def auroc(scores: Array, is_positive: Array) -> float | None:
@@ -80,12 +113,13 @@ def bootstrap(figure: Callable[..., float], *values: Array, seed: int = 0) -> In
     return Interval(figure(*values), float(low), float(high))
 
 
-def order_mistakes(targets: Sequence[int], probabilities: Array) -> list[int]:
+def order_mistakes(answers: Answers) -> list[int]:
     """Return the images that are answered wrong, the most confident mistake first.
 
-    >>> order_mistakes([0, 0, 1], numpy.array([[0.4, 0.6], [0.1, 0.9], [0.2, 0.8]]))
+    >>> probabilities = numpy.array([[0.4, 0.6], [0.1, 0.9], [0.2, 0.8]])
+    >>> order_mistakes(Answers(("cat", "dog"), [Path("1"), Path("2"), Path("3")], [0, 0, 1], probabilities))
     [1, 0]
     """
-    answers = probabilities.argmax(1)
-    wrong = numpy.flatnonzero(answers != numpy.asarray(targets))
-    return [int(index) for index in wrong[numpy.argsort(-probabilities[wrong, answers[wrong]], kind="stable")]]
+    wrong = numpy.flatnonzero(answers.is_right == 0)
+    confidence = answers.probabilities.max(1)
+    return [int(index) for index in wrong[numpy.argsort(-confidence[wrong], kind="stable")]]

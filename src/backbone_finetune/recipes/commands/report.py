@@ -1,22 +1,26 @@
 """``report.html``: how a classifier does on labelled images, in one file to look at, without a script or a download."""
 
 import base64
+import csv
 import html
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy
-from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from ..data.images import read_image
+from ..files import replacing
 from ..text import printable
-from .figures import Array, Interval, auroc, bootstrap, calibration_bins, calibration_error, order_mistakes
+from .evaluate import ClassScore, Evaluation, score_answers
+from .figures import Answers, calibration_bins, order_mistakes
+from .metrics import Metrics
 
-Classes = NDArray[numpy.int64]
-
+EMPTY = Answers((), (), (), numpy.zeros((0, 1)))
 SHOWN = 24  # images of each kind
 SIDE = 160  # of a thumbnail, in pixels
 
@@ -35,25 +39,52 @@ svg { height: auto; max-width: 100%; } svg text { fill: currentColor; font-size:
 """
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a model answered on labelled images.
+def write_evaluation(
+    evaluation: Evaluation,
+    folder: Path,
+    *,
+    title: str = "Evaluation",
+    facts: Mapping[str, str] | None = None,
+    curves: Mapping[str, Sequence[float]] | None = None,
+) -> tuple[Path, ...]:
+    """Write an evaluation into a folder, which is created where there is none; see `make_report` for the page.
 
-    Args:
-        class_names: The K classes.
-        paths: The N images.
-        targets: Their classes.
-        probabilities: Of each class, ``(N, K)``.
+    ``evaluation.json`` has the figures, ``predictions.csv`` a line for each image with its class, the answer and the
+    probability of that, ``confusion.png`` the confusion matrix, and ``report.html`` all of it to look at.
+
+    Returns:
+        The paths of the four files.
     """
+    from .plots import draw_confusion  # noqa: PLC0415 (matplotlib, only where it is needed)
 
-    class_names: Sequence[str]
-    paths: Sequence[Path]
-    targets: Sequence[int]
-    probabilities: Array
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers, table, image, page = (
+        folder / name for name in ("evaluation.json", "predictions.csv", "confusion.png", "report.html")
+    )
+    with replacing(numbers) as temporary:
+        figures = asdict(replace(evaluation, answers=EMPTY))
+        del figures["answers"]
+        temporary.write_text(json.dumps(figures, indent=2) + "\n")
+    answers = evaluation.answers
+    with replacing(table) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "class", "predicted", "probability", "right"])
+        for path, target, predicted, row in zip(
+            answers.paths, answers.targets, answers.predicted, answers.probabilities, strict=True
+        ):
+            pair = (answers.class_names[target], answers.class_names[predicted])
+            rows.writerow([path, *pair, row.max(), int(target == predicted)])
+    # The bytes of a name that are not text cannot be drawn.
+    names = [score.name.encode(errors="backslashreplace").decode() for score in evaluation.classes]
+    with replacing(image) as temporary:
+        draw_confusion(evaluation.confusion, names, temporary)
+    with replacing(page) as temporary:
+        temporary.write_text(make_report(evaluation, title=title, facts=facts or {}, curves=curves), encoding="utf-8")
+    return numbers, table, image, page
 
 
 def make_report(
-    title: str, facts: Mapping[str, str], answers: Answers, curves: Mapping[str, Sequence[float]] | None = None
+    evaluation: Evaluation, *, title: str, facts: Mapping[str, str], curves: Mapping[str, Sequence[float]] | None = None
 ) -> str:
     """Write how a classifier does on labelled images as one HTML page.
 
@@ -61,38 +92,38 @@ def make_report(
     access to the network.
 
     Args:
+        evaluation: What the model answered, and its figures.
         title: What the page is of.
         facts: Lines of a table at its top, by name.
-        answers: What the model answered.
         curves: Figures by epoch to draw, 0 to 1, by name.
 
     Returns:
         The page.
     """
-    targets = numpy.asarray(answers.targets)
-    predicted, confidence = answers.probabilities.argmax(1), answers.probabilities.max(1)
-    is_right = (predicted == targets).astype(float)
-    accuracy = bootstrap(lambda right: float(right.mean()), is_right)
-    error = bootstrap(calibration_error, confidence, is_right)
-    mistakes = order_mistakes(answers.targets, answers.probabilities)
-    least_sure = [int(index) for index in numpy.argsort(confidence, kind="stable") if index not in set(mistakes)]
+    answers = evaluation.answers
+    confidence, mistakes = answers.probabilities.max(1), order_mistakes(answers)
+    least_sure = [int(index) for index in numpy.argsort(confidence, kind="stable") if answers.is_right[index]]
     known = {
         **facts,
-        "accuracy": f"{_interval(accuracy)} of {len(targets):,} images",
-        "calibration error": f"{_interval(error)} (the mean distance of confidence and accuracy)",
+        "accuracy": f"{evaluation.accuracy_interval} of {evaluation.images:,} images",
+        "balanced accuracy": f"{evaluation.balanced_accuracy:.3f} (the mean recall of the classes)",
+        "calibration error": f"{evaluation.calibration_error} (the mean distance of confidence and accuracy)",
     }
+    if evaluation.skipped_images:
+        known["skipped"] = f"{len(evaluation.skipped_images):,} images that cannot be read"
+    bins = calibration_bins(confidence, answers.is_right)
     parts = [
         f"<h1>{_text(title)}</h1>",
         _table(("", ""), known.items(), head=False),
         *(["<h2>By epoch</h2>", draw_curves(curves)] if curves else []),
         "<h2>By class</h2>",
-        _class_table(answers, predicted),
+        _class_table(evaluation.classes),
         "<h2>Which class was taken for which</h2>",
-        _confusion(answers.class_names, targets, predicted),
+        _confusion(answers.class_names, evaluation.confusion),
         "<h2>Confidence and accuracy</h2>",
         _table(
             ("confidence", "accuracy", "images"),
-            ((f"{sure:.2f}", f"{right:.2f}", count) for count, sure, right in calibration_bins(confidence, is_right)),
+            ((f"{sure:.2f}", f"{right:.2f}", count) for count, sure, right in bins),
         ),
         f"<h2>The most confident mistakes ({len(mistakes)} in all); a label may be wrong</h2>",
         _gallery(answers, mistakes[:SHOWN]),
@@ -108,28 +139,41 @@ def make_report(
     )
 
 
-def _class_table(answers: Answers, predicted: Classes) -> str:
-    """Precision, recall, F1 and AUROC of each class."""
-    targets = numpy.asarray(answers.targets)
-    rows = []
-    for index, name in enumerate(answers.class_names):
-        support, called = int((targets == index).sum()), int((predicted == index).sum())
-        both = int(((targets == index) & (predicted == index)).sum())
-        area = auroc(answers.probabilities[:, index], (targets == index).astype(float))
-        shares = (both / called if called else None, both / support if support else None)
-        f1 = 2 * both / (support + called) if support + called else None
-        rows.append((name, support, *("-" if share is None else f"{share:.3f}" for share in (*shares, f1, area))))
+def report_run(metrics: Metrics, answers: Answers, model: nn.Module) -> str:
+    """Write the page of a training run: what trained on what, and how it does on the test images."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    facts = {
+        "model": f"{metrics.architecture}, {metrics.weights}",
+        "trained": f"{trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} parameters",
+        "images": f"{metrics.train_images:,} to train, {metrics.validation_images:,} to validate, "
+        f"{metrics.test_images:,} to test",
+        "rates": f"lr {metrics.history[-1].lr:g}, weight decay {metrics.history[-1].weight_decay:g}",
+        "always the commonest class": f"{metrics.chance or 0:.3f}",
+    }
+    if (times := metrics.backward_milliseconds) is not None:
+        facts["backward pass"] = f"{times.frozen:.2f} ms frozen, {times.unfrozen:.2f} ms unfrozen"
+    curves = {"training": [epoch.train_accuracy or 0.0 for epoch in metrics.history]}
+    if metrics.validation_accuracy is not None:
+        curves["validation"] = [epoch.validation_accuracy or 0.0 for epoch in metrics.history]
+    evaluation = score_answers(answers)
+    return make_report(evaluation, title="Test images of a fine-tuned model", facts=facts, curves=curves)
+
+
+def _class_table(scores: Iterable[ClassScore]) -> str:
+    rows = [
+        (score.name, score.support, *("-" if share is None else f"{share:.3f}" for share in shares))
+        for score in scores
+        for shares in [(score.precision, score.recall, score.f1, score.auroc)]
+    ]
     return _table(("class", "images", "precision", "recall", "F1", "AUROC"), rows)
 
 
-def _confusion(names: Sequence[str], targets: Classes, predicted: Classes) -> str:
+def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     """Draw the confusion matrix: a row for each true class, a column for each predicted one."""
-    counts = numpy.zeros((len(names), len(names)), dtype=int)
-    numpy.add.at(counts, (targets, predicted), 1)
     head = "".join(f"<th>{_text(name)}</th>" for name in names)
     rows = [f'<tr><th>true</th><th colspan="{len(names)}">predicted</th></tr><tr><th></th>{head}</tr>']
     for name, row in zip(names, counts, strict=True):
-        shades = row / max(int(row.sum()), 1)
+        shades = [count / max(sum(row), 1) for count in row]
         cells = "".join(
             f'<td style="background: rgb(74 126 187 / {shade:.2f})">{count or ""}</td>'
             for count, shade in zip(row, shades, strict=True)
@@ -195,10 +239,6 @@ def _table(head_cells: Sequence[object], rows: Iterable[Sequence[object]], *, he
     lines = [f"<tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head_cells)}</tr>"] if head else []
     lines += [f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
-def _interval(figure: Interval) -> str:
-    return f"{figure.value:.3f} (95 % interval {figure.low:.3f} to {figure.high:.3f})"
 
 
 def _text(value: object) -> str:

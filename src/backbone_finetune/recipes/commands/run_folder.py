@@ -2,7 +2,7 @@
 
 During a run, all of its files are in ``.unfinished/``: its record, checkpoints and features. Results
 are moved into the folder when they are complete, and ``.unfinished/`` is removed at the end. Existing files in the
-folder are not deleted or replaced unless ``overwrite`` is given; then the four results and ``.unfinished/`` are.
+folder are not deleted or replaced unless ``overwrite`` is given; then the results and ``.unfinished/`` are.
 """
 
 import json
@@ -19,6 +19,8 @@ from ..files import replacing, sync_file, sync_folder
 from ..text import join_some, one_line
 
 RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE = "run.json", "model.safetensors", "metrics.json", "curves.png"
+REPORT_FILE = "report.html"
+RESULTS = (RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE, REPORT_FILE)
 UNFINISHED, LOCK_FILE = ".unfinished", "lock"
 
 
@@ -30,8 +32,8 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
     unfinished = folder / UNFINISHED
     if overwrite or (unfinished / RUN_FILE).is_file():
         return
-    names = [name for name in (RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE) if os.path.lexists(folder / name)]
-    # A run writes its lock and a temporary file before its record.
+    names = [name for name in RESULTS if os.path.lexists(folder / name)]
+    # A run writes its lock and a temporary file before its record is there.
     if unfinished.exists() and any(
         path.name != LOCK_FILE and not path.name.startswith(f".{RUN_FILE}.") for path in unfinished.iterdir()
     ):

@@ -31,12 +31,24 @@ from ..together import run_on_main
 from ..training.divergence import DivergedError
 from ..training.folds import cross_validate
 from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
-from ..training.objectives import MultiLabel, Regression
+from ..training.objectives import MultiLabel, Regression, SingleLabel
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
 from .baselines import baseline_accuracy, chance_accuracy, measure_backward, pixel_model, random_model
+from .figures import Answers
 from .metrics import Metrics, describe
-from .run_folder import CURVES_FILE, METRICS_FILE, MODEL_FILE, RUN_FILE, UNFINISHED, finish_run, open_run, publishing
+from .report import report_run
+from .run_folder import (
+    CURVES_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    UNFINISHED,
+    finish_run,
+    open_run,
+    publishing,
+)
 from .run_record import compare_runs, record_run
 from .setup import CLIPART, Task, TrainSettings, choose_monitor, make_task
 
@@ -86,7 +98,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         config, record = _start(settings, task, accelerator, exit_stack, recorded)
         try:
             start_model = None if settings.folds is None else copy.deepcopy(task.model)
-            metrics = _train_model(settings, task, config, record)
+            metrics, answers = _train_model(settings, task, config, record)
             if settings.folds is not None and start_model is not None:
                 metrics = _cross_validate(metrics, settings, task, config, start_model)
             if settings.images is None if settings.baselines is None else settings.baselines:
@@ -105,8 +117,12 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
                 draw_curves(metrics.history, test | metrics.references(), temporary, metric=main)
             with publishing(settings.output, METRICS_FILE) as temporary:
                 temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False) + "\n")
+            names = [RUN_FILE, MODEL_FILE, CURVES_FILE, METRICS_FILE]
+            if answers is not None:
+                names.append(REPORT_FILE)
+                with publishing(settings.output, REPORT_FILE) as temporary:
+                    temporary.write_text(report_run(metrics, answers, task.model), encoding="utf-8")
             finish_run(settings.output)
-            names = (RUN_FILE, MODEL_FILE, CURVES_FILE, METRICS_FILE)
             logger.info("\nwrote %s", ", ".join(str(settings.output / name) for name in names))
     accelerator.end_training()
     return metrics
@@ -173,8 +189,10 @@ def _fingerprints(settings: TrainSettings, task: Task) -> dict[str, str]:
     return {**names, "train": names["train"] + views}
 
 
-def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, record: Mapping[str, Any]) -> Metrics:
-    """Train the model, and write it at once."""
+def _train_model(
+    settings: TrainSettings, task: Task, config: TrainerConfig, record: Mapping[str, Any]
+) -> tuple[Metrics, Answers | None]:
+    """Train the model, and write it before anything else can fail; returns its answers to the test images too."""
     accelerator = config.accelerator
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
     try:
@@ -183,7 +201,8 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
         hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
         raise DivergedError(f"{error}; {hint}") from error
     config = _choose_thresholds(task, config)
-    score = None if task.test is None else _score(task.model, task.test, config)
+    outputs: list[Tensor] = []
+    score = None if task.test is None else _score(task.model, task.test, config, outputs)
     best = _best_epoch(history, config)
     others = {} if score is None else {name: score.metrics[name] for name in score.metrics if "accuracy" not in name}
     kept = history[-1 if best is None else best - 1]
@@ -225,7 +244,7 @@ def _train_model(settings: TrainSettings, task: Task, config: TrainerConfig, rec
                 save_trained_model(trained, temporary, record=asdict(metrics))
             else:
                 save_trained_changes(trained, task.base, temporary, record=asdict(metrics))
-    return metrics
+    return metrics, _answers(task, outputs, config)
 
 
 def _choose_thresholds(task: Task, config: TrainerConfig) -> TrainerConfig:
@@ -257,11 +276,29 @@ def _best_epoch(history: Sequence[EpochResult], config: TrainerConfig) -> int | 
     return None if config.monitor is None else max(history, key=config.monitor).epoch
 
 
-def _score(model: FineTuneModel, data: ImageDataset, config: TrainerConfig) -> Score:
-    """Evaluate a model on images in the precision of `predict`."""
-    score = evaluate(model.to(config.accelerator.device), data, config)
+def _score(
+    model: FineTuneModel, data: ImageDataset, config: TrainerConfig, outputs: list[Tensor] | None = None
+) -> Score:
+    """Evaluate a model on images, once, in the precision of `predict`; ``outputs`` collects what it computes."""
+    kept = [] if outputs is None else outputs
+    handle = model.register_forward_hook(lambda module, inputs, output: kept.append(output.float().cpu()))
+    try:
+        score = evaluate(model.to(config.accelerator.device), data, config)
+    finally:
+        handle.remove()
     report_skipped([data], {}, config.accelerator)
     return score
+
+
+def _answers(task: Task, outputs: list[Tensor], config: TrainerConfig) -> Answers | None:
+    """Return the answers to the test images, for a report; None where one process has a share of them only."""
+    if task.test is None or config.accelerator.num_processes > 1 or not isinstance(config.objective, SingleLabel):
+        return None
+    folder = task.test.folder
+    read = [index for index, path in enumerate(folder.paths) if str(path) not in task.test.broken]
+    paths, targets = [folder.paths[index] for index in read], [int(folder.targets[index]) for index in read]
+    probabilities = torch.cat(outputs).softmax(-1)[read].double().numpy()
+    return Answers(task.train.folder.class_names, paths, targets, probabilities)
 
 
 def _cross_validate(

@@ -1,0 +1,136 @@
+"""The page of an evaluation: right figures, escaped names, nothing from elsewhere, and a browser that shows it."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy
+import pytest
+from image_folders import make_folder, make_image
+
+from backbone_finetune.cli import main
+from backbone_finetune.recipes.commands.evaluate import score_answers
+from backbone_finetune.recipes.commands.figures import Answers, auroc, bootstrap, calibration_error
+from backbone_finetune.recipes.commands.report import make_report, write_evaluation
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = '<script>document.title="ran"</script>"&\x1b[31m'
+
+
+def make_answers(folder: Path, names: tuple[str, ...] = ("cat", "dog"), count: int = 40) -> Answers:
+    generator = numpy.random.default_rng(0)
+    probabilities = generator.dirichlet(numpy.ones(len(names)), size=count)
+    paths = []
+    for index in range(count):
+        make_image(folder / f"{index}.png", (index, 0, 0))
+        paths.append(folder / f"{index}.png")
+    return Answers(names, paths, [index % len(names) for index in range(count)], probabilities)
+
+
+class Page(HTMLParser):
+    """The tags and addresses of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in {"src", "href"}]
+
+
+def test_an_evaluation_is_written_as_figures_a_table_and_a_page(tmp_path: Path) -> None:
+    answers = make_answers(tmp_path / "images")
+    evaluation = score_answers(answers)
+    paths = write_evaluation(evaluation, tmp_path / "out", title="a model")
+    assert [path.name for path in paths] == ["evaluation.json", "predictions.csv", "confusion.png", "report.html"]
+    figures = json.loads(paths[0].read_text())
+    assert figures["accuracy_interval"]["value"] == figures["accuracy"] == answers.is_right.mean()
+    assert figures["accuracy_interval"]["low"] < figures["accuracy"] < figures["accuracy_interval"]["high"]
+    rows = list(csv.DictReader(paths[1].read_text().splitlines()))
+    assert len(rows) == 40
+    assert sum(row["right"] == "1" for row in rows) / 40 == figures["accuracy"]
+    assert all((row["class"] == row["predicted"]) == (row["right"] == "1") for row in rows)
+    page = paths[3].read_text()
+    for score in evaluation.classes:
+        assert f"<td>{score.name}</td><td>{score.support}</td><td>{score.precision:.3f}</td>" in page
+    assert page.count("<figure>") == min(24, int((answers.is_right == 0).sum())) + min(24, int(answers.is_right.sum()))
+
+
+def test_a_page_takes_nothing_from_elsewhere_and_escapes_names(tmp_path: Path) -> None:
+    answers = make_answers(tmp_path / "images", (HOSTILE, "dog\udcff"))
+    hostile = tmp_path / "images" / "<img src=x onerror=alert(1)>.png"
+    make_image(hostile, (1, 2, 3))
+    answers = replace(answers, paths=[hostile, *answers.paths[1:-1], tmp_path / "gone.png"])
+    text = make_report(score_answers(answers), title=HOSTILE, facts={HOSTILE: HOSTILE}, curves={HOSTILE: [1]})
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "a"} & set(page.tags)
+    assert page.addresses
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert "\x1b" not in text
+    text.encode()
+    assert "default-src 'none'" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_page_and_runs_nothing(tmp_path: Path, width: int) -> None:
+    assert CHROMIUM is not None
+    answers = make_answers(tmp_path / "images", (HOSTILE, "dog"))
+    page = tmp_path / "report.html"
+    page.write_text(make_report(score_answers(answers), title="a model", facts={}, curves={"training": [0.1, 0.9]}))
+    browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    shown = subprocess.run(
+        [*browser, f"--window-size={width},900", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    assert "<title>a model</title>" in shown
+    assert shown.count("<figure>") == page.read_text().count("<figure>")
+    image = tmp_path / "page.png"
+    subprocess.run(
+        [*browser, f"--window-size={width},900", f"--screenshot={image}", page.as_uri()],
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    assert image.stat().st_size > 5_000
+
+
+def test_a_run_and_an_evaluation_leave_the_same_page_of_the_test_images(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        make_folder(tmp_path / "data" / name)
+    (tmp_path / "data" / "test" / "red" / "0.png").write_bytes(b"no image")
+    small = ["--model", "test_resnet", "--epochs", "2", "--lr", "0.05", "--batch-size", "4"]
+    assert main(["train", str(tmp_path / "data"), *small, "--output", str(tmp_path / "run")]) == 0
+    model = str(tmp_path / "run" / "model.safetensors")
+    assert main(["evaluate", model, str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 0
+    pages = [(folder / "report.html").read_text() for folder in (tmp_path / "run", tmp_path / "out")]
+    tables = [re.search("<h2>By class</h2>(.*?)<h2>The most", page, re.DOTALL) for page in pages]
+    assert tables[0] is not None
+    assert tables[1] is not None
+    assert tables[0].group(1) == tables[1].group(1)
+    assert "of 17 images" in pages[0]
+
+
+def test_figures_are_those_of_their_definitions() -> None:
+    generator = numpy.random.default_rng(0)
+    scores, positive = generator.integers(5, size=60) / 5, generator.integers(2, size=60).astype(float)
+    pairs = [(one > other) + (one == other) / 2 for one in scores[positive == 1] for other in scores[positive == 0]]
+    assert auroc(scores, positive) == pytest.approx(sum(pairs) / len(pairs))
+    assert auroc(scores, numpy.ones(60)) is None
+    confidence, right = generator.random(1000), generator.random(1000)
+    perfect = (right < confidence).astype(float)
+    assert calibration_error(confidence, perfect) < 0.06
+    assert calibration_error(confidence, 1 - perfect) > 0.3
+    wide, narrow = (bootstrap(lambda values: float(values.mean()), right[:count]) for count in (30, 1000))
+    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
