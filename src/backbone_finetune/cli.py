@@ -27,8 +27,8 @@ from .recipes.export.onnx_model import export_onnx
 from .recipes.models.file import TrainedModel, load_trained_model
 from .recipes.models.named import NamedModel, load_timm_model
 from .recipes.models.onnx_file import load_onnx_model
+from .recipes.objectives.kinds import SingleLabel
 from .recipes.text import describe_fault, print_any_name, printable
-from .recipes.training.objectives import SingleLabel
 from .recipes.training.phases import Phase, read_phases
 from .recipes.training.processes import find_device
 

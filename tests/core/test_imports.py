@@ -33,6 +33,7 @@ FOLDERS = (
     "heads",
     "features",
     "models",
+    "objectives",
     "data",
     "checking",
     "extras",

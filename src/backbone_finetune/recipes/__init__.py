@@ -28,11 +28,11 @@ from .heads.lbfgs import LbfgsResult, fit_lbfgs
 from .models.file import TrainedModel, load_trained_model, save_trained_model
 from .models.named import NamedModel, load_timm_model
 from .models.onnx_file import load_onnx_model
+from .objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
 from .training.checkpoints import EpochResult
 from .training.divergence import DivergedError
 from .training.folds import cross_validate
 from .training.loop import TrainerConfig, fine_tune
-from .training.objectives import MultiLabel, Regression, SingleLabel, SoftLabels
 from .training.phases import Phase, read_phases
 from .training.processes import make_accelerator
 from .training.scoring import Score, evaluate

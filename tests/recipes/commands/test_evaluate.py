@@ -53,10 +53,13 @@ def test_each_image_is_counted_in_the_confusion_matrix(trained: TrainedModel, tm
     assert [score.recall for score in evaluation.classes] == [4 / 5, 1.0, 1.0, 0.0, None]
     assert evaluation.missing_classes == ("white",)
     lines = describe_evaluation(evaluation).splitlines()
-    assert lines[1].split() == ["red", "5", "1.000", "0.800"]
-    assert lines[5].split() == ["white", "0", "-", "-"]
+    assert lines[1].split()[:4] == ["red", "5", "1.000", "0.800"]
+    assert lines[5].split() == ["white", "0", "-", "-", "-", "-"]
     balanced = "balanced accuracy 0.700, the mean recall of the classes"
-    assert lines[6:] == ["accuracy 0.857 of 14 images", balanced, "without a folder: white"]
+    assert lines[6].startswith("accuracy 0.857 (95 % interval 0.")
+    assert lines[6].endswith(" of 14 images")
+    assert lines[7].startswith("calibration error 0.")
+    assert lines[8:] == [balanced, "without a folder: white"]
     alike = evaluate_folder(trained, make_folder(tmp_path / "alike"), show_progress=False)
     assert "balanced" not in describe_evaluation(alike)
 
@@ -121,11 +124,18 @@ def test_it_is_written_as_json_and_as_a_plot(trained: TrainedModel, tmp_path: Pa
     evaluation = evaluate_folder(trained, make_folder(tmp_path / "images", per_class=2), show_progress=False)
     write_evaluation(evaluation, tmp_path / "out")
     write_evaluation(evaluation, tmp_path / "out")  # over an earlier one
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["confusion.png", "evaluation.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "confusion.png",
+        "evaluation.json",
+        "predictions.csv",
+        "report.html",
+    ]
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["accuracy"] == evaluation.accuracy == 1.0
     assert written["classes"][0] == {
         "name": "red", "support": 2, "predicted": 2, "correct": 2, "precision": 1.0, "recall": 1.0
+        "f1": 1.0,
+        "auroc": 1.0,
     }  # fmt: skip
     assert written["confusion"][2] == [0, 0, 2, 0, 0]
     assert (tmp_path / "out" / "confusion.png").read_bytes().startswith(b"\x89PNG")

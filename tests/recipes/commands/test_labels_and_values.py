@@ -24,7 +24,7 @@ from backbone_finetune.recipes.data.images import ImageDataset, read_image
 from backbone_finetune.recipes.data.loading import DeviceLoader
 from backbone_finetune.recipes.models.file import TrainedModel, build_transform
 from backbone_finetune.recipes.models.metadata import parse_metadata
-from backbone_finetune.recipes.training.objectives import MultiLabel, Regression, SingleLabel
+from backbone_finetune.recipes.objectives.kinds import MultiLabel, Regression, SingleLabel
 from backbone_finetune.recipes.training.phases import Phase
 
 PARTS = ["train"] * 48 + ["val"] * 16 + ["test"] * 16

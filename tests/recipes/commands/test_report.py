@@ -15,7 +15,7 @@ from image_folders import make_folder, make_image
 
 from backbone_finetune.cli import main
 from backbone_finetune.recipes.commands.evaluate import score_answers
-from backbone_finetune.recipes.commands.figures import Answers, auroc, bootstrap, calibration_error
+from backbone_finetune.recipes.commands.figures import Answers, auroc, bootstrap, expected_calibration_error
 from backbone_finetune.recipes.commands.report import make_report, write_evaluation
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -130,7 +130,7 @@ def test_figures_are_those_of_their_definitions() -> None:
     assert auroc(scores, numpy.ones(60)) is None
     confidence, right = generator.random(1000), generator.random(1000)
     perfect = (right < confidence).astype(float)
-    assert calibration_error(confidence, perfect) < 0.06
-    assert calibration_error(confidence, 1 - perfect) > 0.3
+    assert expected_calibration_error(confidence, perfect) < 0.06
+    assert expected_calibration_error(confidence, 1 - perfect) > 0.3
     wide, narrow = (bootstrap(lambda values: float(values.mean()), right[:count]) for count in (30, 1000))
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)

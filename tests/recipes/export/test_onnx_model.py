@@ -25,7 +25,7 @@ from backbone_finetune.recipes.commands.train import CLIPART
 from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.export.onnx_preprocessing import build_preprocessing
 from backbone_finetune.recipes.models.file import build_transform
-from backbone_finetune.recipes.training.objectives import MultiLabel, Objective, Regression
+from backbone_finetune.recipes.objectives.kinds import MultiLabel, Objective, Regression
 
 pytestmark = pytest.mark.clients
 onnx = pytest.importorskip("onnx")

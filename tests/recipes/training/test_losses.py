@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.data.images import IGNORED
+from backbone_finetune.recipes.objectives.kinds import SingleLabel, balanced_weights
 from backbone_finetune.recipes.training.loop import EpochResult, TrainerConfig, fine_tune
-from backbone_finetune.recipes.training.objectives import SingleLabel, balanced_weights
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 

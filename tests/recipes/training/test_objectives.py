@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from backbone_finetune.recipes.data.images import is_read
-from backbone_finetune.recipes.training import metrics
-from backbone_finetune.recipes.training.objectives import MultiLabel, Objective, Regression, SingleLabel, SoftLabels
+from backbone_finetune.recipes.objectives import metrics
+from backbone_finetune.recipes.objectives.kinds import MultiLabel, Objective, Regression, SingleLabel, SoftLabels
 
 BINARY = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]])
 NAN = float("nan")

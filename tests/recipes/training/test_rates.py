@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.objectives.kinds import SingleLabel
 from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
-from backbone_finetune.recipes.training.objectives import SingleLabel
 from backbone_finetune.recipes.training.phases import Phase
 
 ACCELERATOR = Accelerator(cpu=True)

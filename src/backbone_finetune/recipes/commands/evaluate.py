@@ -10,8 +10,8 @@ from tqdm import tqdm
 from ..data.finding import choose_test, find_splits
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
-from ..training.objectives import SingleLabel, SoftLabels
-from .figures import Answers, Interval, auroc, bootstrap, calibration_error
+from ..objectives.kinds import SingleLabel, SoftLabels
+from .figures import Answers, Interval, auroc, bootstrap, expected_calibration_error
 from .predict import predict
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "score_answers"]
@@ -47,7 +47,7 @@ class Evaluation:
     missing_classes: tuple[str, ...]
     skipped_images: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
-    answers: Answers = field(repr=False)
+    answers: Answers = field(repr=False, compare=False)
 
 
 def evaluate_folder(
@@ -133,7 +133,7 @@ def score_answers(answers: Answers, *, skipped: Sequence[str] = (), missing: Seq
         accuracy=accuracy.value,
         accuracy_interval=accuracy,
         balanced_accuracy=sum(recalls) / len(recalls),
-        calibration_error=bootstrap(calibration_error, answers.probabilities.max(1), answers.is_right),
+        calibration_error=bootstrap(expected_calibration_error, answers.probabilities.max(1), answers.is_right),
         images=len(targets),
         classes=tuple(scores),
         missing_classes=tuple(missing),

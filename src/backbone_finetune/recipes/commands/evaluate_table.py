@@ -12,8 +12,8 @@ from ..data.tables import TABLES
 from ..files import replacing
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
-from ..training import metrics
-from ..training.objectives import MultiLabel, Regression
+from ..objectives import metrics
+from ..objectives.kinds import MultiLabel, Regression
 from .predict import predict_rows
 
 

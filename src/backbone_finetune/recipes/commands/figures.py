@@ -89,10 +89,10 @@ def calibration_bins(confidence: Array, is_right: Array) -> list[tuple[int, floa
     ]
 
 
-def calibration_error(confidence: Array, is_right: Array) -> float:
+def expected_calibration_error(confidence: Array, is_right: Array) -> float:
     """Return the expected calibration error (Guo et al. 2017): how far confidence is from accuracy, on the mean.
 
-    >>> calibration_error(numpy.array([0.75, 0.75, 0.75, 0.75]), numpy.array([1.0, 1.0, 1.0, 0.0]))
+    >>> expected_calibration_error(numpy.array([0.75, 0.75, 0.75, 0.75]), numpy.array([1.0, 1.0, 1.0, 0.0]))
     0.0
     """
     bins = calibration_bins(confidence, is_right)

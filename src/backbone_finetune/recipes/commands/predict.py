@@ -28,7 +28,7 @@ from ..data.transforms import split_transform
 from ..files import replacing
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
-from ..training.objectives import MultiLabel, Regression, SingleLabel
+from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 
 __all__ = ["Prediction", "choose_writer", "list_inputs", "predict", "write_csv", "write_jsonl"]
 

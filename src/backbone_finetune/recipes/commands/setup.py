@@ -20,10 +20,10 @@ from ..data.finding import find_data
 from ..data.images import ImageDataset, LabelledFolder
 from ..models.file import TrainedModel, build_transform, describe_model_file, find_size_problem, load_trained_model
 from ..models.weights import BaseWeights, Source, load_network, model_arguments, remember_base
+from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel, balanced_weights
 from ..text import join_some
 from ..together import run_on_main
 from ..training.loop import EpochResult, TrainerConfig
-from ..training.objectives import MultiLabel, Objective, Regression, SingleLabel, balanced_weights
 from ..training.phases import Phase
 from .run_folder import check_output_folder
 

@@ -25,13 +25,13 @@ from ..features.cache import FeatureCache
 from ..features.compiled import COMPILERS
 from ..models.file import TrainedModel, build_transform, save_trained_changes, save_trained_model
 from ..models.metadata import describe_objective, installed_versions
+from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
 from ..training.divergence import DivergedError
 from ..training.folds import cross_validate
 from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
-from ..training.objectives import MultiLabel, Regression, SingleLabel
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
 from .baselines import baseline_accuracy, chance_accuracy, measure_backward, pixel_model, random_model

@@ -8,7 +8,7 @@ import timm
 from timm.models._hub import save_config_for_hf  # save_for_hf refuses tied tensors
 
 from ..models.file import TrainedModel
-from ..training.objectives import SingleLabel
+from ..objectives.kinds import SingleLabel
 from .checks import Comparison, Exported, staging
 from .timm_checkpoint import make_timm_network, save_weights
 

@@ -29,8 +29,8 @@ from backbone_finetune.checkpoint import (
 )
 
 from ..checking import validated
+from ..objectives.kinds import Objective, SingleLabel
 from ..text import one_line
-from ..training.objectives import Objective, SingleLabel
 from .metadata import ModelDescription, describe_objective, installed_versions, parse_metadata
 from .weights import BaseWeights, find_base
 

@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Json, Va
 from backbone_finetune import __version__
 from backbone_finetune.validation import check_architecture
 
+from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
 from ..text import describe_fault, has_control_characters
-from ..training.objectives import MultiLabel, Objective, Regression, SingleLabel
 
 LARGEST_SIDE = 4096
 

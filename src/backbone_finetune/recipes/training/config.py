@@ -14,8 +14,8 @@ from ..checking import NotNegative, Positive, Whole
 from ..data.loading import default_workers
 from ..features.cache import FeatureCache
 from ..features.compiled import Compile
+from ..objectives.kinds import Objective, SingleLabel
 from .checkpoints import EpochResult
-from .objectives import Objective, SingleLabel
 
 __all__ = ["TrainerConfig", "count"]
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from ..features.dataset import Features
 from ..heads.grid import fit_heads
+from ..objectives.kinds import SingleLabel
 from ..rng import preserve_rng_state
 from ..together import run_on_main
 from .config import TrainerConfig
-from .objectives import SingleLabel
 from .phase_data import PhaseData
 from .phases import Phase
 

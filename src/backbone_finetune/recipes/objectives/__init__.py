@@ -1,0 +1,1 @@
+"""The kinds of targets, with their losses, predictions and metrics."""
