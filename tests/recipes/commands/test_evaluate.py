@@ -133,9 +133,8 @@ def test_it_is_written_as_json_and_as_a_plot(trained: TrainedModel, tmp_path: Pa
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["accuracy"] == evaluation.accuracy == 1.0
     assert written["classes"][0] == {
-        "name": "red", "support": 2, "predicted": 2, "correct": 2, "precision": 1.0, "recall": 1.0
-        "f1": 1.0,
-        "auroc": 1.0,
+        "name": "red", "support": 2, "predicted": 2, "correct": 2,
+        "precision": 1.0, "recall": 1.0, "f1": 1.0, "auroc": 1.0,
     }  # fmt: skip
     assert written["confusion"][2] == [0, 0, 2, 0, 0]
     assert (tmp_path / "out" / "confusion.png").read_bytes().startswith(b"\x89PNG")
