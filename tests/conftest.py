@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Programs that tests run in other processes: they have no doctests, and some import the libraries of the extra clients.
+collect_ignore = ["helpers"]
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
