@@ -86,12 +86,19 @@ def test_a_phase_ends_when_patience_is_exceeded(tmp_path: Path) -> None:
     assert len(history) == 3 + 2  # in each phase, epochs without improvement
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 5, 6, 7])
-def test_a_killed_run_keeps_the_same_epoch(tmp_path: Path, stop: int) -> None:
+@pytest.mark.parametrize(
+    ("values", "checkpoint_steps"),
+    [
+        ((1, 5, 2, 2, 3, 9, 2, 2), 2),  # the best epoch is in the second phase; checkpoints within an epoch
+        ((1, 5, 2, 2, 3, 1, 2, 2), 1000),  # in the first phase; checkpoints after each epoch, so also between phases
+    ],
+)
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6, 7])
+def test_a_killed_run_keeps_the_same_epoch(
+    tmp_path: Path, stop: int, values: tuple[float, ...], checkpoint_steps: int
+) -> None:
     class StopError(Exception):
         pass
-
-    values = (1, 5, 2, 2, 3, 9, 2, 2)
 
     def stopping(result: EpochResult) -> float:
         if result.epoch == stop + 1:
@@ -99,8 +106,8 @@ def test_a_killed_run_keeps_the_same_epoch(tmp_path: Path, stop: int) -> None:
         return values[result.epoch - 1]
 
     with pytest.raises(StopError):
-        train([HEAD, BOTH], stopping, checkpoints=tmp_path, checkpoint_steps=2)
-    resumed, history = train([HEAD, BOTH], rate(*values), checkpoints=tmp_path, checkpoint_steps=2)
+        train([HEAD, BOTH], stopping, checkpoints=tmp_path, checkpoint_steps=checkpoint_steps)
+    resumed, history = train([HEAD, BOTH], rate(*values), checkpoints=tmp_path, checkpoint_steps=checkpoint_steps)
     whole, expected = train([HEAD, BOTH], rate(*values))
     assert history == expected
     assert same(resumed, whole)

@@ -112,7 +112,7 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
         raise FileNotFoundError(f"{path}: there is no such weights file")
     tensors = read_weights(path, architecture)
     # timm loads strictly only with equal numbers of classes, so build the network with those of the file.
-    # has. Without a classifier under timm's name, the file is in its authors' own format (timm translates it, and it
+    # Without a classifier under timm's name, the file is in its authors' own format (timm translates it, and it
     # has the usual classes) or has none.
     defaults = timm.get_pretrained_cfg(architecture) or PretrainedCfg()
     names = (defaults.classifier,) if isinstance(defaults.classifier, str) else defaults.classifier or ()

@@ -92,7 +92,9 @@ def fine_tune(
                 resume(saved, state.model, state.optimizer, config.accelerator)
                 state.best = dict(saved.best) or None
                 saved = None
-            elif progress.best_epoch is not None:  # of an earlier phase, from which this one starts
+            if (
+                state.best is None and progress.best_epoch is not None
+            ):  # an earlier phase had it; the model has its weights
                 state.best = snapshot(state)
             is_done = False
             while not is_done:
