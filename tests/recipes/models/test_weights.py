@@ -224,3 +224,6 @@ def test_what_does_not_fit_is_named_beside_what_is_wanted(tmp_path: Path) -> Non
     torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"weights\.pth: holds no tensors but epoch, args; pass a state dict"):
         load_checkpoint_network("test_resnet", tmp_path / "weights.pth")
+    torch.save({}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth: holds no tensors; pass a state dict"):
+        load_checkpoint_network("test_resnet", tmp_path / "weights.pth")

@@ -35,7 +35,8 @@ def read_weights(path: Path, architecture: str) -> dict[str, Tensor]:
         found = nested[0]
     tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
     if not tensors:
-        raise ValueError(f"{path}: holds no tensors but {join_some(list(map(str, found)))}; pass a state dict")
+        held = f" but {join_some(list(map(str, found)))}" if found else ""
+        raise ValueError(f"{path}: holds no tensors{held}; pass a state dict")
     prefix = _find_prefix(tensors, network_names(architecture))
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
