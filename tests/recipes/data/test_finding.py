@@ -28,6 +28,16 @@ def find(path: Path, **arguments: Any) -> list[LabelledFolder]:
     return [part for part in find_data(path, **arguments, test_share=0.3, seed=0) if part is not None]
 
 
+def test_val_and_test_without_train_are_not_classes(tmp_path: Path) -> None:
+    for name in ("val", "test"):
+        make_folder(tmp_path / name, per_class=2)
+    message = "test, val have the same sub-folders, and there is no train; add a folder train, or pass one of them"
+    with pytest.raises(ValueError, match=message):
+        find_splits(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        find_splits(tmp_path, NAMES)
+
+
 @pytest.mark.parametrize("train", ["train", "Train", "training"])
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "test", "Testing"])
 def test_train_and_val_folders_are_not_classes(tmp_path: Path, train: str, val: str) -> None:

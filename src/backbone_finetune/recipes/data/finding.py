@@ -97,6 +97,11 @@ def find_splits(
     named = {PARTS[folder.name.lower()]: folder for folder in folders if folder.name.lower() in PARTS}
     inside = {part: {folder.name for folder in _folders_in(folder)} for part, folder in named.items()}
     are_same = any(inside[part] & inside.get(TRAIN, set()) for part in named if part != TRAIN)
+    if TRAIN not in named and len(named) > 1 and set.intersection(*inside.values()):
+        raise ValueError(
+            f"{path}: {join_some([folder.name for folder in named.values()])} have the same sub-folders, and there is "
+            "no train; add a folder train, or pass one of them"
+        )
     if TRAIN not in named or not (are_same or len(named) == len(folders)):
         return {TRAIN: _find_classes(path, class_names)}
     if others := [folder.name for folder in folders if folder not in named.values()]:
