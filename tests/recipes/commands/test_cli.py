@@ -144,7 +144,7 @@ def test_predict_searches_folders_and_writes_csv_and_json_lines(
     assert {path.name for path in tmp_path.iterdir()} == {"in", "a.csv", "a.jsonl"}
 
 
-def test_evaluate_prints_a_table_and_writes_two_files(
+def test_evaluate_prints_a_table_and_writes_four_files(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = make_folder(tmp_path / "images", per_class=2)
@@ -155,7 +155,8 @@ def test_evaluate_prints_a_table_and_writes_two_files(
     lines = printed.out.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [[name, "2"] for name in COLOURS]
     assert lines[4].startswith("accuracy ")
-    assert lines[-1] == f"wrote {output / 'evaluation.json'}, {output / 'confusion.png'}"
+    names = ("evaluation.json", "predictions.csv", "confusion.png", "report.html")
+    assert lines[-1] == f"wrote {', '.join(str(output / name) for name in names)}"
     skipped = [line for line in printed.err.splitlines() if "skipped: " in line]
     assert len(skipped) == 1
     assert f"backbone-finetune: skipped: {images / 'red' / 'broken.png'}: not a readable image" in skipped[0]
@@ -177,6 +178,22 @@ def test_trainable_only_writes_a_small_file_that_needs_its_base(
     message = f"on top of test_resnet with weights from {weights}; give the weights file that it was trained on (--base"
     assert message in fail("predict", model, image)
     assert cli.main(["predict", str(model), str(image), "--base", str(weights)]) == 0
+
+
+def test_what_training_changed_is_no_base_of_other_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fail: Fail
+) -> None:
+    """Nothing could load the second file, as --base takes whole weights."""
+    weights, first, second = tmp_path / "weights.pth", tmp_path / "first", tmp_path / "second"
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)
+    train = ["train", str(make_folder(tmp_path / "images")), "--epochs", "1", "--trainable-only", "--output"]
+    assert cli.main([*train, str(first), "--model", "test_resnet", "--checkpoint", str(weights)]) == 0
+    capsys.readouterr()
+    message = (
+        "has only what training changed, so it cannot be the base of another such file; leave out --trainable-only"
+    )
+    assert message in fail(*train, second, "--checkpoint", first / "model.safetensors")
+    assert not second.exists()
 
 
 def test_inspect_prints_the_frozen_groups_of_a_trained_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +284,7 @@ def test_a_finished_model_is_not_replaced(trained: Path, fail: Fail) -> None:
     images = trained.parents[1] / "images"
     line = fail("train", images, "--model", "test_resnet", "--output", trained.parent)
     assert line == (
-        f"{trained.parent} already holds run.json, model.safetensors, metrics.json, curves.png; "
+        f"{trained.parent} already holds run.json, model.safetensors, metrics.json, curves.png, report.html; "
         "pass --overwrite to replace them, or another folder with --output"
     )
     assert trained.read_bytes() == before

@@ -133,6 +133,25 @@ def test_folds_are_those_of_the_training_images(tmp_path: Path, capsys: pytest.C
     assert all(torch.equal(tensor, folded[name]) for name, tensor in plain.items())
 
 
+def test_too_many_folds_are_refused_before_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path / "data", per_class=4)
+    arguments = ["train", str(tmp_path / "data"), "--model", "test_resnet", "--epochs", "1", "--output"]
+    assert main([*arguments, str(tmp_path / "run"), "--folds", "10"]) == 2
+    assert "folds = 10: expected a whole number from 2 to the 9 images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_chance_is_of_the_readable_images(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        make_folder(tmp_path / "data" / name, per_class=4)
+        for index in range(6):
+            (tmp_path / "data" / name / "red" / f"broken{index}.png").write_bytes(b"no image")
+    small = ["--model", "test_resnet", "--epochs", "1", "--lr", "0.01", "--output", str(tmp_path / "run")]
+    assert main(["train", str(tmp_path / "data"), *small]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["test_images"], metrics["chance"]) == (12, 4 / 12)
+
+
 @pytest.mark.parametrize("options", [(), ("--trainable-only",)])
 def test_a_model_file_is_trained_further(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]

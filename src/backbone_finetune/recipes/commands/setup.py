@@ -172,6 +172,11 @@ def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[
         return TrainedModel(model, architecture, class_names, data_config, arguments), source, words
     if settings.pretrained or settings.architecture not in {None, description.architecture}:
         raise ValueError(f"{path} is a model on {description.architecture}; leave out --model and --pretrained with it")
+    if settings.trainable_only and description.base is not None:
+        raise ValueError(
+            f"{path} has only what training changed, so it cannot be the base of another such file; leave out "
+            "--trainable-only"
+        )
     trained, words = load_trained_model(path), f"weights from {path}"
     if trained.class_names == class_names:
         return replace(trained, model=trained.model.unfreeze_backbone()), "file", words

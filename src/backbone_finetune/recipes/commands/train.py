@@ -30,7 +30,7 @@ from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
 from ..training.divergence import DivergedError
-from ..training.folds import cross_validate
+from ..training.folds import check_folds, cross_validate
 from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
@@ -95,6 +95,8 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     with preserve_rng_state(), ExitStack() as exit_stack:
         seed_everything(settings.seed)
         task = make_task(settings, accelerator)
+        if settings.folds is not None:
+            check_folds(task.train, settings.folds)
         config, record = _start(settings, task, accelerator, exit_stack, recorded)
         try:
             start_model = None if settings.folds is None else copy.deepcopy(task.model)
@@ -216,7 +218,7 @@ def _train_model(
         best_epoch=best,
         chance=None
         if isinstance(config.objective, MultiLabel | Regression)
-        else chance_accuracy(task.train.folder.targets, _held_out(task).folder.targets),
+        else chance_accuracy(_readable_targets(task.train), _readable_targets(_held_out(task))),
         architecture=task.architecture,
         weights=task.weights,
         phases=settings.phases,
@@ -269,6 +271,14 @@ def _held_out(task: Task) -> ImageDataset:
 
 def _count_readable(data: ImageDataset | None) -> int:
     return 0 if data is None else len(data) - len(data.broken)
+
+
+def _readable_targets(data: ImageDataset) -> list[Any]:
+    return [
+        target
+        for path, target in zip(data.folder.paths, data.folder.targets, strict=True)
+        if str(path) not in data.broken
+    ]
 
 
 def _best_epoch(history: Sequence[EpochResult], config: TrainerConfig) -> int | None:

@@ -57,8 +57,7 @@ def cross_validate(
     Raises:
         ValueError: the number of folds is out of range, or as for ``fine_tune``.
     """
-    if not 2 <= folds <= count(data):
-        raise ValueError(f"folds = {folds}: expected a whole number from 2 to the {count(data)} images")
+    check_folds(data, folds)
     config = replace(config, checkpoints=None, monitor=None, patience=None)
     computed: dict[str, Features] = {}
     shown = computed if evaluated is None and config.views == 1 else {}
@@ -69,6 +68,12 @@ def cross_validate(
         validation = Fold(data if evaluated is None else evaluated, part, shown)
         histories.append(fine_tune(copy.deepcopy(model), train, validation, phases, config))
     return tuple(histories)
+
+
+def check_folds(data: Dataset[Any], folds: int) -> None:
+    """Raise ValueError if a dataset has fewer images than folds, or there are fewer than two."""
+    if not 2 <= folds <= count(data):
+        raise ValueError(f"folds = {folds}: expected a whole number from 2 to the {count(data)} images")
 
 
 def split_folds(data: Dataset[Any], folds: int, seed: int) -> list[list[int]]:
