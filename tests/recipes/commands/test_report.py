@@ -122,6 +122,18 @@ def test_a_run_and_an_evaluation_leave_the_same_page_of_the_test_images(tmp_path
     assert "of 17 images" in pages[0]
 
 
+def test_the_page_of_a_run_names_the_epoch_that_was_kept_and_its_rates(tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        make_folder(tmp_path / "data" / name)
+    phases = "[[phases]]\nepochs = 1\nlr = 0.001\n[[phases]]\nepochs = 2\nlr = 1e-30\n"  # the second changes nothing
+    (tmp_path / "phases.toml").write_text(phases)
+    options = ["--model", "test_resnet", "--phases", str(tmp_path / "phases.toml"), "--monitor", "loss"]
+    assert main(["train", str(tmp_path / "data"), *options, "--output", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<td>1 of 3, the best on the validation images</td>" in page
+    assert "<td>lr 0.001, weight decay 0.01</td>" in page
+
+
 def test_figures_are_those_of_their_definitions() -> None:
     generator = numpy.random.default_rng(0)
     scores, positive = generator.integers(5, size=60) / 5, generator.integers(2, size=60).astype(float)

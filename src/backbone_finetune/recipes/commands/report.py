@@ -142,12 +142,15 @@ def make_report(
 def report_run(metrics: Metrics, answers: Answers, model: nn.Module) -> str:
     """Write the page of a training run: what trained on what, and how it does on the test images."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    kept = metrics.best_epoch or len(metrics.history)
+    why = ", the best on the validation images" if metrics.best_epoch is not None else ""
     facts = {
         "model": f"{metrics.architecture}, {metrics.weights}",
         "trained": f"{trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} parameters",
         "images": f"{metrics.train_images:,} to train, {metrics.validation_images:,} to validate, "
         f"{metrics.test_images:,} to test",
-        "rates": f"lr {metrics.history[-1].lr:g}, weight decay {metrics.history[-1].weight_decay:g}",
+        "epoch": f"{kept} of {len(metrics.history)}{why}",
+        "rates": f"lr {metrics.history[kept - 1].lr:g}, weight decay {metrics.history[kept - 1].weight_decay:g}",
         "always the commonest class": f"{metrics.chance or 0:.3f}",
     }
     if (times := metrics.backward_milliseconds) is not None:
