@@ -117,7 +117,9 @@ def test_an_invalid_monitor_is_refused() -> None:
     config = TrainerConfig(ACCELERATOR, monitor=rate(1), show_progress=False)
     with pytest.raises(ValueError, match="monitor was given without validation data"):
         fine_tune(make_model(), make_data(40), None, [HEAD], config)
-    with pytest.raises(ValueError, match="patience was given without monitor"):
+    with pytest.raises(
+        ValueError, match=r"patience was given without monitor, .*; pass one \(train --monitor accuracy\)"
+    ):
         TrainerConfig(ACCELERATOR, patience=1)
     with pytest.raises(ValueError, match="monitor returned nan for epoch 1; it must return a number"):
         train([HEAD], rate(float("nan")))

@@ -68,7 +68,9 @@ class TrainerConfig:
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if self.patience is not None and self.monitor is None:
-            raise ValueError("patience was given without monitor, which says how good an epoch is")
+            raise ValueError(
+                "patience was given without monitor, which says how good an epoch is; pass one (train --monitor accuracy)"
+            )
         return self
 
     def workers_for(self, data: Dataset[Any]) -> int:
