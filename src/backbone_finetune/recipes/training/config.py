@@ -69,7 +69,8 @@ class TrainerConfig:
     def _check_pairs(self) -> Self:
         if self.patience is not None and self.monitor is None:
             raise ValueError(
-                "patience was given without monitor, which says how good an epoch is; pass one (train --monitor accuracy)"
+                "patience was given without monitor, which says how good an epoch is; pass one "
+                "(train --monitor accuracy)"
             )
         return self
 
