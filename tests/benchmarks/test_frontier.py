@@ -71,7 +71,7 @@ def test_a_network_that_cannot_be_measured_is_recorded(tmp_path: Path) -> None:
     frontier.answer(report, "test_resnet", too_few)
     (refused,) = report.refused
     report.write(tmp_path / "frontier")
-    assert "pass a batch of 3 images or more" in str(refused["reason"])
+    assert "pass a batch of 3 or more images" in str(refused["reason"])
     assert "Refused: test_resnet" in (tmp_path / "frontier.md").read_text()
 
 
