@@ -133,7 +133,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help="a folder with a sub-folder of images per class, or with train, val and test of such folders; or a table "
         "with the columns path, label (or labels, as cat;dog) and, optionally, split (.csv, .tsv)",
     )
-    add("--validation", type=Path, metavar="DATA", help="images to choose on (default: DATA's val)")
+    add(
+        "--validation",
+        type=Path,
+        metavar="DATA",
+        help="images to choose on (default: DATA's val); without test images and --monitor, they are tested on",
+    )
     add(
         "--test",
         type=Path,
