@@ -56,7 +56,7 @@ def test_the_loading_hint_has_the_arguments(tmp_path: Path) -> None:
 
 QUICK = {"dla", "levit"}  # a convolution as classifier; two classifiers with a norm
 FAMILIES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.zoo)
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name, family in SMALL.items()
     if family.million_parameters < 25
 ]
