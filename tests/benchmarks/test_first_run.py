@@ -126,10 +126,10 @@ def test_the_same_command_again_runs_missing_and_changed_parts(tmp_path: Path) -
 
 def test_a_part_that_takes_too_long_is_stopped_and_can_save(tmp_path: Path) -> None:
     saving = "try:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('saved')"
-    slow = _part("slow", f"import time\n{saving}", minutes=1 / 60)
+    slow = _part("slow", f"import time\n{saving}", minutes=5 / 60)
     assert _run(tmp_path, listed=[slow, _part("after", "print('fine')")]) == 1
     stopped, after = _saved(tmp_path)["parts"]
-    assert (stopped["status"], stopped["said"]) == ("stopped", "not done after 1 s; its last line: saved")
+    assert (stopped["status"], stopped["said"]) == ("stopped", "not done after 5 s; its last line: saved")
     assert after["status"] == "done"
 
 
