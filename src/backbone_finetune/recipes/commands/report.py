@@ -6,7 +6,7 @@ import html
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy
@@ -20,12 +20,11 @@ from .evaluate import ClassScore, Evaluation, score_answers
 from .figures import Answers, calibration_bins, order_mistakes
 from .metrics import Metrics
 
-EMPTY = Answers((), (), (), numpy.zeros((0, 1)))
 SHOWN = 24  # images of each kind
 SIDE = 160  # of a thumbnail, in pixels
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --bar: #4a7ebb; }
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -39,14 +38,7 @@ svg { height: auto; max-width: 100%; } svg text { fill: currentColor; font-size:
 """
 
 
-def write_evaluation(
-    evaluation: Evaluation,
-    folder: Path,
-    *,
-    title: str = "Evaluation",
-    facts: Mapping[str, str] | None = None,
-    curves: Mapping[str, Sequence[float]] | None = None,
-) -> tuple[Path, ...]:
+def write_evaluation(evaluation: Evaluation, folder: Path, *, title: str = "Evaluation") -> tuple[Path, ...]:
     """Write an evaluation into a folder, which is created where there is none; see `make_report` for the page.
 
     ``evaluation.json`` has the figures, ``predictions.csv`` a line for each image with its class, the answer and the
@@ -62,9 +54,8 @@ def write_evaluation(
         folder / name for name in ("evaluation.json", "predictions.csv", "confusion.png", "report.html")
     )
     with replacing(numbers) as temporary:
-        figures = asdict(replace(evaluation, answers=EMPTY))
-        del figures["answers"]
-        temporary.write_text(json.dumps(figures, indent=2) + "\n")
+        figures = {each.name: getattr(evaluation, each.name) for each in fields(evaluation) if each.name != "answers"}
+        temporary.write_text(json.dumps(figures, indent=2, default=asdict) + "\n")
     answers = evaluation.answers
     with replacing(table) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
         rows = csv.writer(file)
@@ -79,7 +70,7 @@ def write_evaluation(
     with replacing(image) as temporary:
         draw_confusion(evaluation.confusion, names, temporary)
     with replacing(page) as temporary:
-        temporary.write_text(make_report(evaluation, title=title, facts=facts or {}, curves=curves), encoding="utf-8")
+        temporary.write_text(make_report(evaluation, title=title, facts={}), encoding="utf-8")
     return numbers, table, image, page
 
 
@@ -101,8 +92,8 @@ def make_report(
         The page.
     """
     answers = evaluation.answers
-    confidence, mistakes = answers.probabilities.max(1), order_mistakes(answers)
-    least_sure = [int(index) for index in numpy.argsort(confidence, kind="stable") if answers.is_right[index]]
+    confidence, is_right, mistakes = answers.probabilities.max(1), answers.is_right, order_mistakes(answers)
+    least_sure = [int(index) for index in numpy.argsort(confidence, kind="stable") if is_right[index]]
     known = {
         **facts,
         "accuracy": f"{evaluation.accuracy_interval} of {evaluation.images:,} images",
@@ -111,11 +102,11 @@ def make_report(
     }
     if evaluation.skipped_images:
         known["skipped"] = f"{len(evaluation.skipped_images):,} images that cannot be read"
-    bins = calibration_bins(confidence, answers.is_right)
+    bins = calibration_bins(confidence, is_right)
     parts = [
         f"<h1>{_text(title)}</h1>",
         _table(("", ""), known.items(), head=False),
-        *(["<h2>By epoch</h2>", draw_curves(curves)] if curves else []),
+        *(["<h2>By epoch</h2>", _curves(curves)] if curves else []),
         "<h2>By class</h2>",
         _class_table(evaluation.classes),
         "<h2>Which class was taken for which</h2>",
@@ -185,10 +176,10 @@ def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     return f'<div class="wide"><table class="matrix">{"".join(rows)}</table></div>'
 
 
-def draw_curves(curves: Mapping[str, Sequence[float]]) -> str:
+def _curves(curves: Mapping[str, Sequence[float]]) -> str:
     """Draw figures by epoch, 0 to 1, as an SVG.
 
-    >>> draw_curves({"training": [0.5, 1.0]}).count("<polyline")
+    >>> _curves({"training": [0.5, 1.0]}).count("<polyline")
     1
     """
     width, height, margin = 640, 240, 30
