@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
-from tqdm import tqdm
 
 from ..data.finding import choose_test, find_splits
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import SingleLabel, SoftLabels
 from .figures import Answers, Interval, auroc, bootstrap, expected_calibration_error
-from .predict import predict
+from .predict import predict_labelled
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "score_answers"]
 
@@ -95,21 +94,11 @@ def evaluate_folder(
         raise ValueError("the model has labels or values; call evaluate_table with a table")
     found = choose_test(find_splits(folder, trained.class_names))
     names = trained.class_names
-    skipped: list[str] = []
-    read: list[int] = []
-    rows: list[dict[str, float]] = []
-    answers = predict(trained, found.paths, top_k=len(names), batch_size=batch_size, workers=workers, tta=tta)
-    bar = tqdm(answers, total=len(found.paths), desc="evaluating", unit="image", leave=False, disable=not show_progress)
-    for index, prediction in enumerate(bar):
-        if prediction.error is None:
-            read.append(index)
-            rows.append(dict(prediction.classes))
-        else:
-            skipped.append(prediction.error)
-    if not read:
-        raise ValueError(f"{folder}: none of its {len(found.paths)} images can be read; the first: {skipped[0]}")
+    rows, read, skipped = predict_labelled(
+        trained, found, folder, batch_size=batch_size, workers=workers, tta=tta, show_progress=show_progress
+    )
     paths, targets = [found.paths[index] for index in read], [int(found.targets[index]) for index in read]
-    probabilities = numpy.array([[row[name] for name in names] for row in rows])
+    probabilities = rows.double().numpy()
     missing = tuple(name for target, name in enumerate(names) if target not in found.targets)
     return score_answers(Answers(names, paths, targets, probabilities), skipped=skipped, missing=missing)
 

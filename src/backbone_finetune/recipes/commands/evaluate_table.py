@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..data.finding import choose_test, find_splits
 from ..data.tables import TABLES
@@ -14,7 +13,7 @@ from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives import metrics
 from ..objectives.kinds import MultiLabel, Regression
-from .predict import predict_rows
+from .predict import predict_labelled
 
 
 @dataclass(frozen=True)
@@ -106,18 +105,14 @@ def evaluate_table(
     found = choose_test(find_splits(table, names, values))
     if isinstance(found.targets[0], int):
         raise ValueError(f"{table}: one class per image, and the model has labels; pass a table with a column labels")
-    predicted = predict_rows(trained, found.paths, batch_size=batch_size, workers=workers, tta=tta)
-    bar = tqdm(predicted, total=len(found.paths), desc="evaluating", unit="image", disable=not show_progress)
-    outcomes = [outcome for _, outcome in bar]
-    skipped = tuple(outcome for outcome in outcomes if isinstance(outcome, str))
-    pairs = [(row, target) for row, target in zip(outcomes, found.targets, strict=True) if not isinstance(row, str)]
-    if not pairs:
-        raise ValueError(f"{table}: none of its {len(found.paths)} images can be read; the first: {skipped[0]}")
-    answers, targets = torch.stack([row for row, _ in pairs]), torch.tensor([target for _, target in pairs])
+    answers, read, skipped = predict_labelled(
+        trained, found, table, batch_size=batch_size, workers=workers, tta=tta, show_progress=show_progress
+    )
+    targets = torch.tensor([found.targets[index] for index in read])
     measured = objective.measure(answers, targets)
     if not isinstance(objective, MultiLabel):
         errors = zip(names, *(each.tolist() for each in metrics.regression_errors(answers, targets)), strict=True)
-        return TableEvaluation(measured, len(pairs), tuple(ValueScore(*each) for each in errors), skipped)
+        return TableEvaluation(measured, len(read), tuple(ValueScore(*each) for each in errors), skipped)
     chosen, scores = objective.choose(answers.double()), []
     for label, (name, threshold) in enumerate(zip(names, objective.thresholds or [0.5] * len(names), strict=True)):
         column, truth = chosen[:, [label]], targets[:, [label]]
@@ -125,4 +120,4 @@ def evaluate_table(
         figures = (metrics.macro_f1(column, truth), metrics.mean_average_precision(answers[:, [label]], truth))
         known = figures if truth.any() else (None, None)
         scores.append(LabelScore(name, threshold, *counts, *known))
-    return TableEvaluation(measured, len(pairs), tuple(scores), skipped)
+    return TableEvaluation(measured, len(read), tuple(scores), skipped)

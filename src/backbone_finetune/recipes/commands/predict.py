@@ -19,10 +19,11 @@ from PIL import Image
 from pydantic import Strict
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 from ..checking import Positive, Whole, validated
 from ..data.finding import list_images
-from ..data.images import read_image
+from ..data.images import LabelledFolder, read_image
 from ..data.loading import map_batches
 from ..data.transforms import split_transform
 from ..files import replacing
@@ -102,6 +103,36 @@ def _name(trained: TrainedModel | NamedModel, path: Path, row: Tensor, top_k: in
         chosen = objective.choose(row.double())[indices].tolist()
         return Prediction(path, tuple(pair for pair, is_chosen in zip(pairs, chosen, strict=True) if is_chosen))
     return Prediction(path, tuple(pairs[:top_k]))
+
+
+@validated
+def predict_labelled(
+    trained: TrainedModel | NamedModel,
+    found: LabelledFolder,
+    source: Path,
+    *,
+    batch_size: Positive,
+    workers: Whole | None,
+    tta: bool,
+    show_progress: bool,
+) -> tuple[Tensor, list[int], tuple[str, ...]]:
+    """Predict the images that can be read, of those that were found in ``source``.
+
+    Returns:
+        Their probabilities or values ``(N, K)``, their indices, and why each of the others cannot be read.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    predicted = predict_rows(trained, found.paths, batch_size=batch_size, workers=workers, tta=tta)
+    count = len(found.paths)
+    bar = tqdm(predicted, total=count, desc="evaluating", unit="image", leave=False, disable=not show_progress)
+    outcomes = [outcome for _, outcome in bar]
+    skipped = tuple(outcome for outcome in outcomes if isinstance(outcome, str))
+    rows = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, Tensor)}
+    if not rows:
+        raise ValueError(f"{source}: none of its {count} images can be read; the first: {skipped[0]}")
+    return torch.stack(list(rows.values())), list(rows), skipped
 
 
 def predict_rows(
