@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -203,8 +202,7 @@ def _train_model(
         hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
         raise DivergedError(f"{error}; {hint}") from error
     config = _choose_thresholds(task, config)
-    outputs: list[Tensor] = []
-    score = None if task.test is None else _score(task.model, task.test, config, outputs)
+    score, answers = _score(task, config)
     best = _best_epoch(history, config)
     others = {} if score is None else {name: score.metrics[name] for name in score.metrics if "accuracy" not in name}
     kept = history[-1 if best is None else best - 1]
@@ -218,7 +216,7 @@ def _train_model(
         best_epoch=best,
         chance=None
         if isinstance(config.objective, MultiLabel | Regression)
-        else chance_accuracy(_readable_targets(task.train), _readable_targets(_held_out(task))),
+        else chance_accuracy(task.train.readable().targets, _held_out(task).readable().targets),
         architecture=task.architecture,
         weights=task.weights,
         phases=settings.phases,
@@ -246,7 +244,7 @@ def _train_model(
                 save_trained_model(trained, temporary, record=asdict(metrics))
             else:
                 save_trained_changes(trained, task.base, temporary, record=asdict(metrics))
-    return metrics, _answers(task, outputs, config)
+    return metrics, answers
 
 
 def _choose_thresholds(task: Task, config: TrainerConfig) -> TrainerConfig:
@@ -273,42 +271,30 @@ def _count_readable(data: ImageDataset | None) -> int:
     return 0 if data is None else len(data) - len(data.broken)
 
 
-def _readable_targets(data: ImageDataset) -> list[Any]:
-    return [
-        target
-        for path, target in zip(data.folder.paths, data.folder.targets, strict=True)
-        if str(path) not in data.broken
-    ]
-
-
 def _best_epoch(history: Sequence[EpochResult], config: TrainerConfig) -> int | None:
     """Return the first epoch with the highest value of the monitor; None without a monitor."""
     return None if config.monitor is None else max(history, key=config.monitor).epoch
 
 
-def _score(
-    model: FineTuneModel, data: ImageDataset, config: TrainerConfig, outputs: list[Tensor] | None = None
-) -> Score:
-    """Evaluate a model on images, once, in the precision of `predict`; ``outputs`` collects what it computes."""
-    kept = [] if outputs is None else outputs
-    handle = model.register_forward_hook(lambda module, inputs, output: kept.append(output.float().cpu()))
-    try:
-        score = evaluate(model.to(config.accelerator.device), data, config)
-    finally:
-        handle.remove()
-    report_skipped([data], {}, config.accelerator)
-    return score
+def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers | None]:
+    """Evaluate the model on the test images, once, in the precision of `predict`; its answers are for a report.
 
-
-def _answers(task: Task, outputs: list[Tensor], config: TrainerConfig) -> Answers | None:
-    """Return the answers to the test images, for a report; None where one process has a share of them only."""
-    if task.test is None or config.accelerator.num_processes > 1 or not isinstance(config.objective, SingleLabel):
-        return None
-    folder = task.test.folder
-    read = [index for index, path in enumerate(folder.paths) if str(path) not in task.test.broken]
-    paths, targets = [folder.paths[index] for index in read], [int(folder.targets[index]) for index in read]
-    probabilities = torch.cat(outputs).softmax(-1)[read].double().numpy()
-    return Answers(task.train.folder.class_names, paths, targets, probabilities)
+    Either is None where there are no test images, the answers also where the process has only a share of them.
+    """
+    if task.test is None:
+        return None, None
+    outputs: list[Tensor] = []
+    with ExitStack() as exit_stack:
+        if config.accelerator.num_processes == 1 and isinstance(config.objective, SingleLabel):
+            keep = task.model.register_forward_hook(lambda module, inputs, output: outputs.append(output.float().cpu()))
+            exit_stack.callback(keep.remove)
+        score = evaluate(task.model.to(config.accelerator.device), task.test, config)
+    report_skipped([task.test], {}, config.accelerator)
+    if not outputs:
+        return score, None
+    read = [str(path) not in task.test.broken for path in task.test.folder.paths]
+    found, probabilities = task.test.readable(), torch.cat(outputs).softmax(-1)[torch.tensor(read)]
+    return score, Answers(found.class_names, found.paths, found.targets, probabilities.double().numpy())
 
 
 def _cross_validate(
@@ -350,6 +336,6 @@ def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config
 
 def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the first images, at most 16, to time a step: ``(B, 3, H, W)`` and ``(B,)``."""
-    readable = (index for index, path in enumerate(data.folder.paths) if str(path) not in data.broken)
-    inputs, targets = default_collate([data[index] for index in islice(readable, TIMED_BATCH_SIZE)])
+    readable = ImageDataset(data.readable(), data.transform)
+    inputs, targets = default_collate([readable[index] for index in range(min(TIMED_BATCH_SIZE, len(readable)))])
     return inputs.to(device), targets.to(device)

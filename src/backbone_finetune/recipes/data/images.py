@@ -45,6 +45,11 @@ class LabelledFolder:
     paths: tuple[Path, ...]
     targets: tuple[Any, ...]  # int, or tuple[float, ...]
 
+    def select(self, indices: Sequence[int]) -> "LabelledFolder":
+        """Return some of the images, in the given order."""
+        paths, targets = tuple(self.paths[i] for i in indices), tuple(self.targets[i] for i in indices)
+        return replace(self, paths=paths, targets=targets)
+
 
 class ImageDataset(Dataset[tuple[Tensor, Any]]):
     """Images as ``(tensor, target)`` pairs, read from disk each time.
@@ -72,6 +77,11 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         """Return the target of an image: a class index, or a row of float32."""
         target = self.folder.targets[index]
         return target if isinstance(target, int) else torch.tensor(target, dtype=torch.float32, device="cpu")
+
+    def readable(self) -> LabelledFolder:
+        """Return the images that are not known to be broken."""
+        indices = [index for index, path in enumerate(self.folder.paths) if str(path) not in self.broken]
+        return self.folder.select(indices)
 
     def skip_ignored(self, targets: Tensor) -> None:
         """Record the images whose target is ``IGNORED`` in the targets of a pass over all images."""
@@ -149,8 +159,5 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
         count = min(max(round(test_share * len(members)), 1), len(members) - 1)
         held_out.update(generator.sample(members, count))
 
-    def select(indices: Sequence[int]) -> LabelledFolder:
-        paths, targets = tuple(folder.paths[i] for i in indices), tuple(folder.targets[i] for i in indices)
-        return replace(folder, paths=paths, targets=targets)
-
-    return select([i for i in range(len(folder.paths)) if i not in held_out]), select(sorted(held_out))
+    kept = [index for index in range(len(folder.paths)) if index not in held_out]
+    return folder.select(kept), folder.select(sorted(held_out))

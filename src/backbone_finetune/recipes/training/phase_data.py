@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -96,9 +96,7 @@ def _without_whole(data: Dataset[Any]) -> Dataset[Any]:
     """Return a dataset to load directly; one of image files, so that broken ones can be skipped."""
     if not (isinstance(data, Fold) and isinstance(data.dataset, ImageDataset)):
         return data
-    folder = data.dataset.folder
-    paths, targets = (tuple(values[index] for index in data.indices) for values in (folder.paths, folder.targets))
-    return ImageDataset(replace(folder, paths=paths, targets=targets), data.dataset.transform)
+    return ImageDataset(data.dataset.folder.select(data.indices), data.dataset.transform)
 
 
 def prepare_data(
