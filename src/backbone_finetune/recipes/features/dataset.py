@@ -1,12 +1,15 @@
 """A dataset of features: rows of tensors for each image, and their structure."""
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
+
+D = TypeVar("D", bound=TensorDataset)
 
 
 class Features(TensorDataset):
@@ -20,6 +23,17 @@ class Features(TensorDataset):
     def __init__(self, tensors: Sequence[Tensor], structure: TreeSpec) -> None:
         super().__init__(*tensors)
         self.structure = structure
+
+
+def select_rows(data: D, rows: Tensor) -> D:
+    """Return a dataset of some of the rows: their indices, or a mask.
+
+    >>> select_rows(TensorDataset(torch.arange(3)), torch.tensor([2, 0])).tensors
+    (tensor([2, 0]),)
+    """
+    selected = copy.copy(data)
+    selected.tensors = tuple(tensor[rows] for tensor in data.tensors)
+    return selected
 
 
 def module_inputs(data: Dataset[Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:

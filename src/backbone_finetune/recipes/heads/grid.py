@@ -23,7 +23,7 @@ from backbone_finetune.splitting.measures import count_classes
 from ..checking import NotNegative, Positive, validated
 from ..data.images import is_read
 from ..data.targets import check_targets
-from ..features.dataset import Features, feature_batches, module_inputs
+from ..features.dataset import feature_batches, module_inputs, select_rows
 from ..features.extract import find_device_of
 
 _listed = BeforeValidator(lambda rates: list(rates) if isinstance(rates, Iterable) else rates)  # an array, too
@@ -182,8 +182,7 @@ def check_features(name: str, data: TensorDataset) -> TensorDataset:
     if not isinstance(data, TensorDataset):
         raise ValueError(f"{name} is a {type(data).__name__}; pass what extract_features returns")
     if not (read := is_read(data.tensors[-1])).all():
-        tensors = [tensor[read] for tensor in data.tensors]
-        data = Features(tensors, data.structure) if isinstance(data, Features) else TensorDataset(*tensors)
+        data = select_rows(data, read)
     if not len(data):
         raise ValueError(f"len({name}) = 0: expected one image or more")
     return data

@@ -19,7 +19,7 @@ from ..data.images import ImageDataset, is_read
 from ..data.loading import DeviceLoader, default_workers
 from ..data.targets import split_row
 from ..features.cache import backbone_fingerprint, bytes_per_row, layout_of
-from ..features.dataset import Features
+from ..features.dataset import Features, select_rows
 from ..features.frozen_pass import (
     Front,
     FrozenPass,
@@ -83,8 +83,7 @@ class Fold(Subset[Any]):
         """Return the rows of these images, in each view."""
         count_of_all = count(self.dataset)
         views = torch.arange(len(rows) // count_of_all, device="cpu")[:, None] * count_of_all
-        chosen = (views + torch.tensor(self.indices, device="cpu")).flatten()
-        return Features([tensor[chosen] for tensor in rows.tensors], rows.structure)
+        return select_rows(rows, (views + torch.tensor(self.indices, device="cpu")).flatten())
 
 
 def _whole(data: Dataset[Any]) -> Dataset[Any]:
@@ -163,6 +162,8 @@ def _compute(
         logger.warning("features: not compiled; a compiler takes a backbone that is frozen as a whole")
     run = FrozenPass(front, device, dtype, widens=is_frozen, compile=config.compile if is_frozen else None)
     caches = dict(zip(("train", "validation"), config.caches or (None, None), strict=True))
+    if isinstance(train, Fold):  # all folds have the same frozen modules, unless an earlier phase trained them
+        key = f"{backbone_fingerprint(front.backbone, front.trained)} {front.description} {dtype}"
     computed: dict[str, Features] = {}
     with in_eval(front.module):
         if config.shows and not is_frozen and not isinstance(train, Fold):
@@ -180,7 +181,6 @@ def _compute(
                 title=f"features, {name}" if config.shows else None,
             )
             if isinstance(data, Fold):
-                key = f"{backbone_fingerprint(front.backbone, front.trained)} {front.description} {dtype}"
                 rows = data.select(data.computed.get(key) or data.computed.setdefault(key, compute()))
             else:
                 rows = compute()

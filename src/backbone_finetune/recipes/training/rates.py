@@ -4,12 +4,11 @@ import copy
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from ..features.dataset import Features
+from ..features.dataset import Features, select_rows
 from ..heads.grid import fit_heads
 from ..objectives.kinds import SingleLabel
 from ..rng import preserve_rng_state
@@ -106,9 +105,5 @@ def _split(data: PhaseData, config: TrainerConfig) -> tuple[Features, Features] 
         members = [index for index, other in enumerate(targets) if other == target]
         held_out.update(generator.sample(members, round(len(members) / 5)))
     fitted = [index for index in range(len(train)) if index % images not in held_out]
-    return _select(train, fitted), _select(train, sorted(held_out))
-
-
-def _select(rows: Features, indices: Sequence[int]) -> Features:
-    chosen = torch.tensor(indices, device="cpu")
-    return Features([tensor[chosen] for tensor in rows.tensors], rows.structure)
+    with torch.device("cpu"):
+        return select_rows(train, torch.tensor(fitted)), select_rows(train, torch.tensor(sorted(held_out)))
