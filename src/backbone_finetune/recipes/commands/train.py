@@ -204,12 +204,11 @@ def _train_model(
     config = _choose_thresholds(task, config)
     score, answers = _score(task, config)
     best = _best_epoch(history, config)
-    others = {} if score is None else {name: score.metrics[name] for name in score.metrics if "accuracy" not in name}
     kept = history[-1 if best is None else best - 1]
     metrics = Metrics(
         test_accuracy=None if score is None else score.accuracy,
         test_balanced_accuracy=None if score is None else score.balanced_accuracy,
-        test_metrics=others,
+        test_metrics={} if score is None else score.other_metrics,
         validation_accuracy=kept.validation_accuracy,
         validation_metrics=kept.validation_metrics,
         objective=describe_objective(config.objective),

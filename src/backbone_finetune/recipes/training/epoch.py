@@ -72,7 +72,7 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
                 validation_loss=score.loss,
                 validation_accuracy=score.accuracy,
                 validation_balanced_accuracy=score.balanced_accuracy,
-                validation_metrics={name: score.metrics[name] for name in score.metrics if "accuracy" not in name},
+                validation_metrics=score.other_metrics,
             )
         bar.set_postfix(shown)
     keep_best(state, result, progress, config)

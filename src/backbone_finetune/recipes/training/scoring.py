@@ -40,6 +40,11 @@ class Score:
         return self.metrics.get("accuracy")
 
     @property
+    def other_metrics(self) -> dict[str, float]:
+        """The metrics beside the accuracies."""
+        return {name: value for name, value in self.metrics.items() if "accuracy" not in name}
+
+    @property
     def balanced_accuracy(self) -> float | None:
         """The mean recall of the classes that have images; None if targets are not classes."""
         return self.metrics.get("balanced_accuracy")
