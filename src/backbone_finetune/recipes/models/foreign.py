@@ -1,7 +1,7 @@
 """Weights files of other trainers: nested state dicts, and names with the prefix of a wrapper."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from ..text import join_some, one_line
 NESTED = ("model_state_dict", "state_dict", "model", "net", "weights")
 
 
-def read_weights(path: Path, architecture: str) -> dict[str, Tensor]:
-    """Read a weights file, and give its tensors the names of a timm architecture.
+def read_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Read a weights file, and give its tensors the ``names`` of an architecture.
 
     A state dict inside a checkpoint is found under common keys of trainers, and the prefix that most of the
     network's tensors have in the file is removed: Lightning's ``model.``, DistributedDataParallel's ``module.``, or
@@ -37,7 +37,7 @@ def read_weights(path: Path, architecture: str) -> dict[str, Tensor]:
     if not tensors:
         held = f" but {join_some(list(map(str, found)))}" if found else ""
         raise ValueError(f"{path}: holds no tensors{held}; pass a state dict")
-    prefix = _find_prefix(tensors, network_names(architecture))
+    prefix = _find_prefix(tensors, names)
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -47,7 +47,7 @@ def network_names(architecture: str) -> list[str]:
         return list(timm.create_model(architecture).state_dict())
 
 
-def _find_prefix(tensors: Iterable[str], names: list[str]) -> str:
+def _find_prefix(tensors: Iterable[str], names: Collection[str]) -> str:
     """Return the prefix of the names of most tensors; "" if there is none."""
     known = set(names)
     counts = Counter(

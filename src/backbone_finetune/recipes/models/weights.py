@@ -110,7 +110,8 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
     check_architecture(architecture)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such weights file")
-    tensors = read_weights(path, architecture)
+    wanted = network_names(architecture)
+    tensors = read_weights(path, wanted)
     # timm loads strictly only with equal numbers of classes, so build the network with those of the file.
     # Without a classifier under timm's name, the file is in its authors' own format (timm translates it, and it
     # has the usual classes) or has none.
@@ -126,10 +127,9 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
             )
         except Exception as error:  # timm's converters may raise any error for a foreign file
             problem = error
-    wanted, found = describe_names(network_names(architecture)), describe_names(tensors)
     raise ValueError(
         f"{path}: these are not the weights of {architecture} ({one_line(problem, most=200)}); its tensors are "
-        f"{wanted}; the file has {found}"
+        f"{describe_names(wanted)}; the file has {describe_names(tensors)}"
     ) from problem
 
 
