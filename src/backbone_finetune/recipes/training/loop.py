@@ -92,9 +92,7 @@ def fine_tune(
                 resume(saved, state.model, state.optimizer, config.accelerator)
                 state.best = dict(saved.best) or None
                 saved = None
-            if (
-                state.best is None and progress.best_epoch is not None
-            ):  # an earlier phase had it; the model has its weights
+            if state.best is None and progress.best_epoch is not None:  # of an earlier phase, as the model is now
                 state.best = snapshot(state)
             is_done = False
             while not is_done:
