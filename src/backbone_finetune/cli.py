@@ -18,8 +18,7 @@ from .recipes.commands.arguments import add_evaluate, add_export, add_inspect, a
 from .recipes.commands.evaluate import Evaluation, describe_evaluation, evaluate_folder
 from .recipes.commands.evaluate_table import evaluate_table
 from .recipes.commands.export import EXPORTERS, describe_export
-from .recipes.commands.frontier import inspect_frontier
-from .recipes.commands.inspect import inspect, inspect_file
+from .recipes.commands.inspect import inspect, inspect_file, inspect_frontier
 from .recipes.commands.predict import choose_writer, list_inputs, predict
 from .recipes.commands.report import write_evaluation
 from .recipes.commands.run_record import read_run
