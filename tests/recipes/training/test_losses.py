@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.commands.setup import balanced_weights
 from backbone_finetune.recipes.data.images import IGNORED
-from backbone_finetune.recipes.objectives.kinds import SingleLabel, balanced_weights
+from backbone_finetune.recipes.objectives.kinds import SingleLabel
 from backbone_finetune.recipes.training.loop import EpochResult, TrainerConfig, fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator

@@ -1,7 +1,8 @@
 """The settings of a run, and its model and images."""
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +21,7 @@ from ..data.finding import find_data
 from ..data.images import ImageDataset, LabelledFolder
 from ..models.file import TrainedModel, build_transform, describe_model_file, find_size_problem, load_trained_model
 from ..models.weights import BaseWeights, Source, load_network, model_arguments, remember_base
-from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel, balanced_weights
+from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
 from ..text import join_some
 from ..together import run_on_main
 from ..training.loop import EpochResult, TrainerConfig
@@ -239,3 +240,13 @@ def choose_monitor(settings: TrainSettings, task: Task) -> Callable[[EpochResult
         return -math.inf if value is None else value
 
     return rate
+
+
+def balanced_weights(targets: Sequence[int]) -> tuple[float, ...]:
+    """Return the weight ``N / (K * count)`` of each class, as scikit-learn's "balanced"; each class has an image.
+
+    >>> balanced_weights([0, 0, 0, 1])
+    (0.6666666666666666, 2.0)
+    """
+    counts = Counter(targets)
+    return tuple(len(targets) / (len(counts) * counts[target]) for target in sorted(counts))

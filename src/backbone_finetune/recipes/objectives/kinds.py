@@ -1,7 +1,6 @@
 """The kinds of targets: class indices, soft targets, labels or values, with check, loss, predictions and metrics."""
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar
 
@@ -16,7 +15,7 @@ from ..data.images import IGNORED, is_read
 from ..data.targets import check_targets, describe_targets
 from . import metrics
 
-__all__ = ["MultiLabel", "Objective", "Regression", "SingleLabel", "SoftLabels", "balanced_weights"]
+__all__ = ["MultiLabel", "Objective", "Regression", "SingleLabel", "SoftLabels"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _as_list = BeforeValidator(lambda values: values.tolist() if isinstance(values, Tensor) else values)
@@ -314,16 +313,6 @@ class Regression(Objective):
         std = rows.std(0, correction=0)
         std = std.where(std > metrics.ROUNDING * rows.abs().amax(0), 1)
         return Regression(tuple(rows.mean(0).tolist()), tuple(std.tolist()), self.loss)
-
-
-def balanced_weights(targets: Sequence[int]) -> tuple[float, ...]:
-    """Return the weight ``N / (K * count)`` of each class, as scikit-learn's "balanced"; each class has an image.
-
-    >>> balanced_weights([0, 0, 0, 1])
-    (0.6666666666666666, 2.0)
-    """
-    counts = Counter(targets)
-    return tuple(len(targets) / (len(counts) * counts[target]) for target in sorted(counts))
 
 
 def _check_rows(name: str, targets: Tensor, outputs: int | None, wanted: str) -> None:
