@@ -60,7 +60,9 @@ def main(folder: str, device: str = "cpu") -> None:
         )
         history = fine_tune(model, data, make_images(7), [phase], loop)
         told[name] = [result.train_loss for result in history]
-        told[f"{name} test"] = evaluate(model, make_images(7), replace(loop, batch_size=3)).accuracy
+        score = evaluate(model, make_images(7), replace(loop, batch_size=3), keep_outputs=True)
+        told[f"{name} test"] = score.accuracy
+        told[f"{name} outputs"] = None if score.outputs is None else score.outputs.tolist()
         if accelerator.is_main_process:
             save_file(model.cpu().state_dict(), Path(folder, f"{name}.safetensors"))
     train_objectives(folder, accelerator, told)

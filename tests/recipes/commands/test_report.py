@@ -134,6 +134,17 @@ def test_the_page_of_a_run_names_the_epoch_that_was_kept_and_its_rates(tmp_path:
     assert "<td>lr 0.001, weight decay 0.01</td>" in page
 
 
+def test_without_test_images_the_page_is_of_the_validation_images(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        make_folder(tmp_path / "data" / name)
+    options = ["--model", "test_resnet", "--epochs", "2", "--lr", "0.05", "--monitor", "accuracy"]
+    assert main(["train", str(tmp_path / "data"), *options, "--output", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<title>Validation images of a fine-tuned model</title>" in page
+    assert "of 18 images" in page
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_accuracy"] is None
+
+
 def test_figures_are_those_of_their_definitions() -> None:
     generator = numpy.random.default_rng(0)
     scores, positive = generator.integers(5, size=60) / 5, generator.integers(2, size=60).astype(float)

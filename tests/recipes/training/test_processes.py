@@ -76,6 +76,8 @@ def test_two_processes_give_the_weights_of_one(one: Any, printed_by_two: tuple[s
         torch.testing.assert_close(weights_of_two[name], weights[name], rtol=1e-5, atol=1e-6, msg=name)
         assert told_by_two[name] == pytest.approx(told[name], rel=1e-5)
         assert told_by_two[f"{name} test"] == told[f"{name} test"]
+        outputs = (torch.tensor(each[f"{name} outputs"]) for each in (told_by_two, told))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5, msg=f"{name}, in the order of the images")
     torch.testing.assert_close(weights["accumulated"], weights["uncached"], rtol=1e-5, atol=1e-6)
     assert told["weighted"] != pytest.approx(told["accumulated"], rel=1e-2)
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy
 from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data.images import LabelledFolder
 
 BINS = 10
 RESAMPLED = 1000
@@ -40,6 +43,11 @@ class Answers:
         """1 where that is the class of the image, else 0, ``(N,)``."""
         right: Array = (self.predicted == numpy.asarray(self.targets)).astype(float)
         return right
+
+
+def make_answers(images: LabelledFolder, probabilities: Tensor) -> Answers:
+    """Join labelled images and the probabilities of their classes, ``(N, K)``."""
+    return Answers(images.class_names, images.paths, images.targets, probabilities.double().numpy())
 
 
 @dataclass(frozen=True)

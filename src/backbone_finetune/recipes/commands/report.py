@@ -131,7 +131,10 @@ def make_report(
 
 
 def report_run(metrics: Metrics, answers: Answers, model: nn.Module) -> str:
-    """Write the page of a training run: what trained on what, and how it does on the test images."""
+    """Write the page of a training run: what trained on what, and how it does on the test images.
+
+    Without test images, it is how it does on the validation images, and the page says so.
+    """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = metrics.best_epoch or len(metrics.history)
     why = ", the best on the validation images" if metrics.best_epoch is not None else ""
@@ -150,7 +153,10 @@ def report_run(metrics: Metrics, answers: Answers, model: nn.Module) -> str:
     if metrics.validation_accuracy is not None:
         curves["validation"] = [epoch.validation_accuracy or 0.0 for epoch in metrics.history]
     evaluation = score_answers(answers)
-    return make_report(evaluation, title="Test images of a fine-tuned model", facts=facts, curves=curves)
+    images = "Test"
+    if not metrics.test_images:
+        images, facts["test images"] = "Validation", "none: the figures are of the validation images"
+    return make_report(evaluation, title=f"{images} images of a fine-tuned model", facts=facts, curves=curves)
 
 
 def _class_table(scores: Iterable[ClassScore]) -> str:

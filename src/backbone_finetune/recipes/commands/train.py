@@ -34,7 +34,7 @@ from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skippe
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
 from .baselines import baseline_accuracy, chance_accuracy, measure_backward, pixel_model, random_model
-from .figures import Answers
+from .figures import Answers, make_answers
 from .metrics import Metrics, describe
 from .report import report_run
 from .run_folder import (
@@ -278,22 +278,17 @@ def _best_epoch(history: Sequence[EpochResult], config: TrainerConfig) -> int | 
 def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers | None]:
     """Evaluate the model on the test images, once, in the precision of `predict`; its answers are for a report.
 
-    Either is None where there are no test images, the answers also where the process has only a share of them.
+    If there are none, the answers are to the validation images. They are None for a model of labels or values.
     """
-    if task.test is None:
+    images, keep = _held_out(task), isinstance(config.objective, SingleLabel)
+    if task.test is None and not keep:
         return None, None
-    outputs: list[Tensor] = []
-    with ExitStack() as exit_stack:
-        if config.accelerator.num_processes == 1 and isinstance(config.objective, SingleLabel):
-            keep = task.model.register_forward_hook(lambda module, inputs, output: outputs.append(output.float().cpu()))
-            exit_stack.callback(keep.remove)
-        score = evaluate(task.model.to(config.accelerator.device), task.test, config)
-    report_skipped([task.test], {}, config.accelerator)
-    if not outputs:
-        return score, None
-    read = [str(path) not in task.test.broken for path in task.test.folder.paths]
-    found, probabilities = task.test.readable(), torch.cat(outputs).softmax(-1)[torch.tensor(read)]
-    return score, Answers(found.class_names, found.paths, found.targets, probabilities.double().numpy())
+    score = evaluate(task.model.to(config.accelerator.device), images, config, keep_outputs=keep)
+    report_skipped([images], {}, config.accelerator)
+    tested = None if task.test is None else score
+    if score.outputs is None:
+        return tested, None
+    return tested, make_answers(images.folder.select(score.indices.tolist()), config.objective.predict(score.outputs))
 
 
 def _cross_validate(

@@ -27,12 +27,16 @@ class Score:
         metrics: Of the objective, by name, such as "accuracy".
         answers: The objective's answers: classes ``(N,)``, probabilities or values ``(N, K)``.
         targets: The targets of the answers.
+        indices: The places of these images in the dataset, in order, ``(N,)``.
+        outputs: The outputs of the model, ``(N, K)``, if `evaluate` was told to keep them.
     """
 
     loss: float
     metrics: Mapping[str, float]
     answers: Tensor
     targets: Tensor
+    indices: Tensor
+    outputs: Tensor | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -51,11 +55,13 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, data: Dataset[Any], config: TrainerConfig, *, name: str = "data") -> Score:
+def evaluate(
+    module: nn.Module, data: Dataset[Any], config: TrainerConfig, *, name: str = "data", keep_outputs: bool = False
+) -> Score:
     """Evaluate a model on images. It stays on its device, and is in eval mode afterwards.
 
     Each process takes a part of each batch; no image counts twice, and unreadable ones do not count. Errors
-    call the data by ``name``.
+    call the data by ``name``. With ``keep_outputs``, the score has the model's outputs too, in float32.
 
     >>> from accelerate import Accelerator
     >>> data = [(torch.tensor([0.0, 1.0]), 1)]
@@ -74,6 +80,7 @@ def evaluate(module: nn.Module, data: Dataset[Any], config: TrainerConfig, *, na
     answers: list[Tensor] = []
     targets: list[Tensor] = []
     losses: list[Tensor] = []
+    kept: list[Tensor] = []
     workers, known = config.workers_for(data), known_targets(data)
     loaded = load_batches(data, shares, device=accelerator.device, workers=workers, seed="evaluation")
     for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
@@ -86,12 +93,24 @@ def evaluate(module: nn.Module, data: Dataset[Any], config: TrainerConfig, *, na
         losses.append(torch.stack((loss, (is_read(wanted) if weights is None else weights).sum())))
         answers.append(objective.answer(outputs))
         targets.append(wanted)
-    own = [torch.cat(parts).cpu() for parts in (answers, targets)]
+        if keep_outputs:
+            kept.append(outputs.float().cpu())
+    indices = [share.indices[: share.num_real] for share in shares]
+    own = [torch.cat(parts).cpu() for parts in (indices, answers, targets, kept) if parts]
     parts = zip(*gather_object([own]), strict=True) if accelerator.num_processes > 1 else ([part] for part in own)
-    all_answers, all_targets = (torch.cat(list(part)) for part in parts)
+    all_indices, *gathered = (torch.cat(list(part)) for part in parts)
+    order = all_indices.argsort()
+    all_answers, all_targets, *all_outputs = (tensor[order] for tensor in gathered)
     read = is_read(all_targets)
     if not read.any():
         raise ValueError(f"{name}: none of the images can be read")
     loss, weight = accelerator.reduce(torch.stack(losses).sum(0)).tolist()
     all_answers, all_targets = all_answers[read], all_targets[read]
-    return Score(loss / weight, objective.measure(all_answers, all_targets), all_answers, all_targets)
+    return Score(
+        loss / weight,
+        objective.measure(all_answers, all_targets),
+        all_answers,
+        all_targets,
+        indices=read.nonzero().flatten(),
+        outputs=all_outputs[0][read] if keep_outputs else None,
+    )
