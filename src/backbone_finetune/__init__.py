@@ -6,7 +6,8 @@
 
 from .layers.groups import LayerGroup
 from .model import FineTuneModel
+from .splitting import TokenReadout
 
 __version__ = "0.1.0"
 
-__all__ = ["FineTuneModel", "LayerGroup", "__version__"]
+__all__ = ["FineTuneModel", "LayerGroup", "TokenReadout", "__version__"]

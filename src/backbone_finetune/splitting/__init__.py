@@ -3,11 +3,13 @@
 from .custom import Reassembly, SequentialReassembly, Split, split_module
 from .measures import check_width, count_classes, measure_features
 from .timm_network import split_timm
+from .token_readout import TokenReadout
 
 __all__ = [
     "Reassembly",
     "SequentialReassembly",
     "Split",
+    "TokenReadout",
     "check_width",
     "count_classes",
     "measure_features",
