@@ -1,9 +1,15 @@
 """Fixtures of every test: a fixed seed, a separate current folder, one thread."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Test processes that share the cores have one thread each; torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Programs that tests run in other processes: they have no doctests, and some import the libraries of the extra clients.

@@ -30,7 +30,7 @@ def test_there_are_blocks_to_run() -> None:
 def test_commands_install_what_they_need() -> None:
     install = r"^python -m venv \.venv && \. \.venv/bin/activate && pip install (.*) && (.*)$"
     commands = re.findall(install, README, flags=re.MULTILINE)
-    assert commands == [("'.[demo]'", "backbone-finetune train"), ("-e '.[test]'", "pytest")]
+    assert commands == [("'.[demo]'", "backbone-finetune train"), ("-e '.[test]'", "pytest -n 2")]
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *BESIDE_CODE], ids=lambda path: path.parent.name)

@@ -72,10 +72,12 @@ def step(compiled: Callable[[Tensor], Tensor], model: FineTuneModel) -> None:
 @pytest.mark.parametrize(
     ("build", "backend"),
     [
-        pytest.param(lambda: from_module(IMAGES), "inductor", marks=needs_a_c_compiler, id="cnn-inductor"),
+        pytest.param(
+            lambda: from_module(IMAGES), "inductor", marks=[needs_a_c_compiler, pytest.mark.long], id="cnn-inductor"
+        ),
         pytest.param(lambda: from_module(None), "aot_eager", id="cnn-proved_while_compiling"),
-        pytest.param(lambda: from_timm("test_vit"), "aot_eager", id="vit"),
-        pytest.param(lambda: from_timm("test_coatnet"), "aot_eager", id="hybrid"),
+        pytest.param(lambda: from_timm("test_vit"), "aot_eager", marks=pytest.mark.long, id="vit"),
+        pytest.param(lambda: from_timm("test_coatnet"), "aot_eager", marks=pytest.mark.long, id="hybrid"),
     ],
 )
 def test_three_freeze_states_back_and_forth(build: Callable[[], FineTuneModel], backend: str) -> None:

@@ -23,7 +23,15 @@ WORKER = Path(__file__).parents[1] / "helpers" / "distributed_worker.py"
 SECONDS = 300
 
 
-@pytest.mark.parametrize("scenario", ["data_parallel", "fully_sharded", "after_a_forward_without_gradients", "drift"])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "data_parallel",
+        pytest.param("fully_sharded", marks=pytest.mark.long),
+        pytest.param("after_a_forward_without_gradients", marks=pytest.mark.long),
+        pytest.param("drift", marks=pytest.mark.long),
+    ],
+)
 def test_two_processes(scenario: str, tmp_path: Path) -> None:
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     processes = []
@@ -191,6 +199,7 @@ def test_parameters_that_the_wrapper_ignores_are_not_checked(group_of_one: None)
 
 
 # The compiler warns about a graph break in the wrapper's code, and torch about its profiler marks.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*Profiler.*")
 def test_compiled_around_or_within_the_wrapper(group_of_one: None) -> None:
     for compile_around in (True, False):

@@ -715,6 +715,7 @@ def test_shapes_are_checked() -> None:
         frontier.record(torch.randn(4, 3, 16, 16))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 def test_two_processes(tmp_path: Path) -> None:
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]

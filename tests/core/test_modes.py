@@ -300,6 +300,7 @@ def test_copies_clear_caches_on_load(copied: Callable[[FineTuneModel], FineTuneM
     assert not torch.allclose(loaded, before)
 
 
+@pytest.mark.long
 def test_a_compiled_model_clears_caches_on_load() -> None:
     model, images = caching_model("levit")
     compiled = torch.compile(model.eval(), backend="aot_eager")

@@ -40,6 +40,7 @@ def told(worked: tuple[Path, str]) -> list[dict[str, Any]]:
     return [json.loads((worked[0] / f"told-{process}.json").read_text()) for process in (0, 1)]
 
 
+@pytest.mark.long
 def test_features_on_disk_stay_out_of_memory(told: list[dict[str, Any]]) -> None:
     assert MEBIBYTES > 64
     for process in told:

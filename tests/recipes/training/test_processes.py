@@ -68,6 +68,7 @@ def printed_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]
     return launch(folder, processes=2), folder
 
 
+@pytest.mark.long
 @needs_gloo
 def test_two_processes_give_the_weights_of_one(one: Any, printed_by_two: tuple[str, Path]) -> None:
     (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
@@ -82,6 +83,7 @@ def test_two_processes_give_the_weights_of_one(one: Any, printed_by_two: tuple[s
     assert told["weighted"] != pytest.approx(told["accumulated"], rel=1e-2)
 
 
+@pytest.mark.long
 @needs_gloo
 @pytest.mark.parametrize(
     ("kind", "metrics"), [("soft", []), ("labels", ["mean_average_precision", "macro_f1"]), ("values", ["r2"])]
@@ -98,6 +100,7 @@ def test_two_processes_do_as_one_on_targets_of_every_kind(
     assert told[f"{kind} cached"] == pytest.approx(told[f"{kind} uncached"], rel=1e-5)
 
 
+@pytest.mark.long
 @needs_gloo
 def test_trainable_statistics_on_two_processes(one: Any, printed_by_two: tuple[str, Path]) -> None:
     (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
@@ -110,6 +113,7 @@ def test_trainable_statistics_on_two_processes(one: Any, printed_by_two: tuple[s
     assert torch.corrcoef(torch.stack((ours, theirs)))[0, 1] > 0.9
 
 
+@pytest.mark.long
 @needs_gloo
 def test_statistics_are_averaged_over_processes(printed_by_two: tuple[str, Path]) -> None:
     folder = printed_by_two[1] / "buffers"
@@ -124,6 +128,7 @@ def test_statistics_are_averaged_over_processes(printed_by_two: tuple[str, Path]
     assert all(torch.equal(after[name], other_after[name]) for name in after)
 
 
+@pytest.mark.long
 @needs_gloo
 def test_only_one_process_logs_and_reports_the_bytes_sent(printed_by_two: tuple[str, Path]) -> None:
     lines = [line for line in printed_by_two[0].splitlines() if line.startswith("2 processes: ")]

@@ -76,6 +76,7 @@ def assert_undisturbed(folder: Path, codes: list[int]) -> None:
     assert not list(folder.glob("*/run/.unfinished"))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked, so as to import torch once")
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
     kinds = run_and_kill(tmp_path, kills=5, seed=0)
@@ -201,6 +202,7 @@ def test_a_run_that_is_interrupted_resumes(tmp_path: Path, capfd: pytest.Capture
     assert (tmp_path / "run" / MODEL_FILE).exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")
 def test_workers_that_outlive_their_launcher_keep_the_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
