@@ -11,7 +11,9 @@ import pytest
 from image_folders import make_folder, make_image
 
 from backbone_finetune.recipes import LabelledFolder, find_images, find_splits
-from backbone_finetune.recipes.data.finding import find_data, list_images
+from backbone_finetune.recipes.data import identical
+from backbone_finetune.recipes.data.finding import list_images
+from backbone_finetune.recipes.data.parts import find_data
 
 NAMES = ("blue", "green", "red")
 
@@ -242,5 +244,42 @@ def test_images_in_both_parts_are_logged(tmp_path: Path, caplog: pytest.LogCaptu
     find(tmp_path)
     assert caplog.messages == [
         "1 of 5 test images are training images, byte for byte, which makes the test accuracy too high: "
-        f"{tmp_path}/test/blue/copy.png is {tmp_path}/train/red/3.png"
+        f"{tmp_path}/test/blue/copy.png (blue) is {tmp_path}/train/red/3.png (red)"
     ]
+
+
+def test_identical_images_of_two_classes_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_folder(tmp_path / "train")
+    make_image(tmp_path / "test" / "red" / "a.png", (1, 2, 3))
+    shutil.copy(root / "red" / "3.png", root / "red" / "same.png")  # harmless: of the same class, and part
+    find(tmp_path)
+    assert not caplog.messages
+    shutil.copy(root / "red" / "3.png", root / "green" / "copy.png")
+    shutil.copy(root / "red" / "3.png", tmp_path / "test" / "red" / "copy.png")
+    find(tmp_path)
+    assert caplog.messages == [
+        "2 of 20 training images are the same as one with another target, byte for byte: "
+        f"{root}/red/3.png (red) is {root}/green/copy.png (green); "
+        f"{root}/red/same.png (red) is {root}/green/copy.png (green)",
+        "1 of 2 test images are training images, byte for byte, which makes the test accuracy too high: "
+        f"{tmp_path}/test/red/copy.png (red) is {root}/green/copy.png (green)",
+    ]
+
+
+def test_an_image_listed_with_two_labels_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path, per_class=2)
+    table = tmp_path / "images.csv"
+    rows = "red/0.png,red,train\nred/0.png,blue,train\nblue/0.png,blue,train\ngreen/0.png,red,test\n"
+    table.write_text("path,label,split\n" + rows)
+    find(table)
+    start = "1 of 3 training images are the same as one with another target, byte for byte: "
+    assert caplog.messages == [f"{start}{tmp_path}/red/0.png (red) is {tmp_path}/red/0.png (blue)"]
+
+
+def test_each_file_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("train", "val", "test"):
+        make_folder(tmp_path / part, per_class=2)
+    read: list[Path] = []
+    monkeypatch.setattr(identical, "digest_file", lambda path: str(read.append(path)))
+    assert [len(part.paths) for part in find(tmp_path)] == [6, 6, 6]
+    assert len(read) == len(set(read)) == 18

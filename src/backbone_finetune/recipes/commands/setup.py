@@ -17,8 +17,8 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.copies import meta_copy
 
 from ..checking import Positive, Whole
-from ..data.finding import find_data
 from ..data.images import ImageDataset, LabelledFolder
+from ..data.parts import find_data
 from ..models.file import TrainedModel, build_transform, describe_model_file, find_size_problem, load_trained_model
 from ..models.weights import BaseWeights, Source, load_network, model_arguments, remember_base
 from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel

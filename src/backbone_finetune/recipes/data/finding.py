@@ -2,19 +2,16 @@
 
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..files import digest_file
 from ..text import has_control_characters, join_some, printable
-from .images import LabelledFolder, split
-from .tables import PARTS, SEPARATORS, TABLES, TEST, TRAIN, VALIDATION, read_table
+from .images import LabelledFolder
+from .tables import PARTS, TABLES, TEST, TRAIN, VALIDATION, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +24,6 @@ IMAGE_EXTENSIONS = frozenset(
 )
 EXAMPLES = ".jpg, .png, .webp and all that Pillow reads"
 EXPECTED = "expected a folder with a sub-folder of images per class"
-
-VALIDATION_SHARE = 0.2
 
 
 def find_images(path: Path, class_names: Sequence[str] | None = None) -> LabelledFolder:
@@ -207,97 +202,6 @@ def _is_image(path: Path) -> bool:
 def choose_test(parts: Mapping[str, LabelledFolder]) -> LabelledFolder:
     """Return the images to test a model on: "test" if it exists, else "validation", else all images."""
     return next(parts[part] for part in (TEST, VALIDATION, TRAIN) if part in parts)
-
-
-def find_data(
-    path: Path,
-    *,
-    validation: Path | None = None,
-    test: Path | None = None,
-    chooses: bool | None = None,
-    test_share: float,
-    seed: int,
-    values: Sequence[str] = (),
-) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
-    """Find the images to train, validate and test on, and log them; see `find_splits`.
-
-    Images that are in two of the parts are logged.
-
-    Args:
-        path: The folder or table.
-        validation: Another folder or table of validation images.
-        test: Another folder or table of test images.
-        chooses: Whether something is chosen on the validation images. Then they are not test images too, and if
-            there are none, a fifth of the training images is held out for it. None is yes where there is a test, or
-            where images have several labels, whose thresholds are chosen.
-        test_share: The share of each class to test on if there are neither test nor validation images.
-        seed: Seed of the held-out images.
-        values: The columns of a table whose numbers are predicted.
-    """
-    parts = find_splits(path, values=values)
-    if not values and (hint := _doubt_column(parts[TRAIN])):
-        logger.warning("%s: %s", _show(path), _show(hint))
-    if chooses is None and not values and not isinstance(parts[TRAIN].targets[0], int):
-        chooses = True
-    each = "of each class" if isinstance(parts[TRAIN].targets[0], int) else "of the images"
-    for part, other in ((VALIDATION, validation), (TEST, test)):
-        if other is not None:
-            parts[part] = choose_test(find_splits(other, parts[TRAIN].class_names, values))
-    notes = dict.fromkeys(parts, "")
-    if len(parts) == 1:
-        parts[TRAIN], parts[TEST] = split(parts[TRAIN], test_share=test_share, seed=seed)
-        notes[TEST] = f", {100 * test_share:.0f} % {each}, held out"
-    elif TEST not in parts and not chooses:
-        parts[TEST] = parts.pop(VALIDATION)
-        notes[TEST] = ", the validation images, as nothing is chosen on them"
-    if chooses and VALIDATION not in parts:
-        parts[TRAIN], parts[VALIDATION] = split(parts[TRAIN], test_share=VALIDATION_SHARE, seed=seed)
-        notes[VALIDATION] = f", {100 * VALIDATION_SHARE:.0f} % {each} of the rest, held out"
-    for name, images in parts.items():
-        logger.info("%s: %d images from %s%s", name, len(images.paths), _show(images.root), notes.get(name, ""))
-    counts = [_describe_targets(images, values) for images in parts.values()]
-    lines = [f"{name} {' + '.join(shown)}" for name, *shown in zip(parts[TRAIN].class_names, *counts, strict=True)]
-    what = "values" if values else "images by class"
-    logger.info("%s, %s: %s", what, " + ".join(parts), _show(join_some(lines, most=20)))
-    for name, later in combinations(parts, 2):
-        if pairs := _find_identical(parts[name], parts[later]):
-            shown = join_some([f"{second} is {first}" for first, second in pairs], separator="; ")
-            logger.warning(
-                "%d of %d %s images are %s images, byte for byte, which makes the %s accuracy too high: %s",
-                *(len(pairs), len(parts[later].paths), later, {TRAIN: "training"}.get(name, name), later, _show(shown)),
-            )
-    return parts[TRAIN], parts.get(VALIDATION), parts.get(TEST)
-
-
-def _doubt_column(train: LabelledFolder) -> str | None:
-    """Return a hint if a table's column seems to be named for targets of the other kind."""
-    if not isinstance(train.targets[0], int):
-        one_each = all(sorted(row)[-2:] in ([1.0], [0.0, 1.0]) for row in train.targets)
-        return "each image has one label; name the column label to train one class per image" if one_each else None
-    joined = [name for name in train.class_names if re.search(SEPARATORS, name)]
-    is_table = train.root.suffix.lower() in TABLES
-    return f"{joined[0]} is one class; name the column labels to train its labels" if joined and is_table else None
-
-
-def _describe_targets(images: LabelledFolder, values: Sequence[str]) -> list[str]:
-    """Return the number of images of each class, or the range of each value."""
-    if isinstance(images.targets[0], int):
-        counts = Counter(images.targets)
-        return [str(counts[target]) for target in range(len(images.class_names))]
-    columns = zip(*images.targets, strict=True)
-    return [f"{min(column):g} to {max(column):g}" if values else str(int(sum(column))) for column in columns]
-
-
-def _find_identical(train: LabelledFolder, test: LabelledFolder) -> list[tuple[Path, Path]]:
-    """Find test images that are copies of a training image; return pairs of training and test image.
-
-    Only files whose size occurs in both parts are read.
-    """
-    sizes = [{path: path.stat().st_size for path in part.paths if path.is_file()} for part in (train, test)]
-    both = set(sizes[0].values()) & set(sizes[1].values())
-    known = {digest_file(path): path for path, size in reversed(sizes[0].items()) if size in both}
-    digests = {path: digest_file(path) for path, size in sizes[1].items() if size in both}
-    return [(known[digest], path) for path, digest in digests.items() if digest in known]
 
 
 def _kind(path: Path) -> str:

@@ -1,0 +1,94 @@
+"""The images to train, validate and test on: as the data is split, or with some held out; and what is doubtful."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..text import join_some, printable
+from .finding import choose_test, find_splits
+from .identical import warn_of_identical
+from .images import LabelledFolder, split
+from .tables import SEPARATORS, TABLES, TEST, TRAIN, VALIDATION
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_SHARE = 0.2
+
+
+def find_data(
+    path: Path,
+    *,
+    validation: Path | None = None,
+    test: Path | None = None,
+    chooses: bool | None = None,
+    test_share: float,
+    seed: int,
+    values: Sequence[str] = (),
+) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
+    """Find the images to train, validate and test on, and log them; see `find_splits`.
+
+    Images that are in two of the parts are logged.
+
+    Args:
+        path: The folder or table.
+        validation: Another folder or table of validation images.
+        test: Another folder or table of test images.
+        chooses: Whether something is chosen on the validation images. Then they are not test images too, and if
+            there are none, a fifth of the training images is held out for it. None is yes where there is a test, or
+            where images have several labels, whose thresholds are chosen.
+        test_share: The share of each class to test on if there are neither test nor validation images.
+        seed: Seed of the held-out images.
+        values: The columns of a table whose numbers are predicted.
+    """
+    parts = find_splits(path, values=values)
+    if not values and (hint := _doubt_column(parts[TRAIN])):
+        logger.warning("%s: %s", _show(path), _show(hint))
+    if chooses is None and not values and not isinstance(parts[TRAIN].targets[0], int):
+        chooses = True
+    each = "of each class" if isinstance(parts[TRAIN].targets[0], int) else "of the images"
+    for part, other in ((VALIDATION, validation), (TEST, test)):
+        if other is not None:
+            parts[part] = choose_test(find_splits(other, parts[TRAIN].class_names, values))
+    notes = dict.fromkeys(parts, "")
+    if len(parts) == 1:
+        parts[TRAIN], parts[TEST] = split(parts[TRAIN], test_share=test_share, seed=seed)
+        notes[TEST] = f", {100 * test_share:.0f} % {each}, held out"
+    elif TEST not in parts and not chooses:
+        parts[TEST] = parts.pop(VALIDATION)
+        notes[TEST] = ", the validation images, as nothing is chosen on them"
+    if chooses and VALIDATION not in parts:
+        parts[TRAIN], parts[VALIDATION] = split(parts[TRAIN], test_share=VALIDATION_SHARE, seed=seed)
+        notes[VALIDATION] = f", {100 * VALIDATION_SHARE:.0f} % {each} of the rest, held out"
+    for name, images in parts.items():
+        logger.info("%s: %d images from %s%s", name, len(images.paths), _show(images.root), notes.get(name, ""))
+    counts = [_describe_targets(images, values) for images in parts.values()]
+    lines = [f"{name} {' + '.join(shown)}" for name, *shown in zip(parts[TRAIN].class_names, *counts, strict=True)]
+    what = "values" if values else "images by class"
+    logger.info("%s, %s: %s", what, " + ".join(parts), _show(join_some(lines, most=20)))
+    warn_of_identical(parts)
+    return parts[TRAIN], parts.get(VALIDATION), parts.get(TEST)
+
+
+def _doubt_column(train: LabelledFolder) -> str | None:
+    """Return a hint if a table's column seems to be named for targets of the other kind."""
+    if not isinstance(train.targets[0], int):
+        one_each = all(sorted(row)[-2:] in ([1.0], [0.0, 1.0]) for row in train.targets)
+        return "each image has one label; name the column label to train one class per image" if one_each else None
+    joined = [name for name in train.class_names if re.search(SEPARATORS, name)]
+    is_table = train.root.suffix.lower() in TABLES
+    return f"{joined[0]} is one class; name the column labels to train its labels" if joined and is_table else None
+
+
+def _describe_targets(images: LabelledFolder, values: Sequence[str]) -> list[str]:
+    """Return the number of images of each class, or the range of each value."""
+    if isinstance(images.targets[0], int):
+        counts = Counter(images.targets)
+        return [str(counts[target]) for target in range(len(images.class_names))]
+    columns = zip(*images.targets, strict=True)
+    return [f"{min(column):g} to {max(column):g}" if values else str(int(sum(column))) for column in columns]
+
+
+def _show(text: object) -> str:
+    return printable(str(text))
