@@ -31,7 +31,7 @@ from .models.onnx_file import load_onnx_model
 from .objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
 from .training.checkpoints import EpochResult
 from .training.divergence import DivergedError
-from .training.folds import cross_validate
+from .training.folds import cross_predict, cross_validate
 from .training.loop import TrainerConfig, fine_tune
 from .training.phases import Phase, read_phases
 from .training.processes import make_accelerator
@@ -64,6 +64,7 @@ __all__ = [
     "TrainerConfig",
     "compile_inductor",
     "compile_openvino",
+    "cross_predict",
     "cross_validate",
     "data_fingerprint",
     "evaluate",

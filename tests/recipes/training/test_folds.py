@@ -16,9 +16,11 @@ from torch.utils.data import Subset, TensorDataset
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import ImageDataset
-from backbone_finetune.recipes.training.folds import cross_validate, split_folds
+from backbone_finetune.recipes.features.cache import FeatureCache
+from backbone_finetune.recipes.training.folds import cross_predict, cross_validate, split_folds
 from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
 from backbone_finetune.recipes.training.phases import Phase
+from backbone_finetune.recipes.training.scoring import evaluate
 
 ACCELERATOR = Accelerator(cpu=True)
 HEAD = Phase(epochs=2, lr=0.05)
@@ -91,6 +93,47 @@ def test_a_fold_equals_training_on_the_other_folds(phases: list[Phase], cached: 
         for one, other in zip(history, expected, strict=True):
             assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
             assert one.validation_accuracy == other.validation_accuracy
+
+
+@pytest.mark.parametrize("phases", [[HEAD], [HEAD, BOTH]])
+@pytest.mark.parametrize("cached", [True, False])
+def test_each_image_is_predicted_by_a_model_that_trained_on_the_other_folds(phases: list[Phase], cached: bool) -> None:
+    data, settings = make_data(), config(cache_features=cached)
+    predicted = cross_predict(make_model(), data, phases, settings, folds=3)
+    for part in split_folds(data, 3, seed=0):
+        rest = [index for index in range(60) if index not in part]
+        fine_tune(model := make_model(), Subset(data, rest), None, phases, settings)
+        expected = evaluate(model, Subset(data, part), settings, keep_outputs=True).outputs
+        assert expected is not None
+        torch.testing.assert_close(predicted[part], expected.softmax(1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prediction_needs_no_other_pass_of_the_frozen_modules(tmp_path: Path) -> None:
+    model = make_model()
+    stem: Any = model.backbone[0]
+    predicted = cross_predict(model, make_data(200), [HEAD], config(workers=0), folds=3)
+    assert stem.seen["images"] / 200 < 1.1
+    caches = FeatureCache(tmp_path / "train", "these images"), FeatureCache(tmp_path / "validation", "none")
+    fine_tune(make_model(), make_data(200), None, [HEAD], config(workers=0, caches=caches))
+    model = make_model()
+    seen: Any = model.backbone[0]
+    again = cross_predict(model, make_data(200), [HEAD], config(workers=0, caches=caches), folds=3)
+    assert seen.seen["images"] / 200 < 0.1  # a few are compared with the cached rows
+    torch.testing.assert_close(again, predicted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unreadable_image_has_no_prediction(tmp_path: Path) -> None:
+    (make_folder(tmp_path) / "green" / "3.png").write_bytes(b"no image")
+    found = find_images(tmp_path)
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = FineTuneModel(backbone, nn.Linear(4, 3))
+    for views in (1, 2):
+        shown, plain = (ImageDataset(found, create_transform(32, is_training=drawn)) for drawn in (views > 1, False))
+        data = {"data": plain} if views == 1 else {"data": shown, "evaluated": plain}
+        predicted = cross_predict(model, phases=[HEAD], config=config(views=views), folds=3, **data)
+        is_broken = torch.tensor([path.parts[-2:] == ("green", "3.png") for path in found.paths])
+        assert torch.equal(predicted.isnan().all(1), is_broken)
+        torch.testing.assert_close(predicted[~is_broken].sum(1), torch.ones(17))
 
 
 def test_each_image_is_held_out_once_and_each_fold_has_all_classes() -> None:

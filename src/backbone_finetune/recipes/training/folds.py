@@ -4,9 +4,11 @@ import copy
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
@@ -16,8 +18,9 @@ from ..features.dataset import Features
 from .checkpoints import EpochResult
 from .config import TrainerConfig, count
 from .loop import fine_tune
-from .phase_data import Fold
+from .phase_data import Fold, prepare_data
 from .phases import Phase
+from .scoring import evaluate
 
 
 def cross_validate(
@@ -57,17 +60,93 @@ def cross_validate(
     Raises:
         ValueError: the number of folds is out of range, or as for ``fine_tune``.
     """
+    return train_folds(model, data, phases, config, folds=folds, evaluated=evaluated).histories
+
+
+def cross_predict(
+    model: FineTuneModel,
+    data: Dataset[Any],
+    phases: Sequence[Phase],
+    config: TrainerConfig,
+    *,
+    folds: int = 5,
+    evaluated: Dataset[Any] | None = None,
+) -> Tensor:
+    """Predict each image of a dataset by a copy of a model that trained on the other folds, as in `cross_validate`.
+
+    Such predictions tell which labels look wrong, by ``cleanlab.filter.find_label_issues(labels, probabilities)``
+    (confident learning, Northcutt et al. 2021).
+
+    >>> import torch
+    >>> from accelerate import Accelerator
+    >>> model = FineTuneModel(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    >>> images = torch.utils.data.TensorDataset(torch.eye(2).repeat(6, 1), torch.arange(2).repeat(6))
+    >>> config = TrainerConfig(Accelerator(cpu=True), show_progress=False)
+    >>> cross_predict(model, images, [Phase(lr=0.1)], config, folds=3).argmax(1)
+    tensor([0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1])
+
+    Args:
+        model: The model that each fold starts with.
+        data: The images to train on, with a length.
+        phases: What trains for how long, as in ``fine_tune``.
+        config: How to train. Checkpoints are not written.
+        folds: The number of folds, from 2 to the number of images.
+        evaluated: The same images for evaluation, if those of ``data`` are augmented.
+
+    Returns:
+        Probabilities or values of the N images, ``(N, K)``; nan for images that cannot be read.
+
+    Raises:
+        ValueError: the number of folds is out of range, or as for ``fine_tune``.
+    """
+    found = train_folds(model, data, phases, config, folds=folds, evaluated=evaluated, predicts=True)
+    assert found.predictions is not None
+    return found.predictions
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """What a cross-validation found: the epochs of each fold, and the predictions for the images that it held out.
+
+    Args:
+        histories: The epochs of each fold.
+        predictions: Probabilities or values ``(N, K)``, nan for images that cannot be read; None if not asked for.
+    """
+
+    histories: tuple[list[EpochResult], ...]
+    predictions: Tensor | None = None
+
+
+def train_folds(
+    model: FineTuneModel,
+    data: Dataset[Any],
+    phases: Sequence[Phase],
+    config: TrainerConfig,
+    *,
+    folds: int,
+    evaluated: Dataset[Any] | None = None,
+    predicts: bool = False,
+) -> CrossValidation:
+    """Run a cross-validation, with the predictions of `cross_predict` if ``predicts``."""
     check_folds(data, folds)
     config = replace(config, checkpoints=None, monitor=None, patience=None)
     computed: dict[str, Features] = {}
     shown = computed if evaluated is None and config.views == 1 else {}
-    parts = split_folds(data, folds, config.seed)
-    histories = []
-    for part in parts:
+    histories, predictions = [], None
+    for part in split_folds(data, folds, config.seed):
         train = Fold(data, sorted(set(range(count(data))) - set(part)), computed)
-        validation = Fold(data if evaluated is None else evaluated, part, shown)
-        histories.append(fine_tune(copy.deepcopy(model), train, validation, phases, config))
-    return tuple(histories)
+        held_out = Fold(data if evaluated is None else evaluated, part, shown)
+        trained = copy.deepcopy(model)
+        histories.append(fine_tune(trained, train, held_out, phases, config))
+        if predicts:
+            again = prepare_data(trained, held_out, None, config)  # the rows that are computed already
+            score = evaluate(again.module.to(config.accelerator.device), again.train, config, keep_outputs=True)
+            assert score.outputs is not None
+            rows = config.objective.predict(score.outputs)
+            if predictions is None:
+                predictions = rows.new_full((count(data), rows.shape[1]), torch.nan)
+            predictions[torch.tensor(part, device="cpu")[score.indices]] = rows
+    return CrossValidation(tuple(histories), predictions)
 
 
 def check_folds(data: Dataset[Any], folds: int) -> None:

@@ -175,7 +175,8 @@ def _compute(
                 compute_rows,
                 run,
                 loaders[name],
-                cache=None if isinstance(data, Fold) else caches[name],
+                # A fold trains on rows of all training images; those it is evaluated on may be other views of them.
+                cache=None if isinstance(data, Fold) and name != "train" else caches[name],
                 memory_share=config.memory_share,
                 accelerator=accelerator,
                 title=f"features, {name}" if config.shows else None,
