@@ -4,7 +4,8 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
+from dataclasses import dataclass
+from itertools import combinations, groupby
 from pathlib import Path
 
 from ..files import digest_file
@@ -15,35 +16,57 @@ from .tables import TRAIN
 logger = logging.getLogger(__name__)
 
 
-def warn_of_identical(parts: Mapping[str, LabelledFolder]) -> None:
-    """Log the images of each part that are copies of images of an earlier part, or of one with another target."""
+@dataclass(frozen=True)
+class Copy:
+    """An image that equals another one, byte for byte; ``part`` and ``of_part`` are "train", "validation" or "test".
+
+    Args:
+        path: The image.
+        part: Its part of the data.
+        label: Its class; "" where targets are labels or values.
+        of_path: The image that it equals, the first one of its part.
+        of_part: The part of that: an earlier one, or the same if the targets differ.
+        of_label: The class of that.
+    """
+
+    path: Path
+    part: str
+    label: str
+    of_path: Path
+    of_part: str
+    of_label: str
+
+
+def find_copies(parts: Mapping[str, LabelledFolder]) -> list[Copy]:
+    """Find the images of each part that equal one with another target, or one in an earlier part."""
     digests = _digest_same_sizes(parts)
     first = {name: _index_first(images, digests) for name, images in parts.items()}
+    copies = []
+    for earlier, name in [*((name, name) for name in parts), *combinations(parts, 2)]:
+        images, others = parts[name], parts[earlier]
+        for index, path in enumerate(images.paths):
+            other = first[earlier].get(digests.get(path, ""))
+            if other is not None and (name != earlier or images.targets[index] != images.targets[other]):
+                labels = (_label(images, index), _label(others, other))
+                copies.append(Copy(path, name, labels[0], others.paths[other], earlier, labels[1]))
+    return copies
 
-    def describe(name: str, earlier: str, index: int) -> str:
-        pair = ((parts[name], index), (parts[earlier], first[earlier][digests[parts[name].paths[index]]]))
-        differ = len({images.targets[place] for images, place in pair}) == 2
-        return " is ".join(_describe(images, place, named=differ) for images, place in pair)
 
-    def shown(name: str, earlier: str, indices: list[int]) -> tuple[str, str]:
-        lines = [describe(name, earlier, index) for index in indices]
-        return {TRAIN: "training"}.get(earlier, earlier), printable(join_some(lines, separator="; "))
-
-    for name, images in parts.items():
-        known = [(index, first[name][digests[path]]) for index, path in enumerate(images.paths) if path in digests]
-        if doubtful := [index for index, other in known if images.targets[index] != images.targets[other]]:
-            what, lines = shown(name, name, doubtful)
+def warn_of_identical(parts: Mapping[str, LabelledFolder]) -> None:
+    """Log the images of each part that are copies of images of an earlier part, or of one with another target."""
+    copies = find_copies(parts)
+    for (earlier, name), group in groupby(copies, key=lambda copy: (copy.of_part, copy.part)):
+        found, what = list(group), {TRAIN: "training"}.get(earlier, earlier)
+        lines = printable(join_some([_describe(copy) for copy in found], separator="; "))
+        if name == earlier:
             logger.warning(
                 "%d of %d %s images are the same as one with another target, byte for byte: %s",
-                *(len(doubtful), len(images.paths), what, lines),
+                *(len(found), len(parts[name].paths), what, lines),
             )
-    for earlier, name in combinations(parts, 2):
-        images = parts[name]
-        if copies := [index for index, path in enumerate(images.paths) if digests.get(path) in first[earlier]]:
-            what, lines = shown(name, earlier, copies)
+        else:
             logger.warning(
                 "%d of %d %s images are %s images, byte for byte, which makes the %s accuracy too high: %s",
-                *(len(copies), len(images.paths), name, what, name, lines),
+                *(len(found), len(parts[name].paths), name, what, name, lines),
             )
 
 
@@ -66,7 +89,14 @@ def _index_first(images: LabelledFolder, digests: Mapping[Path, str]) -> dict[st
     return first
 
 
-def _describe(images: LabelledFolder, index: int, *, named: bool) -> str:
-    """Return the path of an image, and its class if that is asked for and it has one."""
+def _label(images: LabelledFolder, index: int) -> str:
+    """Return the class of an image, if it has one."""
     target = images.targets[index]
-    return f"{images.paths[index]}{f' ({images.class_names[target]})' if named and isinstance(target, int) else ''}"
+    return images.class_names[target] if isinstance(target, int) else ""
+
+
+def _describe(copy: Copy) -> str:
+    """Return the paths of a pair, with their classes if these differ."""
+    differ = copy.label != copy.of_label
+    pair = ((copy.path, copy.label), (copy.of_path, copy.of_label))
+    return " is ".join(f"{path}{f' ({label})' if differ else ''}" for path, label in pair)
