@@ -179,6 +179,15 @@ def test_trainable_only_writes_a_small_file_that_needs_its_base(
     assert message in fail("predict", model, image)
     assert cli.main(["predict", str(model), str(image), "--base", str(weights)]) == 0
 
+    capsys.readouterr()
+    further = ["train", str(images), "--epochs", "1", "--checkpoint", str(model), "--output", str(tmp_path / "further")]
+    assert message in fail(*further)
+    assert cli.main([*further, "--base", str(weights)]) == 0
+    capsys.readouterr()
+    assert "is for a --checkpoint that `train --trainable-only` wrote" in fail(
+        "train", images, "--model", "test_resnet", "--base", weights, "--output", tmp_path / "random"
+    )
+
 
 def test_what_training_changed_is_no_base_of_other_changes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fail: Fail

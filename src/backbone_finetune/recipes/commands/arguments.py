@@ -58,6 +58,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     text = "timm's pretrained weights from the hub, or those of the folder"
     weights.add_argument("--pretrained", action="store_true", default=None, help=text)
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file")
+    add_base(parser)
     add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table for each phase")
     one_phase = parser.add_argument_group("one phase (for several, use --phases)")
     add_numbers(
@@ -185,6 +186,11 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser, text: str) -> None:
     """Add the arguments that name a trained model."""
     parser.add_argument("model", type=Path, metavar="MODEL", help=text)
+    add_base(parser)
+
+
+def add_base(parser: argparse._ActionsContainer) -> None:
+    """Add the option that names the base weights of a file of changes."""
     parser.add_argument(
         "--base",
         type=Path,

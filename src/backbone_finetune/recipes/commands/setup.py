@@ -55,6 +55,7 @@ class TrainSettings:
             ``pretrained`` or ``checkpoint`` is given.
         pretrained: Whether to load the pretrained weights, timm's from the hub or those of the folder.
         checkpoint: A file of weights.
+        base: The base weights of a checkpoint of ``trainable_only``, if they are not found automatically.
         phases: The phases of the training, in order.
         batch_size: Images per step, in all processes together.
         accumulation: The number of consecutive parts of a batch.
@@ -91,6 +92,7 @@ class TrainSettings:
     architecture: str | None = None
     pretrained: bool = False
     checkpoint: Path | None = None
+    base: Path | None = None
     monitor: Literal["accuracy", "balanced-accuracy", "loss", "off"] | None = None
     patience: Positive | None = None
     folds: Annotated[int, Field(ge=2)] | None = None
@@ -163,6 +165,8 @@ def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[
     """
     path = settings.checkpoint
     description = None if path is None else describe_model_file(path)
+    if settings.base is not None and description is None:
+        raise ValueError(f"--base {settings.base} is for a --checkpoint that `train --trainable-only` wrote")
     if path is None or description is None:
         architecture, source, words, network = load_network(
             settings.architecture, pretrained=settings.pretrained, checkpoint=path
@@ -178,7 +182,7 @@ def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[
             f"{path} has only what training changed, so it cannot be the base of another such file; leave out "
             "--trainable-only"
         )
-    trained, words = load_trained_model(path), f"weights from {path}"
+    trained, words = load_trained_model(path, base=settings.base), f"weights from {path}"
     if trained.class_names == class_names:
         return replace(trained, model=trained.model.unfreeze_backbone()), "file", words
     words = f"{words}, with a new classifier, as its classes are {join_some(trained.class_names)}"
