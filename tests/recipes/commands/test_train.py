@@ -133,10 +133,9 @@ def test_the_written_model_has_the_reported_accuracy(settings: dict[str, Any]) -
     assert right / len(expected) == metrics.test_accuracy
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("a fault"), torch.OutOfMemoryError("CUDA out of memory")])
-def test_the_model_is_written_before_the_baselines_run(settings: dict[str, Any], fault: Exception) -> None:
+def test_the_model_is_written_before_the_baselines_run(settings: dict[str, Any]) -> None:
     settings["baselines"] = True
-    with raising(fault, is_pixel_baseline), pytest.raises(type(fault), match=str(fault)):
+    with raising(RuntimeError("a fault"), is_pixel_baseline), pytest.raises(RuntimeError, match="a fault"):
         train(TrainSettings(**settings))
     assert names_in(settings["output"]) == {"run.json", MODEL_FILE, ".unfinished"}
     before = load_trained_model(settings["output"] / MODEL_FILE).model.state_dict()

@@ -9,12 +9,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.utils.data import default_collate
 
-from backbone_finetune import FineTuneModel
 from backbone_finetune.summary import describe_by_group
 
 from ..data.fingerprint import data_fingerprint
@@ -29,11 +25,12 @@ from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
 from ..training.divergence import DivergedError
-from ..training.folds import check_folds, cross_validate
+from ..training.folds import check_folds
 from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
-from .baselines import baseline_accuracy, chance_accuracy, measure_backward, pixel_model, random_model
+from .baselines import chance_accuracy
+from .comparisons import add_baselines, add_folds, held_out, within_memory
 from .figures import Answers, make_answers
 from .metrics import Metrics, describe
 from .report import report_run
@@ -100,10 +97,10 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         try:
             start_model = None if settings.folds is None else copy.deepcopy(task.model)
             metrics, answers = _train_model(settings, task, config, record)
-            if settings.folds is not None and start_model is not None:
-                metrics = _cross_validate(metrics, settings, task, config, start_model)
+            if start_model is not None:
+                metrics = add_folds(metrics, settings, task, config, start_model)
             if settings.images is None if settings.baselines is None else settings.baselines:
-                metrics = _add_baselines(metrics, settings, task, config)
+                metrics = add_baselines(metrics, settings, task, config)
         except KeyboardInterrupt:
             if accelerator.is_main_process:
                 logger.warning("stopped; the same command resumes this run, which %s keeps", settings.output)
@@ -111,18 +108,19 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         metrics = replace(metrics, seconds=round(time.monotonic() - start, 1))
         if accelerator.is_main_process:
             logger.info(describe(metrics))
-            with publishing(settings.output, CURVES_FILE) as temporary:
+            with publishing(settings.output, METRICS_FILE) as temporary:
+                temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False) + "\n")
+            names = [RUN_FILE, MODEL_FILE, METRICS_FILE]
+            with within_memory(accelerator, CURVES_FILE), publishing(settings.output, CURVES_FILE) as temporary:
                 main = config.objective.main_metric
                 value = {"accuracy": metrics.test_accuracy, **metrics.test_metrics}.get(main)
                 test = {} if value is None else {"test": value}
                 draw_curves(metrics.history, test | metrics.references(), temporary, metric=main)
-            with publishing(settings.output, METRICS_FILE) as temporary:
-                temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False) + "\n")
-            names = [RUN_FILE, MODEL_FILE, CURVES_FILE, METRICS_FILE]
+                names.append(CURVES_FILE)
             if answers is not None:
-                names.append(REPORT_FILE)
-                with publishing(settings.output, REPORT_FILE) as temporary:
+                with within_memory(accelerator, REPORT_FILE), publishing(settings.output, REPORT_FILE) as temporary:
                     temporary.write_text(report_run(metrics, answers, task.model), encoding="utf-8")
+                    names.append(REPORT_FILE)
             finish_run(settings.output)
             logger.info("\nwrote %s", ", ".join(str(settings.output / name) for name in names))
     accelerator.end_training()
@@ -193,7 +191,7 @@ def _fingerprints(settings: TrainSettings, task: Task) -> dict[str, str]:
 def _train_model(
     settings: TrainSettings, task: Task, config: TrainerConfig, record: Mapping[str, Any]
 ) -> tuple[Metrics, Answers | None]:
-    """Train the model, and write it before anything else can fail; returns its answers to the test images too."""
+    """Train the model, and write it whatever fails after that; returns its answers to the test images too."""
     accelerator = config.accelerator
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
     try:
@@ -201,11 +199,26 @@ def _train_model(
     except DivergedError as error:
         hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
         raise DivergedError(f"{error}; {hint}") from error
-    config = _choose_thresholds(task, config)
-    score, answers = _score(task, config)
+    score, answers = None, None
+    try:
+        with within_memory(accelerator, "thresholds"):
+            config = _choose_thresholds(task, config)
+        with within_memory(accelerator, "test images"):
+            score, answers = _score(task, config)
+    finally:  # after an error too: a trained model is not lost
+        metrics = _record_training(settings, task, config, history, score)
+        if accelerator.is_main_process:
+            _write_model(settings, task, config, metrics, record)
+    return metrics, answers
+
+
+def _record_training(
+    settings: TrainSettings, task: Task, config: TrainerConfig, history: Sequence[EpochResult], score: Score | None
+) -> Metrics:
+    """Return the record of a training, with what was measured on the test images."""
     best = _best_epoch(history, config)
     kept = history[-1 if best is None else best - 1]
-    metrics = Metrics(
+    return Metrics(
         test_accuracy=None if score is None else score.accuracy,
         test_balanced_accuracy=None if score is None else score.balanced_accuracy,
         test_metrics={} if score is None else score.other_metrics,
@@ -215,13 +228,13 @@ def _train_model(
         best_epoch=best,
         chance=None
         if isinstance(config.objective, MultiLabel | Regression)
-        else chance_accuracy(task.train.readable().targets, _held_out(task).readable().targets),
+        else chance_accuracy(task.train.readable().targets, held_out(task).readable().targets),
         architecture=task.architecture,
         weights=task.weights,
         phases=settings.phases,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        processes=accelerator.num_processes,
+        processes=config.accelerator.num_processes,
         data_config=task.data_config,
         class_names=task.train.folder.class_names,
         train_images=_count_readable(task.train),
@@ -229,21 +242,25 @@ def _train_model(
         test_images=_count_readable(task.test),
         skipped_images=tuple(message for data in task.parts().values() for message in data.broken.values()),
         history=tuple(history),
-        device=str(accelerator.device),
+        device=str(config.accelerator.device),
         versions=installed_versions(),
     )
-    if accelerator.is_main_process:
-        trained = TrainedModel(
-            task.model, task.architecture, metrics.class_names, task.data_config, task.arguments, config.objective
-        )
-        with publishing(settings.output, RUN_FILE) as temporary:
-            temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-        with publishing(settings.output, MODEL_FILE) as temporary:
-            if task.base is None:
-                save_trained_model(trained, temporary, record=asdict(metrics))
-            else:
-                save_trained_changes(trained, task.base, temporary, record=asdict(metrics))
-    return metrics, answers
+
+
+def _write_model(
+    settings: TrainSettings, task: Task, config: TrainerConfig, metrics: Metrics, record: Mapping[str, Any]
+) -> None:
+    """Write ``run.json`` and the model file, which holds its metrics."""
+    trained = TrainedModel(
+        task.model, task.architecture, metrics.class_names, task.data_config, task.arguments, config.objective
+    )
+    with publishing(settings.output, RUN_FILE) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    with publishing(settings.output, MODEL_FILE) as temporary:
+        if task.base is None:
+            save_trained_model(trained, temporary, record=asdict(metrics))
+        else:
+            save_trained_changes(trained, task.base, temporary, record=asdict(metrics))
 
 
 def _choose_thresholds(task: Task, config: TrainerConfig) -> TrainerConfig:
@@ -257,13 +274,6 @@ def _choose_thresholds(task: Task, config: TrainerConfig) -> TrainerConfig:
         return config
     score = evaluate(task.model.to(config.accelerator.device), task.validation, config)
     return replace(config, objective=objective.choose_thresholds(score.answers, score.targets))
-
-
-def _held_out(task: Task) -> ImageDataset:
-    """Return the images of the reported accuracy: the test images, else the validation images."""
-    held_out = task.validation if task.test is None else task.test
-    assert held_out is not None
-    return held_out
 
 
 def _count_readable(data: ImageDataset | None) -> int:
@@ -280,7 +290,7 @@ def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers | N
 
     If there are none, the answers are to the validation images. They are None for a model of labels or values.
     """
-    images, keep = _held_out(task), isinstance(config.objective, SingleLabel)
+    images, keep = held_out(task), isinstance(config.objective, SingleLabel)
     if task.test is None and not keep:
         return None, None
     score = evaluate(task.model.to(config.accelerator.device), images, config, keep_outputs=keep)
@@ -289,47 +299,3 @@ def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers | N
     if score.outputs is None:
         return tested, None
     return tested, make_answers(images.folder.select(score.indices.tolist()), config.objective.predict(score.outputs))
-
-
-def _cross_validate(
-    metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
-) -> Metrics:
-    """Add the accuracy of each fold of the training images; frozen modules run over them at most once more."""
-    still = ImageDataset(task.train.folder, build_transform(task.data_config)) if settings.views > 1 else None
-    config = replace(config, show_progress=False)
-    folds = settings.folds or 2
-    histories = cross_validate(model, task.train, settings.phases, config, folds=folds, evaluated=still)
-    accuracies = (history[-1].validation(config.objective.main_metric) for history in histories)
-    return replace(metrics, fold_accuracies=tuple(accuracy or 0.0 for accuracy in accuracies))
-
-
-def _add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig) -> Metrics:
-    """Train the baselines, and time the backward pass."""
-    accelerator, num_classes = config.accelerator, len(metrics.class_names)
-    if accelerator.is_main_process:
-        logger.info("training the same classifier on a random backbone and on raw pixels, to compare")
-    seed_everything(settings.seed)
-    # As many epochs as the model, with the first phase's rates, and always frozen.
-    phase = replace(settings.phases[0], epochs=len(metrics.history), trainable_groups=0)
-    baseline_config = replace(
-        config, checkpoints=None, caches=None, compile=None, monitor=None, patience=None, show_progress=False
-    )
-
-    def compare(name: str, model: FineTuneModel) -> float | None:
-        return baseline_accuracy(name, model, task.train, _held_out(task), phase=phase, config=baseline_config)
-
-    return replace(
-        metrics,
-        random_backbone=compare("random backbone", random_model(task.architecture, num_classes, **task.arguments)),
-        raw_pixels=compare("raw pixels", pixel_model(num_classes)),
-        backward_milliseconds=run_on_main(
-            accelerator, lambda: measure_backward(task.model, *_first_batch(task.train, accelerator.device))
-        ),
-    )
-
-
-def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the first images, at most 16, to time a step: ``(B, 3, H, W)`` and ``(B,)``."""
-    readable = ImageDataset(data.readable(), data.transform)
-    inputs, targets = default_collate([readable[index] for index in range(min(TIMED_BATCH_SIZE, len(readable)))])
-    return inputs.to(device), targets.to(device)

@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from ..data.loading import DeviceLoader, can_fork
 from ..data.targets import describe_value, split_row
 from .compiled import Compile, Run, compile_checked
 from .dataset import Features
+from .parts import Parts
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class FrozenPass:
     dtype: torch.dtype | None
     widens: bool = True  # store results in ``dtype`` as float32
     compile: Compile | None = None  # see ``extract_features``
-    most: int = 0  # maximum images at once; 0 for any number
+    parts: Parts = field(default_factory=partial(Parts, "the backbone"))
 
     def __post_init__(self) -> None:
         self._run: Run = self.front.run
@@ -161,7 +161,7 @@ class FrozenPass:
             if self.compile is not None and isinstance(self._run, nn.Module):
                 tolerance = 5e-2 if self.dtype is not None else 1e-3
                 self._run, self.compile = compile_checked(self.compile, self._run, inputs, tolerance=tolerance), None
-            slots, structure = self._run_in_parts(inputs)
+            slots, structure = self.parts.run(self._run, inputs)
         for slot in slots:
             if not isinstance(slot, Tensor) or slot.ndim == 0 or len(slot) != len(targets):
                 raise UncacheableError(
@@ -170,25 +170,6 @@ class FrozenPass:
                 )
         widened = (slot.float() if self.widens and slot.dtype == self.dtype else slot for slot in slots)
         return Features([*(slot.cpu() for slot in widened), targets.cpu()], structure)
-
-    def _run_in_parts(self, inputs: Sequence[Tensor]) -> tuple[list[Any], TreeSpec]:
-        """Run in parts of at most ``most`` images, halved while the device runs out of memory."""
-        count = len(inputs[0])
-        while True:
-            try:
-                if not 0 < self.most < count:
-                    return tree_flatten(self._run(*inputs))
-                parts = zip(*(torch.split(each, self.most) for each in inputs), strict=True)
-                results = [tree_flatten(self._run(*part)) for part in parts]
-                slots = zip(*(slots for slots, _ in results), strict=True)
-                return [torch.cat(part) for part in slots], results[0][1]
-            except torch.OutOfMemoryError:
-                if self.most == 1 or count == 1:
-                    raise
-                self.most = -(-min(self.most or count, count) // 2)
-                logger.warning("out of memory: the backbone runs on %d images at a time from here on", self.most)
-            if self.device.type == "cuda":  # not in the except block, where the error refers to its tensors
-                torch.cuda.empty_cache()
 
 
 def move_inputs(inputs: Sequence[Tensor], module: nn.Module, device: torch.device) -> list[Tensor]:

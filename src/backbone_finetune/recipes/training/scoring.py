@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ..data.images import is_read
 from ..data.targets import known_targets
 from ..features.dataset import module_inputs
+from ..features.parts import Parts
 from .batches import load_batches, local_batch
 from .config import TrainerConfig, count
 
@@ -81,11 +82,15 @@ def evaluate(
     targets: list[Tensor] = []
     losses: list[Tensor] = []
     kept: list[Tensor] = []
-    workers, known = config.workers_for(data), known_targets(data)
+    workers, known, in_parts = config.workers_for(data), known_targets(data), Parts("the model")
     loaded = load_batches(data, shares, device=accelerator.device, workers=workers, seed="evaluation")
     for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
         wanted = batch_targets[: share.num_real]
-        outputs = module(*module_inputs(data, inputs))[: share.num_real]
+        if accelerator.is_fsdp2:  # each process must run as many parts as the others
+            outputs = module(*module_inputs(data, inputs))
+        else:
+            (outputs, *_), _ = in_parts.run(lambda *part: module(*module_inputs(data, part)), inputs)
+        outputs = outputs[: share.num_real]
         if not targets or known is None:  # before the loss: on a GPU, an invalid class would end the process
             checked = wanted if known is None else known
             objective.check(name, checked[is_read(checked)], outputs.shape[1] if outputs.ndim > 1 else 1)
@@ -94,7 +99,7 @@ def evaluate(
         answers.append(objective.answer(outputs))
         targets.append(wanted)
         if keep_outputs:
-            kept.append(outputs.float().cpu())
+            kept.append(outputs.float())
     indices = [share.indices[: share.num_real] for share in shares]
     own = [torch.cat(parts).cpu() for parts in (indices, answers, targets, kept) if parts]
     parts = zip(*gather_object([own]), strict=True) if accelerator.num_processes > 1 else ([part] for part in own)

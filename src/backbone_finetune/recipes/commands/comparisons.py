@@ -1,0 +1,103 @@
+"""What is measured beside a trained model, for which no run fails: folds, baselines and the time of a backward pass."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from backbone_finetune import FineTuneModel
+
+from ..data.images import ImageDataset
+from ..models.file import build_transform
+from ..rng import seed_everything
+from ..text import one_line
+from ..together import is_alone, run_on_main
+from ..training.folds import cross_validate
+from ..training.loop import TrainerConfig
+from .baselines import baseline_accuracy, measure_backward, pixel_model, random_model
+from .metrics import Metrics
+from .setup import Task, TrainSettings
+
+__all__ = ["add_baselines", "add_folds", "held_out", "within_memory"]
+
+logger = logging.getLogger(__name__)
+
+TIMED_BATCH_SIZE = 16
+
+
+@contextmanager
+def within_memory(accelerator: Accelerator, name: str) -> Iterator[None]:
+    """Leave out the rest of the block, and log that, if the memory is too small for it.
+
+    >>> with within_memory(Accelerator(cpu=True), "curves.png"):
+    ...     raise torch.OutOfMemoryError("CUDA out of memory")
+
+    With several processes the error is raised, because the others would wait for this one.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        if not is_alone(accelerator):
+            raise
+        logger.warning("%s: left out, the memory is too small (%s)", name, one_line(error, most=200))
+
+
+def held_out(task: Task) -> ImageDataset:
+    """Return the images of the reported accuracy: the test images, else the validation images."""
+    held_out = task.validation if task.test is None else task.test
+    assert held_out is not None
+    return held_out
+
+
+def add_folds(
+    metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
+) -> Metrics:
+    """Add the accuracy of each fold of the training images; frozen modules run over them at most once more."""
+    still = ImageDataset(task.train.folder, build_transform(task.data_config)) if settings.views > 1 else None
+    config = replace(config, show_progress=False)
+    folds = settings.folds or 2
+    with within_memory(config.accelerator, "folds"):
+        histories = cross_validate(model, task.train, settings.phases, config, folds=folds, evaluated=still)
+        accuracies = (history[-1].validation(config.objective.main_metric) for history in histories)
+        return replace(metrics, fold_accuracies=tuple(accuracy or 0.0 for accuracy in accuracies))
+    return metrics
+
+
+def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig) -> Metrics:
+    """Train the baselines, and time the backward pass."""
+    accelerator, num_classes = config.accelerator, len(metrics.class_names)
+    if accelerator.is_main_process:
+        logger.info("training the same classifier on a random backbone and on raw pixels, to compare")
+    seed_everything(settings.seed)
+    # As many epochs as the model, with the first phase's rates, and always frozen.
+    phase = replace(settings.phases[0], epochs=len(metrics.history), trainable_groups=0)
+    baseline_config = replace(
+        config, checkpoints=None, caches=None, compile=None, monitor=None, patience=None, show_progress=False
+    )
+
+    def compare(name: str, model: FineTuneModel) -> float | None:
+        return baseline_accuracy(name, model, task.train, held_out(task), phase=phase, config=baseline_config)
+
+    with within_memory(accelerator, "random backbone"):
+        random = random_model(task.architecture, num_classes, **task.arguments)
+        metrics = replace(metrics, random_backbone=compare("random backbone", random))
+    with within_memory(accelerator, "raw pixels"):
+        metrics = replace(metrics, raw_pixels=compare("raw pixels", pixel_model(num_classes)))
+    with within_memory(accelerator, "backward"):
+        times = run_on_main(
+            accelerator, lambda: measure_backward(task.model, *_first_batch(task.train, accelerator.device))
+        )
+        return replace(metrics, backward_milliseconds=times)
+    return metrics
+
+
+def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the first images, at most 16, to time a step: ``(B, 3, H, W)`` and ``(B,)``."""
+    readable = ImageDataset(data.readable(), data.transform)
+    inputs, targets = default_collate([readable[index] for index in range(min(TIMED_BATCH_SIZE, len(readable)))])
+    return inputs.to(device), targets.to(device)

@@ -1,0 +1,110 @@
+"""A trained model is written, and its run ends, if the memory is too small for what is measured beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_folders import make_folder
+
+from backbone_finetune.recipes.commands import comparisons, plots
+from backbone_finetune.recipes.commands import train as command
+from backbone_finetune.recipes.commands.train import TrainSettings, train
+from backbone_finetune.recipes.models.file import load_trained_model
+from backbone_finetune.recipes.training.phases import Phase
+
+BESIDE = {
+    "test images": (command, "evaluate"),
+    "folds": (comparisons, "cross_validate"),
+    "random backbone": (comparisons, "random_model"),
+    "raw pixels": (comparisons, "pixel_model"),
+    "backward": (comparisons, "measure_backward"),
+    "curves.png": (plots, "draw_curves"),
+    "report.html": (command, "report_run"),
+}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "images": make_folder(tmp_path / "images"),
+        "architecture": "test_resnet",
+        "phases": (Phase(epochs=1, lr=0.01),),
+        "batch_size": 8,
+        "output": tmp_path / "run",
+        "device": "cpu",
+        "baselines": True,
+        "folds": 2,
+    }
+
+
+def failing(error: BaseException) -> Any:
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def left_out(caplog: pytest.LogCaptureFixture) -> set[str]:
+    return {name for line in caplog.messages for name, found, _ in [line.partition(": left out, the memory")] if found}
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_run_without_memory_for_more_than_the_training_ends_with_its_model(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {*BESIDE} - {"report.html"}
+    for name in names:
+        monkeypatch.setattr(*BESIDE[name], failing(torch.OutOfMemoryError("CUDA out of memory")))
+    metrics = train(TrainSettings(**settings))
+    assert left_out(caplog) == names
+    assert names_in(settings["output"]) == {"run.json", "model.safetensors", "metrics.json"}
+    assert (metrics.test_accuracy, metrics.fold_accuracies, metrics.random_backbone, metrics.raw_pixels) == (None,) * 4
+    assert metrics.backward_milliseconds is None
+    assert json.loads((settings["output"] / "metrics.json").read_text())["history"]
+    assert load_trained_model(settings["output"] / "model.safetensors").class_names == metrics.class_names
+
+
+def test_a_run_without_memory_for_the_report_ends_without_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(*BESIDE["report.html"], failing(MemoryError()))
+    train(TrainSettings(**{**settings, "baselines": False, "folds": None}))
+    assert left_out(caplog) == {"report.html"}
+    assert names_in(settings["output"]) == {"run.json", "model.safetensors", "metrics.json", "curves.png"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), KeyboardInterrupt()], ids=["fault", "Ctrl-C"])
+def test_the_model_is_written_if_the_test_fails(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    settings |= {"baselines": False, "folds": None}
+    with monkeypatch.context() as changed:
+        changed.setattr(command, "evaluate", failing(error))
+        with pytest.raises(type(error)):
+            train(TrainSettings(**settings))
+    assert names_in(settings["output"]) == {"run.json", "model.safetensors", ".unfinished"}
+    before = load_trained_model(settings["output"] / "model.safetensors").model.state_dict()
+    assert train(TrainSettings(**settings)).test_accuracy is not None
+    after = load_trained_model(settings["output"] / "model.safetensors").model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_thresholds_without_memory_are_one_half(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    paths = sorted(settings["images"].rglob("*.png"))
+    rows = [f"{path},{path.parent.name},{('train', 'val', 'test')[index % 3]}" for index, path in enumerate(paths)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["path,labels,split", *rows]) + "\n")
+    monkeypatch.setattr(command, "evaluate", failing(torch.OutOfMemoryError("CUDA out of memory")))
+    train(TrainSettings(**{**settings, "images": table, "baselines": False, "folds": None}))
+    assert left_out(caplog) == {"thresholds", "test images"}
+    loaded = load_trained_model(settings["output"] / "model.safetensors")
+    assert loaded.objective.thresholds is None
