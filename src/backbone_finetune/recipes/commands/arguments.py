@@ -25,7 +25,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DATA",
         help="a folder with a sub-folder of images per class, or with train, val and test of such folders; or a table "
-        "with the columns path, label (or labels, as cat;dog) and, optionally, split (.csv, .tsv)",
+        "with the columns path, label (or labels, as cat;dog) and, optionally, split and group (.csv, .tsv, .parquet)",
     )
     add(
         "--validation",
@@ -98,6 +98,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(name.strip() for name in text.split(",")),
         metavar="COLUMN[,COLUMN]",
         help="columns of a table whose numbers are predicted, instead of a class or labels",
+    )
+    add(
+        "--group",
+        metavar="COLUMN",
+        help="a column of a table, such as patient: images of one group are never on two sides of a split (default: "
+        "group, if the table has it)",
     )
     add("--workers", type=int, metavar="N", help="processes that load images (default: by cores and images)")
     add(

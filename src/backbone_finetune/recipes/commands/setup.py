@@ -81,6 +81,8 @@ class TrainSettings:
         label_smoothing: The share of each target that is spread over all classes.
         regression: Columns of a table whose numbers are predicted. Otherwise a table with a column ``label`` has one
             class per image, and one with a column ``labels`` any number, as "cat;dog".
+        group: A column of a table. Images of one group are on one side of each split, and in one fold. None means the
+            column ``group``, if there is one.
 
     >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output
     PosixPath('fine-tuned')
@@ -115,6 +117,7 @@ class TrainSettings:
     class_weights: Literal["balanced"] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     regression: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder 
         test_share=TEST_SHARE,
         seed=settings.seed,
         values=settings.regression or (),
+        group=settings.group,
     )
 
 

@@ -4,14 +4,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from ..text import has_control_characters, join_some, printable
 from .images import LabelledFolder
-from .tables import PARTS, TABLES, TEST, TRAIN, VALIDATION, read_table
+from .rows import PARTS, TEST, TRAIN, VALIDATION, Labelled
+from .tables import TABLES, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def find_images(path: Path, class_names: Sequence[str] | None = None) -> Labelle
     (('cat', 'dog'), (0, 0, 1))
 
     Args:
-        path: The folder; or a ``.csv`` or ``.tsv`` table with columns ``path`` and ``label``.
+        path: The folder; or a ``.csv``, ``.tsv`` or ``.parquet`` table with columns ``path`` and ``label``.
         class_names: The allowed classes, in their order. By default those that are found, at least two.
 
     Raises:
@@ -58,14 +59,15 @@ def find_images(path: Path, class_names: Sequence[str] | None = None) -> Labelle
 
 
 def find_splits(
-    path: Path, class_names: Sequence[str] | None = None, values: Sequence[str] = ()
+    path: Path, class_names: Sequence[str] | None = None, values: Sequence[str] = (), group: str | None = None
 ) -> dict[str, LabelledFolder]:
     """List the images of each part of the data: "train" and, if present, "validation" and "test".
 
     The parts are folders ``train``, ``val`` (``valid``, ``validation``) and ``test`` that have the same sub-folders,
     one per class; or the splits in a column of a table. The classes of all parts are those of "train", unless
     ``class_names`` are given. Data that is not split is "train" as a whole. For a table with a column ``labels``, or
-    with ``values``, columns of numbers, targets are rows.
+    with ``values``, columns of numbers, targets are rows. Images have the groups in its column ``group``, or in the one
+    that is given.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -81,13 +83,14 @@ def find_splits(
         ValueError: as for `find_images`; or a part has a class that "train" does not have.
     """
     if path.suffix.lower() in TABLES and path.is_file():
-        found = read_table(path, values)
+        found = read_table(path, values, group)
         class_names = values or class_names
         parts = {TRAIN: _label(path, found.pop(TRAIN), class_names)}
         known = class_names or parts[TRAIN].class_names
-        return parts | {part: _label(path, pairs, known) for part, pairs in found.items()}
-    if values:
-        raise ValueError(f"{path}: no table; values are read from columns of a table ({', '.join(TABLES)})")
+        return parts | {part: _label(path, images, known) for part, images in found.items()}
+    if values or group is not None:
+        what = "values" if values else "groups"
+        raise ValueError(f"{path}: no table; {what} are read from columns of a table ({', '.join(TABLES)})")
     folders = _folders_in(path)
     named = {PARTS[folder.name.lower()]: folder for folder in folders if folder.name.lower() in PARTS}
     inside = {part: {folder.name for folder in _folders_in(folder)} for part, folder in named.items()}
@@ -117,25 +120,26 @@ def _find_classes(root: Path, class_names: Sequence[str] | None) -> LabelledFold
         raise ValueError(f"{root} has no sub-folders; {EXPECTED}")
     beside = [path for path in root.iterdir() if not path.is_dir() and not path.name.startswith(".")]
     left_out = Counter(f"{_kind(path)} beside the folders" for path in beside)
-    pairs: list[tuple[Path, str]] = []
+    images: list[Labelled] = []
     for folder in folders:
         files = sorted(_files_below(folder))
         if not any(map(_is_image, files)):
             raise ValueError(f"class folder {folder} holds no image ({EXAMPLES}); add images to it, or remove it")
         left_out += Counter(_kind(path) for path in files if not _is_image(path))
-        pairs += [(path, folder.name) for path in files if _is_image(path)]
+        images += [Labelled(path, folder.name) for path in files if _is_image(path)]
     if left_out:
         kinds = join_some([f"{count} {kind}" for kind, count in left_out.most_common()], most=10)
         logger.warning("%s: %d files left out: %s", _show(root), left_out.total(), _show(kinds))
-    return _label(root, pairs, class_names)
+    return _label(root, images, class_names)
 
 
-def _label(root: Path, pairs: Iterable[tuple[Path, Any]], class_names: Sequence[str] | None) -> LabelledFolder:
+def _label(root: Path, images: Iterable[Labelled], class_names: Sequence[str] | None) -> LabelledFolder:
     """Number the classes of images, and check their names."""
-    paths, labels = zip(*pairs, strict=True)
+    paths, labels, groups = zip(*images, strict=True)
+    found = LabelledFolder(root, tuple(class_names or ()), paths, labels, None if groups[0] is None else groups)
     are_rows = isinstance(labels[0], tuple)
     if are_rows and any(isinstance(value, float) for row in labels for value in row):
-        return LabelledFolder(root, tuple(class_names or ()), paths, labels)
+        return found
     names = tuple(sorted({name for row in labels for name in row})) if are_rows else tuple(dict.fromkeys(labels))
     if named := [name for name in names if has_control_characters(name)]:
         raise ValueError(f"{root}: class {named[0]!r} has control characters in its name; rename it")
@@ -150,9 +154,9 @@ def _label(root: Path, pairs: Iterable[tuple[Path, Any]], class_names: Sequence[
         )
     if are_rows:
         rows = tuple(tuple(float(name in row) for name in class_names or names) for row in labels)
-        return LabelledFolder(root, tuple(class_names or names), paths, rows)
+        return replace(found, class_names=tuple(class_names or names), targets=rows)
     numbers = {name: number for number, name in enumerate(class_names or names)}
-    return LabelledFolder(root, tuple(numbers), paths, tuple(numbers[label] for label in labels))
+    return replace(found, class_names=tuple(numbers), targets=tuple(numbers[label] for label in labels))
 
 
 def _folders_in(root: Path) -> list[Path]:

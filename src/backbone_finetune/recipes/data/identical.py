@@ -11,7 +11,7 @@ from pathlib import Path
 from ..files import digest_file
 from ..text import join_some, printable
 from .images import LabelledFolder
-from .tables import TRAIN
+from .rows import TRAIN
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..text import join_some
+from .groups import deal_groups, lacking_classes
+
 # The target of an unreadable image, which keeps its position without weight. torch's losses ignore it by default.
 IGNORED = -100
 
@@ -35,6 +38,7 @@ class LabelledFolder:
     """Images and their classes: ``paths[i]`` is an image of ``class_names[targets[i]]``.
 
     If an image has several labels, or values, ``targets[i]`` is a row with one number for each of ``class_names``.
+    Images of one of the ``groups`` are never on two sides of a split.
 
     >>> LabelledFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,)).targets
     (1,)
@@ -44,11 +48,13 @@ class LabelledFolder:
     class_names: tuple[str, ...]
     paths: tuple[Path, ...]
     targets: tuple[Any, ...]  # int, or tuple[float, ...]
+    groups: tuple[str, ...] | None = None
 
     def select(self, indices: Sequence[int]) -> "LabelledFolder":
         """Return some of the images, in the given order."""
         paths, targets = tuple(self.paths[i] for i in indices), tuple(self.targets[i] for i in indices)
-        return replace(self, paths=paths, targets=targets)
+        groups = None if self.groups is None else tuple(self.groups[i] for i in indices)
+        return replace(self, paths=paths, targets=targets, groups=groups)
 
 
 class ImageDataset(Dataset[tuple[Tensor, Any]]):
@@ -147,9 +153,12 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
 
     Each class has at least one image in both parts. The draw depends only on the order of the images, so the
     same folder has the same split on every machine. Raises ValueError for a class of one image. If targets are rows,
-    the share is of all images.
+    the share is of all images. Images of a group are in one part (`deal_groups`), and the shares then as near as
+    groups allow.
     """
     generator = random.Random(seed)
+    if folder.groups is not None:
+        return _split_groups(folder, folder.groups, test_share, generator)
     held_out: set[int] = set()
     are_classes = isinstance(folder.targets[0], int)
     for target, name in enumerate(folder.class_names if are_classes else ["of all images"]):
@@ -161,3 +170,21 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
 
     kept = [index for index in range(len(folder.paths)) if index not in held_out]
     return folder.select(kept), folder.select(sorted(held_out))
+
+
+def _split_groups(
+    folder: LabelledFolder, groups: tuple[str, ...], test_share: float, generator: random.Random
+) -> tuple[LabelledFolder, LabelledFolder]:
+    """Hold out whole groups; raise ValueError if a class is not in both parts then."""
+    are_classes = isinstance(folder.targets[0], int)
+    targets = folder.targets if are_classes else (0,) * len(groups)
+    dealt = deal_groups(groups, targets, (1 - test_share, test_share), generator)
+    for target in lacking_classes(dealt, targets, parts=2):
+        of_class = sorted({group for group, other in zip(groups, targets, strict=True) if other == target})
+        name = f"class {folder.class_names[target]}" if are_classes else "all of it"
+        raise ValueError(
+            f"{folder.root}: {name} is in {len(of_class)} group{'s' * (len(of_class) > 1)} ({join_some(of_class)}), of "
+            "which none can be held out; add groups, or remove the class, or pass --test or a split of your own"
+        )
+    train, test = ([index for index, part in enumerate(dealt) if part == wanted] for wanted in (0, 1))
+    return folder.select(train), folder.select(test)

@@ -4,13 +4,15 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 from ..text import join_some, printable
 from .finding import choose_test, find_splits
 from .identical import warn_of_identical
 from .images import LabelledFolder, split
-from .tables import SEPARATORS, TABLES, TEST, TRAIN, VALIDATION
+from .rows import SEPARATORS, TEST, TRAIN, VALIDATION
+from .tables import TABLES
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +28,11 @@ def find_data(
     test_share: float,
     seed: int,
     values: Sequence[str] = (),
+    group: str | None = None,
 ) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
     """Find the images to train, validate and test on, and log them; see `find_splits`.
 
-    Images that are in two of the parts are logged.
+    Images and groups that are in two of the parts are logged.
 
     Args:
         path: The folder or table.
@@ -41,16 +44,19 @@ def find_data(
         test_share: The share of each class to test on if there are neither test nor validation images.
         seed: Seed of the held-out images.
         values: The columns of a table whose numbers are predicted.
+        group: The column of a table whose groups are held out as wholes; by default ``group``, if there is one.
     """
-    parts = find_splits(path, values=values)
+    parts = find_splits(path, values=values, group=group)
     if not values and (hint := _doubt_column(parts[TRAIN])):
         logger.warning("%s: %s", _show(path), _show(hint))
     if chooses is None and not values and not isinstance(parts[TRAIN].targets[0], int):
         chooses = True
     each = "of each class" if isinstance(parts[TRAIN].targets[0], int) else "of the images"
+    each += ", by groups" * (parts[TRAIN].groups is not None)
     for part, other in ((VALIDATION, validation), (TEST, test)):
         if other is not None:
-            parts[part] = choose_test(find_splits(other, parts[TRAIN].class_names, values))
+            column = group if other.suffix.lower() in TABLES else None
+            parts[part] = choose_test(find_splits(other, parts[TRAIN].class_names, values, column))
     notes = dict.fromkeys(parts, "")
     if len(parts) == 1:
         parts[TRAIN], parts[TEST] = split(parts[TRAIN], test_share=test_share, seed=seed)
@@ -68,6 +74,12 @@ def find_data(
     what = "values" if values else "images by class"
     logger.info("%s, %s: %s", what, " + ".join(parts), _show(join_some(lines, most=20)))
     warn_of_identical(parts)
+    for earlier, later in combinations(parts, 2):
+        if shared := sorted(set(parts[earlier].groups or ()) & set(parts[later].groups or ())):
+            logger.warning(
+                "%d groups have images in both %s and %s, which may make the %s accuracy too high: %s",
+                *(len(shared), earlier, later, later, _show(join_some(shared))),
+            )
     return parts[TRAIN], parts.get(VALIDATION), parts.get(TEST)
 
 

@@ -1,91 +1,81 @@
-"""Tables of images: each row of a CSV or TSV file has the path of an image and its class, labels or values."""
+"""Tables of images: each row of a CSV, TSV or Parquet file has the path of an image and its class, labels or values."""
 
 import csv
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..text import join_some, one_line
+from ..extras import import_extra
+from .rows import Labelled, Row, choose_columns, find_column, require, sort_rows
 
-TABLES = {".csv": ",", ".tsv": "\t"}  # the delimiter of each kind
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLES = (*DELIMITERS, ".parquet")
 PATHS = ("path", "file", "filename", "file_name", "image")
-LABELS = ("label", "class", "target")
-SEVERAL = "labels"  # an image has any number of them
-SEPARATORS = "[;|]"  # between the labels of an image
-SPLITS = ("split", "subset")
-
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
-PARTS = {"train": TRAIN, "training": TRAIN, "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION}
-PARTS |= {"test": TEST, "testing": TEST}
+COLUMNS = "path, label and, optionally, split and group"
 
 
-def read_table(table: Path, values: Sequence[str] = ()) -> dict[str, list[tuple[Path, Any]]]:
-    """Read the paths and targets of each part of the data from a table in UTF-8 whose first line names the columns.
+def read_table(table: Path, values: Sequence[str] = (), group: str | None = None) -> dict[str, list[Labelled]]:
+    """Read the paths and targets of each part of the data from a table.
 
-    A target is the text in the column ``label``, a tuple of the texts in the column ``labels``, e.g. "cat;dog" or
-    "cat|dog", which may be empty, or a tuple of the numbers in the columns ``values``. Paths are relative to the
-    table's folder, and sorted by label.
+    CSV and TSV are in UTF-8, and their first line names the columns. Paths are relative to the table's folder. For
+    targets see `sort_rows`; ``values`` and ``group`` are columns.
 
     Raises:
-        ValueError: a column is missing or duplicated, a row lacks an entry or a number, a split is unknown, none
-            of the paths is a file, or no row has the split "train".
+        ModuleNotFoundError: it is a Parquet file, and pyarrow is not installed.
+        ValueError: a column is missing or duplicated, none of the paths is a file, or as for `sort_rows`.
     """
-    found: dict[str, list[tuple[Path, Any]]] = {TRAIN: [], VALIDATION: [], TEST: []}
+    has_header = table.suffix.lower() in DELIMITERS
+    names, hint = _read_names(table), f"; {'the first line names them' if has_header else 'a table has'}: {COLUMNS}"
+    path = str(find_column(table, names, PATHS, hint=hint))
+    columns = choose_columns(table, names, values, group, hint)
+    rows = (Row(place, table, cells) for place, cells in _read_cells(table, [path, *columns.names]))
+    found = sort_rows(table, columns, (row._replace(path=table.parent / require(row, path)) for row in rows))
+    paths = [image.path for images in found.values() for image in images]
+    if not any(each.is_file() for each in paths):
+        raise ValueError(
+            f"{table}: none of its {len(paths)} paths, relative to {table.parent}, is a file; the first: {paths[0]}"
+        )
+    return found
+
+
+def _read_names(table: Path) -> list[str]:
+    """Return the names of the columns."""
+    if table.suffix.lower() not in DELIMITERS:
+        with _explained(table):
+            return [str(name) for name in import_extra("pyarrow.parquet", "parquet").read_schema(table).names]
+    with _opened(table) as reader:
+        return list(reader.fieldnames or ())
+
+
+def _read_cells(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the cells of each row, and where they are."""
+    if table.suffix.lower() in DELIMITERS:
+        with _opened(table) as reader:
+            for row in reader:
+                yield f"{table}, line {reader.line_num}", row
+        return
+    with _explained(table), import_extra("pyarrow.parquet", "parquet").ParquetFile(table) as file:
+        number = 0
+        for batch in file.iter_batches(columns=list(dict.fromkeys(columns))):
+            for cells in batch.to_pylist():
+                number += 1
+                yield f"{table}, row {number}", cells
+
+
+@contextmanager
+def _opened(table: Path) -> Iterator["csv.DictReader[str]"]:
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=TABLES[table.suffix.lower()], strict=True)
-            names = list(reader.fieldnames or ())
-            path, split = (_find_column(table, names, known) for known in (PATHS, SPLITS))
-            if missing := [name for name in values if names.count(name) != 1]:
-                raise ValueError(f"{table}: no column {missing[0]}, or two; its columns are {_show(names)}")
-            columns = values or [str(_find_column(table, names, (*LABELS, SEVERAL)))]
-            several = not values and columns[0].strip().lower() == SEVERAL
-            for row in reader:
-                line = f"{table}, line {reader.line_num}"
-                for column in filter(None, (path, split, *(() if several else columns))):
-                    if not (row[column] or "").strip():
-                        raise ValueError(f"{line}: no {column}; fill it in, or remove the row")
-                part = row[split].strip() if split else TRAIN
-                if part.lower() not in PARTS:
-                    raise ValueError(f"{table}: split {part!r}; expected one of {', '.join(PARTS)}")
-                target: Any = (row[columns[0]] or "").strip()
-                if several:
-                    target = tuple(filter(None, map(str.strip, re.split(SEPARATORS, target))))
-                elif values:
-                    target = tuple(_read_number(f"{line}: {column}", row[column]) for column in columns)
-                found[PARTS[part.lower()]].append((table.parent / row[str(path)].strip(), target))
+            yield csv.DictReader(file, delimiter=DELIMITERS[table.suffix.lower()], strict=True)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{table}: not a table in UTF-8 ({error})") from error
-    paths = [path for pairs in found.values() for path, _ in pairs]
-    if not any(path.is_file() for path in paths):
-        first = f"; the first: {paths[0]}" if paths else ""
-        raise ValueError(f"{table}: none of its {len(paths)} paths, relative to {table.parent}, is a file{first}")
-    if not found[TRAIN]:
-        raise ValueError(f"{table}: no row has the split train")
-    return {part: sorted(pairs, key=lambda pair: pair[1]) for part, pairs in found.items() if pairs}
 
 
-def _find_column(table: Path, names: Sequence[str], known: Sequence[str]) -> str | None:
-    found = [name for name in names if name.strip().lower() in known]
-    if len(found) == 1 or (not found and known is SPLITS):
-        return found[0] if found else None
-    raise ValueError(
-        f"{table}: its columns are {_show(names)}; expected one of {', '.join(known)}; the first line names them: "
-        "path, label and, optionally, split"
-    )
-
-
-def _read_number(place: str, text: str) -> float:
+@contextmanager
+def _explained(table: Path) -> Iterator[None]:
+    """Name the file in pyarrow's errors."""
     try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{place} is {text.strip()!r}; expected a finite number")
-    return number
-
-
-def _show(names: Sequence[str]) -> str:
-    return one_line(join_some(names, most=10)) or "none"
+        yield
+    except import_extra("pyarrow", "parquet").ArrowException as error:
+        raise ValueError(f"{table}: not a Parquet table ({str(error).splitlines()[0]})") from error

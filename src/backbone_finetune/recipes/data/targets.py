@@ -1,6 +1,6 @@
 """Check the items of a dataset, inputs and a target, before the first pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,14 @@ def known_targets(data: Any) -> Tensor | None:
         parts = [targets for part in data.datasets if (targets := known_targets(part)) is not None]
         return torch.cat(parts) if len(parts) == len(data.datasets) else None
     return None
+
+
+def known_groups(data: Any) -> Sequence[str] | None:
+    """Return the group of each image of a dataset that has groups; None otherwise."""
+    if isinstance(data, Subset):
+        groups = known_groups(data.dataset)
+        return None if groups is None else [groups[index] for index in data.indices]
+    return data.folder.groups if isinstance(data, ImageDataset) else None
 
 
 def check_targets(name: str, targets: Tensor, classes: int | None = None) -> None:

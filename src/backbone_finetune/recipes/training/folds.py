@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
 
-from ..data.targets import known_targets
+from ..data.groups import deal_groups
+from ..data.targets import known_groups, known_targets
 from ..features.dataset import Features
 from .checkpoints import EpochResult
 from .config import TrainerConfig, count
@@ -35,7 +36,8 @@ def cross_validate(
     """Train a copy of a model for each fold of a dataset on the other folds, and evaluate it on that fold.
 
     Rows of features, or of the frontier, are computed once for all folds; each fold runs only the trainable part. The
-    numbers of images of a class in the folds differ by at most 1. Nothing is chosen on the held-out fold: no monitor is
+    numbers of images of a class in the folds differ by at most 1, or, where images have groups, each group is in one
+    fold, and the numbers are as near as that allows. Nothing is chosen on the held-out fold: no monitor is
     used, and a learning rate is chosen on a fifth of the others (Kohavi 1995). The model does not change.
 
     >>> import torch
@@ -150,19 +152,25 @@ def train_folds(
 
 
 def check_folds(data: Dataset[Any], folds: int) -> None:
-    """Raise ValueError if a dataset has fewer images than folds, or there are fewer than two."""
+    """Raise ValueError if a dataset has fewer images or groups than folds, or there are fewer than two folds."""
     if not 2 <= folds <= count(data):
         raise ValueError(f"folds = {folds}: expected a whole number from 2 to the {count(data)} images")
+    if (groups := known_groups(data)) is not None and folds > len(set(groups)):
+        raise ValueError(f"folds = {folds}: expected at most {len(set(groups))}, the groups of the training images")
 
 
 def split_folds(data: Dataset[Any], folds: int, seed: int) -> list[list[int]]:
     """Distribute the images of each class over the folds, in an order drawn with the seed; return their indices."""
-    targets = known_targets(data)
-    by_class = defaultdict(list)
-    for index in range(count(data)):
-        is_class = targets is not None and targets.ndim == 1 and not targets.is_floating_point()
-        by_class[int(targets[index]) if targets is not None and is_class else 0].append(index)
+    targets, groups = known_targets(data), known_groups(data)
+    are_classes = targets is not None and targets.ndim == 1 and not targets.is_floating_point()
+    classes = targets.tolist() if targets is not None and are_classes else [0] * count(data)
     generator = random.Random(f"{seed} folds")
+    if groups is not None:
+        parts = deal_groups(groups, classes, [1 / folds] * folds, generator)
+        return [[index for index, part in enumerate(parts) if part == fold] for fold in range(folds)]
+    by_class = defaultdict(list)
+    for index, target in enumerate(classes):
+        by_class[target].append(index)
     dealt = []
     for target in sorted(by_class):
         dealt += generator.sample(by_class[target], len(by_class[target]))

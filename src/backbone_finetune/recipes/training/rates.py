@@ -8,6 +8,8 @@ from collections import Counter
 import torch
 from torch import nn
 
+from ..data.groups import deal_groups, lacking_classes
+from ..data.images import is_read
 from ..features.dataset import Features, select_rows
 from ..heads.grid import fit_heads
 from ..objectives.kinds import SingleLabel
@@ -46,7 +48,7 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
     parts = _split(data, config) if data.on_features and _can_be_stacked(data.module) else None
     if parts is None:
         if config.shows:
-            why = "others are tried only on cached features with five images of each class"
+            why = "others are tried only on cached features with five images of each class, in two groups or more"
             logger.info("rates: lr %g and weight decay %g; %s", *default, why)
         return default
 
@@ -95,15 +97,28 @@ def _split(data: PhaseData, config: TrainerConfig) -> tuple[Features, Features] 
         return train, data.validation
     images = len(train) // data.views
     classes = train.tensors[-1][:images]
+    read = is_read(classes).nonzero().flatten().tolist()
     # Rows and values are drawn from as one class.
-    targets = classes.tolist() if isinstance(config.objective, SingleLabel) else [0] * images
-    if min(Counter(targets).values()) < FEWEST:
+    targets = [int(classes[index]) if isinstance(config.objective, SingleLabel) else 0 for index in read]
+    groups = None if data.groups is None else [data.groups[index] for index in read]
+    if not read or min(Counter(targets).values()) < FEWEST:
         return None
-    generator = random.Random(f"{config.seed} rates")
-    held_out: set[int] = set()
-    for target in sorted(set(targets)):
-        members = [index for index, other in enumerate(targets) if other == target]
-        held_out.update(generator.sample(members, round(len(members) / 5)))
+    drawn = _draw_fifth(targets, groups, random.Random(f"{config.seed} rates"))
+    if drawn is None:
+        return None
+    held_out = {read[place] for place in drawn}
     fitted = [index for index in range(len(train)) if index % images not in held_out]
     with torch.device("cpu"):
         return select_rows(train, torch.tensor(fitted)), select_rows(train, torch.tensor(sorted(held_out)))
+
+
+def _draw_fifth(targets: list[int], groups: list[str] | None, generator: random.Random) -> set[int] | None:
+    """Draw a fifth of each class, whole groups if there are such; None if a class is then not on both sides."""
+    if groups is not None:
+        dealt = deal_groups(groups, targets, (0.8, 0.2), generator)
+        return None if lacking_classes(dealt, targets, parts=2) else {place for place, part in enumerate(dealt) if part}
+    drawn: set[int] = set()
+    for target in sorted(set(targets)):
+        members = [place for place, other in enumerate(targets) if other == target]
+        drawn.update(generator.sample(members, round(len(members) / 5)))
+    return drawn
