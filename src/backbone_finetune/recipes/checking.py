@@ -2,10 +2,14 @@
 
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, validate_call
+from pydantic import BaseModel, ConfigDict, Field, validate_call
 
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Checks the arguments of a function by their annotations; raises pydantic's ValidationError, a ValueError.
 validated = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
+
+
+class Schema(BaseModel, strict=True, extra="forbid"):
+    """The entries that a part of a file may have, with their types; no others."""

@@ -46,10 +46,11 @@ def test_raw_pixels_are_enough_to_classify_colours() -> None:
 
 
 def test_the_random_backbone_is_random_and_stays_frozen() -> None:
+    like = FineTuneModel.from_timm("test_resnet", num_classes=3)
     torch.manual_seed(5)
     initial = timm.create_model("test_resnet").state_dict()
     torch.manual_seed(5)
-    model = random_model("test_resnet", 3)
+    model = random_model(like, "test_resnet", 3)
     baseline_accuracy("random backbone", model, make_images(), make_images(), phase=Phase(epochs=1), config=CONFIG)
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert all(torch.equal(tensor, initial[name]) for name, tensor in model.backbone.state_dict().items())

@@ -91,7 +91,9 @@ def test_any_trainable_part_round_trips(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_loaded_is_not_written(tmp_path: Path) -> None:
     trained = make_trained()
     path = tmp_path / "model.safetensors"
-    other_head = FineTuneModel.from_timm("test_resnet", classifier=lambda width: nn.Sequential(nn.Linear(width, 3)))
+    other_head = FineTuneModel.from_timm(
+        "test_resnet", classifier=lambda width: nn.Sequential(nn.Linear(width, 3), nn.Tanh())
+    )
     with pytest.raises(ValueError, match=r"could not be loaded again: test_resnet .*classifier\.weight is missing"):
         save_trained_model(replace(trained, model=other_head), path, record={})
     with pytest.raises(ValueError, match=r"arguments checkpoint_path = .*: extra inputs are not permitted"):

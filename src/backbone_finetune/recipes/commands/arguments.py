@@ -3,7 +3,10 @@
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
+from ..models.classifiers import Head
+from ..models.readouts import Readout
 from ..training.phases import Phase
 from .export import EXPORTERS
 from .setup import TrainSettings
@@ -59,6 +62,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     weights.add_argument("--pretrained", action="store_true", default=None, help=text)
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file")
     add_base(parser)
+    add(
+        "--readout",
+        choices=get_args(Readout),
+        help="the features of a transformer: class token, mean of patch tokens, both, or class tokens of the last 4 "
+        "blocks, also with the mean (default: as the network pools)",
+    )
+    add("--head", choices=get_args(Head), help="the classifier (default: linear)")
     add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table for each phase")
     one_phase = parser.add_argument_group("one phase (for several, use --phases)")
     add_numbers(

@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
 
+from ..models.classifiers import ClassifierDescription, describe_classifier
+from ..models.readouts import assemble, describe_readout
 from ..rng import preserve_rng_state
 from ..training.divergence import DivergedError
 from ..training.loop import TrainerConfig, fine_tune
@@ -39,9 +41,15 @@ def chance_accuracy(train_targets: Sequence[int], test_targets: Sequence[int]) -
     return sum(target == commonest for target in test_targets) / len(test_targets)
 
 
-def random_model(architecture: str, num_classes: int, **arguments: Any) -> FineTuneModel:
-    """Build a timm architecture with random weights."""
-    return FineTuneModel.from_timm(timm.create_model(architecture, **arguments), num_classes=num_classes)
+def random_model(like: FineTuneModel, architecture: str, num_classes: int, **arguments: Any) -> FineTuneModel:
+    """Build a timm architecture with random weights, with the readout and the layers of the classifier of a model."""
+    described = describe_classifier(like.classifier)
+    return assemble(
+        timm.create_model(architecture, **arguments),
+        num_classes,
+        readout=describe_readout(like.backbone),
+        classifier=None if described is None else ClassifierDescription.model_validate(described).build(),
+    )
 
 
 def pixel_model(num_classes: int) -> FineTuneModel:

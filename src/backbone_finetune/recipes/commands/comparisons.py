@@ -84,7 +84,7 @@ def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config:
         return baseline_accuracy(name, model, task.train, held_out(task), phase=phase, config=baseline_config)
 
     with within_memory(accelerator, "random backbone"):
-        random = random_model(task.architecture, num_classes, **task.arguments)
+        random = random_model(task.model, task.architecture, num_classes, **task.arguments)
         metrics = replace(metrics, random_backbone=compare("random backbone", random))
     with within_memory(accelerator, "raw pixels"):
         metrics = replace(metrics, raw_pixels=compare("raw pixels", pixel_model(num_classes)))

@@ -19,7 +19,16 @@ from backbone_finetune.splitting.copies import meta_copy
 from ..checking import Positive, Whole
 from ..data.images import ImageDataset, LabelledFolder
 from ..data.parts import find_data
-from ..models.file import TrainedModel, build_transform, describe_model_file, find_size_problem, load_trained_model
+from ..models.classifiers import Head, choose_classifier
+from ..models.file import (
+    TrainedModel,
+    build_transform,
+    describe_model_file,
+    find_size_problem,
+    load_trained_model,
+    with_new_classifier,
+)
+from ..models.readouts import Readout, assemble, choose_readout
 from ..models.weights import BaseWeights, Source, load_network, model_arguments, remember_base
 from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
 from ..text import join_some
@@ -75,6 +84,10 @@ class TrainSettings:
         compile: The compiler of a frozen backbone, which is faster from about 5,000 images on; None does not compile.
         cache: Where to cache frozen features: "memory", "disk" (memory-mapped), "auto" for both, with a
             quarter of the memory at most, or "off", which runs the whole model in every step.
+        readout: The features of a transformer: its class "token", the "mean" of its patch tokens, both ("token-mean"),
+            or the class tokens of the "last-4-blocks", also with the mean. None keeps the network's own pooling.
+        head: The classifier: "linear", "batchnorm-linear" (features normalized over the batch) or "mlp" (one hidden
+            layer). None means linear.
         views: How many augmented views of each training image are cached; 1 trains on the image itself.
         class_weights: "balanced" weights the loss of an image by N / (K * count), for N training images, K classes and
             the number of its class; None weights all images equally.
@@ -113,6 +126,8 @@ class TrainSettings:
     workers: Whole | None = None
     compile: Literal["inductor", "openvino"] | None = None
     cache: Literal["auto", "memory", "disk", "off"] = "auto"
+    readout: Readout | None = None
+    head: Head | None = None
     views: Positive = 1
     class_weights: Literal["balanced"] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -175,7 +190,11 @@ def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[
             settings.architecture, pretrained=settings.pretrained, checkpoint=path
         )
         arguments = model_arguments(network) if ":" in (settings.architecture or "") else {}
-        model = FineTuneModel.from_timm(network, num_classes=len(class_names))
+        readout = None
+        if settings.readout is not None:
+            arguments, readout = choose_readout(settings.readout, network, architecture, arguments)
+        classifier = choose_classifier(settings.head or "linear", len(class_names))
+        model = assemble(network, len(class_names), readout=readout, classifier=classifier)
         data_config = choose_data_config(model, small=settings.images is None)
         return TrainedModel(model, architecture, class_names, data_config, arguments), source, words
     if settings.pretrained or settings.architecture not in {None, description.architecture}:
@@ -185,11 +204,13 @@ def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[
             f"{path} has only what training changed, so it cannot be the base of another such file; leave out "
             "--trainable-only"
         )
+    if settings.readout is not None or settings.head is not None:
+        raise ValueError(f"{path} has the readout and the head it was trained with; leave out --readout and --head")
     trained, words = load_trained_model(path, base=settings.base), f"weights from {path}"
     if trained.class_names == class_names:
         return replace(trained, model=trained.model.unfreeze_backbone()), "file", words
     words = f"{words}, with a new classifier, as its classes are {join_some(trained.class_names)}"
-    model = FineTuneModel.from_timm(trained.model.unfreeze_backbone().to_module(), num_classes=len(class_names))
+    model = with_new_classifier(trained, path, class_names)
     return replace(trained, model=model, class_names=class_names, objective=SingleLabel()), "file", words
 
 

@@ -31,7 +31,9 @@ from backbone_finetune.checkpoint import (
 from ..checking import validated
 from ..objectives.kinds import Objective, SingleLabel
 from ..text import one_line
+from .classifiers import KINDS, describe_classifier
 from .metadata import ModelDescription, describe_objective, installed_versions, parse_metadata
+from .readouts import assemble, describe_readout
 from .weights import BaseWeights, find_base
 
 # Limit for buffers that a network computes (masks, positions) and that are not in the file.
@@ -190,22 +192,42 @@ def _make_metadata(trained: TrainedModel, record: Mapping[str, object]) -> dict[
         "versions": installed_versions(),
         "record": record,
     }
-    if (objective := describe_objective(trained.objective)) is not None:
-        entries["objective"] = objective
+    described = {
+        "objective": describe_objective(trained.objective),
+        "readout": describe_readout(trained.model.backbone),
+        "classifier": describe_classifier(trained.model.classifier),
+    }
+    entries |= {name: entry for name, entry in described.items() if entry is not None}
     metadata = {"architecture": trained.architecture, **{name: json.dumps(entries[name]) for name in entries}}
     try:
-        _check_layouts(parse_metadata(metadata), distinct_tensors(trained.model))
+        built = _check_layouts(parse_metadata(metadata), distinct_tensors(trained.model))
+        kinds = type(trained.model.classifier), type(built.classifier)
+        if kinds[0] is not kinds[1]:  # a subclass of Linear may compute anything else
+            raise ValueError(f"its classifier is a {kinds[0].__name__}, not a {kinds[1].__name__}")
     except ValueError as error:
-        raise ValueError(f"a file of this model could not be loaded again: {error}") from error
+        raise ValueError(
+            f"a file of this model could not be loaded again: {error}; a file holds {KINDS} as classifier"
+        ) from error
     return metadata
+
+
+def with_new_classifier(trained: TrainedModel, path: Path, class_names: tuple[str, ...]) -> FineTuneModel:
+    """Return the model of a file with a new classifier, of the same layers, for other classes."""
+    description = load_outline(path)[0]
+    layers = None if description.classifier is None else description.classifier.with_outputs(len(class_names))
+    model = _build_model(description.model_copy(update={"class_names": class_names, "classifier": layers}))
+    model.backbone.load_state_dict(trained.model.backbone.state_dict())
+    return model
 
 
 def _build_model(description: ModelDescription) -> FineTuneModel:
     """Build the network of a description with random weights."""
     try:
-        return FineTuneModel.from_timm(
+        return assemble(
             description.architecture,
-            num_classes=len(description.class_names),
+            len(description.class_names),
+            readout=description.given_readout,
+            classifier=None if description.classifier is None else description.classifier.build(),
             norm_eval=description.freeze_state.norm_eval,
             **description.given_arguments,
         )

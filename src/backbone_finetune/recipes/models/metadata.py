@@ -13,8 +13,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Json, Va
 from backbone_finetune import __version__
 from backbone_finetune.validation import check_architecture
 
+from ..checking import Schema
 from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
 from ..text import describe_fault, has_control_characters
+from .classifiers import ClassifierDescription, LinearLayer
 
 LARGEST_SIDE = 4096
 
@@ -56,11 +58,7 @@ Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 Printable = Annotated[str, Field(max_length=200), AfterValidator(_check_printable)]
 
 
-class _Schema(BaseModel, strict=True, extra="forbid"):
-    """The entries that a file may have, with their types; no others."""
-
-
-class DataConfig(_Schema):
+class DataConfig(Schema):
     """The arguments of timm's evaluation transform for a network."""
 
     input_size: tuple[Literal[3], Side, Side]
@@ -77,7 +75,7 @@ class DataConfig(_Schema):
         return self
 
 
-class NetworkArguments(_Schema):
+class NetworkArguments(Schema):
     """The arguments of a network that a file may have: none that reads a file, downloads, or repeats layers."""
 
     drop_rate: Share | None = None
@@ -86,18 +84,20 @@ class NetworkArguments(_Schema):
     proj_drop_rate: Share | None = None
     patch_drop_rate: Share | None = None
     global_pool: Annotated[str, Field(max_length=20)] | None = None
+    fc_norm: bool | None = None
+    use_fc_norm: bool | None = None
     img_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     dynamic_img_size: bool | None = None
 
 
-class FreezeState(_Schema):
+class FreezeState(Schema):
     """The names of trainable parameters, and whether running statistics are fixed."""
 
     norm_eval: bool = False
     trainable: tuple[str, ...] = ()
 
 
-class BaseReference(_Schema):
+class BaseReference(Schema):
     """The weights that are not in a file of changes; ``fingerprint`` is their digest."""
 
     source: Literal["package", "hub", "file"]
@@ -105,14 +105,21 @@ class BaseReference(_Schema):
     fingerprint: str
 
 
-class MultiLabelDescription(_Schema):
+class ReadoutDescription(Schema):
+    """The arguments of `TokenReadout`."""
+
+    blocks: Annotated[int, Field(ge=1, le=1000)]
+    patch_mean: bool
+
+
+class MultiLabelDescription(Schema):
     """An image has each class whose probability is above its threshold."""
 
     kind: Literal["MultiLabel"]
     thresholds: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
 
 
-class RegressionDescription(_Schema):
+class RegressionDescription(Schema):
     """The class names are names of values; a value is ``output * std + mean``."""
 
     kind: Literal["Regression"]
@@ -127,7 +134,8 @@ class ModelDescription(BaseModel, strict=True, extra="ignore"):
     """Everything to build a model and preprocess images, except its tensors.
 
     ``arguments`` are further arguments of ``FineTuneModel.from_timm``, and ``base`` is the base of a file of changes.
-    Without an ``objective`` an image has one class.
+    Without an ``objective`` an image has one class; without a ``readout`` the features are the network's own, and
+    without a ``classifier`` it is linear.
     """
 
     architecture: Annotated[str, AfterValidator(_check_known)]
@@ -138,6 +146,8 @@ class ModelDescription(BaseModel, strict=True, extra="ignore"):
     versions: Json[dict[Printable, Printable]] = Field(default_factory=dict)
     base: Json[BaseReference] | None = None
     objective: Json[ObjectiveDescription] | None = None
+    readout: Json[ReadoutDescription] | None = None
+    classifier: Json[ClassifierDescription] | None = None
 
     @model_validator(mode="after")
     def _check_objective(self) -> "ModelDescription":
@@ -148,6 +158,14 @@ class ModelDescription(BaseModel, strict=True, extra="ignore"):
         for name, numbers in entries.items():
             if len(numbers) not in {names, 1 if name in {"mean", "std"} else names}:
                 raise ValueError(f"objective: {name} has {len(numbers)} entries for {names} outputs")
+        return self
+
+    @model_validator(mode="after")
+    def _check_classifier(self) -> "ModelDescription":
+        if self.classifier is not None:
+            last = self.classifier.layers[-1]
+            if not (isinstance(last, LinearLayer) and last.out_features == len(self.class_names)):
+                raise ValueError(f"classifier: its last layer must be a Linear of {len(self.class_names)} outputs")
         return self
 
     def make_objective(self) -> Objective:
@@ -162,6 +180,11 @@ class ModelDescription(BaseModel, strict=True, extra="ignore"):
     def given_arguments(self) -> dict[str, Any]:
         """The arguments in the file."""
         return self.arguments.model_dump(exclude_unset=True)
+
+    @property
+    def given_readout(self) -> dict[str, Any] | None:
+        """The arguments of `TokenReadout` in the file."""
+        return None if self.readout is None else self.readout.model_dump()
 
 
 def describe_objective(objective: Objective) -> dict[str, Any] | None:

