@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from backbone_finetune.cli import main
 from backbone_finetune.recipes.commands.evaluate import evaluate_folder
 from backbone_finetune.recipes.commands.setup import TrainSettings, make_task
-from backbone_finetune.recipes.models.file import load_trained_model
+from backbone_finetune.recipes.data.images import read_image
+from backbone_finetune.recipes.models.file import build_transform, load_trained_model
 from backbone_finetune.recipes.training.processes import make_accelerator
 
 
@@ -33,6 +34,19 @@ def test_clipart_has_a_size_that_the_network_supports(
     with torch.no_grad():
         assert task.model.eval()(image[None]).shape == (1, 10)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_training_images_are_augmented(tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        make_folder(tmp_path / "data" / name)
+    settings = TrainSettings(images=tmp_path / "data", architecture="test_resnet", views=2, output=tmp_path / "run")
+    task = make_task(settings, make_accelerator(torch.device("cpu"), mixed_precision=None))
+    assert task.validation is not None
+    assert task.test is not None
+    plain = build_transform(task.data_config)
+    for data in (task.validation, task.test):
+        assert torch.equal(data[0][0], plain(read_image(data.folder.paths[0])))
+    assert not torch.equal(task.train[0][0], task.train[0][0])
 
 
 def test_train_and_val_folders_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

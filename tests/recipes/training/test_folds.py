@@ -11,14 +11,17 @@ from accelerate import Accelerator
 from image_folders import make_folder
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure
 from torch.utils.data import Subset, TensorDataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import ImageDataset
 from backbone_finetune.recipes.features.cache import FeatureCache
+from backbone_finetune.recipes.features.dataset import Features
 from backbone_finetune.recipes.training.folds import cross_predict, cross_validate, split_folds
 from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.phase_data import Fold
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.scoring import evaluate
 
@@ -178,6 +181,12 @@ def test_augmented_views_are_evaluated_on_the_images_themselves(tmp_path: Path) 
     views = config(views=3)
     histories = cross_validate(model, shown, [Phase(epochs=6, lr=0.1)], views, folds=3, evaluated=plain)
     assert all((history[-1].validation_accuracy or 0) > 0.5 for history in histories)
+
+
+def test_a_fold_has_its_images_in_each_view() -> None:
+    rows = Features([torch.arange(10.0), torch.arange(5).repeat(2)], tree_structure(0))  # two views of five images
+    fold = Fold(TensorDataset(torch.zeros(5)), [1, 3], {}).select(rows)
+    assert [tensor.tolist() for tensor in fold.tensors] == [[1, 3, 6, 8], [1, 3, 1, 3]]
 
 
 @pytest.mark.parametrize("folds", [1, 61, -1])
