@@ -97,8 +97,8 @@ class TrainSettings:
         group: A column of a table. Images of one group are on one side of each split, and in one fold. None means the
             column ``group``, if there is one.
 
-    >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output
-    PosixPath('fine-tuned')
+    >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output.name
+    'fine-tuned'
     """
 
     images: Path | None = None
