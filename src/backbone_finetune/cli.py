@@ -23,6 +23,7 @@ from .recipes.commands.predict import choose_writer, list_inputs, predict
 from .recipes.commands.report import write_evaluation
 from .recipes.commands.run_record import read_run
 from .recipes.commands.train import TrainSettings, train
+from .recipes.data.augmentation import AUGMENTATIONS
 from .recipes.export.onnx_model import export_onnx
 from .recipes.models.file import TrainedModel, load_trained_model
 from .recipes.models.named import NamedModel, load_timm_model
@@ -147,6 +148,12 @@ def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
     names = [field.name for field in fields(Phase)]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.phases is None:
+        if "augment" in given:
+            given["augment"] = AUGMENTATIONS[given["augment"]]
+            if given["augment"] is None and (options.views or 1) > 1:
+                raise ValueError(
+                    f"--augment none and --views {options.views} were both given; views are of an augmentation"
+                )
         return (Phase(**given),)
     if given:
         option = f"--{next(iter(given)).replace('_', '-')}"

@@ -10,6 +10,7 @@ from .commands.metrics import Metrics
 from .commands.predict import Prediction, predict
 from .commands.run_record import read_run
 from .commands.train import TrainSettings, train
+from .data.augmentation import Augmentation
 from .data.finding import find_images, find_splits
 from .data.fingerprint import data_fingerprint, is_deterministic
 from .data.images import ImageDataset, LabelledFolder
@@ -38,6 +39,7 @@ from .training.processes import make_accelerator
 from .training.scoring import Score, evaluate
 
 __all__ = [
+    "Augmentation",
     "ClassScore",
     "DivergedError",
     "EpochResult",

@@ -79,6 +79,9 @@ def test_train_accepts_a_folder_and_every_option(tmp_path: Path, capfd: pytest.C
             "warmup_epochs": 0.5,
             "cosine": True,
             "norm_eval": True,
+            "augment": None,
+            "mixup": 0.0,
+            "cutmix": 0.0,
         }
     ]
     assert (metrics["seed"], metrics["batch_size"]) == (7, 4)

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from ..data.augmentation import AUGMENTATIONS
 from ..models.classifiers import Head
 from ..models.readouts import Readout
 from ..training.phases import Phase
@@ -88,6 +89,18 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="keep running statistics fixed even if weights train (default: yes; no for random weights)",
     )
+    one_phase.add_argument(
+        "--augment",
+        choices=sorted(AUGMENTATIONS),
+        help="draw new training images in each epoch: light is a random crop and mirror, strong adds RandAugment and "
+        "random erasing; nothing is cached then, unless --views is given (default: none)",
+    )
+    add_numbers(
+        one_phase,
+        Phase(),
+        ("mixup", "ALPHA", "mix images and targets in pairs (try 0.2); nothing is cached then; "),
+        ("cutmix", "ALPHA", "paste a part of one image of a pair into the other (try 1); "),
+    )
     add("--run", type=Path, metavar="FILE", help="a run.json: repeat that run, into another folder")
     add_numbers(
         parser,
@@ -121,7 +134,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "memory", "disk", "off"),
         help="where to cache the frozen features; off runs the whole model in every step (default: auto)",
     )
-    add("--views", type=int, metavar="K", help="cache K augmented views of each training image (default: 1, unchanged)")
+    add("--views", type=int, metavar="K", help="cache K augmented views of each training image (default: 1, not)")
     add(
         "--compile",
         choices=("inductor", "openvino"),

@@ -13,7 +13,6 @@ from torch.utils.data import default_collate
 from backbone_finetune import FineTuneModel
 
 from ..data.images import ImageDataset
-from ..models.file import build_transform
 from ..rng import seed_everything
 from ..text import one_line
 from ..together import is_alone, run_on_main
@@ -58,11 +57,10 @@ def add_folds(
     metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
 ) -> Metrics:
     """Add the accuracy of each fold of the training images; frozen modules run over them at most once more."""
-    still = ImageDataset(task.train.folder, build_transform(task.data_config)) if settings.views > 1 else None
     config = replace(config, show_progress=False)
     folds = settings.folds or 2
     with within_memory(config.accelerator, "folds"):
-        histories = cross_validate(model, task.train, settings.phases, config, folds=folds, evaluated=still)
+        histories = cross_validate(model, task.train, task.phases, config, folds=folds)
         accuracies = (history[-1].validation(config.objective.main_metric) for history in histories)
         return replace(metrics, fold_accuracies=tuple(accuracy or 0.0 for accuracy in accuracies))
     return metrics
@@ -75,7 +73,9 @@ def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config:
         logger.info("training the same classifier on a random backbone and on raw pixels, to compare")
     seed_everything(settings.seed)
     # As many epochs as the model, with the first phase's rates, and always frozen.
-    phase = replace(settings.phases[0], epochs=len(metrics.history), trainable_groups=0)
+    phase = replace(
+        task.phases[0], epochs=len(metrics.history), trainable_groups=0, augment=None, mixup=0.0, cutmix=0.0
+    )
     baseline_config = replace(
         config, checkpoints=None, caches=None, compile=None, monitor=None, patience=None, show_progress=False
     )

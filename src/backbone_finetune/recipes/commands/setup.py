@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.copies import meta_copy
 
 from ..checking import Positive, Whole
+from ..data.augmentation import Augmentation
 from ..data.images import ImageDataset, LabelledFolder
 from ..data.parts import find_data
 from ..models.classifiers import Head, choose_classifier
@@ -34,6 +36,7 @@ from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
 from ..text import join_some
 from ..together import run_on_main
 from ..training.loop import EpochResult, TrainerConfig
+from ..training.mixing import make_mixing
 from ..training.phases import Phase
 from .run_folder import check_output_folder
 
@@ -88,7 +91,8 @@ class TrainSettings:
             or the class tokens of the "last-4-blocks", also with the mean. None keeps the network's own pooling.
         head: The classifier: "linear", "batchnorm-linear" (features normalized over the batch) or "mlp" (one hidden
             layer). None means linear.
-        views: How many augmented views of each training image are cached; 1 trains on the image itself.
+        views: How many views of each training image are cached in phases with ``augment``; 1 draws new ones in each
+            epoch, and caches nothing. With more, and no phase with ``augment``, all have ``Augmentation.LIGHT``.
         class_weights: "balanced" weights the loss of an image by N / (K * count), for N training images, K classes and
             the number of its class; None weights all images equally.
         label_smoothing: The share of each target that is spread over all classes.
@@ -153,6 +157,7 @@ class Task:
     validation: ImageDataset | None
     test: ImageDataset | None
     objective: Objective
+    phases: tuple[Phase, ...]
 
     def parts(self) -> dict[str, ImageDataset]:
         """Return the existing parts by name: "train", "validation", "test"."""
@@ -165,15 +170,28 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     parts = run_on_main(accelerator, lambda: _find_data(settings))
     start, source, weights = _load_start(settings, parts[0].class_names)
     model, data_config = start.model, dict(start.data_config)
-    for phase in reversed(settings.phases):  # checks each; the model is then frozen as in the first
+    phases = choose_phases(settings)
+    for phase in reversed(phases):  # checks each; the model is then frozen as in the first
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
     train, *others = parts
     transform = build_transform(data_config)
     validation, test = (None if part is None else ImageDataset(part, transform) for part in others)
-    shown = ImageDataset(train, build_transform(data_config, augment=settings.views > 1))
+    shown = ImageDataset(train, transform, augment=partial(build_transform, data_config))
     arguments, objective = dict(start.arguments), choose_objective(settings, train, start.objective)
-    return Task(model, start.architecture, arguments, weights, data_config, base, shown, validation, test, objective)
+    for phase in phases:
+        make_mixing(phase, objective, model.num_classes)  # checks
+    return Task(
+        model, start.architecture, arguments, weights, data_config, base, shown, validation, test, objective, phases
+    )
+
+
+def choose_phases(settings: TrainSettings) -> tuple[Phase, ...]:
+    """Return the phases of a run: those of the settings; cached views need an augmentation."""
+    phases = settings.phases
+    if settings.views > 1 and all(phase.augment is None for phase in phases):
+        return tuple(replace(phase, augment=Augmentation.LIGHT) for phase in phases)
+    return phases
 
 
 def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[TrainedModel, Source, str]:

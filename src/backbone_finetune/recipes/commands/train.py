@@ -18,7 +18,7 @@ from ..data.images import ImageDataset
 from ..export.timm_checkpoint import find_obstacle
 from ..features.cache import FeatureCache
 from ..features.compiled import COMPILERS
-from ..models.file import TrainedModel, build_transform, save_trained_changes, save_trained_model
+from ..models.file import TrainedModel, save_trained_changes, save_trained_model
 from ..models.metadata import describe_objective, installed_versions
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from ..rng import preserve_rng_state, seed_everything
@@ -138,7 +138,7 @@ def _start(
 
     The main process has the lock of the folder until ``exit_stack`` is closed. Returns the config and the record.
     """
-    fingerprints = run_on_main(accelerator, lambda: _fingerprints(settings, task))
+    fingerprints = run_on_main(accelerator, lambda: _fingerprints(task))
     unfinished, autocast = settings.output / UNFINISHED, settings.autocast_features
     config = TrainerConfig(
         accelerator,
@@ -181,12 +181,9 @@ def _start(
     return config, record
 
 
-def _fingerprints(settings: TrainSettings, task: Task) -> dict[str, str]:
-    """Return the fingerprint of each part, including the seed of augmented views."""
-    views = f" in {settings.views} views of seed {settings.seed}" if settings.views > 1 else ""
-    transform = build_transform(task.data_config)
-    names = {name: data_fingerprint(ImageDataset(data.folder, transform)) for name, data in task.parts().items()}
-    return {**names, "train": names["train"] + views}
+def _fingerprints(task: Task) -> dict[str, str]:
+    """Return the fingerprint of each part."""
+    return {name: data_fingerprint(data) for name, data in task.parts().items()}
 
 
 def _train_model(
@@ -196,7 +193,7 @@ def _train_model(
     accelerator = config.accelerator
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
     try:
-        history = fine_tune(task.model, task.train, task.validation, settings.phases, config)
+        history = fine_tune(task.model, task.train, task.validation, task.phases, config)
     except DivergedError as error:
         hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
         raise DivergedError(f"{error}; {hint}") from error
@@ -232,7 +229,7 @@ def _record_training(
         else chance_accuracy(task.train.readable().targets, held_out(task).readable().targets),
         architecture=task.architecture,
         weights=task.weights,
-        phases=settings.phases,
+        phases=task.phases,
         batch_size=settings.batch_size,
         seed=settings.seed,
         processes=config.accelerator.num_processes,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..text import join_some
+from .augmentation import Augmentation
 from .groups import deal_groups, lacking_classes
 
 # The target of an unreadable image, which keeps its position without weight. torch's losses ignore it by default.
@@ -61,16 +62,23 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
     """Images as ``(tensor, target)`` pairs, read from disk each time.
 
     An unreadable image raises an error. Passes of the recipes skip it instead: ``broken`` has a message for each that
-    was skipped, by its path.
+    was skipped, by its path. Phases with an `Augmentation` need ``augment``, which returns the transform of one.
 
     >>> folder = LabelledFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,))
     >>> len(ImageDataset(folder, transform=lambda image: torch.zeros(3, 8, 8)))
     1
     """
 
-    def __init__(self, folder: LabelledFolder, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(
+        self,
+        folder: LabelledFolder,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        augment: Callable[[Augmentation], Callable[[Image.Image], Tensor]] | None = None,
+    ) -> None:
         self.folder = folder
         self.transform = transform
+        self.augment = augment
         self.broken: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -83,6 +91,17 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         """Return the target of an image: a class index, or a row of float32."""
         target = self.folder.targets[index]
         return target if isinstance(target, int) else torch.tensor(target, dtype=torch.float32, device="cpu")
+
+    def augmented(self, augmentation: Augmentation) -> "ImageDataset":
+        """Return the same images with the transform of an augmentation; both record broken images in one place."""
+        if self.augment is None:
+            raise ValueError(
+                "the training images have no transform for Phase(augment=...); pass "
+                "ImageDataset(folder, transform, augment=...)"
+            )
+        augmented = ImageDataset(self.folder, self.augment(augmentation), augment=self.augment)
+        augmented.broken = self.broken
+        return augmented
 
     def readable(self) -> LabelledFolder:
         """Return the images that are not known to be broken."""

@@ -29,6 +29,7 @@ from backbone_finetune.checkpoint import (
 )
 
 from ..checking import validated
+from ..data.augmentation import Augmentation
 from ..objectives.kinds import Objective, SingleLabel
 from ..text import one_line
 from .classifiers import KINDS, describe_classifier
@@ -63,13 +64,13 @@ class TrainedModel:
     objective: Objective = field(default_factory=SingleLabel)
 
 
-def build_transform(data_config: Mapping[str, Any], *, augment: bool = False) -> Callable[[Image.Image], Tensor]:
-    """Build timm's evaluation transform, which is deterministic.
-
-    With ``augment`` it is timm's training transform: a random crop of at least 35 % of the image, and a random mirror.
-    """
-    training = {"is_training": True, "scale": (0.35, 1.0), "color_jitter": None} if augment else {}
-    transform: Callable[[Image.Image], Tensor] = create_transform(**{**data_config, **training})
+def build_transform(
+    data_config: Mapping[str, Any], augmentation: Augmentation | None = None
+) -> Callable[[Image.Image], Tensor]:
+    """Build timm's evaluation transform, which is deterministic, or the training transform of an augmentation."""
+    if augmentation is not None:
+        return augmentation.make_transform(data_config)
+    transform: Callable[[Image.Image], Tensor] = create_transform(**data_config)
     return transform
 
 

@@ -235,7 +235,7 @@ class MultiLabel(Objective):
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return which images have exactly the labels of their target."""
-        return (self.choose(self.predict(outputs)) == targets).all(1)
+        return (self.choose(self.predict(outputs)) == targets.float().round()).all(1)  # may be mixed
 
     def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
         """Compute the mean average precision and the macro F1 over labels, and the share of correct images."""

@@ -49,7 +49,10 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
     with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not config.shows) as bar:
         for share, loaded in zip(shares, loaded_batches, strict=True):
             state.schedule.step_update(progress.epoch * len(batches) + progress.step + 1)
-            sums += train_step(state, share, loaded, len(batches[progress.step]), config)
+            mixed = loaded
+            if state.mixing is not None:
+                mixed = state.mixing.mix(loaded, seed=f"{config.seed} {epoch} {progress.step} mix")
+            sums += train_step(state, share, mixed, len(batches[progress.step]), config)
             progress.step += 1
             progress.steps += 1
             bar.update()
@@ -127,7 +130,8 @@ def train_step(
     images, and the processes' gradients are averaged. With class weights it is the weighted mean, divided by the sum of
     the weights of the whole batch; without, the weight of an image is 1.
     """
-    accelerator, objective = config.accelerator, config.objective
+    accelerator = config.accelerator
+    objective = config.objective if state.mixing is None else state.mixing.objective
     factor: Tensor | float = accelerator.num_processes / batch_size
     weights = objective.weights(loaded[-1][: share.num_real].to(accelerator.device))
     if weights is not None:

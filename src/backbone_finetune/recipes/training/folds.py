@@ -133,7 +133,7 @@ def train_folds(
     check_folds(data, folds)
     config = replace(config, checkpoints=None, monitor=None, patience=None)
     computed: dict[str, Features] = {}
-    shown = computed if evaluated is None and config.views == 1 else {}
+    shown = computed if evaluated is None else {}
     histories, predictions = [], None
     for part in split_folds(data, folds, config.seed):
         train = Fold(data, sorted(set(range(count(data))) - set(part)), computed)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 from backbone_finetune import FineTuneModel
 from backbone_finetune.frontier import NoFrontier
 
+from ..data.augmentation import Augmentation
 from ..data.fingerprint import find_randomness
 from ..data.images import ImageDataset, is_read
 from ..data.loading import DeviceLoader, default_workers
@@ -36,6 +37,7 @@ from ..features.rows import compute_rows
 from ..rng import preserve_rng_state
 from ..together import together
 from .config import TrainerConfig, count
+from .phases import Phase
 
 __all__ = ["PhaseData", "prepare_data"]
 
@@ -100,12 +102,28 @@ def _without_whole(data: Dataset[Any]) -> Dataset[Any]:
     return ImageDataset(data.dataset.folder.select(data.indices), data.dataset.transform)
 
 
+def _augmented(data: Dataset[Any], augmentation: Augmentation) -> Dataset[Any]:
+    """Return a dataset of image files with augmented images."""
+    if isinstance(data, Fold):
+        return Fold(_augmented(data.dataset, augmentation), data.indices, data.computed)
+    if isinstance(data, ImageDataset):
+        return data.augmented(augmentation)
+    raise ValueError(
+        f"Phase(augment=...) was given, and the training data is a {type(data).__name__}; pass an ImageDataset, or "
+        "leave augment out and give the dataset a random transform"
+    )
+
+
 def prepare_data(
-    model: FineTuneModel, train: Dataset[Any], validation: Dataset[Any] | None, config: TrainerConfig
+    model: FineTuneModel,
+    train: Dataset[Any],
+    validation: Dataset[Any] | None,
+    config: TrainerConfig,
+    phase: Phase | None = None,
 ) -> PhaseData:
     """Run frozen modules once for each image, if the images are the same in each epoch or views are cached.
 
-    Otherwise the log has the reason, and the whole model runs in every step.
+    Otherwise the log has the reason, and the whole model runs in every step. A ``phase`` may augment or mix images.
 
     >>> from accelerate import Accelerator
     >>> model = FineTuneModel(nn.Linear(3, 4), nn.Linear(4, 2)).freeze_backbone()
@@ -114,17 +132,27 @@ def prepare_data(
     >>> data.module, [tuple(tensor.shape) for tensor in data.train.tensors]
     (Linear(in_features=4, out_features=2, bias=True), [(2, 4), (2,)])
     """
+    phase = Phase() if phase is None else phase
+    if phase.augment is not None:
+        train = _augmented(train, phase.augment)
     whole = PhaseData(_without_whole(train), None if validation is None else _without_whole(validation), model)
     trains = [parameter.requires_grad for parameter in model.backbone.parameters()]
     if not config.cache_features or (trains and all(trains)):
         return whole
     drawn = find_randomness(_whole(train))
-    views = config.views if drawn is not None else 1
+    if drawn is not None and phase.augment is not None:
+        drawn = (
+            "the phase draws new images in each epoch; --views K (in Python: TrainerConfig(views=K)) caches K of each, "
+            "and --augment none the images themselves"
+        )
+    if phase.mixup or phase.cutmix:
+        drawn = "mixup and CutMix mix the images of each step"
+    views = config.views if drawn is not None and not (phase.mixup or phase.cutmix) else 1
     reason = (drawn if views == 1 else None) or (None if validation is None else find_randomness(_whole(validation)))
     if reason is None:
         with preserve_rng_state():
             try:
-                found = _compute(model, train, validation, config, views)
+                found = _compute(model, train, validation, config, phase=phase, views=views)
             except UncacheableError as error:
                 found = NoFrontier(str(error))
         if isinstance(found, PhaseData):
@@ -136,7 +164,13 @@ def prepare_data(
 
 
 def _compute(
-    model: FineTuneModel, train: Dataset[Any], validation: Dataset[Any] | None, config: TrainerConfig, views: int
+    model: FineTuneModel,
+    train: Dataset[Any],
+    validation: Dataset[Any] | None,
+    config: TrainerConfig,
+    *,
+    phase: Phase,
+    views: int,
 ) -> PhaseData | NoFrontier:
     accelerator, device = config.accelerator, config.accelerator.device
     model.to(device)
@@ -163,7 +197,11 @@ def _compute(
     if config.compile is not None and not is_frozen and accelerator.is_main_process:
         logger.warning("features: not compiled; a compiler takes a backbone that is frozen as a whole")
     run = FrozenPass(front, device, dtype, widens=is_frozen, compile=config.compile if is_frozen else None)
-    caches = dict(zip(("train", "validation"), config.caches or (None, None), strict=True))
+    drawn = {"train": f" in {views} views of seed {config.seed}: {phase.augment}" if views > 1 else ""}
+    caches = {
+        name: replace(cache, data_fingerprint=cache.data_fingerprint + drawn.get(name, ""))
+        for name, cache in zip(("train", "validation"), config.caches or (), strict=False)
+    }
     if isinstance(train, Fold):  # all folds have the same frozen modules, unless an earlier phase trained them
         key = f"{backbone_fingerprint(front.backbone, front.trained)} {front.description} {dtype}"
     computed: dict[str, Features] = {}
@@ -178,13 +216,14 @@ def _compute(
                 run,
                 loaders[name],
                 # A fold trains on rows of all training images; those it is evaluated on may be other views of them.
-                cache=None if isinstance(data, Fold) and name != "train" else caches[name],
+                cache=None if isinstance(data, Fold) and name != "train" else caches.get(name),
                 memory_share=config.memory_share,
                 accelerator=accelerator,
                 title=f"features, {name}" if config.shows else None,
             )
             if isinstance(data, Fold):
-                rows = data.select(data.computed.get(key) or data.computed.setdefault(key, compute()))
+                shared = key + drawn.get(name, "")
+                rows = data.select(data.computed.get(shared) or data.computed.setdefault(shared, compute()))
             else:
                 rows = compute()
             targets = rows.tensors[-1]

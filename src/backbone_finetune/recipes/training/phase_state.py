@@ -20,6 +20,7 @@ from .checkpoints import Progress, capture, load_by_name, write_checkpoint
 from .config import TrainerConfig, count
 from .divergence import count_not_finite
 from .first_rows import explain_errors
+from .mixing import Mixing, make_mixing
 from .phase_data import prepare_data
 from .phases import Phase, make_schedule
 from .processes import communicated_bytes, full_tensor, prepare, release
@@ -44,6 +45,7 @@ class PhaseState:
     train: Dataset[Any]
     validation: Dataset[Any] | None
     views: int = 1
+    mixing: Mixing | None = None
     best: dict[str, Tensor] | None = None  # the trained tensors after the best epoch
     not_finite: Tensor | float = 0.0  # tensors that were not finite before the phase, e.g. a mask of -inf
 
@@ -71,7 +73,8 @@ def prepared_phase(
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
     changed.update(model.state_dict().keys() - model.frozen_names())
     with explain_errors(model, train=train, validation=validation), model.assert_frozen():
-        data = prepare_data(model, train, validation, config)
+        mixing = make_mixing(phase, config.objective, model.num_classes)
+        data = prepare_data(model, train, validation, config, phase)
         lr, weight_decay = choose_rates(data, phase, config)
         phase = replace(phase, lr=lr, weight_decay=weight_decay)
         # The model itself is moved too, because a caller may run it there after the phase.
@@ -97,7 +100,17 @@ def prepared_phase(
         steps = len(epoch_batches(count(train), config.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
         state = PhaseState(
-            copied, module, prepared, optimizer, schedule, phase, changed, data.train, data.validation, data.views
+            copied,
+            module,
+            prepared,
+            optimizer,
+            schedule,
+            phase,
+            changed,
+            data.train,
+            data.validation,
+            data.views,
+            mixing,
         )
         state.not_finite = state.count_not_finite(accelerator.device)
         try:

@@ -3,10 +3,10 @@
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -14,6 +14,7 @@ from timm.scheduler.step_lr import StepLRScheduler
 from typing_extensions import Self
 
 from ..checking import NotNegative
+from ..data.augmentation import AUGMENTATIONS, Augmentation
 from ..text import describe_fault
 
 if sys.version_info >= (3, 11):
@@ -48,6 +49,13 @@ class Phase:
         cosine: Whether the rates fall to 0 at the end (Loshchilov and Hutter, 2017).
         norm_eval: Whether the backbone's running statistics are fixed even if its weights train. On few images,
             trainable statistics cost accuracy (benchmarks/results/learning.md), but random weights need them.
+        augment: The random changes of the training images, for an `ImageDataset`. New ones are drawn in each
+            epoch, so that nothing is cached and the whole model runs in every step, unless ``TrainerConfig(views=K)``
+            caches K views. None trains on the image itself.
+        mixup: Alpha of mixup (Zhang et al. 2018), which averages the images of a batch in pairs, and their targets;
+            0 for none. Nothing is cached.
+        cutmix: Alpha of CutMix (Yun et al. 2019), which pastes a part of one image of a pair into the other; with
+            ``mixup``, each step has one of both.
 
     Raises:
         ValueError: a value is of the wrong type or out of range (pydantic's ``ValidationError``).
@@ -62,6 +70,9 @@ class Phase:
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     cosine: bool = False
     norm_eval: bool = True
+    augment: Augmentation | None = None
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
@@ -77,9 +88,21 @@ class _PhasesFile(BaseModel):
 
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
 
+    @field_validator("phases", mode="before")
+    @classmethod
+    def _name_augmentations(cls, phases: Any) -> Any:
+        for phase in phases if isinstance(phases, list) else ():
+            if isinstance(phase, dict) and isinstance(name := phase.get("augment"), str):
+                if name not in AUGMENTATIONS:
+                    raise ValueError(f"augment = {name!r}: expected {', '.join(AUGMENTATIONS)}, or a table")
+                phase["augment"] = AUGMENTATIONS[name]
+        return phases
+
 
 def read_phases(path: Path) -> tuple[Phase, ...]:
     r"""Read the phases of a run from a TOML file: a ``[[phases]]`` table each, with the arguments of a ``Phase``.
+
+    ``augment`` is "none", "light" or "strong", or a table with the arguments of an ``Augmentation``.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
