@@ -46,7 +46,10 @@ def test_only_training_images_are_augmented(tmp_path: Path) -> None:
     plain = build_transform(task.data_config)
     for data in (task.validation, task.test):
         assert torch.equal(data[0][0], plain(read_image(data.folder.paths[0])))
-    assert not torch.equal(task.train[0][0], task.train[0][0])
+    (phase,) = task.phases
+    assert phase.augment is not None
+    shown = task.train.augmented(phase.augment)
+    assert not torch.equal(shown[0][0], shown[0][0])
 
 
 def test_train_and_val_folders_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
