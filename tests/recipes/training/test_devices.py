@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from second_device import META, HostWaitError, meta_accelerator, no_waits
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure
 from torch.utils.data import TensorDataset
 
-from backbone_finetune.recipes import TrainerConfig, evaluate, make_accelerator
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes import (
+    MultiLabel,
+    Phase,
+    Regression,
+    SingleLabel,
+    SoftLabels,
+    TrainerConfig,
+    evaluate,
+    fit_heads,
+    make_accelerator,
+)
+from backbone_finetune.recipes.features.dataset import Features
+from backbone_finetune.recipes.features.resident import on_device
+from backbone_finetune.recipes.heads import grid
+from backbone_finetune.recipes.objectives.kinds import Objective
+from backbone_finetune.recipes.training.batches import epoch_batches, load_batches, local_batch
+from backbone_finetune.recipes.training.epoch import train_step
+from backbone_finetune.recipes.training.phase_state import PhaseState
+from backbone_finetune.recipes.training.phases import make_schedule
+from backbone_finetune.recipes.training.processes import prepare
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
+    yield meta_accelerator(monkeypatch)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Small(nn.Linear):
@@ -39,3 +70,111 @@ def test_an_evaluation_without_memory_for_a_batch_runs_in_parts(caplog: pytest.L
     network.most = 0
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         evaluate(network, data, config)
+
+
+class Waits(nn.Module):
+    """A network that reads a number of the device in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs * (1.0 if float(inputs.sum()) > 0 else 2.0))
+
+
+def step_on_meta(
+    model: FineTuneModel, module: nn.Module, train: Any, objective: Objective, accelerator: Accelerator
+) -> Tensor:
+    """Take the steps of an epoch on the meta device, and raise where the host waits for it."""
+    model.to(META)
+    config = TrainerConfig(accelerator, batch_size=4, objective=objective, accumulation=2, show_progress=False)
+    prepared, optimizer = prepare(accelerator, module, torch.optim.AdamW(module.parameters(), lr=0.1, fused=True))
+    schedule = make_schedule(optimizer, Phase(epochs=1, cosine=True), 3)
+    state = PhaseState(model, module, prepared, optimizer, schedule, Phase(), set(), train, None)
+    batches = epoch_batches(len(train), 4, seed=0, epoch=1)
+    shares = [local_batch(batch, process=0, processes=1) for batch in batches]
+    sums = torch.zeros(4, device=META)
+    with no_waits():
+        for step, loaded in enumerate(load_batches(train, shares, device=META), start=1):
+            state.schedule.step_update(step)
+            sums += train_step(state, shares[step - 1], loaded, 4, config)
+    return sums
+
+
+OBJECTIVES = [
+    (SingleLabel(), torch.arange(12) % 2),
+    (SingleLabel(class_weights=(1.0, 2.0), label_smoothing=0.1), torch.arange(12) % 2),
+    (SoftLabels(), torch.full((12, 2), 0.5)),
+    (MultiLabel(), torch.ones(12, 2)),
+    (Regression((1.0, 2.0), (3.0, 4.0)), torch.randn(12, 2)),
+]
+
+
+@pytest.mark.parametrize(("objective", "targets"), OBJECTIVES)
+@pytest.mark.parametrize("resident", [True, False])
+def test_no_step_on_features_waits_for_the_device(
+    objective: Objective, targets: Tensor, resident: bool, on_meta: Accelerator
+) -> None:
+    rows = Features([torch.randn(12, 4), targets], tree_structure(0))
+    model = FineTuneModel(nn.Identity(), nn.Linear(4, 2))
+    train = on_device(rows, META) if resident else rows
+    assert step_on_meta(model, model.classifier, train, objective, on_meta).device == META
+
+
+@pytest.mark.parametrize(("objective", "targets"), OBJECTIVES)
+def test_no_step_on_images_waits_for_the_device(objective: Objective, targets: Tensor, on_meta: Accelerator) -> None:
+    images = [(torch.randn(3, 16, 16), target) for target in targets]
+    model = FineTuneModel.from_timm("test_resnet", num_classes=2).freeze_backbone(trainable_groups=1)
+    assert step_on_meta(model, model, images, objective, on_meta).device == META
+
+
+def test_waits_for_the_device_are_seen(on_meta: Accelerator) -> None:
+    """The tests above can fail."""
+    values, index = torch.ones(4, 4, device=META), torch.tensor([1, 0])
+    for waiting in (
+        lambda: torch.ones(2).to(META),
+        lambda: values.copy_(torch.ones(4, 4)),
+        lambda: values[index],
+        lambda: torch.tensor([1.0], device=META),
+    ):
+        with no_waits(), pytest.raises(HostWaitError):
+            waiting()
+    rows = Features([torch.randn(12, 4), torch.arange(12) % 2], tree_structure(0))
+    model = FineTuneModel(nn.Identity(), Waits())
+    with pytest.raises(RuntimeError, match="meta"):
+        step_on_meta(model, model.classifier, on_device(rows, META), SingleLabel(), on_meta)
+
+
+def test_a_grid_of_heads_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, on_meta: Accelerator) -> None:
+    monkeypatch.setattr(grid.StackedHeads, "validate", lambda heads, *_: ([0.5, 0.6], [1.0, 0.9]))
+    data = TensorDataset(torch.randn(12, 4), torch.arange(12) % 2)
+    rows = on_device(data, META)
+    monkeypatch.setattr(grid, "on_device", lambda given, device: rows)
+    heads: list[grid.StackedHeads] = []
+    step = grid.StackedHeads.step
+
+    def without_waits(self: grid.StackedHeads, loss: Tensor) -> None:
+        heads.append(self)
+        with no_waits():
+            step(self, loss)
+
+    monkeypatch.setattr(grid.StackedHeads, "step", without_waits)
+    sent = grid.index_rows
+
+    def indexed(*arguments: Any) -> Any:
+        with no_waits():
+            yield from sent(*arguments)
+
+    monkeypatch.setattr(grid, "index_rows", indexed)
+    fit_heads(
+        nn.Linear(4, 2).to(META),
+        data,
+        data,
+        learning_rates=[0.1, 0.2],
+        epochs=2,
+        batch_size=4,
+        device=META,
+        show_progress=False,
+    )
+    assert len(heads) == 6

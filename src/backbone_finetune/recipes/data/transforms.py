@@ -16,6 +16,8 @@ from timm.data import transforms as timm_transforms
 from torch import Tensor
 from torchvision import transforms  # it comes with timm
 
+from ..sending import send
+
 TO_TENSOR = {transforms.ToTensor, timm_transforms.MaybeToTensor, timm_transforms.ToTensor}
 
 
@@ -37,5 +39,6 @@ def split_transform(transform: Decode) -> tuple[Decode, Normalize | None]:
 
 def _normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Normalize images of bytes, ``(..., C, H, W)``, exactly like torchvision's ``ToTensor`` and ``Normalize``."""
-    shift, scale = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
+    moments = (torch.tensor(value, device="cpu").view(-1, 1, 1) for value in (mean, std))
+    shift, scale = (send(each, images.device) for each in moments)
     return images.float().div_(255).sub_(shift).div_(scale)  # torchvision's operations in the same order

@@ -25,6 +25,8 @@ from ..data.images import is_read
 from ..data.targets import check_targets
 from ..features.dataset import feature_batches, module_inputs, select_rows
 from ..features.extract import find_device_of
+from ..features.resident import index_rows, on_device
+from ..sending import send
 
 _listed = BeforeValidator(lambda rates: list(rates) if isinstance(rates, Iterable) else rates)  # an array, too
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
@@ -99,7 +101,8 @@ class StackedHeads:
         """Compute the accuracy and the mean loss of every head: 0 and infinity if the loss is not finite."""
         self.head.eval()
         correct, loss = torch.zeros(2, self.count, device=self.device)
-        for batch in feature_batches(validation, batch_size):
+        batches = torch.split(torch.arange(len(validation), device="cpu"), batch_size)
+        for batch in index_rows(on_device(validation, self.device).tensors, batches, self.device):
             features, targets = head_batch(validation, batch, self.device)
             logits = self.logits(features)
             if targets.ndim == 1 and not targets.is_floating_point():
@@ -157,12 +160,14 @@ def fit_heads(
     generator = torch.Generator().manual_seed(seed)
     loss_of = loss or _cross_entropies
     alone = len(train) % batch_size == 1 < len(train)  # BatchNorm cannot train on a batch of one
-    batches = feature_batches(train, batch_size, generator=generator, drop_last=alone)
+    train = on_device(train, device)
+    rows = TensorDataset(torch.arange(len(train), device="cpu"))
+    batches = feature_batches(rows, batch_size, generator=generator, drop_last=alone)
     heads.head.train()
     bar = tqdm(total=epochs * len(batches), desc=f"{len(rates)} heads", unit="batch", disable=not show_progress)
     with torch.device("cpu"), bar:  # a loader draws its seed on the default device
         for _ in range(epochs):
-            for batch in batches:
+            for batch in index_rows(train.tensors, [indices for (indices,) in batches], device):
                 features, targets = head_batch(train, batch, device)
                 heads.step(_losses(heads.logits(features), targets, loss_of))
                 bar.update()
@@ -197,7 +202,7 @@ def decaying_names(classifier: nn.Module) -> set[str]:
 
 def head_batch(data: TensorDataset, batch: Sequence[Tensor], device: torch.device) -> tuple[Any, Tensor]:
     """Move a batch of features to a device, and arrange it as ``(features, targets)`` for a classifier."""
-    *features, targets = (tensor.to(device) for tensor in batch)
+    *features, targets = (send(tensor, device) for tensor in batch)
     arranged = module_inputs(data, features)
     return (arranged[0] if len(arranged) == 1 else arranged), targets
 

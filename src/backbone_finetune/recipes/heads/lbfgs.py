@@ -18,6 +18,7 @@ from ..checking import NotNegative, Positive, validated
 from ..data.targets import check_targets
 from ..features.extract import find_device_of
 from ..features.frozen_pass import in_eval
+from ..features.resident import on_device
 from .grid import check_features, decaying_names, head_batch
 
 
@@ -79,10 +80,7 @@ def fit_lbfgs(
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
-    tensors = features.tensors
-    # Each evaluation reads all features, so they are sent once if they need at most half of the free GPU memory.
-    if device.type != "cuda" or 2 * sum(each.nbytes for each in tensors) < torch.cuda.mem_get_info(device)[0]:
-        tensors = tuple(each.to(device) for each in tensors)
+    tensors = on_device(features, device).tensors  # each evaluation reads all features
     chunks = list(zip(*(torch.split(each, chunk_size) for each in tensors), strict=True))
     # Near the optimum the loss changes by less than float32 can represent, and the search would stop early: gradients
     # of 8e-5 remained, but with the sum in double precision they fall below 1e-5. MPS has no double precision.

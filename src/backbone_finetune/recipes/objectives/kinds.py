@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from ..data.images import IGNORED, is_read
 from ..data.targets import check_targets, describe_targets
+from ..sending import send
 from . import metrics
 
 __all__ = ["MultiLabel", "Objective", "Regression", "SingleLabel", "SoftLabels"]
@@ -337,4 +338,4 @@ def _as_rows(values: Tensor) -> Tensor:
 def _on(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor on another's device, without synchronizing."""
     made = torch.tensor(values, dtype=like.dtype if dtype is None else dtype, device="cpu")
-    return made.to(like.device, non_blocking=True)
+    return send(made, like.device)

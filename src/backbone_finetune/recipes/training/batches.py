@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ..data.loading import DeviceLoader
+from ..features.resident import index_rows
 
 __all__ = ["LocalBatch", "epoch_batches", "load_batches", "local_batch"]
 
@@ -89,8 +90,7 @@ def load_batches(
     """
     device = torch.device("cpu") if device is None else device
     if isinstance(data, TensorDataset):  # indexed at once, not collated from single images
-        for share in shares:
-            yield tuple(tensor[share.indices].to(device) for tensor in data.tensors)
+        yield from index_rows(data.tensors, [share.indices for share in shares], device)
         return
     indices = [share.indices.tolist() for share in shares]
     for batch in DeviceLoader(data, device, batches=indices, workers=workers, seed=seed, check=check):

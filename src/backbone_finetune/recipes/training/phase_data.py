@@ -33,6 +33,7 @@ from ..features.frozen_pass import (
     load_sample,
     move_inputs,
 )
+from ..features.resident import on_device
 from ..features.rows import compute_rows
 from ..rng import preserve_rng_state
 from ..together import together
@@ -68,6 +69,17 @@ class PhaseData:
     on_features: bool = False
     views: int = 1
     groups: Sequence[str] | None = None
+
+    def on_device(self, device: torch.device) -> "PhaseData":
+        """Return the data with cached rows on a device, as far as its memory suffices."""
+        if not (self.cached and isinstance(self.train, Features)):
+            return self
+        train, validation = on_device(self.train, device), self.validation
+        return replace(
+            self,
+            train=train,
+            validation=on_device(validation, device) if isinstance(validation, Features) else validation,
+        )
 
 
 class Fold(Subset[Any]):

@@ -99,6 +99,7 @@ def prepared_phase(
         )
         steps = len(epoch_batches(count(train), config.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
+        data = data.on_device(accelerator.device)
         state = PhaseState(
             copied,
             module,

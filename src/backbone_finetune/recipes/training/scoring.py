@@ -83,7 +83,19 @@ def evaluate(
     losses: list[Tensor] = []
     kept: list[Tensor] = []
     workers, known, in_parts = config.workers_for(data), known_targets(data), Parts("the model")
-    loaded = load_batches(data, shares, device=accelerator.device, workers=workers, seed="evaluation")
+    columns: list[int] = []  # of the outputs, known after the first batch
+
+    def check(targets: Tensor) -> None:
+        objective.check(name, targets[is_read(targets)], columns[0] if columns else None)
+
+    loaded = load_batches(
+        data,
+        shares,
+        device=accelerator.device,
+        workers=workers,
+        seed="evaluation",
+        check=check if known is None else None,
+    )
     for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
         wanted = batch_targets[: share.num_real]
         if accelerator.is_fsdp2:  # each process must run as many parts as the others
@@ -91,9 +103,9 @@ def evaluate(
         else:
             (outputs, *_), _ = in_parts.run(lambda *part: module(*module_inputs(data, part)), inputs)
         outputs = outputs[: share.num_real]
-        if not targets or known is None:  # before the loss: on a GPU, an invalid class would end the process
-            checked = wanted if known is None else known
-            objective.check(name, checked[is_read(checked)], outputs.shape[1] if outputs.ndim > 1 else 1)
+        if not columns:  # before the loss: on a GPU, an invalid class would end the process
+            columns.append(outputs.shape[1] if outputs.ndim > 1 else 1)
+            check((wanted if known is None else known).cpu())
         weights, loss = objective.weights(wanted), objective.losses(outputs, wanted).sum()
         losses.append(torch.stack((loss, (is_read(wanted) if weights is None else weights).sum())))
         answers.append(objective.answer(outputs))
