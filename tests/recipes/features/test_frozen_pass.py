@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import extract_features
+from backbone_finetune.recipes import TrainerConfig, extract_features, make_accelerator
 from backbone_finetune.recipes.features.compiled import COMPILERS, compile_checked, compile_openvino
+from backbone_finetune.recipes.features.dataset import module_inputs
+from backbone_finetune.recipes.features.frozen_pass import FrozenPass, front_of_backbone
+from backbone_finetune.recipes.training.phase_data import prepare_data
 
 CPU = torch.device("cpu")
 DATA = TensorDataset(torch.randn(13, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(13))
@@ -113,3 +118,74 @@ def test_openvino_gives_the_features() -> None:
     assert run is not backbone
     for one, other in zip(run(DATA.tensors[0][:3]), backbone(DATA.tensors[0][:3]), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Views(nn.Module):
+    """A network that takes contiguous images alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.first(images)).view(len(images), -1)
+
+
+@pytest.mark.parametrize("trainable_groups", [0, 1])
+def test_a_network_that_takes_contiguous_images_alone_is_cached(trainable_groups: int) -> None:
+    model = FineTuneModel(Views(), nn.Linear(64, 2))
+    data = TensorDataset(DATA.tensors[0], DATA.tensors[1] % 2)
+    config = TrainerConfig(make_accelerator(CPU), batch_size=5, autocast_features=False, show_progress=False)
+    model.freeze_backbone(trainable_groups=trainable_groups)
+    prepared = prepare_data(model, data, None, config)
+    assert prepared.cached
+    logits = prepared.module.eval()(*module_inputs(prepared.train, prepared.train.tensors[:-1]))
+    torch.testing.assert_close(logits, model.eval()(data.tensors[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_other_errors_of_a_network_in_channels_last_are_raised() -> None:
+    class Faulty(Small):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        extract(Faulty(most=100))
+
+
+class Copies(TorchDispatchMode):
+    """Records copies from a CUDA device, and whether the host waits for them."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "_to_copy" and args[0].device.type == "cuda" != result.device.type:
+            self.log.append("queued" if (kwargs or {}).get("non_blocking") else "waited")
+        return result
+
+
+def test_cuda_computes_the_next_batch_while_the_host_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have a device and a shape, without a GPU and without values."""
+    log: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("waited for")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    with FakeTensorMode(), Copies(log):
+        with torch.device("cuda"):
+            backbone = Small(most=100)
+        device = torch.device("cuda", 0)
+        run = FrozenPass(front_of_backbone(FineTuneModel(backbone, nn.Linear(4, 2))), device, None)
+        batches = [(torch.randn(5, 3, 8, 8), torch.zeros(5, dtype=torch.long).to(device)) for _ in range(3)]
+        found = list(run.over(batches))
+    queued = [*["queued"] * 3, "event"]  # two features and the targets
+    assert log == [*queued, *queued, "waited for", *queued, "waited for", "waited for"]
+    assert {tensor.device.type for features in found for tensor in features.tensors} == {"cpu"}

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from second_device import META, HostWaitError, meta_accelerator, no_waits
 from torch import Tensor, nn
 from torch.utils._pytree import tree_structure
@@ -42,7 +41,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
     yield meta_accelerator(monkeypatch)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.undo()
+    make_accelerator(CPU)  # of which other tests hold accelerators
 
 
 class Small(nn.Linear):

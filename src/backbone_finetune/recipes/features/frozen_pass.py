@@ -1,7 +1,7 @@
 """The frozen front of a model, and its pass over images in the fastest precision of the device."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from ..data.targets import describe_value, split_row
 from ..sending import send
 from .compiled import Compile, Run, compile_checked
 from .dataset import Features
+from .layout import Layout, in_fast_layout
 from .parts import Parts
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,7 @@ class FrozenPass:
     widens: bool = True  # store results in ``dtype`` as float32
     compile: Compile | None = None  # see ``extract_features``
     parts: Parts = field(default_factory=partial(Parts, "the backbone"))
+    layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self) -> None:
         self._run: Run = self.front.run
@@ -130,7 +133,7 @@ class FrozenPass:
         if isinstance(loader, DeviceLoader) and self.device.type == "cpu" and self.compile is None and can_fork():
             yield from show(loader.over(loader.batches, compute=self._on_one_core))
         else:
-            yield from map(self, show(loader))
+            yield from self._each(show(loader))
 
     def sample(self, loader: DataLoader[Any]) -> Features:
         """Run on up to eight images, spread over all, without compiling."""
@@ -146,6 +149,27 @@ class FrozenPass:
 
     def __call__(self, batch: Any) -> Features:
         """Run on one batch, and return the results and the targets on the CPU, or raise UncacheableError."""
+        (features,) = self._each([batch])
+        return features
+
+    def _each(self, batches: Iterable[Any]) -> Iterator[Features]:
+        """Run on each batch; a CUDA device has the next one queued while the host waits for the results of one."""
+        queued: list[tuple[Features, torch.cuda.Event]] = []
+        for batch in batches:
+            features = self._start(batch)
+            if self.device.type != "cuda":
+                yield features
+                continue
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            queued.append((features, event))
+            if len(queued) > 1:
+                yield _wait(*queued.pop(0))
+        for features, event in queued:
+            yield _wait(features, event)
+
+    def _start(self, batch: Any) -> Features:
+        """Run on one batch; on CUDA, the results are complete after what is queued by then."""
         inputs, targets = split_row(batch)
         module = self.front.module
         taken = signature(module.forward)
@@ -156,13 +180,10 @@ class FrozenPass:
                 f"the dataset's rows have {len(inputs)} inputs before the target, which {type(module).__name__}.forward"
                 f"{taken} does not take"
             ) from None
-        inputs = move_inputs(inputs, module, self.device)
+        inputs = [send(tensor, self.device) for tensor in inputs]
         # Not inference_mode: its tensors, and tensors that modules cache in it, cannot be used in autograd later.
         with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            if self.compile is not None and isinstance(self._run, nn.Module):
-                tolerance = 5e-2 if self.dtype is not None else 1e-3
-                self._run, self.compile = compile_checked(self.compile, self._run, inputs, tolerance=tolerance), None
-            slots, structure = self.parts.run(self._run, inputs)
+            slots, structure = in_fast_layout(self.layout, self._compute, inputs, module)
         for slot in slots:
             if not isinstance(slot, Tensor) or slot.ndim == 0 or len(slot) != len(targets):
                 raise UncacheableError(
@@ -170,16 +191,20 @@ class FrozenPass:
                     "one entry per image, alone or in a tuple, list or dict"
                 )
         widened = (slot.float() if self.widens and slot.dtype == self.dtype else slot for slot in slots)
-        return Features([*(slot.cpu() for slot in widened), targets.cpu()], structure)
+        # From CUDA this queues copies into pinned memory.
+        on_cuda = self.device.type == "cuda"
+        return Features([each.to("cpu", non_blocking=on_cuda) for each in (*widened, targets)], structure)
+
+    def _compute(self, inputs: Sequence[Tensor]) -> tuple[list[Any], TreeSpec]:
+        if self.compile is not None and isinstance(self._run, nn.Module):
+            tolerance = 5e-2 if self.dtype is not None else 1e-3
+            self._run, self.compile = compile_checked(self.compile, self._run, inputs, tolerance=tolerance), None
+        return self.parts.run(self._run, inputs)
 
 
-def move_inputs(inputs: Sequence[Tensor], module: nn.Module, device: torch.device) -> list[Tensor]:
-    """Move inputs to a device, images to channels_last if the module has convolutions, which follow their input."""
-    # The weights are not converted: a batch of EfficientNet-Lite0 took .73 of the time, with converted weights .70.
-    moved = [send(tensor, device) for tensor in inputs]
-    if device.type not in {"cpu", "cuda"} or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
-        return moved
-    return [each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each for each in moved]
+def _wait(features: Features, event: torch.cuda.Event) -> Features:
+    event.synchronize()
+    return features
 
 
 def load_sample(loader: DataLoader[Any]) -> Any:

@@ -60,7 +60,9 @@ def compute_rows(
     layout = layout_of(first.tensors)
     parts = _placed(chain([first], batches), first, count)
     if count is None:
-        tensors = [torch.cat(each) for each in zip(*(rows for _, rows in parts), strict=True)]
+        # Pinned memory, which results from CUDA are in, is for copies alone.
+        kept = ([each.clone() if each.is_pinned() else each for each in rows] for _, rows in parts)
+        tensors = [torch.cat(each) for each in zip(*kept, strict=True)]
     elif _fits(count, layout, memory_share):
         tensors = [torch.empty(count, *shape, dtype=dtype, device="cpu") for dtype, shape in layout]
         for start, rows in parts:

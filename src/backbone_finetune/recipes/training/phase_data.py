@@ -31,11 +31,12 @@ from ..features.frozen_pass import (
     has_trainable,
     in_eval,
     load_sample,
-    move_inputs,
 )
+from ..features.layout import Layout, in_fast_layout
 from ..features.resident import on_device
 from ..features.rows import compute_rows
 from ..rng import preserve_rng_state
+from ..sending import send
 from ..together import together
 from .config import TrainerConfig, count
 from .phases import Phase
@@ -274,6 +275,7 @@ def _find_shared_front(
     with together(accelerator):
         inputs, _ = split_row(load_sample(loader))
         with torch.autocast(accelerator.device.type, dtype=dtype, enabled=dtype is not None):
-            front = find_front(model, move_inputs(inputs, model, accelerator.device))
+            inputs = [send(tensor, accelerator.device) for tensor in inputs]
+            front = in_fast_layout(Layout(), partial(find_front, model), inputs, model)
     reasons = gather_object([front.reason if isinstance(front, NoFrontier) else None])
     return next((NoFrontier(reason) for reason in reasons if reason is not None), front)
