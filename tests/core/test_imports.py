@@ -38,7 +38,9 @@ FOLDERS = (
     "checking",
     "extras",
     "files",
+    "precision",
     "rng",
+    "sending",
     "text",
     "together",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,11 +30,12 @@ from backbone_finetune.recipes.features.dataset import Features
 from backbone_finetune.recipes.features.resident import on_device
 from backbone_finetune.recipes.heads import grid
 from backbone_finetune.recipes.objectives.kinds import Objective
+from backbone_finetune.recipes.precision import default_precision, products_in
 from backbone_finetune.recipes.training.batches import epoch_batches, load_batches, local_batch
-from backbone_finetune.recipes.training.epoch import train_step
+from backbone_finetune.recipes.training.epoch import arrange_images, train_step
 from backbone_finetune.recipes.training.phase_state import PhaseState
 from backbone_finetune.recipes.training.phases import make_schedule
-from backbone_finetune.recipes.training.processes import prepare
+from backbone_finetune.recipes.training.processes import prepare, release
 
 CPU = torch.device("cpu")
 
@@ -178,3 +180,84 @@ def test_a_grid_of_heads_does_not_wait_for_the_device(monkeypatch: pytest.Monkey
         show_progress=False,
     )
     assert len(heads) == 6
+
+
+def test_the_default_precision_is_that_of_the_card() -> None:
+    cards = {"V100": (7, "no"), "A100": (8, "bf16"), "H100": (9, "bf16")}
+    found = {name: default_precision(SimpleNamespace(major=major)) for name, (major, _) in cards.items()}
+    assert found == {name: precision for name, (_, precision) in cards.items()}
+    assert default_precision(None) == "no"
+
+
+def test_tf32_is_for_a_block_and_not_against_the_users_choice() -> None:
+    matmul = torch.backends.cuda.matmul
+    assert matmul.fp32_precision == "none"
+    with products_in("tf32"):
+        assert matmul.allow_tf32
+    assert (matmul.fp32_precision, matmul.allow_tf32) == ("none", False)
+    try:
+        matmul.fp32_precision = "ieee"
+        with products_in("tf32"):
+            assert matmul.fp32_precision == "ieee"
+        matmul.fp32_precision = "tf32"
+        with products_in("ieee"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = "none"
+
+
+def test_another_precision_than_that_of_an_earlier_run_is_used() -> None:
+    """accelerate uses the precision of its first accelerator for the whole process, or raises."""
+    for asked, expected in (("bf16", "bf16"), (None, "no"), ("fp16", "fp16"), ("no", "no")):
+        if asked != "fp16":  # accelerate has no loss scaling on a CPU
+            assert make_accelerator(CPU, mixed_precision=asked).mixed_precision == expected
+
+
+def test_the_launchers_precision_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert make_accelerator(CPU).mixed_precision == "bf16"
+    monkeypatch.undo()
+    assert make_accelerator(CPU).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(("autocast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_module_is_prepared_without_autocast(autocast: bool, expected: torch.dtype) -> None:
+    accelerator, seen = make_accelerator(CPU, mixed_precision="bf16"), []
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    network = nn.Sequential(layer)
+    prepared, _ = prepare(accelerator, network, torch.optim.SGD(network.parameters()), autocast=autocast)
+    prepared(torch.ones(1, 2))
+    release(accelerator, prepared)
+    assert seen == [expected]
+    make_accelerator(CPU)
+
+
+class Views(nn.Module):
+    """A network that takes contiguous images alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).view(len(images), -1)
+
+
+@pytest.mark.parametrize(
+    ("network", "contiguous"), [(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout()), False), (Views(), True)]
+)
+def test_images_are_in_channels_last_on_cuda_where_the_network_takes_that(network: nn.Module, contiguous: bool) -> None:
+    model = FineTuneModel(network, nn.Flatten())
+    images = [torch.randn(5, 3, 8, 8)]
+    rng = torch.get_rng_state()
+    for device, is_last in (("cpu", False), ("cuda", not contiguous)):
+        accelerator: Any = SimpleNamespace(device=torch.device(device), is_fsdp2=False)
+        state: Any = SimpleNamespace(model=model, train=None, layout=None)
+        for _ in range(2):
+            (arranged,) = arrange_images(state, images, accelerator)
+            assert arranged.is_contiguous(memory_format=torch.channels_last) == is_last
+            assert torch.equal(arranged, images[0])
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), rng)

@@ -73,7 +73,7 @@ class TrainSettings:
         accumulation: The number of consecutive parts of a batch.
         seed: Seed of the split, of the classifier and of the order of images.
         checkpoint_steps: Steps between checkpoints; there is also one after each epoch.
-        mixed_precision: None means the launcher's setting.
+        mixed_precision: None means the launcher's setting, else bf16 on a CUDA device that has it.
         autocast_features: Whether a frozen backbone computes in bf16 if that is faster; None means yes, unless
             ``mixed_precision`` is "no".
         device: A torch device; "auto" is CUDA, else MPS, else the CPU.

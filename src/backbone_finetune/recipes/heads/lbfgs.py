@@ -3,6 +3,7 @@
 from __future__ import annotations  # help() shows the names of types, not what pydantic checks
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
@@ -19,6 +20,7 @@ from ..data.targets import check_targets
 from ..features.extract import find_device_of
 from ..features.frozen_pass import in_eval
 from ..features.resident import on_device
+from ..precision import products_in
 from .grid import check_features, decaying_names, head_batch
 
 
@@ -102,7 +104,8 @@ def fit_lbfgs(
         logits: Tensor = classifier(inputs)
         return cross_entropy(logits.to(precision), targets.long(), reduction="sum") / len(features)
 
-    with in_eval(classifier):
+    # TF32 would round the gradient to a thousandth.
+    with in_eval(classifier), products_in("ieee") if device.type == "cuda" else nullcontext():
         if not (start := objective()).isfinite():  # torch's search would raise an unclear error
             raise ValueError(f"the objective is {start}; the features or the classifier's weights are not finite")
         optimizer.step(objective)  # type: ignore[no-untyped-call]

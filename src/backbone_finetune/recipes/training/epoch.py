@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.images import is_read
-from ..features.dataset import module_inputs
+from ..features.dataset import Features, module_inputs
+from ..features.layout import find_layout, to_channels_last
 from .batches import LocalBatch, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, load_by_name
 from .config import TrainerConfig, count
@@ -146,6 +147,7 @@ def train_step(
     for number, part in enumerate(parts, start=1):
         *inputs, targets = (tensor[start : start + len(part)].to(accelerator.device) for tensor in loaded)
         start += len(part)
+        inputs = arrange_images(state, inputs, accelerator)
         with nullcontext() if number == len(parts) else accelerator.no_sync(state.prepared):
             logits = state.prepared(*module_inputs(state.train, inputs))
             if part.num_real < len(part):  # images of other processes
@@ -160,6 +162,15 @@ def train_step(
         sums.append(torch.stack((loss.detach(), correct, seen, seen if weights is None else weights.sum())))
     state.optimizer.step()
     return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
+
+
+def arrange_images(state: PhaseState, inputs: list[Tensor], accelerator: Accelerator) -> list[Tensor]:
+    """Convert images on a CUDA device to channels_last, unless the network takes contiguous ones alone."""
+    if accelerator.device.type != "cuda" or accelerator.is_fsdp2 or isinstance(state.train, Features):
+        return inputs
+    if state.layout is None:
+        state.layout = find_layout(state.model, inputs)
+    return inputs if state.layout.contiguous else to_channels_last(inputs, state.model)
 
 
 def average_statistics(state: PhaseState, accelerator: Accelerator) -> None:

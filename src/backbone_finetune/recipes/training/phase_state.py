@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import distinct_tensors
 
+from ..features.layout import Layout
+from ..precision import has_tensor_cores, products_in
 from .batches import epoch_batches
 from .checkpoints import Progress, capture, load_by_name, write_checkpoint
 from .config import TrainerConfig, count
@@ -47,6 +49,7 @@ class PhaseState:
     views: int = 1
     mixing: Mixing | None = None
     best: dict[str, Tensor] | None = None  # the trained tensors after the best epoch
+    layout: Layout | None = None  # of images on a CUDA device, known from the first batch
     not_finite: Tensor | float = 0.0  # tensors that were not finite before the phase, e.g. a mask of -inf
 
     def count_not_finite(self, device: torch.device) -> Tensor:
@@ -94,9 +97,11 @@ def prepared_phase(
                 accelerator.num_processes,
                 f"{communicated_bytes(module):,}",
             )
-        prepared, optimizer = prepare(
-            accelerator, module, torch.optim.AdamW([dict(group) for group in groups], fused=True)
-        )
+        on_cuda = accelerator.device.type == "cuda"
+        adamw = torch.optim.AdamW([dict(group) for group in groups], fused=True)
+        # A classifier on features gains nothing from bf16 on CUDA, where its step is bound by launching kernels.
+        autocast = not (on_cuda and data.on_features)
+        prepared, optimizer = prepare(accelerator, module, adamw, autocast=autocast)
         steps = len(epoch_batches(count(train), config.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
         data = data.on_device(accelerator.device)
@@ -115,11 +120,26 @@ def prepared_phase(
         )
         state.not_finite = state.count_not_finite(accelerator.device)
         try:
-            yield state
+            with _fast_steps(config) if on_cuda and not data.on_features else nullcontext():
+                yield state
         finally:  # after an error, the caller may train the model again
             release(accelerator, prepared)
         if copied is not model:
             load_by_name(model, {name: full_tensor(tensor) for name, tensor in copied.state_dict().items()})
+
+
+@contextmanager
+def _fast_steps(config: TrainerConfig) -> Iterator[None]:
+    """Allow TF32 in the steps of a phase that trains layers on a CUDA device, and log their precision."""
+    accelerator = config.accelerator
+    has_tf32 = has_tensor_cores(torch.cuda.get_device_properties(accelerator.device))
+    if config.shows:
+        mixed = accelerator.mixed_precision
+        precision = "float32" if mixed == "no" else f"{mixed} autocast"
+        products = ", float32 products in TF32" if has_tf32 else ""
+        logger.info("steps: %s%s, images in channels_last", precision, products)
+    with products_in("tf32") if has_tf32 else nullcontext():
+        yield
 
 
 def snapshot(state: PhaseState) -> dict[str, Tensor]:

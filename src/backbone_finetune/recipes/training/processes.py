@@ -1,6 +1,7 @@
 """Helpers for several processes: devices, accelerate preparation, unsharding."""
 
 import gc
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,11 +11,14 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from ..precision import default_precision
 
 __all__ = ["communicated_bytes", "find_device", "full_tensor", "make_accelerator", "prepare", "release"]
 
@@ -47,20 +51,25 @@ def make_accelerator(device: torch.device, *, mixed_precision: str | None = None
     >>> make_accelerator(torch.device("cpu")).device
     device(type='cpu')
 
-    ``mixed_precision`` is "no", "fp16" or "bf16"; the default is the setting of `accelerate launch`.
+    ``mixed_precision`` is "no", "fp16" or "bf16"; the default is the setting of `accelerate launch`, else bf16 on a
+    CUDA device that has it.
 
     Raises:
         ValueError: accelerate chose another kind of device.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate uses the current device, or with several processes one each
-    # accelerate keeps one state per process: after a run on the CPU it would choose the CPU again.
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or default_precision(properties)
+    # accelerate keeps one state per process: after a run on the CPU or in bf16 it would choose these again.
     chosen = PartialState._shared_state.get("device")
-    if chosen is not None and chosen.type != device.type and PartialState().num_processes == 1:
+    is_other = chosen is not None and chosen.type != device.type
+    is_other |= AcceleratorState._shared_state.get("_mixed_precision", precision) != precision
+    if is_other and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=mixed_precision,
+        mixed_precision=precision,
         # DistributedDataParallel would send every buffer, including frozen ones, in each forward; running statistics
         # are averaged once after each epoch instead.
         kwargs_handlers=[
@@ -77,9 +86,11 @@ def make_accelerator(device: torch.device, *, mixed_precision: str | None = None
 
 
 def prepare(
-    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, *, autocast: bool = True
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Prepare a module and its optimizer for one phase; after `release`, the next phase can prepare again.
+
+    Without ``autocast`` the module computes in its own precision, whatever the mixed precision of the accelerator is.
 
     Without loss scaling, accelerate's wrapper of the optimizer is removed. It has no effect there except, in
     accelerate 1.15, two searches of the import path in each step, which take as long as a step of a classifier.
@@ -87,7 +98,11 @@ def prepare(
     with warnings.catch_warnings():
         # torch 2.14 has another name for it, which torch 2.9 and accelerate do not support.
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        before = accelerator.autocast_handler
+        if not autocast:
+            accelerator.autocast_handler = AutocastKwargs(enabled=False)
         prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
+        accelerator.autocast_handler = before
     return prepared, prepared_optimizer if accelerator.scaler is not None else prepared_optimizer.optimizer
 
 

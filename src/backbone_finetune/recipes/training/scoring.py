@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ..data.images import is_read
 from ..data.targets import known_targets
 from ..features.dataset import module_inputs
+from ..features.layout import Layout, in_fast_layout
 from ..features.parts import Parts
 from .batches import load_batches, local_batch
 from .config import TrainerConfig, count
@@ -83,7 +85,13 @@ def evaluate(
     losses: list[Tensor] = []
     kept: list[Tensor] = []
     workers, known, in_parts = config.workers_for(data), known_targets(data), Parts("the model")
+    # On the CPU the results are those of contiguous images, as in the steps.
+    layout = Layout(contiguous=accelerator.device.type != "cuda" or isinstance(data, TensorDataset))
     columns: list[int] = []  # of the outputs, known after the first batch
+
+    def run(*inputs: Tensor) -> Tensor:
+        outputs: Tensor = module(*module_inputs(data, inputs))
+        return outputs
 
     def check(targets: Tensor) -> None:
         objective.check(name, targets[is_read(targets)], columns[0] if columns else None)
@@ -99,9 +107,9 @@ def evaluate(
     for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
         wanted = batch_targets[: share.num_real]
         if accelerator.is_fsdp2:  # each process must run as many parts as the others
-            outputs = module(*module_inputs(data, inputs))
+            outputs = run(*inputs)
         else:
-            (outputs, *_), _ = in_parts.run(lambda *part: module(*module_inputs(data, part)), inputs)
+            (outputs, *_), _ = in_fast_layout(layout, partial(in_parts.run, run), inputs, module)
         outputs = outputs[: share.num_real]
         if not columns:  # before the loss: on a GPU, an invalid class would end the process
             columns.append(outputs.shape[1] if outputs.ndim > 1 else 1)
