@@ -209,9 +209,8 @@ def test_tf32_is_for_a_block_and_not_against_the_users_choice() -> None:
 
 def test_another_precision_than_that_of_an_earlier_run_is_used() -> None:
     """accelerate uses the precision of its first accelerator for the whole process, or raises."""
-    for asked, expected in (("bf16", "bf16"), (None, "no"), ("fp16", "fp16"), ("no", "no")):
-        if asked != "fp16":  # accelerate has no loss scaling on a CPU
-            assert make_accelerator(CPU, mixed_precision=asked).mixed_precision == expected
+    for asked, expected in (("bf16", "bf16"), (None, "no"), ("bf16", "bf16"), ("no", "no")):
+        assert make_accelerator(CPU, mixed_precision=asked).mixed_precision == expected
 
 
 def test_the_launchers_precision_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

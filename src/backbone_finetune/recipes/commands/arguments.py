@@ -149,8 +149,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add(
         "--mixed-precision",
         choices=("no", "fp16", "bf16"),
-        help="of steps on images; default: the launcher's, else bf16 on a CUDA device that has it, else no. Unless no is "
-        "given, features are in bf16 where that is faster",
+        help="of steps on images; default: the launcher's, else bf16 on a CUDA device that has it, else no. Unless no "
+        "is given, features are in bf16 where that is faster",
     )
     switch("--trainable-only", help="write only the tensors that training changed; loading needs the base weights")
     switch("--baselines", help="also train on a random backbone and on raw pixels, to compare (always for the clipart)")
