@@ -21,7 +21,7 @@ from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.inspect import inspect, inspect_file, inspect_frontier
 from .recipes.commands.predict import choose_writer, list_inputs, predict
 from .recipes.commands.report import write_evaluation
-from .recipes.commands.run_record import read_run
+from .recipes.commands.run_record import NOT_RECORDED, read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.data.augmentation import AUGMENTATIONS
 from .recipes.export.onnx_model import export_onnx
@@ -128,15 +128,14 @@ def run_train(options: argparse.Namespace) -> int:
     if options.run is None:
         train(TrainSettings(**{**given, "phases": choose_phases(options)}))
         return 0
+    may_differ = NOT_RECORDED | {"device"}
     for name in dict.fromkeys((*names, *(field.name for field in fields(Phase)))):
-        if (
-            name not in {"output", "overwrite", "device", "baselines", "workers", "cache"}
-            and getattr(options, name, None) is not None
-        ):
+        if name not in may_differ and getattr(options, name, None) is not None:
             option = {"images": "DATA", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
+            *others, last = (f"--{other.replace('_', '-')}" for other in sorted(may_differ))
             raise ValueError(
-                f"{option} and --run {options.run} were both given; the file has all options except --output, "
-                "--overwrite, --device, --baselines, --workers and --cache"
+                f"{option} and --run {options.run} were both given; the file has all options except "
+                f"{', '.join(others)} and {last}"
             )
     settings, recorded = read_run(options.run)
     train(replace(settings, **given), recorded=recorded)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from image_folders import make_folder
 
-from backbone_finetune.recipes.commands import comparisons, plots
+from backbone_finetune.recipes.commands import comparisons, plots, results
 from backbone_finetune.recipes.commands import train as command
 from backbone_finetune.recipes.commands.train import TrainSettings, train
 from backbone_finetune.recipes.models.file import load_trained_model
@@ -23,7 +23,7 @@ BESIDE = {
     "raw pixels": (comparisons, "pixel_model"),
     "backward": (comparisons, "measure_backward"),
     "curves.png": (plots, "draw_curves"),
-    "report.html": (command, "report_run"),
+    "report.html": (results, "report_run"),
 }
 
 

@@ -15,6 +15,7 @@ from backbone_finetune import cli
 from backbone_finetune.recipes.commands.run_folder import (
     METRICS_FILE,
     MODEL_FILE,
+    RESULTS,
     RUN_FILE,
     UNFINISHED,
     check_output_folder,
@@ -83,7 +84,7 @@ def test_other_files_are_never_changed(tmp_path: Path) -> None:
     with open_run(tmp_path, RECORD, overwrite=False):
         with publishing(tmp_path, METRICS_FILE) as temporary:
             temporary.write_text("{}")
-        finish_run(tmp_path)
+        finish_run(tmp_path, RESULTS)
     assert tree(tmp_path) == {**before, METRICS_FILE: b"{}"}
 
 
@@ -177,7 +178,7 @@ def test_an_incomplete_result_never_replaces_a_complete_one(tmp_path: Path) -> N
         with pytest.raises(RuntimeError, match="no space left"):
             write_half()
         assert json.loads((tmp_path / METRICS_FILE).read_text()) == {"mine": METRICS_FILE}
-        finish_run(tmp_path)
+        finish_run(tmp_path, [METRICS_FILE])
     assert set(tree(tmp_path)) == {METRICS_FILE}
 
 

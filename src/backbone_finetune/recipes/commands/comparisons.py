@@ -16,17 +16,19 @@ from ..data.images import ImageDataset
 from ..rng import seed_everything
 from ..text import one_line
 from ..together import is_alone, run_on_main
-from ..training.folds import cross_validate
+from ..training.folds import cross_predict, cross_validate
 from ..training.loop import TrainerConfig
 from .baselines import baseline_accuracy, measure_backward, pixel_model, random_model
+from .figures import Answers, make_answers
 from .metrics import Metrics
 from .setup import Task, TrainSettings
 
-__all__ = ["add_baselines", "add_folds", "held_out", "within_memory"]
+__all__ = ["FOLDS", "add_baselines", "add_folds", "held_out", "predict_held_out", "within_memory"]
 
 logger = logging.getLogger(__name__)
 
 TIMED_BATCH_SIZE = 16
+FOLDS = 5  # where labels are checked and no number is given
 
 
 @contextmanager
@@ -57,13 +59,31 @@ def add_folds(
     metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
 ) -> Metrics:
     """Add the accuracy of each fold of the training images; frozen modules run over them at most once more."""
-    config = replace(config, show_progress=False)
-    folds = settings.folds or 2
+    config, folds = replace(config, show_progress=False), settings.folds or FOLDS
     with within_memory(config.accelerator, "folds"):
         histories = cross_validate(model, task.train, task.phases, config, folds=folds)
         accuracies = (history[-1].validation(config.objective.main_metric) for history in histories)
         return replace(metrics, fold_accuracies=tuple(accuracy or 0.0 for accuracy in accuracies))
     return metrics
+
+
+def predict_held_out(
+    metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
+) -> Answers | None:
+    """Predict the training images by models that did not train on them, at the rates of the run; see `cross_predict`.
+
+    Rates that each fold chooses would make the probabilities of one fold more extreme than those of another.
+    """
+    phases = []
+    for number, phase in enumerate(task.phases, start=1):
+        first = next(result for result in metrics.history if result.phase == number)
+        phases.append(replace(phase, lr=first.lr, weight_decay=first.weight_decay))
+    config, folds = replace(config, show_progress=False), settings.folds or FOLDS
+    with within_memory(config.accelerator, "label issues"):
+        rows = cross_predict(model, task.train, phases, config, folds=folds)
+        read = ~rows.isnan().any(1)
+        return make_answers(task.train.folder.select(read.nonzero().flatten().tolist()), rows[read])
+    return None
 
 
 def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig) -> Metrics:

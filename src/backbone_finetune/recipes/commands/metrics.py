@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.identical import Copy
 from ..training.checkpoints import EpochResult
 from ..training.phases import Phase
 from .baselines import BackwardTimes
@@ -19,10 +20,11 @@ class Metrics:
 
     Values that were not measured are None. The test images are evaluated once, at the end; ``history`` has those of the
     validation images in each epoch, and ``best_epoch`` is the one whose weights were kept, with a monitor.
-    ``fold_accuracies`` are those of a cross-validation on the training images. ``test_balanced_accuracy`` is the mean
-    recall of the classes that have test images. If images have labels or values, ``objective`` has the
-    thresholds or the scale; accuracies are the share of images whose labels are all correct, or None, and metrics are
-    those of the objective.
+    ``fold_accuracies`` are those of a cross-validation on the training images, and ``label_issues`` the number of those
+    images whose class looks wrong. ``copies`` are images that equal one of another part or target.
+    ``test_balanced_accuracy`` is the mean recall of the classes that have test images. If images have labels or values,
+    ``objective`` has the thresholds or the scale; accuracies are the share of images whose labels are all correct, or
+    None, and metrics are those of the objective.
     """
 
     test_accuracy: float | None
@@ -33,6 +35,8 @@ class Metrics:
     best_epoch: int | None = None
     fold_accuracies: tuple[float, ...] | None = None
     chance: float | None
+    label_issues: int | None = None
+    copies: tuple[Copy, ...] = ()
     random_backbone: float | None = None
     raw_pixels: float | None = None
     test_balanced_accuracy: float | None = None
@@ -99,6 +103,9 @@ def describe(metrics: Metrics) -> str:
         folds = len(metrics.fold_accuracies)
         line = f"{f'{folds} folds':15}  {_decimals(mean)}"
         lines.append(f"{line}  of the training images, standard deviation {_decimals(spread)}")
+    if metrics.label_issues is not None:
+        line = f"label issues     {metrics.label_issues}"
+        lines.append(f"{line} of {metrics.train_images} training images have a class that looks wrong")
     references = metrics.references().items()
     lines += [f"{name:15}  {_decimals(value)}  {explanations[name]}" for name, value in references]
     if times is not None:

@@ -24,6 +24,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align
 th:first-child, td:first-child { min-width: 6rem; overflow-wrap: anywhere; text-align: left; }
 .matrix td { text-align: center; min-width: 2rem; } .matrix th { font-weight: normal; }
 .images { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
+.pairs { display: grid; gap: .8rem 2rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 figure { margin: 0; } figcaption { font-size: .8rem; overflow-wrap: anywhere; }
 img { background: var(--soft); height: 8rem; object-fit: contain; width: 100%; }
 svg { height: auto; max-width: 100%; } svg text { fill: currentColor; font-size: 11px; }

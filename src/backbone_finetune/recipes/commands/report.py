@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy
 from torch import nn
 
+from ..data.identical import Copy
 from ..files import replacing
 from .evaluate import ClassScore, Evaluation, score_answers
 from .figures import Answers, calibration_bins, order_mistakes
+from .label_issues import LabelIssue
 from .metrics import Metrics
 from .page import curves_svg, gallery, make_page, table, text
 
@@ -55,7 +57,12 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, title: str = "Eval
 
 
 def make_report(
-    evaluation: Evaluation, *, title: str, facts: Mapping[str, str], curves: Mapping[str, Sequence[float]] | None = None
+    evaluation: Evaluation,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    curves: Mapping[str, Sequence[float]] | None = None,
+    more: Iterable[str] = (),
 ) -> str:
     """Write how a classifier does on labelled images as one HTML page.
 
@@ -67,6 +74,7 @@ def make_report(
         title: What the page is of.
         facts: Lines of a table at its top, by name.
         curves: Figures by epoch to draw, 0 to 1, by name.
+        more: Further parts of the page, in HTML.
 
     Returns:
         The page.
@@ -100,14 +108,16 @@ def make_report(
         _show_answers(answers, mistakes[:SHOWN]),
         "<h2>Right, and least sure</h2>",
         _show_answers(answers, least_sure[:SHOWN]),
+        *more,
     ]
     return make_page(title, parts)
 
 
-def report_run(metrics: Metrics, answers: Answers, model: nn.Module) -> str:
+def report_run(metrics: Metrics, answers: Answers, model: nn.Module, issues: Sequence[LabelIssue] | None = None) -> str:
     """Write the page of a training run: what trained on what, and how it does on the test images.
 
-    Without test images, it is how it does on the validation images, and the page says so.
+    Without test images, it is how it does on the validation images, and the page says so. It also shows images that are
+    copies of others, and training images whose class looks wrong (``issues``), if that was checked.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = metrics.best_epoch or len(metrics.history)
@@ -130,7 +140,11 @@ def report_run(metrics: Metrics, answers: Answers, model: nn.Module) -> str:
     images = "Test"
     if not metrics.test_images:
         images, facts["test images"] = "Validation", "none: the figures are of the validation images"
-    return make_report(evaluation, title=f"{images} images of a fine-tuned model", facts=facts, curves=curves)
+    more = [] if issues is None else _show_issues(issues)
+    if metrics.copies:
+        more += _show_copies(metrics.copies)
+    title = f"{images} images of a fine-tuned model"
+    return make_report(evaluation, title=title, facts=facts, curves=curves, more=more)
 
 
 def _class_table(scores: Iterable[ClassScore]) -> str:
@@ -154,6 +168,31 @@ def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
         )
         rows.append(f"<tr><th>{text(name)}</th>{cells}</tr>")
     return f'<div class="wide"><table class="matrix">{"".join(rows)}</table></div>'
+
+
+def _show_issues(issues: Sequence[LabelIssue]) -> list[str]:
+    """Show the images whose class looks most wrong."""
+    images = [
+        (issue.path, f"{issue.given} {issue.score:.0%}, looks like {issue.suggested}") for issue in issues[:SHOWN]
+    ]
+    return [
+        f"<h2>Training images whose class looks wrong ({len(issues)} in all)</h2>",
+        "<p>Found by cleanlab, with models that did not train on these images. label_issues.csv lists all.</p>",
+        gallery(images),
+    ]
+
+
+def _show_copies(copies: Sequence[Copy]) -> list[str]:
+    """Show images that equal another one, beside that."""
+    pairs = [
+        ((copy.path, f"{copy.part} {copy.label}"), (copy.of_path, f"{copy.of_part} {copy.of_label}"))
+        for copy in copies[:SHOWN]
+    ]
+    return [
+        f"<h2>Identical images in two parts or two classes ({len(copies)} in all)</h2>",
+        "<p>Of two parts, they make the accuracy too high; of two classes, one is wrong. metrics.json lists all.</p>",
+        f'<div class="pairs">{"".join(map(gallery, pairs))}</div>',
+    ]
 
 
 def _show_answers(answers: Answers, indices: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ folder are not deleted or replaced unless ``overwrite`` is given; then the resul
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from ..files import replacing, sync_file, sync_folder
 from ..text import join_some, one_line
 
 RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE = "run.json", "model.safetensors", "metrics.json", "curves.png"
-REPORT_FILE = "report.html"
-RESULTS = (RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE, REPORT_FILE)
+REPORT_FILE, LABELS_FILE = "report.html", "label_issues.csv"
+RESULTS = (RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE, REPORT_FILE, LABELS_FILE)
 UNFINISHED, LOCK_FILE = ".unfinished", "lock"
 
 
@@ -109,8 +109,10 @@ def publishing(folder: Path, name: str) -> Iterator[Path]:
     sync_folder(folder)
 
 
-def finish_run(folder: Path) -> None:
-    """Mark a run as finished, with nothing to resume."""
+def finish_run(folder: Path, written: Collection[str]) -> None:
+    """Mark a run as finished, with nothing to resume; remove results that it did not write, of the run it replaced."""
+    for name in set(RESULTS) - set(written):
+        (folder / name).unlink(missing_ok=True)
     (folder / UNFINISHED / RUN_FILE).unlink()
 
 

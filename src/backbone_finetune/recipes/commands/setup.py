@@ -62,6 +62,8 @@ class TrainSettings:
             "off" keeps the last epoch. None means "accuracy" if there are both validation and test images, else "off".
             If there are no validation images, a fifth of the training images is held out for it.
         folds: The number of folds of a cross-validation on the training images, after the model is written.
+        check_labels: Whether to list training images whose class looks wrong, by cleanlab, from a cross-validation in
+            ``folds`` folds, or 5.
         patience: A phase ends after this number of epochs without improvement.
         architecture: A timm name, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``. Its weights are random unless
             ``pretrained`` or ``checkpoint`` is given.
@@ -127,6 +129,7 @@ class TrainSettings:
     trainable_only: bool = False
     overwrite: bool = False
     baselines: bool | None = None
+    check_labels: bool = False
     workers: Whole | None = None
     compile: Literal["inductor", "openvino"] | None = None
     cache: Literal["auto", "memory", "disk", "off"] = "auto"

@@ -30,29 +30,18 @@ from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skippe
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
 from .baselines import chance_accuracy
-from .comparisons import add_baselines, add_folds, held_out, within_memory
+from .comparisons import FOLDS, add_baselines, add_folds, held_out, predict_held_out, within_memory
 from .figures import Answers, make_answers
-from .metrics import Metrics, describe
-from .report import report_run
-from .run_folder import (
-    CURVES_FILE,
-    METRICS_FILE,
-    MODEL_FILE,
-    REPORT_FILE,
-    RUN_FILE,
-    UNFINISHED,
-    finish_run,
-    open_run,
-    publishing,
-)
+from .label_issues import check_extra
+from .metrics import Metrics
+from .results import write_results
+from .run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
 from .run_record import compare_runs, record_run
 from .setup import CLIPART, Task, TrainSettings, choose_monitor, make_task
 
 __all__ = ["CLIPART", "TrainSettings", "train"]
 
 logger = logging.getLogger(__name__)
-
-TIMED_BATCH_SIZE = 16
 
 
 def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None) -> Metrics:
@@ -83,7 +72,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     start = time.monotonic()
     accelerator = make_accelerator(find_device(settings.device), mixed_precision=settings.mixed_precision)
     try:  # early, in case it is missing; and only here, because matplotlib is slow to import
-        from .plots import draw_curves  # noqa: PLC0415
+        from . import plots  # noqa: F401, PLC0415
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{error.name} is not installed, which draws curves.png; run: pip install 'backbone-finetune[recipes]'"
@@ -91,14 +80,15 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     with preserve_rng_state(), ExitStack() as exit_stack:
         seed_everything(settings.seed)
         task = make_task(settings, accelerator)
-        if settings.folds is not None:
-            check_folds(task.train, settings.folds)
+        has_folds = _check_folds(settings, task)
         config, record = _start(settings, task, accelerator, exit_stack, recorded)
         try:
-            start_model = None if settings.folds is None else copy.deepcopy(task.model)
+            start_model, predicted = copy.deepcopy(task.model) if has_folds else None, None
             metrics, answers = _train_model(settings, task, config, record)
-            if start_model is not None:
+            if start_model is not None and settings.folds is not None:
                 metrics = add_folds(metrics, settings, task, config, start_model)
+            if start_model is not None and settings.check_labels:
+                predicted = predict_held_out(metrics, settings, task, config, start_model)
             if settings.images is None if settings.baselines is None else settings.baselines:
                 metrics = add_baselines(metrics, settings, task, config)
         except KeyboardInterrupt:
@@ -107,24 +97,22 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
             raise
         metrics = replace(metrics, seconds=round(time.monotonic() - start, 1))
         if accelerator.is_main_process:
-            logger.info(describe(metrics))
-            with publishing(settings.output, METRICS_FILE) as temporary:
-                temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False) + "\n")
-            names = [RUN_FILE, MODEL_FILE, METRICS_FILE]
-            with within_memory(accelerator, CURVES_FILE), publishing(settings.output, CURVES_FILE) as temporary:
-                main = config.objective.main_metric
-                value = {"accuracy": metrics.test_accuracy, **metrics.test_metrics}.get(main)
-                test = {} if value is None else {"test": value}
-                draw_curves(metrics.history, test | metrics.references(), temporary, metric=main)
-                names.append(CURVES_FILE)
-            if answers is not None:
-                with within_memory(accelerator, REPORT_FILE), publishing(settings.output, REPORT_FILE) as temporary:
-                    temporary.write_text(report_run(metrics, answers, task.model), encoding="utf-8")
-                    names.append(REPORT_FILE)
-            finish_run(settings.output)
-            logger.info("\nwrote %s", ", ".join(str(settings.output / name) for name in names))
+            metrics = write_results(settings, metrics, task, accelerator, answers=answers, predicted=predicted)
     accelerator.end_training()
     return metrics
+
+
+def _check_folds(settings: TrainSettings, task: Task) -> bool:
+    """Return whether models train on folds of the training images; raise an error if that is not possible."""
+    if settings.check_labels:
+        if not isinstance(task.objective, SingleLabel):
+            raise ValueError(
+                "check_labels is for images of one class each; these have labels or values, so leave it out"
+            )
+        check_extra()
+    if has_folds := settings.folds is not None or settings.check_labels:
+        check_folds(task.train, settings.folds or FOLDS)
+    return has_folds
 
 
 def _start(

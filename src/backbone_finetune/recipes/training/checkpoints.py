@@ -64,6 +64,7 @@ class EpochResult:
         validation_accuracy: The accuracy after it, 0 to 1.
         validation_balanced_accuracy: The mean recall of the classes that have validation images.
         validation_metrics: The other metrics of the objective after it, by name, such as "r2".
+        phase: The number of its phase, from 1.
     """
 
     epoch: int
@@ -75,6 +76,7 @@ class EpochResult:
     validation_accuracy: float | None = None
     validation_balanced_accuracy: float | None = None
     validation_metrics: Mapping[str, float] = field(default_factory=dict)
+    phase: int = 1
 
     def validation(self, metric: str) -> float | None:
         """Return a metric on the validation data by its name, such as "accuracy"; None where there is none."""

@@ -4,7 +4,7 @@ import copy
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +62,11 @@ def cross_validate(
     Raises:
         ValueError: the number of folds is out of range, or as for ``fine_tune``.
     """
-    return train_folds(model, data, phases, config, folds=folds, evaluated=evaluated).histories
+    config = replace(config, checkpoints=None, monitor=None, patience=None)
+    return tuple(
+        fine_tune(copy.deepcopy(model), train, held_out, phases, config)
+        for train, held_out in make_folds(data, folds, config, evaluated)
+    )
 
 
 def cross_predict(
@@ -101,54 +105,34 @@ def cross_predict(
     Raises:
         ValueError: the number of folds is out of range, or as for ``fine_tune``.
     """
-    found = train_folds(model, data, phases, config, folds=folds, evaluated=evaluated, predicts=True)
-    assert found.predictions is not None
-    return found.predictions
-
-
-@dataclass(frozen=True)
-class CrossValidation:
-    """What a cross-validation found: the epochs of each fold, and the predictions for the images that it held out.
-
-    Args:
-        histories: The epochs of each fold.
-        predictions: Probabilities or values ``(N, K)``, nan for images that cannot be read; None if not asked for.
-    """
-
-    histories: tuple[list[EpochResult], ...]
-    predictions: Tensor | None = None
-
-
-def train_folds(
-    model: FineTuneModel,
-    data: Dataset[Any],
-    phases: Sequence[Phase],
-    config: TrainerConfig,
-    *,
-    folds: int,
-    evaluated: Dataset[Any] | None = None,
-    predicts: bool = False,
-) -> CrossValidation:
-    """Run a cross-validation, with the predictions of `cross_predict` if ``predicts``."""
-    check_folds(data, folds)
     config = replace(config, checkpoints=None, monitor=None, patience=None)
+    predictions: Tensor | None = None
+    for train, held_out in make_folds(data, folds, config, evaluated):
+        trained = copy.deepcopy(model)
+        fine_tune(trained, train, None, phases, config)
+        rows = prepare_data(trained, held_out, None, replace(config, caches=None))  # as computed already, if they are
+        score = evaluate(rows.module.to(config.accelerator.device), rows.train, config, keep_outputs=True)
+        assert score.outputs is not None
+        values = config.objective.predict(score.outputs)
+        if predictions is None:
+            predictions = values.new_full((count(data), values.shape[1]), torch.nan)
+        predictions[torch.tensor(held_out.indices, device="cpu")[score.indices]] = values
+    assert predictions is not None
+    return predictions
+
+
+def make_folds(
+    data: Dataset[Any], folds: int, config: TrainerConfig, evaluated: Dataset[Any] | None
+) -> list[tuple[Fold, Fold]]:
+    """Return, for each fold, the images of the other folds to train on, and its own; rows are computed once for all."""
+    check_folds(data, folds)
     computed: dict[str, Features] = {}
     shown = computed if evaluated is None else {}
-    histories, predictions = [], None
-    for part in split_folds(data, folds, config.seed):
-        train = Fold(data, sorted(set(range(count(data))) - set(part)), computed)
-        held_out = Fold(data if evaluated is None else evaluated, part, shown)
-        trained = copy.deepcopy(model)
-        histories.append(fine_tune(trained, train, held_out, phases, config))
-        if predicts:
-            again = prepare_data(trained, held_out, None, config)  # the rows that are computed already
-            score = evaluate(again.module.to(config.accelerator.device), again.train, config, keep_outputs=True)
-            assert score.outputs is not None
-            rows = config.objective.predict(score.outputs)
-            if predictions is None:
-                predictions = rows.new_full((count(data), rows.shape[1]), torch.nan)
-            predictions[torch.tensor(part, device="cpu")[score.indices]] = rows
-    return CrossValidation(tuple(histories), predictions)
+    held_out = data if evaluated is None else evaluated
+    return [
+        (Fold(data, sorted(set(range(count(data))) - set(part)), computed), Fold(held_out, part, shown))
+        for part in split_folds(data, folds, config.seed)
+    ]
 
 
 def check_folds(data: Dataset[Any], folds: int) -> None:

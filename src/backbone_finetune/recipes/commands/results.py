@@ -1,0 +1,80 @@
+"""What a run leaves beside its model: ``metrics.json``, ``curves.png``, ``report.html`` and ``label_issues.csv``."""
+
+import json
+import logging
+import os
+from dataclasses import asdict, replace
+
+from accelerate import Accelerator
+
+from ..data.identical import find_copies
+from .comparisons import within_memory
+from .figures import Answers
+from .label_issues import find_label_issues, write_label_issues
+from .metrics import Metrics, describe
+from .report import report_run
+from .run_folder import (
+    CURVES_FILE,
+    LABELS_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    finish_run,
+    publishing,
+)
+from .setup import Task, TrainSettings
+
+__all__ = ["write_results"]
+
+logger = logging.getLogger(__name__)
+
+
+def write_results(
+    settings: TrainSettings,
+    metrics: Metrics,
+    task: Task,
+    accelerator: Accelerator,
+    *,
+    answers: Answers | None,
+    predicted: Answers | None,
+) -> Metrics:
+    """Write the results of a run whose model is written, log them, and mark the run as finished.
+
+    Args:
+        settings: Those of the run, with its output folder.
+        metrics: The record of the run.
+        task: The trained model, and its images.
+        accelerator: The accelerator of the run.
+        answers: What the model answered on the test images, for a report; None writes none.
+        predicted: What other models answered on training images that they did not train on, if labels are checked.
+
+    Returns:
+        The record with what was found in the images.
+    """
+    from .plots import draw_curves  # noqa: PLC0415 (matplotlib is slow to import)
+
+    folder, names = settings.output, [RUN_FILE, MODEL_FILE, METRICS_FILE]
+    copies = find_copies({name: data.folder for name, data in task.parts().items()})
+    issues = None if predicted is None else find_label_issues(predicted)
+    metrics = replace(metrics, copies=tuple(copies), label_issues=None if issues is None else len(issues))
+    logger.info(describe(metrics))
+    with publishing(folder, METRICS_FILE) as temporary:
+        temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False, default=os.fspath) + "\n")
+    with within_memory(accelerator, CURVES_FILE), publishing(folder, CURVES_FILE) as temporary:
+        main = task.objective.main_metric
+        value = {"accuracy": metrics.test_accuracy, **metrics.test_metrics}.get(main)
+        test = {} if value is None else {"test": value}
+        draw_curves(metrics.history, test | metrics.references(), temporary, metric=main)
+        names.append(CURVES_FILE)
+    if issues is not None:
+        with publishing(folder, LABELS_FILE) as temporary:
+            write_label_issues(issues, temporary)
+            names.append(LABELS_FILE)
+    if answers is not None:
+        with within_memory(accelerator, REPORT_FILE), publishing(folder, REPORT_FILE) as temporary:
+            temporary.write_text(report_run(metrics, answers, task.model, issues), encoding="utf-8")
+            names.append(REPORT_FILE)
+    finish_run(folder, names)
+    logger.info("\nwrote %s", ", ".join(str(folder / name) for name in names))
+    return metrics

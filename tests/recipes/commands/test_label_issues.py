@@ -1,0 +1,122 @@
+"""Training images whose class looks wrong, and identical images: found, listed and shown."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_folders import COLOURS, make_folder, make_image
+
+from backbone_finetune.cli import main
+from backbone_finetune.recipes import TrainSettings, train
+from backbone_finetune.recipes.commands import comparisons
+from backbone_finetune.recipes.training.phases import Phase
+
+SMALL = ["--model", "test_resnet", "--epochs", "3", "--lr", "0.05", "--batch-size", "8", "--device", "cpu"]
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("more", [[], ["--views", "2", "--folds", "3", "--epochs", "8"]])
+def test_wrong_classes_are_listed_first(tmp_path: Path, more: list[str]) -> None:
+    pytest.importorskip("cleanlab")
+    data = make_folder(tmp_path / "data" / "train", per_class=12)
+    make_folder(tmp_path / "data" / "test", per_class=2)
+    wrong = {
+        str(make_image(data / given / f"wrong {right}.png", COLOURS[right], seed=99)): (given, right)
+        for given, right in (("red", "green"), ("green", "blue"))
+    }
+    (data / "red" / "broken.png").write_bytes(b"no image")
+    output = tmp_path / "run"
+    assert main(["train", str(tmp_path / "data"), *SMALL, *more, "--check-labels", "--output", str(output)]) == 0
+    rows = list(csv.DictReader((output / "label_issues.csv").read_text().splitlines()))
+    assert {row["image"]: (row["class"], row["suggested"]) for row in rows[:2]} == wrong
+    assert [float(row["score"]) for row in rows] == sorted(float(row["score"]) for row in rows)
+    assert float(rows[0]["score"]) < 0.5
+    assert json.loads((output / "metrics.json").read_text())["label_issues"] == len(rows)
+    page = (output / "report.html").read_text()
+    section = page[page.index("<h2>Training images whose class looks wrong") : page.index("<h2>Identical images")]
+    assert f"({len(rows)} in all)" in section
+    assert section.count("<figure>") == len(rows)
+    assert f"{rows[0]['class']} {float(rows[0]['score']):.0%}, looks like {rows[0]['suggested']}" in section
+
+
+def test_labels_are_checked_at_the_rates_of_each_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Phase, ...]] = []
+
+    def record(model: Any, data: Any, phases: Any, config: Any, **settings: Any) -> torch.Tensor:
+        asked.append(tuple(phases))
+        return torch.full((len(data), 3), 1 / 3)
+
+    monkeypatch.setattr(comparisons, "cross_predict", record)
+    monkeypatch.setattr("backbone_finetune.recipes.commands.train.check_extra", lambda: None)
+    monkeypatch.setattr("backbone_finetune.recipes.commands.results.find_label_issues", lambda answers: [])
+    phases = (Phase(epochs=2), Phase(epochs=1, trainable_groups=1, lr=0.02))
+    folder = make_folder(tmp_path / "images", per_class=10)
+    metrics = train(
+        TrainSettings(
+            images=folder, architecture="test_resnet", phases=phases, check_labels=True, output=tmp_path / "run"
+        )
+    )
+    ((first, second),) = asked
+    assert first.lr == metrics.history[0].lr is not None
+    assert first.weight_decay == metrics.history[0].weight_decay
+    assert (second.lr, second.trainable_groups, second.weight_decay) == (0.02, 1, 0.01)
+    assert [result.phase for result in metrics.history] == [1, 1, 2]
+
+
+def test_checking_labels_needs_cleanlab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "cleanlab", None)
+    folder, output = str(make_folder(tmp_path / "images")), tmp_path / "run"
+    assert main(["train", folder, *SMALL, "--check-labels", "--output", str(output)]) == 2
+    assert "cleanlab is not installed; run: pip install 'backbone-finetune[labels]'" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_checking_labels_is_for_one_class_per_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "images")
+    lines = [f"{path},{path.parent.name}" for path in sorted(folder.rglob("*.png"))]
+    (tmp_path / "table.csv").write_text("\n".join(["path,labels", *lines]))
+    assert main(["train", str(tmp_path / "table.csv"), *SMALL, "--check-labels"]) == 2
+    assert "check_labels is for images of one class each" in capsys.readouterr().err
+
+
+def test_identical_images_are_in_the_report_and_the_metrics(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for part in ("train", "test"):
+        make_folder(data / part, per_class=4)  # the same images
+    make_image(data / "train" / "red" / "copy.png", COLOURS["blue"], seed=3)
+    output = tmp_path / "run"
+    assert main(["train", str(data), *SMALL, "--output", str(output)]) == 0
+    copies = json.loads((output / "metrics.json").read_text())["copies"]
+    assert len(copies) == 1 + 12
+    assert copies[0] == {
+        "path": str(data / "train" / "red" / "copy.png"),
+        "part": "train",
+        "label": "red",
+        "of_path": str(data / "train" / "blue" / "3.png"),
+        "of_part": "train",
+        "of_label": "blue",
+    }
+    assert {copy["part"] for copy in copies[1:]} == {"test"}
+    page = (output / "report.html").read_text()
+    section = page[page.index("<h2>Identical images in two parts or two classes (13 in all)") :]
+    assert section.count("<figure>") == 2 * 13
+    assert "<figcaption>train red<br>copy.png</figcaption>" in section
+
+
+def test_results_of_the_replaced_run_do_not_stay(tmp_path: Path) -> None:
+    output, folder = tmp_path / "run", str(make_folder(tmp_path / "images"))
+    output.mkdir()
+    (output / "label_issues.csv").write_text("of an earlier run")
+    (output / "notes.txt").write_text("mine")
+    assert main(["train", folder, *SMALL, "--output", str(output)]) == 2
+    assert main(["train", folder, *SMALL, "--output", str(output), "--overwrite"]) == 0
+    assert not (output / "label_issues.csv").exists()
+    assert (output / "notes.txt").exists()
