@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .recipes.commands.arguments import add_evaluate, add_export, add_inspect, add_predict, add_train
 from .recipes.commands.evaluate import Evaluation, describe_evaluation, evaluate_folder
-from .recipes.commands.evaluate_table import evaluate_table
+from .recipes.commands.evaluate_table import TableEvaluation, evaluate_table
 from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.inspect import inspect, inspect_file, inspect_frontier
 from .recipes.commands.predict import choose_writer, list_inputs, predict
@@ -216,9 +216,14 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """Run ``evaluate``: print a table by class, and a line for each image that was skipped."""
     trained = load_model(options)
     of_classes = isinstance(trained.objective, SingleLabel)
-    evaluation = (evaluate_folder if of_classes else evaluate_table)(
-        trained, options.images, batch_size=options.batch_size, workers=options.workers, tta=options.tta
-    )
+    settings = {"batch_size": options.batch_size, "workers": options.workers, "tta": options.tta}
+    evaluation: Evaluation | TableEvaluation
+    if of_classes:
+        evaluation = evaluate_folder(trained, options.images, neighbors=options.neighbors, **settings)
+    elif options.neighbors is not None:
+        raise ValueError(f"{options.model} has labels or values; --neighbors is for models of one class per image")
+    else:
+        evaluation = evaluate_table(trained, options.images, **settings)
     for message in evaluation.skipped_images:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
     if isinstance(evaluation, Evaluation):

@@ -26,6 +26,7 @@ from .features.dataset import Features, feature_batches
 from .features.extract import extract_features
 from .heads.grid import HeadResult, fit_heads
 from .heads.lbfgs import LbfgsResult, fit_lbfgs
+from .heads.neighbors import predict_neighbors
 from .models.file import TrainedModel, load_trained_model, save_trained_model
 from .models.named import NamedModel, load_timm_model
 from .models.onnx_file import load_onnx_model
@@ -91,6 +92,7 @@ __all__ = [
     "load_trained_model",
     "make_accelerator",
     "predict",
+    "predict_neighbors",
     "read_phases",
     "read_run",
     "save_trained_model",

@@ -173,7 +173,9 @@ def test_baselines_on_a_users_images_are_optional(
     metrics = train(TrainSettings(**{**settings, "baselines": asked}))
     found = (metrics.random_backbone, metrics.raw_pixels, metrics.backward_milliseconds)
     assert [value is not None for value in found] == [expected] * 3
-    assert set(metrics.references()) == ({"chance", "random backbone", "raw pixels"} if expected else {"chance"})
+    assert set(metrics.references()) == (
+        {"chance", "random backbone", "raw pixels", "neighbours"} if expected else {"chance"}
+    )
     assert ("raw pixels       " in caplog.text) == expected
 
 

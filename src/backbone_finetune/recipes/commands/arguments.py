@@ -196,6 +196,12 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="a folder with a sub-folder for each of the model's classes, or a table; a test split in it is used alone",
     )
     add(
+        "--neighbors",
+        type=Path,
+        metavar="TRAIN",
+        help="the images that the model was trained on: also measure a vote of the 20 nearest, by their features",
+    )
+    add(
         "--output",
         type=Path,
         default=Path("evaluation"),

@@ -1,5 +1,6 @@
 """What is measured beside a trained model, for which no run fails: folds, baselines and the time of a backward pass."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +14,19 @@ from torch.utils.data import default_collate
 from backbone_finetune import FineTuneModel
 
 from ..data.images import ImageDataset
+from ..features.cache import FeatureCache
+from ..features.dataset import Features
+from ..objectives.kinds import SingleLabel
 from ..rng import seed_everything
 from ..text import one_line
 from ..together import is_alone, run_on_main
 from ..training.folds import cross_predict, cross_validate
 from ..training.loop import TrainerConfig
+from ..training.phase_data import prepare_data
 from .baselines import baseline_accuracy, measure_backward, pixel_model, random_model
 from .figures import Answers, make_answers
 from .metrics import Metrics
+from .nearest import score_neighbors
 from .setup import Task, TrainSettings
 
 __all__ = ["FOLDS", "add_baselines", "add_folds", "held_out", "predict_held_out", "within_memory"]
@@ -106,6 +112,9 @@ def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config:
     with within_memory(accelerator, "random backbone"):
         random = random_model(task.model, task.architecture, num_classes, **task.arguments)
         metrics = replace(metrics, random_backbone=compare("random backbone", random))
+    if isinstance(config.objective, SingleLabel):
+        with within_memory(accelerator, "nearest neighbours"):
+            metrics = replace(metrics, nearest_neighbors=_measure_neighbors(task, baseline_config, config.caches))
     with within_memory(accelerator, "raw pixels"):
         metrics = replace(metrics, raw_pixels=compare("raw pixels", pixel_model(num_classes)))
     with within_memory(accelerator, "backward"):
@@ -114,6 +123,20 @@ def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config:
         )
         return replace(metrics, backward_milliseconds=times)
     return metrics
+
+
+def _measure_neighbors(
+    task: Task, config: TrainerConfig, caches: tuple[FeatureCache, FeatureCache] | None
+) -> float | None:
+    """Return the accuracy of the nearest neighbours on the trained backbone; its cached features are used again."""
+    model, config = copy.deepcopy(task.model).freeze_backbone(), replace(config, views=1, cache_features=True)
+    if any(phase.augment is not None for phase in task.phases):  # the cache may have augmented views
+        caches = None
+    known = prepare_data(model, task.train, None, replace(config, caches=caches)).train
+    asked = prepare_data(model, held_out(task), None, config).train
+    if not (isinstance(known, Features) and isinstance(asked, Features)):
+        return None
+    return score_neighbors(known, asked, len(task.train.folder.class_names)).value
 
 
 def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """``backbone-finetune evaluate``: evaluate a trained model on a folder of images with known classes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy
@@ -11,6 +11,7 @@ from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import SingleLabel, SoftLabels
 from .figures import Answers, Interval, auroc, bootstrap, expected_calibration_error
+from .nearest import measure_neighbors
 from .predict import predict_labelled
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "score_answers"]
@@ -47,6 +48,7 @@ class Evaluation:
     skipped_images: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
     answers: Answers = field(repr=False, compare=False)
+    neighbor_accuracy: Interval | None = None  # of a vote of the 20 nearest training images
 
 
 def evaluate_folder(
@@ -56,6 +58,7 @@ def evaluate_folder(
     batch_size: int = 32,
     workers: int | None = None,
     tta: bool = False,
+    neighbors: Path | None = None,
     show_progress: bool = True,
 ) -> Evaluation:
     """Evaluate a model on a folder with a sub-folder of images for each of the model's classes.
@@ -83,6 +86,8 @@ def evaluate_folder(
         batch_size: The number of images per batch.
         workers: The number of processes that read images; None chooses by cores and images.
         tta: Whether to average over an image and its mirror image, as in ``predict``.
+        neighbors: The images that the model was trained on, of which the training part is used. The nearest of them
+            then vote on each image by its features (`predict_neighbors`), in a pass over both.
         show_progress: Whether to show a progress bar on stderr.
 
     Raises:
@@ -100,7 +105,12 @@ def evaluate_folder(
     paths, targets = [found.paths[index] for index in read], [int(found.targets[index]) for index in read]
     probabilities = rows.double().numpy()
     missing = tuple(name for target, name in enumerate(names) if target not in found.targets)
-    return score_answers(Answers(names, paths, targets, probabilities), skipped=skipped, missing=missing)
+    evaluation = score_answers(Answers(names, paths, targets, probabilities), skipped=skipped, missing=missing)
+    if neighbors is None:
+        return evaluation
+    title = "features" if show_progress else None
+    accuracy = measure_neighbors(trained, neighbors, found, batch_size=batch_size, workers=workers, title=title)
+    return replace(evaluation, neighbor_accuracy=accuracy)
 
 
 def score_answers(answers: Answers, *, skipped: Sequence[str] = (), missing: Sequence[str] = ()) -> Evaluation:
@@ -144,6 +154,8 @@ def describe_evaluation(evaluation: Evaluation) -> str:
     lines.append(f"calibration error {evaluation.calibration_error}, the mean distance of confidence and accuracy")
     if len({score.support for score in evaluation.classes if score.support}) > 1:
         lines.append(f"balanced accuracy {evaluation.balanced_accuracy:.3f}, the mean recall of the classes")
+    if evaluation.neighbor_accuracy is not None:
+        lines.append(f"neighbours {evaluation.neighbor_accuracy}, by a vote of the 20 nearest training images")
     if evaluation.skipped_images:
         lines.append(f"skipped: {len(evaluation.skipped_images):,} images that cannot be read")
     if evaluation.missing_classes:

@@ -38,6 +38,7 @@ class Metrics:
     label_issues: int | None = None
     copies: tuple[Copy, ...] = ()
     random_backbone: float | None = None
+    nearest_neighbors: float | None = None
     raw_pixels: float | None = None
     test_balanced_accuracy: float | None = None
     architecture: str
@@ -64,6 +65,7 @@ class Metrics:
             "chance": self.chance,
             "random backbone": self.random_backbone,
             "raw pixels": self.raw_pixels,
+            "neighbours": self.nearest_neighbors,
         }
         return {name: accuracy for name, accuracy in measured.items() if accuracy is not None}
 
@@ -75,6 +77,7 @@ def describe(metrics: Metrics) -> str:
         "chance": "always the commonest class",
         "random backbone": "the same classifier on the same network, untrained and frozen",
         "raw pixels": "the same classifier on 32 x 32 pixels",
+        "neighbours": "no classifier: a vote of the 20 nearest training images, by their features",
     }
     lines = []
     are_classes = metrics.objective is None

@@ -88,6 +88,8 @@ def make_report(
         "balanced accuracy": f"{evaluation.balanced_accuracy:.3f} (the mean recall of the classes)",
         "calibration error": f"{evaluation.calibration_error} (the mean distance of confidence and accuracy)",
     }
+    if evaluation.neighbor_accuracy is not None:
+        known["neighbours"] = f"{evaluation.neighbor_accuracy} (a vote of the 20 nearest training images)"
     if evaluation.skipped_images:
         known["skipped"] = f"{len(evaluation.skipped_images):,} images that cannot be read"
     bins = calibration_bins(confidence, is_right)

@@ -13,7 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
 from typing_extensions import Self
 
-from ..checking import NotNegative
+from ..checking import NotNegative, Rate
 from ..data.augmentation import AUGMENTATIONS, Augmentation
 from ..text import describe_fault
 
@@ -23,8 +23,6 @@ else:
     import tomli as tomllib
 
 __all__ = ["Phase", "make_schedule", "read_phases"]
-
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
