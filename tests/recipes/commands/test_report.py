@@ -15,7 +15,13 @@ from image_folders import make_folder, make_image
 
 from backbone_finetune.cli import main
 from backbone_finetune.recipes.commands.evaluate import score_answers
-from backbone_finetune.recipes.commands.figures import Answers, auroc, bootstrap, expected_calibration_error
+from backbone_finetune.recipes.commands.figures import (
+    Answers,
+    auroc,
+    bootstrap,
+    chance_calibration_error,
+    expected_calibration_error,
+)
 from backbone_finetune.recipes.commands.report import make_report, write_evaluation
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -145,6 +151,25 @@ def test_without_test_images_the_page_is_of_the_validation_images(tmp_path: Path
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_accuracy"] is None
 
 
+def test_of_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path) -> None:
+    names = tuple(f"class {index}" for index in range(100))
+    targets = [index % 100 for index in range(300)]
+    predicted = [7 if target == 3 else 9 if index == 11 else target for index, target in enumerate(targets)]
+    probabilities = 0.9 * numpy.eye(100)[predicted] + 0.001
+    answers = Answers(names, [tmp_path / "gone.png"] * 300, targets, probabilities)
+    page = make_report(score_answers(answers), title="many", facts={})
+    assert "<p>The 2 most confused of 2 pairs.</p>" in page
+    first, second = (
+        f"<tr><td>class {true}</td><td>class {wrong}</td><td>{count}</td><td>{share}</td></tr>"
+        for true, wrong, count, share in ((3, 7, 3, "100%"), (11, 9, 1, "33%"))
+    )
+    assert 0 < page.index(first) < page.index(second)
+    assert len(page) < 50_000
+    few = make_report(score_answers(make_answers(tmp_path)), title="few", facts={})
+    assert '<table class="matrix">' in few
+    assert "most confused of" not in few
+
+
 def test_figures_are_those_of_their_definitions() -> None:
     generator = numpy.random.default_rng(0)
     scores, positive = generator.integers(5, size=60) / 5, generator.integers(2, size=60).astype(float)
@@ -155,5 +180,8 @@ def test_figures_are_those_of_their_definitions() -> None:
     perfect = (right < confidence).astype(float)
     assert expected_calibration_error(confidence, perfect) < 0.06
     assert expected_calibration_error(confidence, 1 - perfect) > 0.3
+    by_chance = [chance_calibration_error(confidence[:count]) for count in (30, 1000)]
+    assert by_chance[0] > 0.15
+    assert 0.06 > by_chance[1] > expected_calibration_error(confidence, perfect)
     wide, narrow = (bootstrap(lambda values: float(values.mean()), right[:count]) for count in (30, 1000))
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)

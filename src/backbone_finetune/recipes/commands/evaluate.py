@@ -10,7 +10,7 @@ from ..data.finding import choose_test, find_splits
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import SingleLabel, SoftLabels
-from .figures import Answers, Interval, auroc, bootstrap, expected_calibration_error
+from .figures import Answers, Interval, auroc, bootstrap, chance_calibration_error, expected_calibration_error
 from .nearest import measure_neighbors
 from .predict import predict_labelled
 
@@ -35,13 +35,15 @@ class ClassScore:
 class Evaluation:
     """How a model does on images: ``confusion[i][j]`` images of class ``i`` were predicted as class ``j``.
 
-    ``calibration_error`` is the expected one (Guo et al. 2017): the mean distance of confidence and accuracy.
+    ``calibration_error`` is the expected one (Guo et al. 2017): the mean distance of confidence and accuracy. A
+    perfectly calibrated model stays below ``calibration_error_by_chance`` in 95 of 100 cases.
     """
 
     accuracy: float
     accuracy_interval: Interval
     balanced_accuracy: float  # the mean recall of the classes that have images
-    calibration_error: Interval
+    calibration_error: float
+    calibration_error_by_chance: float
     images: int
     classes: tuple[ClassScore, ...]
     missing_classes: tuple[str, ...]
@@ -126,19 +128,29 @@ def score_answers(answers: Answers, *, skipped: Sequence[str] = (), missing: Seq
         f1 = 2 * correct / (support + predicted) if support + predicted else None
         area = auroc(answers.probabilities[:, index], (targets == index).astype(float))
         scores.append(ClassScore(name, support, predicted, correct, precision, recall, f1, area))
+    confidence = answers.probabilities.max(1)
     recalls = [score.recall for score in scores if score.recall is not None]
     accuracy = bootstrap(lambda right: float(right.mean()), answers.is_right)
     return Evaluation(
         accuracy=accuracy.value,
         accuracy_interval=accuracy,
         balanced_accuracy=sum(recalls) / len(recalls),
-        calibration_error=bootstrap(expected_calibration_error, answers.probabilities.max(1), answers.is_right),
+        calibration_error=expected_calibration_error(confidence, answers.is_right),
+        calibration_error_by_chance=chance_calibration_error(confidence),
         images=len(targets),
         classes=tuple(scores),
         missing_classes=tuple(missing),
         skipped_images=tuple(skipped),
         confusion=tuple(tuple(map(int, row)) for row in confusion),
         answers=answers,
+    )
+
+
+def describe_calibration(evaluation: Evaluation) -> str:
+    """Format the calibration error, with what it would be by chance."""
+    return (
+        f"{evaluation.calibration_error:.3f}, the mean distance of confidence and accuracy; perfectly calibrated, "
+        f"{evaluation.calibration_error_by_chance:.3f} or less on {evaluation.images:,} images"
     )
 
 
@@ -151,7 +163,7 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         precision, recall, f1, area = ("-" if share is None else f"{share:.3f}" for share in shares)
         lines.append(f"{score.name:{width}}  {score.support:>6,}  {precision:>9}  {recall:>6}  {f1:>5}  {area:>5}")
     lines.append(f"accuracy {evaluation.accuracy_interval} of {evaluation.images:,} images")
-    lines.append(f"calibration error {evaluation.calibration_error}, the mean distance of confidence and accuracy")
+    lines.append(f"calibration error {describe_calibration(evaluation)}")
     if len({score.support for score in evaluation.classes if score.support}) > 1:
         lines.append(f"balanced accuracy {evaluation.balanced_accuracy:.3f}, the mean recall of the classes")
     if evaluation.neighbor_accuracy is not None:

@@ -11,13 +11,15 @@ from torch import nn
 
 from ..data.identical import Copy
 from ..files import replacing
-from .evaluate import ClassScore, Evaluation, score_answers
+from .evaluate import ClassScore, Evaluation, describe_calibration, score_answers
 from .figures import Answers, calibration_bins, order_mistakes
 from .label_issues import LabelIssue
 from .metrics import Metrics
 from .page import curves_svg, gallery, make_page, table, text
 
 SHOWN = 24  # images of each kind
+MOST_DRAWN = 30  # classes; of more, the matrix is larger than a screen, and than all else in the page
+MOST_PAIRS = 50
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, *, title: str = "Evaluation") -> tuple[Path, ...]:
@@ -86,7 +88,7 @@ def make_report(
         **facts,
         "accuracy": f"{evaluation.accuracy_interval} of {evaluation.images:,} images",
         "balanced accuracy": f"{evaluation.balanced_accuracy:.3f} (the mean recall of the classes)",
-        "calibration error": f"{evaluation.calibration_error} (the mean distance of confidence and accuracy)",
+        "calibration error": describe_calibration(evaluation),
     }
     if evaluation.neighbor_accuracy is not None:
         known["neighbours"] = f"{evaluation.neighbor_accuracy} (a vote of the 20 nearest training images)"
@@ -100,7 +102,9 @@ def make_report(
         "<h2>By class</h2>",
         _class_table(evaluation.classes),
         "<h2>Which class was taken for which</h2>",
-        _confusion(answers.class_names, evaluation.confusion),
+        (_confusion if len(answers.class_names) <= MOST_DRAWN else _confused)(
+            answers.class_names, evaluation.confusion
+        ),
         "<h2>Confidence and accuracy</h2>",
         table(
             ("confidence", "accuracy", "images"),
@@ -170,6 +174,23 @@ def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
         )
         rows.append(f"<tr><th>{text(name)}</th>{cells}</tr>")
     return f'<div class="wide"><table class="matrix">{"".join(rows)}</table></div>'
+
+
+def _confused(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """List the most confused pairs of many classes."""
+    pairs = [
+        (row[predicted], true, predicted)
+        for true, row in enumerate(counts)
+        for predicted in range(len(names))
+        if row[predicted] and predicted != true
+    ]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
+    rows = [
+        (names[true], names[predicted], count, f"{count / sum(counts[true]):.0%}")
+        for count, true, predicted in pairs[:MOST_PAIRS]
+    ]
+    shown = f"<p>The {len(rows)} most confused of {len(pairs)} pairs.</p>"
+    return shown + table(("true", "predicted", "images", "share of the class"), rows)
 
 
 def _show_issues(issues: Sequence[LabelIssue]) -> list[str]:
