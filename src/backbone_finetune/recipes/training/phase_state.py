@@ -72,6 +72,8 @@ def prepared_phase(
 ) -> Iterator[PhaseState]:
     """Freeze, wrap, and train in the block; then release, and check that no frozen tensor changed."""
     accelerator = config.accelerator
+    # Before its frozen tensors are read, which is faster there; a caller may also run it there after the phase.
+    model.to(accelerator.device)
     model.norm_eval = phase.norm_eval
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
     changed.update(model.state_dict().keys() - model.frozen_names())
@@ -80,8 +82,6 @@ def prepared_phase(
         data = prepare_data(model, train, validation, config, phase)
         lr, weight_decay = choose_rates(data, phase, config)
         phase = replace(phase, lr=lr, weight_decay=weight_decay)
-        # The model itself is moved too, because a caller may run it there after the phase.
-        model.to(accelerator.device)
         copied, module = model, data.module
         if accelerator.is_fsdp2 and config.monitor is not None:
             raise ValueError("monitor was given, and FSDP2 shards what it keeps of the best epoch; leave monitor out")

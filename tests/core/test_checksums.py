@@ -1,0 +1,77 @@
+"""Checksums that stand for a comparison of frozen tensors on a GPU, computed on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backbone_finetune import FineTuneModel, checksums, verification
+
+VALUES = torch.randn(101, 3, generator=torch.Generator().manual_seed(0))
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int16,
+    torch.uint8,
+    torch.bool,
+)
+
+
+def of(tensor: Tensor) -> str:
+    return checksums.checksums({"it": tensor})["it"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_change_of_a_bit_changes_the_checksum(dtype: torch.dtype) -> None:
+    tensor = (VALUES * 100).abs().to(dtype)
+    before = of(tensor)
+    octets = tensor.view(torch.uint8)
+    for place in (0, 1, 77, octets.numel() - 1):
+        changed = tensor.clone()
+        changed.view(torch.uint8).view(-1)[place] ^= 1
+        assert of(changed) != before
+    assert of(tensor.clone()) == before
+    assert of(tensor.flip(0)) != before or dtype == torch.bool
+
+
+def test_small_changes_of_many_numbers_change_the_checksum() -> None:
+    seen = {of(VALUES)}
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(300):
+        changed = VALUES.clone()
+        changed.view(torch.int32).add_(torch.randint(-1, 2, VALUES.shape, generator=generator, dtype=torch.int32))
+        seen.add(of(changed))
+    assert len(seen) == 301
+
+
+def test_the_checksum_is_of_all_chunks_in_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(2, 3, 4, 5)
+    tensors = [VALUES, VALUES.bfloat16()[:, 1:], VALUES.t(), torch.tensor(3.0), torch.zeros(0), VALUES.to_sparse()]
+    tensors += [torch.complex(VALUES, VALUES).conj(), images.contiguous(memory_format=torch.channels_last)]
+    whole = [of(tensor) for tensor in tensors]
+    monkeypatch.setattr(checksums, "_CHUNK", 7)
+    assert [of(tensor) for tensor in tensors] == whole
+    assert len(set(whole)) == len(whole)
+    assert whole[-1] == of(images)
+    assert of(VALUES) != of(VALUES.reshape(-1))
+
+
+def test_frozen_tensors_are_compared_by_checksums_where_they_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "has_checksum", lambda tensor: True)
+    monkeypatch.setattr(verification, "digest", lambda tensor: pytest.fail("a tensor was sent to the host"))
+    model = FineTuneModel(nn.Linear(4, 3), nn.Linear(3, 2)).freeze_backbone()
+    with model.assert_frozen():
+        # As if the model moved to the CPU: both values of a tensor are of one kind.
+        monkeypatch.setattr(verification, "has_checksum", lambda tensor: False)
+    monkeypatch.setattr(verification, "has_checksum", lambda tensor: True)
+    with pytest.raises(AssertionError, match=r"1 of 2 frozen tensors changed.\n.*backbone\.bias"):
+        change_a_bit(model)
+
+
+def change_a_bit(model: FineTuneModel) -> None:
+    with model.assert_frozen(), torch.no_grad():
+        model.backbone.bias.view(torch.int32)[0] ^= 1
