@@ -94,7 +94,8 @@ def evaluate(
         return outputs
 
     def check(targets: Tensor) -> None:
-        objective.check(name, targets[is_read(targets)], columns[0] if columns else None)
+        if columns:
+            objective.check(name, targets[is_read(targets)], columns[0])
 
     loaded = load_batches(
         data,
