@@ -17,9 +17,10 @@ from .splitting import count_classes, measure_features
 class TimmProtocol(nn.Module):
     """The methods and properties that timm's scripts, optimizer factory and data helpers use.
 
+    >>> from timm.optim import create_optimizer_v2
     >>> from backbone_finetune import FineTuneModel
-    >>> isinstance(FineTuneModel.from_timm("test_resnet", num_classes=2), TimmProtocol)
-    True
+    >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
+    >>> optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, layer_decay=0.75)
     """
 
     backbone: nn.Module

@@ -49,5 +49,5 @@ def export_torch(trained: TrainedModel, path: Path, *, images: Sequence[Path] = 
         with converting("torch.export"):
             program = torch.export.export(comparison.network, (example,), dynamic_shapes=(batch,))
             torch.export.save(program, temporary, extra_files=files)
-        loaded = torch.export.load(temporary).module()
+            loaded = torch.export.load(temporary).module()
         return comparison.prove(loaded, path, use=f"torch.export.load({str(path)!r}).module()")
