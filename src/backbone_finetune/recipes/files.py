@@ -46,7 +46,7 @@ def sync_folder(folder: Path) -> None:
 def digest_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal; the file is read in blocks."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

@@ -28,8 +28,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="DATA",
-        help="a folder with a sub-folder of images per class, or with train, val and test of such folders; or a table "
-        "with the columns path, label (or labels, as cat;dog) and, optionally, split and group (.csv, .tsv, .parquet)",
+        help="a folder with a sub-folder of images per class, or with train, val and test of such folders; a table "
+        "with the columns path, label (or labels, as cat;dog) and, optionally, split and group (.csv, .tsv, .parquet); "
+        ".tar files with class folders or samples of webdataset, a folder of them or 'train-{0000..0003}.tar'; or a "
+        "dataset of Hugging Face on disk",
     )
     add(
         "--validation",
@@ -193,7 +195,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "images",
         type=Path,
         metavar="DATA",
-        help="a folder with a sub-folder for each of the model's classes, or a table; a test split in it is used alone",
+        help="what `train` takes: a folder with a sub-folder for each of the model's classes, a table, .tar files or a "
+        "dataset; a test split in it is used alone",
     )
     add(
         "--neighbors",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.finding import choose_test, find_splits
+from ..data.finding import choose_test, find_splits, has_columns
 from ..data.tables import TABLES
 from ..files import replacing
 from ..models.file import TrainedModel
@@ -88,7 +88,7 @@ def evaluate_table(
 
     Args:
         trained: The model, on any device; its objective is `MultiLabel` or `Regression`.
-        table: A ``.csv`` or ``.tsv`` file.
+        table: A ``.csv``, ``.tsv`` or ``.parquet`` file, samples of webdataset, or a dataset of Hugging Face on disk.
         batch_size: The number of images per batch.
         workers: The number of processes that read images; None chooses by cores and images.
         tta: Whether to average over the image and its mirror image (test-time augmentation).
@@ -99,7 +99,7 @@ def evaluate_table(
         ValueError: the table has other columns or labels than the model, or no image can be read.
     """
     objective, names = trained.objective, trained.class_names
-    if table.suffix.lower() not in TABLES:
+    if not has_columns(table):
         raise ValueError(f"{table}: the model has labels or values, and takes a table ({', '.join(TABLES)})")
     values = names if isinstance(objective, Regression) else ()
     found = choose_test(find_splits(table, names, values))

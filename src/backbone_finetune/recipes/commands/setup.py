@@ -54,7 +54,8 @@ class TrainSettings:
     """The settings of a run. By default: the packaged ImageNet weights, on the packaged clipart.
 
     Args:
-        images: A folder with a sub-folder of images per class, with train, val and test folders of these, or a table.
+        images: A folder with a sub-folder of images per class, with train, val and test folders of these, a table, tar
+            files, or a dataset of Hugging Face on disk; see ``find_images``.
         validation: Images on which rates and the best epoch are chosen. By default the val folder.
         test: Images on which the trained model is tested once. By default the test folder; if there is
             none, the validation images if nothing is chosen on them, else a share of each class.

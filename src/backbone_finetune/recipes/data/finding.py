@@ -1,4 +1,4 @@
-"""Find images and their classes: in a folder of classes, in train/, val/ and test/, or in a table."""
+"""Find images and their classes: in a folder of classes, in train/, val/ and test/, a table, tar files or a dataset."""
 
 import logging
 import os
@@ -7,23 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
-from ..text import has_control_characters, join_some, printable
+from ..text import has_control_characters, join_some
+from .hugging_face import is_dataset, read_dataset
 from .images import LabelledFolder
+from .names import EXAMPLES, choose_parts, is_image, kind_of, warn_of_left_out
 from .rows import PARTS, TEST, TRAIN, VALIDATION, Labelled
 from .tables import TABLES, read_table
+from .tar_layouts import read_tars
+from .tars import list_shards
 
 logger = logging.getLogger(__name__)
 
-# All suffixes that Pillow can read without EPS, which runs Ghostscript, and without formats that have no decoder.
-NO_DECODER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-IMAGE_EXTENSIONS = frozenset(
-    extension
-    for extension, name in Image.registered_extensions().items()
-    if name in Image.OPEN and name not in NO_DECODER
-)
-EXAMPLES = ".jpg, .png, .webp and all that Pillow reads"
 EXPECTED = "expected a folder with a sub-folder of images per class"
 
 
@@ -43,7 +37,9 @@ def find_images(path: Path, class_names: Sequence[str] | None = None) -> Labelle
     (('cat', 'dog'), (0, 0, 1))
 
     Args:
-        path: The folder; or a ``.csv``, ``.tsv`` or ``.parquet`` table with columns ``path`` and ``label``.
+        path: The folder; a ``.csv``, ``.tsv`` or ``.parquet`` table with columns ``path`` and ``label``; a ``.tar``
+            file, a folder or a pattern (``train-{0000..0003}.tar``) of these, with class folders or samples of
+            webdataset; or a dataset of Hugging Face on disk.
         class_names: The allowed classes, in their order. By default those that are found, at least two.
 
     Raises:
@@ -64,10 +60,10 @@ def find_splits(
     """List the images of each part of the data: "train" and, if present, "validation" and "test".
 
     The parts are folders ``train``, ``val`` (``valid``, ``validation``) and ``test`` that have the same sub-folders,
-    one per class; or the splits in a column of a table. The classes of all parts are those of "train", unless
-    ``class_names`` are given. Data that is not split is "train" as a whole. For a table with a column ``labels``, or
-    with ``values``, columns of numbers, targets are rows. Images have the groups in its column ``group``, or in the one
-    that is given.
+    one per class; the splits in a column of a table; or those of a dataset. The classes of all parts are those of
+    "train", unless ``class_names`` are given. Data that is not split is "train" as a whole. For a table with a column
+    ``labels``, or with ``values``, columns of numbers, targets are rows. Images have the groups in its column
+    ``group``, or in the one that is given.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -82,35 +78,44 @@ def find_splits(
         NotADirectoryError: the path is a file, but not a table.
         ValueError: as for `find_images`; or a part has a class that "train" does not have.
     """
-    if path.suffix.lower() in TABLES and path.is_file():
-        found = read_table(path, values, group)
+    if (found := _read_columns(path, values, group)) is not None:
         class_names = values or class_names
         parts = {TRAIN: _label(path, found.pop(TRAIN), class_names)}
         known = class_names or parts[TRAIN].class_names
         return parts | {part: _label(path, images, known) for part, images in found.items()}
     if values or group is not None:
         what = "values" if values else "groups"
-        raise ValueError(f"{path}: no table; {what} are read from columns of a table ({', '.join(TABLES)})")
-    folders = _folders_in(path)
-    named = {PARTS[folder.name.lower()]: folder for folder in folders if folder.name.lower() in PARTS}
-    inside = {part: {folder.name for folder in _folders_in(folder)} for part, folder in named.items()}
-    are_same = any(inside[part] & inside.get(TRAIN, set()) for part in named if part != TRAIN)
-    if TRAIN not in named and len(named) > 1 and set.intersection(*inside.values()):
-        raise ValueError(
-            f"{path}: {join_some([folder.name for folder in named.values()])} have the same sub-folders, and there is "
-            "no train; add a folder train, or pass one of them"
-        )
-    if TRAIN not in named or not (are_same or len(named) == len(folders)):
+        raise ValueError(f"{path}: no table; {what} are read from columns of a table ({', '.join(TABLES)}) or dataset")
+    folders = {folder.name: folder for folder in _folders_in(path)}
+    chosen = choose_parts(
+        path,
+        {
+            name: {each.name for each in _folders_in(folder)} if name.lower() in PARTS else set()
+            for name, folder in folders.items()
+        },
+    )
+    if not chosen:
         return {TRAIN: _find_classes(path, class_names)}
-    if others := [folder.name for folder in folders if folder not in named.values()]:
-        logger.warning("%s: left out: %s; only train, val and test are used", _show(path), _show(join_some(others)))
-    parts = {TRAIN: _find_classes(named[TRAIN], class_names)}
-    for part in (VALIDATION, TEST):
-        if inside.get(part):
-            parts[part] = _find_classes(named[part], class_names or parts[TRAIN].class_names)
-        elif part in named:
-            logger.warning("%s: left out: no sub-folders, so its images are of no known class", _show(named[part]))
+    parts = {TRAIN: _find_classes(folders[chosen[TRAIN]], class_names)}
+    for part in (part for part in (VALIDATION, TEST) if part in chosen):
+        parts[part] = _find_classes(folders[chosen[part]], class_names or parts[TRAIN].class_names)
     return parts
+
+
+def has_columns(path: Path) -> bool:
+    """Return whether a path is a table, a dataset of Hugging Face, or of tar files."""
+    return path.suffix.lower() in TABLES or bool(list_shards(path)) or is_dataset(path)
+
+
+def _read_columns(path: Path, values: Sequence[str], group: str | None) -> dict[str, list[Labelled]] | None:
+    """Read the images of each part; None for a folder of files."""
+    if path.suffix.lower() in TABLES and path.is_file():
+        return read_table(path, values, group)
+    if is_dataset(path):
+        return read_dataset(path, values, group)
+    if shards := list_shards(path):
+        return read_tars(path, shards, values, group)
+    return None
 
 
 def _find_classes(root: Path, class_names: Sequence[str] | None) -> LabelledFolder:
@@ -119,17 +124,15 @@ def _find_classes(root: Path, class_names: Sequence[str] | None) -> LabelledFold
     if not folders:
         raise ValueError(f"{root} has no sub-folders; {EXPECTED}")
     beside = [path for path in root.iterdir() if not path.is_dir() and not path.name.startswith(".")]
-    left_out = Counter(f"{_kind(path)} beside the folders" for path in beside)
+    left_out = Counter(f"{kind_of(path)} beside the folders" for path in beside)
     images: list[Labelled] = []
     for folder in folders:
         files = sorted(_files_below(folder))
-        if not any(map(_is_image, files)):
+        if not any(map(is_image, files)):
             raise ValueError(f"class folder {folder} holds no image ({EXAMPLES}); add images to it, or remove it")
-        left_out += Counter(_kind(path) for path in files if not _is_image(path))
-        images += [Labelled(path, folder.name) for path in files if _is_image(path)]
-    if left_out:
-        kinds = join_some([f"{count} {kind}" for kind, count in left_out.most_common()], most=10)
-        logger.warning("%s: %d files left out: %s", _show(root), left_out.total(), _show(kinds))
+        left_out += Counter(kind_of(path) for path in files if not is_image(path))
+        images += [Labelled(path, folder.name) for path in files if is_image(path)]
+    warn_of_left_out(root, left_out)
     return _label(root, images, class_names)
 
 
@@ -164,7 +167,7 @@ def _folders_in(root: Path) -> list[Path]:
     if not root.exists():
         raise FileNotFoundError(f"{root}: there is no such folder; {EXPECTED}")
     if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file; {EXPECTED}, or a table ({', '.join(TABLES)})")
+        raise NotADirectoryError(f"{root} is a file; {EXPECTED}, a table ({', '.join(TABLES)}), or a .tar")
     inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     return [path for path in inside if not root.resolve().is_relative_to(path.resolve())]
 
@@ -192,25 +195,13 @@ def list_images(given: Sequence[Path]) -> list[Path]:
     """Replace each folder among paths by the images below it, at least one; other paths are not changed."""
     paths: list[Path] = []
     for path in given:
-        found = sorted(filter(_is_image, _files_below(path))) if path.is_dir() else [path]
+        found = sorted(filter(is_image, _files_below(path))) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"{path}: a folder without images ({EXAMPLES})")
         paths += found
     return paths
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_EXTENSIONS
-
-
 def choose_test(parts: Mapping[str, LabelledFolder]) -> LabelledFolder:
     """Return the images to test a model on: "test" if it exists, else "validation", else all images."""
     return next(parts[part] for part in (TEST, VALIDATION, TRAIN) if part in parts)
-
-
-def _kind(path: Path) -> str:
-    return path.suffix.lower() or "without a suffix"
-
-
-def _show(text: object) -> str:
-    return printable(str(text))

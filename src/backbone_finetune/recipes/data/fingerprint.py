@@ -140,7 +140,8 @@ def _describe(dataset: Any) -> Any:
             f"{reason}; use an evaluation transform, as timm's create_transform(224) gives, or {_NAME_INSTEAD}"
         )
     if type(dataset) is ImageDataset:
-        return [kind, _describe_files(dataset.folder.paths, dataset.folder.targets, dataset.folder.root)]
+        files = _describe_files(dataset.folder.paths, dataset.folder.targets, dataset.folder.root)
+        return [kind, files, *([] if dataset.folder.groups is None else [list(dataset.folder.groups)])]
     if kind == "torchvision.datasets.folder.ImageFolder":
         paths, targets = zip(*dataset.samples, strict=True)
         return [kind, _describe_files(map(Path, paths), targets, Path(dataset.root))]

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..files import digest_file
 from ..text import join_some, printable
 from .images import LabelledFolder
+from .packed import size_of
 from .rows import TRAIN
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def warn_of_identical(parts: Mapping[str, LabelledFolder]) -> None:
 def _digest_same_sizes(parts: Mapping[str, LabelledFolder]) -> dict[Path, str]:
     """Digest the files that have the size of another one, or are listed twice; each is read once."""
     entries = [path for images in parts.values() for path in images.paths]
-    sizes = {path: path.stat().st_size for path in dict.fromkeys(entries) if path.is_file()}
+    sizes = {path: size_of(path) for path in dict.fromkeys(entries) if path.is_file()}
     counts = Counter(sizes[path] for path in entries if path in sizes)
     chosen = [path for path, size in sizes.items() if counts[size] > 1]
     with ThreadPoolExecutor() as threads:

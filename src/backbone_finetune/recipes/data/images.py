@@ -1,6 +1,7 @@
 """Images and their classes: read them, and hold out a test set."""
 
 import random
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -145,7 +146,7 @@ def read_image(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")
             # Pillow warns about a decompression bomb, and raises an error at twice the size; here both are errors.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with path.open("rb") as opened, Image.open(opened) as file:
                 if max(file.size) > MOST_ELONGATED * min(file.size):
                     raise ValueError(f"{file.width} x {file.height} pixels; at most 1 to {MOST_ELONGATED} is allowed")
                 image = ImageOps.exif_transpose(file)
@@ -163,7 +164,7 @@ def read_image(path: Path) -> Image.Image:
     except MemoryError:
         raise ValueError(f"{path}: takes more memory than there is") from None
     except Exception as error:  # Pillow may raise anything for a damaged file, including struct.error and KeyError
-        reason = str(error).replace(f" {str(path)!r}", "")  # Pillow repeats the path in some of its messages
+        reason = re.sub(r" (<.*>|'.*')$", "", str(error))  # Pillow ends some of its messages with the file
         raise ValueError(f"{path}: not a readable image ({reason})") from error
 
 

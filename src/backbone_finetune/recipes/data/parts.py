@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from ..text import join_some, printable
-from .finding import choose_test, find_splits
+from .finding import choose_test, find_splits, has_columns
 from .identical import warn_of_identical
 from .images import LabelledFolder, split
 from .rows import SEPARATORS, TEST, TRAIN, VALIDATION
@@ -55,7 +55,7 @@ def find_data(
     each += ", by groups" * (parts[TRAIN].groups is not None)
     for part, other in ((VALIDATION, validation), (TEST, test)):
         if other is not None:
-            column = group if other.suffix.lower() in TABLES else None
+            column = group if has_columns(other) else None
             parts[part] = choose_test(find_splits(other, parts[TRAIN].class_names, values, column))
     notes = dict.fromkeys(parts, "")
     if len(parts) == 1:

@@ -1,0 +1,113 @@
+"""Datasets of Hugging Face on disk: a column of images, one of classes, labels or values, and perhaps of groups."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..extras import import_extra
+from ..text import printable
+from .packed import PackedPath
+from .rows import LABELS, PARTS, SEVERAL, SPLITS, TRAIN, Columns, Labelled, Row, choose_columns, show_names, sort_rows
+from .tables import PATHS
+
+logger = logging.getLogger(__name__)
+
+
+def is_dataset(path: Path) -> bool:
+    """Return whether a folder is what ``save_to_disk`` of a Dataset or a DatasetDict writes."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def read_dataset(root: Path, values: Sequence[str] = (), group: str | None = None) -> dict[str, list[Labelled]]:
+    """Read the names of images and their targets, for each part of the data, from a dataset on disk.
+
+    The images are in the column of type ``Image``; of several, in ``image``. The column of classes is ``label``, or the
+    one of type ``ClassLabel``. Splits of a ``DatasetDict`` are parts; one without labels is left out.
+
+    Raises:
+        ModuleNotFoundError: ``datasets`` is not installed.
+        ValueError: there is no column of images, or as for `sort_rows`.
+    """
+    datasets = import_extra("datasets", "datasets")
+    loaded = datasets.load_from_disk(str(root))
+    splits = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
+    others = [name for name in splits if name and name.lower() not in PARTS]
+    if len(others) == len(splits):
+        raise ValueError(f"{root}: its splits are {show_names(others)}; expected train and, optionally, val and test")
+    if others:
+        shown = map(printable, (str(root), show_names(others)))
+        logger.warning("%s: left out: %s; only train, val and test are used", *shown)
+    rows: list[Row] = []
+    for name in (name for name in splits if name not in others):
+        split = splits[name].with_format(None)
+        titles = _title_columns(split.features, datasets.ClassLabel)
+        names = [title for title in titles if not name or title.strip().lower() not in SPLITS]
+        columns = choose_columns(root, names, values, group)
+        image = _find_images(root, split.features, datasets.Image)
+        found = list(_read_rows(root / name, split, titles, columns, image))
+        is_known = any(row.cells[columns.targets[0]] is not None for row in found)
+        if name:
+            columns = columns._replace(split=SPLITS[0])
+            found = [row._replace(cells={**row.cells, SPLITS[0]: name}) for row in found]
+        if name and PARTS[name.lower()] != TRAIN and not is_known:
+            logger.warning("%s: left out: no row of it has a label", printable(str(root / name)))
+            continue
+        rows += found
+    return sort_rows(root, columns, rows)
+
+
+def _find_images(root: Path, features: Mapping[str, Any], kind: type) -> str:
+    """Return the column of images."""
+    found = [name for name, feature in features.items() if isinstance(feature, kind)]
+    found = [name for name in found if name.lower() in PATHS] if len(found) > 1 else found
+    if len(found) != 1:
+        raise ValueError(
+            f"{root}: its columns are {show_names(list(features))}; expected one of type Image, or named image"
+        )
+    return found[0]
+
+
+def _title_columns(features: Mapping[str, Any], class_label: type) -> dict[str, str]:
+    """Return the column that is read under each name: the only column of classes is ``label``."""
+    titles = {name: name for name in features}
+    classes = [name for name, feature in features.items() if isinstance(feature, class_label)]
+    named = [name for name in features if name.strip().lower() in (*LABELS, SEVERAL)]
+    if len(classes) == 1 and named in ([], classes) and classes[0].strip().lower() not in LABELS:
+        titles = {LABELS[0] if name == classes[0] else name: name for name in features}
+    return titles
+
+
+def _read_rows(root: Path, split: Any, titles: Mapping[str, str], columns: Columns, image: str) -> Iterator[Row]:
+    """Yield the rows of a split; an image is read when it is opened."""
+    datasets, compute = import_extra("datasets", "datasets"), import_extra("pyarrow.compute", "datasets")
+    packed = split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    stored = packed.data.column(image)
+    sizes = compute.binary_length(compute.struct_field(stored, "bytes")).to_pylist()
+    sources = compute.struct_field(stored, "path").to_pylist()
+    cells = {name: _decode(split.features[titles[name]], split[titles[name]][:]) for name in columns.names}
+    for index, (size, source) in enumerate(zip(sizes, sources, strict=True)):
+        name = f"{index}-{Path(source).name}" if source else str(index)
+        path = PackedPath(root / name).holding(partial(_read_image, packed, image, index), size or 0)
+        yield Row(f"{root}, row {index}", path, {name: column[index] for name, column in cells.items()})
+
+
+def _read_image(packed: Any, column: str, index: int) -> bytes:
+    """Return the bytes of an image, which ``save_to_disk`` stores also where it was a file; b"" if it is missing."""
+    content: bytes | None = (packed[index][column] or {}).get("bytes")
+    return content or b""
+
+
+def _decode(feature: Any, cells: Sequence[Any]) -> list[Any]:
+    """Replace the numbers of classes by their names; -1 is of an unknown class."""
+    of_each = getattr(feature, "feature", feature)  # that of the elements of lists
+    if (names := getattr(of_each, "names", None)) is None:
+        return list(cells)
+
+    def name(cell: Any) -> Any:
+        if isinstance(cell, list):
+            return [name(each) for each in cell]
+        return None if cell is None or cell < 0 else names[cell]
+
+    return [name(cell) for cell in cells]

@@ -1,0 +1,64 @@
+"""Paths of images that are inside other files: in a tar file, or in a row of a dataset."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+if sys.platform == "win32":
+    from pathlib import WindowsPath as _Path
+else:
+    from pathlib import PosixPath as _Path
+
+
+class PackedPath(_Path):
+    """The path of an image inside another file, such as ``shard.tar/cat/1.jpg``, which is opened like that of a file.
+
+    >>> path = PackedPath("shard.tar/cat/1.jpg").holding(b"GIF89a".upper, size=6)
+    >>> path.name, path.open().read(), path.is_file(), size_of(path)
+    ('1.jpg', b'GIF89A', True, 6)
+    """
+
+    read: Callable[[], bytes] | None = None
+    size = 0
+
+    def holding(self, read: Callable[[], bytes], size: int) -> "PackedPath":
+        """Return this path of contents that ``read``, which can be pickled, returns."""
+        path = type(self)(str(self))
+        path.read, path.size = read, size
+        return path
+
+    def open(self, *arguments: Any, **settings: Any) -> Any:
+        """Open the contents for reading bytes; a folder above the image is that of the file system."""
+        return super().open(*arguments, **settings) if self.read is None else BytesIO(self.read())
+
+    def is_file(self, **settings: Any) -> bool:
+        """Return True for contents."""
+        return self.read is not None or super().is_file(**settings)
+
+    def __reduce__(self) -> Any:
+        """Keep the contents in a copy or in another process."""
+        return (type(self), (str(self),)) if self.read is None else (_restore, (str(self), self.read, self.size))
+
+
+def _restore(name: str, read: Callable[[], bytes], size: int) -> PackedPath:
+    return PackedPath(name).holding(read, size)
+
+
+def size_of(path: Path) -> int:
+    """Return the number of bytes of a file, or of a packed one."""
+    return path.size if isinstance(path, PackedPath) and path.read is not None else path.stat().st_size
+
+
+def read_range(path: Path, start: int, count: int) -> bytes:
+    """Return some bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(count)
+
+
+def pack_range(name: Path, path: Path, start: int, count: int) -> PackedPath:
+    """Return the path of an image that is a range of bytes of a file."""
+    return PackedPath(name).holding(partial(read_range, path, start, count), count)

@@ -1,0 +1,135 @@
+"""Tar files of images: which files a path stands for, and an index with which each member is read at random."""
+
+import glob
+import logging
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from ..text import join_some, printable
+from .packed import PackedPath, pack_range, read_range
+from .rows import PARTS, TRAIN
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 512
+
+
+class Member(NamedTuple):
+    """A file in a tar file: its folders and name, and the path that opens it."""
+
+    shard: Path
+    parts: tuple[str, ...]
+    path: PackedPath
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files in one or several tar files.
+
+    Args:
+        root: What stands for the tar files.
+        members: The files that are not hidden, in the order of the tar files.
+        part_of: The part of the data that the name of each tar file gives; None without any.
+        left_out: The numbers of other files, by kind.
+    """
+
+    root: Path
+    members: list[Member]
+    part_of: dict[Path, str | None]
+    left_out: Counter[str]
+
+
+def list_shards(path: Path) -> list[Path]:
+    """Return the tar files that a path stands for; none if it is no tar file, pattern, or folder of tar files.
+
+    A pattern is ``train-{0000..0003}.tar`` or ``train-*.tar``. In a folder they may be in folders train, val and test.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    if path.is_dir():
+        folders = _visible_folders(path)
+        if any(each.name.lower() not in PARTS or _visible_folders(each) for each in folders):
+            return []  # class folders
+        return sorted(shard for each in folders or [path] for shard in each.glob("*.tar") if shard.is_file())
+    if path.suffix.lower() != ".tar":
+        return []
+    shards = [path] if path.is_file() else list(map(Path, expand_braces(str(path))))
+    if shards == [path] and not path.is_file():
+        shards = list(map(Path, sorted(glob.glob(str(path)))))
+    if missing := [shard for shard in shards or [path] if not shard.is_file()]:
+        raise FileNotFoundError(f"{missing[0]}: there is no such tar file")
+    return shards
+
+
+def _visible_folders(path: Path) -> list[Path]:
+    return [each for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the names that a pattern stands for, as in a shell.
+
+    >>> expand_braces("train-{008..010}.tar")
+    ['train-008.tar', 'train-009.tar', 'train-010.tar']
+    """
+    if (found := re.search(r"\{(\d+)\.\.(\d+)\}", pattern)) is None:
+        return [pattern]
+    first, last = found.groups()
+    before, after = pattern[: found.start()], expand_braces(pattern[found.end() :])
+    return [f"{before}{number:0{len(first)}}{rest}" for number in range(int(first), int(last) + 1) for rest in after]
+
+
+def read_shards(root: Path, shards: Sequence[Path]) -> Shards:
+    """List the files in tar files; raise ValueError if one is no tar file, or is compressed."""
+    part_of, left_out = _find_parts(root, shards), Counter[str]()
+    return Shards(root, [member for shard in part_of for member in _list_members(shard, left_out)], part_of, left_out)
+
+
+def _find_parts(root: Path, shards: Sequence[Path]) -> dict[Path, str | None]:
+    """Return the part of the tar files in a folder: of a folder train, or a name with this word, and so on."""
+    parts: dict[Path, str | None] = dict.fromkeys(shards)
+    if not root.is_dir():
+        return parts
+    for shard in shards:
+        words = [*shard.relative_to(root).parts[:-1], *re.split(r"[^A-Za-z]+", shard.stem)]
+        parts[shard] = next((PARTS[word.lower()] for word in words if word.lower() in PARTS), None)
+    named = {part for part in parts.values() if part is not None}
+    if TRAIN not in named:
+        if len(named) > 1:
+            raise ValueError(f"{root}: its tar files are named {join_some(sorted(named))}, and none train; add it")
+        return dict.fromkeys(shards)
+    if others := [shard.name for shard, part in parts.items() if part is None]:
+        shown = printable(join_some(others))
+        logger.warning("%s: left out: %s; only train, val and test are used", printable(str(root)), shown)
+    return {shard: part for shard, part in parts.items() if part is not None}
+
+
+def _list_members(shard: Path, left_out: Counter[str]) -> list[Member]:
+    """List the files in a tar file that are not hidden."""
+    members: dict[tuple[str, ...], Member] = {}
+    length = end = shard.stat().st_size
+    try:
+        with tarfile.open(shard, "r:") as file:
+            for info in file:
+                parts = PurePosixPath(info.name.lstrip("/")).parts
+                if info.isdir() or not parts or any(part.startswith(".") for part in parts):
+                    continue
+                if not info.isreg() or info.issparse():
+                    left_out["links or special files"] += 1
+                    continue
+                size = max(0, min(info.size, length - info.offset_data))  # less if the tar file is truncated
+                path = pack_range(shard.joinpath(*parts), shard, info.offset_data, size)
+                members[parts] = Member(shard, parts, path)  # of two with one name the last, as where it is unpacked
+            end = file.offset
+    except tarfile.TarError as error:
+        if not members:
+            raise ValueError(f"{shard}: not a tar file without compression ({error}); unpack it") from error
+        logger.warning("%s: truncated (%s); what is before that is used", printable(str(shard)), error)
+    if any(read_range(shard, end, BLOCK)):  # tarfile takes a damaged header for the end
+        logger.warning("%s: damaged at byte %d; what is before that is used", printable(str(shard)), end)
+    return list(members.values())
