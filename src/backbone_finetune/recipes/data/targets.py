@@ -83,7 +83,9 @@ def check_targets(name: str, targets: Tensor, classes: int | None = None) -> Non
             f"{name}: the targets are class indices, and the network has 1 output, whose class would always be right; "
             "pass num_classes=2 or more, or TrainerConfig(objective=Regression()) for values of one output"
         )
-    wrong = (targets < 0) | (targets >= (classes or torch.iinfo(torch.long).max))
+    wrong = targets < 0
+    if classes is not None:  # a limit of int64 would wrap in int32
+        wrong |= targets >= classes
     if faulty := targets[wrong & (targets != IGNORED)][:1].tolist():
         known = "the classes" if classes is None else f"the {classes} classes of the classifier (0 to {classes - 1})"
         raise ValueError(f"{name}: target {faulty[0]} is outside {known}")
