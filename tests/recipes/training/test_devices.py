@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from image_folders import make_folder
 from second_device import META, HostWaitError, meta_accelerator, no_waits
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_structure
 from torch.utils.data import TensorDataset
@@ -23,12 +26,16 @@ from backbone_finetune.recipes import (
     SoftLabels,
     TrainerConfig,
     evaluate,
+    find_images,
     fit_heads,
     make_accelerator,
 )
+from backbone_finetune.recipes.commands.predict import predict
+from backbone_finetune.recipes.data.images import ImageDataset
 from backbone_finetune.recipes.features.dataset import Features
 from backbone_finetune.recipes.features.resident import on_device
 from backbone_finetune.recipes.heads import grid
+from backbone_finetune.recipes.models.file import TrainedModel, build_transform
 from backbone_finetune.recipes.objectives.kinds import Objective
 from backbone_finetune.recipes.precision import default_precision, products_in
 from backbone_finetune.recipes.training.batches import epoch_batches, load_batches, local_batch
@@ -260,3 +267,20 @@ def test_images_are_in_channels_last_on_cuda_where_the_network_takes_that(networ
             assert torch.equal(arranged, images[0])
     assert model.training
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_are_read_on_the_cpu_whatever_the_default_device_is(workers: int, tmp_path: Path) -> None:
+    """In a forked worker, CUDA would raise; a tensor on "meta" has no values."""
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    found = find_images(make_folder(tmp_path / "images"))
+    results = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            trained = TrainedModel(model, "test_resnet", found.class_names, resolve_model_data_config(model))
+            images = ImageDataset(found, build_transform(trained.data_config))
+            config = TrainerConfig(make_accelerator(CPU), batch_size=8, workers=workers, show_progress=False)
+            score = evaluate(model, images, config)
+            predicted = [prediction.classes for prediction in predict(trained, found.paths, workers=workers)]
+        results.append((score.loss, score.answers.tolist(), predicted, images[0][0].tolist()))
+    assert results[0] == results[1]

@@ -172,7 +172,8 @@ def _read_input(path: Path, transform: Callable[[Image.Image], Tensor], most_elo
                 f"{path}: {image.width} x {image.height} pixels; as large as this model takes images, at most "
                 f"1 to {most_elongated:.1f} is allowed"
             )
-        return transform(image)
+        with torch.device("cpu"):  # a worker has no other device
+            return transform(image)
     except (ValueError, OSError) as error:
         return str(error)
     except MemoryError:

@@ -86,7 +86,8 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
         return len(self.folder.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        return self.transform(read_image(self.folder.paths[index])), self.target(index)
+        with torch.device("cpu"):  # whatever the caller's default is
+            return self.transform(read_image(self.folder.paths[index])), self.target(index)
 
     def target(self, index: int) -> Any:
         """Return the target of an image: a class index, or a row of float32."""

@@ -112,7 +112,8 @@ class Batches(Dataset[Any]):
             target = IGNORED if isinstance(target, int) else torch.full_like(target, torch.nan)
             broken[str(path)] = str(error)
         try:
-            return self.to_bytes(image), target
+            with torch.device("cpu"):  # a worker has no other device
+                return self.to_bytes(image), target
         except Exception as error:
             raise RuntimeError(f"{path}: its transform failed: {type(error).__name__}: {error}") from error
 

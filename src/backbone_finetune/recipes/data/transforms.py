@@ -33,7 +33,7 @@ def split_transform(transform: Decode) -> tuple[Decode, Normalize | None]:
     steps: list[Any] = transform.transforms if isinstance(transform, transforms.Compose) else []
     if len(steps) < 2 or type(steps[-1]) is not transforms.Normalize or type(steps[-2]) not in TO_TENSOR:
         return transform, None
-    mean, std = (torch.as_tensor(value).flatten().tolist() for value in (steps[-1].mean, steps[-1].std))
+    mean, std = (torch.as_tensor(value, device="cpu").flatten().tolist() for value in (steps[-1].mean, steps[-1].std))
     return transforms.Compose([*steps[:-2], transforms.PILToTensor()]), partial(_normalize, mean=mean, std=std)
 
 

@@ -68,9 +68,10 @@ def build_transform(
     data_config: Mapping[str, Any], augmentation: Augmentation | None = None
 ) -> Callable[[Image.Image], Tensor]:
     """Build timm's evaluation transform, which is deterministic, or the training transform of an augmentation."""
-    if augmentation is not None:
-        return augmentation.make_transform(data_config)
-    transform: Callable[[Image.Image], Tensor] = create_transform(**data_config)
+    with torch.device("cpu"):  # normalization holds tensors
+        if augmentation is not None:
+            return augmentation.make_transform(data_config)
+        transform: Callable[[Image.Image], Tensor] = create_transform(**data_config)
     return transform
 
 
