@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import failing_worker
 import processes_worker
 import pytest
 import torch
@@ -268,3 +269,21 @@ def test_a_device_can_be_chosen_after_a_run_on_another(monkeypatch: pytest.Monke
     assert make_accelerator(torch.device("meta")).device.type == "meta"
     monkeypatch.undo()
     assert make_accelerator(torch.device("cpu")).device.type == "cpu"
+
+
+@needs_gloo
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["step", "main"])
+def test_all_processes_end_if_one_runs_out_of_memory(where: str) -> None:
+    """They do not wait for the six hours after which a collective fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*command, failing_worker.__file__, where],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode != 0
+    assert "CUDA out of memory" in finished.stderr
