@@ -79,6 +79,7 @@ def test_train_accepts_a_folder_and_every_option(tmp_path: Path, capfd: pytest.C
             "warmup_epochs": 0.5,
             "cosine": True,
             "norm_eval": True,
+            "standardize": False,
             "augment": None,
             "mixup": 0.0,
             "cutmix": 0.0,

@@ -144,6 +144,19 @@ def test_a_changed_readout_is_another_run(images: Path, tmp_path: Path, capsys: 
     assert "--readout and --run" in capsys.readouterr().err
 
 
+def test_standardized_features_are_folded_into_a_plain_classifier(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", "test_resnet", "--epochs", "3", "--standardize", "--output", tmp_path / "run")
+    assert run("train", images, *arguments) == 0
+    model = tmp_path / "run" / "model.safetensors"
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_accuracy"] == 1.0
+    assert type(load_trained_model(model).model.classifier) is torch.nn.Linear
+    assert run("evaluate", model, images, "--output", tmp_path / "evaluation") == 0
+    assert "accuracy 1.000" in capsys.readouterr().out
+    assert run("export", model, "plain.safetensors", "--to", "timm") == 0
+
+
 @pytest.mark.clients
 @pytest.mark.parametrize("options", [("--readout", "last-4-blocks", "--head", "mlp"), ("--head", "batchnorm-linear")])
 def test_it_is_exported_to_onnx(images: Path, tmp_path: Path, options: tuple[str, ...]) -> None:

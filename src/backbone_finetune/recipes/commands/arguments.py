@@ -85,6 +85,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         ("weight_decay", "W", ""),
         ("warmup_epochs", "N", "epochs, or a fraction of one, in which the rates rise from 0; "),
     )
+    one_phase.add_argument(
+        "--standardize",
+        action="store_true",
+        default=None,
+        help="train the classifier on features of mean 0 and standard deviation 1, folded into it afterwards",
+    )
     one_phase.add_argument("--cosine", action="store_true", default=None, help="let the rates fall to 0 at the end")
     one_phase.add_argument(
         "--norm-eval",

@@ -27,6 +27,7 @@ from ..features.dataset import feature_batches, module_inputs, select_rows
 from ..features.extract import find_device_of
 from ..features.resident import index_rows, on_device
 from ..sending import send
+from .standardize import Standardization
 
 _listed = BeforeValidator(lambda rates: list(rates) if isinstance(rates, Iterable) else rates)  # an array, too
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
@@ -125,6 +126,7 @@ def fit_heads(
     device: torch.device | None = None,
     seed: int = 0,
     loss: ImageLoss | None = None,
+    standardize: bool = False,
     show_progress: bool = True,
 ) -> tuple[HeadResult, ...]:
     """Train a head for each pair of a learning rate and a weight decay, all at once, and keep the best in place.
@@ -146,6 +148,9 @@ def fit_heads(
     A linear head on (N, D) features is fastest: 32 of them cost little more than a few. With tuples of features, the
     classifier gets a tuple. A last batch of one image is left out.
 
+    With ``standardize``, heads train on features of mean 0 and standard deviation 1 over ``train``, which makes the
+    rates independent of the scale of the features. ``classifier`` then takes the features as they are.
+
     Raises:
         ValueError: a setting is out of range, there are no features, a target is not a class, nothing in
             the classifier trains, or every head diverged.
@@ -156,6 +161,12 @@ def fit_heads(
             check_targets(name, data.tensors[-1], count_classes(classifier))
     rates = list(product(learning_rates, weight_decays))
     device = device or find_device_of(classifier)
+    given = classifier
+    standardization = Standardization.measure(train) if standardize else None
+    if standardization is not None:
+        classifier = copy.deepcopy(given)
+        standardization.enter(classifier)
+        train, validation = standardization.apply(train), standardization.apply(validation)
     heads = StackedHeads(classifier, rates, device=device)
     generator = torch.Generator().manual_seed(seed)
     loss_of = loss or _cross_entropies
@@ -179,6 +190,9 @@ def fit_heads(
     with torch.no_grad():
         for name, tensor in chain(heads.parameters.items(), heads.buffers.items()):
             own[name].copy_(tensor[order[0]])
+    if standardization is not None:
+        standardization.leave(classifier)
+        given.load_state_dict(classifier.state_dict())
     return tuple(HeadResult(*rates[index], accuracies[index], losses[index]) for index in order)
 
 

@@ -85,6 +85,8 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
     is_last = progress.epoch + 1 == phase.epochs or since_best == config.patience
     if is_last and state.best is not None:
         load_by_name(state.model, state.best)
+    if is_last:
+        state.folding.close()
     progress.finish_epoch(result, last_of_phase=is_last)
     return is_last
 

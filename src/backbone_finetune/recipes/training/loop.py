@@ -85,7 +85,10 @@ def fine_tune(
         phase = phases[progress.phase]
         if progress.epoch:  # resumed with the chosen rates
             phase = replace(phase, lr=progress.history[-1].lr, weight_decay=progress.history[-1].weight_decay)
-        with prepared_phase(model, train, validation, phase=phase, changed=changed, config=config) as state:
+        entered = saved is not None and bool(progress.epoch or progress.step)
+        with prepared_phase(
+            model, train, validation, phase=phase, changed=changed, config=config, entered=entered
+        ) as state:
             report_skipped(parts.values(), progress.skipped, config.accelerator)
             check_classes(parts.values())
             if saved is not None:

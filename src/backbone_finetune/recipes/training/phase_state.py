@@ -3,8 +3,8 @@
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from torch.utils.data import Dataset
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import distinct_tensors
 
+from ..features.dataset import Features
 from ..features.layout import Layout
+from ..heads.standardize import Standardization, first_linear
 from ..precision import has_tensor_cores, products_in
 from .batches import epoch_batches
 from .checkpoints import Progress, capture, load_by_name, write_checkpoint
@@ -23,7 +25,7 @@ from .config import TrainerConfig, count
 from .divergence import count_not_finite
 from .first_rows import explain_errors
 from .mixing import Mixing, make_mixing
-from .phase_data import prepare_data
+from .phase_data import PhaseData, prepare_data
 from .phases import Phase, make_schedule
 from .processes import communicated_bytes, full_tensor, prepare, release
 from .rates import choose_rates
@@ -50,6 +52,7 @@ class PhaseState:
     mixing: Mixing | None = None
     best: dict[str, Tensor] | None = None  # the trained tensors after the best epoch
     layout: Layout | None = None  # of images on a CUDA device, known from the first batch
+    folding: ExitStack = field(default_factory=ExitStack)  # closing it folds standardization into the classifier
     not_finite: Tensor | float = 0.0  # tensors that were not finite before the phase, e.g. a mask of -inf
 
     def count_not_finite(self, device: torch.device) -> Tensor:
@@ -69,17 +72,23 @@ def prepared_phase(
     phase: Phase,
     changed: set[str],
     config: TrainerConfig,
+    entered: bool = False,
 ) -> Iterator[PhaseState]:
-    """Freeze, wrap, and train in the block; then release, and check that no frozen tensor changed."""
+    """Freeze, wrap, and train in the block; then release, and check that no frozen tensor changed.
+
+    ``entered`` says that the classifier is already that of standardized features, from a checkpoint inside the phase.
+    """
     accelerator = config.accelerator
     # Before its frozen tensors are read, which is faster there; a caller may also run it there after the phase.
     model.to(accelerator.device)
     model.norm_eval = phase.norm_eval
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
     changed.update(model.state_dict().keys() - model.frozen_names())
-    with explain_errors(model, train=train, validation=validation), model.assert_frozen():
+    with explain_errors(model, train=train, validation=validation), model.assert_frozen(), ExitStack() as folding:
         mixing = make_mixing(phase, config.objective, model.num_classes)
         data = prepare_data(model, train, validation, config, phase)
+        if phase.standardize:
+            data = _standardize(data, config, model, folding, entered=entered)
         lr, weight_decay = choose_rates(data, phase, config)
         phase = replace(phase, lr=lr, weight_decay=weight_decay)
         copied, module = model, data.module
@@ -117,6 +126,7 @@ def prepared_phase(
             data.validation,
             data.views,
             mixing,
+            folding=folding,
         )
         state.not_finite = state.count_not_finite(accelerator.device)
         try:
@@ -140,6 +150,25 @@ def _fast_steps(config: TrainerConfig) -> Iterator[None]:
         logger.info("steps: %s%s, images in channels_last", precision, products)
     with products_in("tf32") if has_tf32 else nullcontext():
         yield
+
+
+def _standardize(
+    data: PhaseData, config: TrainerConfig, model: FineTuneModel, folding: ExitStack, *, entered: bool
+) -> PhaseData:
+    """Standardize the features, and make the classifier one of them until ``folding`` is closed."""
+    if not data.on_features or config.accelerator.is_fsdp2:
+        why = "FSDP2 shards the classifier" if data.on_features else "the features of this run are not cached"
+        raise ValueError(f"standardize was given, and {why}; leave it out")
+    assert isinstance(data.train, Features)
+    first_linear(model.classifier)
+    standardization = Standardization.measure(data.train)
+    if not entered:
+        standardization.enter(model.classifier)
+    folding.callback(standardization.leave, model.classifier)
+    validation = data.validation
+    if isinstance(validation, Features):
+        validation = standardization.apply(validation)
+    return replace(data, train=standardization.apply(data.train), validation=validation)
 
 
 def snapshot(state: PhaseState) -> dict[str, Tensor]:

@@ -47,6 +47,9 @@ class Phase:
         cosine: Whether the rates fall to 0 at the end (Loshchilov and Hutter, 2017).
         norm_eval: Whether the backbone's running statistics are fixed even if its weights train. On few images,
             trainable statistics cost accuracy (benchmarks/results/learning.md), but random weights need them.
+        standardize: Whether the classifier of a frozen backbone trains on features of mean 0 and standard deviation 1
+            over the training images. At the end of the phase both are folded into its first linear layer. It makes the
+            rates independent of the scale of the features; it takes cached features, and memory for a copy of them.
         augment: The random changes of the training images, for an `ImageDataset`. New ones are drawn in each
             epoch, so that nothing is cached and the whole model runs in every step, unless ``TrainerConfig(views=K)``
             caches K views. None trains on the image itself.
@@ -68,6 +71,7 @@ class Phase:
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     cosine: bool = False
     norm_eval: bool = True
+    standardize: bool = False
     augment: Augmentation | None = None
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0
@@ -77,6 +81,11 @@ class Phase:
         if not self.warmup_epochs <= self.epochs:
             raise ValueError(
                 f"warmup_epochs = {self.warmup_epochs}: expected a number from 0 to its {self.epochs} epochs"
+            )
+        if self.standardize and self.trainable_groups:
+            raise ValueError(
+                f"standardize was given with trainable_groups = {self.trainable_groups}; it is for a frozen backbone, "
+                "whose features do not change"
             )
         return self
 
