@@ -15,6 +15,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from backbone_finetune.recipes.commands.setup import CLIPART, TEST_SHARE
+from backbone_finetune.recipes.data.bands import to_rgb
 from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import read_image, split
 from backbone_finetune.recipes.data.loading import seeded
@@ -59,7 +60,7 @@ class Images:
 def split_clipart(seed: int) -> tuple[Images, Images]:
     """Split the packaged clipart as `train` does: returns (train, test)."""
     train, test = (
-        Images(f"clipart {seed} {name}", [read_image(path) for path in part.paths], torch.tensor(part.targets))
+        Images(f"clipart {seed} {name}", [to_rgb(read_image(path)) for path in part.paths], torch.tensor(part.targets))
         for name, part in zip(
             ("train", "test"), split(find_images(CLIPART), test_share=TEST_SHARE, seed=seed), strict=True
         )

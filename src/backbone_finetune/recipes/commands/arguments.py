@@ -72,6 +72,19 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "blocks, also with the mean (default: as the network pools)",
     )
     add("--head", choices=get_args(Head), help="the classifier (default: linear)")
+    add(
+        "--input-size",
+        type=read_size,
+        metavar="SIDE|HxW",
+        help="size of the images that the network takes: 96, or 96x128, height x width (default: its own size)",
+    )
+    add(
+        "--in-chans",
+        type=int,
+        metavar="C",
+        help="channels of the images: 1 for grey of 8 or 16 bits, 3, or the number of bands in .npy and TIFF files "
+        "(default: 3); pretrained weights of the first layer are adapted",
+    )
     add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table for each phase")
     one_phase = parser.add_argument_group("one phase (for several, use --phases)")
     add_numbers(
@@ -164,6 +177,18 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     switch("--baselines", help="also train on a random backbone and on raw pixels, to compare (always for the clipart)")
     switch("--check-labels", help="list training images whose class looks wrong, by cleanlab (an extra), in 5 folds")
     switch("--overwrite", help="replace a finished model, or another run, in the output folder")
+
+
+def read_size(text: str) -> int | tuple[int, int]:
+    """Read the size of an image.
+
+    >>> read_size("96"), read_size("96x128")
+    (96, (96, 128))
+    """
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise ValueError
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def add_numbers(parser: argparse._ActionsContainer, settings: object, *options: tuple[str, str, str]) -> None:

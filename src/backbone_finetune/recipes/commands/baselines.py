@@ -52,9 +52,10 @@ def random_model(like: FineTuneModel, architecture: str, num_classes: int, **arg
     )
 
 
-def pixel_model(num_classes: int) -> FineTuneModel:
+def pixel_model(num_classes: int, channels: int = 3) -> FineTuneModel:
     """Build a linear classifier on the pixels, averaged down to 32 x 32."""
-    return FineTuneModel(nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten()), nn.Linear(3 * 32 * 32, num_classes))
+    classifier = nn.Linear(channels * 32 * 32, num_classes)
+    return FineTuneModel(nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten()), classifier)
 
 
 def baseline_accuracy(

@@ -116,7 +116,7 @@ def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config:
         with within_memory(accelerator, "nearest neighbours"):
             metrics = replace(metrics, nearest_neighbors=_measure_neighbors(task, baseline_config, config.caches))
     with within_memory(accelerator, "raw pixels"):
-        metrics = replace(metrics, raw_pixels=compare("raw pixels", pixel_model(num_classes)))
+        metrics = replace(metrics, raw_pixels=compare("raw pixels", pixel_model(num_classes, task.train.channels)))
     with within_memory(accelerator, "backward"):
         times = run_on_main(
             accelerator, lambda: measure_backward(task.model, *_first_batch(task.train, accelerator.device))
@@ -140,7 +140,7 @@ def _measure_neighbors(
 
 
 def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the first images, at most 16, to time a step: ``(B, 3, H, W)`` and ``(B,)``."""
-    readable = ImageDataset(data.readable(), data.transform)
+    """Return the first images, at most 16, to time a step: ``(B, C, H, W)`` and ``(B,)``."""
+    readable = ImageDataset(data.readable(), data.transform, channels=data.channels)
     inputs, targets = default_collate([readable[index] for index in range(min(TIMED_BATCH_SIZE, len(readable)))])
     return inputs.to(device), targets.to(device)

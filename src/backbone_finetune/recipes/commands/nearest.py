@@ -54,8 +54,10 @@ def measure_neighbors(
         )
     model = copy.deepcopy(trained.model).freeze_backbone()
     transform = build_transform(trained.data_config)
+    channels = trained.data_config["input_size"][0]
     known, asked = (
-        _extract(model, ImageDataset(folder, transform), batch_size, workers, title) for folder in (train, test)
+        _extract(model, ImageDataset(folder, transform, channels=channels), batch_size, workers, title)
+        for folder in (train, test)
     )
     return score_neighbors(known, asked, len(trained.class_names))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..data.bands import to_rgb
 from ..data.images import read_image
 from ..text import printable
 
@@ -81,7 +82,7 @@ def gallery(images: Iterable[tuple[Path, str]]) -> str:
 def _thumbnail(path: Path) -> str:
     """Return a small JPEG of an image as a data URL; of one that is gone or broken by now an empty one."""
     try:
-        image = read_image(path)
+        image = to_rgb(read_image(path, None))
     except (OSError, ValueError):
         return "data:,"
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

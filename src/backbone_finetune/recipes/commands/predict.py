@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from PIL import Image
 from pydantic import Strict
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from ..checking import Positive, Whole, validated
+from ..data.bands import Picture, size_of
 from ..data.finding import list_images
 from ..data.images import LabelledFolder, read_image
 from ..data.loading import map_batches
-from ..data.transforms import split_transform
+from ..data.transforms import of_one_dtype, split_transform
 from ..files import replacing
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
@@ -68,6 +68,7 @@ def predict(
 
     >>> import timm
     >>> from tempfile import TemporaryDirectory
+    >>> from PIL import Image
     >>> from backbone_finetune import FineTuneModel
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
     >>> trained = TrainedModel(model, "test_resnet", ("cat", "dog"), timm.data.resolve_model_data_config(model))
@@ -141,37 +142,43 @@ def predict_rows(
     """Predict the probabilities or values of each image, ``(K,)`` on the CPU, or return why it cannot be read."""
     trained.model.eval()
     config = trained.data_config
-    to_bytes: Callable[[Image.Image], Tensor] = pil_to_tensor
+    to_bytes: Callable[[Picture], Tensor] = _whole
     normalize: Callable[[Tensor], Tensor] | None = None
     if isinstance(trained, NamedModel) and trained.preprocesses:
         batch_size = 1  # images may then have any size
     else:
         to_bytes, normalize = split_transform(build_transform(config))
     # The shorter side of an image is resized to that of the input before cropping, for any length of the other one.
-    most_elongated = MOST_PIXELS / (max(config["input_size"]) / config["crop_pct"]) ** 2
+    most_elongated = MOST_PIXELS / (max(config["input_size"][1:]) / config["crop_pct"]) ** 2
     paths = list(images)
-    read = partial(_read_input, transform=to_bytes, most_elongated=most_elongated)
+    channels = config["input_size"][0]
+    read = partial(_read_input, channels=channels, transform=to_bytes, most_elongated=most_elongated)
     device = next((parameter.device for parameter in trained.model.parameters()), torch.device("cpu"))
     position = iter(paths)
     for outcomes in map_batches(read, paths, batch_size=batch_size, workers=workers):
         loaded = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
         answers: Iterator[Tensor] = iter(())
         if loaded:
-            inputs = torch.stack(loaded).to(device)
+            inputs = torch.stack(of_one_dtype(loaded)).to(device)
             answers = iter(_run(trained, inputs if normalize is None else normalize(inputs), tta=tta))
         for path, outcome in zip(islice(position, len(outcomes)), outcomes, strict=True):
             yield path, outcome if isinstance(outcome, str) else next(answers)
 
 
-def _read_input(path: Path, transform: Callable[[Image.Image], Tensor], most_elongated: float) -> Tensor | str:
-    """Read an image as input of a model, ``(3, H, W)``; or return why that is not possible."""
+def _read_input(
+    path: Path, channels: int, transform: Callable[[Picture], Tensor], most_elongated: float
+) -> Tensor | str:
+    """Read an image as input of a model, ``(C, H, W)``; or return why that is not possible."""
     try:
-        image = read_image(path)
-        if max(image.size) > most_elongated * min(image.size):
+        image = read_image(path, channels)
+        width, height = size_of(image)
+        if max(width, height) > most_elongated * min(width, height):
             return (
-                f"{path}: {image.width} x {image.height} pixels; as large as this model takes images, at most "
+                f"{path}: {width} x {height} pixels; as large as this model takes images, at most "
                 f"1 to {most_elongated:.1f} is allowed"
             )
+        if transform is _whole and isinstance(image, Tensor):
+            return f"{path}: more than 8 bits per channel, and a model with preprocessing takes 8; export it without"
         with torch.device("cpu"):  # a worker has no other device
             return transform(image)
     except (ValueError, OSError) as error:
@@ -180,9 +187,15 @@ def _read_input(path: Path, transform: Callable[[Image.Image], Tensor], most_elo
         return f"{path}: takes more memory than there is"
 
 
+def _whole(image: Picture) -> Tensor:
+    """Return a whole image as bytes ``(C, height, width)``."""
+    octets: Tensor = pil_to_tensor(image)
+    return octets
+
+
 @torch.no_grad()
 def _run(trained: TrainedModel | NamedModel, inputs: Tensor, *, tta: bool) -> Tensor:
-    """Compute the probabilities or values of inputs ``(B, 3, H, W)``: ``(B, K)`` on the CPU."""
+    """Compute the probabilities or values of inputs ``(B, C, H, W)``: ``(B, K)`` on the CPU."""
     views = (inputs, inputs.flip(-1)) if tta else (inputs,)
     return torch.stack([trained.objective.predict(trained.model(view).float()) for view in views]).mean(0).cpu()
 

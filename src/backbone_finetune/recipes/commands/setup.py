@@ -12,26 +12,26 @@ import pydantic
 import torch
 from accelerate import Accelerator
 from pydantic import ConfigDict, Field
-from timm.data.config import resolve_model_data_config
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.splitting.copies import meta_copy
 
 from ..checking import Positive, Whole
 from ..data.augmentation import Augmentation
-from ..data.images import ImageDataset, LabelledFolder
+from ..data.images import ImageDataset, LabelledFolder, check_first_images
 from ..data.parts import find_data
 from ..models.classifiers import Head, choose_classifier
 from ..models.file import (
     TrainedModel,
     build_transform,
     describe_model_file,
-    find_size_problem,
     load_trained_model,
     with_new_classifier,
 )
+from ..models.inputs import Size, find_size_problem, input_arguments, resolve_data_config
+from ..models.metadata import Channels, Side
 from ..models.readouts import Readout, assemble, choose_readout
-from ..models.weights import BaseWeights, Source, load_network, model_arguments, remember_base
+from ..models.weights import PACKAGED_ARCHITECTURE, BaseWeights, Source, load_network, model_arguments, remember_base
 from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
 from ..text import join_some
 from ..together import run_on_main
@@ -45,7 +45,7 @@ __all__ = ["CLIPART", "Task", "TrainSettings", "choose_monitor", "make_task"]
 CLIPART = Path(__file__).parents[1] / "data" / "clipart" / "pictures"
 # The clipart is stored at 64 pixels. Five-fold cross-validation on its training images alone gave .66 at 96 pixels,
 # .69 at 128 and .73 at 160, in 2 and 4 times the time; the demo should be quick.
-CLIPART_INPUT_SIZE = (3, 96, 96)
+CLIPART_INPUT_SIZE = (96, 96)
 TEST_SHARE = 0.3
 
 
@@ -71,6 +71,8 @@ class TrainSettings:
         pretrained: Whether to load the pretrained weights, timm's from the hub or those of the folder.
         checkpoint: A file of weights.
         base: The base weights of a checkpoint of ``trainable_only``, if they are not found automatically.
+        input_size: The side of the images that the network takes, or their height and width. None is its own size.
+        in_chans: The number of channels of the images; see `read_image`. None is the network's own number.
         phases: The phases of the training, in order.
         batch_size: Images per step, in all processes together.
         accumulation: The number of consecutive parts of a batch.
@@ -115,6 +117,8 @@ class TrainSettings:
     pretrained: bool = False
     checkpoint: Path | None = None
     base: Path | None = None
+    input_size: Side | tuple[Side, Side] | None = None
+    in_chans: Channels | None = None
     monitor: Literal["accuracy", "balanced-accuracy", "loss", "off"] | None = None
     patience: Positive | None = None
     folds: Annotated[int, Field(ge=2)] | None = None
@@ -174,17 +178,20 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     parts = run_on_main(accelerator, lambda: _find_data(settings))
     start, source, weights = _load_start(settings, parts[0].class_names)
     model, data_config = start.model, dict(start.data_config)
+    channels = data_config["input_size"][0]
+    run_on_main(accelerator, lambda: check_first_images(parts[0], channels))
     phases = choose_phases(settings)
     for phase in reversed(phases):  # checks each; the model is then frozen as in the first
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
     train, *others = parts
     transform = build_transform(data_config)
-    validation, test = (None if part is None else ImageDataset(part, transform) for part in others)
-    shown = ImageDataset(train, transform, augment=partial(build_transform, data_config))
+    validation, test = (None if part is None else ImageDataset(part, transform, channels=channels) for part in others)
+    shown = ImageDataset(train, transform, augment=partial(build_transform, data_config), channels=channels)
     arguments, objective = dict(start.arguments), choose_objective(settings, train, start.objective)
-    for phase in phases:
-        make_mixing(phase, objective, model.num_classes)  # checks
+    for phase in phases:  # checks
+        make_mixing(phase, objective, model.num_classes)
+        build_transform(data_config, phase.augment)
     return Task(
         model, start.architecture, arguments, weights, data_config, base, shown, validation, test, objective, phases
     )
@@ -207,17 +214,19 @@ def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[
     description = None if path is None else describe_model_file(path)
     if settings.base is not None and description is None:
         raise ValueError(f"--base {settings.base} is for a --checkpoint that `train --trainable-only` wrote")
+    size = (settings.input_size,) * 2 if isinstance(settings.input_size, int) else settings.input_size
     if path is None or description is None:
+        given = input_arguments(settings.architecture or PACKAGED_ARCHITECTURE, size, settings.in_chans)
         architecture, source, words, network = load_network(
-            settings.architecture, pretrained=settings.pretrained, checkpoint=path
+            settings.architecture, pretrained=settings.pretrained, checkpoint=path, **given
         )
-        arguments = model_arguments(network) if ":" in (settings.architecture or "") else {}
+        arguments = model_arguments(network) | given if ":" in (settings.architecture or "") else given
         readout = None
         if settings.readout is not None:
             arguments, readout = choose_readout(settings.readout, network, architecture, arguments)
         classifier = choose_classifier(settings.head or "linear", len(class_names))
         model = assemble(network, len(class_names), readout=readout, classifier=classifier)
-        data_config = choose_data_config(model, small=settings.images is None)
+        data_config = choose_data_config(network, small=settings.images is None, size=size)
         return TrainedModel(model, architecture, class_names, data_config, arguments), source, words
     if settings.pretrained or settings.architecture not in {None, description.architecture}:
         raise ValueError(f"{path} is a model on {description.architecture}; leave out --model and --pretrained with it")
@@ -228,12 +237,28 @@ def _load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[
         )
     if settings.readout is not None or settings.head is not None:
         raise ValueError(f"{path} has the readout and the head it was trained with; leave out --readout and --head")
-    trained, words = load_trained_model(path, base=settings.base), f"weights from {path}"
+    trained = _resize(load_trained_model(path, base=settings.base), path, size, settings.in_chans)
+    words = f"weights from {path}"
     if trained.class_names == class_names:
         return replace(trained, model=trained.model.unfreeze_backbone()), "file", words
     words = f"{words}, with a new classifier, as its classes are {join_some(trained.class_names)}"
     model = with_new_classifier(trained, path, class_names)
     return replace(trained, model=model, class_names=class_names, objective=SingleLabel()), "file", words
+
+
+def _resize(trained: TrainedModel, path: Path, size: Size | None, channels: int | None) -> TrainedModel:
+    """Return a model of a file for images of another size, if its network takes them as it is."""
+    own_channels, *own_size = trained.data_config["input_size"]
+    if channels not in {None, own_channels}:
+        raise ValueError(f"{path} is a model of {own_channels} channels; leave out --in-chans, or choose other weights")
+    if size is None or list(size) == own_size:
+        return trained
+    if problem := find_size_problem(meta_copy(trained.model), (own_channels, *size)):
+        raise ValueError(
+            f"{path} is a model of images of {' x '.join(map(str, own_size))} pixels, and takes no others ({problem}); "
+            "leave out --input-size, or choose other weights"
+        )
+    return replace(trained, data_config={**trained.data_config, "input_size": (own_channels, *size)})
 
 
 def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
@@ -268,13 +293,13 @@ def choose_objective(settings: TrainSettings, folder: LabelledFolder, start: Obj
     return start if isinstance(objective, Regression) and isinstance(start, Regression) else objective
 
 
-def choose_data_config(model: FineTuneModel, *, small: bool) -> dict[str, Any]:
-    """Return timm's data config of a model; with ``small`` that of a small input, if the network supports it."""
-    if small and not model.pretrained_cfg.get("fixed_input_size", False):
-        config: dict[str, Any] = resolve_model_data_config(model, args={"input_size": CLIPART_INPUT_SIZE})  # type: ignore[no-untyped-call]
-        if find_size_problem(meta_copy(model), config["input_size"]) is None:
+def choose_data_config(network: Any, *, small: bool, size: Size | None = None) -> dict[str, Any]:
+    """Return timm's data config of a network; with ``small`` that of a small input, if the network supports it."""
+    if size is None and small and not network.pretrained_cfg.get("fixed_input_size", False):
+        config = resolve_data_config(network, CLIPART_INPUT_SIZE)
+        if find_size_problem(meta_copy(network), config["input_size"]) is None:
             return config
-    return dict(resolve_model_data_config(model))  # type: ignore[no-untyped-call]
+    return resolve_data_config(network, size)
 
 
 def choose_monitor(settings: TrainSettings, task: Task) -> Callable[[EpochResult], float] | None:

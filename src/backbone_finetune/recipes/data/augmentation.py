@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, ClassVar
 
-from PIL import Image
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from typing_extensions import Self
+
+from .bands import Picture
 
 __all__ = ["AUGMENTATIONS", "Augmentation"]
 
@@ -48,10 +49,20 @@ class Augmentation:
     auto_augment: str | None = None
     re_prob: Share = 0.0
 
-    def make_transform(self, data_config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-        """Return timm's training transform for a network's data config."""
+    def make_transform(self, data_config: Mapping[str, Any]) -> Callable[[Picture], Tensor]:
+        """Return timm's training transform for a network's data config.
+
+        Raises:
+            ValueError: the augmentation changes colours, and the network does not take three channels.
+        """
+        channels = data_config["input_size"][0]
+        if channels != 3 and (self.color_jitter is not None or self.auto_augment is not None):
+            raise ValueError(
+                f"color_jitter and auto_augment change colours of three channels, and the images have {channels}; "
+                "augment them without these, as light does"
+            )
         training = {"is_training": True, **asdict(self)}
-        transform: Callable[[Image.Image], Tensor] = create_transform(**{**data_config, **training})
+        transform: Callable[[Picture], Tensor] = create_transform(**{**data_config, **training})
         return transform
 
     @model_validator(mode="after")

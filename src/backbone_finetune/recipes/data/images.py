@@ -5,23 +5,33 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..text import join_some
 from .augmentation import Augmentation
+from .bands import (
+    NPY,
+    TIFF,
+    BandsError,
+    Picture,
+    check_bands,
+    check_pixels,
+    from_array,
+    read_npy,
+    read_tiff,
+)
 from .groups import deal_groups, lacking_classes
 
 # The target of an unreadable image, which keeps its position without weight. torch's losses ignore it by default.
 IGNORED = -100
-
-# Resized by its shorter side, an image of 1 x 100,000 pixels would need many gigabytes.
-MOST_ELONGATED = 100
 
 
 def is_read(targets: Tensor) -> Tensor:
@@ -64,6 +74,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
 
     An unreadable image raises an error. Passes of the recipes skip it instead: ``broken`` has a message for each that
     was skipped, by its path. Phases with an `Augmentation` need ``augment``, which returns the transform of one.
+    Images have the ``channels`` of a model; see `read_image`.
 
     >>> folder = LabelledFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,))
     >>> len(ImageDataset(folder, transform=lambda image: torch.zeros(3, 8, 8)))
@@ -73,13 +84,15 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
     def __init__(
         self,
         folder: LabelledFolder,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Callable[[Any], Tensor],
         *,
-        augment: Callable[[Augmentation], Callable[[Image.Image], Tensor]] | None = None,
+        augment: Callable[[Augmentation], Callable[[Any], Tensor]] | None = None,
+        channels: int = 3,
     ) -> None:
         self.folder = folder
         self.transform = transform
         self.augment = augment
+        self.channels = channels
         self.broken: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -87,7 +100,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         with torch.device("cpu"):  # whatever the caller's default is
-            return self.transform(read_image(self.folder.paths[index])), self.target(index)
+            return self.transform(read_image(self.folder.paths[index], self.channels)), self.target(index)
 
     def target(self, index: int) -> Any:
         """Return the target of an image: a class index, or a row of float32."""
@@ -101,7 +114,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
                 "the training images have no transform for Phase(augment=...); pass "
                 "ImageDataset(folder, transform, augment=...)"
             )
-        augmented = ImageDataset(self.folder, self.augment(augmentation), augment=self.augment)
+        augmented = ImageDataset(self.folder, self.augment(augmentation), augment=self.augment, channels=self.channels)
         augmented.broken = self.broken
         return augmented
 
@@ -134,39 +147,103 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
                 )
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read an image as RGB, rotated by its EXIF entry, with transparent pixels on white.
+def read_image(path: Path, channels: int | None = 3) -> Picture:
+    """Read an image with the channels of a model, rotated by its EXIF entry, with transparent pixels on white.
+
+    Grey and RGB are converted to each other. One channel keeps 16 bits, and 32 bits in floats. Other numbers of
+    channels are bands as they are in the file, without a conversion of colours: of ``.npy`` files, of TIFF files, and
+    of images with 4 bands (RGBA, CMYK) or 2 (grey and alpha), whose alpha is then a band like the others.
+
+    Args:
+        path: The file.
+        channels: The number of channels; None reads 8 bits in RGB, or a ``.npy`` file as it is.
+
+    Returns:
+        An image in 8 bits, grey or RGB; or a float32 tensor ``(C, H, W)``, uint8 / 255, uint16 / 65535, float32 as it
+        is.
 
     Raises:
         FileNotFoundError: there is no such file.
+        BandsError: the image has another number of bands; a ValueError.
         ValueError: the file is not an image, or is truncated.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), path.open("rb") as file:
             # Pillow's warnings about damaged metadata of a readable image are not useful here.
             warnings.simplefilter("ignore")
             # Pillow warns about a decompression bomb, and raises an error at twice the size; here both are errors.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with path.open("rb") as opened, Image.open(opened) as file:
-                if max(file.size) > MOST_ELONGATED * min(file.size):
-                    raise ValueError(f"{file.width} x {file.height} pixels; at most 1 to {MOST_ELONGATED} is allowed")
-                image = ImageOps.exif_transpose(file)
-                if image.mode.startswith("I;16"):  # a direct conversion would make all values above 255 white
-                    # Through 32 bits, because Pillow computes on 16 bits in one byte order only.
-                    image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-                if image.mode in {"I", "F"}:
-                    raise ValueError("its 32-bit values have no known range; save it with 8 or 16 bits")
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                return image.convert("RGB")
+            start = file.read(len(NPY))
+            file.seek(0)
+            if start == NPY:
+                return read_npy(file, channels)
+            try:
+                with Image.open(file) as image:
+                    if not start.startswith(TIFF) or _reads_all(image, channels):
+                        return _from_pillow(image, channels)
+            except UnidentifiedImageError:
+                # One that is grey or RGB is rather broken than a kind that Pillow does not read.
+                if not start.startswith(TIFF) or (channels in {None, 1, 3} and not find_spec("tifffile")):
+                    raise
+            file.seek(0)
+            return read_tiff(file, channels)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except MemoryError:
         raise ValueError(f"{path}: takes more memory than there is") from None
+    except BandsError as error:
+        raise BandsError(f"{path}: {error}") from None
     except Exception as error:  # Pillow may raise anything for a damaged file, including struct.error and KeyError
-        reason = re.sub(r" (<.*>|'.*')$", "", str(error))  # Pillow ends some of its messages with the file
+        reason = re.sub(" <.*>$", "", str(error))  # Pillow ends some of its messages with the file
         raise ValueError(f"{path}: not a readable image ({reason})") from error
+
+
+def _reads_all(image: Image.Image, channels: int | None) -> bool:
+    """Return whether Pillow reads a TIFF file: it reduces bands of 16 bits to 8, separates pages, and omits bands."""
+    tags: Any = getattr(image, "tag_v2", {})
+    bits, found, read = tags.get(258, (8,)), tags.get(277, 1), len(image.getbands())
+    if channels in {None, 1, 3}:
+        return read > 1 or found == 1
+    return read == found and set(bits) <= {8} and getattr(image, "n_frames", 1) == 1
+
+
+def _from_pillow(file: Image.Image, channels: int | None) -> Picture:
+    """Convert an image that Pillow has opened."""
+    check_pixels(*file.size)
+    image = ImageOps.exif_transpose(file)
+    if channels not in {None, 1, 3}:
+        bands = len((image.convert("RGB") if image.mode in {"P", "PA"} else image).getbands())
+        check_bands(bands, channels)
+        return from_array(numpy.asarray(image), channels)
+    if channels == 1 and (image.mode.startswith("I;16") or image.mode == "F"):
+        return from_array(numpy.asarray(image), channels)
+    if image.mode.startswith("I;16"):  # a direct conversion would make all values above 255 white
+        # Through 32 bits, because Pillow computes on 16 bits in one byte order only.
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode in {"I", "F"}:
+        raise ValueError("its 32-bit values have no known range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def check_first_images(folder: LabelledFolder, channels: int) -> None:
+    """Raise ValueError if none of up to eight images, spread over all, fits the channels of a model.
+
+    Images that are broken do not count: a pass reports them.
+    """
+    misfit: OSError | ValueError | None = None
+    for index in sorted({round(share * (len(folder.paths) - 1) / 7) for share in range(8)}):
+        try:
+            read_image(folder.paths[index], channels)
+        except (OSError, ValueError) as error:
+            if isinstance(error, BandsError) or isinstance(error.__cause__, ModuleNotFoundError):
+                misfit = misfit or error
+            continue
+        return
+    if misfit is not None:
+        raise misfit
 
 
 def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[LabelledFolder, LabelledFolder]:

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from accelerate.utils import send_to_device
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
+from .bands import blank
 from .images import IGNORED, ImageDataset, is_read, read_image
 from .targets import split_row
-from .transforms import Normalize, split_transform
+from .transforms import Normalize, of_one_dtype, split_transform
 
 # With fewer, 1 to 3 s of decoding, starting workers takes longer than it saves.
 FEWEST_IMAGES = 1000
@@ -84,6 +84,9 @@ class Batches(Dataset[Any]):
                     read = is_read(default_collate([target for _, target in rows])).tolist()
                 image = rows[read.index(True)][0] if any(read) else rows[0][0]
                 rows = [row if is_one else (image, row[1]) for row, is_one in zip(rows, read, strict=True)]
+            if isinstance(self.data, ImageDataset):
+                images = of_one_dtype([image for image, _ in rows])
+                rows = [(image, target) for image, (_, target) in zip(images, rows, strict=True)]
             with torch.device("cpu"):  # converts targets that are numbers to a tensor
                 values = default_collate(rows)
             if self.compute is not None:
@@ -105,10 +108,9 @@ class Batches(Dataset[Any]):
             return self.data[index]
         path, target = self.data.folder.paths[index], self.data.target(index)
         try:
-            image = read_image(path)
+            image = read_image(path, self.data.channels)
         except (ValueError, OSError) as error:
-            # If a whole batch is broken: ImageNet's mean, which is almost neutral for a BatchNorm.
-            image = Image.new("RGB", (64, 64), (124, 116, 104))
+            image = blank(self.data.channels)  # for a batch whose images are all broken
             target = IGNORED if isinstance(target, int) else torch.full_like(target, torch.nan)
             broken[str(path)] = str(error)
         try:

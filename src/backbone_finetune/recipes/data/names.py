@@ -19,8 +19,8 @@ IMAGE_EXTENSIONS = frozenset(
     extension
     for extension, name in Image.registered_extensions().items()
     if name in Image.OPEN and name not in NO_DECODER
-)
-EXAMPLES = ".jpg, .png, .webp and all that Pillow reads"
+) | {".npy"}
+EXAMPLES = ".jpg, .png, .webp, all that Pillow reads, and .npy"
 
 
 def is_image(path: Path) -> bool:

@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from ..data.bands import Picture, from_array
 from ..data.images import read_image
 from ..models.file import TrainedModel, build_transform
 from ..text import one_line
@@ -49,7 +49,9 @@ class Comparison:
         # On the CPU, in float32, without training hooks.
         network = nn.Sequential(trained.model.backbone, trained.model.classifier)
         self.network = copy.deepcopy(network).float().cpu().eval()
-        self.pictures = [read_image(path) for path in images[:: -(-len(images) // MOST_IMAGES) or 1]] or _draw_noise()
+        channels = trained.data_config["input_size"][0]
+        chosen = images[:: -(-len(images) // MOST_IMAGES) or 1]
+        self.pictures = [read_image(path, channels) for path in chosen] or _draw_noise(channels)
         self.images = len(self.pictures) if images else 0
         transform = build_transform(trained.data_config)
         self.inputs = torch.stack([transform(picture) for picture in self.pictures])
@@ -72,9 +74,9 @@ class Comparison:
         return Exported(path, difference, largest, self.images, use)
 
 
-def _draw_noise() -> list[Image.Image]:
-    noise = torch.randint(256, (300, 400, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return [Image.fromarray(noise.numpy()), Image.fromarray(noise.transpose(0, 1).contiguous().numpy())]
+def _draw_noise(channels: int) -> list[Picture]:
+    noise = torch.randint(256, (300, 400, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return [from_array(noise.numpy()), from_array(noise.transpose(0, 1).contiguous().numpy())]
 
 
 @contextmanager

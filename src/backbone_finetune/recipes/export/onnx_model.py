@@ -33,7 +33,8 @@ def export_onnx(
         path: A file that does not exist yet and ends in ``.onnx``.
         images: Image files on which the logits are compared. Without any, noise is used.
         preprocessing: Whether the graph itself resizes, crops and normalises. Its input is then ``image``, uint8
-            ``(B, height, width, 3)`` in RGB, of any height and width; otherwise ``input``, float32 ``(B, 3, H, W)``.
+            ``(B, height, width, C)`` in RGB or grey, of any height and width; otherwise ``input``, float32
+            ``(B, C, H, W)``.
 
     Raises:
         FileExistsError: the file exists already.

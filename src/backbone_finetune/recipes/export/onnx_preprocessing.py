@@ -12,7 +12,8 @@ RESIZE = {
 }
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 20]>
-preprocessing (uint8[batch, height, width, 3] image) => (float[batch, 3, {rows}, {columns}] preprocessed) {{
+preprocessing (uint8[batch, height, width, {channels}] image)
+=> (float[batch, {channels}, {rows}, {columns}] preprocessed) {{
     pre_image = Transpose <perm = [0, 3, 1, 2]> (image)
     pre_size = Shape <start = 1, end = 3> (image)
     {resized_size}
@@ -32,9 +33,9 @@ preprocessing (uint8[batch, height, width, 3] image) => (float[batch, 3, {rows},
     pre_bytes = Cast <to = 1> (pre_cropped)
     pre_largest = Constant <value = float {{255.0}}> ()
     pre_shares = Div (pre_bytes, pre_largest)
-    pre_mean = Constant <value = float[1, 3, 1, 1] {{{mean}}}> ()
+    pre_mean = Constant <value = float[1, {channels}, 1, 1] {{{mean}}}> ()
     pre_shifted = Sub (pre_shares, pre_mean)
-    pre_std = Constant <value = float[1, 3, 1, 1] {{{std}}}> ()
+    pre_std = Constant <value = float[1, {channels}, 1, 1] {{{std}}}> ()
     preprocessed = Div (pre_shifted, pre_std)
 }}
 """
@@ -61,15 +62,22 @@ BOTH_SIDES = """
 
 
 def build_preprocessing(data_config: Mapping[str, Any]) -> Any:
-    """Build a graph from ``image``, uint8 ``(B, height, width, 3)`` in RGB, to ``preprocessed``, ``(B, 3, H, W)``.
+    """Build a graph from ``image``, uint8 ``(B, height, width, C)``, to ``preprocessed``, ``(B, C, H, W)``.
+
+    The image is in RGB, or grey for a model of one channel.
 
     It resizes, crops and normalizes like timm's evaluation transform with Pillow. A pixel of a photograph differs by
     at most 2 of 255, on average by less than 0.1.
 
     Raises:
-        ValueError: the interpolation or the crop is not supported.
+        ValueError: the interpolation, the crop, or the number of channels is not supported.
     """
-    _, rows, columns = data_config["input_size"]
+    channels, rows, columns = data_config["input_size"]
+    if channels not in {1, 3}:
+        raise ValueError(
+            f"ONNX preprocessing takes grey or RGB images of 8 bits, and this model has {channels} channels; export "
+            "without it"
+        )
     interpolation, crop_mode, crop_pct = (data_config[name] for name in ("interpolation", "crop_mode", "crop_pct"))
     if interpolation not in RESIZE or crop_mode not in {"center", "squash"} or crop_pct > 1:
         raise ValueError(
@@ -79,6 +87,7 @@ def build_preprocessing(data_config: Mapping[str, Any]) -> Any:
     target = [math.floor(side / crop_pct) for side in (rows, columns)]
     resized_size = BOTH_SIDES if crop_mode == "squash" else SHORTER_SIDE if rows == columns else SMALLER_RATIO
     text = GRAPH.format(
+        channels=channels,
         rows=rows,
         columns=columns,
         resized_size=resized_size.format(*target).strip(),

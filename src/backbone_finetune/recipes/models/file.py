@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
@@ -30,9 +29,11 @@ from backbone_finetune.checkpoint import (
 
 from ..checking import validated
 from ..data.augmentation import Augmentation
+from ..data.bands import Picture
 from ..objectives.kinds import Objective, SingleLabel
 from ..text import one_line
 from .classifiers import KINDS, describe_classifier
+from .inputs import find_size_problem
 from .metadata import ModelDescription, describe_objective, installed_versions, parse_metadata
 from .readouts import assemble, describe_readout
 from .weights import BaseWeights, find_base
@@ -66,12 +67,15 @@ class TrainedModel:
 
 def build_transform(
     data_config: Mapping[str, Any], augmentation: Augmentation | None = None
-) -> Callable[[Image.Image], Tensor]:
-    """Build timm's evaluation transform, which is deterministic, or the training transform of an augmentation."""
+) -> Callable[[Picture], Tensor]:
+    """Build timm's evaluation transform, which is deterministic, or the training transform of an augmentation.
+
+    It takes what `read_image` returns.
+    """
     with torch.device("cpu"):  # normalization holds tensors
         if augmentation is not None:
             return augmentation.make_transform(data_config)
-        transform: Callable[[Image.Image], Tensor] = create_transform(**data_config)
+        transform: Callable[[Picture], Tensor] = create_transform(**data_config)
     return transform
 
 
@@ -162,16 +166,6 @@ def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in trainable)
     return description, model
-
-
-def find_size_problem(model: FineTuneModel, size: tuple[int, int, int]) -> str | None:
-    """Return why a network on the meta device does not support an image size (C, H, W); None if it does."""
-    try:
-        with torch.no_grad():
-            model.eval()(torch.empty(1, *size, device="meta"))
-    except Exception as error:  # a network may raise any error for another size
-        return str(error)[:200] or type(error).__name__
-    return None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..text import describe_fault, has_control_characters
 from .classifiers import ClassifierDescription, LinearLayer
 
 LARGEST_SIDE = 4096
+MOST_CHANNELS = 1024
 
 
 def _check_known(architecture: str) -> str:
@@ -51,6 +52,7 @@ def _parse_class_names(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -61,17 +63,29 @@ Printable = Annotated[str, Field(max_length=200), AfterValidator(_check_printabl
 class DataConfig(Schema):
     """The arguments of timm's evaluation transform for a network."""
 
-    input_size: tuple[Literal[3], Side, Side]
-    mean: tuple[Number, Number, Number]
-    std: tuple[Deviation, Deviation, Deviation]
+    input_size: tuple[Channels, Side, Side]
+    mean: tuple[Number, ...]
+    std: tuple[Deviation, ...]
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
     crop_pct: Annotated[float, Field(ge=0.1, le=10)]
     crop_mode: Literal["center", "squash", "border"]
 
     @model_validator(mode="after")
     def _check_resized(self) -> "DataConfig":
-        if (side := max(self.input_size) / self.crop_pct) > LARGEST_SIDE:
+        if (side := max(self.input_size[1:]) / self.crop_pct) > LARGEST_SIDE:
             raise ValueError(f"images would be resized to {side:,.0f} pixels; at most {LARGEST_SIDE:,} are allowed")
+        return self
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> "DataConfig":
+        channels = self.input_size[0]
+        if not len(self.mean) == len(self.std) == channels:
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations of {channels} channels")
+        if channels != 3 and (self.interpolation not in {"bilinear", "bicubic"} or self.crop_mode == "border"):
+            raise ValueError(
+                f"interpolation {self.interpolation} and crop mode {self.crop_mode} of {channels} channels; other "
+                "numbers than 3 take bilinear or bicubic, and center or squash"
+            )
         return self
 
 
@@ -88,6 +102,7 @@ class NetworkArguments(Schema):
     use_fc_norm: bool | None = None
     img_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     dynamic_img_size: bool | None = None
+    in_chans: Channels | None = None
 
 
 class FreezeState(Schema):

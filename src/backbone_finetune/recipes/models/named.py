@@ -16,7 +16,7 @@ from .weights import create_network
 class NamedModel:
     """A network in eval mode with the names of its classes and timm's data config.
 
-    The network takes ``(B, 3, H, W)`` as in the data config; if it ``preprocesses``, it takes whole images in uint8.
+    The network takes ``(B, C, H, W)`` as in the data config; if it ``preprocesses``, it takes whole images in uint8.
     """
 
     model: nn.Module

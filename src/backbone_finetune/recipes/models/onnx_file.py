@@ -13,7 +13,7 @@ from .named import NamedModel
 
 
 class OnnxNetwork(nn.Module):
-    """Runs a session of onnxruntime on ``(B, 3, H, W)`` and returns logits."""
+    """Runs a session of onnxruntime on ``(B, C, H, W)`` and returns logits."""
 
     def __init__(self, session: Any) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class OnnxNetwork(nn.Module):
         self.preprocesses = self.input.type == "tensor(uint8)"
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute logits; a graph with preprocessing takes images as ``(B, H, W, 3)``."""
+        """Compute logits; a graph with preprocessing takes images as ``(B, H, W, C)``."""
         images = images.movedim(1, -1) if self.preprocesses else images
         (logits,) = self.session.run(None, {self.input.name: images.contiguous().numpy()})
         return torch.from_numpy(logits)

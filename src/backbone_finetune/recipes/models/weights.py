@@ -12,7 +12,7 @@ import timm
 import torch
 from huggingface_hub import try_to_load_from_cache  # it comes with timm
 from pydantic import ValidationError
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, adapt_input_conv
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
@@ -36,12 +36,13 @@ Source = Literal["package", "hub", "file", "random"]
 
 
 def load_network(
-    architecture: str | None, *, pretrained: bool = False, checkpoint: Path | None = None
+    architecture: str | None, *, pretrained: bool = False, checkpoint: Path | None = None, **arguments: Any
 ) -> tuple[str, Source, str, nn.Module]:
     """Build a network with weights; return its architecture, the source of the weights, a description, and the network.
 
     Without ``architecture`` it is EfficientNet-Lite0, with the packaged weights unless another source is given. For
-    ``local-dir:FOLDER`` and ``hf-hub:OWNER/NAME`` timm's name of the architecture is returned.
+    ``local-dir:FOLDER`` and ``hf-hub:OWNER/NAME`` timm's name of the architecture is returned. ``arguments`` are those
+    of ``timm.create_model``, such as ``in_chans``.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"pretrained weights and checkpoint {checkpoint} were both asked for; choose one")
@@ -49,16 +50,16 @@ def load_network(
     if ":" in name:
         if checkpoint is not None:
             raise ValueError(f"{name} has weights of its own, and checkpoint {checkpoint} was given; pass --pretrained")
-        network = create_network(name, pretrained=pretrained)
+        network = create_network(name, pretrained=pretrained, **arguments)
         words = f"weights of {name}" if pretrained else f"random weights (--pretrained loads those of {name})"
         return network.pretrained_cfg["architecture"], "file" if pretrained else "random", words, network
     if checkpoint is not None:
-        return name, "file", f"weights from {checkpoint}", load_checkpoint_network(name, checkpoint)
+        return name, "file", f"weights from {checkpoint}", load_checkpoint_network(name, checkpoint, **arguments)
     if architecture is None and not pretrained:
-        return name, "package", "ImageNet weights from a package", load_packaged_network()
+        return name, "package", "ImageNet weights from a package", load_packaged_network(**arguments)
     if not pretrained:
         words = "random weights (--pretrained or --checkpoint FILE loads trained ones)"
-        return name, "random", words, create_network(name)
+        return name, "random", words, create_network(name, **arguments)
     check_architecture(name)
     if not timm.is_model_pretrained(name):
         raise ValueError(
@@ -66,7 +67,7 @@ def load_network(
             "choose another with timm.list_models(pretrained=True), or pass --checkpoint FILE"
         )
     try:
-        return name, "hub", "timm's pretrained weights", timm.create_model(name, pretrained=True)
+        return name, "hub", "timm's pretrained weights", timm.create_model(name, pretrained=True, **arguments)
     except OSError as error:
         raise OSError(
             f"{name}: its pretrained weights could not be downloaded ({error}); "
@@ -74,16 +75,16 @@ def load_network(
         ) from error
 
 
-def create_network(name: str, *, pretrained: bool = False) -> Any:
+def create_network(name: str, *, pretrained: bool = False, **arguments: Any) -> Any:
     """Build a network by an architecture of timm, or by ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME`` as timm does.
 
     Without ``pretrained`` its weights are random; only ``config.json`` of a folder or the hub is then read.
     """
     if ":" not in name:
         check_architecture(name)
-        return timm.create_model(name, pretrained=pretrained)
+        return timm.create_model(name, pretrained=pretrained, **arguments)
     try:
-        return timm.create_model(name, pretrained=pretrained)
+        return timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # timm and the hub may raise any error if it does not exist or is not a model
         raise ValueError(f"{name}: timm cannot load it ({one_line(error, most=300)})") from error
 
@@ -94,7 +95,9 @@ def model_arguments(network: Any) -> dict[str, Any]:
     Raises:
         ValueError: one of them is not allowed in a model file.
     """
-    arguments = {name: value for name, value in network._model_args.items() if name not in {"num_classes", "in_chans"}}
+    arguments = {name: value for name, value in network._model_args.items() if name != "num_classes"}
+    if arguments.get("in_chans") == 3:
+        del arguments["in_chans"]
     try:
         return NetworkArguments(**arguments).model_dump(exclude_unset=True)
     except ValidationError as error:
@@ -158,7 +161,12 @@ def load_packaged_network(**arguments: Any) -> nn.Module:
     # The file holds the same network in the same order, under other names that end alike.
     if [name.rpartition(".")[2] for name in tensors] != [name.rpartition(".")[2] for name in names]:
         raise ValueError(f"{path}: its tensors do not pair with those of timm {timm.__version__}; install another timm")
-    network.load_state_dict(dict(zip(names, tensors.values(), strict=True)))
+    state = dict(zip(names, tensors.values(), strict=True))
+    if "in_chans" in arguments:
+        config: Any = network.pretrained_cfg
+        first = f"{config['first_conv']}.weight"
+        state[first] = adapt_input_conv(arguments["in_chans"], state[first])
+    network.load_state_dict(state)
     return network
 
 

@@ -112,7 +112,9 @@ def _without_whole(data: Dataset[Any]) -> Dataset[Any]:
     """Return a dataset to load directly; one of image files, so that broken ones can be skipped."""
     if not (isinstance(data, Fold) and isinstance(data.dataset, ImageDataset)):
         return data
-    return ImageDataset(data.dataset.folder.select(data.indices), data.dataset.transform)
+    return ImageDataset(
+        data.dataset.folder.select(data.indices), data.dataset.transform, channels=data.dataset.channels
+    )
 
 
 def _augmented(data: Dataset[Any], augmentation: Augmentation) -> Dataset[Any]:
