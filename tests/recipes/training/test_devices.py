@@ -38,8 +38,9 @@ from backbone_finetune.recipes.heads import grid
 from backbone_finetune.recipes.models.file import TrainedModel, build_transform
 from backbone_finetune.recipes.objectives.kinds import Objective
 from backbone_finetune.recipes.precision import default_precision, products_in
-from backbone_finetune.recipes.training.batches import epoch_batches, load_batches, local_batch
-from backbone_finetune.recipes.training.epoch import arrange_images, train_step
+from backbone_finetune.recipes.training.checkpoints import Progress
+from backbone_finetune.recipes.training.epoch import arrange_images, train_epoch
+from backbone_finetune.recipes.training.mixing import Mixing, make_mixing
 from backbone_finetune.recipes.training.phase_state import PhaseState
 from backbone_finetune.recipes.training.phases import make_schedule
 from backbone_finetune.recipes.training.processes import prepare, release
@@ -92,23 +93,21 @@ class Waits(nn.Module):
         return self.layer(inputs * (1.0 if float(inputs.sum()) > 0 else 2.0))
 
 
-def step_on_meta(
-    model: FineTuneModel, module: nn.Module, train: Any, objective: Objective, accelerator: Accelerator
-) -> Tensor:
-    """Take the steps of an epoch on the meta device, and raise where the host waits for it."""
+def train_on_meta(
+    model: FineTuneModel, train: Any, objective: Objective, accelerator: Accelerator, mixing: Mixing | None = None
+) -> int:
+    """Train an epoch on the meta device until its sums are read; return the number of steps, where none waited."""
     model.to(META)
+    module = model.classifier if isinstance(train, Features) else model
     config = TrainerConfig(accelerator, batch_size=4, objective=objective, accumulation=2, show_progress=False)
     prepared, optimizer = prepare(accelerator, module, torch.optim.AdamW(module.parameters(), lr=0.1, fused=True))
     schedule = make_schedule(optimizer, Phase(epochs=1, cosine=True), 3)
-    state = PhaseState(model, module, prepared, optimizer, schedule, Phase(), set(), train, None)
-    batches = epoch_batches(len(train), 4, seed=0, epoch=1)
-    shares = [local_batch(batch, process=0, processes=1) for batch in batches]
-    sums = torch.zeros(4, device=META)
-    with no_waits():
-        for step, loaded in enumerate(load_batches(train, shares, device=META), start=1):
-            state.schedule.step_update(step)
-            sums += train_step(state, shares[step - 1], loaded, 4, config)
-    return sums
+    state = PhaseState(model, module, prepared, optimizer, schedule, Phase(), set(), train, None, mixing=mixing)
+    taken: list[Any] = []
+    optimizer.register_step_post_hook(lambda *given: taken.append(given))
+    with no_waits(), pytest.raises(RuntimeError, match="meta tensor"):
+        train_epoch(state, Progress(), config, title="")
+    return len(taken)
 
 
 OBJECTIVES = [
@@ -128,14 +127,34 @@ def test_no_step_on_features_waits_for_the_device(
     rows = Features([torch.randn(12, 4), targets], tree_structure(0))
     model = FineTuneModel(nn.Identity(), nn.Linear(4, 2))
     train = on_device(rows, META) if resident else rows
-    assert step_on_meta(model, model.classifier, train, objective, on_meta).device == META
+    assert train_on_meta(model, train, objective, on_meta) == 3
 
 
 @pytest.mark.parametrize(("objective", "targets"), OBJECTIVES)
 def test_no_step_on_images_waits_for_the_device(objective: Objective, targets: Tensor, on_meta: Accelerator) -> None:
     images = [(torch.randn(3, 16, 16), target) for target in targets]
     model = FineTuneModel.from_timm("test_resnet", num_classes=2).freeze_backbone(trainable_groups=1)
-    assert step_on_meta(model, model, images, objective, on_meta).device == META
+    assert train_on_meta(model, images, objective, on_meta) == 3
+
+
+def test_no_step_on_mixed_images_waits_for_the_device(on_meta: Accelerator) -> None:
+    images = [(torch.randn(3, 16, 16), index % 2) for index in range(11)]
+    model = FineTuneModel.from_timm("test_resnet", num_classes=2)
+    mixing = make_mixing(Phase(mixup=0.5, cutmix=0.5), SingleLabel(), 2)
+    assert train_on_meta(model, images, SingleLabel(), on_meta, mixing) == 3
+
+
+@pytest.mark.parametrize(("objective", "targets"), OBJECTIVES)
+def test_an_evaluation_waits_for_the_device_at_its_end(
+    objective: Objective, targets: Tensor, on_meta: Accelerator
+) -> None:
+    images: Any = [(torch.randn(3, 16, 16), target) for target in targets]
+    model, seen = FineTuneModel.from_timm("test_resnet", num_classes=2).to(META), []
+    model.register_forward_hook(lambda module, inputs, outputs: seen.append(len(outputs)))
+    config = TrainerConfig(on_meta, batch_size=4, objective=objective, show_progress=False)
+    with no_waits(), pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        evaluate(model, images, config, keep_outputs=True)
+    assert seen == [4, 4, 4]
 
 
 def test_waits_for_the_device_are_seen(on_meta: Accelerator) -> None:
@@ -151,8 +170,7 @@ def test_waits_for_the_device_are_seen(on_meta: Accelerator) -> None:
             waiting()
     rows = Features([torch.randn(12, 4), torch.arange(12) % 2], tree_structure(0))
     model = FineTuneModel(nn.Identity(), Waits())
-    with pytest.raises(RuntimeError, match="meta"):
-        step_on_meta(model, model.classifier, on_device(rows, META), SingleLabel(), on_meta)
+    assert train_on_meta(model, on_device(rows, META), SingleLabel(), on_meta) == 0
 
 
 def test_a_grid_of_heads_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, on_meta: Accelerator) -> None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..data.images import is_read
 from ..features.dataset import Features, module_inputs
 from ..features.layout import find_layout, to_channels_last
+from ..sending import send
 from .batches import LocalBatch, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, load_by_name
 from .config import TrainerConfig, count
@@ -37,7 +38,8 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
     shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
     # Sums from before resuming count on the main process; the others start at 0.
     before = [progress.loss_sum, progress.correct, progress.seen, progress.weight]
-    sums = torch.tensor(before if accelerator.is_main_process else [0.0] * 4, device=accelerator.device)
+    before = before if accelerator.is_main_process else [0.0] * 4
+    sums = send(torch.tensor(before, device="cpu"), accelerator.device)
     loaded_batches = load_batches(
         state.train,
         shares,
