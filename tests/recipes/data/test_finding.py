@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,15 @@ def test_invalid_tables_raise(tmp_path: Path, content: bytes, message: str) -> N
     (tmp_path / "images.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         find(tmp_path / "images.csv")
+
+
+def test_what_to_install_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("pyarrow", "pyarrow.parquet", "datasets"):
+        monkeypatch.setitem(sys.modules, package, None)
+    touch(tmp_path, "images.parquet", "saved/state.json")
+    for name, extra in (("images.parquet", "parquet"), ("saved", "datasets")):
+        with pytest.raises(ModuleNotFoundError, match=rf"run: pip install 'backbone-finetune\[{extra}\]'"):
+            find_splits(tmp_path / name)
 
 
 def test_images_in_both_parts_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,12 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from image_folders import COLOURS, make_image
+from timm.data.transforms_factory import create_transform
 from torch import nn
 from torch.utils._pytree import tree_structure
 from torch.utils.data import Subset
 from torchvision.transforms.functional import pil_to_tensor
 
-from backbone_finetune.recipes import HeadResult, ImageDataset, LabelledFolder, find_splits, make_accelerator
+from backbone_finetune.recipes import (
+    HeadResult,
+    ImageDataset,
+    LabelledFolder,
+    data_fingerprint,
+    find_splits,
+    make_accelerator,
+)
 from backbone_finetune.recipes.data.groups import deal_groups
 from backbone_finetune.recipes.data.images import IGNORED, split
 from backbone_finetune.recipes.data.parts import find_data
@@ -162,6 +170,13 @@ def test_a_column_of_groups(table: Path, caplog: pytest.LogCaptureFixture) -> No
     renamed = table.with_name("renamed.csv")
     renamed.write_text(table.read_text().replace("patient\n", " Group\n"))
     assert find_data(renamed, chooses=True, test_share=0.3, seed=0)[0].groups == parts[0].groups
+
+
+def test_the_fingerprint_of_a_dataset_has_its_groups(table: Path) -> None:
+    prints = set()
+    for group in (None, "patient", "label"):
+        prints.add(data_fingerprint(ImageDataset(find_splits(table, group=group)["train"], create_transform(32))))
+    assert len(prints) == 3
 
 
 def test_wrong_groups_raise(table: Path) -> None:

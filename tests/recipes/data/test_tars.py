@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import shutil
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_class_folders_in_a_tar_file(tmp_path: Path, files: dict[str, bytes], pr
     assert pickle.loads(pickle.dumps(found.paths[5])).open().read() == files["red/1.png"]
     with pytest.raises(ValueError, match=r"colours\.tar: red: not a class of this model, whose classes"):
         find_images(tar, ("blue", "green"))
+
+
+def test_paths_beside_a_member_are_those_of_files(tmp_path: Path, files: dict[str, bytes]) -> None:
+    path = find_images(write_tar(tmp_path / "colours.tar", files)).paths[0]
+    assert path.is_file()
+    assert path == copy.deepcopy(path) == tmp_path / "colours.tar/blue/0.png"
+    for other in (path.parent, path.with_name("9.png"), pickle.loads(pickle.dumps(path.parent))):
+        assert not other.is_file()
+    with pytest.raises(OSError, match=r"9\.png"):
+        path.with_name("9.png").open()
 
 
 def test_parts_in_a_tar_file_and_in_names_of_tar_files(
