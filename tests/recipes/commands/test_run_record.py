@@ -84,7 +84,7 @@ def test_a_record_with_other_options_is_one_line(fail: Fail, others: str, option
     line = fail("train", "--run", "run.json", *others.split(), "--output", "again", "--overwrite", "--device", "cpu")
     assert line == (
         f"{option} and --run run.json were both given; the file has all options except --baselines, --cache, "
-        "--check-labels, --device, --output, --overwrite and --workers"
+        "--check-labels, --device, --log-with, --output, --overwrite and --workers"
     )
 
 
@@ -97,7 +97,7 @@ def test_a_record_with_other_options_is_one_line(fail: Fail, others: str, option
         ("{}", "run.json: arguments: field required; pass"),
         (
             {"overwrite": True},
-            "baselines, cache, check_labels, output, overwrite, workers are not part of a record; pass the",
+            "baselines, cache, check_labels, log_with, output, overwrite, workers are not part of a record; pass the",
         ),
         ({"more": 1}, "run.json: arguments more = 1: unexpected keyword argument; pass"),
         ({"pretrained": 3}, "run.json: arguments pretrained = 3: input should be a valid boolean"),

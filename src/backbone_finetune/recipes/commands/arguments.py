@@ -176,6 +176,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     switch("--trainable-only", help="write only the tensors that training changed; loading needs the base weights")
     switch("--baselines", help="also train on a random backbone and on raw pixels, to compare (always for the clipart)")
     switch("--check-labels", help="list training images whose class looks wrong, by cleanlab (an extra), in 5 folds")
+    text = "log settings and epochs to a tracker, an extra of that name (tensorboard: in the output folder)"
+    add("--log-with", choices=("tensorboard", "wandb", "mlflow"), help=text)
     switch("--overwrite", help="replace a finished model, or another run, in the output folder")
 
 

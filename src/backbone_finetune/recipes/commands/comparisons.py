@@ -103,7 +103,14 @@ def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config:
         task.phases[0], epochs=len(metrics.history), trainable_groups=0, augment=None, mixup=0.0, cutmix=0.0
     )
     baseline_config = replace(
-        config, checkpoints=None, caches=None, compile=None, monitor=None, patience=None, show_progress=False
+        config,
+        checkpoints=None,
+        caches=None,
+        compile=None,
+        monitor=None,
+        patience=None,
+        show_progress=False,
+        track=False,
     )
 
     def compare(name: str, model: FineTuneModel) -> float | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from accelerate import Accelerator
 
 from ..data.identical import find_copies
+from ..training.tracking import log_figures
 from .comparisons import within_memory
 from .figures import Answers
 from .label_issues import find_label_issues, write_label_issues
@@ -59,6 +60,9 @@ def write_results(
     issues = None if predicted is None else find_label_issues(predicted)
     metrics = replace(metrics, copies=tuple(copies), label_issues=None if issues is None else len(issues))
     logger.info(describe(metrics))
+    tested = {"accuracy": metrics.test_accuracy, "balanced_accuracy": metrics.test_balanced_accuracy}
+    figures = {name: value for name, value in {**tested, **metrics.test_metrics}.items() if value is not None}
+    log_figures(accelerator, {f"test/{name}": value for name, value in figures.items()}, len(metrics.history))
     with publishing(folder, METRICS_FILE) as temporary:
         temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False, default=os.fspath) + "\n")
     with within_memory(accelerator, CURVES_FILE), publishing(folder, CURVES_FILE) as temporary:

@@ -19,7 +19,7 @@ from .setup import Task, TrainSettings
 __all__ = ["compare_runs", "read_run", "record_run"]
 
 # Settings without effect on the model; the folder may be moved.
-NOT_RECORDED = {"output", "overwrite", "baselines", "check_labels", "workers", "cache"}
+NOT_RECORDED = {"output", "overwrite", "baselines", "check_labels", "log_with", "workers", "cache"}
 
 FOLDER = "local-dir:"
 

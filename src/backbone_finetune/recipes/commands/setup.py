@@ -65,6 +65,7 @@ class TrainSettings:
         folds: The number of folds of a cross-validation on the training images, after the model is written.
         check_labels: Whether to list training images whose class looks wrong, by cleanlab, from a cross-validation in
             ``folds`` folds, or 5.
+        log_with: The tracker that the settings, each epoch and the test metrics are logged to.
         patience: A phase ends after this number of epochs without improvement.
         architecture: A timm name, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``. Its weights are random unless
             ``pretrained`` or ``checkpoint`` is given.
@@ -135,6 +136,7 @@ class TrainSettings:
     overwrite: bool = False
     baselines: bool | None = None
     check_labels: bool = False
+    log_with: Literal["tensorboard", "wandb", "mlflow"] | None = None
     workers: Whole | None = None
     compile: Literal["inductor", "openvino"] | None = None
     cache: Literal["auto", "memory", "disk", "off"] = "auto"

@@ -29,6 +29,7 @@ from ..training.folds import check_folds
 from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
+from ..training.tracking import finish_trackers
 from .baselines import chance_accuracy
 from .comparisons import FOLDS, add_baselines, add_folds, held_out, predict_held_out, within_memory
 from .figures import Answers, make_answers
@@ -38,6 +39,7 @@ from .results import write_results
 from .run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
 from .run_record import compare_runs, record_run
 from .setup import CLIPART, Task, TrainSettings, choose_monitor, make_task
+from .tracked_run import check_tracker, start_tracker
 
 __all__ = ["CLIPART", "TrainSettings", "train"]
 
@@ -70,7 +72,13 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         ValueError: the settings or the images are invalid; the message has a remedy.
     """
     start = time.monotonic()
-    accelerator = make_accelerator(find_device(settings.device), mixed_precision=settings.mixed_precision)
+    check_tracker(settings)
+    accelerator = make_accelerator(
+        find_device(settings.device),
+        mixed_precision=settings.mixed_precision,
+        log_with=settings.log_with,
+        project_dir=settings.output,
+    )
     try:  # early, in case it is missing; and only here, because matplotlib is slow to import
         from . import plots  # noqa: F401, PLC0415
     except ModuleNotFoundError as error:
@@ -82,6 +90,8 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         task = make_task(settings, accelerator)
         has_folds = _check_folds(settings, task)
         config, record = _start(settings, task, accelerator, exit_stack, recorded)
+        exit_stack.callback(finish_trackers, accelerator)
+        run_on_main(accelerator, lambda: start_tracker(settings, accelerator, record["arguments"]))
         try:
             start_model, predicted = copy.deepcopy(task.model) if has_folds else None, None
             metrics, answers = _train_model(settings, task, config, record)

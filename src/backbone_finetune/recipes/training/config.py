@@ -41,6 +41,10 @@ class TrainerConfig:
     ``monitor=lambda result: result.validation_accuracy``; else those after the last epoch. A phase ends early after
     ``patience`` epochs without improvement.
 
+    Each epoch is logged to the trackers of the accelerator, e.g. ``Accelerator(log_with="tensorboard",
+    project_dir="runs")``, which are started if they are not; its ``end_training()`` finishes them. ``track=False`` does
+    not log.
+
     >>> TrainerConfig(Accelerator(cpu=True)).batch_size
     32
     """
@@ -64,6 +68,7 @@ class TrainerConfig:
     monitor: Callable[[EpochResult], float] | None = None
     patience: Positive | None = None
     show_progress: bool = True
+    track: bool = True
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:

@@ -62,7 +62,7 @@ def cross_validate(
     Raises:
         ValueError: the number of folds is out of range, or as for ``fine_tune``.
     """
-    config = replace(config, checkpoints=None, monitor=None, patience=None)
+    config = replace(config, checkpoints=None, monitor=None, patience=None, track=False)
     return tuple(
         fine_tune(copy.deepcopy(model), train, held_out, phases, config)
         for train, held_out in make_folds(data, folds, config, evaluated)
@@ -105,7 +105,7 @@ def cross_predict(
     Raises:
         ValueError: the number of folds is out of range, or as for ``fine_tune``.
     """
-    config = replace(config, checkpoints=None, monitor=None, patience=None)
+    config = replace(config, checkpoints=None, monitor=None, patience=None, track=False)
     predictions: Tensor | None = None
     for train, held_out in make_folds(data, folds, config, evaluated):
         trained = copy.deepcopy(model)

@@ -19,6 +19,7 @@ from .config import TrainerConfig
 from .epoch import train_epoch
 from .phase_state import prepared_phase, save_checkpoint, snapshot
 from .phases import Phase
+from .tracking import log_epoch, start_trackers
 
 __all__ = ["EpochResult", "TrainerConfig", "fine_tune", "report_skipped"]
 
@@ -81,6 +82,7 @@ def fine_tune(
         done = progress.phase == len(phases)
         logger.info("the training was finished before" if done else f"resuming at {progress.describe()}")
     total = sum(phase.epochs for phase in phases)
+    start_trackers(config, phases)
     while progress.phase < len(phases):
         phase = phases[progress.phase]
         if progress.epoch:  # resumed with the chosen rates
@@ -102,6 +104,7 @@ def fine_tune(
                 is_done = train_epoch(state, progress, config, title=f"epoch {len(progress.history) + 1}/{total}")
                 report_skipped(parts.values(), progress.skipped, config.accelerator)
                 check_classes(parts.values())
+                log_epoch(config, progress.history[-1])
                 save_checkpoint(state, progress, config)
     return progress.history
 

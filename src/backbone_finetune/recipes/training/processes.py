@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -45,14 +46,20 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def make_accelerator(device: torch.device, *, mixed_precision: str | None = None) -> Accelerator:
+def make_accelerator(
+    device: torch.device,
+    *,
+    mixed_precision: str | None = None,
+    log_with: str | None = None,
+    project_dir: Path | None = None,
+) -> Accelerator:
     """Return the accelerator for a device; the launcher sets the number of processes.
 
     >>> make_accelerator(torch.device("cpu")).device
     device(type='cpu')
 
     ``mixed_precision`` is "no", "fp16" or "bf16"; the default is the setting of `accelerate launch`, else bf16 on a
-    CUDA device that has it.
+    CUDA device that has it. ``log_with`` and ``project_dir`` are accelerate's.
 
     Raises:
         ValueError: accelerate chose another kind of device.
@@ -70,6 +77,8 @@ def make_accelerator(device: torch.device, *, mixed_precision: str | None = None
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
+        log_with=log_with,
+        project_dir=project_dir,
         # DistributedDataParallel would send every buffer, including frozen ones, in each forward; running statistics
         # are averaged once after each epoch instead.
         kwargs_handlers=[
