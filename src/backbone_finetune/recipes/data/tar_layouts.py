@@ -65,6 +65,8 @@ def _read_samples(found: Shards) -> list[Row]:
     rows = []
     for key, sample in samples.items():
         images = [member for member in sample.values() if is_image(member.path)]
+        # An array beside an image is rather an embedding of it.
+        images = [member for member in images if member.path.suffix.lower() != ".npy"] or images
         if len(images) > 1:
             names = join_some([member.parts[-1] for member in images])
             raise ValueError(f"{key[0]}: the sample {key[-1]} has {len(images)} images ({names}); leave one")
