@@ -19,7 +19,8 @@ from .recipes.commands.evaluate import Evaluation, describe_evaluation, evaluate
 from .recipes.commands.evaluate_table import TableEvaluation, evaluate_table
 from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.inspect import inspect, inspect_file, inspect_frontier
-from .recipes.commands.predict import choose_writer, list_inputs, predict
+from .recipes.commands.predict import list_inputs, predict
+from .recipes.commands.prediction_files import choose_writer
 from .recipes.commands.report import write_evaluation
 from .recipes.commands.run_record import NOT_RECORDED, read_run
 from .recipes.commands.train import TrainSettings, train
@@ -186,15 +187,14 @@ def run_predict(options: argparse.Namespace) -> int:
     write = None
     if options.output is not None:
         write = choose_writer(options.output, min(options.top_k, len(trained.class_names)), trained)
-    # A bar where no line is printed in the terminal.
-    silent = write is None and sys.stdout.isatty()
     bar = tqdm(
         predictions if write is None else write(predictions),
         total=len(paths),
         desc="predicting",
         unit="image",
         leave=False,
-        disable=True if silent else None,  # None: where stderr is no terminal
+        # Lines of predictions would be between its own, also those that another program prints from a pipe.
+        disable=True if write is None else None,  # None: where stderr is no terminal
     )
     unreadable = 0
     for prediction in bar:

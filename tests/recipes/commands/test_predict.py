@@ -10,16 +10,23 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from image_folders import make_image
 from PIL import Image
 from torch import Tensor
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import TrainedModel, predict
-from backbone_finetune.recipes.commands.predict import Prediction, list_inputs, write_csv, write_jsonl
+from backbone_finetune.recipes import MultiLabel, Regression, SingleLabel, TrainedModel, predict
+from backbone_finetune.recipes.commands import predict as command
+from backbone_finetune.recipes.commands import prediction_files
+from backbone_finetune.recipes.commands.predict import Prediction, list_inputs
+from backbone_finetune.recipes.commands.prediction_files import choose_writer, write_csv, write_jsonl, write_parquet
+from backbone_finetune.recipes.data.images import read_image
+from backbone_finetune.recipes.objectives.kinds import Objective
 
 Write = Callable[[Iterable[Prediction], Path], Iterator[Prediction]]
 PREDICTIONS = (Prediction(Path("tom.jpg"), (("cat", 0.75),)), Prediction(Path("text.jpg"), error="not an image"))
@@ -55,6 +62,70 @@ def test_written_files_can_be_read(predictions: tuple[Prediction, ...], tmp_path
     ]
     with (tmp_path / "a.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == rows[: len(predictions)]
+
+
+def make_trained(folder: Path, objective: Objective | None = None, images: int = 3) -> tuple[TrainedModel, list[Path]]:
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    config = timm.data.resolve_model_data_config(model) | {"input_size": (3, 32, 32)}
+    trained = TrainedModel(model, "test_resnet", ("class_1", "b", "c"), config, objective=objective or SingleLabel())
+    paths = [make_image(folder / f"{index}.png", (index, 0, 0)) for index in range(images)]
+    return trained, paths
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("objective", [SingleLabel(), MultiLabel((0.0, 0.5, 1.0)), Regression()])
+def test_parquet_has_the_cells_of_csv_with_types(
+    objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(prediction_files, "GROUP", 2)
+    trained, paths = make_trained(tmp_path, objective)
+    paths += [tmp_path / "gone.png", tmp_path / os.fsdecode(b"\xff.png")]
+    predictions = [*predict(trained, paths, top_k=2)]
+    files = tmp_path / "a.csv", tmp_path / "a.parquet"
+    for file in files:
+        assert [*choose_writer(file, 2, trained)(predictions)] == predictions
+    with files[0].open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    table = parquet.read_table(files[1])
+    assert table.column_names == [*rows[0]]
+    for row, cells in zip(rows, table.to_pylist(), strict=True):
+        for name, cell in cells.items():
+            texts = ";".join(map(str, cell)) if isinstance(cell, list) else "" if cell is None else str(cell)
+            assert texts == row[name].encode(errors="backslashreplace").decode()
+    assert table["error"].null_count == 3
+    kinds = {SingleLabel: "double", MultiLabel: "list<element: double>", Regression: "double"}
+    assert str(table.schema.field(2).type) == kinds[type(objective)]
+    [*write_parquet((), files[1], top_k=2)]
+    assert parquet.read_table(files[1]).num_rows == 0
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_predictions_are_written_while_images_are_read(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    trained, paths = make_trained(tmp_path, images=12)
+
+    def record(path: Path, *arguments: Any) -> Any:
+        read.append(path)
+        return read_image(path, *arguments)
+
+    monkeypatch.setattr(command, "read_image", record)
+    written = choose_writer(tmp_path / f"answers{suffix}", 1, trained)(predict(trained, paths, batch_size=2, workers=0))
+    for count, _ in enumerate(written, start=1):
+        assert len(read) <= count + 3  # this batch and the next
+    assert count == len(read) == 12
+
+
+def test_a_file_of_predictions_that_needs_an_extra_is_refused_before_the_first_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pyarrow is not installed; run: pip install .*\[parquet\]"):
+        choose_writer(tmp_path / "answers.parquet", 1)
+    with pytest.raises(ValueError, match=r"answers\.txt: .* ends in \.csv, \.jsonl or \.parquet"):
+        choose_writer(tmp_path / "answers.txt", 1)
 
 
 def test_tta_averages_an_image_and_its_mirror_image(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     text = "an image, a folder of images at any depth, a pattern ('photos/**/*.jpg'), or - for paths on stdin by line"
     add("images", nargs="+", metavar="IMAGE", help=text)
     add("--top-k", type=int, default=3, metavar="K", help="classes for each image (default: %(default)s)")
-    text = "write the predictions to a .csv or .jsonl file (JSON lines) instead of the terminal"
+    text = "write the predictions to a .csv, .jsonl (JSON lines) or .parquet file (an extra) instead of the terminal"
     add("--output", type=Path, metavar="FILE", help=text)
 
 

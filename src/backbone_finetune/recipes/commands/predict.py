@@ -2,9 +2,7 @@
 
 from __future__ import annotations  # help() shows the names of types, not what pydantic checks
 
-import csv
 import glob
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,12 +24,11 @@ from ..data.finding import list_images
 from ..data.images import LabelledFolder, read_image
 from ..data.loading import map_batches
 from ..data.transforms import of_one_dtype, split_transform
-from ..files import replacing
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
-from ..objectives.kinds import MultiLabel, Regression, SingleLabel
+from ..objectives.kinds import MultiLabel, Regression
 
-__all__ = ["Prediction", "choose_writer", "list_inputs", "predict", "write_csv", "write_jsonl"]
+__all__ = ["Prediction", "list_inputs", "predict", "predict_labelled"]
 
 # For a resized image: half a gigabyte in float32. The largest timm networks need far less.
 MOST_PIXELS = 2**27
@@ -198,60 +195,6 @@ def _run(trained: TrainedModel | NamedModel, inputs: Tensor, *, tta: bool) -> Te
     """Compute the probabilities or values of inputs ``(B, C, H, W)``: ``(B, K)`` on the CPU."""
     views = (inputs, inputs.flip(-1)) if tta else (inputs,)
     return torch.stack([trained.objective.predict(trained.model(view).float()) for view in views]).mean(0).cpu()
-
-
-def write_csv(
-    predictions: Iterable[Prediction], path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
-) -> Iterator[Prediction]:
-    """Write predictions to a CSV file and yield each one; the file is complete after the last one.
-
-    The columns are the ``top_k`` classes. For a ``trained`` model of labels, one column has all labels of an image, as
-    "cat;dog"; for a model of values, each value has a column.
-    """
-    objective = SingleLabel() if trained is None else trained.objective
-    columns = [f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability")]
-    if isinstance(objective, MultiLabel):
-        columns = ["labels", "probabilities"]
-    elif isinstance(objective, Regression) and trained is not None:
-        columns = list(trained.class_names)
-    # In UTF-8; bytes of a name that are not valid text are written unchanged.
-    with replacing(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image", *columns, "error"])
-        for prediction in predictions:
-            cells: list[object] = [cell for pair in prediction.classes for cell in pair]
-            if isinstance(objective, MultiLabel):
-                cells = [";".join(str(pair[part]) for pair in prediction.classes) for part in (0, 1)]
-            elif isinstance(objective, Regression):
-                cells = [value for _, value in prediction.values]
-            rows.writerow([prediction.path, *cells, *[""] * (len(columns) - len(cells)), prediction.error or ""])
-            yield prediction
-
-
-def write_jsonl(predictions: Iterable[Prediction], path: Path) -> Iterator[Prediction]:
-    r"""Write predictions to a file of JSON lines and yield each one; the file is complete after the last one.
-
-    Undecodable bytes of a name are escaped as Python does, ``\udcff`` for 255; ``os.fsencode`` restores them.
-    """
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for prediction in predictions:
-            classes = [{"name": name, "probability": probability} for name, probability in prediction.classes]
-            entry: dict[str, object] = {"image": str(prediction.path), "classes": classes, "error": prediction.error}
-            if prediction.values:
-                entry["values"] = dict(prediction.values)
-            file.write(json.dumps(entry) + "\n")
-            yield prediction
-
-
-def choose_writer(
-    path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
-) -> Callable[[Iterable[Prediction]], Iterator[Prediction]]:
-    """Return the writer for a file of predictions: ``.csv`` for a table, ``.jsonl`` for JSON lines."""
-    if path.suffix == ".csv":
-        return partial(write_csv, path=path, top_k=top_k, trained=trained)
-    if path.suffix == ".jsonl":
-        return partial(write_jsonl, path=path)
-    raise ValueError(f"{path}: predictions are written to a file that ends in .csv or .jsonl")
 
 
 def list_inputs(given: Sequence[str]) -> list[Path]:
