@@ -12,9 +12,12 @@ import torch
 from accelerate import Accelerator
 from image_folders import make_folder
 from second_device import META, HostWaitError, meta_accelerator, no_waits
+from timm.data import create_transform
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils._pytree import tree_structure
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_structure
 from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
@@ -32,9 +35,11 @@ from backbone_finetune.recipes import (
 )
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.data.images import ImageDataset
+from backbone_finetune.recipes.data.transforms import split_transform
 from backbone_finetune.recipes.features.dataset import Features
 from backbone_finetune.recipes.features.resident import on_device
 from backbone_finetune.recipes.heads import grid
+from backbone_finetune.recipes.heads.standardize import Standardization
 from backbone_finetune.recipes.models.file import TrainedModel, build_transform
 from backbone_finetune.recipes.objectives.kinds import Objective
 from backbone_finetune.recipes.precision import default_precision, products_in
@@ -157,6 +162,13 @@ def test_an_evaluation_waits_for_the_device_at_its_end(
     assert seen == [4, 4, 4]
 
 
+def test_images_are_normalized_without_waiting_for_the_device() -> None:
+    _, normalize = split_transform(create_transform(32))
+    octets = torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=META)
+    with no_waits():
+        assert normalize(octets).device == META
+
+
 def test_waits_for_the_device_are_seen(on_meta: Accelerator) -> None:
     """The tests above can fail."""
     values, index = torch.ones(4, 4, device=META), torch.tensor([1, 0])
@@ -189,9 +201,10 @@ def test_a_grid_of_heads_does_not_wait_for_the_device(monkeypatch: pytest.Monkey
     monkeypatch.setattr(grid.StackedHeads, "step", without_waits)
     sent = grid.index_rows
 
-    def indexed(*arguments: Any) -> Any:
+    def indexed(tensors: Any, *others: Any) -> Any:
+        assert {tensor.device for tensor in tensors} == {META}
         with no_waits():
-            yield from sent(*arguments)
+            yield from sent(tensors, *others)
 
     monkeypatch.setattr(grid, "index_rows", indexed)
     fit_heads(
@@ -205,6 +218,30 @@ def test_a_grid_of_heads_does_not_wait_for_the_device(monkeypatch: pytest.Monkey
         show_progress=False,
     )
     assert len(heads) == 6
+
+
+class WithoutDoubles(TorchDispatchMode):
+    """A device without float64, like MPS."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        if any(each.device.type == "cuda" and each.dtype == torch.float64 for each in tensors):
+            raise TypeError("this device has no float64")
+        return result
+
+
+def test_features_are_standardized_on_a_device_without_float64() -> None:
+    with FakeTensorMode(), WithoutDoubles():
+        layer = nn.Linear(4, 2, device="cuda")
+        values = torch.zeros(4, dtype=torch.float64)
+        standardization = Standardization(values, values)
+        standardization.enter(layer)
+        standardization.leave(layer)
+        rows = TensorDataset(torch.zeros(3, 4, device="cuda"), torch.zeros(3, device="cuda"))
+        assert standardization.apply(rows).tensors[0].device.type == "cuda"
+        with pytest.raises(TypeError, match="no float64"):
+            layer.weight.double()
 
 
 def test_the_default_precision_is_that_of_the_card() -> None:

@@ -41,12 +41,12 @@ class Standardization(NamedTuple):
         features, read = data.tensors[0], is_read(data.tensors[-1])
         if len(data.tensors) != 2 or features.ndim != 2:
             raise ValueError("standardize: the features are not one vector per image (N, D); leave it out")
-        total, squares = torch.zeros(2, features.shape[1], dtype=torch.float64)
+        total, squares = torch.zeros(2, features.shape[1], dtype=torch.float64, device="cpu")
         for chunk, readable in zip(torch.split(features, CHUNK), torch.split(read, CHUNK), strict=True):
-            total += chunk[readable].double().sum(0).cpu()
+            total += chunk[readable].cpu().double().sum(0)  # MPS has no double precision
         mean = total / read.sum().cpu()
         for chunk, readable in zip(torch.split(features, CHUNK), torch.split(read, CHUNK), strict=True):
-            squares += (chunk[readable].double().cpu() - mean).square().sum(0)
+            squares += (chunk[readable].cpu().double() - mean).square().sum(0)
         std = (squares / read.sum().cpu()).sqrt()
         is_constant = std <= SMALLEST * mean.abs()
         return cls(mean, torch.where(is_constant, 0.0, 1 / std.masked_fill(is_constant, 1.0)))
@@ -55,7 +55,7 @@ class Standardization(NamedTuple):
         """Return a dataset with standardized features, in memory."""
         features, *others = data.tensors
         standardized = torch.empty_like(features, memory_format=torch.contiguous_format)
-        mean, scale = (values.to(features) for values in self)
+        mean, scale = (values.to(features.dtype).to(features.device) for values in self)
         for source, target in zip(torch.split(features, CHUNK), torch.split(standardized, CHUNK), strict=True):
             torch.sub(source, mean, out=target).mul_(scale)
         result = copy.copy(data)
@@ -66,19 +66,18 @@ class Standardization(NamedTuple):
     def enter(self, classifier: nn.Module) -> None:
         """Change a classifier of features to the same one of standardized features, in place."""
         layer = first_linear(classifier)
-        weight, bias = layer.weight.double(), layer.bias.double()
-        mean, scale = (values.to(weight.device) for values in self)
-        layer.bias.copy_(bias + weight @ mean)
-        layer.weight.copy_(weight * torch.where(scale == 0, 0.0, 1 / scale.masked_fill(scale == 0, 1.0)))
+        weight, bias = layer.weight.cpu().double(), layer.bias.cpu().double()
+        inverse = torch.where(self.scale == 0, 0.0, 1 / self.scale.masked_fill(self.scale == 0, 1.0))
+        layer.bias.copy_((bias + weight @ self.mean).to(layer.bias.dtype))
+        layer.weight.copy_((weight * inverse).to(layer.weight.dtype))
 
     @torch.no_grad()
     def leave(self, classifier: nn.Module) -> None:
         """Change a classifier of standardized features to the same one of features, in place."""
         layer = first_linear(classifier)
-        mean, scale = (values.to(layer.weight.device) for values in self)
-        weight = layer.weight.double() * scale
-        layer.bias.copy_(layer.bias.double() - weight @ mean)
-        layer.weight.copy_(weight)
+        weight = layer.weight.cpu().double() * self.scale
+        layer.bias.copy_((layer.bias.cpu().double() - weight @ self.mean).to(layer.bias.dtype))
+        layer.weight.copy_(weight.to(layer.weight.dtype))
 
 
 def first_linear(classifier: nn.Module) -> nn.Linear:
