@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy
 import pytest
+import timm
 import torch
 from exported_models import make_trained, names_in
 from PIL import Image
 
-from backbone_finetune import cli
+from backbone_finetune import FineTuneModel, cli
 from backbone_finetune.recipes import (
     TrainedModel,
     evaluate_folder,
@@ -25,6 +26,7 @@ from backbone_finetune.recipes.commands.train import CLIPART
 from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.export.onnx_preprocessing import build_preprocessing
 from backbone_finetune.recipes.models.file import build_transform
+from backbone_finetune.recipes.models.inputs import resolve_data_config
 from backbone_finetune.recipes.objectives.kinds import MultiLabel, Objective, Regression
 
 pytestmark = pytest.mark.clients
@@ -174,3 +176,40 @@ def test_the_command_line_exports_and_predicts(
     assert len(lines[0]) == 3
     assert cli.main(["predict", "whole.onnx", *images, "--device", "cuda"]) == 2
     assert "an ONNX file runs on the CPU" in capsys.readouterr().err
+
+
+def make_model_of_channels(channels: int) -> TrainedModel:
+    network = timm.create_model("test_resnet", in_chans=channels)
+    model = FineTuneModel.from_timm(network, num_classes=2).eval()
+    config = resolve_data_config(network, (64, 64))
+    return TrainedModel(model, "test_resnet", ("cat", "dog"), config, {"in_chans": channels})
+
+
+@pytest.mark.parametrize("preprocessing", [False, True])
+def test_a_grey_model_takes_grey_images(tmp_path: Path, preprocessing: bool) -> None:
+    trained = make_model_of_channels(1)
+    exported = export_onnx(trained, tmp_path / "model.onnx", images=IMAGES, preprocessing=preprocessing)
+    loaded = load_onnx_model(exported.path)
+    for one, other in zip(predict(loaded, IMAGES), predict(trained, IMAGES), strict=True):
+        assert dict(one.classes) == pytest.approx(dict(other.classes), abs=0.02 if preprocessing else 1e-4)
+    Image.fromarray(numpy.full((80, 80), 1000, dtype="uint16")).save(tmp_path / "16.png")
+    (answer,) = predict(loaded, [tmp_path / "16.png"])
+    if preprocessing:
+        assert "16.png: more than 8 bits per channel, and a model with preprocessing takes 8" in str(answer.error)
+    else:
+        (expected,) = predict(trained, [tmp_path / "16.png"])
+        assert dict(answer.classes) == pytest.approx(dict(expected.classes), abs=1e-4)
+
+
+def test_bands_take_no_preprocessing(tmp_path: Path) -> None:
+    trained = make_model_of_channels(5)
+    with pytest.raises(
+        ValueError, match="grey or RGB images of 8 bits, and this model has 5 channels; export without it"
+    ):
+        export_onnx(trained, tmp_path / "model.onnx", preprocessing=True)
+    numpy.save(tmp_path / "bands.npy", numpy.random.default_rng(0).random((80, 90, 5), dtype="float32"))
+    exported = export_onnx(trained, tmp_path / "model.onnx", images=[tmp_path / "bands.npy"])
+    (answer,), (expected,) = (
+        predict(each, [tmp_path / "bands.npy"]) for each in (load_onnx_model(exported.path), trained)
+    )
+    assert dict(answer.classes) == pytest.approx(dict(expected.classes), abs=1e-4)
