@@ -11,10 +11,19 @@ import numpy
 import pytest
 import timm
 import torch
+from exported_models import make_trained
 from PIL import Image
 
 from backbone_finetune.cli import main
-from backbone_finetune.recipes import load_timm_model, load_trained_model, predict
+from backbone_finetune.recipes import (
+    TrainSettings,
+    load_timm_model,
+    load_trained_model,
+    make_accelerator,
+    predict,
+    save_trained_model,
+)
+from backbone_finetune.recipes.commands.setup import Task, make_task
 from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.models.file import build_transform
 from backbone_finetune.recipes.models.inputs import input_arguments, resolve_data_config
@@ -63,6 +72,13 @@ def train(images: Path, output: Path, *options: str, model: str = "test_resnet")
     arguments = ["train", str(images), "--model", model, "--epochs", "1", "--lr", "0.01", "--device", "cpu"]
     assert main([*arguments, "--batch-size", "4", "--output", str(output), *options]) == 0
     return output / "model.safetensors"
+
+
+def start(images: Path, output: Path, **settings: Any) -> Task:
+    """Find images and build the model of a run, without training it."""
+    return make_task(
+        TrainSettings(images=images, output=output / "run", **settings), make_accelerator(torch.device("cpu"))
+    )
 
 
 CASES = {  # how images are written, their bands, the options, the network and its input
@@ -145,10 +161,9 @@ def test_timms_own_formats_keep_the_input(bands: Path, tmp_path: Path) -> None:
     for one, other in zip(predict(loaded, files), predict(trained, files), strict=True):
         assert one.error is None
         assert dict(one.classes) == pytest.approx(dict(other.classes), abs=1e-5)
-    # It can be trained further, as it is.
-    again = train(images, tmp_path / "further", "--pretrained", model=f"local-dir:{tmp_path / 'hub'}")
-    assert load_trained_model(again).arguments.items() >= {"in_chans": 5, "img_size": [48, 64]}.items()
-    assert load_trained_model(again).data_config == trained.data_config
+    task = start(images, tmp_path, architecture=f"local-dir:{tmp_path / 'hub'}", pretrained=True)  # to train further
+    assert task.arguments.items() >= {"in_chans": 5, "img_size": [48, 64]}.items()
+    assert json.loads(json.dumps(task.data_config)) == json.loads(json.dumps(trained.data_config))
 
 
 def test_a_model_file_is_trained_further_on_its_own_input_alone(
@@ -163,16 +178,16 @@ def test_a_model_file_is_trained_further_on_its_own_input_alone(
     ):
         assert main([*arguments, *options]) == 2
         assert message in capsys.readouterr().err
-    assert main([*arguments, "--in-chans", "5", "--input-size", "48x64"]) == 0
-    assert load_trained_model(tmp_path / "run" / "model.safetensors").data_config["input_size"] == (5, 48, 64)
+    task = start(bands / "images", tmp_path, checkpoint=path, in_chans=5, input_size=(48, 64))
+    assert task.data_config["input_size"] == (5, 48, 64)
 
 
 def test_a_convnets_file_is_trained_further_on_another_size(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", write_rgb, 3)
-    first = train(images, tmp_path / "first", "--input-size", "32")
-    options = ["--checkpoint", str(first), "--input-size", "64", "--epochs", "1", "--lr", "0.01"]
-    assert main(["train", str(images), *options, "--output", str(tmp_path / "second")]) == 0
-    assert load_trained_model(tmp_path / "second" / "model.safetensors").data_config["input_size"] == (3, 64, 64)
+    save_trained_model(make_trained("test_resnet", 32), tmp_path / "model.safetensors", record={})
+    task = start(images, tmp_path, checkpoint=tmp_path / "model.safetensors", input_size=64)
+    assert task.data_config["input_size"] == (3, 64, 64)
+    assert task.train[0][0].shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +198,11 @@ def test_a_convnets_file_is_trained_further_on_another_size(tmp_path: Path) -> N
         ("test_resnet", ["--input-size", "4000"], "images would be resized to 4,211 pixels; at most 4,096"),
         ("test_resnet", ["--in-chans", "0"], "in_chans"),
         ("csatv2", ["--in-chans", "5"], "csatv2 takes no images of 5 channels and 512 x 512 pixels"),
+        (
+            "test_resnet",
+            ["--in-chans", "1", "--augment", "strong"],
+            "change colours of three channels",
+        ),
         ("test_resnet", ["--in-chans", "5"], "3 bands; the model takes 5; train one with --in-chans 3"),
     ],
 )
@@ -224,16 +244,13 @@ def test_pretrained_weights_are_adapted_as_timm_does(tmp_path: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     images = write_folder(tmp_path / "images", write_grey_8, 1)
     options = ["--checkpoint", str(tmp_path / "weights.pth"), "--in-chans", "1", "--input-size", "64"]
-    whole = train(images, tmp_path / "whole", *options, model="test_vit")
-    backbone: Any = load_trained_model(whole).model.backbone
+    changes = train(images, tmp_path / "changes", *options, "--trainable-only", model="test_vit")
+    assert changes.stat().st_size < (tmp_path / "weights.pth").stat().st_size / 4
+    backbone: Any = load_trained_model(changes, base=tmp_path / "weights.pth").model.backbone
     kernel = network.patch_embed.proj.weight
     assert torch.equal(backbone.patch_embed.proj.weight, kernel.sum(1, keepdim=True))
     positions = timm.layers.resample_abs_pos_embed(network.pos_embed, (4, 4), num_prefix_tokens=1)
     assert torch.equal(backbone.pos_embed, positions)
-    changes = train(images, tmp_path / "changes", *options, "--trainable-only", model="test_vit")
-    assert changes.stat().st_size < whole.stat().st_size / 4
-    loaded = load_trained_model(changes, base=tmp_path / "weights.pth")
-    assert torch.equal(loaded.model.backbone.patch_embed.proj.weight, kernel.sum(1, keepdim=True))
 
 
 def test_the_packaged_weights_are_adapted() -> None:
