@@ -391,7 +391,7 @@ def test_only_the_first_of_several_processes_prints_the_error(
 def test_predictions_in_another_format_are_refused(trained: Path, fail: Fail) -> None:
     image = trained.parents[1] / "images" / "red" / "0.png"
     line = fail("predict", trained, image, "--output", "answers.json")
-    assert line == "answers.json: predictions are written to a file that ends in .csv or .jsonl"
+    assert line == "answers.json: predictions are written to a file that ends in .csv, .jsonl or .parquet"
 
 
 def test_an_error_of_many_lines_is_one_line(fail: Fail) -> None:
