@@ -144,6 +144,7 @@ def test_samples_of_webdataset(tmp_path: Path, files: dict[str, bytes], caplog: 
         ({**sample("a", b"", cls="x"), "a.jpg": b""}, r"the sample a has 2 images \(a\.png, a\.jpg\); leave one"),
         ({**sample("a", b"", cls="x"), "b.png": b"", "b.cls": b"\xff"}, r"b\.cls: not a text in UTF-8"),
         ({"b.png": b"", "b.json": b"{"}, r"b\.json: not JSON in UTF-8"),
+        ({"b.png": b"", "b.json": b"[" * 100_000}, r"b\.json: not JSON in UTF-8 \(maximum recursion"),
         (
             sample("a", b"", json={"age": 3}),
             r"t\.tar: its columns are age; expected one of label, class, target",

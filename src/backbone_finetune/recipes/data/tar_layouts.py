@@ -86,7 +86,7 @@ def _read_cells(sample: Mapping[str, Member], part: str | None) -> dict[str, Any
         try:
             text = path.open().read().decode()
             texts[extension] = json.loads(text) if extension == "json" else text
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not {'JSON' if extension == 'json' else 'a text'} in UTF-8 ({error})") from error
     found = texts.get("json", {})
     cells: dict[str, Any] = (

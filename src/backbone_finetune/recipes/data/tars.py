@@ -126,7 +126,7 @@ def _list_members(shard: Path, left_out: Counter[str]) -> list[Member]:
                 path = pack_range(shard.joinpath(*parts), shard, info.offset_data, size)
                 members[parts] = Member(shard, parts, path)  # of two with one name the last, as where it is unpacked
             end = file.offset
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:  # ValueError for a size that no file has
         if not members:
             raise ValueError(f"{shard}: not a tar file without compression ({error}); unpack it") from error
         logger.warning("%s: truncated (%s); what is before that is used", printable(str(shard)), error)
