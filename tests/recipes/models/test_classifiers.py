@@ -13,6 +13,8 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import get_model_input_config
+from timm_families import FAMILIES
 from torch import nn
 
 from backbone_finetune import FineTuneModel, TokenReadout
@@ -164,22 +166,38 @@ def test_a_hostile_description_is_refused(honest: Path, tmp_path: Path, name: st
     assert "\n" not in str(caught.value)
 
 
-POOLED = [("test_vit", {"img_size": SIDE}), ("test_resnet", {})]
+MAPPED = [("vit_base_patch16_siglip_224", {"img_size": SIDE}), ("vit_pe_core_tiny_patch16_384", {"img_size": SIDE})]
+POOLED = [
+    ("test_vit", {"img_size": SIDE}),
+    ("test_resnet", {}),
+    *(pytest.param(*pooled, marks=pytest.mark.zoo) for pooled in MAPPED),
+    *(
+        pytest.param(FAMILIES[family].architecture, FAMILIES[family].keywords, marks=pytest.mark.zoo)
+        for family in ("beit", "cait", "coat", "convit", "crossvit", "deit", "eva", "tnt", "volo", "xcit")
+    ),
+]
 
 
 @pytest.mark.parametrize(("architecture", "arguments"), POOLED)
 @torch.no_grad()
 def test_the_mean_is_timms_own_network_with_other_arguments(architecture: str, arguments: dict[str, Any]) -> None:
     network = timm.create_model(architecture, num_classes=2, **arguments).eval()
-    if architecture == "test_vit":
+    if not architecture.startswith("test_resnet"):
         for parameter in network.parameters():  # with timm's initial values, both places of the norm give the same
-            nn.init.normal_(parameter, std=0.3)
+            nn.init.normal_(parameter, std=0.1)
     again, readout = choose_readout("mean", network, architecture, arguments)
     assert readout is None
     plain = timm.create_model(architecture, num_classes=0, **again).eval()
     plain.load_state_dict(network.state_dict())
-    inputs = torch.randn(2, 3, SIDE, SIDE)
+    inputs = torch.randn(2, *get_model_input_config(network)["input_size"])
     assert torch.equal(plain(inputs), network(inputs))
+
+
+def test_a_network_that_its_arguments_do_not_build_is_refused() -> None:
+    with torch.device("meta"):
+        network = timm.create_model("test_vit", depth=2)
+    with pytest.raises(ValueError, match=r"timm builds another network with {'global_pool': 'avg', 'fc_norm': False}"):
+        choose_readout("mean", network, "test_vit", {})
 
 
 @pytest.mark.parametrize(

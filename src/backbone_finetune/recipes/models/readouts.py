@@ -54,7 +54,7 @@ def choose_readout(
         with torch.device("meta"):
             plain: Any = timm.create_model(architecture, **again)
         plain.reset_classifier(0)
-        if str(plain) != str(network):
+        if _outline(plain) != _outline(network):
             raise ValueError(f"timm builds another network with {again}")
     except Exception as error:  # networks raise AssertionError, TypeError and others for a pooling they do not have
         raise ValueError(
@@ -62,6 +62,12 @@ def choose_readout(
             "keeps the network's own pooling"
         ) from error
     return again, None
+
+
+def _outline(network: nn.Module) -> tuple[dict[str, type[nn.Module]], dict[str, torch.Size]]:
+    """Return the classes of a network's modules, and the shapes of its tensors."""
+    modules = {name: type(module) for name, module in network.named_modules()}
+    return modules, {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
 def assemble(
