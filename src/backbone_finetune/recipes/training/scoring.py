@@ -88,6 +88,7 @@ def evaluate(
     # On the CPU the results are those of contiguous images, as in the steps.
     layout = Layout(contiguous=accelerator.device.type != "cuda" or isinstance(data, TensorDataset))
     columns: list[int] = []  # of the outputs, known after the first batch
+    loaded_before: list[Tensor] = [] if known is None else [known.cpu()]  # targets to check then
 
     def run(*inputs: Tensor) -> Tensor:
         outputs: Tensor = module(*module_inputs(data, inputs))
@@ -96,6 +97,8 @@ def evaluate(
     def check(targets: Tensor) -> None:
         if columns:
             objective.check(name, targets[is_read(targets)], columns[0])
+        else:
+            loaded_before.append(targets)
 
     loaded = load_batches(
         data,
@@ -114,7 +117,8 @@ def evaluate(
         outputs = outputs[: share.num_real]
         if not columns:  # before the loss: on a GPU, an invalid class would end the process
             columns.append(outputs.shape[1] if outputs.ndim > 1 else 1)
-            check((wanted if known is None else known).cpu())
+            for each in loaded_before:
+                check(each)
         weights, loss = objective.weights(wanted), objective.losses(outputs, wanted).sum()
         losses.append(torch.stack((loss, (is_read(wanted) if weights is None else weights).sum())))
         answers.append(objective.answer(outputs))
