@@ -65,6 +65,10 @@ def test_typed_cells(root: Path) -> None:
             {"path": ["a.png", "b.png"], "label": ["a", "b"]},
             r"none of its 2 paths, relative to .*: .*a\.png",
         ),
+        (
+            {"image": [{"bytes": b"GIF", "path": None}], "label": [0]},
+            r"row 1: image holds an image, not its",
+        ),
         ({"path": PATHS, "label": ["a"] * 4, "split": ["dev"] * 4}, r"split 'dev'; expected one of train"),
     ],
 )

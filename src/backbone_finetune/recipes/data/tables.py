@@ -30,13 +30,22 @@ def read_table(table: Path, values: Sequence[str] = (), group: str | None = None
     path = str(find_column(table, names, PATHS, hint=hint))
     columns = choose_columns(table, names, values, group, hint)
     rows = (Row(place, table, cells) for place, cells in _read_cells(table, [path, *columns.names]))
-    found = sort_rows(table, columns, (row._replace(path=table.parent / require(row, path)) for row in rows))
+    found = sort_rows(table, columns, (row._replace(path=table.parent / _read_path(row, path)) for row in rows))
     paths = [image.path for images in found.values() for image in images]
     if not any(each.is_file() for each in paths):
         raise ValueError(
             f"{table}: none of its {len(paths)} paths, relative to {table.parent}, is a file; the first: {paths[0]}"
         )
     return found
+
+
+def _read_path(row: Row, column: str) -> str:
+    if isinstance(row.cells[column], dict | bytes):
+        raise ValueError(
+            f"{row.place}: {column} holds an image, not its path; convert the table with the package datasets, "
+            "load_dataset('parquet', data_files=TABLE).save_to_disk(FOLDER), and pass the folder"
+        )
+    return require(row, column)
 
 
 def _read_names(table: Path) -> list[str]:
