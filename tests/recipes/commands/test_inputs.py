@@ -27,6 +27,7 @@ from backbone_finetune.recipes.commands.setup import Task, make_task
 from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.models.file import build_transform
 from backbone_finetune.recipes.models.inputs import input_arguments, resolve_data_config
+from backbone_finetune.recipes.models.metadata import DataConfig
 from backbone_finetune.recipes.models.weights import load_packaged_network
 
 SIDE = 24
@@ -213,6 +214,22 @@ def test_what_a_network_cannot_take_is_refused_before_any_work(
     assert main(["train", str(images), "--model", model, "--output", str(tmp_path / "run"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": [0.5] * 3}, "3 means and 5 standard deviations of 5 channels"),
+        ({"crop_mode": "border"}, "crop mode border of 5 channels"),
+        ({"interpolation": "lanczos"}, "other numbers than 3 take bilinear or bicubic"),
+        ({"input_size": [2000, 32, 32]}, "input_size"),
+    ],
+)
+def test_a_file_of_channels_that_do_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = resolve_data_config(timm.create_model("test_resnet", in_chans=5))
+    DataConfig.model_validate_json(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        DataConfig.model_validate_json(json.dumps({**config, **changes}))
 
 
 def test_sizes_that_fit_are_named() -> None:
