@@ -73,7 +73,7 @@ class TrainSettings:
         checkpoint: A file of weights.
         base: The base weights of a checkpoint of ``trainable_only``, if they are not found automatically.
         input_size: The side of the images that the network takes, or their height and width. None is its own size.
-        in_chans: The number of channels of the images; see `read_image`. None is the network's own number.
+        in_chans: The number of channels of the images, as in ``ImageDataset``. None is the network's own number.
         phases: The phases of the training, in order.
         batch_size: Images per step, in all processes together.
         accumulation: The number of consecutive parts of a batch.

@@ -74,7 +74,7 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
 
     An unreadable image raises an error. Passes of the recipes skip it instead: ``broken`` has a message for each that
     was skipped, by its path. Phases with an `Augmentation` need ``augment``, which returns the transform of one.
-    Images have the ``channels`` of a model; see `read_image`.
+    Images have the ``channels`` of a model, as in the table of ``--in-chans`` in the README.
 
     >>> folder = LabelledFolder(Path("animals"), ("cat", "dog"), (Path("animals/dog/1.jpg"),), (1,))
     >>> len(ImageDataset(folder, transform=lambda image: torch.zeros(3, 8, 8)))
