@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from .tensor_parts import plain_parts
 
@@ -20,7 +21,7 @@ def has_checksum(tensor: torch.Tensor) -> bool:
     >>> has_checksum(torch.zeros(2))
     False
     """
-    return tensor.device.type == "cuda"
+    return tensor.device.type == "cuda" and not is_lazy(tensor)
 
 
 def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -171,21 +171,22 @@ def test_cuda_computes_the_next_batch_while_the_host_waits_for_one(monkeypatch: 
     log: list[str] = []
 
     class Event:
-        def record(self) -> None:
-            log.append("event")
+        def record(self, stream: str) -> None:
+            log.append(f"event on {stream}")
 
         def synchronize(self) -> None:
             log.append("waited for")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     with FakeTensorMode(), Copies(log):
-        with torch.device("cuda"):
+        with torch.device("cuda", 1):
             backbone = Small(most=100)
-        device = torch.device("cuda", 0)
+        device = torch.device("cuda", 1)
         run = FrozenPass(front_of_backbone(FineTuneModel(backbone, nn.Linear(4, 2))), device, None)
         batches = [(torch.randn(5, 3, 8, 8), torch.zeros(5, dtype=torch.long).to(device)) for _ in range(3)]
         found = list(run.over(batches))
-    queued = [*["queued"] * 3, "event"]  # two features and the targets
+    queued = [*["queued"] * 3, "event on cuda:1"]  # two features and the targets
     assert log == [*queued, *queued, "waited for", *queued, "waited for", "waited for"]
     assert {tensor.device.type for features in found for tensor in features.tensors} == {"cpu"}

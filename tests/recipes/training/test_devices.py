@@ -36,6 +36,7 @@ from backbone_finetune.recipes import (
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.data.images import ImageDataset
 from backbone_finetune.recipes.data.transforms import split_transform
+from backbone_finetune.recipes.features import resident
 from backbone_finetune.recipes.features.dataset import Features
 from backbone_finetune.recipes.features.resident import on_device
 from backbone_finetune.recipes.heads import grid
@@ -46,6 +47,7 @@ from backbone_finetune.recipes.precision import default_precision, products_in
 from backbone_finetune.recipes.training.checkpoints import Progress
 from backbone_finetune.recipes.training.epoch import arrange_images, train_epoch
 from backbone_finetune.recipes.training.mixing import Mixing, make_mixing
+from backbone_finetune.recipes.training.phase_data import PhaseData
 from backbone_finetune.recipes.training.phase_state import PhaseState
 from backbone_finetune.recipes.training.phases import make_schedule
 from backbone_finetune.recipes.training.processes import prepare, release
@@ -180,6 +182,26 @@ def test_images_are_normalized_without_waiting_for_the_device() -> None:
     octets = torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=META)
     with no_waits():
         assert normalize(octets).device == META
+
+
+def test_features_are_on_the_device_and_rows_of_a_frontier_are_not() -> None:
+    rows = Features([torch.randn(12, 4), torch.arange(12)], tree_structure(0))
+    for on_features, expected in ((True, "meta"), (False, "cpu")):
+        data = PhaseData(rows, rows, nn.Linear(4, 2), cached=True, on_features=on_features).on_device(META)
+        assert {tensor.device.type for part in (data.train, data.validation) for tensor in part.tensors} == {expected}
+
+
+def test_features_too_large_for_the_device_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = TensorDataset(torch.zeros(10, 4), torch.zeros(10))  # 200 bytes
+    for free, expected in ((400, "meta"), (399, "cpu")):
+        monkeypatch.setattr(resident, "free_memory", lambda device, free=free: free)
+        assert {tensor.device.type for tensor in on_device(rows, META).tensors} == {expected}
+
+
+def test_free_memory_of_a_gpu_has_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 50), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert resident.free_memory(torch.device("cuda", 0)) == 130
 
 
 def test_waits_for_the_device_are_seen(on_meta: Accelerator) -> None:

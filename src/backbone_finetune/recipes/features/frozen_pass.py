@@ -161,7 +161,7 @@ class FrozenPass:
                 yield features
                 continue
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))  # which may not be torch's current device
             queued.append((features, event))
             if len(queued) > 1:
                 yield _wait(*queued.pop(0))

@@ -15,8 +15,11 @@ D = TypeVar("D", bound=TensorDataset)
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a CUDA device; of other devices, those of the machine."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    """Return the free bytes of a CUDA device, with those that torch keeps for later; of others, those of the machine."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def on_device(data: D, device: torch.device) -> D:

@@ -72,8 +72,11 @@ class PhaseData:
     groups: Sequence[str] | None = None
 
     def on_device(self, device: torch.device) -> "PhaseData":
-        """Return the data with cached rows on a device, as far as its memory suffices."""
-        if not (self.cached and isinstance(self.train, Features)):
+        """Return the data with features on a device, as far as its memory suffices.
+
+        Rows of a frontier are larger, and training layers on them takes memory and hides their transfer.
+        """
+        if not (self.on_features and isinstance(self.train, Features)):
             return self
         train, validation = on_device(self.train, device), self.validation
         return replace(
