@@ -15,7 +15,7 @@ D = TypeVar("D", bound=TensorDataset)
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a CUDA device, with those that torch keeps for later; of others, those of the machine."""
+    """Return the free bytes of a CUDA device, with those that torch keeps for later; else those of the machine."""
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -153,7 +153,8 @@ def capture(
     accelerator: Accelerator,
     best: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
-    """Build a checkpoint of the tensors named in ``changed``. Collective: every process must call it.
+    """Build a checkpoint of the tensors named in ``changed``. Collective: every process must call it; the main process gets the
+    tensors.
 
     It does not contain the other tensors, which the initial model has.
 
@@ -167,9 +168,15 @@ def capture(
         # With several processes, only the main process, which writes, gets the state.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_optimizer_state_dict(model, _unwrap(optimizer), options=options).get("state", {})
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in distinct_tensors(model).items():
+        if name in changed:  # one at a time is whole on each device of a sharded model
+            whole = full_tensor(tensor)
+            if accelerator.is_main_process:
+                tensors[name] = whole.detach().cpu()
     return Checkpoint(
         progress,
-        model={name: full_tensor(tensor) for name, tensor in distinct_tensors(model).items() if name in changed},
+        model=tensors,
         best=best or {},
         optimizer=state,
         random_states=gather_object([random_state()]),
