@@ -153,10 +153,9 @@ def capture(
     accelerator: Accelerator,
     best: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
-    """Build a checkpoint of the tensors named in ``changed``. Collective: every process must call it; the main process gets the
-    tensors.
+    """Build a checkpoint of the tensors named in ``changed``. Collective: every process must call it.
 
-    It does not contain the other tensors, which the initial model has.
+    The main process, which writes it, gets the tensors. It does not contain the other tensors, which the initial model has.
 
     >>> layer = nn.Linear(2, 1)
     >>> checkpoint = capture(Progress(), layer, {"bias"}, None, accelerator=Accelerator(cpu=True))
