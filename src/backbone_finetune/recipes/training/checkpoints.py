@@ -155,7 +155,7 @@ def capture(
 ) -> Checkpoint:
     """Build a checkpoint of the tensors named in ``changed``. Collective: every process must call it.
 
-    The main process, which writes it, gets the tensors. It does not contain the other tensors, which the initial model has.
+    The main process, which writes it, gets the tensors. The others are not in it, as the initial model has them.
 
     >>> layer = nn.Linear(2, 1)
     >>> checkpoint = capture(Progress(), layer, {"bias"}, None, accelerator=Accelerator(cpu=True))
