@@ -147,6 +147,9 @@ def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
     """Return the phases of a file, or one phase from the options; raise ValueError if both were given."""
     names = [field.name for field in fields(Phase)]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.tune and (given or options.phases is not None):
+        option = f"--{next(iter(given)).replace('_', '-')}" if given else "--phases"
+        raise ValueError(f"--tune and {option} were both given; --tune chooses the phases, and --phases takes yours")
     if options.phases is None:
         if "augment" in given:
             given["augment"] = AUGMENTATIONS[given["augment"]]

@@ -38,6 +38,7 @@ from .training.loop import TrainerConfig, fine_tune
 from .training.phases import Phase, read_phases
 from .training.processes import make_accelerator
 from .training.scoring import Score, evaluate
+from .training.tuning import tuning_phases
 
 __all__ = [
     "Augmentation",
@@ -97,4 +98,5 @@ __all__ = [
     "read_run",
     "save_trained_model",
     "train",
+    "tuning_phases",
 ]

@@ -30,6 +30,7 @@ from backbone_finetune.recipes import (
     SingleLabel,
     SoftLabels,
     TrainerConfig,
+    cross_validate,
     find_images,
     fine_tune,
     load_trained_model,
@@ -38,7 +39,7 @@ from backbone_finetune.recipes import (
 )
 from backbone_finetune.recipes.data.images import IGNORED
 from backbone_finetune.recipes.training import epoch
-from backbone_finetune.recipes.training.mixing import make_mixing
+from backbone_finetune.recipes.training.mixing import Mixing, make_mixing
 
 CONFIG: dict[str, Any] = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 RATES: dict[str, Any] = {"trainable_groups": 1, "lr": 0.01, "backbone_lr": 0.01}
@@ -123,6 +124,33 @@ def test_each_phase_has_its_own_images(tmp_path: Path, caplog: pytest.LogCapture
     assert not torch.equal(fresh["classifier.weight"], cached["classifier.weight"])
     strong = (phases[0], Phase(epochs=2, augment=Augmentation.STRONG, **RATES))
     assert_same(train(data, *strong, views=2, caches=caches)[0], train(data, *strong, views=2)[0])
+
+
+def test_each_step_is_mixed_with_another_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[str] = []
+    mix = Mixing.mix
+    monkeypatch.setattr(
+        Mixing, "mix", lambda self, batch, *, seed: (seeds.append(seed), mix(self, batch, seed=seed))[1]
+    )
+    train(make_images(tmp_path), STRONG)
+    assert len(seeds) == len(set(seeds)) == 2 * 5  # 18 images in batches of 4
+
+
+def test_augmented_images_that_cannot_be_read_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = make_images(tmp_path)
+    data.folder.paths[2].write_bytes(b"no image")
+    with caplog.at_level(logging.WARNING):
+        train(data, Phase(epochs=1, augment=Augmentation.LIGHT, **RATES))
+    assert list(data.broken) == [str(data.folder.paths[2])]
+    assert sum("2.png: not a readable image" in message for message in caplog.messages) == 1
+
+
+def test_folds_of_augmented_views_are_evaluated_on_the_images_themselves(tmp_path: Path) -> None:
+    data = make_images(tmp_path)
+    phases = [Phase(epochs=1, augment=Augmentation(scale=(0.1, 0.2)), lr=0.01)]
+    config = TrainerConfig(make_accelerator(torch.device("cpu")), batch_size=4, views=2, show_progress=False)
+    own = cross_validate(make_model(), data, phases, config, folds=3)
+    assert own == cross_validate(make_model(), data, phases, config, folds=3, evaluated=make_images(tmp_path))
 
 
 def test_a_pair_is_mixed_as_timm_mixes_it() -> None:

@@ -86,6 +86,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "(default: 3); pretrained weights of the first layer are adapted",
     )
     add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table for each phase")
+    switch(
+        "--tune",
+        help="train the head, then the last layer groups too, then everything; the number of images sets the epochs",
+    )
     one_phase = parser.add_argument_group("one phase (for several, use --phases)")
     add_numbers(
         one_phase,

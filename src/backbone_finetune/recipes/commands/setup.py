@@ -38,6 +38,7 @@ from ..together import run_on_main
 from ..training.loop import EpochResult, TrainerConfig
 from ..training.mixing import make_mixing
 from ..training.phases import Phase
+from ..training.tuning import tuning_phases
 from .run_folder import check_output_folder
 
 __all__ = ["CLIPART", "Task", "TrainSettings", "choose_monitor", "make_task"]
@@ -106,6 +107,7 @@ class TrainSettings:
             class per image, and one with a column ``labels`` any number, as "cat;dog".
         group: A column of a table. Images of one group are on one side of each split, and in one fold. None means the
             column ``group``, if there is one.
+        tune: Whether the phases are those of ``tuning_phases``: the head, then the last layer groups, then everything.
 
     >>> TrainSettings(phases=(Phase(trainable_groups=1),)).output.name
     'fine-tuned'
@@ -147,6 +149,7 @@ class TrainSettings:
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     regression: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     group: str | None = None
+    tune: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     model, data_config = start.model, dict(start.data_config)
     channels = data_config["input_size"][0]
     run_on_main(accelerator, lambda: check_first_images(parts[0], channels))
-    phases = choose_phases(settings)
+    phases = choose_phases(settings, len(parts[0].paths), model)
     for phase in reversed(phases):  # checks each; the model is then frozen as in the first
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
@@ -199,9 +202,11 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     )
 
 
-def choose_phases(settings: TrainSettings) -> tuple[Phase, ...]:
-    """Return the phases of a run: those of the settings; cached views need an augmentation."""
-    phases = settings.phases
+def choose_phases(settings: TrainSettings, num_images: int, model: FineTuneModel) -> tuple[Phase, ...]:
+    """Return the phases of a run: those of the settings, or of ``tune``; cached views need an augmentation."""
+    if settings.tune and settings.phases != TrainSettings.phases:
+        raise ValueError("tune and phases were both given; tune chooses the phases, so leave one of them out")
+    phases = tuning_phases(num_images, model) if settings.tune else settings.phases
     if settings.views > 1 and all(phase.augment is None for phase in phases):
         return tuple(replace(phase, augment=Augmentation.LIGHT) for phase in phases)
     return phases

@@ -1,0 +1,224 @@
+"""Compare `train --tune` with plain fine-tuning and with a frozen backbone, on two sets of few real images.
+
+OMP_NUM_THREADS=1 python benchmarks/tuning.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from harness.cuda import Fact
+from harness.environment import describe_command, describe_environment
+from harness.options import make_writable, positive
+from harness.results import describe, table, write_text
+from learning import read_outcomes, spread
+from learning_runs.arms import Outcome
+from learning_runs.sets import FASHION, Images, split_clipart, split_fashion
+from timm.data.config import resolve_model_data_config
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes import (
+    Augmentation,
+    ImageDataset,
+    LabelledFolder,
+    Phase,
+    TrainerConfig,
+    evaluate,
+    fine_tune,
+    make_accelerator,
+)
+from backbone_finetune.recipes.models.file import build_transform
+from backbone_finetune.recipes.models.weights import load_packaged_network
+from backbone_finetune.recipes.training.tuning import tuning_phases
+
+PLAIN_RATES = (3e-4, 1e-3, 1e-4)
+ARMS = ["frozen head", "tune", *(f"plain, {rate:g}" for rate in PLAIN_RATES), "tune, light"]
+
+
+@dataclass
+class TuningReport:
+    """All that one command measured."""
+
+    environment: dict[str, Fact]
+    command: str
+    settings: dict[str, Fact]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+def ways(num_images: int, model: FineTuneModel) -> dict[str, tuple[Phase, ...]]:
+    """Return the phases of each way to train, by name."""
+    tuned = tuning_phases(num_images, model)
+    # One and a half times as long as each phase of the tuning, which takes as much time as both.
+    epochs = round(1.5 * tuned[-1].epochs)
+    everything = Phase(epochs, len(model.layer_groups), lr=1e-3, warmup_epochs=1, cosine=True)
+    drawn = (tuned[0], *(replace(phase, augment=Augmentation.LIGHT) for phase in tuned[1:]))
+    return {
+        "frozen head": tuned[:1],
+        "tune": tuned,
+        **{f"plain, {rate:g}": (replace(everything, backbone_lr=rate),) for rate in PLAIN_RATES},
+        "tune, light": drawn,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train in all ways on all splits; results are written after each, and a stopped run resumes."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse_arguments(given)
+    torch.set_num_threads(1)
+    settings: dict[str, Fact] = {name: value for name, value in vars(options).items() if isinstance(value, int)}
+    report = TuningReport(describe_environment(torch.device("cpu")), describe_command(__file__, given), settings)
+    try:
+        report.outcomes += read_outcomes(options.output.with_suffix(".json"), settings)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for outcome in measure(options, {(outcome.data, outcome.seed, outcome.arm) for outcome in report.outcomes}):
+        report.outcomes.append(outcome)
+        print(f"{outcome.accuracy['plain']:.3f} {outcome.data} {outcome.seed}: {outcome.arm}", flush=True)
+        write_text(options.output.with_suffix(".json"), json.dumps(asdict(report), indent=1) + "\n")
+    write_text(options.output.with_suffix(".md"), as_markdown(report))
+    return 0
+
+
+def measure(options: argparse.Namespace, done: Container[tuple[str, int, str]]) -> Iterator[Outcome]:
+    """Yield the outcome of each way that is not done, one split of each set after the other."""
+    size = (3, options.image_size, options.image_size)
+    config = resolve_model_data_config(load_packaged_network(), args={"input_size": size})  # type: ignore[no-untyped-call]
+    draw: dict[str, Callable[[int], tuple[Images, Images]]] = {
+        "clipart": split_clipart,
+        "Fashion-MNIST": partial(split_fashion, options.fashion_mnist, options.fashion_train, options.fashion_test),
+    }
+    for seed in range(options.splits):
+        for data in options.sets:
+            torch.manual_seed(seed)
+            network = FineTuneModel.from_timm(load_packaged_network(), num_classes=10)
+            network.to(memory_format=torch.channels_last)  # a step then takes two thirds of the time
+            with TemporaryDirectory() as folder:
+                train, test = (
+                    write_images(Path(folder, name), images, build_transform=partial(build_transform, config))
+                    for name, images in zip(("train", "test"), draw[data](seed), strict=True)
+                )
+                for name, phases in ways(len(train), network).items():
+                    if name in options.arms and (data, seed, name) not in done:
+                        accuracy, seconds = run(network, train, test, phases, seed)
+                        yield Outcome(name, data, seed, {"plain": accuracy}, seconds)
+
+
+def write_images(
+    folder: Path, images: Images, *, build_transform: Callable[..., Callable[..., torch.Tensor]]
+) -> ImageDataset:
+    """Write images to files, which `ImageDataset` reads."""
+    folder.mkdir()
+    paths = tuple(folder / f"{index}.png" for index in range(len(images.images)))
+    for path, image in zip(paths, images.images, strict=True):
+        image.save(path)
+    names = tuple(str(target) for target in range(10))
+    found = LabelledFolder(folder, names, paths, tuple(images.targets.tolist()))
+    return ImageDataset(found, build_transform(), augment=build_transform)
+
+
+def run(
+    network: FineTuneModel, train: ImageDataset, test: ImageDataset, phases: Sequence[Phase], seed: int
+) -> tuple[float, float]:
+    """Train a copy of a network; return its test accuracy after the last epoch, and the CPU seconds of training."""
+    model, started = copy.deepcopy(network), time.process_time()
+    config = TrainerConfig(make_accelerator(torch.device("cpu")), seed=seed, workers=0, show_progress=False)
+    fine_tune(model, train, None, phases, config)
+    seconds = time.process_time() - started
+    accuracy = evaluate(model, test, config).accuracy
+    assert accuracy is not None
+    return accuracy, seconds
+
+
+def as_markdown(report: TuningReport) -> str:
+    """Return the report as a page to read."""
+    parts = ["# Head, last groups, everything: `train --tune`\n", describe(report), _CONCLUSION]
+    for data in dict.fromkeys(outcome.data for outcome in report.outcomes):
+        outcomes = [outcome for outcome in report.outcomes if outcome.data == data]
+        parts += [f"## {data}\n", accuracy_table(outcomes), "", gain_table(outcomes), ""]
+    return "\n".join([*parts, _HOW_TO_READ])
+
+
+def accuracy_table(outcomes: Sequence[Outcome]) -> str:
+    """Format a line for each way to train."""
+    lines = []
+    for arm, by_seed in by_arm(outcomes).items():
+        accuracies = list(by_seed.values())
+        seconds = [outcome.cpu_seconds for outcome in outcomes if outcome.arm == arm]
+        by_split = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
+        lines.append([arm, spread(accuracies, ".3f"), by_split, spread(seconds, ".0f")])
+    return table(["", "test accuracy", "by split", "CPU seconds"], lines)
+
+
+def gain_table(outcomes: Sequence[Outcome]) -> str:
+    """Format what `tune` gains over each other way on the same splits."""
+    arms = by_arm(outcomes)
+    tuned = arms.get("tune", {})
+    lines = []
+    for arm, accuracies in arms.items():
+        gains = [tuned[seed] - accuracies[seed] for seed in sorted(tuned.keys() & accuracies.keys())]
+        if gains and arm != "tune":
+            won = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
+            lines.append([f"tune / {arm}", spread(gains, "+.3f"), won])
+    return table(["the first / the second", "gain in accuracy", "splits won"], lines)
+
+
+def by_arm(outcomes: Sequence[Outcome]) -> Mapping[str, Mapping[int, float]]:
+    """Return the accuracies of each way to train, by split."""
+    found: dict[str, dict[int, float]] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.seed):
+        found.setdefault(outcome.arm, {})[outcome.seed] = outcome.accuracy["plain"]
+    order = [arm for arm in ARMS if arm in found]
+    return {arm: found[arm] for arm in order}
+
+
+_CONCLUSION = ""
+
+_HOW_TO_READ = """\
+EfficientNet-Lite0 with its ImageNet weights, float32. Mean ± standard deviation over splits; all ways have the same
+splits, first classifier, order of images and test images, and keep the last epoch.
+
+- `frozen head`: a head on features, its rates chosen on a fifth of the training images.
+- `tune`: that head, then `tuning_phases`: the last third of the layer groups, then everything.
+- `plain, R`: everything from the start, at rate R for the backbone and 1e-3 for the classifier, one epoch of warm-up,
+  cosine, in one and a half times the epochs of each phase of `tune`.
+- `tune, light`: the phases that train layers draw new crops and mirror images in each epoch (`Augmentation.LIGHT`).
+- CPU seconds are of one thread, for all of the training, reading images included. Other work on the machine makes
+  them longer.
+"""
+
+
+def parse_arguments(given: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; ends with an error where files are missing or nothing can be written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--sets", nargs="+", choices=["clipart", "Fashion-MNIST"], default=["clipart", "Fashion-MNIST"])
+    add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="NAME", help="ways to train, of those in the page")
+    add("--fashion-mnist", type=Path, default=FASHION, metavar="DIR", help="where the Debian package puts its files")
+    add("--fashion-train", type=positive, default=500, metavar="N")
+    add("--fashion-test", type=positive, default=500, metavar="N")
+    add("--splits", type=positive, default=3, metavar="N")
+    add("--image-size", type=positive, default=96, metavar="N")
+    add("--output", type=Path, default=Path(__file__).parent / "results" / "tuning", metavar="STEM")
+    options = parser.parse_args(given)
+    try:
+        make_writable(options.output.parent)
+        if "Fashion-MNIST" in options.sets:
+            split_fashion(options.fashion_mnist, 10, 10, 0)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
