@@ -142,7 +142,7 @@ def run(
 
 def as_markdown(report: TuningReport) -> str:
     """Return the report as a page to read."""
-    parts = ["# Head, last groups, everything: `train --tune`\n", describe(report), _CONCLUSION]
+    parts = ["# Head, last groups, everything: `train --tune`\n", describe(report)]
     for data in dict.fromkeys(outcome.data for outcome in report.outcomes):
         outcomes = [outcome for outcome in report.outcomes if outcome.data == data]
         parts += [f"## {data}\n", accuracy_table(outcomes), "", gain_table(outcomes), ""]
@@ -181,8 +181,6 @@ def by_arm(outcomes: Sequence[Outcome]) -> Mapping[str, Mapping[int, float]]:
     order = [arm for arm in ARMS if arm in found]
     return {arm: found[arm] for arm in order}
 
-
-_CONCLUSION = ""
 
 _HOW_TO_READ = """\
 EfficientNet-Lite0 with its ImageNet weights, float32. Mean ± standard deviation over splits; all ways have the same
