@@ -35,7 +35,7 @@ def test_more_images_have_fewer_epochs() -> None:
     assert [tuning_phases(count, make_model(3))[-1].epochs for count in (100, 400, 10_000)] == [10, 6, 3]
 
 
-def test_the_command_tunes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_phases_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, output = make_folder(tmp_path / "images"), tmp_path / "run"
     assert cli.main(["train", str(images), "--tune", "--lr", "0.1"]) == 2
     assert "--tune and --lr were both given; --tune chooses the phases" in capsys.readouterr().err
@@ -43,6 +43,11 @@ def test_the_command_tunes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "--tune and --phases were both given" in capsys.readouterr().err
     with pytest.raises(ValueError, match="tune and phases were both given"):
         train(TrainSettings(images=images, architecture="test_resnet", tune=True, phases=(Phase(2),), output=output))
+
+
+@pytest.mark.long
+def test_the_command_tunes(tmp_path: Path) -> None:
+    images, output = make_folder(tmp_path / "images"), tmp_path / "run"
     options = ["--model", "test_resnet", "--device", "cpu", "--batch-size", "16", "--output", str(output)]
     assert cli.main(["train", str(images), "--tune", *options]) == 0
     model = FineTuneModel.from_timm("test_resnet", num_classes=3)
