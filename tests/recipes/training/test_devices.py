@@ -177,6 +177,18 @@ def test_an_evaluation_waits_for_the_device_at_its_end(
     assert seen == [4, 4, 4]
 
 
+@pytest.mark.parametrize("place", [1, 10])
+def test_a_wrong_target_in_any_batch_of_an_evaluation_raises_before_its_loss(place: int) -> None:
+    """On a GPU, the loss of a class that is not there would end the process."""
+    images: Any = Unknown([(torch.randn(4), 5 if index == place else 0) for index in range(12)])
+    computed: list[Tensor] = []
+    objective = SingleLabel(loss=lambda outputs, targets: computed.append(targets) or torch.zeros(len(targets)))
+    config = TrainerConfig(make_accelerator(CPU), batch_size=4, objective=objective, show_progress=False)
+    with pytest.raises(ValueError, match=r"test: target 5 is outside the 2 classes"):
+        evaluate(nn.Linear(4, 2), images, config, name="test")
+    assert len(computed) == place // 4
+
+
 def test_images_are_normalized_without_waiting_for_the_device() -> None:
     _, normalize = split_transform(create_transform(32))
     octets = torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=META)
