@@ -49,8 +49,17 @@ def test_rates_are_chosen_and_used_on_all_images() -> None:
 
 
 def test_rates_of_a_head_with_running_statistics_are_chosen() -> None:
-    (*_, last) = train(make_model(nn.Sequential(nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3))), make_data(10))
+    (*_, last) = train(make_model(nn.Sequential(nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3))), make_data(40))
     assert (last.lr, last.weight_decay) != (1e-3, 0.01)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_default_rates_are_kept_unless_others_are_clearly_better(seed: int) -> None:
+    """The targets are random, so of 32 losses on twelve images the lowest is so by chance."""
+    data = make_data(20, seed=seed)
+    targets = data.tensors[1][torch.randperm(60, generator=torch.Generator().manual_seed(seed))]
+    (*_, last) = train(make_model(), TensorDataset(data.tensors[0], targets))
+    assert (last.lr, last.weight_decay) == (1e-3, 0.01)
 
 
 def test_rates_are_chosen_on_held_out_training_images() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations  # help() shows the names of types, not what 
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, product
 from typing import Annotated, Any
 
@@ -36,9 +36,9 @@ Rates = Annotated[Sequence[NotNegative], _listed, Field(min_length=1)]
 
 @dataclass(frozen=True)
 class HeadResult:
-    """A head of the grid, and its validation accuracy, 0 to 1, and mean validation loss.
+    """A head of the grid, its validation accuracy, 0 to 1, and mean validation loss, and the loss of each image, (N,).
 
-    A head that diverged has accuracy 0 and an infinite loss.
+    A head that diverged has accuracy 0 and an infinite mean loss.
 
     >>> HeadResult(lr=1e-3, weight_decay=0.05, validation_accuracy=0.7, validation_loss=0.9).lr
     0.001
@@ -48,6 +48,7 @@ class HeadResult:
     weight_decay: float
     validation_accuracy: float
     validation_loss: float
+    losses: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
 
 
 class StackedHeads:
@@ -98,19 +99,24 @@ class StackedHeads:
     @torch.no_grad()
     def validate(
         self, validation: TensorDataset, batch_size: int, loss_of: ImageLoss
-    ) -> tuple[list[float], list[float]]:
-        """Compute the accuracy and the mean loss of every head: 0 and infinity if the loss is not finite."""
+    ) -> tuple[list[float], list[float], Tensor]:
+        """Compute every head's accuracy, mean loss, and loss of each image, (H, N), on the CPU.
+
+        Accuracy and mean loss are 0 and infinity if the loss is not finite.
+        """
         self.head.eval()
-        correct, loss = torch.zeros(2, self.count, device=self.device)
+        correct, losses = torch.zeros(self.count, device=self.device), []
         batches = torch.split(torch.arange(len(validation), device="cpu"), batch_size)
         for batch in index_rows(on_device(validation, self.device).tensors, batches, self.device):
             features, targets = head_batch(validation, batch, self.device)
             logits = self.logits(features)
             if targets.ndim == 1 and not targets.is_floating_point():
                 correct += (logits.argmax(-1) == targets[:, None]).sum(0)
-            loss += _losses(logits, targets, loss_of) * len(targets)
-        accuracy = (correct / len(validation)).masked_fill(~loss.isfinite(), 0)
-        return accuracy.tolist(), (loss / len(validation)).nan_to_num(math.inf, math.inf).tolist()
+            losses.append(_losses(logits, targets, loss_of))
+        of_images = torch.cat(losses)
+        mean = of_images.mean(0)
+        accuracy = (correct / len(validation)).masked_fill(~mean.isfinite(), 0)
+        return accuracy.tolist(), mean.nan_to_num(math.inf, math.inf).tolist(), of_images.T.cpu()
 
 
 @validated
@@ -180,9 +186,9 @@ def fit_heads(
         for _ in range(epochs):
             for batch in index_rows(train.tensors, [indices for (indices,) in batches], device):
                 features, targets = head_batch(train, batch, device)
-                heads.step(_losses(heads.logits(features), targets, loss_of))
+                heads.step(_losses(heads.logits(features), targets, loss_of).mean(0))
                 bar.update()
-        accuracies, losses = heads.validate(validation, batch_size, loss_of)
+        accuracies, losses, of_images = heads.validate(validation, batch_size, loss_of)
     order = sorted(range(len(rates)), key=lambda index: (-accuracies[index], losses[index]))
     if not math.isfinite(losses[order[0]]):
         raise ValueError(f"all {len(rates)} heads diverged; pass smaller learning rates than {min(learning_rates)}")
@@ -193,7 +199,7 @@ def fit_heads(
     if standardization is not None:
         standardization.leave(classifier)
         given.load_state_dict(classifier.state_dict())
-    return tuple(HeadResult(*rates[index], accuracies[index], losses[index]) for index in order)
+    return tuple(HeadResult(*rates[index], accuracies[index], losses[index], of_images[index]) for index in order)
 
 
 def check_features(name: str, data: TensorDataset) -> TensorDataset:
@@ -226,7 +232,7 @@ def _cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _losses(logits: Tensor, targets: Tensor, loss_of: ImageLoss) -> Tensor:
-    """Compute each head's mean loss: outputs (B, H, K) and targets (B,) or (B, K) to (H,)."""
+    """Compute each head's loss of each image: outputs (B, H, K) and targets (B,) or (B, K) to (B, H)."""
     batch, heads = logits.shape[:2]
     repeated = targets.repeat_interleave(heads, 0)
-    return loss_of(logits.flatten(0, 1), repeated).view(batch, heads).mean(0)
+    return loss_of(logits.flatten(0, 1), repeated).view(batch, heads)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import random
 from collections import Counter
 
@@ -11,7 +12,7 @@ from torch import nn
 from ..data.groups import deal_groups, lacking_classes
 from ..data.images import is_read
 from ..features.dataset import Features, select_rows
-from ..heads.grid import fit_heads
+from ..heads.grid import HeadResult, fit_heads
 from ..objectives.kinds import SingleLabel
 from ..rng import preserve_rng_state
 from ..together import run_on_main
@@ -33,7 +34,8 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
 
     A phase without a learning rate that trains a classifier on features tries 32 pairs at once (`fit_heads`), on the
     validation data if a monitor also uses it, else on a fifth of the training images if each class has
-    five. It then trains again, on all training images, with the rates of the head with the lowest validation loss.
+    five. It then trains again, on all training images, with the rates of the head with the lowest validation loss, if
+    that is lower than at the default rates by more than two standard errors of the difference, else with these.
 
     >>> from accelerate import Accelerator
     >>> from torch.utils._pytree import tree_structure
@@ -69,15 +71,30 @@ def choose_rates(data: PhaseData, phase: Phase, config: TrainerConfig) -> tuple[
         # On a small validation set the loss is more informative than the accuracy, with its few values: on the packaged
         # clipart the rates with the highest accuracy were up to a hundred times too large.
         best = min(heads, key=lambda head: head.validation_loss)
+        (usual,) = (head for head in heads if (head.lr, head.weight_decay) == default)
+        is_chosen = _is_better(best, usual)
+        chosen = best if is_chosen else usual
         if config.show_progress:
-            where = "a fifth of the training images" if config.monitor is None else "the validation images"
             logger.info(
-                "rates: lr %g and weight decay %g, of %d heads the one with the least loss on %s (%.3g)",
-                *(best.lr, best.weight_decay, len(heads), where, best.validation_loss),
+                "rates: lr %g and weight decay %g, of %d heads the one with %s loss on %s (%.3g)",
+                *(chosen.lr, chosen.weight_decay, len(heads)),
+                "the lowest" if is_chosen else "the default rates, as no other has a clearly lower",
+                "a fifth of the training images" if config.monitor is None else "the validation images",
+                chosen.validation_loss,
             )
-        return best.lr, best.weight_decay
+        return chosen.lr, chosen.weight_decay
 
     return run_on_main(config.accelerator, fit)
+
+
+def _is_better(best: HeadResult, usual: HeadResult) -> bool:
+    """Return whether a head's loss is lower by more than two standard errors of the difference over the images.
+
+    On few images the lowest of 32 losses is low by chance: there its rates were worse than the default ones.
+    """
+    gains = usual.losses.double() - best.losses.double()
+    is_clear = bool(gains.mean() > 2 * gains.std() / math.sqrt(len(gains)))
+    return is_clear or not math.isfinite(usual.validation_loss)
 
 
 def _can_be_stacked(classifier: nn.Module) -> bool:
