@@ -16,6 +16,7 @@ from backbone_finetune.summary import describe_by_group
 from ..data.fingerprint import data_fingerprint
 from ..data.images import ImageDataset
 from ..export.timm_checkpoint import find_obstacle
+from ..extras import import_extra
 from ..features.cache import FeatureCache
 from ..features.compiled import COMPILERS
 from ..models.file import TrainedModel, save_trained_changes, save_trained_model
@@ -79,12 +80,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         log_with=settings.log_with,
         project_dir=settings.output,
     )
-    try:  # early, in case it is missing; and only here, because matplotlib is slow to import
-        from . import plots  # noqa: F401, PLC0415
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error.name} is not installed, which draws curves.png; run: pip install 'backbone-finetune[recipes]'"
-        ) from error
+    import_extra("matplotlib", "recipes")  # which draws the curves: a missing package is reported before any work
     with preserve_rng_state(), ExitStack() as exit_stack:
         seed_everything(settings.seed)
         task = make_task(settings, accelerator)
