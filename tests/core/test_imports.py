@@ -73,7 +73,3 @@ def test_the_recipes_import_one_way() -> None:
         above = FOLDERS[: FOLDERS.index(folder)]
         assert imported_folders(path) & set(above) == set(), f"{path.relative_to(RECIPES)} imports from above"
         assert imported_folders(path) <= set(FOLDERS), path
-
-
-def test_the_recipes_do_not_import_matplotlib() -> None:
-    assert "matplotlib" not in modules_after("import backbone_finetune.recipes")

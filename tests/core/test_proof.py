@@ -302,6 +302,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux alone")
 def test_no_second_copy_of_the_model_in_memory() -> None:
     # A separate process, because the peak memory of this one depends on other tests.

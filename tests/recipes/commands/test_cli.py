@@ -410,7 +410,7 @@ def test_an_internal_error_is_not_hidden(trained: Path) -> None:
 def test_the_command_line_does_not_import_matplotlib() -> None:
     code = (
         "import sys, backbone_finetune; assert 'backbone_finetune.recipes' not in sys.modules;"
-        "from backbone_finetune import cli; assert 'matplotlib' not in sys.modules"
+        "from backbone_finetune import cli, recipes; assert 'matplotlib' not in sys.modules"
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

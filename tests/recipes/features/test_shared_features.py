@@ -13,7 +13,10 @@ import gathering_worker
 import pytest
 import torch.distributed as dist
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo"),
+]
 
 FILES = ["backbone-features-0.bin", "backbone-features-1.bin", "backbone-features.json", "backbone-features.lock"]
 MEBIBYTES = gathering_worker.COUNT * gathering_worker.WIDTH * 4 / 2**20
@@ -40,7 +43,6 @@ def told(worked: tuple[Path, str]) -> list[dict[str, Any]]:
     return [json.loads((worked[0] / f"told-{process}.json").read_text()) for process in (0, 1)]
 
 
-@pytest.mark.long
 def test_features_on_disk_stay_out_of_memory(told: list[dict[str, Any]]) -> None:
     assert MEBIBYTES > 64
     for process in told:

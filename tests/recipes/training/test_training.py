@@ -330,6 +330,7 @@ def test_features_of_an_earlier_backbone_are_replaced(tmp_path: Path, caplog: py
     assert len(passes) == 2  # the stored features are those of the final backbone; eight images are checked
 
 
+@pytest.mark.long
 def test_mixed_precision_does_not_change_the_model() -> None:
     code = """if True:
         import torch

@@ -93,7 +93,7 @@ def _is_better(best: HeadResult, usual: HeadResult) -> bool:
     On few images the lowest of 32 losses is low by chance: there its rates were worse than the default ones.
     """
     gains = usual.losses.double() - best.losses.double()
-    is_clear = bool(gains.mean() > 2 * gains.std() / math.sqrt(len(gains)))
+    is_clear = len(gains) > 1 and bool(gains.mean() > 2 * gains.std() / math.sqrt(len(gains)))
     return is_clear or not math.isfinite(usual.validation_loss)
 
 
