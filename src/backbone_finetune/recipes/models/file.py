@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
@@ -149,8 +150,14 @@ def describe_model_file(path: Path) -> ModelDescription | None:
     """Read the description of a model file; None for any other file of weights."""
     if path.suffix != ".safetensors" or not path.is_file():
         return None
+    try:
+        with safe_open(path, framework="pt") as opened:
+            if "class_names" not in (opened.metadata() or {}):
+                return None
+    except SafetensorError:  # reading its weights raises an error that names the file
+        return None
     _, metadata = peek_checkpoint(path)
-    return parse_metadata(metadata) if "class_names" in metadata else None
+    return parse_metadata(metadata)
 
 
 def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:
