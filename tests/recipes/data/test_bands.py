@@ -250,6 +250,17 @@ class TestTiff:
         with pytest.raises(ValueError, match="expected height"):
             read_image(tmp_path / "stack.tif", 5)
 
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_planes_of_16_bits_are_not_read_by_pillow_which_mixes_their_bytes(
+        self, tmp_path: Path, channels: int
+    ) -> None:
+        tifffile: Any = pytest.importorskip("tifffile")
+        planes = numpy.full((3, 4, 6), 20000, dtype=numpy.uint16)
+        tifffile.imwrite(tmp_path / "image.tif", planes, planarconfig="separate", photometric="rgb")
+        found = read_image(tmp_path / "image.tif", channels)
+        assert isinstance(found, Tensor)
+        torch.testing.assert_close(found, torch.full((channels, 4, 6), 20000 / 65535))
+
     def test_a_missing_package_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
         (tmp_path / "image.tif").write_bytes(b"II*\0" + bytes(60))

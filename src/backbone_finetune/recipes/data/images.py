@@ -199,11 +199,14 @@ def read_image(path: Path, channels: int | None = 3) -> Picture:
 
 
 def _reads_all(image: Image.Image, channels: int | None) -> bool:
-    """Return whether Pillow reads a TIFF file: it reduces bands of 16 bits to 8, separates pages, and omits bands."""
+    """Return whether Pillow reads a TIFF file: it reduces bands of 16 bits to 8, separates pages, and omits bands.
+
+    It mixes the bytes of 16 bits where each band is stored as a plane (PlanarConfiguration 2).
+    """
     tags: Any = getattr(image, "tag_v2", {})
     bits, found, read = tags.get(258, (8,)), tags.get(277, 1), len(image.getbands())
     if channels in {None, 1, 3}:
-        return read > 1 or found == 1
+        return found == 1 or (read > 1 and (tags.get(284) != 2 or set(bits) <= {8}))
     return read == found and set(bits) <= {8} and getattr(image, "n_frames", 1) == 1
 
 
