@@ -251,9 +251,10 @@ def test_images_in_both_parts_are_logged(tmp_path: Path, caplog: pytest.LogCaptu
     same_size[-1] ^= 1
     (tmp_path / "test" / "blue" / "other.png").write_bytes(same_size)
     (tmp_path / "test" / "blue" / "nowhere.png").symlink_to(tmp_path / "no such file")
+    touch(tmp_path, "train/red/empty.png", "test/blue/empty.png")  # not images that are the same, but broken
     find(tmp_path)
     assert caplog.messages == [
-        "1 of 5 test images are training images, byte for byte, which makes the test accuracy too high: "
+        "1 of 6 test images are training images, byte for byte, which makes the test accuracy too high: "
         f"{tmp_path}/test/blue/copy.png (blue) is {tmp_path}/train/red/3.png (red)"
     ]
 

@@ -72,11 +72,11 @@ def warn_of_identical(parts: Mapping[str, LabelledFolder]) -> None:
 
 
 def _digest_same_sizes(parts: Mapping[str, LabelledFolder]) -> dict[Path, str]:
-    """Digest the files that have the size of another one, or are listed twice; each is read once."""
+    """Digest the files, except empty ones, that have the size of another one or are listed twice; each is read once."""
     entries = [path for images in parts.values() for path in images.paths]
     sizes = {path: size_of(path) for path in dict.fromkeys(entries) if path.is_file()}
     counts = Counter(sizes[path] for path in entries if path in sizes)
-    chosen = [path for path, size in sizes.items() if counts[size] > 1]
+    chosen = [path for path, size in sizes.items() if size and counts[size] > 1]
     with ThreadPoolExecutor() as threads:
         return dict(zip(chosen, threads.map(digest_file, chosen), strict=True))
 
