@@ -114,21 +114,22 @@ def test_rates_are_chosen_by_a_custom_loss() -> None:
     assert (8 * 32, 3) in seen
 
 
-def test_a_resumed_run_keeps_its_rates(tmp_path: Any) -> None:
+@pytest.mark.parametrize("stopped", [3, 6])  # in the first epoch, and in the second
+def test_a_resumed_run_keeps_its_rates(tmp_path: Any, stopped: int) -> None:
     class StopError(Exception):
         pass
 
     def stop(logits: Tensor, targets: Tensor) -> Tensor:
         if logits.shape[0] <= 8:
             steps.append(1)
-        if len(steps) == 6:
+        if len(steps) == stopped:
             raise StopError
         return nn.functional.cross_entropy(logits, targets, reduction="none")
 
     steps: list[int] = []
     model = make_model()
     with pytest.raises(StopError):
-        train(model, make_data(10), loss=stop, checkpoints=tmp_path)
+        train(model, make_data(10), loss=stop, checkpoints=tmp_path, checkpoint_steps=1)
     asked: list[int] = []
 
     def watch(logits: Tensor, targets: Tensor) -> Tensor:

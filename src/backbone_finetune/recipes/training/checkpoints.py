@@ -89,7 +89,8 @@ class Progress:
     """The progress of a run: ``epoch`` epochs of phase ``phase`` and ``step`` steps of the next epoch are done.
 
     ``steps`` counts the steps of the whole run; ``loss_sum``, ``correct``, ``seen`` and ``weight`` are the sums of the
-    current epoch. ``best_epoch`` is the epoch with the highest value of the monitor, ``best_value``; None without one.
+    current epoch. ``lr`` and ``weight_decay`` are the rates of the current phase. ``best_epoch`` is the epoch with the
+    highest value of the monitor, ``best_value``; None without one.
     ``skipped`` has the error of each unreadable image, by its path.
 
     >>> Progress(history=[EpochResult(1, 2.1, 0.2, 1e-3, 0.01)], step=7, steps=27).describe()
@@ -104,6 +105,8 @@ class Progress:
     correct: float = 0.0
     seen: float = 0.0
     weight: float = 0.0
+    lr: float | None = None
+    weight_decay: float | None = None
     best_epoch: int | None = None
     best_value: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)

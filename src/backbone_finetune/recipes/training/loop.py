@@ -85,12 +85,13 @@ def fine_tune(
     start_trackers(config, phases)
     while progress.phase < len(phases):
         phase = phases[progress.phase]
-        if progress.epoch:  # resumed with the chosen rates
-            phase = replace(phase, lr=progress.history[-1].lr, weight_decay=progress.history[-1].weight_decay)
         entered = saved is not None and bool(progress.epoch or progress.step)
+        if entered:  # the rates were chosen for the initial classifier, which is trained now
+            phase = replace(phase, lr=progress.lr, weight_decay=progress.weight_decay)
         with prepared_phase(
             model, train, validation, phase=phase, changed=changed, config=config, entered=entered
         ) as state:
+            progress.lr, progress.weight_decay = state.phase.lr, state.phase.weight_decay
             report_skipped(parts.values(), progress.skipped, config.accelerator)
             check_classes(parts.values())
             if saved is not None:
