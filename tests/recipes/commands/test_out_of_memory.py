@@ -108,3 +108,14 @@ def test_thresholds_without_memory_are_one_half(
     assert left_out(caplog) == {"thresholds", "test images"}
     loaded = load_trained_model(settings["output"] / "model.safetensors")
     assert loaded.objective.thresholds is None
+
+
+def test_a_run_without_memory_for_label_issues_ends_without_them(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(command, "check_extra", lambda: None)  # cleanlab need not be installed
+    monkeypatch.setattr(results, "find_label_issues", failing(MemoryError()))
+    metrics = train(TrainSettings(**{**settings, "baselines": False, "folds": None, "check_labels": True}))
+    assert (left_out(caplog), metrics.label_issues) == ({"label_issues.csv"}, None)
+    everything = {"run.json", "model.safetensors", "metrics.json", "curves.png", "report.html"}
+    assert names_in(settings["output"]) == everything

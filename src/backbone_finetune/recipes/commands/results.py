@@ -57,7 +57,10 @@ def write_results(
 
     folder, names = settings.output, [RUN_FILE, MODEL_FILE, METRICS_FILE]
     copies = find_copies({name: data.folder for name, data in task.parts().items()})
-    issues = None if predicted is None else find_label_issues(predicted)
+    issues = None
+    if predicted is not None:
+        with within_memory(accelerator, LABELS_FILE):
+            issues = find_label_issues(predicted)
     metrics = replace(metrics, copies=tuple(copies), label_issues=None if issues is None else len(issues))
     logger.info(describe(metrics))
     tested = {"accuracy": metrics.test_accuracy, "balanced_accuracy": metrics.test_balanced_accuracy}
