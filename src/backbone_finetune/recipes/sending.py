@@ -1,7 +1,19 @@
-"""Send tensors to a device without waiting for it."""
+"""Send tensors to a device, without waiting for it where that is safe."""
 
 import torch
 from torch import Tensor
+
+
+def can_queue(device: torch.device) -> bool:
+    """Return whether copies to a device may be queued, with ``non_blocking``.
+
+    The CPU could read memory before a queued copy has written it. MPS reads the memory of the source when that may
+    be gone (https://github.com/pytorch/pytorch/issues/189690).
+
+    >>> can_queue(torch.device("cuda")), can_queue(torch.device("cpu")), can_queue(torch.device("mps"))
+    (True, False, False)
+    """
+    return device.type not in {"cpu", "mps"}
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -12,4 +24,4 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type != "mps")  # MPS reads the memory of ``tensor`` later
+    return tensor.to(device, non_blocking=can_queue(device))

@@ -25,6 +25,7 @@ from torchvision import transforms
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Phase, TrainerConfig, fine_tune, make_accelerator
+from backbone_finetune.recipes.data import loading
 from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import IGNORED, ImageDataset
 from backbone_finetune.recipes.data.loading import DeviceLoader, default_workers
@@ -227,3 +228,18 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize(("kind", "queued"), [("mps", False), ("meta", True)])
+def test_a_batch_for_mps_is_copied_before_its_memory_is_freed(
+    kind: str, queued: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+
+    def record(values: Any, device: torch.device, *, non_blocking: bool) -> Any:
+        found.append(non_blocking)
+        return values
+
+    monkeypatch.setattr(loading, "send_to_device", record)
+    next(iter(DeviceLoader(Drawn(), torch.device(kind))))
+    assert found == [queued]

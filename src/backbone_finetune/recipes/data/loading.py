@@ -22,6 +22,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
+from ..sending import can_queue
 from .bands import blank
 from .images import IGNORED, ImageDataset, is_read, read_image
 from .targets import split_row
@@ -166,7 +167,7 @@ class DeviceLoader(DataLoader[Any]):
             if self.samples.compute is None:
                 if self.check is not None:
                     self.check(split_row(values)[1])  # on the CPU: reading from the device would wait for it
-                values = send_to_device(values, self.device, non_blocking=True)
+                values = send_to_device(values, self.device, non_blocking=can_queue(self.device))
                 if self.samples.normalize is not None:
                     values[0] = self.samples.normalize(values[0])
             yield values
