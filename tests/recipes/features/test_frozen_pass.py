@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import TrainerConfig, extract_features, make_accelerator
 from backbone_finetune.recipes.features.compiled import COMPILERS, compile_checked, compile_openvino
 from backbone_finetune.recipes.features.dataset import module_inputs
-from backbone_finetune.recipes.features.frozen_pass import FrozenPass, front_of_backbone
+from backbone_finetune.recipes.features.frozen_pass import FrozenPass, autocast_dtype, front_of_backbone
+from backbone_finetune.recipes.sending import send
 from backbone_finetune.recipes.training.phase_data import prepare_data
 
 CPU = torch.device("cpu")
@@ -190,3 +192,16 @@ def test_cuda_computes_the_next_batch_while_the_host_waits_for_one(monkeypatch: 
     queued = [*["queued"] * 3, "event on cuda:1"]  # two features and the targets
     assert log == [*queued, *queued, "waited for", *queued, "waited for", "waited for"]
     assert {tensor.device.type for features in found for tensor in features.tensors} == {"cpu"}
+
+
+def test_a_copy_from_cuda_to_the_cpu_is_complete_when_it_is_sent() -> None:
+    log: list[str] = []
+    with FakeTensorMode(), Copies(log):
+        send(torch.empty(2, device="cuda"), torch.device("cpu"))
+    assert log == ["waited"]
+
+
+def test_the_precision_of_a_pass_is_that_of_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {torch.device("cuda", 0): SimpleNamespace(major=8), torch.device("cuda", 1): SimpleNamespace(major=7)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    assert [autocast_dtype(nn.Linear(2, 2), card) for card in cards] == [torch.bfloat16, None]

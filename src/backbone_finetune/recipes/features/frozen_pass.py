@@ -21,6 +21,7 @@ from backbone_finetune.frontier import Frontier, NoFrontier, find_frontier
 from ..data.fingerprint import spread_rows
 from ..data.loading import DeviceLoader, can_fork
 from ..data.targets import describe_value, split_row
+from ..precision import has_tensor_cores
 from ..sending import send
 from .compiled import Compile, Run, compile_checked
 from .dataset import Features
@@ -99,7 +100,7 @@ def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | N
     if any(parameter.is_floating_point() and parameter.dtype != torch.float32 for parameter in backbone.parameters()):
         return None
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+        return torch.bfloat16 if has_tensor_cores(torch.cuda.get_device_properties(device)) else None
     if device.type == "cpu":  # without bf16 instructions, EfficientNet-Lite0 took 20 times as long on an AMD CPU
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
     return None
