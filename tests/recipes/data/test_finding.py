@@ -28,7 +28,7 @@ def touch(root: Path, *names: str) -> Path:
 
 def find(path: Path, **arguments: Any) -> list[LabelledFolder]:
     """Find what there is of train, validation and test."""
-    return [part for part in find_data(path, **arguments, test_share=0.3, seed=0) if part is not None]
+    return list(find_data(path, **arguments, test_share=0.3, seed=0).parts.values())
 
 
 def test_val_and_test_without_train_are_not_classes(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_what_is_chosen_on_is_not_tested_on(
     make_folder(tmp_path / "train", per_class=10)
     for name in folders:
         make_folder(tmp_path / name, per_class=2)
-    parts = find_data(tmp_path, chooses=chooses, test_share=0.3, seed=0)
-    assert [0 if part is None else len(part.paths) for part in parts] == expected
-    paths = [path for part in parts if part is not None for path in part.paths]
+    parts = find_data(tmp_path, chooses=chooses, test_share=0.3, seed=0).parts
+    assert [len(parts[name].paths) if name in parts else 0 for name in ("train", "validation", "test")] == expected
+    paths = [path for part in parts.values() for path in part.paths]
     assert len(set(paths)) == len(paths)
 
 

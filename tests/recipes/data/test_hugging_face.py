@@ -103,11 +103,10 @@ def test_splits_and_groups(tmp_path: Path, images: list[Any], caplog: pytest.Log
         (4.0,),
         (6.0,),
     )
-    train, _, test = find_data(
+    parts = find_data(
         save(whole.remove_columns("split"), tmp_path / "one"), test_share=0.5, seed=0, group="patient"
-    )
-    assert test is not None
-    assert len(set(train.groups or ())) == len(set(test.groups or ())) == 1
+    ).parts
+    assert len(set(parts["train"].groups or ())) == len(set(parts["test"].groups or ())) == 1
 
 
 def test_images_that_are_files_or_missing(tmp_path: Path, images: list[Any]) -> None:

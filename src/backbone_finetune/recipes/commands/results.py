@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 
 from accelerate import Accelerator
 
-from ..data.identical import find_copies
 from ..training.tracking import log_figures
 from .comparisons import within_memory
 from .figures import Answers
@@ -56,12 +55,11 @@ def write_results(
     from .plots import draw_curves  # noqa: PLC0415 (matplotlib is slow to import)
 
     folder, names = settings.output, [RUN_FILE, MODEL_FILE, METRICS_FILE]
-    copies = find_copies({name: data.folder for name, data in task.parts().items()})
     issues = None
     if predicted is not None:
         with within_memory(accelerator, LABELS_FILE):
             issues = find_label_issues(predicted)
-    metrics = replace(metrics, copies=tuple(copies), label_issues=None if issues is None else len(issues))
+    metrics = replace(metrics, copies=task.copies, label_issues=None if issues is None else len(issues))
     logger.info(describe(metrics))
     tested = {"accuracy": metrics.test_accuracy, "balanced_accuracy": metrics.test_balanced_accuracy}
     figures = {name: value for name, value in {**tested, **metrics.test_metrics}.items() if value is not None}

@@ -18,8 +18,10 @@ from backbone_finetune.splitting.copies import meta_copy
 
 from ..checking import Positive, Whole
 from ..data.augmentation import Augmentation
+from ..data.identical import Copy
 from ..data.images import ImageDataset, LabelledFolder, check_first_images
-from ..data.parts import find_data
+from ..data.parts import FoundData, find_data
+from ..data.rows import TEST, TRAIN, VALIDATION
 from ..models.classifiers import Head, choose_classifier
 from ..models.file import (
     TrainedModel,
@@ -157,7 +159,7 @@ class Task:
     """A model and its training, validation and test images.
 
     ``base`` has the initial backbone if only changed tensors will be written. ``validation`` or ``test`` may be
-    None, but not both.
+    None, but not both. ``copies`` are identical images.
     """
 
     model: FineTuneModel
@@ -171,6 +173,7 @@ class Task:
     test: ImageDataset | None
     objective: Objective
     phases: tuple[Phase, ...]
+    copies: tuple[Copy, ...]
 
     def parts(self) -> dict[str, ImageDataset]:
         """Return the existing parts by name: "train", "validation", "test"."""
@@ -180,25 +183,40 @@ class Task:
 
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     """Find the images and build the model. Nothing is written."""
-    parts = run_on_main(accelerator, lambda: _find_data(settings))
-    start, source, weights = _load_start(settings, parts[0].class_names)
+    found = run_on_main(accelerator, lambda: _find_data(settings))
+    train, validation, test = map(found.parts.get, (TRAIN, VALIDATION, TEST))
+    assert train is not None
+    start, source, weights = _load_start(settings, train.class_names)
     model, data_config = start.model, dict(start.data_config)
     channels = data_config["input_size"][0]
-    run_on_main(accelerator, lambda: check_first_images(parts[0], channels))
-    phases = choose_phases(settings, len(parts[0].paths), model)
+    run_on_main(accelerator, lambda: check_first_images(train, channels))
+    phases = choose_phases(settings, len(train.paths), model)
     for phase in reversed(phases):  # checks each; the model is then frozen as in the first
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
-    train, *others = parts
     transform = build_transform(data_config)
-    validation, test = (None if part is None else ImageDataset(part, transform, channels=channels) for part in others)
+
+    def unchanged(part: LabelledFolder | None) -> ImageDataset | None:
+        return None if part is None else ImageDataset(part, transform, channels=channels)
+
     shown = ImageDataset(train, transform, augment=partial(build_transform, data_config), channels=channels)
     arguments, objective = dict(start.arguments), choose_objective(settings, train, start.objective)
     for phase in phases:  # checks
         make_mixing(phase, objective, model.num_classes)
         build_transform(data_config, phase.augment)
     return Task(
-        model, start.architecture, arguments, weights, data_config, base, shown, validation, test, objective, phases
+        model,
+        start.architecture,
+        arguments,
+        weights,
+        data_config,
+        base,
+        shown,
+        unchanged(validation),
+        unchanged(test),
+        objective,
+        phases,
+        found.copies,
     )
 
 
@@ -268,7 +286,7 @@ def _resize(trained: TrainedModel, path: Path, size: Size | None, channels: int 
     return replace(trained, data_config={**trained.data_config, "input_size": (own_channels, *size)})
 
 
-def _find_data(settings: TrainSettings) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
+def _find_data(settings: TrainSettings) -> FoundData:
     check_output_folder(settings.output, overwrite=settings.overwrite)
     return find_data(
         settings.images or CLIPART,

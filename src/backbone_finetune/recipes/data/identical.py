@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations, groupby
@@ -53,9 +53,8 @@ def find_copies(parts: Mapping[str, LabelledFolder]) -> list[Copy]:
     return copies
 
 
-def warn_of_identical(parts: Mapping[str, LabelledFolder]) -> None:
+def log_copies(copies: Sequence[Copy], parts: Mapping[str, LabelledFolder]) -> None:
     """Log the images of each part that are copies of images of an earlier part, or of one with another target."""
-    copies = find_copies(parts)
     for (earlier, name), group in groupby(copies, key=lambda copy: (copy.of_part, copy.part)):
         found, what = list(group), {TRAIN: "training"}.get(earlier, earlier)
         lines = printable(join_some([_describe(copy) for copy in found], separator="; "))

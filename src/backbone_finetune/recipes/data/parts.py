@@ -4,12 +4,13 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 from ..text import join_some, printable
 from .finding import choose_test, find_splits, has_columns
-from .identical import warn_of_identical
+from .identical import Copy, find_copies, log_copies
 from .images import LabelledFolder, split
 from .rows import SEPARATORS, TEST, TRAIN, VALIDATION
 from .tables import TABLES
@@ -17,6 +18,14 @@ from .tables import TABLES
 logger = logging.getLogger(__name__)
 
 VALIDATION_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class FoundData:
+    """The images of a run: those of "train", and of "validation" and "test" if there are any; and identical ones."""
+
+    parts: dict[str, LabelledFolder]
+    copies: tuple[Copy, ...]
 
 
 def find_data(
@@ -29,7 +38,7 @@ def find_data(
     seed: int,
     values: Sequence[str] = (),
     group: str | None = None,
-) -> tuple[LabelledFolder, LabelledFolder | None, LabelledFolder | None]:
+) -> FoundData:
     """Find the images to train, validate and test on, and log them; see `find_splits`.
 
     Images and groups that are in two of the parts are logged.
@@ -73,14 +82,15 @@ def find_data(
     lines = [f"{name} {' + '.join(shown)}" for name, *shown in zip(parts[TRAIN].class_names, *counts, strict=True)]
     what = "values" if values else "images by class"
     logger.info("%s, %s: %s", what, " + ".join(parts), _show(join_some(lines, most=20)))
-    warn_of_identical(parts)
+    copies = find_copies(parts)
+    log_copies(copies, parts)
     for earlier, later in combinations(parts, 2):
         if shared := sorted(set(parts[earlier].groups or ()) & set(parts[later].groups or ())):
             logger.warning(
                 "%d groups have images in both %s and %s, which may make the %s accuracy too high: %s",
                 *(len(shared), earlier, later, later, _show(join_some(shared))),
             )
-    return parts[TRAIN], parts.get(VALIDATION), parts.get(TEST)
+    return FoundData({part: parts[part] for part in (TRAIN, VALIDATION, TEST) if part in parts}, tuple(copies))
 
 
 def _doubt_column(train: LabelledFolder) -> str | None:
