@@ -1,8 +1,20 @@
-"""Groups of images that belong together, such as those of one patient, are dealt to parts of the data as wholes."""
+"""Images that belong together: those of a class, and groups, such as those of one patient, which no split divides."""
 
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
+
+
+def places_by_class(targets: Sequence[int]) -> dict[int, list[int]]:
+    """Return the places of the images of each class, by class.
+
+    >>> places_by_class([1, 0, 1])
+    {0: [1], 1: [0, 2]}
+    """
+    places: dict[int, list[int]] = {target: [] for target in sorted(set(targets))}
+    for place, target in enumerate(targets):
+        places[target].append(place)
+    return places
 
 
 def deal_groups(

@@ -28,7 +28,7 @@ from .bands import (
     read_npy,
     read_tiff,
 )
-from .groups import deal_groups, lacking_classes
+from .groups import deal_groups, lacking_classes, places_by_class
 
 # The target of an unreadable image, which keeps its position without weight. torch's losses ignore it by default.
 IGNORED = -100
@@ -262,9 +262,9 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
         return _split_groups(folder, folder.groups, test_share, generator)
     held_out: set[int] = set()
     are_classes = isinstance(folder.targets[0], int)
-    for target, name in enumerate(folder.class_names if are_classes else ["of all images"]):
-        members = [index for index, other in enumerate(folder.targets) if other == target or not are_classes]
+    for target, members in places_by_class(folder.targets if are_classes else [0] * len(folder.targets)).items():
         if len(members) == 1:
+            name = folder.class_names[target] if are_classes else "of all images"
             raise ValueError(f"{folder.root}: class {name} holds 1 image, and needs 2: one to train, one to test")
         count = min(max(round(test_share * len(members)), 1), len(members) - 1)
         held_out.update(generator.sample(members, count))

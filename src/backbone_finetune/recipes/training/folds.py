@@ -2,7 +2,6 @@
 
 import copy
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
 
-from ..data.groups import deal_groups
+from ..data.groups import deal_groups, places_by_class
 from ..data.targets import known_groups, known_targets
 from ..features.dataset import Features
 from .checkpoints import EpochResult
@@ -152,10 +151,7 @@ def split_folds(data: Dataset[Any], folds: int, seed: int) -> list[list[int]]:
     if groups is not None:
         parts = deal_groups(groups, classes, [1 / folds] * folds, generator)
         return [[index for index, part in enumerate(parts) if part == fold] for fold in range(folds)]
-    by_class = defaultdict(list)
-    for index, target in enumerate(classes):
-        by_class[target].append(index)
     dealt = []
-    for target in sorted(by_class):
-        dealt += generator.sample(by_class[target], len(by_class[target]))
+    for places in places_by_class(classes).values():
+        dealt += generator.sample(places, len(places))
     return [sorted(dealt[start::folds]) for start in range(folds)]

@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from ..data.groups import deal_groups, lacking_classes
+from ..data.groups import deal_groups, lacking_classes, places_by_class
 from ..data.images import is_read
 from ..features.dataset import Features, select_rows
 from ..heads.grid import HeadResult, fit_heads
@@ -134,7 +134,6 @@ def _draw_fifth(targets: list[int], groups: list[str] | None, generator: random.
         dealt = deal_groups(groups, targets, (0.8, 0.2), generator)
         return None if lacking_classes(dealt, targets, parts=2) else {place for place, part in enumerate(dealt) if part}
     drawn: set[int] = set()
-    for target in sorted(set(targets)):
-        members = [place for place, other in enumerate(targets) if other == target]
+    for members in places_by_class(targets).values():
         drawn.update(generator.sample(members, round(len(members) / 5)))
     return drawn
