@@ -10,7 +10,15 @@ from ..data.finding import choose_test, find_splits
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import SingleLabel, SoftLabels
-from .figures import Answers, Interval, auroc, bootstrap, chance_calibration_error, expected_calibration_error
+from .figures import (
+    Answers,
+    Interval,
+    auroc,
+    bootstrap,
+    chance_calibration_error,
+    expected_calibration_error,
+    make_answers,
+)
 from .nearest import measure_neighbors
 from .predict import predict_labelled
 
@@ -104,10 +112,8 @@ def evaluate_folder(
     rows, read, skipped = predict_labelled(
         trained, found, folder, batch_size=batch_size, workers=workers, tta=tta, show_progress=show_progress
     )
-    paths, targets = [found.paths[index] for index in read], [int(found.targets[index]) for index in read]
-    probabilities = rows.double().numpy()
     missing = tuple(name for target, name in enumerate(names) if target not in found.targets)
-    evaluation = score_answers(Answers(names, paths, targets, probabilities), skipped=skipped, missing=missing)
+    evaluation = score_answers(make_answers(found.select(read), rows), skipped=skipped, missing=missing)
     if neighbors is None:
         return evaluation
     title = "features" if show_progress else None
