@@ -13,9 +13,9 @@ def has_control_characters(text: str) -> bool:
     return any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in text)
 
 
-def printable(text: str) -> str:
-    """Replace each control character of a text."""
-    return "".join("\N{REPLACEMENT CHARACTER}" if has_control_characters(c) else c for c in text)
+def printable(value: object) -> str:
+    """Replace each control character of a value's text."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if has_control_characters(c) else c for c in str(value))
 
 
 def one_line(value: object, *, most: int = 80) -> str:

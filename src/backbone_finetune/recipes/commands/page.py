@@ -99,4 +99,4 @@ def table(head_cells: Sequence[object], rows: Iterable[Sequence[object]], *, hea
 
 def text(value: object) -> str:
     """Escape a text; bytes of a file's name that are no text are written as escapes."""
-    return html.escape(printable(str(value)).encode(errors="backslashreplace").decode())
+    return html.escape(printable(value).encode(errors="backslashreplace").decode())

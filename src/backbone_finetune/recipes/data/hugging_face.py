@@ -8,6 +8,7 @@ from typing import Any
 
 from ..extras import import_extra
 from ..text import printable
+from .names import warn_of_others
 from .packed import PackedPath
 from .rows import LABELS, PARTS, SEVERAL, SPLITS, TRAIN, Columns, Labelled, Row, choose_columns, show_names, sort_rows
 from .tables import PATHS
@@ -37,8 +38,7 @@ def read_dataset(root: Path, values: Sequence[str] = (), group: str | None = Non
     if len(others) == len(splits):
         raise ValueError(f"{root}: its splits are {show_names(others)}; expected train and, optionally, val and test")
     if others:
-        shown = map(printable, (str(root), show_names(others)))
-        logger.warning("%s: left out: %s; only train, val and test are used", *shown)
+        warn_of_others(root, show_names(others))
     rows: list[Row] = []
     for name in (name for name in splits if name not in others):
         split = splits[name].with_format(None)
@@ -52,7 +52,7 @@ def read_dataset(root: Path, values: Sequence[str] = (), group: str | None = Non
             columns = columns._replace(split=SPLITS[0])
             found = [row._replace(cells={**row.cells, SPLITS[0]: name}) for row in found]
         if name and PARTS[name.lower()] != TRAIN and not is_known:
-            logger.warning("%s: left out: no row of it has a label", printable(str(root / name)))
+            logger.warning("%s: left out: no row of it has a label", printable(root / name))
             continue
         rows += found
     return sort_rows(root, columns, rows)

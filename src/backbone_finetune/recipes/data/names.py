@@ -37,7 +37,12 @@ def warn_of_left_out(root: Path, kinds: Counter[str]) -> None:
     """Log the files that are not used, by kind."""
     if kinds:
         shown = join_some([f"{count} {kind}" for kind, count in kinds.most_common()], most=10)
-        logger.warning("%s: %d files left out: %s", *(_show(root), kinds.total(), _show(shown)))
+        logger.warning("%s: %d files left out: %s", *(printable(root), kinds.total(), printable(shown)))
+
+
+def warn_of_others(root: Path, names: str) -> None:
+    """Log the names of what is beside the parts of the data, and is not used."""
+    logger.warning("%s: left out: %s; only train, val and test are used", printable(root), printable(names))
 
 
 def choose_parts(root: Path, inside: Mapping[str, AbstractSet[str]]) -> dict[str, str]:
@@ -68,11 +73,7 @@ def choose_parts(root: Path, inside: Mapping[str, AbstractSet[str]]) -> dict[str
     if TRAIN not in named or not (are_same or len(named) == len(inside)):
         return {}
     if others := [name for name in inside if name not in named.values()]:
-        logger.warning("%s: left out: %s; only train, val and test are used", _show(root), _show(join_some(others)))
+        warn_of_others(root, join_some(others))
     for name in (name for part, name in named.items() if part != TRAIN and not inside[name]):
-        logger.warning("%s: left out: no sub-folders, so its images are of no known class", _show(root / name))
+        logger.warning("%s: left out: no sub-folders, so its images are of no known class", printable(root / name))
     return {part: name for part, name in named.items() if part == TRAIN or inside[name]}
-
-
-def _show(text: object) -> str:
-    return printable(str(text))

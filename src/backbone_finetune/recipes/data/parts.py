@@ -57,7 +57,7 @@ def find_data(
     """
     parts = find_splits(path, values=values, group=group)
     if not values and (hint := _doubt_column(parts[TRAIN])):
-        logger.warning("%s: %s", _show(path), _show(hint))
+        logger.warning("%s: %s", printable(path), printable(hint))
     if chooses is None and not values and not isinstance(parts[TRAIN].targets[0], int):
         chooses = True
     each = "of each class" if isinstance(parts[TRAIN].targets[0], int) else "of the images"
@@ -77,18 +77,18 @@ def find_data(
         parts[TRAIN], parts[VALIDATION] = split(parts[TRAIN], test_share=VALIDATION_SHARE, seed=seed)
         notes[VALIDATION] = f", {100 * VALIDATION_SHARE:.0f} % {each} of the rest, held out"
     for name, images in parts.items():
-        logger.info("%s: %d images from %s%s", name, len(images.paths), _show(images.root), notes.get(name, ""))
+        logger.info("%s: %d images from %s%s", name, len(images.paths), printable(images.root), notes.get(name, ""))
     counts = [_describe_targets(images, values) for images in parts.values()]
     lines = [f"{name} {' + '.join(shown)}" for name, *shown in zip(parts[TRAIN].class_names, *counts, strict=True)]
     what = "values" if values else "images by class"
-    logger.info("%s, %s: %s", what, " + ".join(parts), _show(join_some(lines, most=20)))
+    logger.info("%s, %s: %s", what, " + ".join(parts), printable(join_some(lines, most=20)))
     copies = find_copies(parts)
     log_copies(copies, parts)
     for earlier, later in combinations(parts, 2):
         if shared := sorted(set(parts[earlier].groups or ()) & set(parts[later].groups or ())):
             logger.warning(
                 "%d groups have images in both %s and %s, which may make the %s accuracy too high: %s",
-                *(len(shared), earlier, later, later, _show(join_some(shared))),
+                *(len(shared), earlier, later, later, printable(join_some(shared))),
             )
     return FoundData({part: parts[part] for part in (TRAIN, VALIDATION, TEST) if part in parts}, tuple(copies))
 
@@ -110,7 +110,3 @@ def _describe_targets(images: LabelledFolder, values: Sequence[str]) -> list[str
         return [str(counts[target]) for target in range(len(images.class_names))]
     columns = zip(*images.targets, strict=True)
     return [f"{min(column):g} to {max(column):g}" if values else str(int(sum(column))) for column in columns]
-
-
-def _show(text: object) -> str:
-    return printable(str(text))

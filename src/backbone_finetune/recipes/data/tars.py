@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..text import join_some, printable
+from .names import warn_of_others
 from .packed import PackedPath, pack_range, read_range
 from .rows import PARTS, TRAIN
 
@@ -104,8 +105,7 @@ def _find_parts(root: Path, shards: Sequence[Path]) -> dict[Path, str | None]:
             raise ValueError(f"{root}: its tar files are named {join_some(sorted(named))}, and none train; add it")
         return dict.fromkeys(shards)
     if others := [shard.name for shard, part in parts.items() if part is None]:
-        shown = printable(join_some(others))
-        logger.warning("%s: left out: %s; only train, val and test are used", printable(str(root)), shown)
+        warn_of_others(root, join_some(others))
     return {shard: part for shard, part in parts.items() if part is not None}
 
 
@@ -129,7 +129,7 @@ def _list_members(shard: Path, left_out: Counter[str]) -> list[Member]:
     except (tarfile.TarError, ValueError) as error:  # ValueError for a size that no file has
         if not members:
             raise ValueError(f"{shard}: not a tar file without compression ({error}); unpack it") from error
-        logger.warning("%s: truncated (%s); what is before that is used", printable(str(shard)), error)
+        logger.warning("%s: truncated (%s); what is before that is used", printable(shard), error)
     if any(read_range(shard, end, BLOCK)):  # tarfile takes a damaged header for the end
-        logger.warning("%s: damaged at byte %d; what is before that is used", printable(str(shard)), end)
+        logger.warning("%s: damaged at byte %d; what is before that is used", printable(shard), end)
     return list(members.values())
