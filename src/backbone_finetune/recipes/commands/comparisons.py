@@ -102,16 +102,7 @@ def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config:
     phase = replace(
         task.phases[0], epochs=len(metrics.history), trainable_groups=0, augment=None, mixup=0.0, cutmix=0.0
     )
-    baseline_config = replace(
-        config,
-        checkpoints=None,
-        caches=None,
-        compile=None,
-        monitor=None,
-        patience=None,
-        show_progress=False,
-        track=False,
-    )
+    baseline_config = replace(config.aside(), caches=None, compile=None, show_progress=False)
 
     def compare(name: str, model: FineTuneModel) -> float | None:
         return baseline_accuracy(name, model, task.train, held_out(task), phase=phase, config=baseline_config)

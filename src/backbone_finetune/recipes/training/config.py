@@ -1,6 +1,7 @@
 """The settings of a training that are the same in all phases."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,10 @@ class TrainerConfig:
                 "(train --monitor accuracy)"
             )
         return self
+
+    def aside(self) -> Self:
+        """Return the settings of a training beside the main one: no checkpoints, nothing chosen, and no trackers."""
+        return replace(self, checkpoints=None, monitor=None, patience=None, track=False)
 
     def workers_for(self, data: Dataset[Any]) -> int:
         """Return the number of processes that load a dataset."""

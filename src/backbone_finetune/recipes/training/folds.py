@@ -61,7 +61,7 @@ def cross_validate(
     Raises:
         ValueError: the number of folds is out of range, or as for ``fine_tune``.
     """
-    config = replace(config, checkpoints=None, monitor=None, patience=None, track=False)
+    config = config.aside()
     return tuple(
         fine_tune(copy.deepcopy(model), train, held_out, phases, config)
         for train, held_out in make_folds(data, folds, config, evaluated)
@@ -104,7 +104,7 @@ def cross_predict(
     Raises:
         ValueError: the number of folds is out of range, or as for ``fine_tune``.
     """
-    config = replace(config, checkpoints=None, monitor=None, patience=None, track=False)
+    config = config.aside()
     predictions: Tensor | None = None
     for train, held_out in make_folds(data, folds, config, evaluated):
         trained = copy.deepcopy(model)
