@@ -1,10 +1,12 @@
-"""Files: atomic writes, syncing to disk, and digests."""
+"""Files: atomic writes, syncing to disk, digests, and CSV."""
 
+import csv
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -41,6 +43,13 @@ def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to disk, on systems that can open a folder."""
     if os.name == "posix":
         sync_file(folder)
+
+
+@contextmanager
+def csv_writer(path: Path) -> Iterator[Any]:
+    """Write a CSV file in UTF-8, in which bytes of a file's name that are not valid text are unchanged."""
+    with path.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
+        yield csv.writer(file)
 
 
 def digest_file(path: Path) -> str:

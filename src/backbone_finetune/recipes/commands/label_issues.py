@@ -1,6 +1,5 @@
 """Training images whose class looks wrong, by cleanlab, from predictions of models that did not train on them."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy
 
 from ..extras import import_extra
+from ..files import csv_writer
 from .figures import Answers
 
 __all__ = ["LabelIssue", "check_extra", "find_label_issues", "write_label_issues"]
@@ -58,7 +58,6 @@ def find_label_issues(answers: Answers) -> list[LabelIssue]:
 
 def write_label_issues(issues: Sequence[LabelIssue], path: Path) -> None:
     """Write a CSV file with a line for each image."""
-    with path.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
-        rows = csv.writer(file)
+    with csv_writer(path) as rows:
         rows.writerow(["image", "class", "suggested", "score"])
         rows.writerows((issue.path, issue.given, issue.suggested, issue.score) for issue in issues)

@@ -1,6 +1,5 @@
 """Files of predictions: CSV, JSON lines or Parquet, written while the images are predicted."""
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import import_extra
-from ..files import replacing
+from ..files import csv_writer, replacing
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel
@@ -28,9 +27,7 @@ def write_csv(
     "cat;dog"; for a model of values, each value has a column.
     """
     columns = _columns(trained, top_k)
-    # In UTF-8; bytes of a name that are not valid text are written unchanged.
-    with replacing(path) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
-        rows = csv.writer(file)
+    with replacing(path) as temporary, csv_writer(temporary) as rows:
         rows.writerow(["image", *columns, "error"])
         for prediction in predictions:
             cells = [

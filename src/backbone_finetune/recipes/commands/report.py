@@ -1,6 +1,5 @@
 """``report.html``: how a classifier does on labelled images, in one file to look at, without a script or a download."""
 
-import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -10,7 +9,7 @@ import numpy
 from torch import nn
 
 from ..data.identical import Copy
-from ..files import replacing
+from ..files import csv_writer, replacing
 from .evaluate import ClassScore, Evaluation, describe_calibration, score_answers
 from .figures import Answers, calibration_bins, order_mistakes
 from .label_issues import LabelIssue
@@ -41,8 +40,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, *, title: str = "Eval
         figures = {each.name: getattr(evaluation, each.name) for each in fields(evaluation) if each.name != "answers"}
         temporary.write_text(json.dumps(figures, indent=2, default=asdict) + "\n")
     answers = evaluation.answers
-    with replacing(predictions) as temporary, temporary.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
-        rows = csv.writer(file)
+    with replacing(predictions) as temporary, csv_writer(temporary) as rows:
         rows.writerow(["image", "class", "predicted", "probability", "right"])
         for path, target, predicted, row in zip(
             answers.paths, answers.targets, answers.predicted, answers.probabilities, strict=True
