@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_structure
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
+from unknown_rows import UnknownRows
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import (
@@ -151,24 +152,11 @@ def test_no_step_on_mixed_images_waits_for_the_device(on_meta: Accelerator) -> N
     assert train_on_meta(model, images, SingleLabel(), on_meta, mixing) == 3
 
 
-class Unknown(Dataset[Any]):
-    """A dataset whose targets are not known before they are loaded."""
-
-    def __init__(self, rows: list[Any]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
-
-
 @pytest.mark.parametrize(("objective", "targets"), OBJECTIVES)
 def test_an_evaluation_waits_for_the_device_at_its_end(
     objective: Objective, targets: Tensor, on_meta: Accelerator
 ) -> None:
-    images: Any = Unknown([(torch.randn(3, 16, 16), target) for target in targets])
+    images: Any = UnknownRows([(torch.randn(3, 16, 16), target) for target in targets])
     model, seen = FineTuneModel.from_timm("test_resnet", num_classes=2).to(META), []
     model.register_forward_hook(lambda module, inputs, outputs: seen.append(len(outputs)))
     config = TrainerConfig(on_meta, batch_size=4, objective=objective, show_progress=False)
@@ -180,7 +168,7 @@ def test_an_evaluation_waits_for_the_device_at_its_end(
 @pytest.mark.parametrize("place", [1, 10])
 def test_a_wrong_target_in_any_batch_of_an_evaluation_raises_before_its_loss(place: int) -> None:
     """On a GPU, the loss of a class that is not there would end the process."""
-    images: Any = Unknown([(torch.randn(4), 5 if index == place else 0) for index in range(12)])
+    images: Any = UnknownRows([(torch.randn(4), 5 if index == place else 0) for index in range(12)])
     computed: list[Tensor] = []
     objective = SingleLabel(loss=lambda outputs, targets: computed.append(targets) or torch.zeros(len(targets)))
     config = TrainerConfig(make_accelerator(CPU), batch_size=4, objective=objective, show_progress=False)

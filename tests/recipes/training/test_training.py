@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
+from unknown_rows import UnknownRows
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.data.images import IGNORED
@@ -490,19 +491,6 @@ def replaced(row: int, target: float) -> list[Any]:
     return rows
 
 
-class Listed(Dataset[Any]):
-    """Rows that are not known to be the same each time, so that nothing is cached."""
-
-    def __init__(self, rows: list[Any]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
-
-
 @pytest.mark.parametrize("faulty", ["train", "validation"])
 @pytest.mark.parametrize(
     ("cached", "target", "message"),
@@ -516,7 +504,7 @@ class Listed(Dataset[Any]):
 def test_a_wrong_target_in_a_later_row_is_named(faulty: str, cached: bool, target: float, message: str) -> None:
     data: dict[str, Any] = {"train": make_images(), "validation": make_images(12), faulty: replaced(9, target)}
     if not cached:
-        data[faulty] = Listed(data[faulty])
+        data[faulty] = UnknownRows(data[faulty])
     with pytest.raises(ValueError, match=f"^{faulty}: {message}"):
         run(make_model(), data["train"], data["validation"], epochs=1)
 
@@ -540,7 +528,7 @@ def test_inputs_that_the_model_does_not_take_are_described(
 ) -> None:
     rows = [change(image, int(target)) for image, target in make_images(12)]
     with pytest.raises(ValueError, match=f"^train.*{message}"):
-        run(make_model(), rows if cached else Listed(rows), make_images(12), epochs=1, trainable_groups=groups)
+        run(make_model(), rows if cached else UnknownRows(rows), make_images(12), epochs=1, trainable_groups=groups)
 
 
 def test_one_image_is_too_few_for_statistics_that_move() -> None:
@@ -552,4 +540,4 @@ def test_one_image_is_too_few_for_statistics_that_move() -> None:
 def test_an_error_that_the_first_row_does_not_explain_stays() -> None:
     rows = [*make_images(11), (torch.ones(3, 9, 9), 0)]
     with pytest.raises(RuntimeError, match="equal size"):
-        run(make_model(), Listed(rows), epochs=1)
+        run(make_model(), UnknownRows(rows), epochs=1)
