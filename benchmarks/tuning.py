@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from harness.cuda import Fact
-from harness.environment import describe_command, describe_environment
-from harness.options import make_writable, positive
-from harness.results import describe, table, write_text
-from learning import read_outcomes, spread
+from harness.results import describe, table
 from learning_runs.arms import Outcome
-from learning_runs.sets import FASHION, Images, split_clipart, split_fashion
+from learning_runs.runs import Done, Report, add_fashion, gain_line, make_parser, parse, run_all, splits_of, spread
+from learning_runs.sets import Images
 from timm.data.config import resolve_model_data_config
 
 from backbone_finetune import FineTuneModel
@@ -45,16 +41,6 @@ PLAIN_RATES = (3e-4, 1e-3, 1e-4)
 ARMS = ["frozen head", "tune", *(f"plain, {rate:g}" for rate in PLAIN_RATES), "tune, light"]
 
 
-@dataclass
-class TuningReport:
-    """All that one command measured."""
-
-    environment: dict[str, Fact]
-    command: str
-    settings: dict[str, Fact]
-    outcomes: list[Outcome] = field(default_factory=list)
-
-
 def ways(num_images: int, model: FineTuneModel) -> dict[str, tuple[Phase, ...]]:
     """Return the phases of each way to train, by name."""
     tuned = tuning_phases(num_images, model)
@@ -73,45 +59,26 @@ def ways(num_images: int, model: FineTuneModel) -> dict[str, tuple[Phase, ...]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train in all ways on all splits; results are written after each, and a stopped run resumes."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse_arguments(given)
-    torch.set_num_threads(1)
-    settings: dict[str, Fact] = {name: value for name, value in vars(options).items() if isinstance(value, int)}
-    report = TuningReport(describe_environment(torch.device("cpu")), describe_command(__file__, given), settings)
-    try:
-        report.outcomes += read_outcomes(options.output.with_suffix(".json"), settings)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for outcome in measure(options, {(outcome.data, outcome.seed, outcome.arm) for outcome in report.outcomes}):
-        report.outcomes.append(outcome)
-        print(f"{outcome.accuracy['plain']:.3f} {outcome.data} {outcome.seed}: {outcome.arm}", flush=True)
-        write_text(options.output.with_suffix(".json"), json.dumps(asdict(report), indent=1) + "\n")
-    write_text(options.output.with_suffix(".md"), as_markdown(report))
-    return 0
+    return run_all(__file__, given, parse_arguments(given), measure, as_markdown)
 
 
-def measure(options: argparse.Namespace, done: Container[tuple[str, int, str]]) -> Iterator[Outcome]:
-    """Yield the outcome of each way that is not done, one split of each set after the other."""
+def measure(options: argparse.Namespace, done: Done) -> Iterator[Outcome]:
+    """Yield the outcome of each way that is not done."""
     size = (3, options.image_size, options.image_size)
     config = resolve_model_data_config(load_packaged_network(), args={"input_size": size})  # type: ignore[no-untyped-call]
-    draw: dict[str, Callable[[int], tuple[Images, Images]]] = {
-        "clipart": split_clipart,
-        "Fashion-MNIST": partial(split_fashion, options.fashion_mnist, options.fashion_train, options.fashion_test),
-    }
-    for seed in range(options.splits):
-        for data in options.sets:
-            torch.manual_seed(seed)
-            network = FineTuneModel.from_timm(load_packaged_network(), num_classes=10)
-            network.to(memory_format=torch.channels_last)  # a step then takes two thirds of the time
-            with TemporaryDirectory() as folder:
-                train, test = (
-                    write_images(Path(folder, name), images, build_transform=partial(build_transform, config))
-                    for name, images in zip(("train", "test"), draw[data](seed), strict=True)
-                )
-                for name, phases in ways(len(train), network).items():
-                    if name in options.arms and (data, seed, name) not in done:
-                        accuracy, seconds = run(network, train, test, phases, seed)
-                        yield Outcome(name, data, seed, {"plain": accuracy}, seconds)
+    for seed, data, draw in splits_of(options):
+        torch.manual_seed(seed)
+        network = FineTuneModel.from_timm(load_packaged_network(), num_classes=10)
+        network.to(memory_format=torch.channels_last)  # a step then takes two thirds of the time
+        with TemporaryDirectory() as folder:
+            train, test = (
+                write_images(Path(folder, name), images, build_transform=partial(build_transform, config))
+                for name, images in zip(("train", "test"), draw(), strict=True)
+            )
+            for name, phases in ways(len(train), network).items():
+                if name in options.arms and (data, seed, name) not in done:
+                    accuracy, seconds = run(network, train, test, phases, seed)
+                    yield Outcome(name, data, seed, {"plain": accuracy}, seconds)
 
 
 def write_images(
@@ -140,11 +107,10 @@ def run(
     return accuracy, seconds
 
 
-def as_markdown(report: TuningReport) -> str:
+def as_markdown(report: Report) -> str:
     """Return the report as a page to read."""
     parts = ["# Head, last groups, everything: `train --tune`\n", describe(report)]
-    for data in dict.fromkeys(outcome.data for outcome in report.outcomes):
-        outcomes = [outcome for outcome in report.outcomes if outcome.data == data]
+    for data, outcomes in report.by_set().items():
         parts += [f"## {data}\n", accuracy_table(outcomes), "", gain_table(outcomes), ""]
     return "\n".join([*parts, _HOW_TO_READ])
 
@@ -152,34 +118,21 @@ def as_markdown(report: TuningReport) -> str:
 def accuracy_table(outcomes: Sequence[Outcome]) -> str:
     """Format a line for each way to train."""
     lines = []
-    for arm, by_seed in by_arm(outcomes).items():
-        accuracies = list(by_seed.values())
-        seconds = [outcome.cpu_seconds for outcome in outcomes if outcome.arm == arm]
-        by_split = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
-        lines.append([arm, spread(accuracies, ".3f"), by_split, spread(seconds, ".0f")])
+    for arm in ARMS:
+        own = sorted((outcome for outcome in outcomes if outcome.arm == arm), key=lambda outcome: outcome.seed)
+        if own:
+            accuracies = [outcome.accuracy["plain"] for outcome in own]
+            by_split = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
+            seconds = [outcome.cpu_seconds for outcome in own]
+            lines.append([arm, spread(accuracies, ".3f"), by_split, spread(seconds, ".0f")])
     return table(["", "test accuracy", "by split", "CPU seconds"], lines)
 
 
 def gain_table(outcomes: Sequence[Outcome]) -> str:
     """Format what `tune` gains over each other way on the same splits."""
-    arms = by_arm(outcomes)
-    tuned = arms.get("tune", {})
-    lines = []
-    for arm, accuracies in arms.items():
-        gains = [tuned[seed] - accuracies[seed] for seed in sorted(tuned.keys() & accuracies.keys())]
-        if gains and arm != "tune":
-            won = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-            lines.append([f"tune / {arm}", spread(gains, "+.3f"), won])
+    others = (arm for arm in ARMS if arm != "tune")
+    lines = [line for arm in others if (line := gain_line(outcomes, "tune", arm)) is not None]
     return table(["the first / the second", "gain in accuracy", "splits won"], lines)
-
-
-def by_arm(outcomes: Sequence[Outcome]) -> Mapping[str, Mapping[int, float]]:
-    """Return the accuracies of each way to train, by split."""
-    found: dict[str, dict[int, float]] = {}
-    for outcome in sorted(outcomes, key=lambda outcome: outcome.seed):
-        found.setdefault(outcome.arm, {})[outcome.seed] = outcome.accuracy["plain"]
-    order = [arm for arm in ARMS if arm in found]
-    return {arm: found[arm] for arm in order}
 
 
 _HOW_TO_READ = """\
@@ -197,25 +150,10 @@ splits, first classifier, order of images and test images, and keep the last epo
 
 
 def parse_arguments(given: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; ends with an error where files are missing or nothing can be written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--sets", nargs="+", choices=["clipart", "Fashion-MNIST"], default=["clipart", "Fashion-MNIST"])
-    add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="NAME", help="ways to train, of those in the page")
-    add("--fashion-mnist", type=Path, default=FASHION, metavar="DIR", help="where the Debian package puts its files")
-    add("--fashion-train", type=positive, default=500, metavar="N")
-    add("--fashion-test", type=positive, default=500, metavar="N")
-    add("--splits", type=positive, default=3, metavar="N")
-    add("--image-size", type=positive, default=96, metavar="N")
-    add("--output", type=Path, default=Path(__file__).parent / "results" / "tuning", metavar="STEM")
-    options = parser.parse_args(given)
-    try:
-        make_writable(options.output.parent)
-        if "Fashion-MNIST" in options.sets:
-            split_fashion(options.fashion_mnist, 10, 10, 0)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    return options
+    """Read the command line."""
+    parser = make_parser(__doc__, ARMS, stem="tuning")
+    add_fashion(parser, train=500, test=500)
+    return parse(parser, given)
 
 
 if __name__ == "__main__":
