@@ -16,9 +16,9 @@ from torch import Tensor
 
 from backbone_finetune.recipes.commands.setup import CLIPART, TEST_SHARE
 from backbone_finetune.recipes.data.bands import to_rgb
-from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import read_image, split
 from backbone_finetune.recipes.data.loading import seeded
+from backbone_finetune.recipes.data.sources.finding import find_images
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package has it
 FASHION_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")

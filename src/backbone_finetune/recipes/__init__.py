@@ -11,9 +11,9 @@ from .commands.predict import Prediction, predict
 from .commands.run_record import read_run
 from .commands.train import TrainSettings, train
 from .data.augmentation import Augmentation
-from .data.finding import find_images, find_splits
 from .data.fingerprint import data_fingerprint, is_deterministic
 from .data.images import ImageDataset, LabelledFolder
+from .data.sources.finding import find_images, find_splits
 from .export.checks import Exported
 from .export.hub_folder import export_hub_folder
 from .export.onnx_model import export_onnx

@@ -21,7 +21,7 @@ from backbone_finetune.recipes.commands.evaluate_table import evaluate_table
 from backbone_finetune.recipes.commands.metrics import describe
 from backbone_finetune.recipes.data.images import ImageDataset, read_image
 from backbone_finetune.recipes.data.loading import DeviceLoader
-from backbone_finetune.recipes.data.parts import find_data
+from backbone_finetune.recipes.data.sources.parts import find_data
 from backbone_finetune.recipes.models.file import TrainedModel, build_transform
 from backbone_finetune.recipes.models.metadata import parse_metadata
 from backbone_finetune.recipes.objectives.kinds import MultiLabel, Regression, SingleLabel

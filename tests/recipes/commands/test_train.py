@@ -22,8 +22,8 @@ from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.commands.run_folder import MODEL_FILE
 from backbone_finetune.recipes.commands.setup import choose_data_config
 from backbone_finetune.recipes.commands.train import TrainSettings, train
-from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import split
+from backbone_finetune.recipes.data.sources.finding import find_images
 from backbone_finetune.recipes.files import replacing
 from backbone_finetune.recipes.models.file import load_trained_model
 from backbone_finetune.recipes.training.phases import Phase

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from backbone_finetune.recipes.data.bands import BandsError, blank, read_npy, to_rgb
-from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import ImageDataset, LabelledFolder, read_image
 from backbone_finetune.recipes.data.loading import DeviceLoader
+from backbone_finetune.recipes.data.sources.finding import find_images
 from backbone_finetune.recipes.data.transforms import split_transform
 from backbone_finetune.recipes.models.file import build_transform
 

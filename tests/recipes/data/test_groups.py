@@ -28,7 +28,7 @@ from backbone_finetune.recipes import (
 )
 from backbone_finetune.recipes.data.groups import deal_groups
 from backbone_finetune.recipes.data.images import IGNORED, split
-from backbone_finetune.recipes.data.parts import find_data
+from backbone_finetune.recipes.data.sources.parts import find_data
 from backbone_finetune.recipes.features.dataset import Features
 from backbone_finetune.recipes.training import rates
 from backbone_finetune.recipes.training.folds import check_folds, split_folds

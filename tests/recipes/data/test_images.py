@@ -13,9 +13,9 @@ from image_folders import make_folder, make_image
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from backbone_finetune.recipes.data.finding import find_images, list_images
 from backbone_finetune.recipes.data.images import IGNORED, ImageDataset, LabelledFolder, read_image, split
 from backbone_finetune.recipes.data.loading import DeviceLoader
+from backbone_finetune.recipes.data.sources.finding import find_images, list_images
 
 
 def test_finds_classes_in_order_and_skips_hidden_files(tmp_path: Path) -> None:

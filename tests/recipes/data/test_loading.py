@@ -26,9 +26,9 @@ from torchvision import transforms
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Phase, TrainerConfig, fine_tune, make_accelerator
 from backbone_finetune.recipes.data import loading
-from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import IGNORED, ImageDataset
 from backbone_finetune.recipes.data.loading import DeviceLoader, default_workers
+from backbone_finetune.recipes.data.sources.finding import find_images
 from backbone_finetune.recipes.data.transforms import split_transform
 from backbone_finetune.recipes.training.batches import LocalBatch, load_batches
 

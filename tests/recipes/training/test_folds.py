@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_structure
 from torch.utils.data import Subset, TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.data.finding import find_images
 from backbone_finetune.recipes.data.images import ImageDataset
+from backbone_finetune.recipes.data.sources.finding import find_images
 from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.features.dataset import Features
 from backbone_finetune.recipes.training.folds import cross_predict, cross_validate, split_folds

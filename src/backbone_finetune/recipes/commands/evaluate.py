@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy
 
-from ..data.finding import choose_test, find_splits
+from ..data.sources.finding import choose_test, find_splits
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import SingleLabel, SoftLabels

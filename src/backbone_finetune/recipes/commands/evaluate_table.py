@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..data.finding import choose_test, find_splits, has_columns
-from ..data.tables import TABLES
+from ..data.sources.finding import choose_test, find_splits, has_columns
+from ..data.sources.tables import TABLES
 from ..files import replacing
 from ..models.file import TrainedModel
 from ..models.named import NamedModel

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.identical import Copy
+from ..data.sources.identical import Copy
 from ..training.checkpoints import EpochResult
 from ..training.phases import Phase
 from .baselines import BackwardTimes

@@ -7,9 +7,9 @@ import torch
 
 from backbone_finetune import FineTuneModel
 
-from ..data.finding import find_splits
 from ..data.images import ImageDataset, LabelledFolder, is_read
 from ..data.loading import DeviceLoader, default_workers
+from ..data.sources.finding import find_splits
 from ..features.dataset import Features
 from ..features.extract import extract_features, find_device_of
 from ..heads.neighbors import predict_neighbors

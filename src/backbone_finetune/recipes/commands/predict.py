@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from ..checking import Positive, Whole, validated
 from ..data.bands import Picture, size_of
-from ..data.finding import list_images
 from ..data.images import LabelledFolder, read_image
 from ..data.loading import map_batches
+from ..data.sources.finding import list_images
 from ..data.transforms import of_one_dtype, split_transform
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel

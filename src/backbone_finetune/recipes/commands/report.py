@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy
 from torch import nn
 
-from ..data.identical import Copy
+from ..data.sources.identical import Copy
 from ..files import csv_writer, replacing
 from .evaluate import ClassScore, Evaluation, describe_calibration, score_answers
 from .figures import Answers, calibration_bins, order_mistakes

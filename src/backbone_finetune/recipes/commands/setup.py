@@ -18,10 +18,10 @@ from backbone_finetune.splitting.copies import meta_copy
 
 from ..checking import Positive, Whole
 from ..data.augmentation import Augmentation
-from ..data.identical import Copy
 from ..data.images import ImageDataset, LabelledFolder, check_first_images
-from ..data.parts import FoundData, find_data
-from ..data.rows import TEST, TRAIN, VALIDATION
+from ..data.sources.identical import Copy
+from ..data.sources.parts import FoundData, find_data
+from ..data.sources.rows import TEST, TRAIN, VALIDATION
 from ..models.classifiers import Head, choose_classifier
 from ..models.file import (
     TrainedModel,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..text import join_some
+from ...text import join_some
 from .names import choose_parts, is_image, kind_of, warn_of_left_out
 from .rows import LABELS, SEVERAL, SPLITS, TRAIN, Labelled, Row, choose_columns, sort_rows
 from .tars import Member, Shards, read_shards

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from ..text import join_some, printable
+from ...text import join_some, printable
+from ..images import LabelledFolder, split
 from .finding import choose_test, find_splits, has_columns
 from .identical import Copy, find_copies, log_copies
-from .images import LabelledFolder, split
 from .rows import SEPARATORS, TEST, TRAIN, VALIDATION
 from .tables import TABLES
 

@@ -12,9 +12,9 @@ import pytest
 from image_folders import make_folder, make_image
 
 from backbone_finetune.recipes import LabelledFolder, find_images, find_splits
-from backbone_finetune.recipes.data import identical
-from backbone_finetune.recipes.data.finding import list_images
-from backbone_finetune.recipes.data.parts import find_data
+from backbone_finetune.recipes.data.sources import identical
+from backbone_finetune.recipes.data.sources.finding import list_images
+from backbone_finetune.recipes.data.sources.parts import find_data
 
 NAMES = ("blue", "green", "red")
 

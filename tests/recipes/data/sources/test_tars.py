@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from backbone_finetune.recipes import ImageDataset, data_fingerprint, find_images, find_splits
 from backbone_finetune.recipes.data.loading import DeviceLoader
-from backbone_finetune.recipes.data.parts import find_data
+from backbone_finetune.recipes.data.sources.parts import find_data
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
 
-from ..files import digest_file
-from ..text import join_some, printable
-from .images import LabelledFolder
+from ...files import digest_file
+from ...text import join_some, printable
+from ..images import LabelledFolder
 from .packed import size_of
 from .rows import TRAIN
 

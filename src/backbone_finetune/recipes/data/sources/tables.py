@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..extras import import_extra
+from ...extras import import_extra
 from .rows import Labelled, Row, choose_columns, find_column, require, sort_rows
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..text import join_some, one_line
+from ...text import join_some, one_line
 
 LABELS = ("label", "class", "target")
 SEVERAL = "labels"  # an image has any number of them

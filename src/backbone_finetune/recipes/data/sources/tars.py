@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ..text import join_some, printable
+from ...text import join_some, printable
 from .names import warn_of_others
 from .packed import PackedPath, pack_range, read_range
 from .rows import PARTS, TRAIN

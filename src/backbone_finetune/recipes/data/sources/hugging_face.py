@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..extras import import_extra
-from ..text import printable
+from ...extras import import_extra
+from ...text import printable
 from .names import warn_of_others
 from .packed import PackedPath
 from .rows import LABELS, PARTS, SEVERAL, SPLITS, TRAIN, Columns, Labelled, Row, choose_columns, show_names, sort_rows

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..text import has_control_characters, join_some
+from ...text import has_control_characters, join_some
+from ..images import LabelledFolder
 from .hugging_face import is_dataset, read_dataset
-from .images import LabelledFolder
 from .names import EXAMPLES, choose_parts, is_image, kind_of, warn_of_left_out
 from .rows import PARTS, TEST, TRAIN, VALIDATION, Labelled
 from .tables import TABLES, read_table

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..text import join_some, printable
+from ...text import join_some, printable
 from .rows import PARTS, TRAIN
 
 logger = logging.getLogger(__name__)

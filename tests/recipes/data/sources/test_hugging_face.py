@@ -12,7 +12,7 @@ from image_folders import make_folder
 
 from backbone_finetune.recipes import data_fingerprint, find_images, find_splits
 from backbone_finetune.recipes.data.images import ImageDataset, read_image
-from backbone_finetune.recipes.data.parts import find_data
+from backbone_finetune.recipes.data.sources.parts import find_data
 
 pytestmark = pytest.mark.clients
 datasets = pytest.importorskip("datasets")

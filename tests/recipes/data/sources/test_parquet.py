@@ -11,7 +11,7 @@ import pytest
 from image_folders import make_folder
 
 from backbone_finetune.recipes import find_splits
-from backbone_finetune.recipes.data.tables import read_table
+from backbone_finetune.recipes.data.sources.tables import read_table
 
 pytestmark = pytest.mark.clients
 pyarrow = pytest.importorskip("pyarrow")
