@@ -21,8 +21,8 @@ from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.inspect import inspect, inspect_file, inspect_frontier
 from .recipes.commands.predict import list_inputs, predict
 from .recipes.commands.prediction_files import choose_writer
-from .recipes.commands.report import write_evaluation
-from .recipes.commands.run_record import NOT_RECORDED, read_run
+from .recipes.commands.reporting.report import write_evaluation
+from .recipes.commands.runs.run_record import NOT_RECORDED, read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.data.augmentation import AUGMENTATIONS
 from .recipes.export.onnx_model import export_onnx

@@ -6,9 +6,9 @@ They need the extra ``recipes``; the core never imports them.
 from .commands.evaluate import ClassScore, Evaluation, evaluate_folder
 from .commands.evaluate_table import TableEvaluation, evaluate_table
 from .commands.inspect import inspect
-from .commands.metrics import Metrics
 from .commands.predict import Prediction, predict
-from .commands.run_record import read_run
+from .commands.runs.metrics import Metrics
+from .commands.runs.run_record import read_run
 from .commands.train import TrainSettings, train
 from .data.augmentation import Augmentation
 from .data.fingerprint import data_fingerprint, is_deterministic

@@ -13,7 +13,7 @@ from torch import nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.commands.evaluate import describe_evaluation, evaluate_folder
-from backbone_finetune.recipes.commands.report import write_evaluation
+from backbone_finetune.recipes.commands.reporting.report import write_evaluation
 from backbone_finetune.recipes.models.file import TrainedModel
 
 

@@ -18,7 +18,7 @@ from backbone_finetune.cli import main
 from backbone_finetune.recipes import Metrics, TrainSettings, find_splits, load_trained_model, predict, train
 from backbone_finetune.recipes.commands.evaluate import evaluate_folder
 from backbone_finetune.recipes.commands.evaluate_table import evaluate_table
-from backbone_finetune.recipes.commands.metrics import describe
+from backbone_finetune.recipes.commands.runs.metrics import describe
 from backbone_finetune.recipes.data.images import ImageDataset, read_image
 from backbone_finetune.recipes.data.loading import DeviceLoader
 from backbone_finetune.recipes.data.sources.parts import find_data

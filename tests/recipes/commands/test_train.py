@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.commands.predict import predict
-from backbone_finetune.recipes.commands.run_folder import MODEL_FILE
+from backbone_finetune.recipes.commands.runs.run_folder import MODEL_FILE
 from backbone_finetune.recipes.commands.setup import choose_data_config
 from backbone_finetune.recipes.commands.train import TrainSettings, train
 from backbone_finetune.recipes.data.images import split

@@ -24,7 +24,7 @@ from raising_hooks import is_pixel_baseline, raising
 from safetensors import safe_open
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.commands.run_folder import MODEL_FILE, UNFINISHED, open_run
+from backbone_finetune.recipes.commands.runs.run_folder import MODEL_FILE, UNFINISHED, open_run
 from backbone_finetune.recipes.rng import preserve_rng_state, random_state, restore_random_state
 from backbone_finetune.recipes.training.checkpoints import (
     Checkpoint,

@@ -10,7 +10,9 @@ from ..data.sources.finding import choose_test, find_splits
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import SingleLabel, SoftLabels
-from .figures import (
+from .nearest import measure_neighbors
+from .predict import predict_labelled
+from .reporting.figures import (
     Answers,
     Interval,
     auroc,
@@ -19,8 +21,6 @@ from .figures import (
     expected_calibration_error,
     make_answers,
 )
-from .nearest import measure_neighbors
-from .predict import predict_labelled
 
 __all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "score_answers"]
 

@@ -15,7 +15,7 @@ from ..features.extract import extract_features, find_device_of
 from ..heads.neighbors import predict_neighbors
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
-from .figures import Interval, bootstrap
+from .reporting.figures import Interval, bootstrap
 
 __all__ = ["measure_neighbors", "score_neighbors"]
 

@@ -41,7 +41,7 @@ from ..training.loop import EpochResult, TrainerConfig
 from ..training.mixing import make_mixing
 from ..training.phases import Phase
 from ..training.tuning import tuning_phases
-from .run_folder import check_output_folder
+from .runs.run_folder import check_output_folder
 
 __all__ = ["CLIPART", "Task", "TrainSettings", "choose_monitor", "make_task"]
 

@@ -31,16 +31,16 @@ from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skippe
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
 from ..training.tracking import finish_trackers
-from .baselines import chance_accuracy
-from .comparisons import FOLDS, add_baselines, add_folds, held_out, predict_held_out, within_memory
-from .figures import Answers, make_answers
-from .label_issues import check_extra
-from .metrics import Metrics
-from .results import write_results
-from .run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
-from .run_record import compare_runs, record_run
+from .reporting.figures import Answers, make_answers
+from .reporting.label_issues import check_extra
+from .runs.baselines import chance_accuracy
+from .runs.comparisons import FOLDS, add_baselines, add_folds, held_out, predict_held_out, within_memory
+from .runs.metrics import Metrics
+from .runs.results import write_results
+from .runs.run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
+from .runs.run_record import compare_runs, record_run
+from .runs.tracked_run import check_tracker, start_tracker
 from .setup import CLIPART, Task, TrainSettings, choose_monitor, make_task
-from .tracked_run import check_tracker, start_tracker
 
 __all__ = ["CLIPART", "TrainSettings", "train"]
 

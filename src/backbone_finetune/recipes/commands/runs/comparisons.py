@@ -13,21 +13,21 @@ from torch.utils.data import default_collate
 
 from backbone_finetune import FineTuneModel
 
-from ..data.images import ImageDataset
-from ..features.cache import FeatureCache
-from ..features.dataset import Features
-from ..objectives.kinds import SingleLabel
-from ..rng import seed_everything
-from ..text import one_line
-from ..together import is_alone, run_on_main
-from ..training.folds import cross_predict, cross_validate
-from ..training.loop import TrainerConfig
-from ..training.phase_data import prepare_data
+from ...data.images import ImageDataset
+from ...features.cache import FeatureCache
+from ...features.dataset import Features
+from ...objectives.kinds import SingleLabel
+from ...rng import seed_everything
+from ...text import one_line
+from ...together import is_alone, run_on_main
+from ...training.folds import cross_predict, cross_validate
+from ...training.loop import TrainerConfig
+from ...training.phase_data import prepare_data
+from ..nearest import score_neighbors
+from ..reporting.figures import Answers, make_answers
+from ..setup import Task, TrainSettings
 from .baselines import baseline_accuracy, measure_backward, pixel_model, random_model
-from .figures import Answers, make_answers
 from .metrics import Metrics
-from .nearest import score_neighbors
-from .setup import Task, TrainSettings
 
 __all__ = ["FOLDS", "add_baselines", "add_folds", "held_out", "predict_held_out", "within_memory"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..training.checkpoints import EpochResult
+from ...training.checkpoints import EpochResult
 
 __all__ = ["draw_confusion", "draw_curves"]
 

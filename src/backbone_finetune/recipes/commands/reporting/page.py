@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data.bands import to_rgb
-from ..data.images import read_image
-from ..text import printable
+from ...data.bands import to_rgb
+from ...data.images import read_image
+from ...text import printable
 
 __all__ = ["curves_svg", "gallery", "make_page", "table", "text"]
 

@@ -7,12 +7,13 @@ from dataclasses import asdict, replace
 
 from accelerate import Accelerator
 
-from ..training.tracking import log_figures
+from ...training.tracking import log_figures
+from ..reporting.figures import Answers
+from ..reporting.label_issues import find_label_issues, write_label_issues
+from ..reporting.report import report_run
+from ..setup import Task, TrainSettings
 from .comparisons import within_memory
-from .figures import Answers
-from .label_issues import find_label_issues, write_label_issues
 from .metrics import Metrics, describe
-from .report import report_run
 from .run_folder import (
     CURVES_FILE,
     LABELS_FILE,
@@ -23,7 +24,6 @@ from .run_folder import (
     finish_run,
     publishing,
 )
-from .setup import Task, TrainSettings
 
 __all__ = ["write_results"]
 
@@ -52,7 +52,7 @@ def write_results(
     Returns:
         The record with what was found in the images.
     """
-    from .plots import draw_curves  # noqa: PLC0415 (matplotlib is slow to import)
+    from ..reporting.plots import draw_curves  # noqa: PLC0415 (matplotlib is slow to import)
 
     folder, names = settings.output, [RUN_FILE, MODEL_FILE, METRICS_FILE]
     issues = None

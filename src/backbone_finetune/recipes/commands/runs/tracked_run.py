@@ -7,12 +7,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..extras import import_extra
-from ..files import replacing
-from ..text import one_line
-from ..training.tracking import PROJECT, flatten
+from ...extras import import_extra
+from ...files import replacing
+from ...text import one_line
+from ...training.tracking import PROJECT, flatten
+from ..setup import TrainSettings
 from .run_folder import UNFINISHED
-from .setup import TrainSettings
 
 TRACKED_FILE = "tracked.json"
 

@@ -12,7 +12,7 @@ import pytest
 from image_folders import make_folder
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.commands.run_folder import (
+from backbone_finetune.recipes.commands.runs.run_folder import (
     METRICS_FILE,
     MODEL_FILE,
     RESULTS,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy
 
-from ..extras import import_extra
-from ..files import csv_writer
+from ...extras import import_extra
+from ...files import csv_writer
 from .figures import Answers
 
 __all__ = ["LabelIssue", "check_extra", "find_label_issues", "write_label_issues"]

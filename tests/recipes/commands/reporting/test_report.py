@@ -15,14 +15,14 @@ from image_folders import make_folder, make_image
 
 from backbone_finetune.cli import main
 from backbone_finetune.recipes.commands.evaluate import score_answers
-from backbone_finetune.recipes.commands.figures import (
+from backbone_finetune.recipes.commands.reporting.figures import (
     Answers,
     auroc,
     bootstrap,
     chance_calibration_error,
     expected_calibration_error,
 )
-from backbone_finetune.recipes.commands.report import make_report, write_evaluation
+from backbone_finetune.recipes.commands.reporting.report import make_report, write_evaluation
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = '<script>document.title="ran"</script>"&\x1b[31m'

@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError, field_validator
 
-from ..features.cache import backbone_fingerprint
-from ..features.frozen_pass import autocast_dtype
-from ..models.metadata import installed_versions
-from ..text import describe_fault
-from ..training.loop import TrainerConfig
+from ...features.cache import backbone_fingerprint
+from ...features.frozen_pass import autocast_dtype
+from ...models.metadata import installed_versions
+from ...text import describe_fault
+from ...training.loop import TrainerConfig
+from ..setup import Task, TrainSettings
 from .run_folder import find_differences
-from .setup import Task, TrainSettings
 
 __all__ = ["compare_runs", "read_run", "record_run"]
 

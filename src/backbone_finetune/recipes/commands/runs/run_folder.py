@@ -15,8 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..files import replacing, sync_file, sync_folder
-from ..text import join_some, one_line
+from ...files import replacing, sync_file, sync_folder
+from ...text import join_some, one_line
 
 RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE = "run.json", "model.safetensors", "metrics.json", "curves.png"
 REPORT_FILE, LABELS_FILE = "report.html", "label_issues.csv"

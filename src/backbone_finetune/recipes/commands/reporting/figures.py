@@ -8,7 +8,7 @@ import numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.images import LabelledFolder
+from ...data.images import LabelledFolder
 
 BINS = 10
 RESAMPLED = 1000

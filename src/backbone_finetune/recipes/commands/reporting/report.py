@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy
 from torch import nn
 
-from ..data.sources.identical import Copy
-from ..files import csv_writer, replacing
-from .evaluate import ClassScore, Evaluation, describe_calibration, score_answers
+from ...data.sources.identical import Copy
+from ...files import csv_writer, replacing
+from ..evaluate import ClassScore, Evaluation, describe_calibration, score_answers
+from ..runs.metrics import Metrics
 from .figures import Answers, calibration_bins, order_mistakes
 from .label_issues import LabelIssue
-from .metrics import Metrics
 from .page import curves_svg, gallery, make_page, table, text
 
 SHOWN = 24  # images of each kind

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.sources.identical import Copy
-from ..training.checkpoints import EpochResult
-from ..training.phases import Phase
+from ...data.sources.identical import Copy
+from ...training.checkpoints import EpochResult
+from ...training.phases import Phase
 from .baselines import BackwardTimes
 
 __all__ = ["Metrics", "describe"]

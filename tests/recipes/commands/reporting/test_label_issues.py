@@ -14,7 +14,7 @@ from image_folders import COLOURS, make_folder, make_image
 
 from backbone_finetune.cli import main
 from backbone_finetune.recipes import TrainSettings, train
-from backbone_finetune.recipes.commands import comparisons
+from backbone_finetune.recipes.commands.runs import comparisons
 from backbone_finetune.recipes.training.phases import Phase
 
 SMALL = ["--model", "test_resnet", "--epochs", "3", "--lr", "0.05", "--batch-size", "8", "--device", "cpu"]
@@ -54,7 +54,7 @@ def test_labels_are_checked_at_the_rates_of_each_phase(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(comparisons, "cross_predict", record)
     monkeypatch.setattr("backbone_finetune.recipes.commands.train.check_extra", lambda: None)
-    monkeypatch.setattr("backbone_finetune.recipes.commands.results.find_label_issues", lambda answers: [])
+    monkeypatch.setattr("backbone_finetune.recipes.commands.runs.results.find_label_issues", lambda answers: [])
     phases = (Phase(epochs=2), Phase(epochs=1, trainable_groups=1, lr=0.02))
     folder = make_folder(tmp_path / "images", per_class=10)
     metrics = train(

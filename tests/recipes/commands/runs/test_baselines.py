@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.commands.baselines import (
+from backbone_finetune.recipes.commands.runs.baselines import (
     baseline_accuracy,
     chance_accuracy,
     measure_backward,
