@@ -35,7 +35,7 @@ from backbone_finetune.recipes import (
 )
 from backbone_finetune.recipes.models.file import build_transform
 from backbone_finetune.recipes.models.weights import load_packaged_network
-from backbone_finetune.recipes.training.tuning import tuning_phases
+from backbone_finetune.recipes.training.phases import tuning_phases
 
 PLAIN_RATES = (3e-4, 1e-3, 1e-4)
 ARMS = ["frozen head", "tune", *(f"plain, {rate:g}" for rate in PLAIN_RATES), "tune, light"]

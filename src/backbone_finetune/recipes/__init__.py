@@ -32,13 +32,12 @@ from .models.named import NamedModel, load_timm_model
 from .models.onnx_file import load_onnx_model
 from .objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
 from .training.checkpoints import EpochResult
-from .training.divergence import DivergedError
+from .training.epoch import DivergedError
 from .training.folds import cross_predict, cross_validate
 from .training.loop import TrainerConfig, fine_tune
-from .training.phases import Phase, read_phases
+from .training.phases import Phase, read_phases, tuning_phases
 from .training.processes import make_accelerator
 from .training.scoring import Score, evaluate
-from .training.tuning import tuning_phases
 
 __all__ = [
     "Augmentation",

@@ -39,8 +39,7 @@ from ..text import join_some
 from ..together import run_on_main
 from ..training.loop import EpochResult, TrainerConfig
 from ..training.mixing import make_mixing
-from ..training.phases import Phase
-from ..training.tuning import tuning_phases
+from ..training.phases import Phase, tuning_phases
 from .runs.run_folder import check_output_folder
 
 __all__ = ["CLIPART", "Task", "TrainSettings", "choose_monitor", "make_task"]

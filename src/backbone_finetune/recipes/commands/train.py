@@ -25,7 +25,7 @@ from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
-from ..training.divergence import DivergedError
+from ..training.epoch import DivergedError
 from ..training.folds import check_folds
 from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
 from ..training.processes import find_device, make_accelerator

@@ -16,11 +16,14 @@ from ..sending import send
 from .batches import LocalBatch, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, load_by_name
 from .config import TrainerConfig, count
-from .divergence import DivergedError
 from .phase_state import PhaseState, save_checkpoint, snapshot
 from .scoring import evaluate
 
-__all__ = ["train_epoch"]
+__all__ = ["DivergedError", "train_epoch"]
+
+
+class DivergedError(ValueError):
+    """The loss, or a trainable tensor, is not finite."""
 
 
 def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *, title: str) -> bool:

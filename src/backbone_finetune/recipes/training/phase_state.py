@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
@@ -22,7 +23,6 @@ from ..precision import has_tensor_cores, products_in
 from .batches import epoch_batches
 from .checkpoints import Progress, capture, load_by_name, write_checkpoint
 from .config import TrainerConfig, count
-from .divergence import count_not_finite
 from .first_rows import explain_errors
 from .mixing import Mixing, make_mixing
 from .phase_data import PhaseData, prepare_data
@@ -169,6 +169,22 @@ def _standardize(
     if isinstance(validation, Features):
         validation = standardization.apply(validation)
     return replace(data, train=standardization.apply(data.train), validation=validation)
+
+
+def count_not_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Count the tensors with a NaN or an infinity, on their device and without synchronizing: ``()``, float32.
+
+    >>> count_not_finite([torch.ones(2), torch.tensor([0, torch.inf]), torch.tensor(1)], torch.device("cpu"))
+    tensor(1.)
+
+    For a sharded tensor (FSDP2), the local shard is checked.
+    """
+    count = torch.zeros((), device=device)
+    for tensor in tensors:
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if own.is_floating_point():
+            count += ~own.isfinite().all()
+    return count
 
 
 def snapshot(state: PhaseState) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from backbone_finetune import FineTuneModel
 from ...models.classifiers import ClassifierDescription, describe_classifier
 from ...models.readouts import assemble, describe_readout
 from ...rng import preserve_rng_state
-from ...training.divergence import DivergedError
+from ...training.epoch import DivergedError
 from ...training.loop import TrainerConfig, fine_tune
 from ...training.phases import Phase
 from ...training.scoring import evaluate
