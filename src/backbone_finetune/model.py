@@ -355,7 +355,8 @@ class FineTuneModel(TimmProtocol):
         Traceback (most recent call last):
         AssertionError: assert_frozen: 1 of 2 frozen tensors changed...
 
-        Tensors are compared bit by bit. The message lists those that changed, with the likely cause.
+        Digests of all bits are compared, on a CUDA device checksums. The message lists those that changed, with the
+        likely cause.
         """
         return verification.assert_unchanged(self, self._frozen_modules, self._layer_groups)
 
