@@ -180,6 +180,12 @@ def test_the_last_image_of_an_odd_batch_and_unreadable_images() -> None:
     assert row.tolist() == [[0, 1, 0]]
 
 
+def test_views_are_not_cached_where_images_are_mixed(tmp_path: Path) -> None:
+    data = make_images(tmp_path)
+    _, history = train(data, STRONG, views=2)
+    assert history == train(data, STRONG, views=2, cache_features=False)[1]
+
+
 def test_labels_are_mixed() -> None:
     targets = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]).repeat(4, 1)
     data = TensorDataset(torch.rand(8, 3, 16, 16), targets)
