@@ -24,6 +24,7 @@ from ..data.images import LabelledFolder, read_image
 from ..data.loading import map_batches
 from ..data.sources.finding import list_images
 from ..data.transforms import of_one_dtype, split_transform
+from ..features.layout import Layout, in_fast_layout
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
 from ..objectives.kinds import MultiLabel, Regression
@@ -151,13 +152,15 @@ def predict_rows(
     channels = config["input_size"][0]
     read = partial(_read_input, channels=channels, transform=to_bytes, most_elongated=most_elongated)
     device = next((parameter.device for parameter in trained.model.parameters()), torch.device("cpu"))
+    layout = Layout()
     position = iter(paths)
     for outcomes in map_batches(read, paths, batch_size=batch_size, workers=workers):
         loaded = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
         answers: Iterator[Tensor] = iter(())
         if loaded:
             inputs = torch.stack(of_one_dtype(loaded)).to(device)
-            answers = iter(_run(trained, inputs if normalize is None else normalize(inputs), tta=tta))
+            inputs = inputs if normalize is None else normalize(inputs)
+            answers = iter(in_fast_layout(layout, partial(_run, trained, tta=tta), [inputs], trained.model))
         for path, outcome in zip(islice(position, len(outcomes)), outcomes, strict=True):
             yield path, outcome if isinstance(outcome, str) else next(answers)
 
@@ -191,8 +194,9 @@ def _whole(image: Picture) -> Tensor:
 
 
 @torch.no_grad()
-def _run(trained: TrainedModel | NamedModel, inputs: Tensor, *, tta: bool) -> Tensor:
+def _run(trained: TrainedModel | NamedModel, batch: Sequence[Tensor], *, tta: bool) -> Tensor:
     """Compute the probabilities or values of inputs ``(B, C, H, W)``: ``(B, K)`` on the CPU."""
+    (inputs,) = batch
     views = (inputs, inputs.flip(-1)) if tta else (inputs,)
     return torch.stack([trained.objective.predict(trained.model(view).float()) for view in views]).mean(0).cpu()
 
