@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.commands.predict import predict
+from backbone_finetune.recipes.commands.runs.metrics import describe
 from backbone_finetune.recipes.commands.runs.run_folder import MODEL_FILE
 from backbone_finetune.recipes.commands.setup import choose_data_config
 from backbone_finetune.recipes.commands.train import TrainSettings, train
@@ -51,7 +52,7 @@ def unbuildable(settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
-    [(None, {torch.bfloat16, torch.float32}), ("no", {torch.float32})],  # the test images as predict sees them
+    [(None, {torch.bfloat16}), ("no", {torch.float32})],  # the test images, too
 )
 def test_mixed_precision_no_computes_features_in_float32(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: str | None, expected: set[torch.dtype]
@@ -65,10 +66,11 @@ def test_mixed_precision_no_computes_features_in_float32(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     handle = register_module_forward_hook(record)
     try:
-        train(TrainSettings(**{**settings, "mixed_precision": asked}))
+        metrics = train(TrainSettings(**{**settings, "mixed_precision": asked}))
     finally:
         handle.remove()
     assert computed == expected
+    assert ("features in bf16, predict: float32" in describe(metrics)) == (asked is None)
 
 
 def names_in(folder: Path) -> set[str]:

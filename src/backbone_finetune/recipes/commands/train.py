@@ -28,6 +28,7 @@ from ..together import run_on_main
 from ..training.epoch import DivergedError
 from ..training.folds import check_folds
 from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
+from ..training.phase_data import PhaseData, prepare_data
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
 from ..training.tracking import finish_trackers
@@ -199,6 +200,8 @@ def _train_model(
             score, answers = _score(task, config)
     finally:  # after an error too: a trained model is not lost
         metrics = _record_training(settings, task, config, history, score)
+        if record["arguments"]["autocast_features"] and _ends_frozen(task):
+            metrics = replace(metrics, feature_precision="bf16")
         if accelerator.is_main_process:
             _write_model(settings, task, config, metrics, record)
     return metrics, answers
@@ -277,15 +280,25 @@ def _best_epoch(history: Sequence[EpochResult], config: TrainerConfig) -> int | 
     return None if config.monitor is None else max(history, key=config.monitor).epoch
 
 
-def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers | None]:
-    """Evaluate the model on the test images, once, in the precision of `predict`; its answers are for a report.
+def _ends_frozen(task: Task) -> bool:
+    """Return whether the last phase trained the classifier alone."""
+    return task.phases[-1].trainable_groups == 0
 
-    If there are none, the answers are to the validation images. They are None for a model of labels or values.
+
+def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers | None]:
+    """Evaluate the model on the test images, once; its answers are for a report.
+
+    Features of a frozen backbone are computed as those it was trained on. Without test images, the answers are
+    to the validation images. They are None for a model of labels or values.
     """
     images, keep = held_out(task), isinstance(config.objective, SingleLabel)
     if task.test is None and not keep:
         return None, None
-    score = evaluate(task.model.to(config.accelerator.device), images, config, keep_outputs=keep)
+    part, model = "validation" if task.test is None else "test", task.model.to(config.accelerator.device)
+    data = PhaseData(images, None, model)
+    if _ends_frozen(task):
+        data = prepare_data(model.freeze_backbone(), images, None, replace(config, views=1), name=part)
+    score = evaluate(data.module, data.train, config, name=part, keep_outputs=keep)
     report_skipped([images], {}, config.accelerator)
     tested = None if task.test is None else score
     if score.outputs is None:

@@ -138,10 +138,13 @@ def prepare_data(
     validation: Dataset[Any] | None,
     config: TrainerConfig,
     phase: Phase | None = None,
+    *,
+    name: str = "train",
 ) -> PhaseData:
     """Run frozen modules once for each image, if the images are the same in each epoch or views are cached.
 
     Otherwise the log has the reason, and the whole model runs in every step. A ``phase`` may augment or mix images.
+    ``name`` says what ``train`` is in the progress and the caches: "train", "validation", or "test", without a cache.
 
     >>> from accelerate import Accelerator
     >>> model = FineTuneModel(nn.Linear(3, 4), nn.Linear(4, 2)).freeze_backbone()
@@ -170,7 +173,7 @@ def prepare_data(
     if reason is None:
         with preserve_rng_state():
             try:
-                found = _compute(model, train, validation, config, phase=phase, views=views)
+                found = _compute(model, train, validation, config, phase=phase, name=name, views=views)
             except UncacheableError as error:
                 found = NoFrontier(str(error))
         if isinstance(found, PhaseData):
@@ -188,14 +191,15 @@ def _compute(
     config: TrainerConfig,
     *,
     phase: Phase,
+    name: str,
     views: int,
 ) -> PhaseData | NoFrontier:
     accelerator, device = config.accelerator, config.accelerator.device
     model.to(device)
     is_frozen = not has_trainable(model.backbone)
-    parts = {"train": train} if validation is None else {"train": train, "validation": validation}
+    parts = {name: train} if validation is None else {name: train, "validation": validation}
     loaders = {
-        name: DeviceLoader(
+        part: DeviceLoader(
             _whole(data),
             device,
             batch_size=config.batch_size,
@@ -203,44 +207,44 @@ def _compute(
             views=number,
             seed=f"{config.seed} view",
         )
-        for (name, data), number in zip(parts.items(), (views, 1), strict=False)
+        for (part, data), number in zip(parts.items(), (views, 1), strict=False)
     }
     if is_frozen:
         dtype = autocast_dtype(model.backbone, device) if config.autocast_features else None
     else:  # the precision of the steps, so that they equal those of the whole model
         dtype = PRECISIONS.get(accelerator.mixed_precision)
-    front = front_of_backbone(model) if is_frozen else _find_shared_front(model, loaders["train"], config, dtype)
+    front = front_of_backbone(model) if is_frozen else _find_shared_front(model, loaders[name], config, dtype)
     if isinstance(front, NoFrontier):
         return front
     if config.compile is not None and not is_frozen and accelerator.is_main_process:
         logger.warning("features: not compiled; a compiler takes a backbone that is frozen as a whole")
     run = FrozenPass(front, device, dtype, widens=is_frozen, compile=config.compile if is_frozen else None)
-    drawn = {"train": f" in {views} views of seed {config.seed}: {phase.augment}" if views > 1 else ""}
+    drawn = {name: f" in {views} views of seed {config.seed}: {phase.augment}" if views > 1 else ""}
     caches = {
-        name: replace(cache, data_fingerprint=cache.data_fingerprint + drawn.get(name, ""))
-        for name, cache in zip(("train", "validation"), config.caches or (), strict=False)
+        part: replace(cache, data_fingerprint=cache.data_fingerprint + drawn.get(part, ""))
+        for part, cache in zip(("train", "validation"), config.caches or (), strict=False)
     }
     if isinstance(train, Fold):  # all folds have the same frozen modules, unless an earlier phase trained them
         key = f"{backbone_fingerprint(front.backbone, front.trained)} {front.description} {dtype}"
     computed: dict[str, Features] = {}
     with in_eval(front.module):
         if config.shows and not is_frozen and not isinstance(train, Fold):
-            size = sum(map(bytes_per_row, layout_of(run.sample(loaders["train"]).tensors[:-1])))
+            size = sum(map(bytes_per_row, layout_of(run.sample(loaders[name]).tensors[:-1])))
             images = views * count(train) + (0 if validation is None else count(validation))
             logger.info("caching %s: %.1f MB for %d images", front.description, size * images / 1e6, images)
-        for name, data in parts.items():
+        for part, data in parts.items():
             compute = partial(
                 compute_rows,
                 run,
-                loaders[name],
+                loaders[part],
                 # A fold trains on rows of all training images; those it is evaluated on may be other views of them.
-                cache=None if isinstance(data, Fold) and name != "train" else caches.get(name),
+                cache=None if isinstance(data, Fold) and part == "validation" else caches.get(part),
                 memory_share=config.memory_share,
                 accelerator=accelerator,
-                title=f"features, {name}" if config.shows else None,
+                title=f"features, {part}" if config.shows else None,
             )
             if isinstance(data, Fold):
-                shared = key + drawn.get(name, "")
+                shared = key + drawn.get(part, "")
                 rows = data.select(data.computed.get(shared) or data.computed.setdefault(shared, compute()))
             else:
                 rows = compute()
@@ -248,9 +252,9 @@ def _compute(
             config.objective.check(name, targets[is_read(targets)], model.num_classes)
             if isinstance(data, ImageDataset):
                 data.skip_ignored(targets[: count(data)])
-            computed[name] = rows
+            computed[part] = rows
     return PhaseData(
-        computed["train"],
+        computed[name],
         computed.get("validation"),
         front.rest,
         cached=True,

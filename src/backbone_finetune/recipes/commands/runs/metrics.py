@@ -24,7 +24,8 @@ class Metrics:
     images whose class looks wrong. ``copies`` are images that equal one of another part or target.
     ``test_balanced_accuracy`` is the mean recall of the classes that have test images. If images have labels or values,
     ``objective`` has the thresholds or the scale; accuracies are the share of images whose labels are all correct, or
-    None, and metrics are those of the objective.
+    None, and metrics are those of the objective. ``feature_precision`` is the precision of the features behind the
+    accuracies, if it is not that in which `predict` computes.
     """
 
     test_accuracy: float | None
@@ -56,6 +57,7 @@ class Metrics:
     history: tuple[EpochResult, ...]
     backward_milliseconds: BackwardTimes | None = None
     device: str
+    feature_precision: str | None = None
     seconds: float | None = None
     versions: dict[str, str]
 
@@ -88,7 +90,8 @@ def describe(metrics: Metrics) -> str:
     if are_classes and metrics.test_accuracy is not None:
         error = math.sqrt(metrics.test_accuracy * (1 - metrics.test_accuracy) / metrics.test_images)
         line = f"test accuracy    {_decimals(metrics.test_accuracy)}"
-        lines.append(f"{line}  of {metrics.test_images} images, standard error {_decimals(error)}")
+        precision = f"; features in {metrics.feature_precision}, predict: float32" if metrics.feature_precision else ""
+        lines.append(f"{line}  of {metrics.test_images} images, standard error {_decimals(error)}{precision}")
         # With classes of equal size it is the accuracy.
         if mean is not None and not math.isclose(mean, metrics.test_accuracy):
             lines.append(f"balanced         {_decimals(mean)}  mean recall of the classes")
