@@ -250,6 +250,17 @@ class TestTiff:
         with pytest.raises(ValueError, match="expected height"):
             read_image(tmp_path / "stack.tif", 5)
 
+    @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+    @pytest.mark.parametrize("bands", [1, 5])
+    def test_zero_is_white_where_the_file_says_so(self, tmp_path: Path, dtype: str, bands: int) -> None:
+        tifffile: Any = pytest.importorskip("tifffile")
+        array = BANDS.transpose(2, 0, 1)[:bands].astype(dtype)
+        for name in ("black", "white"):
+            # In this order of bytes Pillow does not read 16 bits whose zero is white.
+            tifffile.imwrite(tmp_path / f"{name}.tif", array, photometric=f"minis{name}", byteorder=">")
+        black, white = (values_of(read_image(tmp_path / f"{name}.tif", bands)) for name in ("black", "white"))
+        assert numpy.allclose(black + white, 255 if black.dtype == numpy.uint8 else 1)
+
     @pytest.mark.parametrize("channels", [1, 3])
     def test_planes_of_16_bits_are_not_read_by_pillow_which_mixes_their_bytes(
         self, tmp_path: Path, channels: int
@@ -261,10 +272,11 @@ class TestTiff:
         assert isinstance(found, Tensor)
         torch.testing.assert_close(found, torch.full((channels, 4, 6), 20000 / 65535))
 
-    def test_a_missing_package_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("channels", [3, 5])
+    def test_a_missing_package_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
         monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
         (tmp_path / "image.tif").write_bytes(b"II*\0" + bytes(60))
         with pytest.raises(
             ValueError, match=r"tifffile is not installed; run: pip install 'backbone-finetune\[tiff\]'"
         ):
-            read_image(tmp_path / "image.tif", 5)
+            read_image(tmp_path / "image.tif", channels)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +15,14 @@ from image_folders import make_folder, make_image
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from backbone_finetune.recipes.data.images import IGNORED, ImageDataset, LabelledFolder, read_image, split
+from backbone_finetune.recipes.data.images import (
+    IGNORED,
+    ImageDataset,
+    LabelledFolder,
+    check_first_images,
+    read_image,
+    split,
+)
 from backbone_finetune.recipes.data.loading import DeviceLoader
 from backbone_finetune.recipes.data.sources.finding import find_images, list_images
 
@@ -199,6 +208,29 @@ def test_big_endian_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
     assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
+@pytest.mark.parametrize("kind", ["P5", "P2"])
+@pytest.mark.parametrize("largest", [1023, 65535])
+def test_a_grey_map_of_more_than_8_bits_keeps_its_shades(tmp_path: Path, kind: str, largest: int) -> None:
+    values = numpy.array([[0, largest // 4, largest]], dtype=numpy.uint16)
+    content = values.astype(">u2").tobytes() if kind == "P5" else " ".join(map(str, values[0])).encode()
+    (tmp_path / "image.pgm").write_bytes(f"{kind} 3 1 {largest}\n".encode() + content)
+    assert torch.allclose(read_image(tmp_path / "image.pgm", 1), torch.tensor(values / largest).float(), atol=1e-5)
+    assert numpy.asarray(read_image(tmp_path / "image.pgm"))[0, :, 0].tolist() == [0, 63, 255]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_tiff_file_whose_zero_is_white_is_read_so(tmp_path: Path, bits: int, channels: int) -> None:
+    values = numpy.array([[0, 2 ** (bits - 2), 2**bits - 1]], dtype=f"uint{bits}")
+    Image.fromarray(values).save(tmp_path / "black.tif")
+    tag = b"\x06\x01\x03\x00\x01\x00\x00\x00"  # PhotometricInterpretation, a short
+    content = (tmp_path / "black.tif").read_bytes()
+    assert content.count(tag + b"\x01") == 1
+    (tmp_path / "white.tif").write_bytes(content.replace(tag + b"\x01", tag + b"\x00"))
+    black, white = (numpy.asarray(read_image(tmp_path / f"{name}.tif", channels)) for name in ("black", "white"))
+    assert numpy.allclose(black.max() - black, white)
+
+
 def test_a_link_to_nothing_is_named_and_left_out(tmp_path: Path) -> None:
     make_folder(tmp_path)
     (tmp_path / "red" / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
@@ -269,3 +301,16 @@ def test_a_dataset_returns_transformed_images_and_targets(tmp_path: Path) -> Non
     tensor, target = data[17]
     assert target == 2
     assert torch.equal(tensor, pil_to_tensor(Image.open(tmp_path / "red" / "5.png")))
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+def test_pages_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, pages: int) -> None:
+    for name in ("a/0.tif", "a/1.tif", "b/0.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(
+            tmp_path / name, save_all=True, append_images=[Image.new("L", (8, 8))] * (pages - 1)
+        )
+    with caplog.at_level(logging.WARNING):
+        check_first_images(find_images(tmp_path), 3)
+    expected = [f"{tmp_path / 'a' / '0.tif'}: has 3 pages, of which only the first is read"] if pages == 3 else []
+    assert [message.partition(";")[0] for message in caplog.messages] == expected

@@ -16,6 +16,7 @@ Picture = Image.Image | Tensor
 
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes of these files
 LARGEST = {"uint8": 255, "uint16": 65535, "float32": 1}  # the value that becomes 1, by dtype
+MIN_IS_WHITE = 0  # the photometric interpretation of a grey TIFF whose value 0 is white
 GREY = (0.299, 0.587, 0.114)  # Pillow's weights of red, green and blue (ITU-R 601)
 # Resized by its shorter side, an image of 1 x 100,000 pixels would need many gigabytes.
 MOST_ELONGATED = 100
@@ -126,7 +127,10 @@ def read_tiff(file: BinaryIO, channels: int | None) -> Picture:
         rows, columns, *counts = (series.shape[position] for position in order)
         shape = (rows, columns, math.prod(counts))
         check_array(shape, series.dtype, channels)
-        return from_array(series.asarray().transpose(order).reshape(shape), channels)
+        array, page = series.asarray(), series.keyframe
+        if page.photometric == MIN_IS_WHITE and page.samplesperpixel == 1 and array.dtype.kind == "u":
+            array = 2**page.bitspersample - 1 - array
+        return from_array(array.transpose(order).reshape(shape), channels)
 
 
 def to_rgb(picture: Picture) -> Image.Image:

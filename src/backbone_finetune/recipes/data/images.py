@@ -1,23 +1,25 @@
 """Images and their classes: read them, and hold out a test set."""
 
+import logging
 import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION, SAMPLESPERPIXEL
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..text import join_some
+from ..text import join_some, printable
 from .augmentation import Augmentation
 from .bands import (
+    MIN_IS_WHITE,
     NPY,
     TIFF,
     BandsError,
@@ -29,6 +31,8 @@ from .bands import (
     read_tiff,
 )
 from .groups import deal_groups, lacking_classes, places_by_class
+
+logger = logging.getLogger(__name__)
 
 # The target of an unreadable image, which keeps its position without weight. torch's losses ignore it by default.
 IGNORED = -100
@@ -182,8 +186,7 @@ def read_image(path: Path, channels: int | None = 3) -> Picture:
                     if not start.startswith(TIFF) or _reads_all(image, channels):
                         return _from_pillow(image, channels)
             except UnidentifiedImageError:
-                # One that is grey or RGB is rather broken than a kind that Pillow does not read.
-                if not start.startswith(TIFF) or (channels in {None, 1, 3} and not find_spec("tifffile")):
+                if not start.startswith(TIFF):
                     raise
             file.seek(0)
             return read_tiff(file, channels)
@@ -204,9 +207,9 @@ def _reads_all(image: Image.Image, channels: int | None) -> bool:
     It mixes the bytes of 16 bits where each band is stored as a plane (PlanarConfiguration 2).
     """
     tags: Any = getattr(image, "tag_v2", {})
-    bits, found, read = tags.get(258, (8,)), tags.get(277, 1), len(image.getbands())
+    bits, found, read = tags.get(BITSPERSAMPLE, (8,)), tags.get(SAMPLESPERPIXEL, 1), len(image.getbands())
     if channels in {None, 1, 3}:
-        return found == 1 or (read > 1 and (tags.get(284) != 2 or set(bits) <= {8}))
+        return found == 1 or (read > 1 and (tags.get(PLANAR_CONFIGURATION) != 2 or set(bits) <= {8}))
     return read == found and set(bits) <= {8} and getattr(image, "n_frames", 1) == 1
 
 
@@ -218,11 +221,15 @@ def _from_pillow(file: Image.Image, channels: int | None) -> Picture:
         bands = len((image.convert("RGB") if image.mode in {"P", "PA"} else image).getbands())
         check_bands(bands, channels)
         return from_array(numpy.asarray(image), channels)
-    if channels == 1 and (image.mode.startswith("I;16") or image.mode == "F"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):  # Pillow scales a PGM to 16 bits
+        values = numpy.asarray(image).astype(numpy.uint16)
+        if (
+            getattr(file, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == MIN_IS_WHITE
+        ):  # Pillow inverts only 8 bits and less
+            values = 65535 - values
+        return from_array(values, 1) if channels == 1 else from_array((values >> 8).astype(numpy.uint8), 3)
+    if channels == 1 and image.mode == "F":
         return from_array(numpy.asarray(image), channels)
-    if image.mode.startswith("I;16"):  # a direct conversion would make all values above 255 white
-        # Through 32 bits, because Pillow computes on 16 bits in one byte order only.
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode in {"I", "F"}:
         raise ValueError("its 32-bit values have no known range; save it with 8 or 16 bits")
     if image.has_transparency_data:
@@ -234,7 +241,7 @@ def _from_pillow(file: Image.Image, channels: int | None) -> Picture:
 def check_first_images(folder: LabelledFolder, channels: int) -> None:
     """Raise ValueError if none of up to eight images, spread over all, fits the channels of a model.
 
-    Images that are broken do not count: a pass reports them.
+    Images that are broken do not count: a pass reports them. Pages of a TIFF file that are not read are logged.
     """
     misfit: OSError | ValueError | None = None
     for index in sorted({round(share * (len(folder.paths) - 1) / 7) for share in range(8)}):
@@ -244,9 +251,24 @@ def check_first_images(folder: LabelledFolder, channels: int) -> None:
             if isinstance(error, BandsError) or isinstance(error.__cause__, ModuleNotFoundError):
                 misfit = misfit or error
             continue
+        if channels in {1, 3} and (pages := _count_pages(folder.paths[index])) > 1:
+            logger.warning(
+                "%s: has %d pages, of which only the first is read; to train on pages as bands, save them as an array "
+                "(H, W, %d) in a .npy file",
+                *(printable(folder.paths[index]), pages, pages),
+            )
         return
     if misfit is not None:
         raise misfit
+
+
+def _count_pages(path: Path) -> int:
+    """Return the number of pages of a TIFF file that Pillow reads; 1 of other files."""
+    try:
+        with path.open("rb") as file, Image.open(file, formats=["TIFF"]) as image:
+            return int(getattr(image, "n_frames", 1))
+    except UnidentifiedImageError:
+        return 1
 
 
 def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[LabelledFolder, LabelledFolder]:
