@@ -275,7 +275,7 @@ def test_each_error_is_one_line(tmp_path: Path, fail: Fail) -> None:
     make_image(tmp_path / "single" / "cat" / "1.png", (0, 0, 0))
     (tmp_path / "text.pth").write_text("a text file")
     small = ("--model", "test_resnet", "--output", output)
-    assert "nowhere: there is no such folder" in fail("train", tmp_path / "nowhere", *small)
+    assert "nowhere: there is no such file or folder" in fail("train", tmp_path / "nowhere", *small)
     assert "empty has no sub-folders" in fail("train", tmp_path / "empty", *small)
     assert "single has one class only (cat)" in fail("train", tmp_path / "single", *small)
     assert "trainable_groups=6: the backbone has 5 layer" in fail("train", images, *small, "--trainable-groups", 6)

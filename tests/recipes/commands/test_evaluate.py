@@ -108,7 +108,7 @@ def test_folders_of_other_classes_raise_before_any_work(trained: TrainedModel, t
         ValueError, match=r"yellow: not a class of this model, whose classes are red, green, blue, pink"
     ):
         evaluate_folder(trained, folder)
-    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+    with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
         evaluate_folder(trained, tmp_path / "nowhere")
 
 

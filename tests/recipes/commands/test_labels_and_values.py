@@ -119,7 +119,7 @@ def test_labels_of_a_table_are_rows(tmp_path: Path) -> None:
         ),
         ([{"path": "a.png", "age": "inf"}], ("age",), "line 2: age is 'inf'; expected a finite number"),
         ([{"path": "a.png", "age": ""}], ("age",), "line 2: no age; fill it in"),
-        ([{"path": "a.png", "age": "3"}], ("age", "size"), "no column size, or two; its columns are path, age"),
+        ([{"path": "a.png", "age": "3"}], ("age", "size"), "no column size; its columns are path, age"),
     ],
 )
 def test_an_invalid_table_is_refused(
@@ -341,7 +341,7 @@ def test_a_model_is_evaluated_on_its_own_kind_of_targets(
         evaluate_table(labels, images)
     with pytest.raises(ValueError, match="the model has labels or values; call evaluate_table"):
         evaluate_folder(labels, images / "table.csv")
-    with pytest.raises(ValueError, match="no column grey, or two; its columns are path, labels"):
+    with pytest.raises(ValueError, match="no column grey; its columns are path, labels"):
         evaluate_table(values, images / "whole.csv")
     classes: list[dict[str, object]] = [{"path": str(images / "0.png"), "label": "blue"}]
     with pytest.raises(

@@ -183,8 +183,13 @@ def test_wrong_groups_raise(table: Path) -> None:
     def find(path: Path, group: str | None) -> None:
         find_data(path, test_share=0.3, seed=0, group=group)
 
-    with pytest.raises(ValueError, match=r"no column person, or two; its columns are path, label, patient"):
+    with pytest.raises(ValueError, match=r"no column person; its columns are path, label, patient"):
         find(table, "person")
+    twice = write_table(table.parent, "twice.csv", ["path,label,patient,patient", "0.png,blue,a,b"])
+    with pytest.raises(
+        ValueError, match=r"twice\.csv: 2 columns patient; its columns are path, label, patient, patient"
+    ):
+        find(twice, "patient")
     with pytest.raises(ValueError, match=r"no table; groups are read from columns of a table"):
         find(table.parent, "patient")
     table.write_text(table.read_text() + "0.png,red,\n")

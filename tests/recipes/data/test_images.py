@@ -39,7 +39,7 @@ def test_finds_classes_in_order_and_skips_hidden_files(tmp_path: Path) -> None:
 
 def test_a_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"nowhere: there is no such folder; expected a folder with a sub-folder"
+        FileNotFoundError, match=r"nowhere: there is no such file or folder; expected a folder with a sub-folder"
     ):
         find_images(tmp_path / "nowhere")
 
@@ -58,7 +58,10 @@ def test_an_empty_folder_raises(tmp_path: Path) -> None:
 
 def test_a_single_class_raises(tmp_path: Path) -> None:
     make_image(tmp_path / "cat" / "1.png", (0, 0, 0))
-    with pytest.raises(ValueError, match=r"has one class only \(cat\); .*two classes or more"):
+    with pytest.raises(ValueError, match=r"has one class only \(cat\); .*two classes or more$"):
+        find_images(tmp_path)
+    make_image(tmp_path / "cat" / "black" / "1.png", (0, 0, 0))
+    with pytest.raises(ValueError, match=r"or more; if the classes are the folders in it, pass .*cat$"):
         find_images(tmp_path)
 
 

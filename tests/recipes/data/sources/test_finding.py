@@ -167,7 +167,9 @@ def test_all_suffixes_of_pillow_are_images_and_other_files_are_counted(
     assert all(kind in caplog.messages[0] for kind in ("1 .png beside the folders", "1 without a suffix", "1 .eps"))
 
 
-@pytest.mark.parametrize(("name", "mark"), [("images.csv", ","), ("images.TSV", "\t")])
+@pytest.mark.parametrize(
+    ("name", "mark"), [("images.csv", ","), ("images.csv", ";"), ("images.csv", "\t"), ("images.TSV", "\t")]
+)
 def test_a_table_lists_images(tmp_path: Path, name: str, mark: str) -> None:
     make_folder(tmp_path / "data")
     rows = [
@@ -206,7 +208,7 @@ def test_a_table_is_split_by_its_column(tmp_path: Path) -> None:
         (b"", r"its columns are none; expected one of path, file, filename"),
         (
             b"id,breed\n1,pug",
-            r"its columns are id, breed; expected one of path, file.*; the first line names them: path",
+            r"its columns are id, breed; expected one of path, file.*; a table has path, .*; a CSV file names them",
         ),
         (b"path,file,label\na,b,c", r"its columns are path, file, label; expected one of path"),
         (b"path,label\n0.png,red\n1.png\n", r"images\.csv, line 3: no label; fill it in, or remove the row"),
@@ -217,8 +219,9 @@ def test_a_table_is_split_by_its_column(tmp_path: Path) -> None:
             r"none of its 2 paths, relative to .*, is a file; the first: .*none\.",
         ),
         (b"path,label\n", r"images\.csv: it has no row"),
-        (b"path,label\n0.png,re\xff\n", r"images\.csv: not a table in UTF-8"),
-        (b'path,label\n0.png,"red\n', r"images\.csv: not a table in UTF-8 \(unexpected end"),
+        (b"path,label\n0.png,re\xff\n", r"images\.csv: not in UTF-8 \(.*\); save it so: spreadsheets"),
+        ("path,label\n".encode("utf-16"), r"images\.csv: not in UTF-8"),
+        (b'path,label\n0.png,"red\n', r"images\.csv: not a table \(unexpected end"),
         (b"path,label,split\n0.png,red,dev\n", r"split 'dev'; expected one of train, training, val"),
         (b"path,label,split\n0.png,red,test\n", r"no row has the split train"),
         (b"path,label\n0.png,red\n1.png,blue\x1b[2J\n", r"class 'blue\\x1b\[2J' has control characters in its name"),

@@ -57,7 +57,7 @@ def test_typed_cells(root: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"id": [1]}, r"its columns are id; expected one of path, .*; a table has: path, label and, optionally, split"),
+        ({"id": [1]}, r"its columns are id; expected one of path, .*; a table has path, label and, optionally, split"),
         ({"path": PATHS[:2], "label": ["red", None]}, r"t\.parquet, row 2: no label; fill it in, or remove the row"),
         ({"path": PATHS[:2], "label": [1.0, math.nan]}, r"t\.parquet, row 2: no label"),
         ({"path": PATHS[:2], "label": [["red"], ["blue"]]}, r"row 1: label is a list; name the column labels"),

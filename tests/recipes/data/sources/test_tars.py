@@ -164,7 +164,9 @@ def test_other_files_raise(tmp_path: Path, files: dict[str, bytes]) -> None:
     with pytest.raises(ValueError, match=r"page\.tar: not a tar file without compression \(.*\); unpack it"):
         find_images(tmp_path / "page.tar")
     shutil.copy(tar, tmp_path / "colours.tar.gz")
-    with pytest.raises(NotADirectoryError, match=r"colours\.tar\.gz is a file; expected a folder .* or a \.tar"):
+    with pytest.raises(
+        NotADirectoryError, match=r"colours\.tar\.gz is a file; expected a folder .* or a \.tar; unpack it"
+    ):
         find_images(tmp_path / "colours.tar.gz")
 
 

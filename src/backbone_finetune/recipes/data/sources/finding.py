@@ -149,7 +149,11 @@ def _label(root: Path, images: Iterable[Labelled], class_names: Sequence[str] | 
     if class_names is None and not names:
         raise ValueError(f"{root}: no row has labels")
     if class_names is None and len(names) == 1 and not are_rows:
-        raise ValueError(f"{root} has one class only ({names[0]}); {EXPECTED}, two classes or more")
+        inside = root / names[0]
+        hint = (
+            f"; if the classes are the folders in it, pass {inside}" if inside.is_dir() and _folders_in(inside) else ""
+        )
+        raise ValueError(f"{root} has one class only ({names[0]}); {EXPECTED}, two classes or more{hint}")
     if unknown := [name for name in names if class_names is not None and name not in class_names]:
         raise ValueError(
             f"{root}: {join_some(unknown, most=5)}: not a class of this model, whose classes are "
@@ -165,9 +169,9 @@ def _label(root: Path, images: Iterable[Labelled], class_names: Sequence[str] | 
 def _folders_in(root: Path) -> list[Path]:
     """List the folders in a folder, without hidden ones and links to a folder that contains it."""
     if not root.exists():
-        raise FileNotFoundError(f"{root}: there is no such folder; {EXPECTED}")
+        raise FileNotFoundError(f"{root}: there is no such file or folder; {EXPECTED}")
     if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file; {EXPECTED}, a table ({', '.join(TABLES)}), or a .tar")
+        raise NotADirectoryError(f"{root} is a file; {EXPECTED}, a table ({', '.join(TABLES)}) or a .tar; unpack it")
     inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     return [path for path in inside if not root.resolve().is_relative_to(path.resolve())]
 

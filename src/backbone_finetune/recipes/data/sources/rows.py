@@ -50,19 +50,19 @@ class Columns(NamedTuple):
         return [*self.targets, *filter(None, (self.split, self.group))]
 
 
-def choose_columns(
-    source: Path, names: Sequence[str], values: Sequence[str], group: str | None, hint: str = ""
-) -> Columns:
-    """Choose columns by their names; raise ValueError with a hint if one is missing or duplicated."""
-    split = find_column(source, names, SPLITS, hint=hint, needed=False)
+def choose_columns(source: Path, names: Sequence[str], values: Sequence[str], group: str | None) -> Columns:
+    """Choose columns by their names; raise ValueError if one is missing or duplicated."""
+    split = find_column(source, names, SPLITS, needed=False)
     for given in (*values, *([] if group is None else [group])):
-        if names.count(given) != 1:
-            raise ValueError(f"{source}: no column {given}, or two; its columns are {show_names(names)}")
-    found = find_column(source, names, GROUPS, hint=hint, needed=False) if group is None else group
+        if (count := names.count(given)) != 1:
+            found = f"{count} columns {given}" if count else f"no column {given}"
+            raise ValueError(f"{source}: {found}; its columns are {show_names(names)}")
+    if group is None:
+        group = find_column(source, names, GROUPS, needed=False)
     if values:
-        return Columns(tuple(values), False, True, split, found)
-    target = str(find_column(source, names, (*LABELS, SEVERAL), hint=hint))
-    return Columns((target,), target.strip().lower() == SEVERAL, False, split, found)
+        return Columns(tuple(values), False, True, split, group)
+    target = str(find_column(source, names, (*LABELS, SEVERAL)))
+    return Columns((target,), target.strip().lower() == SEVERAL, False, split, group)
 
 
 def find_column(
