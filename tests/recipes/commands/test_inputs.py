@@ -28,7 +28,7 @@ from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.models.file import build_transform
 from backbone_finetune.recipes.models.inputs import input_arguments, resolve_data_config
 from backbone_finetune.recipes.models.metadata import DataConfig
-from backbone_finetune.recipes.models.weights import load_packaged_network
+from backbone_finetune.recipes.models.weights import load_checkpoint_network, load_packaged_network
 
 SIDE = 24
 PACKAGED: list[dict[str, int]] = [{}, {"in_chans": 1}, {"in_chans": 5}]
@@ -268,6 +268,14 @@ def test_pretrained_weights_are_adapted_as_timm_does(tmp_path: Path) -> None:
     assert torch.equal(backbone.patch_embed.proj.weight, kernel.sum(1, keepdim=True))
     positions = timm.layers.resample_abs_pos_embed(network.pos_embed, (4, 4), num_prefix_tokens=1)
     assert torch.equal(backbone.pos_embed, positions)
+
+
+def test_weights_of_other_channels_load_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = timm.create_model("test_resnet", in_chans=5)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    loaded: Any = load_checkpoint_network("test_resnet", tmp_path / "weights.pth", in_chans=5)
+    assert torch.equal(loaded.conv1[0].weight, network.conv1[0].weight)
+    assert not caplog.messages
 
 
 def test_the_packaged_weights_are_adapted() -> None:

@@ -123,8 +123,12 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
     names = (defaults.classifier,) if isinstance(defaults.classifier, str) else defaults.classifier or ()
     classifier = next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)
     problem: Exception | None = None
+    size, first = defaults.input_size, tensors.get(f"{defaults.first_conv}.weight")
+    if first is not None and first.shape[1] == arguments.get("in_chans"):  # timm warns if its own channels are others
+        size = (first.shape[1], *size[1:])
     for num_classes in (defaults.num_classes, 0) if classifier is None else (len(classifier),):
-        overlay = {"state_dict": dict(tensors), "num_classes": num_classes, "label_offset": 0}  # timm takes some out
+        # timm takes some of the tensors out.
+        overlay = {"state_dict": dict(tensors), "num_classes": num_classes, "label_offset": 0, "input_size": size}
         try:
             return timm.create_model(
                 architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
