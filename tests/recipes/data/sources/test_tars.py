@@ -158,7 +158,7 @@ def test_unusable_tar_files_raise(tmp_path: Path, content: dict[str, bytes], mes
 
 def test_other_files_raise(tmp_path: Path, files: dict[str, bytes]) -> None:
     tar = write_tar(tmp_path / "colours.tar", files)
-    with pytest.raises(ValueError, match=r"class folders have no columns; put a \.json with values and group beside"):
+    with pytest.raises(ValueError, match=r"no column patient; its columns are label, split"):
         find_splits(tar, group="patient")
     (tmp_path / "page.tar").write_text("<html>")
     with pytest.raises(ValueError, match=r"page\.tar: not a tar file without compression \(.*\); unpack it"):

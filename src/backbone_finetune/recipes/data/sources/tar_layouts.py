@@ -30,16 +30,10 @@ def read_tars(
         ValueError: a file is no tar file, a sample has several images or no label, or as for `sort_rows`.
     """
     found = read_shards(root, shards)
-    if _are_samples(found.members):
-        rows = _read_samples(found)
-        names = list(dict.fromkeys(name for row in rows for name in row.cells))
-        parts = sort_rows(root, choose_columns(root, names, values, group), rows)
-    elif values or group is not None:
-        raise ValueError(f"{root}: class folders have no columns; put a .json with values and group beside each image")
-    else:
-        parts = _sort_folders(found)
+    rows = _read_samples(found) if _are_samples(found.members) else _read_folders(found)
     warn_of_left_out(root, found.left_out)
-    return parts
+    names = list(dict.fromkeys(name for row in rows for name in row.cells))
+    return sort_rows(root, choose_columns(root, names, values, group), rows)
 
 
 def _split_key(member: Member) -> tuple[tuple[Any, ...], str]:
@@ -101,34 +95,35 @@ def _read_cells(sample: Mapping[str, Member], part: str | None) -> dict[str, Any
     return cells
 
 
-def _sort_folders(found: Shards) -> dict[str, list[Labelled]]:
-    """Sort images by the folders that they are in, as in a folder of classes."""
-    images = [member for member in found.members if is_image(member.path)]
+def _read_folders(found: Shards) -> list[Row]:
+    """Return the images in folders, with their class and part as in a folder of classes, in order."""
+    images = sorted(
+        (member for member in found.members if is_image(member.path)),
+        key=lambda member: (member.parts, str(member.shard)),
+    )
     found.left_out.update(kind_of(member.path) for member in found.members if not is_image(member.path))
     if not images:
         raise ValueError(f"{found.root}: no image in {join_some([shard.name for shard in found.part_of])}")
     # A tar file often has one folder around those of the classes.
     is_wrapped = len({member.parts[0] for member in images}) == 1 and all(len(member.parts) > 2 for member in images)
-    inside: dict[str, set[str]] = {}
-    for member in images:
-        folder, *deeper = member.parts[is_wrapped:]
-        if deeper:
-            inside.setdefault(folder, set()).update(deeper[:-1][:1])
-    part_of_folder = {}
+    part_of_folder: dict[str, str] = {}
     if not any(found.part_of.values()):
+        inside: dict[str, set[str]] = {}
+        for folder, *deeper in filter(None, (member.parts[is_wrapped:-1] for member in images)):
+            inside.setdefault(folder, set()).update(deeper[:1])
         part_of_folder = {folder: part for part, folder in choose_parts(found.root, inside).items()}
-    parts: dict[str, list[Labelled]] = {}
-    for member in sorted(images, key=lambda member: (member.parts, str(member.shard))):
-        folders = member.parts[is_wrapped:-1]
-        part = found.part_of[member.shard] or TRAIN
+    rows = []
+    for member in images:
+        folders, part = member.parts[is_wrapped:-1], found.part_of[member.shard] or TRAIN
         if part_of_folder and folders:
             if folders[0] not in part_of_folder:
                 continue
             part, folders = part_of_folder[folders[0]], folders[1:]
         if folders or (len(found.part_of) > 1 and not part_of_folder):
-            parts.setdefault(part, []).append(Labelled(member.path, folders[0] if folders else member.shard.stem))
+            cells = {LABELS[0]: folders[0] if folders else member.shard.stem, SPLITS[0]: part}
+            rows.append(Row(str(member.path), member.path, cells))
         else:
             found.left_out[f"{kind_of(member.path)} beside the folders"] += 1
-    if not parts.get(TRAIN):
+    if not rows:
         raise ValueError(f"{found.root}: its images are in no folders of classes")
-    return {part: sorted(labelled, key=lambda image: str(image.target)) for part, labelled in parts.items()}
+    return rows
