@@ -41,19 +41,16 @@ def read_dataset(root: Path, values: Sequence[str] = (), group: str | None = Non
         warn_of_others(root, show_names(others))
     rows: list[Row] = []
     for name in (name for name in splits if name not in others):
-        split = splits[name].with_format(None)
-        titles = _title_columns(split.features, datasets.ClassLabel)
-        names = [title for title in titles if not name or title.strip().lower() not in SPLITS]
+        split = _name_classes(splits[name].with_format(None), datasets.ClassLabel)
+        names = [title for title in split.features if not name or title.strip().lower() not in SPLITS]
         columns = choose_columns(root, names, values, group)
-        image = _find_images(root, split.features, datasets.Image)
-        found = list(_read_rows(root / name, split, titles, columns, image))
-        is_known = any(row.cells[columns.targets[0]] is not None for row in found)
+        found = list(_read_rows(root / name, split, columns, _find_images(root, split.features, datasets.Image)))
         if name:
             columns = columns._replace(split=SPLITS[0])
             found = [row._replace(cells={**row.cells, SPLITS[0]: name}) for row in found]
-        if name and PARTS[name.lower()] != TRAIN and not is_known:
-            logger.warning("%s: left out: no row of it has a label", printable(root / name))
-            continue
+            if PARTS[name.lower()] != TRAIN and all(row.cells[columns.targets[0]] is None for row in found):
+                logger.warning("%s: left out: no row of it has a label", printable(root / name))
+                continue
         rows += found
     return sort_rows(root, columns, rows)
 
@@ -69,24 +66,23 @@ def _find_images(root: Path, features: Mapping[str, Any], kind: type) -> str:
     return found[0]
 
 
-def _title_columns(features: Mapping[str, Any], class_label: type) -> dict[str, str]:
-    """Return the column that is read under each name: the only column of classes is ``label``."""
-    titles = {name: name for name in features}
-    classes = [name for name, feature in features.items() if isinstance(feature, class_label)]
-    named = [name for name in features if name.strip().lower() in (*LABELS, SEVERAL)]
+def _name_classes(split: Any, class_label: type) -> Any:
+    """Return a split whose only column of classes has the name ``label``."""
+    classes = [name for name, feature in split.features.items() if isinstance(feature, class_label)]
+    named = [name for name in split.features if name.strip().lower() in (*LABELS, SEVERAL)]
     if len(classes) == 1 and named in ([], classes) and classes[0].strip().lower() not in LABELS:
-        titles = {LABELS[0] if name == classes[0] else name: name for name in features}
-    return titles
+        return split.rename_column(classes[0], LABELS[0])
+    return split
 
 
-def _read_rows(root: Path, split: Any, titles: Mapping[str, str], columns: Columns, image: str) -> Iterator[Row]:
+def _read_rows(root: Path, split: Any, columns: Columns, image: str) -> Iterator[Row]:
     """Yield the rows of a split; an image is read when it is opened."""
     datasets, compute = import_extra("datasets", "datasets"), import_extra("pyarrow.compute", "datasets")
     packed = split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     stored = packed.data.column(image)
     sizes = compute.binary_length(compute.struct_field(stored, "bytes")).to_pylist()
     sources = compute.struct_field(stored, "path").to_pylist()
-    cells = {name: _decode(split.features[titles[name]], split[titles[name]][:]) for name in columns.names}
+    cells = {name: _decode(split.features[name], split[name][:]) for name in columns.names}
     for index, (size, source) in enumerate(zip(sizes, sources, strict=True)):
         name = f"{index}-{Path(source).name}" if source else str(index)
         path = PackedPath(root / name).holding(partial(_read_image, packed, image, index), size or 0)
