@@ -56,18 +56,16 @@ def find_copies(parts: Mapping[str, LabelledFolder]) -> list[Copy]:
 def log_copies(copies: Sequence[Copy], parts: Mapping[str, LabelledFolder]) -> None:
     """Log the images of each part that are copies of images of an earlier part, or of one with another target."""
     for (earlier, name), group in groupby(copies, key=lambda copy: (copy.of_part, copy.part)):
-        found, what = list(group), {TRAIN: "training"}.get(earlier, earlier)
-        lines = printable(join_some([_describe(copy) for copy in found], separator="; "))
+        found = list(group)
+        shown, of_shown = ({TRAIN: "training"}.get(part, part) for part in (name, earlier))
+        same, effect = f"{of_shown} images", f", which makes the {name} accuracy too high"
         if name == earlier:
-            logger.warning(
-                "%d of %d %s images are the same as one with another target, byte for byte: %s",
-                *(len(found), len(parts[name].paths), what, lines),
-            )
-        else:
-            logger.warning(
-                "%d of %d %s images are %s images, byte for byte, which makes the %s accuracy too high: %s",
-                *(len(found), len(parts[name].paths), name, what, name, lines),
-            )
+            same, effect = "the same as one with another target", ""
+        logger.warning(
+            "%d of %d %s images are %s, byte for byte%s: %s",
+            *(len(found), len(parts[name].paths), shown, same, effect),
+            printable(join_some([_describe(copy) for copy in found], separator="; ")),
+        )
 
 
 def _digest_same_sizes(parts: Mapping[str, LabelledFolder]) -> dict[Path, str]:
