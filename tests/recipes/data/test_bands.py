@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone_finetune.recipes.data.bands import BandsError, blank, read_npy, to_rgb
+from backbone_finetune.recipes.data.bands import BandsError, blank, to_rgb
 from backbone_finetune.recipes.data.images import ImageDataset, LabelledFolder, read_image
 from backbone_finetune.recipes.data.loading import DeviceLoader
 from backbone_finetune.recipes.data.sources.finding import find_images
@@ -137,20 +137,14 @@ def test_a_hostile_npy_file_runs_nothing_and_allocates_nothing(tmp_path: Path, m
     # A header may name any shape.
     whole = write_npy(Path("whole.npy"), BANDS).read_bytes()
     Path("short.npy").write_bytes(whole[:-1])
-    for shape, message in (
-        (b"(40, 48, 5)", "truncated: 9,599 bytes of values"),
-        (b"(8000, 8000, 5)", "truncated"),
-        (b"(90000, 90000, 5)", "pixels; 1 to"),
-        (b"(-4, -8, 5)", "an image|pixels|shape|header"),
-    ):
+    for shape in (b"(40, 48, 5)", b"(8000, 8000, 5)", b"(90000, 90000, 5)", b"(-4, -8, 5)"):
         old = b"'shape': (40, 48, 5), }"
         new = b"'shape': " + shape + b", }"
         Path("short.npy").write_bytes(whole[:-1].replace(old + b" " * (len(new) - len(old)), new.ljust(len(old))))
-        monkeypatch.setattr(numpy, "load", None)  # not reached
-        with pytest.raises(ValueError, match=message):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match=r"short\.npy: (not a readable image|takes more memory)"):
             read_image(Path("short.npy"), 5)
-    with pytest.raises(ValueError, match="version"):
-        read_npy(io.BytesIO(b"\x93NUMPY\x03\x00" + whole[8:]), 5)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kilobytes
 
 
 def smooth(size: tuple[int, int]) -> Image.Image:
