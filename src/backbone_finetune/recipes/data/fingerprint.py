@@ -19,7 +19,7 @@ from backbone_finetune.verification import digest
 from ..files import digest_file
 from ..rng import preserve_rng_state
 from ..text import one_line
-from .images import ImageDataset
+from .images import ImageDataset, spread_rows
 
 # By name, so that nothing is imported for them. Each returns the same tensor for the same image; a subclass may do
 # anything, so it is not included.
@@ -89,11 +89,6 @@ def find_randomness(data: Any) -> str | None:
     return None
 
 
-def spread_rows(count: int) -> list[int]:
-    """Return up to eight indices, spread over all rows."""
-    return sorted({round(look * (count - 1) / 7) for look in range(8)})
-
-
 def data_fingerprint(dataset: Dataset[Any]) -> str:
     """Return a digest of the images and targets of a dataset, in their order.
 
@@ -113,15 +108,13 @@ def data_fingerprint(dataset: Dataset[Any]) -> str:
         OSError: an image cannot be read.
         ValueError: the dataset's transform is not known to be deterministic, or its items cannot be compared.
     """
-    if isinstance(dataset, DataLoader):
-        raise ValueError("data_fingerprint got a DataLoader; pass its dataset: data_fingerprint(loader.dataset)")
-    if isinstance(dataset, str | bytes | PathLike | Mapping):
+    other = (DataLoader, IterableDataset, str, bytes, PathLike, Mapping)
+    if isinstance(dataset, other) or not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"data_fingerprint got {dataset!r:.80}; pass a dataset of (image, target): of a folder, "
-            "torchvision.datasets.ImageFolder(folder, transform)"
+            f"data_fingerprint got {type(dataset).__name__} {one_line(repr(dataset))}; pass a dataset with a length: of a "
+            "loader, loader.dataset; of a folder, torchvision.datasets.ImageFolder(folder, transform); for a stream, "
+            f"{_NAME_INSTEAD}"
         )
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(f"{type(dataset).__name__} is a stream of unknown length; {_NAME_INSTEAD}")
     return hashlib.sha256(json.dumps(_describe(dataset)).encode()).hexdigest()
 
 

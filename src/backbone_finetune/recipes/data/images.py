@@ -238,13 +238,18 @@ def _from_pillow(file: Image.Image, channels: int | None) -> Picture:
     return image.convert("L" if channels == 1 else "RGB")
 
 
+def spread_rows(count: int) -> list[int]:
+    """Return up to eight indices, spread over all rows."""
+    return sorted({round(look * (count - 1) / 7) for look in range(8)})
+
+
 def check_first_images(folder: LabelledFolder, channels: int) -> None:
     """Raise ValueError if none of up to eight images, spread over all, fits the channels of a model.
 
     Images that are broken do not count: a pass reports them. Pages of a TIFF file that are not read are logged.
     """
     misfit: OSError | ValueError | None = None
-    for index in sorted({round(share * (len(folder.paths) - 1) / 7) for share in range(8)}):
+    for index in spread_rows(len(folder.paths)):
         try:
             read_image(folder.paths[index], channels)
         except (OSError, ValueError) as error:

@@ -25,8 +25,7 @@ from backbone_finetune import __version__
 from backbone_finetune.eval_caches import clear_caches
 from backbone_finetune.verification import digest
 
-from ..data.fingerprint import spread_rows
-from ..data.images import is_read
+from ..data.images import is_read, spread_rows
 from ..files import replacing
 from .frozen_pass import Front
 

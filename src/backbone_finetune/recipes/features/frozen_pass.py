@@ -18,7 +18,7 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.eval_caches import preserve_modes
 from backbone_finetune.frontier import Frontier, NoFrontier, find_frontier
 
-from ..data.fingerprint import spread_rows
+from ..data.images import spread_rows
 from ..data.loading import DeviceLoader, can_fork
 from ..data.targets import describe_value, split_row
 from ..precision import has_tensor_cores
