@@ -111,9 +111,9 @@ def data_fingerprint(dataset: Dataset[Any]) -> str:
     other = (DataLoader, IterableDataset, str, bytes, PathLike, Mapping)
     if isinstance(dataset, other) or not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"data_fingerprint got {type(dataset).__name__} {one_line(repr(dataset))}; pass a dataset with a length: of a "
-            "loader, loader.dataset; of a folder, torchvision.datasets.ImageFolder(folder, transform); for a stream, "
-            f"{_NAME_INSTEAD}"
+            f"data_fingerprint got {type(dataset).__name__} {one_line(repr(dataset))}; pass a dataset with a length: "
+            "of a loader, loader.dataset; of a folder, torchvision.datasets.ImageFolder(folder, transform); "
+            f"for a stream, {_NAME_INSTEAD}"
         )
     return hashlib.sha256(json.dumps(_describe(dataset)).encode()).hexdigest()
 
