@@ -78,27 +78,10 @@ def find_splits(
         NotADirectoryError: the path is a file, but not a table.
         ValueError: as for `find_images`; or a part has a class that "train" does not have.
     """
-    if (found := _read_columns(path, values, group)) is not None:
-        class_names = values or class_names
-        parts = {TRAIN: _label(path, found.pop(TRAIN), class_names)}
-        known = class_names or parts[TRAIN].class_names
-        return parts | {part: _label(path, images, known) for part, images in found.items()}
-    if values or group is not None:
-        what = "values" if values else "groups"
-        raise ValueError(f"{path}: no table; {what} are read from columns of a table ({', '.join(TABLES)}) or dataset")
-    folders = {folder.name: folder for folder in _folders_in(path)}
-    chosen = choose_parts(
-        path,
-        {
-            name: {each.name for each in _folders_in(folder)} if name.lower() in PARTS else set()
-            for name, folder in folders.items()
-        },
-    )
-    if not chosen:
-        return {TRAIN: _find_classes(path, class_names)}
-    parts = {TRAIN: _find_classes(folders[chosen[TRAIN]], class_names)}
-    for part in (part for part in (VALIDATION, TEST) if part in chosen):
-        parts[part] = _find_classes(folders[chosen[part]], class_names or parts[TRAIN].class_names)
+    known, parts = values or class_names, dict[str, LabelledFolder]()
+    for part, (root, images) in _find_parts(path, values, group).items():
+        parts[part] = _label(root, images, known)
+        known = known or parts[TRAIN].class_names
     return parts
 
 
@@ -107,19 +90,35 @@ def has_columns(path: Path) -> bool:
     return path.suffix.lower() in TABLES or bool(list_shards(path)) or is_dataset(path)
 
 
-def _read_columns(path: Path, values: Sequence[str], group: str | None) -> dict[str, list[Labelled]] | None:
-    """Read the images of each part; None for a folder of files."""
+def _find_parts(path: Path, values: Sequence[str], group: str | None) -> dict[str, tuple[Path, list[Labelled]]]:
+    """Find the images of each part, and the folder or file that they are in; train comes first."""
     if path.suffix.lower() in TABLES and path.is_file():
-        return read_table(path, values, group)
-    if is_dataset(path):
-        return read_dataset(path, values, group)
-    if shards := list_shards(path):
-        return read_tars(path, shards, values, group)
-    return None
+        found = read_table(path, values, group)
+    elif is_dataset(path):
+        found = read_dataset(path, values, group)
+    elif shards := list_shards(path):
+        found = read_tars(path, shards, values, group)
+    elif values or group is not None:
+        what = "values" if values else "groups"
+        raise ValueError(f"{path}: no table; {what} are read from columns of a table ({', '.join(TABLES)}) or dataset")
+    else:
+        return {part: (folder, _list_classes(folder)) for part, folder in _find_part_folders(path).items()}
+    return {part: (path, images) for part, images in found.items()}
 
 
-def _find_classes(root: Path, class_names: Sequence[str] | None) -> LabelledFolder:
-    """List the images of a folder of classes."""
+def _find_part_folders(root: Path) -> dict[str, Path]:
+    """Return the folder of each part; the folder itself is train if those in it are classes."""
+    folders = {folder.name: folder for folder in _folders_in(root)}
+    inside = {
+        name: {each.name for each in _folders_in(folder)} if name.lower() in PARTS else set[str]()
+        for name, folder in folders.items()
+    }
+    chosen = choose_parts(root, inside)
+    return {part: folders[chosen[part]] for part in (TRAIN, VALIDATION, TEST) if part in chosen} or {TRAIN: root}
+
+
+def _list_classes(root: Path) -> list[Labelled]:
+    """List the images of a folder of classes, with the class of each."""
     folders = _folders_in(root)
     if not folders:
         raise ValueError(f"{root} has no sub-folders; {EXPECTED}")
@@ -133,7 +132,7 @@ def _find_classes(root: Path, class_names: Sequence[str] | None) -> LabelledFold
         left_out += Counter(kind_of(path) for path in files if not is_image(path))
         images += [Labelled(path, folder.name) for path in files if is_image(path)]
     warn_of_left_out(root, left_out)
-    return _label(root, images, class_names)
+    return images
 
 
 def _label(root: Path, images: Iterable[Labelled], class_names: Sequence[str] | None) -> LabelledFolder:
