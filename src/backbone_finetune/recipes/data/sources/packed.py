@@ -40,11 +40,7 @@ class PackedPath(_Path):
 
     def __reduce__(self) -> Any:
         """Keep the contents in a copy or in another process."""
-        return (type(self), (str(self),)) if self.read is None else (_restore, (str(self), self.read, self.size))
-
-
-def _restore(name: str, read: Callable[[], bytes], size: int) -> PackedPath:
-    return PackedPath(name).holding(read, size)
+        return type(self), (str(self),), vars(self)
 
 
 def size_of(path: Path) -> int:

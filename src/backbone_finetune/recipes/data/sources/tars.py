@@ -60,10 +60,9 @@ def list_shards(path: Path) -> list[Path]:
         return sorted(shard for each in folders or [path] for shard in each.glob("*.tar") if shard.is_file())
     if path.suffix.lower() != ".tar":
         return []
-    shards = [path] if path.is_file() else list(map(Path, expand_braces(str(path))))
-    if shards == [path] and not path.is_file():
-        shards = list(map(Path, sorted(glob.glob(str(path)))))
-    if missing := [shard for shard in shards or [path] if not shard.is_file()]:
+    patterns = [] if path.is_file() else expand_braces(str(path))
+    shards = [Path(name) for pattern in patterns for name in sorted(glob.glob(pattern)) or [pattern]] or [path]
+    if missing := [shard for shard in shards if not shard.is_file()]:
         raise FileNotFoundError(f"{missing[0]}: there is no such tar file")
     return shards
 
