@@ -26,9 +26,10 @@ from backbone_finetune.recipes import (
 from backbone_finetune.recipes.commands.setup import Task, make_task
 from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.models.file import build_transform
+from backbone_finetune.recipes.models.foreign import load_checkpoint_network
 from backbone_finetune.recipes.models.inputs import input_arguments, resolve_data_config
 from backbone_finetune.recipes.models.metadata import DataConfig
-from backbone_finetune.recipes.models.weights import load_checkpoint_network, load_packaged_network
+from backbone_finetune.recipes.models.weights import load_packaged_network
 
 SIDE = 24
 PACKAGED: list[dict[str, int]] = [{}, {"in_chans": 1}, {"in_chans": 5}]
@@ -276,6 +277,8 @@ def test_weights_of_other_channels_load_without_a_warning(tmp_path: Path, caplog
     loaded: Any = load_checkpoint_network("test_resnet", tmp_path / "weights.pth", in_chans=5)
     assert torch.equal(loaded.conv1[0].weight, network.conv1[0].weight)
     assert not caplog.messages
+    with pytest.raises(ValueError, match=r"its first layer takes images of 5 channels; pass --in-chans 5"):
+        load_checkpoint_network("test_resnet", tmp_path / "weights.pth", in_chans=4)
 
 
 def test_the_packaged_weights_are_adapted() -> None:

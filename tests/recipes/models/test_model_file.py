@@ -151,7 +151,7 @@ def test_a_file_of_changes_raises_on_another_base(tmp_path: Path) -> None:
         load_trained_model(path, base=tmp_path / "other.pth")
     with pytest.raises(ValueError, match=rf"changes.*holds only what training changed, on top of {needed}; give the"):
         load_trained_model(path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: there is no such weights file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: there is no such file"):
         load_trained_model(path, base=tmp_path / "nowhere.pth")
 
 

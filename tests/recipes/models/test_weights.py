@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import io
 import shutil
 import warnings
+import zipfile
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backbone_finetune.recipes.models import weights as weights_module
-from backbone_finetune.recipes.models.weights import load_checkpoint_network, load_network, load_packaged_network
+from backbone_finetune.recipes.models.foreign import load_checkpoint_network
+from backbone_finetune.recipes.models.weights import load_network, load_packaged_network
 
 
 def write_weights(path: Path, architecture: str = "test_resnet", **arguments: Any) -> dict[str, Tensor]:
@@ -133,13 +137,25 @@ def test_a_checkpoint_without_a_tensor_raises(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-def test_an_unreadable_checkpoint_raises(tmp_path: Path, name: str) -> None:
+def test_an_unreadable_checkpoint_raises_with_its_first_bytes(tmp_path: Path, name: str) -> None:
     write_weights(tmp_path / "whole.pth")
-    content = (tmp_path / "whole.pth").read_bytes()
-    for broken in (content[: len(content) // 2], b"a text file", b""):
+    content, archive = (tmp_path / "whole.pth").read_bytes(), io.BytesIO()
+    zipfile.ZipFile(archive, "w").writestr("cat.png", b"")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
+    for broken, start in (
+        (content[: len(content) // 2], "PK"),
+        (archive.getvalue(), "PK"),
+        (b"a text file", "a text file'$"),
+        (b'{"accuracy": 0.5}', r'{"accuracy": 0\.5}'),
+        (b"<!DOCTYPE html><html>", "<!DOCTYPE html>"),
+        (pointer, "version https://git-lfs"),
+        (b"", "'$"),
+    ):
         (tmp_path / name).write_bytes(broken)
-        with pytest.raises(ValueError, match=rf"{name}: not a readable weights file \("):
+        expected = rf"{name}: not a readable weights file of torch or safetensors: its [\d,]+ bytes begin with '{start}"
+        with pytest.raises(ValueError, match=expected) as caught:
             load_checkpoint_network("test_resnet", tmp_path / name)
+        assert "weights_only" not in str(caught.value)
 
 
 def test_a_checkpoint_that_runs_code_raises(tmp_path: Path) -> None:
@@ -147,15 +163,28 @@ def test_a_checkpoint_that_runs_code_raises(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (tmp_path / "it ran",)
 
-    torch.save({"weight": Touch()}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth: not a readable weights file"):
+    (tmp_path / "weights.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ValueError, match=r"weights\.pth: it holds an object of os\.system, "):
         load_checkpoint_network("test_resnet", tmp_path / "weights.pth")
+    for new in (True, False):
+        torch.save({"weight": Touch()}, tmp_path / "weights.pth", _use_new_zipfile_serialization=new)
+        with pytest.raises(ValueError, match=r"weights\.pth: it holds an object of getattr, .* write its state dict"):
+            load_checkpoint_network("test_resnet", tmp_path / "weights.pth")
     assert not (tmp_path / "it ran").exists()
 
 
+def test_the_options_of_timms_script_may_be_in_a_checkpoint(tmp_path: Path) -> None:
+    tensors = timm.create_model("test_resnet").state_dict()
+    torch.save({"state_dict": tensors, "args": argparse.Namespace(lr=0.1)}, tmp_path / "last.pth.tar")
+    loaded = load_checkpoint_network("test_resnet", tmp_path / "last.pth.tar").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
 def test_a_missing_checkpoint_raises(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: there is no such weights file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: there is no such file"):
         load_checkpoint_network("test_resnet", tmp_path / "nowhere.pth")
+    with pytest.raises(FileNotFoundError, match=r": it is a folder; pass the weights file in it"):
+        load_checkpoint_network("test_resnet", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -221,9 +250,23 @@ def test_what_does_not_fit_is_named_beside_what_is_wanted(tmp_path: Path) -> Non
     expected = r"its tensors are conv1\.0\.weight, .* and \d+ more; the file has encoder\.0\.kernel, decoder"
     with pytest.raises(ValueError, match=expected):
         load_checkpoint_network("test_resnet", tmp_path / "weights.pth")
-    torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth: holds no tensors but epoch, args; pass a state dict"):
-        load_checkpoint_network("test_resnet", tmp_path / "weights.pth")
-    torch.save({}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth: holds no tensors; pass a state dict"):
+    write_weights(tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"the file has conv1\.0\.weight, conv1\.1\.weight"):
+        load_checkpoint_network("tf_efficientnet_lite0", tmp_path / "weights.pth")  # layer1.0 has some of its names
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"epoch": 3, "student": {"weight": torch.ones(2)}},
+            r"it has no tensors .* are epoch \(int\), student \(dict\); write",
+        ),
+        ({}, r"it has no tensors at its top, nor below state_dict_ema, .*; its entries are none; write its state dict"),
+        (torch.ones(2), "it holds an object of Tensor, and a state dict was expected"),
+    ],
+)
+def test_a_file_without_a_state_dict_raises_with_what_it_has(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=rf"weights\.pth: {message}"):
         load_checkpoint_network("test_resnet", tmp_path / "weights.pth")

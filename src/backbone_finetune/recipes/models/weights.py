@@ -12,7 +12,7 @@ import timm
 import torch
 from huggingface_hub import try_to_load_from_cache  # it comes with timm
 from pydantic import ValidationError
-from timm.models import PretrainedCfg, adapt_input_conv
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
@@ -22,7 +22,7 @@ from backbone_finetune.verification import digest
 
 from ..files import digest_file
 from ..text import describe_fault, one_line, printable
-from .foreign import describe_names, network_names, read_weights
+from .foreign import load_checkpoint_network
 from .metadata import BaseReference, ModelDescription, NetworkArguments
 from .readouts import POOLING_ARGUMENTS, assemble
 
@@ -103,42 +103,6 @@ def model_arguments(network: Any) -> dict[str, Any]:
     except ValidationError as error:
         fault = describe_fault(error)
         raise ValueError(f"its config.json has model_args that a model file cannot keep: {fault}") from error
-
-
-def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> nn.Module:
-    """Build an architecture with the weights of a file on disk, in any format that `read_weights` or timm knows for it.
-
-    The file must contain this network: its classifier may have any number of classes, or be missing,
-    but no other tensor may be missing, unexpected or of another shape.
-    """
-    check_architecture(architecture)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such weights file")
-    wanted = network_names(architecture)
-    tensors = read_weights(path, wanted)
-    # timm loads strictly only with equal numbers of classes, so build the network with those of the file.
-    # Without a classifier under timm's name, the file is in its authors' own format (timm translates it, and it
-    # has the usual classes) or has none.
-    defaults = timm.get_pretrained_cfg(architecture) or PretrainedCfg()
-    names = (defaults.classifier,) if isinstance(defaults.classifier, str) else defaults.classifier or ()
-    classifier = next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)
-    problem: Exception | None = None
-    size, first = defaults.input_size, tensors.get(f"{defaults.first_conv}.weight")
-    if first is not None and first.shape[1] == arguments.get("in_chans"):  # timm warns if its own channels are others
-        size = (first.shape[1], *size[1:])
-    for num_classes in (defaults.num_classes, 0) if classifier is None else (len(classifier),):
-        # timm takes some of the tensors out.
-        overlay = {"state_dict": dict(tensors), "num_classes": num_classes, "label_offset": 0, "input_size": size}
-        try:
-            return timm.create_model(
-                architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
-            )
-        except Exception as error:  # timm's converters may raise any error for a foreign file
-            problem = error
-    raise ValueError(
-        f"{path}: these are not the weights of {architecture} ({one_line(problem, most=200)}); its tensors are "
-        f"{describe_names(wanted)}; the file has {describe_names(tensors)}"
-    ) from problem
 
 
 def load_packaged_network(**arguments: Any) -> nn.Module:
