@@ -23,7 +23,8 @@ from tqdm import tqdm
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Phase, TrainerConfig, extract_features, fine_tune, fit_heads, make_accelerator
 from backbone_finetune.recipes.commands.train import CLIPART
-from backbone_finetune.recipes.data.images import ImageDataset, LabelledFolder, split
+from backbone_finetune.recipes.data.groups import split
+from backbone_finetune.recipes.data.images import ImageDataset, LabelledFolder
 from backbone_finetune.recipes.data.sources.finding import find_images
 from backbone_finetune.recipes.models.file import build_transform
 from backbone_finetune.recipes.models.weights import load_packaged_network

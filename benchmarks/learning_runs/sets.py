@@ -16,7 +16,8 @@ from torch import Tensor
 
 from backbone_finetune.recipes.commands.setup import CLIPART, TEST_SHARE
 from backbone_finetune.recipes.data.bands import to_rgb
-from backbone_finetune.recipes.data.images import read_image, split
+from backbone_finetune.recipes.data.groups import split
+from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.data.loading import seeded
 from backbone_finetune.recipes.data.sources.finding import find_images
 

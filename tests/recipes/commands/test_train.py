@@ -23,7 +23,7 @@ from backbone_finetune.recipes.commands.runs.metrics import describe
 from backbone_finetune.recipes.commands.runs.run_folder import MODEL_FILE
 from backbone_finetune.recipes.commands.setup import choose_data_config
 from backbone_finetune.recipes.commands.train import TrainSettings, train
-from backbone_finetune.recipes.data.images import split
+from backbone_finetune.recipes.data.groups import split
 from backbone_finetune.recipes.data.sources.finding import find_images
 from backbone_finetune.recipes.files import replacing
 from backbone_finetune.recipes.models.file import load_trained_model

@@ -101,7 +101,7 @@ def test_four_channels_are_the_bands_of_an_image_without_blending(tmp_path: Path
             5,
             r"an array of int32; expected uint8, uint16 or float32; convert it with array\.astype",
         ),
-        (numpy.array(["text"]), 1, "expected uint8"),
+        (numpy.array([["text"]]), 1, "expected uint8"),
         (BANDS[None], 5, r"shape \(1, 40, 48, 5\); expected \(H, W\) or \(H, W, C\)"),
         (BANDS[:0], 5, "48 x 0 pixels"),
         (numpy.zeros((2, 400), dtype="uint8"), 1, "at most 1 to 100"),

@@ -26,8 +26,8 @@ from backbone_finetune.recipes import (
     find_splits,
     make_accelerator,
 )
-from backbone_finetune.recipes.data.groups import deal_groups
-from backbone_finetune.recipes.data.images import IGNORED, split
+from backbone_finetune.recipes.data.groups import deal_groups, split
+from backbone_finetune.recipes.data.images import IGNORED
 from backbone_finetune.recipes.data.sources.parts import find_data
 from backbone_finetune.recipes.features.dataset import Features
 from backbone_finetune.recipes.training import rates

@@ -15,13 +15,13 @@ from image_folders import make_folder, make_image
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from backbone_finetune.recipes.data.groups import split
 from backbone_finetune.recipes.data.images import (
     IGNORED,
     ImageDataset,
     LabelledFolder,
     check_first_images,
     read_image,
-    split,
 )
 from backbone_finetune.recipes.data.loading import DeviceLoader
 from backbone_finetune.recipes.data.sources.finding import find_images, list_images

@@ -90,13 +90,13 @@ def from_array(array: Any, channels: int | None = None) -> Picture:
 
 def check_array(shape: Sequence[int], dtype: Any, channels: int | None) -> None:
     """Raise ValueError unless an array of this shape and dtype is an image that a model with these channels takes."""
-    if dtype.name not in LARGEST:
-        raise ValueError(f"an array of {dtype.name}; expected uint8, uint16 or float32; convert it with array.astype")
     if len(shape) not in {2, 3}:
         raise ValueError(f"an array of shape {tuple(shape)}; expected (H, W) or (H, W, C)")
     are_first = len(shape) == 3 and shape[0] == channels
     hint = f", and bands come last (its shape is {tuple(shape)}; use numpy.moveaxis(array, 0, -1))" if are_first else ""
     check_bands(shape[2] if len(shape) == 3 else 1, channels, hint)
+    if dtype.name not in LARGEST:
+        raise ValueError(f"an array of {dtype.name}; expected uint8, uint16 or float32; convert it with array.astype")
     check_pixels(shape[1], shape[0])
 
 

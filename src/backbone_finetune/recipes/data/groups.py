@@ -1,8 +1,11 @@
-"""Images that belong together: those of a class, and groups, such as those of one patient, which no split divides."""
+"""Hold out images: a share of each class, or groups, such as those of one patient, which no split divides."""
 
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
+
+from ..text import join_some
+from .images import LabelledFolder
 
 
 def places_by_class(targets: Sequence[int]) -> dict[int, list[int]]:
@@ -60,3 +63,37 @@ def lacking_classes(dealt: Sequence[int], targets: Sequence[int], parts: int) ->
     """
     found = set(zip(dealt, targets, strict=True))
     return sorted({target for target in targets if any((part, target) not in found for part in range(parts))})
+
+
+def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[LabelledFolder, LabelledFolder]:
+    """Hold out a share of each class, drawn with ``seed``; return disjoint ``(train, test)``.
+
+    Each class has at least one image in both parts. The draw depends only on the order of the images, so the
+    same folder has the same split on every machine. Raises ValueError for a class of one image. If targets are rows,
+    the share is of all images. Images of a group are in one part (`deal_groups`), and the shares then as near as
+    groups allow.
+    """
+    generator = random.Random(seed)
+    are_classes = isinstance(folder.targets[0], int)
+    targets = folder.targets if are_classes else (0,) * len(folder.targets)
+    names = [f"class {name}" for name in folder.class_names] if are_classes else ["the data"]
+    held_out: set[int] = set()
+    if folder.groups is None:
+        for target, members in places_by_class(targets).items():
+            if len(members) == 1:
+                raise ValueError(
+                    f"{folder.root}: {names[target]} holds 1 image, and needs 2: one to train, one to test"
+                )
+            count = min(max(round(test_share * len(members)), 1), len(members) - 1)
+            held_out.update(generator.sample(members, count))
+    else:
+        dealt = deal_groups(folder.groups, targets, (1 - test_share, test_share), generator)
+        for target in lacking_classes(dealt, targets, parts=2):
+            own = sorted({group for group, other in zip(folder.groups, targets, strict=True) if other == target})
+            raise ValueError(
+                f"{folder.root}: {names[target]} is in {len(own)} group{'s' * (len(own) > 1)} ({join_some(own)}), "
+                "of which none can be held out; add groups, or remove the class, or pass --test or a split of your own"
+            )
+        held_out.update(index for index, part in enumerate(dealt) if part)
+    kept = [index for index in range(len(targets)) if index not in held_out]
+    return folder.select(kept), folder.select(sorted(held_out))

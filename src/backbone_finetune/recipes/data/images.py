@@ -1,7 +1,6 @@
-"""Images and their classes: read them, and hold out a test set."""
+"""Images and their classes: read them, and check that they fit a model."""
 
 import logging
-import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, PLANA
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..text import join_some, printable
+from ..text import printable
 from .augmentation import Augmentation
 from .bands import (
     MIN_IS_WHITE,
@@ -24,13 +23,11 @@ from .bands import (
     TIFF,
     BandsError,
     Picture,
-    check_bands,
     check_pixels,
     from_array,
     read_npy,
     read_tiff,
 )
-from .groups import deal_groups, lacking_classes, places_by_class
 
 logger = logging.getLogger(__name__)
 
@@ -218,9 +215,7 @@ def _from_pillow(file: Image.Image, channels: int | None) -> Picture:
     check_pixels(*file.size)
     image = ImageOps.exif_transpose(file)
     if channels not in {None, 1, 3}:
-        bands = len((image.convert("RGB") if image.mode in {"P", "PA"} else image).getbands())
-        check_bands(bands, channels)
-        return from_array(numpy.asarray(image), channels)
+        return from_array(numpy.asarray(image.convert("RGB") if image.mode in {"P", "PA"} else image), channels)
     if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):  # Pillow scales a PGM to 16 bits
         values = numpy.asarray(image).astype(numpy.uint16)
         if (
@@ -274,45 +269,3 @@ def _count_pages(path: Path) -> int:
             return int(getattr(image, "n_frames", 1))
     except UnidentifiedImageError:
         return 1
-
-
-def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[LabelledFolder, LabelledFolder]:
-    """Hold out a share of each class, drawn with ``seed``; return disjoint ``(train, test)``.
-
-    Each class has at least one image in both parts. The draw depends only on the order of the images, so the
-    same folder has the same split on every machine. Raises ValueError for a class of one image. If targets are rows,
-    the share is of all images. Images of a group are in one part (`deal_groups`), and the shares then as near as
-    groups allow.
-    """
-    generator = random.Random(seed)
-    if folder.groups is not None:
-        return _split_groups(folder, folder.groups, test_share, generator)
-    held_out: set[int] = set()
-    are_classes = isinstance(folder.targets[0], int)
-    for target, members in places_by_class(folder.targets if are_classes else [0] * len(folder.targets)).items():
-        if len(members) == 1:
-            name = folder.class_names[target] if are_classes else "of all images"
-            raise ValueError(f"{folder.root}: class {name} holds 1 image, and needs 2: one to train, one to test")
-        count = min(max(round(test_share * len(members)), 1), len(members) - 1)
-        held_out.update(generator.sample(members, count))
-
-    kept = [index for index in range(len(folder.paths)) if index not in held_out]
-    return folder.select(kept), folder.select(sorted(held_out))
-
-
-def _split_groups(
-    folder: LabelledFolder, groups: tuple[str, ...], test_share: float, generator: random.Random
-) -> tuple[LabelledFolder, LabelledFolder]:
-    """Hold out whole groups; raise ValueError if a class is not in both parts then."""
-    are_classes = isinstance(folder.targets[0], int)
-    targets = folder.targets if are_classes else (0,) * len(groups)
-    dealt = deal_groups(groups, targets, (1 - test_share, test_share), generator)
-    for target in lacking_classes(dealt, targets, parts=2):
-        of_class = sorted({group for group, other in zip(groups, targets, strict=True) if other == target})
-        name = f"class {folder.class_names[target]}" if are_classes else "all of it"
-        raise ValueError(
-            f"{folder.root}: {name} is in {len(of_class)} group{'s' * (len(of_class) > 1)} ({join_some(of_class)}), of "
-            "which none can be held out; add groups, or remove the class, or pass --test or a split of your own"
-        )
-    train, test = ([index for index, part in enumerate(dealt) if part == wanted] for wanted in (0, 1))
-    return folder.select(train), folder.select(test)

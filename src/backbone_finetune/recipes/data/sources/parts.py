@@ -9,7 +9,8 @@ from itertools import combinations
 from pathlib import Path
 
 from ...text import join_some, printable
-from ..images import LabelledFolder, split
+from ..groups import split
+from ..images import LabelledFolder
 from .finding import choose_test, find_splits, has_columns
 from .identical import Copy, find_copies, log_copies
 from .rows import SEPARATORS, TEST, TRAIN, VALIDATION
