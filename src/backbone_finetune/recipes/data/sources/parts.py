@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -57,19 +57,20 @@ def find_data(
         group: The column of a table whose groups are held out as wholes; by default ``group``, if there is one.
     """
     parts = find_splits(path, values=values, group=group)
-    if not values and (hint := _doubt_column(parts[TRAIN])):
+    train = parts[TRAIN]
+    are_classes = isinstance(train.targets[0], int)
+    if not values and (hint := _doubt_column(train)):
         logger.warning("%s: %s", printable(path), printable(hint))
-    if chooses is None and not values and not isinstance(parts[TRAIN].targets[0], int):
+    if chooses is None and not values and not are_classes:
         chooses = True
-    each = "of each class" if isinstance(parts[TRAIN].targets[0], int) else "of the images"
-    each += ", by groups" * (parts[TRAIN].groups is not None)
     for part, other in ((VALIDATION, validation), (TEST, test)):
         if other is not None:
             column = group if has_columns(other) else None
-            parts[part] = choose_test(find_splits(other, parts[TRAIN].class_names, values, column))
-    notes = dict.fromkeys(parts, "")
+            parts[part] = choose_test(find_splits(other, train.class_names, values, column))
+    each = ("of each class" if are_classes else "of the images") + ", by groups" * (train.groups is not None)
+    notes: dict[str, str] = {}
     if len(parts) == 1:
-        parts[TRAIN], parts[TEST] = split(parts[TRAIN], test_share=test_share, seed=seed)
+        parts[TRAIN], parts[TEST] = split(train, test_share=test_share, seed=seed)
         notes[TEST] = f", {100 * test_share:.0f} % {each}, held out"
     elif TEST not in parts and not chooses:
         parts[TEST] = parts.pop(VALIDATION)
@@ -77,21 +78,31 @@ def find_data(
     if chooses and VALIDATION not in parts:
         parts[TRAIN], parts[VALIDATION] = split(parts[TRAIN], test_share=VALIDATION_SHARE, seed=seed)
         notes[VALIDATION] = f", {100 * VALIDATION_SHARE:.0f} % {each} of the rest, held out"
+    _log_parts(parts, notes, values)
+    copies = find_copies(parts)
+    log_copies(copies, parts)
+    _log_shared_groups(parts)
+    return FoundData({part: parts[part] for part in (TRAIN, VALIDATION, TEST) if part in parts}, tuple(copies))
+
+
+def _log_parts(parts: Mapping[str, LabelledFolder], notes: Mapping[str, str], values: Sequence[str]) -> None:
+    """Log the number of images of each part, and of each class in it, or the range of values."""
     for name, images in parts.items():
         logger.info("%s: %d images from %s%s", name, len(images.paths), printable(images.root), notes.get(name, ""))
     counts = [_describe_targets(images, values) for images in parts.values()]
     lines = [f"{name} {' + '.join(shown)}" for name, *shown in zip(parts[TRAIN].class_names, *counts, strict=True)]
     what = "values" if values else "images by class"
     logger.info("%s, %s: %s", what, " + ".join(parts), printable(join_some(lines, most=20)))
-    copies = find_copies(parts)
-    log_copies(copies, parts)
+
+
+def _log_shared_groups(parts: Mapping[str, LabelledFolder]) -> None:
+    """Log the groups that have images in two parts."""
     for earlier, later in combinations(parts, 2):
         if shared := sorted(set(parts[earlier].groups or ()) & set(parts[later].groups or ())):
             logger.warning(
                 "%d groups have images in both %s and %s, which may make the %s accuracy too high: %s",
                 *(len(shared), earlier, later, later, printable(join_some(shared))),
             )
-    return FoundData({part: parts[part] for part in (TRAIN, VALIDATION, TEST) if part in parts}, tuple(copies))
 
 
 def _doubt_column(train: LabelledFolder) -> str | None:
