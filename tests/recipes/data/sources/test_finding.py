@@ -185,6 +185,8 @@ def test_a_table_lists_images(tmp_path: Path, name: str, mark: str) -> None:
     assert found.paths == (tmp_path / "data/blue/1.png", tmp_path / "data/red/0.png")
     assert found.targets == (0, 1)
     assert find_images(tmp_path / name, ("warm, red", "other", "cold")).targets == (2, 0)
+    (tmp_path / name).write_text(text.replace(f'{mark}"', f'{mark} "') + mark * 3)
+    assert find_images(tmp_path / name) == found
 
 
 def test_a_table_is_split_by_its_column(tmp_path: Path) -> None:
@@ -219,6 +221,10 @@ def test_a_table_is_split_by_its_column(tmp_path: Path) -> None:
             r"none of its 2 paths, relative to .*, is a file; the first: .*none\.",
         ),
         (b"path,label\n", r"images\.csv: it has no row"),
+        (
+            b"path,label\n0.png,red\n1.png,blue, dark\n",
+            r"images\.csv, line 3: more cells than columns; put a text that",
+        ),
         (b"path,label\n0.png,re\xff\n", r"images\.csv: not in UTF-8 \(.*\); save it so: spreadsheets"),
         ("path,label\n".encode("utf-16"), r"images\.csv: not in UTF-8"),
         (b'path,label\n0.png,"red\n', r"images\.csv: not a table \(unexpected end"),

@@ -165,7 +165,7 @@ def test_other_files_raise(tmp_path: Path, files: dict[str, bytes]) -> None:
         find_images(tmp_path / "page.tar")
     shutil.copy(tar, tmp_path / "colours.tar.gz")
     with pytest.raises(
-        NotADirectoryError, match=r"colours\.tar\.gz is a file; expected a folder .* or a \.tar; unpack it"
+        NotADirectoryError, match=r"colours\.tar\.gz is a file; expected a folder .* or a \.tar; unpack other"
     ):
         find_images(tmp_path / "colours.tar.gz")
 

@@ -170,7 +170,9 @@ def _folders_in(root: Path) -> list[Path]:
     if not root.exists():
         raise FileNotFoundError(f"{root}: there is no such file or folder; {EXPECTED}")
     if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file; {EXPECTED}, a table ({', '.join(TABLES)}) or a .tar; unpack it")
+        raise NotADirectoryError(
+            f"{root} is a file; {EXPECTED}, a table ({', '.join(TABLES)}) or a .tar; unpack other archives"
+        )
     inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     return [path for path in inside if not root.resolve().is_relative_to(path.resolve())]
 

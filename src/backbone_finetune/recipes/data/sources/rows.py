@@ -128,7 +128,7 @@ def _read_number(place: str, text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{place} is {text!r}; expected a finite number")
+        raise ValueError(f"{place} is {text!r}; expected a finite number, such as 0.5")
     return number
 
 

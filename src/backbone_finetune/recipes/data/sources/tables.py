@@ -67,7 +67,12 @@ def _read_cells(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapp
     if not _is_parquet(table):
         with _opened(table) as reader:
             for row in reader:
-                yield f"{table}, line {reader.line_num}", row
+                place = f"{table}, line {reader.line_num}"
+                if any(row.get(None) or ()):  # the key of cells beyond the columns
+                    raise ValueError(
+                        f"{place}: more cells than columns; put a text that has a separator in it in quotes"
+                    )
+                yield place, row
         return
     with _explained(table), import_extra("pyarrow.parquet", "parquet").ParquetFile(table) as file:
         rows = file.read(list(dict.fromkeys(columns))).to_pylist()
@@ -81,7 +86,7 @@ def _opened(table: Path) -> Iterator["csv.DictReader[str]"]:
         with open(table, encoding="utf-8-sig", newline="") as file:
             delimiter = max(DELIMITERS, key=file.readline().count)
             file.seek(0)
-            yield csv.DictReader(file, delimiter=delimiter, strict=True)
+            yield csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{table}: not in UTF-8 ({error}); save it so: spreadsheets call it CSV UTF-8") from error
     except csv.Error as error:
