@@ -1,7 +1,7 @@
 """The classifiers that a model file can hold, described by their layers and sizes: no code of a file is run."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 from torch import nn
@@ -11,12 +11,23 @@ from ..checking import Schema
 Head = Literal["linear", "batchnorm-linear", "mlp"]
 MOST_LAYERS = 16
 Size = Annotated[int, Field(ge=1, le=2**20)]
-Epsilon = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 KINDS = "a Linear, or an nn.Sequential of Linear, BatchNorm1d, LayerNorm, GELU, ReLU and Dropout"
 
 
-class LinearLayer(Schema):
+class _Layer(Schema):
+    """The arguments of a layer of ``torch.nn``, in their order, below its name."""
+
+    kind: str
+
+    def build(self) -> nn.Module:
+        """Build the layer, with random weights."""
+        layer, *arguments = self.model_dump().values()
+        return cast(nn.Module, getattr(nn, layer)(*arguments))
+
+
+class LinearLayer(_Layer):
     """``nn.Linear``."""
 
     kind: Literal["Linear"]
@@ -24,56 +35,36 @@ class LinearLayer(Schema):
     out_features: Size
     bias: bool
 
-    def build(self) -> nn.Module:
-        """Build the layer, with random weights."""
-        return nn.Linear(self.in_features, self.out_features, bias=self.bias)
 
-
-class BatchNormLayer(Schema):
+class BatchNormLayer(_Layer):
     """``nn.BatchNorm1d``, with running statistics."""
 
     kind: Literal["BatchNorm1d"]
     num_features: Size
-    eps: Epsilon
-    momentum: Annotated[float, Field(ge=0, le=1)] | None
+    eps: Share
+    momentum: Share | None
     affine: bool
 
-    def build(self) -> nn.Module:
-        """Build the layer."""
-        return nn.BatchNorm1d(self.num_features, self.eps, self.momentum, self.affine)
 
-
-class LayerNormLayer(Schema):
+class LayerNormLayer(_Layer):
     """``nn.LayerNorm`` over the features, with weight and bias."""
 
     kind: Literal["LayerNorm"]
     num_features: Size
-    eps: Epsilon
-
-    def build(self) -> nn.Module:
-        """Build the layer."""
-        return nn.LayerNorm(self.num_features, self.eps)
+    eps: Share
 
 
-class DropoutLayer(Schema):
+class DropoutLayer(_Layer):
     """``nn.Dropout``."""
 
     kind: Literal["Dropout"]
-    p: Annotated[float, Field(ge=0, le=1)]
-
-    def build(self) -> nn.Module:
-        """Build the layer."""
-        return nn.Dropout(self.p)
+    p: Share
 
 
-class ActivationLayer(Schema):
+class ActivationLayer(_Layer):
     """``nn.GELU`` or ``nn.ReLU``."""
 
     kind: Literal["GELU", "ReLU"]
-
-    def build(self) -> nn.Module:
-        """Build the layer."""
-        return nn.GELU() if self.kind == "GELU" else nn.ReLU()
 
 
 Layer = Annotated[
