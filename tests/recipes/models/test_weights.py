@@ -93,6 +93,7 @@ def test_a_checkpoint_of_any_number_of_classes_fills_the_backbone(tmp_path: Path
     assert weights == f"weights from {tmp_path / 'weights.pth'}"
     loaded = network.state_dict()
     assert loaded.keys() == tensors.keys()
+    assert "state_dict" not in network.pretrained_cfg  # a second copy of the weights
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
