@@ -170,8 +170,7 @@ def _start(
             f"model:    {task.architecture}, {printable(task.weights)}, on {accelerator.device}\n\n"
             f"{describe_by_group(task.model.backbone, task.model.classifier, task.model.layer_groups)}\n"
         )
-        num_classes = len(task.train.folder.class_names)
-        if obstacle := find_obstacle(task.architecture, num_classes, model=task.model, **task.arguments):
+        if obstacle := find_obstacle(task.model, task.architecture, **task.arguments):
             logger.info("export:   %s\n", obstacle)
     return config, record
 

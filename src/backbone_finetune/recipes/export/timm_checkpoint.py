@@ -59,9 +59,7 @@ def make_timm_network(trained: TrainedModel) -> nn.Module:
     Raises:
         ValueError: it cannot contain the classifier.
     """
-    if obstacle := find_obstacle(
-        trained.architecture, len(trained.class_names), model=trained.model, **trained.arguments
-    ):
+    if obstacle := find_obstacle(trained.model, trained.architecture, **trained.arguments):
         raise ValueError(obstacle)
     network = timm.create_model(trained.architecture, num_classes=len(trained.class_names), **trained.arguments)
     network.load_state_dict(trained.model.to_module().state_dict())
@@ -75,39 +73,31 @@ def save_weights(network: nn.Module, path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def find_obstacle(
-    architecture: str, num_classes: int, *, model: FineTuneModel | None = None, **arguments: Any
-) -> str | None:
-    """Return why a trained architecture cannot be converted to timm's own network; None if it can.
+def find_obstacle(model: FineTuneModel, architecture: str, **arguments: Any) -> str | None:
+    """Return why a model cannot be converted to timm's own network of its architecture and arguments, or None.
 
-    >>> find_obstacle("test_resnet", 3)
-    >>> find_obstacle("levit_128s", 3)
+    >>> find_obstacle(FineTuneModel.from_timm("test_resnet", num_classes=3), "test_resnet")
+    >>> find_obstacle(FineTuneModel.from_timm("levit_128s", num_classes=3), "levit_128s")
     "levit_128s: timm's own network has more in its classifier than one linear layer, so a trained ..."
-
-    It is built on the meta device. ``model`` is the trained one, if it may have a readout or a classifier of layers.
     """
-    reason = None if model is None else _find_difference(model)
-    if reason is None:
+    if isinstance(model.backbone, TokenReadout):
+        reason = "features of one token or their mean, and this model those of several"
+    elif isinstance(model.classifier, nn.Sequential):
+        reason = f"one linear layer as its classifier, and this model {len(model.classifier)} layers"
+    else:
         with torch.device("meta"):
-            plain = timm.create_model(architecture, num_classes=num_classes, **arguments)
-            linear = FineTuneModel.from_timm(architecture, num_classes=num_classes, **arguments)
+            plain = timm.create_model(architecture, num_classes=model.num_classes, **arguments)
         try:
-            back = {name: tensor.shape for name, tensor in linear.to_module().state_dict().items()}
+            if _shapes(model.to_module()) == _shapes(plain):
+                return None
             reason = "other tensors than the trained one"
         except ValueError:
-            back, reason = {}, "more in its classifier than one linear layer"
-        if back == {name: tensor.shape for name, tensor in plain.state_dict().items()}:
-            return None
+            reason = "more in its classifier than one linear layer"
     return (
         f"{architecture}: timm's own network has {reason}, so a trained model cannot be exported to timm or "
         "hub-folder; export --to onnx, torch-export or openvino instead"
     )
 
 
-def _find_difference(model: FineTuneModel) -> str | None:
-    """Return what timm's own network has in place of the parts of a model that timm cannot build; None without any."""
-    if isinstance(model.backbone, TokenReadout):
-        return "features of one token or their mean, and this model those of several"
-    if isinstance(model.classifier, nn.Sequential):
-        return f"one linear layer as its classifier, and this model {len(model.classifier)} layers"
-    return None
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
