@@ -49,13 +49,14 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
     for num_classes in (defaults.num_classes, 0) if classifier is None else (len(classifier),):
         overlay |= {"state_dict": dict(tensors), "num_classes": num_classes}  # timm takes some tensors out
         try:
-            network: Any = timm.create_model(
+            network = timm.create_model(
                 architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
             )
         except Exception as error:  # timm's converters may raise any error for a foreign file
             problem = error
         else:
-            del network.pretrained_cfg["state_dict"]  # it would keep these weights in memory
+            config: Any = network.pretrained_cfg
+            del config["state_dict"]  # it would keep these weights in memory
             return network
     raise ValueError(
         f"{path}: these are not the weights of {architecture} ({one_line(problem, most=200)}); its tensors are "
