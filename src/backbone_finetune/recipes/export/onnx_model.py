@@ -1,6 +1,5 @@
 """Export to ONNX, with or without the preprocessing in the graph."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..extras import import_extra
-from ..models.file import TrainedModel
-from ..models.metadata import describe_objective, installed_versions
+from ..models.file import TrainedModel, describe_use
 from ..models.onnx_file import load_onnx_model
 from .checks import Comparison, Exported, converting, staging
 from .onnx_preprocessing import build_preprocessing
@@ -51,15 +49,7 @@ def export_onnx(
             graph.opset_import[0].version = next(each.version for each in model.opset_import if not each.domain)
             model = onnx.compose.merge_models(graph, model, io_map=[("preprocessed", "input")])
             del model.opset_import[0]  # it would be there twice
-        metadata = {
-            "architecture": trained.architecture,
-            "class_names": json.dumps(trained.class_names),
-            "data_config": json.dumps(dict(trained.data_config)),
-            "versions": json.dumps(installed_versions()),
-        }
-        if (objective := describe_objective(trained.objective)) is not None:
-            metadata["objective"] = json.dumps(objective)
-        onnx.helper.set_model_props(model, metadata)
+        onnx.helper.set_model_props(model, {"architecture": trained.architecture, **describe_use(trained)})
         onnx.save_model(model, temporary)
         loaded = load_onnx_model(temporary).model
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..extras import import_extra
-from ..models.file import TrainedModel
+from ..models.file import TrainedModel, describe_use
 from .checks import Comparison, Exported, converting, staging
 
 # On a CPU with bf16, OpenVINO uses it by default, and logits differ by a percent.
@@ -17,8 +17,8 @@ PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 def export_openvino(trained: TrainedModel, path: Path, *, images: Sequence[Path] = ()) -> Exported:
     """Write an ``.xml`` and a ``.bin`` file in float32, with a batch of any size, and check them as OpenVINO runs them.
 
-    The class names are the model's ``labels``, where OpenVINO's Model API looks for them. It takes the extra
-    ``openvino``.
+    The class names are the model's ``labels``, where OpenVINO's Model API looks for them, in ``model_info``. They are
+    also in ``backbone_finetune``, beside the preprocessing and the objective, in JSON. It takes the extra ``openvino``.
 
     Args:
         trained: The model.
@@ -36,7 +36,10 @@ def export_openvino(trained: TrainedModel, path: Path, *, images: Sequence[Path]
     with staging(path, ".xml") as temporary:
         with converting("OpenVINO"):
             model = openvino.convert_model(comparison.network, example_input=torch.zeros(2, *shape), input=[-1, *shape])
-        model.set_rt_info(" ".join(name.replace(" ", "_") for name in trained.class_names), ["model_info", "labels"])
+        labels = " ".join(name.replace(" ", "_") for name in trained.class_names)
+        model.set_rt_info(labels.encode(errors="backslashreplace").decode(), ["model_info", "labels"])
+        for name, text in describe_use(trained).items():
+            model.set_rt_info(text, ["backbone_finetune", name])
         openvino.save_model(model, temporary, compress_to_fp16=False)
         compiled = openvino.compile_model(temporary, "CPU", PRECISION)
 

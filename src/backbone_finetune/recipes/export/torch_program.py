@@ -1,13 +1,11 @@
 """Export with ``torch.export``: the network as a graph, which needs neither timm nor this library."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..models.file import TrainedModel
-from ..models.metadata import describe_objective
+from ..models.file import TrainedModel, describe_use
 from .checks import Comparison, Exported, converting, staging
 
 
@@ -40,11 +38,7 @@ def export_torch(trained: TrainedModel, path: Path, *, images: Sequence[Path] = 
     comparison = Comparison(trained, images)
     example = torch.zeros(2, *comparison.inputs.shape[1:])
     batch = {0: torch.export.Dim.DYNAMIC}
-    files = {
-        "class_names.json": json.dumps(trained.class_names),
-        "data_config.json": json.dumps(dict(trained.data_config)),
-        "objective.json": json.dumps(describe_objective(trained.objective)),
-    }
+    files = {f"{name}.json": text for name, text in {"objective": "null", **describe_use(trained)}.items()}
     with staging(path, ".pt2") as temporary:
         with converting("torch.export"):
             program = torch.export.export(comparison.network, (example,), dynamic_shapes=(batch,))

@@ -184,24 +184,32 @@ def _naming(path: Path, what: str = "") -> Iterator[None]:
         raise ValueError(f"{path}: {what}{one_line(error, most=1000)}") from error
 
 
+def describe_use(trained: TrainedModel) -> dict[str, str]:
+    """Return what a network is used with, by name, in JSON: class names, preprocessing, objective and versions.
+
+    It is in the metadata of a model file, and in exported files. Without an objective an image has one class.
+    """
+    entries: dict[str, object] = {
+        "class_names": trained.class_names,
+        "data_config": dict(trained.data_config),
+        "versions": installed_versions(),
+        "objective": describe_objective(trained.objective),
+    }
+    return {name: json.dumps(entry) for name, entry in entries.items() if entry is not None}
+
+
 def _make_metadata(trained: TrainedModel, record: Mapping[str, object]) -> dict[str, str]:
     """Describe a model as the metadata of a file, and check that the model can be built again from it."""
     trainable = [name for name, parameter in trained.model.named_parameters() if parameter.requires_grad]
     entries: dict[str, object] = {
         "arguments": dict(trained.arguments),
-        "class_names": trained.class_names,
-        "data_config": dict(trained.data_config),
         "freeze_state": {"norm_eval": trained.model.norm_eval, "trainable": trainable},
-        "versions": installed_versions(),
         "record": record,
-    }
-    described = {
-        "objective": describe_objective(trained.objective),
         "readout": describe_readout(trained.model.backbone),
         "classifier": describe_classifier(trained.model.classifier),
     }
-    entries |= {name: entry for name, entry in described.items() if entry is not None}
-    metadata = {"architecture": trained.architecture, **{name: json.dumps(entries[name]) for name in entries}}
+    written = {name: json.dumps(entry) for name, entry in entries.items() if entry is not None}
+    metadata = {"architecture": trained.architecture, **describe_use(trained), **written}
     try:
         built = _check_layouts(parse_metadata(metadata), distinct_tensors(trained.model))
         kinds = type(trained.model.classifier), type(built.classifier)
