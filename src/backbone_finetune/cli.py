@@ -26,6 +26,7 @@ from .recipes.commands.runs.run_record import NOT_RECORDED, read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.data.augmentation import AUGMENTATIONS
 from .recipes.export.onnx_model import export_onnx
+from .recipes.files import check_output
 from .recipes.models.file import TrainedModel, load_trained_model
 from .recipes.models.named import NamedModel, load_timm_model
 from .recipes.models.onnx_file import load_onnx_model
@@ -184,12 +185,12 @@ def run_predict(options: argparse.Namespace) -> int:
     """Run ``predict``: print a line for each image; raise ValueError if one could not be read."""
     paths = list_inputs(options.images)
     trained = load_model(options)
-    predictions = predict(
-        trained, paths, top_k=options.top_k, batch_size=options.batch_size, workers=options.workers, tta=options.tta
-    )
     write = None
     if options.output is not None:
         write = choose_writer(options.output, min(options.top_k, len(trained.class_names)), trained)
+    predictions = predict(
+        trained, paths, top_k=options.top_k, batch_size=options.batch_size, workers=options.workers, tta=options.tta
+    )
     bar = tqdm(
         predictions if write is None else write(predictions),
         total=len(paths),
@@ -217,6 +218,7 @@ def run_predict(options: argparse.Namespace) -> int:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Run ``evaluate``: print a table by class, and a line for each image that was skipped."""
+    check_output(options.output)
     trained = load_model(options)
     of_classes = isinstance(trained.objective, SingleLabel)
     settings = {"batch_size": options.batch_size, "workers": options.workers, "tta": options.tta}

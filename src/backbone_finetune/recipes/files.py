@@ -30,6 +30,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_output(folder: Path) -> None:
+    """Raise OSError unless files can be written into a folder, which need not exist; change nothing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        kind = "a file" if nearest.exists() else "a broken link"
+        raise FileExistsError(f"{nearest} is {kind}; pass a folder with --output")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{nearest} is not writable; pass another folder with --output")
+
+
 def sync_file(path: Path) -> None:
     """Flush a file to disk."""
     descriptor = os.open(path, os.O_RDONLY)

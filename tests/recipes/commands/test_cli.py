@@ -394,6 +394,29 @@ def test_predictions_in_another_format_are_refused(trained: Path, fail: Fail) ->
     assert line == "answers.json: predictions are written to a file that ends in .csv, .jsonl or .parquet"
 
 
+def test_outputs_are_checked_before_the_images(
+    trained: Path, tmp_path: Path, fail: Fail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise AssertionError("images were read")
+
+    images = trained.parents[1] / "images"
+    for name in ("predict", "evaluate_folder"):
+        monkeypatch.setattr(cli, name, refuse)
+    (tmp_path / "folder.csv").mkdir()
+    line = fail("predict", trained, images, "--output", tmp_path / "folder.csv")
+    assert line == f"{tmp_path}/folder.csv is a folder; pass the path of a file with --output"
+    line = fail("predict", trained, images, "--output", tmp_path / "none" / "answers.csv")
+    assert line.startswith(f"{tmp_path}/none/answers.csv: there is no folder {tmp_path}/none; create it")
+    (tmp_path / "file").touch()
+    line = fail("evaluate", trained, images, "--output", tmp_path / "file" / "below")
+    assert line == f"{tmp_path}/file is a file; pass a folder with --output"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    for command, output in (("predict", "answers.csv"), ("evaluate", "evaluation")):
+        line = fail(command, trained, images, "--output", tmp_path / output)
+        assert line == f"{tmp_path} is not writable; pass another folder with --output"
+
+
 def test_an_error_of_many_lines_is_one_line(fail: Fail) -> None:
     assert fail("predict", "no\n\tsuch\n\nmodel", "tom.jpg").startswith("no such model: no such file")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import import_extra
-from ..files import csv_writer, replacing
+from ..files import check_output, csv_writer, replacing
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel
@@ -122,7 +122,18 @@ def _escaped(text: str) -> str:
 def choose_writer(
     path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
 ) -> Callable[[Iterable[Prediction]], Iterator[Prediction]]:
-    """Return the writer for a file of predictions: ``.csv`` or ``.parquet`` for a table, ``.jsonl`` for JSON lines."""
+    """Return the writer for a file of predictions: ``.csv`` or ``.parquet`` for a table, ``.jsonl`` for JSON lines.
+
+    Raises:
+        ModuleNotFoundError: the package of the format is not installed.
+        OSError: the path is a folder, or its folder does not exist or is not writable.
+        ValueError: the path has another suffix.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; pass the path of a file with --output")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it, or choose another with --output")
+    check_output(path.parent)
     if path.suffix == ".csv":
         return partial(write_csv, path=path, top_k=top_k, trained=trained)
     if path.suffix == ".parquet":

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ...files import replacing, sync_file, sync_folder
+from ...files import check_output, replacing, sync_file, sync_folder
 from ...text import join_some, one_line
 
 RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE = "run.json", "model.safetensors", "metrics.json", "curves.png"
@@ -25,10 +25,8 @@ UNFINISHED, LOCK_FILE = ".unfinished", "lock"
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError unless a run may write into a folder; change nothing."""
-    if os.path.lexists(folder) and not folder.is_dir():
-        kind = "a file" if folder.exists() else "a broken link"
-        raise FileExistsError(f"{folder} is {kind}; pass a folder with --output")
+    """Raise OSError unless a run may write into a folder; change nothing."""
+    check_output(folder)
     unfinished = folder / UNFINISHED
     if overwrite or (unfinished / RUN_FILE).is_file():
         return
