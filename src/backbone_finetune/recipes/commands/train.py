@@ -35,9 +35,9 @@ from ..training.tracking import finish_trackers
 from .reporting.figures import Answers, make_answers
 from .reporting.label_issues import check_extra
 from .runs.baselines import chance_accuracy
-from .runs.comparisons import FOLDS, add_baselines, add_folds, held_out, predict_held_out, within_memory
+from .runs.comparisons import FOLDS, add_baselines, add_folds, held_out, left_out_if_it_fails, predict_held_out
 from .runs.metrics import Metrics
-from .runs.results import write_results
+from .runs.results import write_metrics, write_results
 from .runs.run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
 from .runs.run_record import compare_runs, record_run
 from .runs.tracked_run import check_tracker, start_tracker
@@ -51,10 +51,10 @@ logger = logging.getLogger(__name__)
 def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None) -> Metrics:
     """Fine-tune a model, write it to a file, and optionally compare it with baselines.
 
-    ``settings.output`` gets ``model.safetensors`` and ``run.json`` when the training is done, then ``metrics.json`` and
-    ``curves.png``. Settings and images are checked before the training. Files of an earlier run are kept until new ones
-    replace them. A stopped run resumes with the same settings. Progress is logged by
-    the main process.
+    ``settings.output`` gets ``model.safetensors``, ``run.json`` and ``metrics.json`` when the training is done, then
+    ``curves.png`` and ``report.html``. Settings and images are checked before the training. Files of an earlier run are
+    kept until new ones replace them. A stopped run resumes with the same settings. Progress is logged by the main
+    process.
 
     >>> from pathlib import Path
     >>> train(TrainSettings(images=Path("no such folder"), output=Path("no such output")))
@@ -193,9 +193,9 @@ def _train_model(
         raise DivergedError(f"{error}; {hint}") from error
     score, answers = None, None
     try:
-        with within_memory(accelerator, "thresholds"):
+        with left_out_if_it_fails(accelerator, "thresholds"):
             config = _choose_thresholds(task, config)
-        with within_memory(accelerator, "test images"):
+        with left_out_if_it_fails(accelerator, "test images"):
             score, answers = _score(task, config)
     finally:  # after an error too: a trained model is not lost
         metrics = _record_training(settings, task, config, history, score)
@@ -244,7 +244,7 @@ def _record_training(
 def _write_model(
     settings: TrainSettings, task: Task, config: TrainerConfig, metrics: Metrics, record: Mapping[str, Any]
 ) -> None:
-    """Write ``run.json`` and the model file, which holds its metrics."""
+    """Write ``run.json``, the model file, which holds its metrics, and ``metrics.json``."""
     trained = TrainedModel(
         task.model, task.architecture, metrics.class_names, task.data_config, task.arguments, config.objective
     )
@@ -255,6 +255,7 @@ def _write_model(
             save_trained_model(trained, temporary, record=asdict(metrics))
         else:
             save_trained_changes(trained, task.base, temporary, record=asdict(metrics))
+    write_metrics(settings.output, metrics)
 
 
 def _choose_thresholds(task: Task, config: TrainerConfig) -> TrainerConfig:

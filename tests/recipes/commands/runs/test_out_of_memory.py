@@ -1,8 +1,10 @@
-"""A trained model is written, and its run ends, if the memory is too small for what is measured beside it."""
+"""A trained model is written, and its run ends, if something that is measured beside it fails."""
 
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from backbone_finetune.recipes.commands.reporting import plots
 from backbone_finetune.recipes.commands.runs import comparisons, results
 from backbone_finetune.recipes.commands.train import TrainSettings, train
 from backbone_finetune.recipes.models.file import load_trained_model
+from backbone_finetune.recipes.training.epoch import DivergedError
 from backbone_finetune.recipes.training.phases import Phase
 
 BESIDE = {
@@ -50,19 +53,22 @@ def failing(error: BaseException) -> Any:
 
 
 def left_out(caplog: pytest.LogCaptureFixture) -> set[str]:
-    return {name for line in caplog.messages for name, found, _ in [line.partition(": left out, the memory")] if found}
+    return {name for line in caplog.messages for name, found, _ in [line.partition(": left out, ")] if found}
 
 
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_run_without_memory_for_more_than_the_training_ends_with_its_model(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), DivergedError("diverged")], ids=["memory", "diverged"]
+)
+def test_a_run_that_can_do_no_more_than_the_training_ends_with_its_model(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     names = {*BESIDE} - {"report.html"}
     for name in names:
-        monkeypatch.setattr(*BESIDE[name], failing(torch.OutOfMemoryError("CUDA out of memory")))
+        monkeypatch.setattr(*BESIDE[name], failing(error))
     metrics = train(TrainSettings(**settings))
     assert left_out(caplog) == names
     assert names_in(settings["output"]) == {"run.json", "model.safetensors", "metrics.json"}
@@ -90,7 +96,8 @@ def test_the_model_is_written_if_the_test_fails(
         changed.setattr(command, "evaluate", failing(error))
         with pytest.raises(type(error)):
             train(TrainSettings(**settings))
-    assert names_in(settings["output"]) == {"run.json", "model.safetensors", ".unfinished"}
+    assert names_in(settings["output"]) == {"run.json", "model.safetensors", "metrics.json", ".unfinished"}
+    assert json.loads((settings["output"] / "metrics.json").read_text())["history"]
     before = load_trained_model(settings["output"] / "model.safetensors").model.state_dict()
     assert train(TrainSettings(**settings)).test_accuracy is not None
     after = load_trained_model(settings["output"] / "model.safetensors").model.state_dict()
@@ -111,12 +118,16 @@ def test_thresholds_without_memory_are_one_half(
     assert loaded.objective.thresholds is None
 
 
-def test_a_run_without_memory_for_label_issues_ends_without_them(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("error", [MemoryError("too many"), IndexError("no class 2")], ids=["memory", "cleanlab"])
+def test_a_run_whose_label_check_fails_ends_without_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    monkeypatch.setattr(command, "check_extra", lambda: None)  # cleanlab need not be installed
-    monkeypatch.setattr(results, "find_label_issues", failing(MemoryError()))
+    cleanlab = types.ModuleType("cleanlab.filter")  # need not be installed
+    cleanlab.find_label_issues = failing(error)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cleanlab", types.ModuleType("cleanlab"))
+    monkeypatch.setitem(sys.modules, "cleanlab.filter", cleanlab)
     metrics = train(TrainSettings(**{**settings, "baselines": False, "folds": None, "check_labels": True}))
     assert (left_out(caplog), metrics.label_issues) == ({"label_issues.csv"}, None)
     everything = {"run.json", "model.safetensors", "metrics.json", "curves.png", "report.html"}
     assert names_in(settings["output"]) == everything
+    assert str(error) in caplog.text

@@ -8,6 +8,7 @@ import numpy
 
 from ...extras import import_extra
 from ...files import csv_writer
+from ...text import one_line
 from .figures import Answers
 
 __all__ = ["LabelIssue", "check_extra", "find_label_issues", "write_label_issues"]
@@ -40,11 +41,16 @@ def find_label_issues(answers: Answers) -> list[LabelIssue]:
 
     Raises:
         ModuleNotFoundError: cleanlab is not installed.
+        ValueError: cleanlab fails on these answers.
     """
     targets, probabilities = numpy.asarray(answers.targets), answers.probabilities
     find = import_extra("cleanlab.filter", "labels").find_label_issues
-    # In this process: cleanlab would start one per core, for less than a second of work on 50,000 images.
-    found = find(targets, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1)
+    try:  # in this process: cleanlab would start one per core, for less than a second of work on 50,000 images
+        found = find(targets, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"cleanlab failed ({type(error).__name__}: {one_line(error)})") from error
     return [
         LabelIssue(
             answers.paths[index],

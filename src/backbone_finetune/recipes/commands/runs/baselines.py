@@ -19,7 +19,6 @@ from backbone_finetune import FineTuneModel
 from ...models.classifiers import ClassifierDescription, describe_classifier
 from ...models.readouts import assemble, describe_readout
 from ...rng import preserve_rng_state
-from ...training.epoch import DivergedError
 from ...training.loop import TrainerConfig, fine_tune
 from ...training.phases import Phase
 from ...training.scoring import evaluate
@@ -59,28 +58,22 @@ def pixel_model(num_classes: int, channels: int = 3) -> FineTuneModel:
 
 
 def baseline_accuracy(
-    name: str,
     model: FineTuneModel,
     train: Dataset[tuple[Tensor, int]],
     test: Dataset[tuple[Tensor, int]],
     *,
     phase: Phase,
     config: TrainerConfig,
-) -> float | None:
-    """Train a model for one phase and return its test accuracy; if it diverges, warn and return None.
+) -> float:
+    """Train a model for one phase and return its test accuracy.
 
     >>> from accelerate import Accelerator
     >>> images = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
     >>> config = TrainerConfig(Accelerator(cpu=True), show_progress=False)
-    >>> baseline_accuracy("raw pixels", pixel_model(2), images, images, phase=Phase(epochs=9), config=config)
+    >>> baseline_accuracy(pixel_model(2), images, images, phase=Phase(epochs=9), config=config)
     1.0
     """
-    try:
-        fine_tune(model, train, None, [phase], config)
-    except DivergedError as error:
-        if config.accelerator.is_main_process:
-            logger.warning("%s: %s; this baseline is left out", name, error)
-        return None
+    fine_tune(model, train, None, [phase], config)
     return evaluate(model, test, config).metrics[config.objective.main_metric]
 
 

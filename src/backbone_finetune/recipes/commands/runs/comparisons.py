@@ -20,6 +20,7 @@ from ...objectives.kinds import SingleLabel
 from ...rng import seed_everything
 from ...text import one_line
 from ...together import is_alone, run_on_main
+from ...training.epoch import DivergedError
 from ...training.folds import cross_predict, cross_validate
 from ...training.loop import TrainerConfig
 from ...training.phase_data import prepare_data
@@ -29,7 +30,7 @@ from ..setup import Task, TrainSettings
 from .baselines import baseline_accuracy, measure_backward, pixel_model, random_model
 from .metrics import Metrics
 
-__all__ = ["FOLDS", "add_baselines", "add_folds", "held_out", "predict_held_out", "within_memory"]
+__all__ = ["FOLDS", "add_baselines", "add_folds", "held_out", "left_out_if_it_fails", "predict_held_out"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +39,26 @@ FOLDS = 5  # where labels are checked and no number is given
 
 
 @contextmanager
-def within_memory(accelerator: Accelerator, name: str) -> Iterator[None]:
-    """Leave out the rest of the block, and log that, if the memory is too small for it.
+def left_out_if_it_fails(accelerator: Accelerator | None, name: str) -> Iterator[None]:
+    """Leave out the rest of the block, and log that, if the memory is too small for it, or if it raises a ValueError.
 
-    >>> with within_memory(Accelerator(cpu=True), "curves.png"):
+    A `DivergedError` is such an error.
+
+    >>> with left_out_if_it_fails(None, "curves.png"):
     ...     raise torch.OutOfMemoryError("CUDA out of memory")
 
-    With several processes the error is raised, because the others would wait for this one.
+    If only one of several processes may fail, pass their accelerator: the error is raised, because the others would
+    wait for this process. All of them diverge together.
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        if not is_alone(accelerator):
+    except (torch.OutOfMemoryError, MemoryError, ValueError) as error:
+        if not (is_alone(accelerator) or isinstance(error, DivergedError)):
             raise
-        logger.warning("%s: left out, the memory is too small (%s)", name, one_line(error, most=200))
+        if accelerator is None or accelerator.is_main_process:
+            why = one_line(error, most=200)
+            why = why if isinstance(error, ValueError) else f"the memory is too small ({why})"
+            logger.warning("%s: left out, %s", name, why)
 
 
 def held_out(task: Task) -> ImageDataset:
@@ -66,7 +73,7 @@ def add_folds(
 ) -> Metrics:
     """Add the accuracy of each fold of the training images; frozen modules run over them at most once more."""
     config, folds = replace(config, show_progress=False), settings.folds or FOLDS
-    with within_memory(config.accelerator, "folds"):
+    with left_out_if_it_fails(config.accelerator, "folds"):
         histories = cross_validate(model, task.train, task.phases, config, folds=folds)
         accuracies = (history[-1].validation(config.objective.main_metric) for history in histories)
         return replace(metrics, fold_accuracies=tuple(accuracy or 0.0 for accuracy in accuracies))
@@ -85,7 +92,7 @@ def predict_held_out(
         first = next(result for result in metrics.history if result.phase == number)
         phases.append(replace(phase, lr=first.lr, weight_decay=first.weight_decay))
     config, folds = replace(config, show_progress=False), settings.folds or FOLDS
-    with within_memory(config.accelerator, "label issues"):
+    with left_out_if_it_fails(config.accelerator, "label issues"):
         rows = cross_predict(model, task.train, phases, config, folds=folds)
         read = ~rows.isnan().any(1)
         return make_answers(task.train.folder.select(read.nonzero().flatten().tolist()), rows[read])
@@ -104,18 +111,18 @@ def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config:
     )
     baseline_config = replace(config.aside(), caches=None, compile=None, show_progress=False)
 
-    def compare(name: str, model: FineTuneModel) -> float | None:
-        return baseline_accuracy(name, model, task.train, held_out(task), phase=phase, config=baseline_config)
+    def compare(model: FineTuneModel) -> float:
+        return baseline_accuracy(model, task.train, held_out(task), phase=phase, config=baseline_config)
 
-    with within_memory(accelerator, "random backbone"):
+    with left_out_if_it_fails(accelerator, "random backbone"):
         random = random_model(task.model, task.architecture, num_classes, **task.arguments)
-        metrics = replace(metrics, random_backbone=compare("random backbone", random))
+        metrics = replace(metrics, random_backbone=compare(random))
     if isinstance(config.objective, SingleLabel):
-        with within_memory(accelerator, "nearest neighbours"):
+        with left_out_if_it_fails(accelerator, "nearest neighbours"):
             metrics = replace(metrics, nearest_neighbors=_measure_neighbors(task, baseline_config, config.caches))
-    with within_memory(accelerator, "raw pixels"):
-        metrics = replace(metrics, raw_pixels=compare("raw pixels", pixel_model(num_classes, task.train.channels)))
-    with within_memory(accelerator, "backward"):
+    with left_out_if_it_fails(accelerator, "raw pixels"):
+        metrics = replace(metrics, raw_pixels=compare(pixel_model(num_classes, task.train.channels)))
+    with left_out_if_it_fails(accelerator, "backward"):
         times = run_on_main(
             accelerator, lambda: measure_backward(task.model, *_first_batch(task.train, accelerator.device))
         )

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -12,7 +13,7 @@ from ..reporting.figures import Answers
 from ..reporting.label_issues import find_label_issues, write_label_issues
 from ..reporting.report import report_run
 from ..setup import Task, TrainSettings
-from .comparisons import within_memory
+from .comparisons import left_out_if_it_fails
 from .metrics import Metrics, describe
 from .run_folder import (
     CURVES_FILE,
@@ -25,9 +26,15 @@ from .run_folder import (
     publishing,
 )
 
-__all__ = ["write_results"]
+__all__ = ["write_metrics", "write_results"]
 
 logger = logging.getLogger(__name__)
+
+
+def write_metrics(folder: Path, metrics: Metrics) -> None:
+    """Write ``metrics.json``: once with the model, so that no later error loses it, and again with all that follows."""
+    with publishing(folder, METRICS_FILE) as temporary:
+        temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False, default=os.fspath) + "\n")
 
 
 def write_results(
@@ -57,16 +64,15 @@ def write_results(
     folder, names = settings.output, [RUN_FILE, MODEL_FILE, METRICS_FILE]
     issues = None
     if predicted is not None:
-        with within_memory(accelerator, LABELS_FILE):
+        with left_out_if_it_fails(None, LABELS_FILE):
             issues = find_label_issues(predicted)
     metrics = replace(metrics, copies=task.copies, label_issues=None if issues is None else len(issues))
     logger.info(describe(metrics))
     tested = {"accuracy": metrics.test_accuracy, "balanced_accuracy": metrics.test_balanced_accuracy}
     figures = {name: value for name, value in {**tested, **metrics.test_metrics}.items() if value is not None}
     log_figures(accelerator, {f"test/{name}": value for name, value in figures.items()}, len(metrics.history))
-    with publishing(folder, METRICS_FILE) as temporary:
-        temporary.write_text(json.dumps(asdict(metrics), indent=2, allow_nan=False, default=os.fspath) + "\n")
-    with within_memory(accelerator, CURVES_FILE), publishing(folder, CURVES_FILE) as temporary:
+    write_metrics(folder, metrics)
+    with left_out_if_it_fails(None, CURVES_FILE), publishing(folder, CURVES_FILE) as temporary:
         main = task.objective.main_metric
         value = {"accuracy": metrics.test_accuracy, **metrics.test_metrics}.get(main)
         test = {} if value is None else {"test": value}
@@ -77,7 +83,7 @@ def write_results(
             write_label_issues(issues, temporary)
             names.append(LABELS_FILE)
     if answers is not None:
-        with within_memory(accelerator, REPORT_FILE), publishing(folder, REPORT_FILE) as temporary:
+        with left_out_if_it_fails(None, REPORT_FILE), publishing(folder, REPORT_FILE) as temporary:
             temporary.write_text(report_run(metrics, answers, task.model, issues), encoding="utf-8")
             names.append(REPORT_FILE)
     finish_run(folder, names)
