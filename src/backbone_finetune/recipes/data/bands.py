@@ -1,6 +1,5 @@
 """Images with any number of bands: arrays in ``.npy`` and TIFF files, and their conversion to a model's channels."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -108,19 +107,17 @@ def read_npy(file: BinaryIO, channels: int | None) -> Picture:
 def read_tiff(file: BinaryIO, channels: int | None) -> Picture:
     """Read the first image of a TIFF file with any number of bands, by ``tifffile``."""
     with import_extra("tifffile", "tiff").TiffFile(file) as tiff:
-        series = tiff.series[0]
-        axes = [axis for axis, size in zip(series.axes, series.shape, strict=True) if axis in "YX" or size > 1]
-        if sorted(axes)[-2:] != ["X", "Y"] or len(axes) > 3:
-            raise ValueError(f"axes {series.axes} of {series.shape}; expected height (Y), width (X) and bands")
-        bands = [position for position, axis in enumerate(series.axes) if axis not in "YX"]
-        order = [series.axes.index("Y"), series.axes.index("X"), *bands]
-        rows, columns, *counts = (series.shape[position] for position in order)
-        shape = (rows, columns, math.prod(counts))
-        check_array(shape, series.dtype, channels)
-        array, page = series.asarray(), series.keyframe
+        series, page = tiff.series[0], tiff.series[0].keyframe
+        axes, shape = series.get_axes(squeeze=True), series.get_shape(squeeze=True)
+        bands = [position for position, axis in enumerate(axes) if axis not in "YX"]
+        if not {"Y", "X"} <= set(axes) or len(bands) > 1:
+            raise ValueError(f"axes {axes} of {shape}; expected height (Y), width (X) and bands")
+        order = [axes.index("Y"), axes.index("X"), *bands]
+        check_array([shape[position] for position in order], series.dtype, channels)
+        array = series.asarray().reshape(shape).transpose(order)
         if page.photometric == MIN_IS_WHITE and page.samplesperpixel == 1 and array.dtype.kind == "u":
             array = 2**page.bitspersample - 1 - array
-        return from_array(array.transpose(order).reshape(shape), channels)
+        return from_array(array, channels)
 
 
 def to_rgb(picture: Picture) -> Image.Image:
