@@ -79,17 +79,8 @@ class Batches(Dataset[Any]):
                 with nullcontext() if self.seed is None else seeded(f"{self.seed} {index}"):
                     rows.append(self.load(index % len(self.data), broken))
             place = ""
-            if broken:
-                # Another image of the batch has the right size and the least effect on BatchNorm statistics.
-                with torch.device("cpu"):
-                    read = is_read(default_collate([target for _, target in rows])).tolist()
-                image = rows[read.index(True)][0] if any(read) else rows[0][0]
-                rows = [row if is_one else (image, row[1]) for row, is_one in zip(rows, read, strict=True)]
-            if isinstance(self.data, ImageDataset):
-                images = of_one_dtype([image for image, _ in rows])
-                rows = [(image, target) for image, (_, target) in zip(images, rows, strict=True)]
             with torch.device("cpu"):  # converts targets that are numbers to a tensor
-                values = default_collate(rows)
+                values = default_collate(_make_alike(rows, broken) if isinstance(self.data, ImageDataset) else rows)
             if self.compute is not None:
                 if self.normalize is not None:
                     values[0] = self.normalize(values[0])
@@ -119,6 +110,17 @@ class Batches(Dataset[Any]):
                 return self.to_bytes(image), target
         except Exception as error:
             raise RuntimeError(f"{path}: its transform failed: {type(error).__name__}: {error}") from error
+
+
+def _make_alike(rows: Sequence[Any], broken: Mapping[str, str]) -> list[Any]:
+    """Return rows whose images have one dtype and, where some are broken, one size."""
+    images, targets = map(list, zip(*rows, strict=True))
+    if broken:
+        # Another image of the batch has the right size and the least effect on BatchNorm statistics.
+        read = is_read(default_collate(targets)).tolist()
+        whole = images[read.index(True)] if any(read) else images[0]
+        images = [image if is_one else whole for image, is_one in zip(images, read, strict=True)]
+    return list(zip(of_one_dtype(images), targets, strict=True))
 
 
 class DeviceLoader(DataLoader[Any]):
