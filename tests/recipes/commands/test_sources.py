@@ -137,3 +137,15 @@ def test_broken_members_are_skipped_and_named(root: Path, tmp_path: Path, capsys
     assert f"skipped: {tar}/red/broken.png: not a readable image" in capsys.readouterr().err
     (skipped,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped_images"]
     assert skipped.startswith(f"{tar}/red/broken.png: ")
+
+
+def test_a_run_whose_test_images_are_all_broken_leaves_its_model(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in NAMES:
+        (tmp_path / "test" / name).mkdir(parents=True)
+        (tmp_path / "test" / name / "0.png").touch()
+    model = run(root / "folder", tmp_path / "run", "--test", str(tmp_path / "test"))
+    assert "test images: left out, test: none of the images can be read" in capsys.readouterr().err
+    assert model.is_file()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["chance"] is None

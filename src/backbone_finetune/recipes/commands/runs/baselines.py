@@ -30,12 +30,14 @@ __all__ = ["BackwardTimes", "baseline_accuracy", "chance_accuracy", "measure_bac
 SECONDS = 0.5  # seconds for which each backward pass is repeated
 
 
-def chance_accuracy(train_targets: Sequence[int], test_targets: Sequence[int]) -> float:
-    """Return the test accuracy of always predicting the most common training class.
+def chance_accuracy(train_targets: Sequence[int], test_targets: Sequence[int]) -> float | None:
+    """Return the test accuracy of always predicting the most common training class; None without test images.
 
     >>> chance_accuracy([0, 0, 1], [0, 1, 1, 1])
     0.25
     """
+    if not test_targets:
+        return None
     commonest = Counter(train_targets).most_common(1)[0][0]
     return sum(target == commonest for target in test_targets) / len(test_targets)
 
