@@ -411,7 +411,7 @@ def set_global(_: FineTuneModel, patched: pytest.MonkeyPatch) -> None:
     patched.setitem(globals(), "OFFSET", 0.01)
 
 
-BY_KEY = "made with other backbone"
+BY_KEY = "stored for other frozen modules"
 DAMAGED = "incomplete or damaged"
 BY_CHECK = "8 images give other features now than those stored"
 
@@ -443,7 +443,7 @@ def test_a_changed_backbone_recomputes_features(
     change(model, monkeypatch)
     found = extract(model, cache)
     assert all(map(torch.equal, found, extract(model)))
-    assert logged() == [f"features in {cache.folder}: {reason}; computing them again"]
+    assert logged() == [f"features in {cache.folder}: {reason}; computing new ones"]
     passes = Passes(model)
     extract(model, cache)
     assert passes.count == 1
@@ -470,7 +470,7 @@ def test_changed_data_recomputes_features(tmp_path: Path, logged: Logged) -> Non
         logged()
         found = extract(model, cache, loader=DataLoader(changed, batch_size=4))  # type: ignore[arg-type]
         assert torch.equal(found[1], changed.tensors[1])
-        assert logged() == [f"features in {cache.folder}: {BY_CHECK}; computing them again"]
+        assert logged() == [f"features in {cache.folder}: {BY_CHECK}; computing new ones"]
 
 
 def test_the_check_tolerates_rounding_by_the_batch_size(tmp_path: Path, logged: Logged) -> None:
@@ -501,21 +501,21 @@ def test_other_data_precision_or_versions_recompute_features(
 
     def said() -> str:
         [message] = logged()
-        return message.removeprefix(f"features in {folder}: ").removesuffix("; computing them again")
+        return message.removeprefix(f"features in {folder}: ").removesuffix("; computing new ones")
 
     extract(model, FeatureCache(folder, "b"))
-    assert said() == "made with other images"
+    assert said() == "stored for other images"
     with monkeypatch.context() as patched:
         patched.setattr(timm, "__version__", "2.0")
         extract(model, FeatureCache(folder, "b"))
-        assert said() == "made with other versions"
+        assert said() == "stored for other versions"
     extract(model, FeatureCache(folder, "b"), loader=DataLoader(make_images(7), batch_size=4))
-    assert said() == "made with other image count and other versions"
+    assert said() == "stored for other image count and other versions"
     extract(model, FeatureCache(folder, "b"))
-    assert said() == "made with other image count"
+    assert said() == "stored for other image count"
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     features, _ = extract(model, FeatureCache(folder, "b"), autocast=True)
-    assert said() == "made with other precision"
+    assert said() == "stored for other precision"
     assert features.dtype == torch.float32
     assert passes.count == 4 + 4 + 4 + 3 + 4 + 4
 
@@ -575,7 +575,7 @@ def test_a_damaged_cache_is_recomputed(
     expected = extract(model, cache)
     damage(cache.folder)
     assert all(map(torch.equal, extract(model, cache), expected))
-    assert logged() == [f"features in {cache.folder}: {reason}; computing them again"]
+    assert logged() == [f"features in {cache.folder}: {reason}; computing new ones"]
     extract(model, cache)
     assert logged() == []
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
@@ -647,7 +647,7 @@ def test_an_error_while_building_leaves_no_valid_cache(tmp_path: Path, logged: L
         extract(model, cache)
     hook.remove()
     assert all(map(torch.equal, extract(model, cache), extract(model)))
-    assert logged() == [f"features in {cache.folder}: {DAMAGED}; computing them again"]
+    assert logged() == [f"features in {cache.folder}: {DAMAGED}; computing new ones"]
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -796,7 +796,7 @@ def test_another_process_its_peak_memory_its_cache_and_what_it_leaves_when_kille
     assert not (killed.folder / MANIFEST).exists()
     assert all(map(torch.equal, extract(model, killed, loader=loader, autocast=True), expected))
     assert passes.count == 1 + 1 + 3  # the check of each cache, and three batches
-    assert logged() == [f"features in {killed.folder}: {DAMAGED}; computing them again"]
+    assert logged() == [f"features in {killed.folder}: {DAMAGED}; computing new ones"]
 
 
 def test_progress_is_shown_only_with_a_title(capfd: pytest.CaptureFixture[str]) -> None:

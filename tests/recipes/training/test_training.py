@@ -322,7 +322,7 @@ def test_features_of_an_earlier_backbone_are_replaced(tmp_path: Path, caplog: py
     passes: list[None] = []
     model.backbone.register_forward_hook(lambda *_: passes.append(None))
     fine_tune(model, make_images(), make_images(12), phases, loop)
-    reason = "made with other backbone; computing them again"
+    reason = "stored for other frozen modules; computing new ones"
     replaced = [f"features in {cache.folder}: {reason}" for cache in caches]
     messages = [message for message in caplog.messages if message.startswith("features in")]
     assert [message.replace(" and other precision", "") for message in messages] == replaced * 2

@@ -66,7 +66,7 @@ class FeatureCache:
         packages = {name: version(name) for name in ("torchvision", "pillow")}
         versions = {"backbone-finetune": __version__, "torch": torch.__version__, "timm": timm.__version__, **packages}
         return {
-            "backbone": f"{backbone_fingerprint(front.backbone, front.trained)} {front.description}",
+            "frozen modules": f"{backbone_fingerprint(front.backbone, front.trained)} {front.description}",
             "images": self.data_fingerprint,
             "precision": str(autocast_dtype),
             "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
@@ -115,7 +115,7 @@ class RowStore:
         try:
             made = _KEY.validate_json((self.folder / MANIFEST).read_bytes())
             if changed := [f"other {name}" for name, value in self.key.items() if made.get(name) != value]:
-                return f"made with {' and '.join(changed)}"
+                return f"stored for {' and '.join(changed)}"
             stored = [slot[spread_rows(self.count)] for slot in self.read(in_memory=False)]
         except (OSError, ValueError, RuntimeError):
             return "incomplete or damaged"

@@ -110,7 +110,7 @@ def _rows_on_disk(
             """Return whether the stored rows are usable, and the name of a file that identifies the folder."""
             problem = store.find_problem(sample.tensors, autocast=run.dtype is not None)
             if problem:
-                logger.info("features in %s: %s; computing them again", folder, problem)
+                logger.info("features in %s: %s; computing new ones", folder, problem)
             if problem is not None:
                 store.allocate()
             token = folder / SLOT.format(uuid4())
