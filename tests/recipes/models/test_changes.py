@@ -20,6 +20,7 @@ from torch import nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_tensors
+from backbone_finetune.recipes.models.base import remember_base
 from backbone_finetune.recipes.models.file import (
     TrainedModel,
     describe_model_file,
@@ -27,7 +28,7 @@ from backbone_finetune.recipes.models.file import (
     save_trained_changes,
 )
 from backbone_finetune.recipes.models.readouts import choose_readout
-from backbone_finetune.recipes.models.weights import load_network, remember_base
+from backbone_finetune.recipes.models.weights import load_network
 
 HUGE = "vit_huge_patch14_clip_224.laion2b"
 

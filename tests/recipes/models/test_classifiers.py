@@ -18,6 +18,7 @@ from timm_families import FAMILIES
 from torch import nn
 
 from backbone_finetune import FineTuneModel, TokenReadout
+from backbone_finetune.recipes.models.base import remember_base
 from backbone_finetune.recipes.models.classifiers import choose_classifier
 from backbone_finetune.recipes.models.file import (
     TrainedModel,
@@ -27,7 +28,6 @@ from backbone_finetune.recipes.models.file import (
     with_new_classifier,
 )
 from backbone_finetune.recipes.models.readouts import assemble, choose_readout
-from backbone_finetune.recipes.models.weights import remember_base
 
 NAMES = ("blue", "green", "red")
 SIDE = 32

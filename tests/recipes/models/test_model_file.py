@@ -17,6 +17,7 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import read_checkpoint, save_checkpoint
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.data.images import read_image
+from backbone_finetune.recipes.models.base import remember_base
 from backbone_finetune.recipes.models.file import (
     TrainedModel,
     build_transform,
@@ -28,7 +29,6 @@ from backbone_finetune.recipes.models.file import (
 from backbone_finetune.recipes.models.weights import (
     load_network,
     load_packaged_network,
-    remember_base,
 )
 
 

@@ -22,6 +22,7 @@ from ..data.images import ImageDataset, LabelledFolder, check_first_images
 from ..data.sources.identical import Copy
 from ..data.sources.parts import FoundData, find_data
 from ..data.sources.rows import TEST, TRAIN, VALIDATION
+from ..models.base import BaseWeights, remember_base
 from ..models.classifiers import Head, choose_classifier
 from ..models.file import (
     TrainedModel,
@@ -33,7 +34,7 @@ from ..models.file import (
 from ..models.inputs import Size, find_size_problem, input_arguments, resolve_data_config
 from ..models.metadata import Channels, Side
 from ..models.readouts import Readout, assemble, choose_readout
-from ..models.weights import PACKAGED_ARCHITECTURE, BaseWeights, Source, load_network, model_arguments, remember_base
+from ..models.weights import PACKAGED_ARCHITECTURE, Source, load_network, model_arguments
 from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
 from ..text import join_some
 from ..together import run_on_main

@@ -33,11 +33,11 @@ from ..data.augmentation import Augmentation
 from ..data.bands import Picture
 from ..objectives.kinds import Objective, SingleLabel
 from ..text import one_line
+from .base import BaseWeights, find_base
 from .classifiers import KINDS, describe_classifier
 from .inputs import find_size_problem
 from .metadata import ModelDescription, describe_objective, installed_versions, parse_metadata
 from .readouts import assemble, describe_readout
-from .weights import BaseWeights, find_base
 
 # Limit for buffers that a network computes (masks, positions) and that are not in the file.
 MOST_BYTES_BESIDE = 2**28

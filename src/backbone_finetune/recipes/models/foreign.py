@@ -14,8 +14,6 @@ from timm.models import PretrainedCfg, clean_state_dict
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
-from backbone_finetune.validation import check_architecture
-
 from ..text import join_some, one_line
 
 NESTED = ("state_dict_ema", "model_ema", "model_state_dict", "state_dict", "model", "net", "weights")
@@ -28,40 +26,47 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
     layer may have timm's own number of channels in place of ``in_chans``; no other tensor may be missing, unexpected
     or of another shape.
     """
-    check_architecture(architecture)
     with torch.device("meta"):
         wanted = timm.create_model(architecture, **arguments).state_dict()
     tensors = read_weights(path, wanted)
     defaults = timm.get_pretrained_cfg(architecture) or PretrainedCfg()
-    overlay: dict[str, Any] = {"label_offset": 0}
+    size = defaults.input_size
     first, own = (_find_weight(state, defaults.first_conv) for state in (tensors, wanted))
     if first is not None and own is not None and first.ndim == own.ndim == 4:
-        images = arguments.get("in_chans", defaults.input_size[0])
+        images = arguments.get("in_chans", size[0])
         channels = first.shape[1] * images // own.shape[1]  # of the file; a stem that folds pixels has a multiple
-        if channels not in {images, defaults.input_size[0]}:
+        if channels not in {images, size[0]}:
             raise ValueError(f"{path}: its first layer takes images of {channels} channels; pass --in-chans {channels}")
-        overlay["input_size"] = (channels, *defaults.input_size[1:])
+        size = (channels, *size[1:])
     # timm loads strictly only with equal numbers of classes, so build the network with those of the file.
     # Without a classifier under timm's name, the file is in its authors' own format (timm translates it, and it
     # has the usual classes) or has none.
     classifier = _find_weight(tensors, defaults.classifier)
     problem: Exception | None = None
     for num_classes in (defaults.num_classes, 0) if classifier is None else (len(classifier),):
-        overlay |= {"state_dict": dict(tensors), "num_classes": num_classes}  # timm takes some tensors out
+        config = {"num_classes": num_classes, "input_size": size, "label_offset": 0}
         try:
-            network = timm.create_model(
-                architecture, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
-            )
+            return create_with_weights(architecture, tensors, config, num_classes=num_classes, **arguments)
         except Exception as error:  # timm's converters may raise any error for a foreign file
             problem = error
-        else:
-            config: Any = network.pretrained_cfg
-            del config["state_dict"]  # it would keep these weights in memory
-            return network
     raise ValueError(
         f"{path}: these are not the weights of {architecture} ({one_line(problem, most=200)}); its tensors are "
         f"{_list_names(wanted)}; the file has {_list_names(tensors)}"
     ) from problem
+
+
+def create_with_weights(
+    architecture: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], **arguments: Any
+) -> nn.Module:
+    """Build an architecture with a state dict, which timm converts and adapts to the ``arguments``.
+
+    ``config`` says what the weights were trained for, by the names of timm's ``PretrainedCfg``.
+    """
+    overlay = {**config, "state_dict": dict(tensors)}  # timm takes some tensors out
+    network = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    own: Any = network.pretrained_cfg
+    del own["state_dict"]  # it would keep these weights in memory
+    return network
 
 
 def read_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
