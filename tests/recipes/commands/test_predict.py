@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from image_folders import make_image
+from image_folders import make_folder, make_image
+from packed_images import write_tar
 from PIL import Image
 from torch import Tensor
 
@@ -181,6 +182,15 @@ def test_images_are_given_as_paths_folders_and_patterns(images: Path) -> None:
     assert found("[x].png") == ["[x].png"]
     with pytest.raises(ValueError, match=r"\*\.jpg: no file matches this pattern"):
         found("*.jpg")
+
+
+def test_images_in_a_tar_file_are_those_of_all_its_parts(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images", per_class=1)
+    names = [f"{part}/{colour}/0.png" for part in ("train", "test") for colour in ("blue", "green", "red")]
+    tar = write_tar(tmp_path / "images.tar", dict.fromkeys(names, (folder / "red" / "0.png").read_bytes()))
+    found = list_inputs([str(tar), str(folder / "red")])
+    assert found == [*(tar / name for name in names), folder / "red" / "0.png"]
+    assert all(path.is_file() for path in found)
 
 
 def test_paths_come_from_stdin_one_per_line(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,10 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     )
     add_inference(parser)
     add = parser.add_argument
-    text = "an image, a folder of images at any depth, a pattern ('photos/**/*.jpg'), or - for paths on stdin by line"
+    text = (
+        "an image, a folder of images at any depth, a pattern ('photos/**/*.jpg'), a .tar file or a dataset of Hugging "
+        "Face as `train` takes them, or - for paths on stdin by line"
+    )
     add("images", nargs="+", metavar="IMAGE", help=text)
     add("--top-k", type=int, default=3, metavar="K", help="classes for each image (default: %(default)s)")
     text = "write the predictions to a .csv, .jsonl (JSON lines) or .parquet file (an extra) instead of the terminal"
@@ -287,7 +290,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "the model.safetensors that `train` wrote")
     add("output", type=Path, metavar="OUTPUT", help="the file or, for hub-folder, the folder to write; not there yet")
     add("--to", choices=sorted(EXPORTERS), required=True, help="the format")
-    add("--images", nargs="+", metavar="IMAGE", help="images, folders or patterns on which the logits are compared")
+    add("--images", nargs="+", metavar="IMAGE", help="what `predict` takes: images on which the logits are compared")
     text = "onnx: the graph itself resizes, crops and normalizes; its input is images in uint8, (B, height, width, 3)"
     add("--preprocessing", action="store_true", help=text)
 
