@@ -4,7 +4,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ...text import has_control_characters, join_some
@@ -136,33 +135,40 @@ def _list_classes(root: Path) -> list[Labelled]:
 
 
 def _label(root: Path, images: Iterable[Labelled], class_names: Sequence[str] | None) -> LabelledFolder:
-    """Number the classes of images, and check their names."""
-    paths, labels, groups = zip(*images, strict=True)
-    found = LabelledFolder(root, tuple(class_names or ()), paths, labels, None if groups[0] is None else groups)
+    """Number the classes of images; values stay numbers."""
+    paths, labels, of_groups = zip(*images, strict=True)
+    groups = None if of_groups[0] is None else of_groups
     are_rows = isinstance(labels[0], tuple)
     if are_rows and any(isinstance(value, float) for row in labels for value in row):
-        return found
-    names = tuple(sorted({name for row in labels for name in row})) if are_rows else tuple(dict.fromkeys(labels))
-    if named := [name for name in names if has_control_characters(name)]:
+        return LabelledFolder(root, tuple(class_names or ()), paths, labels, groups)
+    found = sorted({name for row in labels for name in row}) if are_rows else list(dict.fromkeys(labels))
+    numbers = {name: number for number, name in enumerate(_check_names(root, found, class_names, fewest=2 - are_rows))}
+    if are_rows:
+        labels = tuple(tuple(float(name in row) for name in numbers) for row in labels)
+    else:
+        labels = tuple(numbers[label] for label in labels)
+    return LabelledFolder(root, tuple(numbers), paths, labels, groups)
+
+
+def _check_names(root: Path, found: Sequence[str], allowed: Sequence[str] | None, *, fewest: int) -> Sequence[str]:
+    """Return the names of the classes: those that are allowed, or by default all that were found."""
+    if named := [name for name in found if has_control_characters(name)]:
         raise ValueError(f"{root}: class {named[0]!r} has control characters in its name; rename it")
-    if class_names is None and not names:
-        raise ValueError(f"{root}: no row has labels")
-    if class_names is None and len(names) == 1 and not are_rows:
-        inside = root / names[0]
-        hint = (
-            f"; if the classes are the folders in it, pass {inside}" if inside.is_dir() and _folders_in(inside) else ""
-        )
-        raise ValueError(f"{root} has one class only ({names[0]}); {EXPECTED}, two classes or more{hint}")
-    if unknown := [name for name in names if class_names is not None and name not in class_names]:
+    if allowed is None:
+        if not found:
+            raise ValueError(f"{root}: no row has labels")
+        if len(found) < fewest:
+            message = f"{root} has one class only ({found[0]}); {EXPECTED}, two classes or more"
+            if (inside := root / found[0]).is_dir() and _folders_in(inside):
+                message += f"; if the classes are the folders in it, pass {inside}"
+            raise ValueError(message)
+        return found
+    if unknown := [name for name in found if name not in allowed]:
         raise ValueError(
             f"{root}: {join_some(unknown, most=5)}: not a class of this model, whose classes are "
-            f"{join_some(class_names or (), most=20)}; rename the class, or remove it"
+            f"{join_some(allowed, most=20)}; rename the class, or remove it"
         )
-    if are_rows:
-        rows = tuple(tuple(float(name in row) for name in class_names or names) for row in labels)
-        return replace(found, class_names=tuple(class_names or names), targets=rows)
-    numbers = {name: number for number, name in enumerate(class_names or names)}
-    return replace(found, class_names=tuple(numbers), targets=tuple(numbers[label] for label in labels))
+    return allowed
 
 
 def _folders_in(root: Path) -> list[Path]:

@@ -85,11 +85,11 @@ def sort_rows(source: Path, columns: Columns, rows: Iterable[Row]) -> dict[str, 
     """
     found: dict[str, list[Labelled]] = {TRAIN: [], VALIDATION: [], TEST: []}
     for row in rows:
-        split, group = (None if name is None else require(row, name) for name in (columns.split, columns.group))
-        if split is not None and split.lower() not in PARTS:
-            raise ValueError(f"{source}: split {split!r}; expected one of {', '.join(PARTS)}")
-        part = TRAIN if split is None else PARTS[split.lower()]
-        found[part].append(Labelled(row.path, _read_target(row, columns), group))
+        split = TRAIN if columns.split is None else require(row, columns.split).lower()
+        if split not in PARTS:
+            raise ValueError(f"{row.place}: split {split!r}; expected one of {', '.join(PARTS)}")
+        group = None if columns.group is None else require(row, columns.group)
+        found[PARTS[split]].append(Labelled(row.path, _read_target(row, columns), group))
     if not found[TRAIN]:
         raise ValueError(f"{source}: no row has the split train" if any(found.values()) else f"{source}: it has no row")
     return {part: sorted(images, key=lambda image: image.target) for part, images in found.items() if images}
