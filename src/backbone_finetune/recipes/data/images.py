@@ -264,8 +264,9 @@ def check_first_images(folder: LabelledFolder, channels: int) -> None:
 
 def _count_pages(path: Path) -> int:
     """Return the number of pages of a TIFF file that Pillow reads; 1 of other files."""
-    try:
-        with path.open("rb") as file, Image.open(file, formats=["TIFF"]) as image:
-            return int(getattr(image, "n_frames", 1))
-    except UnidentifiedImageError:
-        return 1
+    with warnings.catch_warnings(), path.open("rb") as file:
+        warnings.simplefilter("ignore")  # as in `read_image`
+        try:
+            return int(getattr(Image.open(file, formats=["TIFF"]), "n_frames", 1))
+        except UnidentifiedImageError:
+            return 1
