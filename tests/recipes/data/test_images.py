@@ -77,7 +77,7 @@ def test_a_class_without_images_raises(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
     with pytest.raises(
-        ValueError, match=r"class folder .*empty holds no image \(\.jpg, .*; add images to it, or remove"
+        ValueError, match=r"class folder .*empty holds no image \(\.jpg, .*\), but 1 \.txt; add images to it"
     ):
         find_images(tmp_path)
 

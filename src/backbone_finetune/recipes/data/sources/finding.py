@@ -9,7 +9,7 @@ from pathlib import Path
 from ...text import has_control_characters, join_some
 from ..images import LabelledFolder
 from .hugging_face import is_dataset, read_dataset
-from .names import EXAMPLES, choose_parts, is_image, kind_of, warn_of_left_out
+from .names import EXAMPLES, choose_parts, is_image, kind_of, show_kinds, warn_of_left_out
 from .rows import PARTS, TEST, TRAIN, VALIDATION, Labelled
 from .tables import TABLES, read_table
 from .tar_layouts import read_tars
@@ -126,9 +126,13 @@ def _list_classes(root: Path) -> list[Labelled]:
     images: list[Labelled] = []
     for folder in folders:
         files = sorted(_files_below(folder))
-        if not any(map(is_image, files)):
-            raise ValueError(f"class folder {folder} holds no image ({EXAMPLES}); add images to it, or remove it")
-        left_out += Counter(kind_of(path) for path in files if not is_image(path))
+        others = Counter(kind_of(path) for path in files if not is_image(path))
+        if others.total() == len(files):
+            held = f"but {show_kinds(others)}" if files else "and nothing else"
+            raise ValueError(
+                f"class folder {folder} holds no image ({EXAMPLES}), {held}; add images to it, or remove it"
+            )
+        left_out += others
         images += [Labelled(path, folder.name) for path in files if is_image(path)]
     warn_of_left_out(root, left_out)
     return images

@@ -33,11 +33,15 @@ def kind_of(path: Path) -> str:
     return path.suffix.lower() or "without a suffix"
 
 
+def show_kinds(kinds: Counter[str]) -> str:
+    """Return the numbers of files by kind, for messages."""
+    return printable(join_some([f"{count} {kind}" for kind, count in kinds.most_common()], most=10))
+
+
 def warn_of_left_out(root: Path, kinds: Counter[str]) -> None:
     """Log the files that are not used, by kind."""
     if kinds:
-        shown = join_some([f"{count} {kind}" for kind, count in kinds.most_common()], most=10)
-        logger.warning("%s: %d files left out: %s", *(printable(root), kinds.total(), printable(shown)))
+        logger.warning("%s: %d files left out: %s", *(printable(root), kinds.total(), show_kinds(kinds)))
 
 
 def warn_of_others(root: Path, names: str) -> None:
