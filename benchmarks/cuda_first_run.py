@@ -173,9 +173,12 @@ def run_command(
     It is stopped with SIGINT, and has time to write its measurements.
     """
     with log.open("w", encoding="utf-8") as file:
+        # A process inherits that SIGINT is ignored, as it is under `nohup ... &`; a handler is not inherited.
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             [sys.executable, *command], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
+        signal.signal(signal.SIGINT, inherited)
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:

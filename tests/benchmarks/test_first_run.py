@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,15 @@ def test_the_same_command_again_runs_missing_and_changed_parts(tmp_path: Path) -
     assert (tmp_path / "ran").read_text() == "wffng"
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["a terminal", "nohup"])
+def _inherited(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The handling of SIGINT that the script was started with."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_inherited")
 def test_a_part_that_takes_too_long_is_stopped_and_can_save(tmp_path: Path) -> None:
     saving = "try:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('saved')"
     slow = _part("slow", f"import time\n{saving}", minutes=5 / 60)
