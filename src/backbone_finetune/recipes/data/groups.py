@@ -74,9 +74,7 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
     groups allow.
     """
     generator = random.Random(seed)
-    are_classes = isinstance(folder.targets[0], int)
-    targets = folder.targets if are_classes else (0,) * len(folder.targets)
-    names = [f"class {name}" for name in folder.class_names] if are_classes else ["the data"]
+    targets, names = folder.by_class()
     held_out: set[int] = set()
     if folder.groups is None:
         for target, members in places_by_class(targets).items():

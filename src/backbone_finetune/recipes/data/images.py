@@ -69,6 +69,12 @@ class LabelledFolder:
         groups = None if self.groups is None else tuple(self.groups[i] for i in indices)
         return replace(self, paths=paths, targets=targets, groups=groups)
 
+    def by_class(self) -> tuple[tuple[int, ...], list[str]]:
+        """Return the class of each image and the classes in words; images with rows as targets are of one class."""
+        if isinstance(self.targets[0], int):
+            return self.targets, [f"class {name}" for name in self.class_names]
+        return (0,) * len(self.targets), ["the data"]
+
 
 class ImageDataset(Dataset[tuple[Tensor, Any]]):
     """Images as ``(tensor, target)`` pairs, read from disk each time.
@@ -132,19 +138,14 @@ class ImageDataset(Dataset[tuple[Tensor, Any]]):
 
     def check_classes(self) -> None:
         """Raise ValueError unless each class, or with rows as targets the dataset, has a readable image."""
-        if not isinstance(self.folder.targets[0], int):
-            if len(self.broken) == len(set(self.folder.paths)):
-                raise ValueError(
-                    f"{self.folder.root}: no image can be read; the first: {next(iter(self.broken.values()))}"
-                )
-            return
-        labelled = list(zip(map(str, self.folder.paths), self.folder.targets, strict=True))
+        targets, names = self.folder.by_class()
+        labelled = list(zip(map(str, self.folder.paths), targets, strict=True))
         readable = {target for path, target in labelled if path not in self.broken}
         for path, target in labelled:
             if target not in readable:
                 raise ValueError(
-                    f"{self.folder.root}: class {self.folder.class_names[target]} needs at least 2 readable images, to "
-                    f"train and to test, and lacks one of these; the first that is broken is {self.broken[path]}"
+                    f"{self.folder.root}: {names[target]} needs at least 2 readable images, to train and to test, and "
+                    f"lacks one of these; the first that is broken is {self.broken[path]}"
                 )
 
 
@@ -218,9 +219,8 @@ def _from_pillow(file: Image.Image, channels: int | None) -> Picture:
         return from_array(numpy.asarray(image.convert("RGB") if image.mode in {"P", "PA"} else image), channels)
     if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):  # Pillow scales a PGM to 16 bits
         values = numpy.asarray(image).astype(numpy.uint16)
-        if (
-            getattr(file, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == MIN_IS_WHITE
-        ):  # Pillow inverts only 8 bits and less
+        # Pillow inverts only images of 8 bits or less.
+        if getattr(file, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == MIN_IS_WHITE:
             values = 65535 - values
         return from_array(values, 1) if channels == 1 else from_array((values >> 8).astype(numpy.uint8), 3)
     if channels == 1 and image.mode == "F":
