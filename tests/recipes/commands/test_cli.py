@@ -283,7 +283,7 @@ def test_each_error_is_one_line(tmp_path: Path, fail: Fail) -> None:
     assert "text.pth: not a readable weights file" in fail(
         "train", images, *small, "--checkpoint", tmp_path / "text.pth"
     )
-    assert "nowhere.pth: there is no such weights" in fail("train", images, *small, "--checkpoint", "nowhere.pth")
+    assert "nowhere.pth: there is no such file" in fail("train", images, *small, "--checkpoint", "nowhere.pth")
     assert "text.pth: not a safetensors file" in fail("predict", tmp_path / "text.pth", "tom.jpg")
     assert "nowhere.safetensors: no such file" in fail("predict", tmp_path / "nowhere.safetensors", "tom.jpg")
     assert "nowhere.safetensors: no such file" in fail("inspect", tmp_path / "nowhere.safetensors")
@@ -330,7 +330,6 @@ def test_a_truncated_model_is_one_line(trained: Path, tmp_path: Path, fail: Fail
         ("train --epochs 1 --warmup-epochs 2", "warmup_epochs = 2.0: expected a number from 0 to its 1 epochs"),
         ("train --cosine --phases p.toml", "--cosine and --phases p.toml were both given; write it into the file's"),
         ("train --weight-decay -1", "weight_decay = -1.0: input should be greater than or equal to 0"),
-        ("train --pretrained --checkpoint w.pth", "argument --checkpoint: not allowed with argument --pretrained"),
         ("train --modle resnet18", "unrecognized arguments: --modle"),
         ("predict model.safetensors", "the following arguments are required: IMAGE"),
         ("evaluate model.safetensors", "the following arguments are required: DATA"),

@@ -1,29 +1,90 @@
 """The arguments of each command, with their help."""
 
 import argparse
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from ..data.augmentation import AUGMENTATIONS
-from ..models.classifiers import Head
-from ..models.readouts import Readout
 from ..training.phases import Phase
 from .export import EXPORTERS
 from .setup import TrainSettings
 
+BASE = "the base weights of a model of --trainable-only, if they are not found automatically"
+
+TRAIN = {
+    "--validation DATA": "images to choose on (default: DATA's val); without test images and --monitor, they are "
+    "tested on",
+    "--test DATA": "images to test on, once (default: DATA's test, else its val if nothing is chosen on it, else a "
+    "share)",
+    "--monitor": "keep the epoch that is best on the validation images (default: accuracy where there are validation "
+    "and test images, else off; without validation images, a fifth of the training images is held out)",
+    "--patience N": "end a phase after N epochs that are no better",
+    "--folds K": "cross-validate on the training images in K folds too",
+    "--model NAME": "an architecture of timm, local-dir:FOLDER or hf-hub:OWNER/NAME (default: tf_efficientnet_lite0, "
+    "packaged weights)",
+    "--pretrained": "timm's pretrained weights from the hub, or those of the folder",
+    "--checkpoint FILE": "weights from a file, in place of --pretrained",
+    "--base FILE": BASE,
+    "--readout": "the features of a transformer: class token, mean of patch tokens, both, or class tokens of the last "
+    "4 blocks, also with the mean (default: as the network pools)",
+    "--head": "the classifier (default: linear)",
+    "--input-size SIDE|HxW": "size of the images that the network takes: 96, or 96x128, height x width (default: its "
+    "own size)",
+    "--in-chans C": "channels of the images: 1 for grey of 8 or 16 bits, 3, or the number of bands in .npy and TIFF "
+    "files (default: 3); pretrained weights of the first layer are adapted",
+    "--tune": "train the head, then the last layer groups too, then everything; the number of images sets the epochs",
+    "--seed S": "of the split, the classifier and the order of images",
+    "--batch-size N": "images per step, in all processes together",
+    "--accumulation N": "split each batch into N parts, to save memory",
+    "--checkpoint-steps N": "write a checkpoint every N steps, and after each epoch",
+    "--class-weights": "weight the loss of each image by N / (K * images of its class), for N images in K classes",
+    "--label-smoothing SHARE": "share of each target spread over all classes",
+    "--regression COLUMN[,COLUMN]": "columns of a table whose numbers are predicted, instead of a class or labels",
+    "--group COLUMN": "a column of a table, such as patient: images of one group are never on two sides of a split "
+    "(default: group, if the table has it)",
+    "--workers N": "processes that load images (default: by cores and images)",
+    "--cache": "where to cache the frozen features; off runs the whole model in every step",
+    "--views K": "cache K augmented views of each training image; 1 draws new ones in each epoch",
+    "--compile": "compile the frozen backbone; openvino (an extra) is faster on a CPU from about 5,000 images",
+    "--output DIR": "folder of the results",
+    "--device NAME": "cpu, cuda, cuda:1, mps, or auto: CUDA, else MPS, else cpu",
+    "--mixed-precision": "of steps on images (default: the launcher's, else bf16 on a CUDA device that has it, else "
+    "no). Unless no is given, features are in bf16 where that is faster",
+    "--trainable-only": "write only the tensors that training changed; loading needs the base weights",
+    "--baselines": "also train on a random backbone and on raw pixels, to compare (always for the clipart)",
+    "--check-labels": "list training images whose class looks wrong, by cleanlab (an extra), in 5 folds",
+    "--log-with": "log settings and epochs to a tracker, an extra of that name (tensorboard: in the output folder)",
+    "--overwrite": "replace a finished model, or another run, in the output folder",
+}
+
+PHASE = {
+    "--epochs N": "how often each image is seen",
+    "--trainable-groups N": "number of last layer groups of the backbone that train",
+    "--lr RATE": "of the classifier (default: chosen among 8 where it trains on features, else 0.001)",
+    "--backbone-lr RATE": "of the layer groups that train",
+    "--layer-decay FACTOR": "factor on the rate for each layer towards the input (default: none)",
+    "--weight-decay W": "of AdamW (default: 0.01, or chosen with the rate)",
+    "--warmup-epochs N": "epochs, or a fraction of one, in which the rates rise from 0",
+    "--standardize": "train the classifier on features of mean 0 and standard deviation 1, folded into it afterwards",
+    "--cosine": "let the rates fall to 0 at the end",
+    "--norm-eval": "keep running statistics fixed even if weights train (default: yes; no for random weights)",
+    "--augment": "draw new training images in each epoch: light is a random crop and mirror, strong adds RandAugment "
+    "and random erasing; nothing is cached then, unless --views is given (default: none)",
+    "--mixup ALPHA": "mix images and targets in pairs (try 0.2); nothing is cached then",
+    "--cutmix ALPHA": "paste a part of one image of a pair into the other (try 1); nothing is cached then",
+}
+
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``train``."""
-    settings = TrainSettings()
     parser.description = (
         "Train a classifier on images, on a frozen backbone. Without arguments: on the packaged clipart (ten "
         "classes), with EfficientNet-Lite0 and its packaged ImageNet weights; nothing is downloaded. To resume a "
         "stopped run, give the same command again."
     )
-    # No defaults here: only options that were given conflict with --phases and --run.
-    add, switch = parser.add_argument, partial(parser.add_argument, action="store_true", default=None)
-    add(
+    parser.add_argument(
         "images",
         nargs="?",
         type=Path,
@@ -33,156 +94,33 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         ".tar files with class folders or samples of webdataset, a folder of them or 'train-{0000..0003}.tar'; or a "
         "dataset of Hugging Face on disk",
     )
-    add(
-        "--validation",
-        type=Path,
-        metavar="DATA",
-        help="images to choose on (default: DATA's val); without test images and --monitor, they are tested on",
-    )
-    add(
-        "--test",
-        type=Path,
-        metavar="DATA",
-        help="images to test on, once (default: DATA's test, else its val if nothing is chosen on it, else a share)",
-    )
-    add(
-        "--monitor",
-        choices=("accuracy", "balanced-accuracy", "loss", "off"),
-        help="keep the epoch that is best on the validation images (default: accuracy where there are validation and "
-        "test images, else off; without validation images, a fifth of the training images is held out)",
-    )
-    add("--patience", type=int, metavar="N", help="end a phase after N epochs that are no better")
-    add("--folds", type=int, metavar="K", help="cross-validate on the training images in K folds too")
-    add(
-        "--model",
-        dest="architecture",
-        metavar="NAME",
-        help="an architecture of timm, local-dir:FOLDER or hf-hub:OWNER/NAME (default: tf_efficientnet_lite0, packaged "
-        "weights)",
-    )
-    weights = parser.add_mutually_exclusive_group()
-    text = "timm's pretrained weights from the hub, or those of the folder"
-    weights.add_argument("--pretrained", action="store_true", default=None, help=text)
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file")
-    add_base(parser)
-    add(
-        "--readout",
-        choices=get_args(Readout),
-        help="the features of a transformer: class token, mean of patch tokens, both, or class tokens of the last 4 "
-        "blocks, also with the mean (default: as the network pools)",
-    )
-    add("--head", choices=get_args(Head), help="the classifier (default: linear)")
-    add(
-        "--input-size",
-        type=read_size,
-        metavar="SIDE|HxW",
-        help="size of the images that the network takes: 96, or 96x128, height x width (default: its own size)",
-    )
-    add(
-        "--in-chans",
-        type=int,
-        metavar="C",
-        help="channels of the images: 1 for grey of 8 or 16 bits, 3, or the number of bands in .npy and TIFF files "
-        "(default: 3); pretrained weights of the first layer are adapted",
-    )
-    add("--phases", type=Path, metavar="FILE", help="a TOML file with a [[phases]] table for each phase")
-    switch(
-        "--tune",
-        help="train the head, then the last layer groups too, then everything; the number of images sets the epochs",
-    )
-    one_phase = parser.add_argument_group("one phase (for several, use --phases)")
-    add_numbers(
-        one_phase,
-        Phase(),
-        ("epochs", "N", ""),
-        ("trainable_groups", "N", "number of last layer groups of the backbone that train; "),
-        ("lr", "RATE", "of the classifier; chosen among 8 where it trains on features; "),
-        ("backbone_lr", "RATE", ""),
-        ("layer_decay", "FACTOR", "factor on the rate for each layer towards the input; "),
-        ("weight_decay", "W", ""),
-        ("warmup_epochs", "N", "epochs, or a fraction of one, in which the rates rise from 0; "),
-    )
-    one_phase.add_argument(
-        "--standardize",
-        action="store_true",
-        default=None,
-        help="train the classifier on features of mean 0 and standard deviation 1, folded into it afterwards",
-    )
-    one_phase.add_argument("--cosine", action="store_true", default=None, help="let the rates fall to 0 at the end")
-    one_phase.add_argument(
-        "--norm-eval",
-        action=argparse.BooleanOptionalAction,
-        help="keep running statistics fixed even if weights train (default: yes; no for random weights)",
-    )
-    one_phase.add_argument(
-        "--augment",
-        choices=sorted(AUGMENTATIONS),
-        help="draw new training images in each epoch: light is a random crop and mirror, strong adds RandAugment and "
-        "random erasing; nothing is cached then, unless --views is given (default: none)",
-    )
-    add_numbers(
-        one_phase,
-        Phase(),
-        ("mixup", "ALPHA", "mix images and targets in pairs (try 0.2); nothing is cached then; "),
-        ("cutmix", "ALPHA", "paste a part of one image of a pair into the other (try 1); "),
-    )
-    add("--run", type=Path, metavar="FILE", help="a run.json: repeat that run, into another folder")
-    add_numbers(
-        parser,
-        settings,
-        ("seed", "S", ""),
-        ("batch_size", "N", "images per step, in all processes together; "),
-        ("accumulation", "N", "split each batch into N parts, to save memory; "),
-        ("checkpoint_steps", "N", "write a checkpoint every N steps, and after each epoch; "),
-    )
-    add(
-        "--class-weights",
-        choices=("balanced",),
-        help="weight the loss of each image by N / (K * images of its class), for N images in K classes",
-    )
-    add_numbers(parser, settings, ("label_smoothing", "SHARE", "share of each target spread over all classes; "))
-    add(
-        "--regression",
-        type=lambda text: tuple(name.strip() for name in text.split(",")),
-        metavar="COLUMN[,COLUMN]",
-        help="columns of a table whose numbers are predicted, instead of a class or labels",
-    )
-    add(
-        "--group",
-        metavar="COLUMN",
-        help="a column of a table, such as patient: images of one group are never on two sides of a split (default: "
-        "group, if the table has it)",
-    )
-    add("--workers", type=int, metavar="N", help="processes that load images (default: by cores and images)")
-    add(
-        "--cache",
-        choices=("auto", "memory", "disk", "off"),
-        help="where to cache the frozen features; off runs the whole model in every step (default: auto)",
-    )
-    add("--views", type=int, metavar="K", help="cache K augmented views of each training image (default: 1, not)")
-    add(
-        "--compile",
-        choices=("inductor", "openvino"),
-        help="compile the frozen backbone; openvino (an extra) is faster on a CPU from about 5,000 images",
-    )
-    add("--output", type=Path, metavar="DIR", help=f"default: {settings.output}")
-    add(
-        "--device",
-        metavar="NAME",
-        help=f"auto, cpu, cuda, cuda:1, mps (default: {settings.device}: CUDA, else MPS, else cpu)",
-    )
-    add(
-        "--mixed-precision",
-        choices=("no", "fp16", "bf16"),
-        help="of steps on images; default: the launcher's, else bf16 on a CUDA device that has it, else no. Unless no "
-        "is given, features are in bf16 where that is faster",
-    )
-    switch("--trainable-only", help="write only the tensors that training changed; loading needs the base weights")
-    switch("--baselines", help="also train on a random backbone and on raw pixels, to compare (always for the clipart)")
-    switch("--check-labels", help="list training images whose class looks wrong, by cleanlab (an extra), in 5 folds")
-    text = "log settings and epochs to a tracker, an extra of that name (tensorboard: in the output folder)"
-    add("--log-with", choices=("tensorboard", "wandb", "mlflow"), help=text)
-    switch("--overwrite", help="replace a finished model, or another run, in the output folder")
+    text = "a TOML file with a [[phases]] table for each phase"
+    parser.add_argument("--phases", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--run", type=Path, metavar="FILE", help="a run.json: repeat that run, into another folder")
+    add_settings(parser, TrainSettings, TRAIN)
+    add_settings(parser.add_argument_group("one phase (for several, use --phases)"), Phase, PHASE)
+
+
+def add_settings(parser: argparse._ActionsContainer, settings: type, texts: Mapping[str, str]) -> None:
+    """Add options ``{"--name METAVAR": help}``, whose types, choices and shown defaults are those of a dataclass.
+
+    An option that is not given is None: only those that were given conflict with --phases and --run.
+    """
+    types = get_type_hints(settings)
+    for option, text in texts.items():
+        flag, *metavar = option.split()
+        name = NAMES.get(flag, flag.removeprefix("--").replace("-", "_"))
+        default, known = getattr(settings, name), (types[name], *get_args(types[name]))
+        add = partial(parser.add_argument, flag, dest=name)
+        choices = next((get_args(kind) for kind in known if get_origin(kind) is Literal), CHOICES.get(name))
+        shown = text if default is None or isinstance(default, bool) else f"{text} (default: {default})"
+        if bool in known:
+            add(action=argparse.BooleanOptionalAction if default else "store_true", default=None, help=shown)
+        elif choices is not None:
+            add(choices=choices, help=shown)
+        else:
+            read = READERS.get(name) or next(kind for kind in known if isinstance(kind, type))
+            add(type=read, metavar=metavar[0], help=shown)
 
 
 def read_size(text: str) -> int | tuple[int, int]:
@@ -197,12 +135,14 @@ def read_size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
-def add_numbers(parser: argparse._ActionsContainer, settings: object, *options: tuple[str, str, str]) -> None:
-    """Add numeric options ``(name, metavar, help)``, with the types and defaults of ``settings``."""
-    for name, metavar, text in options:
-        default = getattr(settings, name)
-        read, shown = (float, "none") if default is None else (type(default), default)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=read, metavar=metavar, help=f"{text}default: {shown}")
+def read_names(text: str) -> tuple[str, ...]:
+    """Read names between commas."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+NAMES = {"--model": "architecture"}  # of options that are not called as their setting
+READERS: Mapping[str, Callable[[str], object]] = {"input_size": read_size, "regression": read_names}
+CHOICES = {"augment": sorted(AUGMENTATIONS)}
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
@@ -275,7 +215,7 @@ def add_base(parser: argparse._ActionsContainer) -> None:
         "--base",
         type=Path,
         metavar="FILE",
-        help="the base weights of a model of --trainable-only, if they are not found automatically",
+        help=BASE,
     )
 
 
