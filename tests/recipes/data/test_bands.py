@@ -254,6 +254,13 @@ class TestTiff:
         black, white = (values_of(read_image(tmp_path / f"{name}.tif", bands)) for name in ("black", "white"))
         assert numpy.allclose(black + white, 255 if black.dtype == numpy.uint8 else 1)
 
+    def test_twelve_bits_are_scaled(self, tmp_path: Path) -> None:
+        tifffile: Any = pytest.importorskip("tifffile")
+        pytest.importorskip("imagecodecs")
+        array = numpy.array([[0, 2048, 4095]], dtype=numpy.uint16)
+        tifffile.imwrite(tmp_path / "image.tif", array, photometric="miniswhite", bitspersample=12)
+        assert numpy.allclose(values_of(read_image(tmp_path / "image.tif", 1)), [[1, 0.5, 0]], atol=1e-3)
+
     @pytest.mark.parametrize("channels", [1, 3])
     def test_planes_of_16_bits_are_not_read_by_pillow_which_mixes_their_bytes(
         self, tmp_path: Path, channels: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 from collections import Counter
 from pathlib import Path
 
@@ -232,6 +233,20 @@ def test_a_tiff_file_whose_zero_is_white_is_read_so(tmp_path: Path, bits: int, c
     (tmp_path / "white.tif").write_bytes(content.replace(tag + b"\x01", tag + b"\x00"))
     black, white = (numpy.asarray(read_image(tmp_path / f"{name}.tif", channels)) for name in ("black", "white"))
     assert numpy.allclose(black.max() - black, white)
+
+
+def test_twelve_bits_of_a_tiff_file_are_scaled(tmp_path: Path) -> None:
+    """Pillow reads them as values to 4095, and writes none: the bits and the length of the data are changed here."""
+    Image.fromarray(numpy.array([[1, 2, 3, 4]], dtype=numpy.uint16)).save(tmp_path / "image.tif")
+    content = (tmp_path / "image.tif").read_bytes()
+    changes = {struct.pack("<4H", 1, 2, 3, 4): bytes.fromhex("0008000ffff0")}
+    for tag, kind, old, new in ((258, 3, 16, 12), (279, 4, 8, 6)):
+        changes[struct.pack("<HHII", tag, kind, 1, old)] = struct.pack("<HHII", tag, kind, 1, new)
+    for before, after in changes.items():
+        assert content.count(before) == 1
+        content = content.replace(before, after)
+    (tmp_path / "image.tif").write_bytes(content)
+    assert numpy.asarray(read_image(tmp_path / "image.tif"))[0, :, 0].tolist() == [0, 128, 15, 255]
 
 
 def test_a_link_to_nothing_is_named_and_left_out(tmp_path: Path) -> None:

@@ -115,8 +115,10 @@ def read_tiff(file: BinaryIO, channels: int | None) -> Picture:
         order = [axes.index("Y"), axes.index("X"), *bands]
         check_array([shape[position] for position in order], series.dtype, channels)
         array = series.asarray().reshape(shape).transpose(order)
-        if page.photometric == MIN_IS_WHITE and page.samplesperpixel == 1 and array.dtype.kind == "u":
-            array = 2**page.bitspersample - 1 - array
+        if array.dtype.kind == "u":
+            array = array << (8 * array.itemsize - page.bitspersample)  # tifffile reads 12 bits into 16
+            if page.photometric == MIN_IS_WHITE and page.samplesperpixel == 1:
+                array = numpy.iinfo(array.dtype).max - array
         return from_array(array, channels)
 
 
