@@ -123,6 +123,13 @@ def test_a_foreign_safetensors_file_is_no_model_file(tmp_path: Path) -> None:
     assert describe_model_file(path) is None
 
 
+def test_a_damaged_model_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_tensors({"weight": torch.ones(2)}, path, {"class_names": "[]"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a model that `backbone-finetune train` wrote; arch"):
+        describe_model_file(path)
+
+
 def write_hostile_file(path: Path) -> None:
     """Write a small file that names a network of 2.5 gigabytes, with its weights on the hub."""
     network = timm.create_model("test_vit")

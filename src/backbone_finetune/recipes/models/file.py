@@ -156,15 +156,18 @@ def describe_model_file(path: Path) -> ModelDescription | None:
                 return None
     except SafetensorError:  # reading its weights raises an error that names the file
         return None
-    _, metadata = peek_checkpoint(path)
-    return parse_metadata(metadata)
+    return _read_description(path)[0]
+
+
+def _read_description(path: Path) -> tuple[ModelDescription, dict[str, Layout]]:
+    layouts, metadata = peek_checkpoint(path)
+    with _naming(path, "not a model that `backbone-finetune train` wrote; "):
+        return parse_metadata(metadata), layouts
 
 
 def load_outline(path: Path) -> tuple[ModelDescription, FineTuneModel]:
     """Read the description of a model file, and build its model on the meta device, frozen as it was."""
-    layouts, metadata = peek_checkpoint(path)
-    with _naming(path, "not a model that `backbone-finetune train` wrote; "):
-        description = parse_metadata(metadata)
+    description, layouts = _read_description(path)
     with _naming(path):
         model = _check_layouts(description, layouts)
         parameters, trainable = dict(model.named_parameters()), set(description.freeze_state.trainable)
