@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -46,15 +45,3 @@ class PackedPath(_Path):
 def size_of(path: Path) -> int:
     """Return the number of bytes of a file, or of a packed one."""
     return path.size if isinstance(path, PackedPath) and path.read is not None else path.stat().st_size
-
-
-def read_range(path: Path, start: int, count: int) -> bytes:
-    """Return some bytes of a file."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(count)
-
-
-def pack_range(name: Path, path: Path, start: int, count: int) -> PackedPath:
-    """Return the path of an image that is a range of bytes of a file."""
-    return PackedPath(name).holding(partial(read_range, path, start, count), count)

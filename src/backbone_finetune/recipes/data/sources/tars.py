@@ -7,12 +7,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ...text import join_some, printable
 from .names import warn_of_others
-from .packed import PackedPath, pack_range, read_range
+from .packed import PackedPath
 from .rows import PARTS, TRAIN
 
 logger = logging.getLogger(__name__)
@@ -122,13 +123,21 @@ def _list_members(shard: Path, left_out: Counter[str]) -> list[Member]:
                     left_out["links or special files"] += 1
                     continue
                 size = max(0, min(info.size, length - info.offset_data))  # less if the tar file is truncated
-                path = pack_range(shard.joinpath(*parts), shard, info.offset_data, size)
+                read = partial(_read_range, shard, info.offset_data, size)
+                path = PackedPath(shard.joinpath(*parts)).holding(read, size)
                 members[parts] = Member(shard, parts, path)  # of two with one name the last, as where it is unpacked
             end = file.offset
     except (tarfile.TarError, ValueError) as error:  # ValueError for a size that no file has
         if not members:
             raise ValueError(f"{shard}: not a tar file without compression ({error}); unpack it") from error
         logger.warning("%s: truncated (%s); what is before that is used", printable(shard), error)
-    if any(read_range(shard, end, BLOCK)):  # tarfile takes a damaged header for the end
+    if any(_read_range(shard, end, BLOCK)):  # tarfile takes a damaged header for the end
         logger.warning("%s: damaged at byte %d; what is before that is used", printable(shard), end)
     return list(members.values())
+
+
+def _read_range(path: Path, start: int, count: int) -> bytes:
+    """Return some bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(count)
