@@ -139,7 +139,7 @@ def test_the_model_is_written_before_the_baselines_run(settings: dict[str, Any])
     settings["baselines"] = True
     with raising(RuntimeError("a fault"), is_pixel_baseline), pytest.raises(RuntimeError, match="a fault"):
         train(TrainSettings(**settings))
-    assert names_in(settings["output"]) == {"run.json", MODEL_FILE, ".unfinished"}
+    assert names_in(settings["output"]) == {"run.json", MODEL_FILE, "metrics.json", ".unfinished"}
     before = load_trained_model(settings["output"] / MODEL_FILE).model.state_dict()
     train(TrainSettings(**settings))
     assert names_in(settings["output"]) == FILES

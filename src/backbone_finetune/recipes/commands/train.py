@@ -35,7 +35,15 @@ from ..training.tracking import finish_trackers
 from .reporting.figures import Answers, make_answers
 from .reporting.label_issues import check_extra
 from .runs.baselines import chance_accuracy
-from .runs.comparisons import FOLDS, add_baselines, add_folds, held_out, left_out_if_it_fails, predict_held_out
+from .runs.comparisons import (
+    FOLDS,
+    add_baselines,
+    add_folds,
+    held_out,
+    held_out_part,
+    left_out_if_it_fails,
+    predict_held_out,
+)
 from .runs.metrics import Metrics
 from .runs.results import write_metrics, write_results
 from .runs.run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
@@ -144,9 +152,9 @@ def _start(
         checkpoint_steps=settings.checkpoint_steps,
         caches=None
         if settings.cache == "memory"
-        else (
-            FeatureCache(unfinished / "features-train", fingerprints["train"]),
-            FeatureCache(unfinished / "features-validation", fingerprints.get("validation", "")),
+        else tuple(
+            FeatureCache(unfinished / f"features-{part}", fingerprints.get(part, ""))
+            for part in ("train", "validation", "test")
         ),
         memory_share={"memory": 1.0, "disk": 0.0}.get(settings.cache, FeatureCache.memory_share),
         cache_features=settings.cache != "off",
@@ -294,7 +302,7 @@ def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers | N
     images, keep = held_out(task), isinstance(config.objective, SingleLabel)
     if task.test is None and not keep:
         return None, None
-    part, model = "validation" if task.test is None else "test", task.model.to(config.accelerator.device)
+    part, model = held_out_part(task), task.model.to(config.accelerator.device)
     data = PhaseData(images, None, model)
     if _ends_frozen(task):
         data = prepare_data(model.freeze_backbone(), images, None, replace(config, views=1), name=part)

@@ -27,8 +27,8 @@ class TrainerConfig:
 
     A step has ``batch_size`` images, on any number of processes and in ``accumulation`` consecutive parts:
     these two change the use of memory, but not the result. A checkpoint is written into ``checkpoints`` after
-    each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, validation), and are
-    computed under bf16 autocast if that is faster, except with ``autocast_features=False``. ``workers`` processes load
+    each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, validation, test), are
+    and are under bf16 autocast if that is faster, except with ``autocast_features=False``. ``workers`` processes load
     images, None for a number by cores and images; the result is the same for any number. ``compile`` returns a
     faster callable for a frozen backbone; see ``extract_features``. Features of more than ``memory_share`` of the
     machine's memory stay on disk; ``cache_features=False`` runs the whole model in every step. If the training
@@ -58,7 +58,7 @@ class TrainerConfig:
     # A step of a whole network takes 0.1 to 1 s, so a killed run loses at most minutes; a step of a classifier on
     # features takes under a millisecond, so that a checkpoint of some 10 ms costs it about 1 %.
     checkpoint_steps: Positive = 1000
-    caches: tuple[FeatureCache, FeatureCache] | None = None
+    caches: tuple[FeatureCache, ...] | None = None
     autocast_features: bool = True
     workers: Whole | None = None
     compile: Compile | None = None

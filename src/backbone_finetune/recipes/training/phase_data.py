@@ -144,7 +144,7 @@ def prepare_data(
     """Run frozen modules once for each image, if the images are the same in each epoch or views are cached.
 
     Otherwise the log has the reason, and the whole model runs in every step. A ``phase`` may augment or mix images.
-    ``name`` says what ``train`` is in the progress and the caches: "train", "validation", or "test", without a cache.
+    ``name`` says what ``train`` is in the progress and the caches: "train", "validation" or "test".
 
     >>> from accelerate import Accelerator
     >>> model = FineTuneModel(nn.Linear(3, 4), nn.Linear(4, 2)).freeze_backbone()
@@ -222,7 +222,7 @@ def _compute(
     drawn = {name: f" in {views} views of seed {config.seed}: {phase.augment}" if views > 1 else ""}
     caches = {
         part: replace(cache, data_fingerprint=cache.data_fingerprint + drawn.get(part, ""))
-        for part, cache in zip(("train", "validation"), config.caches or (), strict=False)
+        for part, cache in zip(("train", "validation", "test"), config.caches or (), strict=False)
     }
     if isinstance(train, Fold):  # all folds have the same frozen modules, unless an earlier phase trained them
         key = f"{backbone_fingerprint(front.backbone, front.trained)} {front.description} {dtype}"

@@ -30,7 +30,15 @@ from ..setup import Task, TrainSettings
 from .baselines import baseline_accuracy, measure_backward, pixel_model, random_model
 from .metrics import Metrics
 
-__all__ = ["FOLDS", "add_baselines", "add_folds", "held_out", "left_out_if_it_fails", "predict_held_out"]
+__all__ = [
+    "FOLDS",
+    "add_baselines",
+    "add_folds",
+    "held_out",
+    "held_out_part",
+    "left_out_if_it_fails",
+    "predict_held_out",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +74,11 @@ def held_out(task: Task) -> ImageDataset:
     held_out = task.validation if task.test is None else task.test
     assert held_out is not None
     return held_out
+
+
+def held_out_part(task: Task) -> str:
+    """Return the part of the images that these are."""
+    return "validation" if task.test is None else "test"
 
 
 def add_folds(
@@ -130,15 +143,14 @@ def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config:
     return metrics
 
 
-def _measure_neighbors(
-    task: Task, config: TrainerConfig, caches: tuple[FeatureCache, FeatureCache] | None
-) -> float | None:
+def _measure_neighbors(task: Task, config: TrainerConfig, caches: tuple[FeatureCache, ...] | None) -> float | None:
     """Return the accuracy of the nearest neighbours on the trained backbone; its cached features are used again."""
     model, config = copy.deepcopy(task.model).freeze_backbone(), replace(config, views=1, cache_features=True)
     if any(phase.augment is not None for phase in task.phases):  # the cache may have augmented views
         caches = None
-    known = prepare_data(model, task.train, None, replace(config, caches=caches)).train
-    asked = prepare_data(model, held_out(task), None, config).train
+    config = replace(config, caches=caches)
+    known = prepare_data(model, task.train, None, config).train
+    asked = prepare_data(model, held_out(task), None, config, name=held_out_part(task)).train
     if not (isinstance(known, Features) and isinstance(asked, Features)):
         return None
     return score_neighbors(known, asked, len(task.train.folder.class_names)).value
