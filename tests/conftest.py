@@ -1,5 +1,6 @@
 """Fixtures of every test: a fixed seed, a separate current folder, one thread."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,22 @@ def _fixed_seed() -> None:
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Change to a temporary folder, so that a user's files in the current folder are neither read nor changed."""
     monkeypatch.chdir(tmp_path)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests that are marked ``cuda`` where there is no CUDA device."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Run a test on the CPU, and on a CUDA device if there is one: there convolutions are in float32, not in TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield torch.device(request.param)
+    if request.param == "cuda":
+        # accelerate has one device per process, which accelerators of other tests share.
+        importlib.import_module("backbone_finetune.recipes").make_accelerator(torch.device("cpu"))
 
 
 @pytest.fixture

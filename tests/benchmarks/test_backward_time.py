@@ -251,7 +251,6 @@ def test_the_command_runs_as_a_script(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_small_run_on_a_gpu(tmp_path: Path) -> None:
     assert _run(tmp_path, "--device", "cuda", "--flush-l2", "--models", "ConvModel", "test_vit") == 0
     report = results.read_report(tmp_path / "backward_time.json")

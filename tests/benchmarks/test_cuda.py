@@ -162,7 +162,6 @@ def test_a_profiler_without_kernels_gives_no_time(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_time_of_kernels_on_a_gpu() -> None:
     large = torch.randn(2048, 2048, device=CARD)
     work = cuda.device_work(lambda: lambda: large @ large, CARD)

@@ -77,7 +77,7 @@ def extract(model: FineTuneModel, cache: FeatureCache | None = None, **settings:
     """Turn off autocast, so that results are exact on every processor; a test may turn it on."""
     loader = settings.pop("loader", DataLoader(make_images(), batch_size=4))
     settings.setdefault("autocast", False)
-    return extract_features(model, loader, device=CPU, cache=cache, **settings).tensors
+    return extract_features(model, loader, device=settings.pop("device", CPU), cache=cache, **settings).tensors
 
 
 def is_mapped(tensor: Tensor) -> bool:
@@ -120,21 +120,23 @@ def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 Logged = Callable[[], list[str]]
 
 
-def test_features_are_the_classifiers_input_in_eval_mode() -> None:
-    model, (inputs, targets) = make_model(), make_images().tensors
+def test_features_are_the_classifiers_input_in_eval_mode(device: torch.device) -> None:
+    model, (inputs, targets) = make_model().to(device), make_images().tensors
     nn.Module.train(model.backbone)  # in any mode
-    features, kept = extract(model)
+    features, kept = extract(model, device=device)
+    model.cpu()
     assert torch.equal(kept, targets)
     torch.testing.assert_close(features, model.eval().backbone(inputs))
     torch.testing.assert_close(model.classifier(features), model(inputs))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
-def test_features_of_timm_networks_are_those_of_a_forward(name: str) -> None:
-    model = FineTuneModel.from_timm(name, num_classes=3).freeze_backbone()
+def test_features_of_timm_networks_are_those_of_a_forward(name: str, device: torch.device) -> None:
+    model = FineTuneModel.from_timm(name, num_classes=3).freeze_backbone().to(device)
     images = torch.randn(5, 3, *model.pretrained_cfg["input_size"][1:])
-    features, _ = extract(model, loader=DataLoader(TensorDataset(images, torch.zeros(5)), batch_size=2))
-    torch.testing.assert_close(features, model.eval().backbone(images))
+    loader = DataLoader(TensorDataset(images, torch.zeros(5)), batch_size=2)
+    features, _ = extract(model, loader=loader, device=device)
+    torch.testing.assert_close(features, model.cpu().eval().backbone(images), rtol=1e-4, atol=1e-4)
     assert features.untyped_storage().nbytes() == features.nbytes  # a ViT's output is a view of all tokens
 
 

@@ -43,21 +43,21 @@ class Small(nn.Module):
         return features.mean((2, 3)), features.amax((2, 3))
 
 
-def extract(backbone: nn.Module, compiler: Any = None) -> tuple[Tensor, ...]:
-    model = FineTuneModel(backbone, nn.Linear(4, 2))
+def extract(backbone: nn.Module, compiler: Any = None, device: torch.device = CPU) -> tuple[Tensor, ...]:
+    model = FineTuneModel(backbone, nn.Linear(4, 2)).to(device)
     loader = DataLoader(DATA, batch_size=5)
-    return extract_features(model, loader, device=CPU, compile=compiler, autocast=False).tensors
+    return extract_features(model, loader, device=device, compile=compiler, autocast=False).tensors
 
 
-def test_out_of_memory_halves_the_batch_and_logs_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_halves_the_batch_and_logs_it(caplog: pytest.LogCaptureFixture, device: torch.device) -> None:
     backbone = Small(most=2)
-    found = extract(backbone)
+    found = extract(backbone, device=device)
     assert backbone.sizes == [2, 2, 1, 2, 2, 1, 2, 1]  # for batches of 5, 5 and 3
     assert [message for message in caplog.messages if "out of memory" in message] == [
         f"out of memory: the backbone runs on {size} images at a time from here on" for size in (3, 2)
     ]
     backbone.most = 100
-    for one, other in zip(found, extract(backbone), strict=True):
+    for one, other in zip(found, extract(backbone.cpu()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -66,7 +66,9 @@ def test_too_little_memory_for_one_image_raises() -> None:
         extract(Small(most=0))
 
 
-def test_a_compiled_backbone_runs_on_batches_of_one_size(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiled_backbone_runs_on_batches_of_one_size(
+    caplog: pytest.LogCaptureFixture, device: torch.device
+) -> None:
     sizes: list[int] = []
 
     def compiler(module: nn.Module) -> Any:
@@ -77,10 +79,10 @@ def test_a_compiled_backbone_runs_on_batches_of_one_size(caplog: pytest.LogCaptu
         return run
 
     backbone = Small(most=100)
-    found = extract(backbone, compiler)
+    found = extract(backbone, compiler, device)
     assert sizes == [5, 5, 5]  # the check, then the batches; the backbone itself runs on the last one, of 3
     assert not caplog.messages
-    for one, other in zip(found, extract(backbone), strict=True):
+    for one, other in zip(found, extract(backbone.cpu()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -134,14 +136,15 @@ class Views(nn.Module):
 
 
 @pytest.mark.parametrize("trainable_groups", [0, 1])
-def test_a_network_that_takes_contiguous_images_alone_is_cached(trainable_groups: int) -> None:
+def test_a_network_that_takes_contiguous_images_alone_is_cached(trainable_groups: int, device: torch.device) -> None:
     model = FineTuneModel(Views(), nn.Linear(64, 2))
     data = TensorDataset(DATA.tensors[0], DATA.tensors[1] % 2)
-    config = TrainerConfig(make_accelerator(CPU), batch_size=5, autocast_features=False, show_progress=False)
+    config = TrainerConfig(make_accelerator(device), batch_size=5, autocast_features=False, show_progress=False)
     model.freeze_backbone(trainable_groups=trainable_groups)
     prepared = prepare_data(model, data, None, config)
     assert prepared.cached
-    logits = prepared.module.eval()(*module_inputs(prepared.train, prepared.train.tensors[:-1]))
+    prepared.module.cpu().eval()
+    logits = prepared.module(*module_inputs(prepared.train, prepared.train.tensors[:-1]))
     torch.testing.assert_close(logits, model.eval()(data.tensors[0]), rtol=1e-5, atol=1e-6)
 
 

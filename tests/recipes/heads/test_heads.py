@@ -88,7 +88,7 @@ def _with_frozen_bias(layer: nn.Linear) -> nn.Linear:
 
 @pytest.mark.parametrize("count", [37, 33])  # the last batch has five images, or one, which is left out
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_of_the_grid_equals_the_head_trained_alone(name: str, count: int) -> None:
+def test_a_head_of_the_grid_equals_the_head_trained_alone(name: str, count: int, device: torch.device) -> None:
     head: nn.Module = HEADS[name]()
     train, validation = make_features(count), make_features(seed=3)
     if name == "two inputs":
@@ -102,7 +102,7 @@ def test_a_head_of_the_grid_equals_the_head_trained_alone(name: str, count: int)
         fit_alone(alone, train, *rates)
         together[rates] = alone
     kept = copy.deepcopy(head)
-    results = fit(kept, train, validation=validation)
+    results = fit(kept, train, validation=validation, device=device)
     assert {(result.lr, result.weight_decay) for result in results} == set(RATES)
     for result in results:
         alone = together[result.lr, result.weight_decay]
@@ -262,14 +262,14 @@ def minimise_by_newton(head: nn.Linear, features: TensorDataset, weight_decay: f
 
 
 @pytest.mark.parametrize("weight_decay", [1e-3, 0.1])
-def test_lbfgs_finds_the_optimum(weight_decay: float) -> None:
+def test_lbfgs_finds_the_optimum(weight_decay: float, device: torch.device) -> None:
     features = make_features(200, 6)
     reference = nn.Linear(6, 3).double()
     minimise_by_newton(reference, features, weight_decay)
     for _ in range(2):
         head = nn.Linear(6, 3)
         nn.init.normal_(head.weight, std=3)
-        result = fit_lbfgs(head, features, weight_decay=weight_decay, device=CPU)
+        result = fit_lbfgs(head, features, weight_decay=weight_decay, device=device)
         assert result.converged
         assert result.loss == pytest.approx(objective(reference, features, weight_decay).item(), abs=1e-6)
         torch.testing.assert_close(head.weight.double(), reference.weight, rtol=1e-3, atol=1e-3)
