@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -227,7 +227,7 @@ class Conditions:
             for name, module in twin.intercepted[path].named_modules()
         ]
         self._tensors = [
-            [tensor, _version(tensor), digest(tensor), f"{path}.{name}"]
+            _Seen(path, module, name, tensor, _version(tensor), digest(tensor))
             for path, module, _ in self._modules
             for name, tensor in (*module._parameters.items(), *module._buffers.items())
             if tensor is not None
@@ -244,23 +244,38 @@ class Conditions:
                 self._refuse(f"{path} is in train mode, and was frozen in eval mode")
             if list(module._modules.values()) != children:
                 self._refuse(f"a submodule of {path} was replaced")
-        for entry in self._tensors:
-            tensor, version, before, path = entry
+        for seen in self._tensors:
+            tensor = getattr(seen.module, seen.name, None)
+            if tensor is None:
+                self._refuse(f"{seen.path}.{seen.name} was removed")
             if tensor.requires_grad:
-                self._refuse(f"{path} trains, and was frozen")
-            if _version(tensor) != version:  # DistributedDataParallel writes equal values
-                if digest(tensor) != before:
-                    self._refuse(f"{path} has changed")
-                entry[1] = _version(tensor)
+                self._refuse(f"{seen.path}.{seen.name} trains, and was frozen")
+            # DistributedDataParallel writes equal values, and load_state_dict(assign=True) replaces tensors.
+            if tensor is not seen.tensor or _version(tensor) != seen.version:
+                if digest(tensor) != seen.digest:
+                    self._refuse(f"{seen.path}.{seen.name} has changed")
+                seen.tensor, seen.version = tensor, _version(tensor)
 
     @staticmethod
-    def _refuse(what: str) -> None:
+    def _refuse(what: str) -> NoReturn:
         raise StaleError(what)
 
 
 def _version(tensor: torch.Tensor) -> tuple[int, int]:
     """Return a value that changes when a tensor is written to or moved to another device or dtype."""
     return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+@dataclass
+class _Seen:
+    """A frozen tensor when it was last looked at."""
+
+    path: str
+    module: nn.Module
+    name: str
+    tensor: torch.Tensor  # a reference, so that no other tensor gets its address
+    version: tuple[int, int]
+    digest: str
 
 
 def _precision(network: nn.Module) -> str:
