@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from .recipes.commands.arguments import add_evaluate, add_export, add_inspect, add_predict, add_train
-from .recipes.commands.evaluate import Evaluation, describe_evaluation, evaluate_folder
+from .recipes.commands.evaluate import Evaluation, evaluate_folder
 from .recipes.commands.evaluate_table import TableEvaluation, evaluate_table
 from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.inspect import inspect, inspect_file, inspect_frontier
 from .recipes.commands.predict import list_inputs, predict
 from .recipes.commands.prediction_files import choose_writer
-from .recipes.commands.reporting.report import write_evaluation
+from .recipes.commands.reporting.evaluation_files import write_evaluation
 from .recipes.commands.runs.run_record import NOT_RECORDED, read_run
 from .recipes.commands.train import TrainSettings, train
 from .recipes.data.augmentation import AUGMENTATIONS
@@ -220,10 +220,9 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """Run ``evaluate``: print a table by class, and a line for each image that was skipped."""
     check_output(options.output)
     trained = load_model(options)
-    of_classes = isinstance(trained.objective, SingleLabel)
     settings = {"batch_size": options.batch_size, "workers": options.workers, "tta": options.tta}
     evaluation: Evaluation | TableEvaluation
-    if of_classes:
+    if isinstance(trained.objective, SingleLabel):
         evaluation = evaluate_folder(trained, options.images, neighbors=options.neighbors, **settings)
     elif options.neighbors is not None:
         raise ValueError(f"{options.model} has labels or values; --neighbors is for models of one class per image")
@@ -231,12 +230,9 @@ def run_evaluate(options: argparse.Namespace) -> int:
         evaluation = evaluate_table(trained, options.images, **settings)
     for message in evaluation.skipped_images:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
-    if isinstance(evaluation, Evaluation):
-        print(describe_evaluation(evaluation))
-        title = f"{options.model.name} on {options.images}"
-        print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output, title=title)))}")
-    else:
-        print(f"{evaluation.describe()}\nwrote {evaluation.write(options.output)}")
+    print(evaluation.describe())
+    title = f"{options.model.name} on {options.images}"
+    print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output, title=title)))}")
     return 0
 
 

@@ -12,8 +12,8 @@ from image_folders import COLOURS, make_folder, make_image
 from torch import nn
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.commands.evaluate import describe_evaluation, evaluate_folder
-from backbone_finetune.recipes.commands.reporting.report import write_evaluation
+from backbone_finetune.recipes.commands.evaluate import evaluate_folder
+from backbone_finetune.recipes.commands.reporting.evaluation_files import write_evaluation
 from backbone_finetune.recipes.models.file import TrainedModel
 
 
@@ -52,16 +52,16 @@ def test_each_image_is_counted_in_the_confusion_matrix(trained: TrainedModel, tm
     assert [score.precision for score in evaluation.classes] == [1.0, 4 / 5, 4 / 5, None, None]
     assert [score.recall for score in evaluation.classes] == [4 / 5, 1.0, 1.0, 0.0, None]
     assert evaluation.missing_classes == ("white",)
-    lines = describe_evaluation(evaluation).splitlines()
+    lines = evaluation.describe().splitlines()
     assert lines[1].split()[:4] == ["red", "5", "1.000", "0.800"]
     assert lines[5].split() == ["white", "0", "-", "-", "-", "-"]
     balanced = "balanced accuracy 0.700, the mean recall of the classes"
     assert lines[6].startswith("accuracy 0.857 (95 % interval 0.")
     assert lines[6].endswith(" of 14 images")
     assert lines[7].startswith("calibration error 0.")
-    assert lines[8:] == [balanced, "without a folder: white"]
+    assert lines[8:] == [balanced, "without images white"]
     alike = evaluate_folder(trained, make_folder(tmp_path / "alike"), show_progress=False)
-    assert "balanced" not in describe_evaluation(alike)
+    assert "balanced" not in alike.describe()
 
 
 def test_one_class_is_enough_and_the_test_split_is_used(trained: TrainedModel, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_unreadable_images_are_left_out_and_listed(trained: TrainedModel, tmp_pa
         str(folder / "blue" / "1.png"),
         str(folder / "red" / "text.jpg"),
     ]
-    assert "skipped: 2 images that cannot be read" in describe_evaluation(evaluation)
+    assert "skipped 2 images that cannot be read" in evaluation.describe()
 
 
 def test_folders_of_other_classes_raise_before_any_work(trained: TrainedModel, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from image_folders import COLOURS
@@ -18,6 +19,8 @@ from backbone_finetune.cli import main
 from backbone_finetune.recipes import Metrics, TrainSettings, find_splits, load_trained_model, predict, train
 from backbone_finetune.recipes.commands.evaluate import evaluate_folder
 from backbone_finetune.recipes.commands.evaluate_table import evaluate_table
+from backbone_finetune.recipes.commands.reporting.evaluation_files import write_evaluation
+from backbone_finetune.recipes.commands.reporting.figures import order_errors
 from backbone_finetune.recipes.commands.runs.metrics import describe
 from backbone_finetune.recipes.data.images import ImageDataset, read_image
 from backbone_finetune.recipes.data.loading import DeviceLoader
@@ -230,7 +233,7 @@ def test_evaluate_returns_the_metrics_of_the_test_images(
     assert evaluation["metrics"]["macro_f1"] == pytest.approx(sum(score["f1"] for score in scores.values()) / 3)
     for score in scores.values():
         assert score["f1"] == pytest.approx(2 * score["correct"] / (score["support"] + score["predicted"]))
-        assert f"F1 {score['f1']:.3f} above {score['threshold']:.2f}" in printed
+        assert f"F1 {score['f1']:.3f}, threshold {score['threshold']:.2f}" in printed
 
 
 def test_without_a_split_thresholds_are_chosen_on_held_out_images(images: Path, tmp_path: Path) -> None:
@@ -275,7 +278,36 @@ def test_values_are_trained_predicted_and_evaluated(
     assert evaluation.metrics == pytest.approx(metrics.test_metrics, rel=1e-5)
     assert [score.name for score in evaluation.outputs] == ["grey", "count"]
     assert "Regression" not in evaluation.describe()
-    assert "grey    mean absolute error " in evaluation.describe()
+    assert "grey   mean absolute error " in evaluation.describe()
+
+
+def test_a_run_and_an_evaluation_show_labels_and_values(
+    images: Path, labelled: tuple[Path, Metrics], valued: tuple[Path, Metrics], tmp_path: Path
+) -> None:
+    for name, (folder, metrics), figures in (
+        ("labels", labelled, ("images", "F1", "threshold", "average precision")),
+        ("values", valued, ("mean absolute error", "R squared")),
+    ):
+        evaluation = evaluate_table(load_trained_model(folder / "model.safetensors"), images / "table.csv")
+        written = write_evaluation(evaluation, tmp_path / name)
+        assert [path.name for path in written] == ["evaluation.json", "report.html"]
+        assert "answers" not in json.loads(written[0].read_text())
+        head = "<tr><th></th>" + "".join(f"<th>{figure}</th>" for figure in figures) + "</tr>"
+        first = evaluation.outputs[0]
+        row = f"<tr><td>{first.name}</td>" + "".join(f"<td>{text}</td>" for text in first.words().values())
+        pages = [(each / "report.html").read_text() for each in (folder, tmp_path / name)]
+        for page in pages:
+            assert head + row in page
+            assert page.partition("<h2>Identical")[0].count("<figure>") == metrics.test_images == 16
+            assert "commonest class" not in page
+        assert "<td>images</td><td>48 to train, 16 to validate, 16 to test</td>" in pages[0]
+        assert f"<td>{metrics.architecture}, {metrics.weights}</td>" in pages[0]
+        assert [page.count("data:image/png;base64,") for page in pages] == [1, 0]  # the curves
+    assert order_errors(evaluation.answers)[0] == int(
+        (abs(evaluation.answers.probabilities - evaluation.answers.targets) / numpy.std(evaluation.answers.targets, 0))
+        .mean(1)
+        .argmax()
+    )
 
 
 def test_the_command_line_trains_values_of_columns(

@@ -19,10 +19,9 @@ from .reporting.figures import (
     bootstrap,
     chance_calibration_error,
     expected_calibration_error,
-    make_answers,
 )
 
-__all__ = ["ClassScore", "Evaluation", "describe_evaluation", "evaluate_folder", "score_answers"]
+__all__ = ["ClassScore", "Evaluation", "evaluate_folder", "score_answers"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,11 @@ class ClassScore:
     recall: float | None  # correct / support
     f1: float | None
     auroc: float | None  # of this class against all others; None without images of both
+
+    def shares(self) -> list[str]:
+        """Return precision, recall, F1 and AUROC in words."""
+        shares = (self.precision, self.recall, self.f1, self.auroc)
+        return ["-" if share is None else f"{share:.3f}" for share in shares]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,33 @@ class Evaluation:
     confusion: tuple[tuple[int, ...], ...]
     answers: Answers = field(repr=False, compare=False)
     neighbor_accuracy: Interval | None = None  # of a vote of the 20 nearest training images
+
+    def figures(self) -> dict[str, str]:
+        """Return the figures of all images in words, by name."""
+        error, by_chance = f"{self.calibration_error:.3f}", f"{self.calibration_error_by_chance:.3f}"
+        figures = {
+            "accuracy": f"{self.accuracy_interval} of {self.images:,} images",
+            "calibration error": f"{error}, the mean distance of confidence and accuracy; perfectly calibrated, "
+            f"{by_chance} or less on {self.images:,} images",
+        }
+        if len({score.support for score in self.classes if score.support}) > 1:
+            figures["balanced accuracy"] = f"{self.balanced_accuracy:.3f}, the mean recall of the classes"
+        if self.neighbor_accuracy is not None:
+            figures["neighbours"] = f"{self.neighbor_accuracy}, by a vote of the 20 nearest training images"
+        if self.skipped_images:
+            figures["skipped"] = f"{len(self.skipped_images):,} images that cannot be read"
+        if self.missing_classes:
+            figures["without images"] = ", ".join(self.missing_classes)
+        return figures
+
+    def describe(self) -> str:
+        """Format the evaluation as a table by class and a summary."""
+        width = max(len("class"), *(len(score.name) for score in self.classes))
+        lines = [f"{'class':{width}}  images  precision  recall     F1  AUROC"]
+        for score in self.classes:
+            precision, recall, f1, area = score.shares()
+            lines.append(f"{score.name:{width}}  {score.support:>6,}  {precision:>9}  {recall:>6}  {f1:>5}  {area:>5}")
+        return "\n".join([*lines, *(f"{name} {text}" for name, text in self.figures().items())])
 
 
 def evaluate_folder(
@@ -109,11 +140,11 @@ def evaluate_folder(
         raise ValueError("the model has labels or values; call evaluate_table with a table")
     found = choose_test(find_splits(folder, trained.class_names))
     names = trained.class_names
-    rows, read, skipped = predict_labelled(
+    answers, skipped = predict_labelled(
         trained, found, folder, batch_size=batch_size, workers=workers, tta=tta, show_progress=show_progress
     )
     missing = tuple(name for target, name in enumerate(names) if target not in found.targets)
-    evaluation = score_answers(make_answers(found.select(read), rows), skipped=skipped, missing=missing)
+    evaluation = score_answers(answers, skipped=skipped, missing=missing)
     if neighbors is None:
         return evaluation
     title = "features" if show_progress else None
@@ -150,32 +181,3 @@ def score_answers(answers: Answers, *, skipped: Sequence[str] = (), missing: Seq
         confusion=tuple(tuple(map(int, row)) for row in confusion),
         answers=answers,
     )
-
-
-def describe_calibration(evaluation: Evaluation) -> str:
-    """Format the calibration error, with what it would be by chance."""
-    return (
-        f"{evaluation.calibration_error:.3f}, the mean distance of confidence and accuracy; perfectly calibrated, "
-        f"{evaluation.calibration_error_by_chance:.3f} or less on {evaluation.images:,} images"
-    )
-
-
-def describe_evaluation(evaluation: Evaluation) -> str:
-    """Format an evaluation as a table by class and a summary."""
-    width = max(len("class"), *(len(score.name) for score in evaluation.classes))
-    lines = [f"{'class':{width}}  images  precision  recall     F1  AUROC"]
-    for score in evaluation.classes:
-        shares = (score.precision, score.recall, score.f1, score.auroc)
-        precision, recall, f1, area = ("-" if share is None else f"{share:.3f}" for share in shares)
-        lines.append(f"{score.name:{width}}  {score.support:>6,}  {precision:>9}  {recall:>6}  {f1:>5}  {area:>5}")
-    lines.append(f"accuracy {evaluation.accuracy_interval} of {evaluation.images:,} images")
-    lines.append(f"calibration error {describe_calibration(evaluation)}")
-    if len({score.support for score in evaluation.classes if score.support}) > 1:
-        lines.append(f"balanced accuracy {evaluation.balanced_accuracy:.3f}, the mean recall of the classes")
-    if evaluation.neighbor_accuracy is not None:
-        lines.append(f"neighbours {evaluation.neighbor_accuracy}, by a vote of the 20 nearest training images")
-    if evaluation.skipped_images:
-        lines.append(f"skipped: {len(evaluation.skipped_images):,} images that cannot be read")
-    if evaluation.missing_classes:
-        lines.append(f"without a folder: {', '.join(evaluation.missing_classes)}")
-    return "\n".join(lines)

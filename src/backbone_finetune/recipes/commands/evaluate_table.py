@@ -1,19 +1,18 @@
 """``backbone-finetune evaluate`` for a model of labels or values, on a table of images with known labels or values."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..data.sources.finding import choose_test, find_splits, has_columns
 from ..data.sources.tables import TABLES
-from ..files import replacing
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives import metrics
 from ..objectives.kinds import MultiLabel, Regression
 from .predict import predict_labelled
+from .reporting.figures import Answers
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,12 @@ class LabelScore:
     f1: float | None  # None if no image has the label
     average_precision: float | None
 
+    def words(self) -> dict[str, str]:
+        """Return the figures in words, by name."""
+        f1, precision = ("-" if each is None else f"{each:.3f}" for each in (self.f1, self.average_precision))
+        above = f"{self.threshold:.2f}"
+        return {"images": f"{self.support:,}", "F1": f1, "threshold": above, "average precision": precision}
+
 
 @dataclass(frozen=True)
 class ValueScore:
@@ -37,6 +42,10 @@ class ValueScore:
     mean_absolute_error: float
     r2: float
 
+    def words(self) -> dict[str, str]:
+        """Return the figures in words, by name."""
+        return {"mean absolute error": f"{self.mean_absolute_error:.4g}", "R squared": f"{self.r2:.3f}"}
+
 
 @dataclass(frozen=True)
 class TableEvaluation:
@@ -44,32 +53,26 @@ class TableEvaluation:
 
     metrics: dict[str, float]
     images: int
-    outputs: tuple[LabelScore, ...] | tuple[ValueScore, ...]
+    outputs: tuple[LabelScore | ValueScore, ...]
     skipped_images: tuple[str, ...]
+    answers: Answers = field(repr=False, compare=False)
+
+    def figures(self) -> dict[str, str]:
+        """Return the figures of all images in words, by name."""
+        figures = {name.replace("_", " "): f"{value:.4g}" for name, value in self.metrics.items()}
+        figures["measured on"] = f"{self.images:,} images"
+        if self.skipped_images:
+            figures["skipped"] = f"{len(self.skipped_images):,} images that cannot be read"
+        return figures
 
     def describe(self) -> str:
         """Format the evaluation as a table by label or output and a summary."""
-        width = max(len("output"), *(len(score.name) for score in self.outputs))
-        lines = []
-        for score in self.outputs:
-            if isinstance(score, ValueScore):
-                line = f"mean absolute error {score.mean_absolute_error:.4g}, R squared {score.r2:.3f}"
-            else:
-                f1, precision = ("-" if each is None else f"{each:.3f}" for each in (score.f1, score.average_precision))
-                line = f"{score.support:,} images, F1 {f1} above {score.threshold:.2f}, average precision {precision}"
-            lines.append(f"{score.name:{width}}  {line}")
-        lines += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.metrics.items()]
-        lines[-1] += f" of {self.images:,} images"
-        if self.skipped_images:
-            lines.append(f"skipped: {len(self.skipped_images):,} images that cannot be read")
-        return "\n".join(lines)
-
-    def write(self, folder: Path) -> Path:
-        """Write ``evaluation.json`` into a folder, which is created if it does not exist."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "evaluation.json") as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        return folder / "evaluation.json"
+        width = max(len(score.name) for score in self.outputs)
+        lines = [
+            f"{score.name:{width}}  {', '.join(f'{name} {text}' for name, text in score.words().items())}"
+            for score in self.outputs
+        ]
+        return "\n".join([*lines, *(f"{name} {text}" for name, text in self.figures().items())])
 
 
 def evaluate_table(
@@ -105,19 +108,26 @@ def evaluate_table(
     found = choose_test(find_splits(table, names, values))
     if isinstance(found.targets[0], int):
         raise ValueError(f"{table}: one class per image, and the model has labels; pass a table with a column labels")
-    answers, read, skipped = predict_labelled(
+    answers, skipped = predict_labelled(
         trained, found, table, batch_size=batch_size, workers=workers, tta=tta, show_progress=show_progress
     )
-    targets = torch.tensor([found.targets[index] for index in read])
-    measured = objective.measure(answers, targets)
-    if not isinstance(objective, MultiLabel):
-        errors = zip(names, *(each.tolist() for each in metrics.regression_errors(answers, targets)), strict=True)
-        return TableEvaluation(measured, len(read), tuple(ValueScore(*each) for each in errors), skipped)
-    chosen, scores = objective.choose(answers.double()), []
-    for label, (name, threshold) in enumerate(zip(names, objective.thresholds or [0.5] * len(names), strict=True)):
-        column, truth = chosen[:, [label]], targets[:, [label]]
-        counts = (int(each.sum()) for each in (truth, column, column * truth))
-        figures = (metrics.macro_f1(column, truth), metrics.mean_average_precision(answers[:, [label]], truth))
-        known = figures if truth.any() else (None, None)
-        scores.append(LabelScore(name, threshold, *counts, *known))
-    return TableEvaluation(measured, len(read), tuple(scores), skipped)
+    return score_rows(answers, skipped=skipped)
+
+
+def score_rows(answers: Answers, *, skipped: tuple[str, ...] = ()) -> TableEvaluation:
+    """Score what a model answered on images with labels or values."""
+    objective, names = answers.objective, answers.class_names
+    rows, targets = torch.from_numpy(answers.probabilities), torch.tensor(answers.targets)
+    scores: list[LabelScore | ValueScore] = []
+    if isinstance(objective, MultiLabel):
+        chosen = objective.choose(rows)
+        for label, (name, threshold) in enumerate(zip(names, objective.thresholds or [0.5] * len(names), strict=True)):
+            column, truth = chosen[:, [label]], targets[:, [label]]
+            counts = (int(each.sum()) for each in (truth, column, column * truth))
+            figures = (metrics.macro_f1(column, truth), metrics.mean_average_precision(rows[:, [label]], truth))
+            scores.append(LabelScore(name, threshold, *counts, *(figures if truth.any() else (None, None))))
+    else:
+        errors = zip(names, *(each.tolist() for each in metrics.regression_errors(rows, targets)), strict=True)
+        scores += (ValueScore(*each) for each in errors)
+    measured = objective.measure(rows, targets)
+    return TableEvaluation(measured, len(answers.paths), tuple(scores), skipped, answers)

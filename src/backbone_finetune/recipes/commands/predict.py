@@ -29,6 +29,7 @@ from ..features.layout import Layout, in_fast_layout
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
 from ..objectives.kinds import MultiLabel, Regression
+from .reporting.figures import Answers, make_answers
 
 __all__ = ["Prediction", "list_inputs", "predict", "predict_labelled"]
 
@@ -115,11 +116,11 @@ def predict_labelled(
     workers: Whole | None,
     tta: bool,
     show_progress: bool,
-) -> tuple[Tensor, list[int], tuple[str, ...]]:
+) -> tuple[Answers, tuple[str, ...]]:
     """Predict the images that can be read, of those that were found in ``source``.
 
     Returns:
-        Their probabilities or values ``(N, K)``, their indices, and why each of the others cannot be read.
+        The answers to them, and why each of the others cannot be read.
 
     Raises:
         ValueError: none can be read.
@@ -132,7 +133,7 @@ def predict_labelled(
     rows = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, Tensor)}
     if not rows:
         raise ValueError(f"{source}: none of its {count} images can be read; the first: {skipped[0]}")
-    return torch.stack(list(rows.values())), list(rows), skipped
+    return make_answers(found.select(list(rows)), torch.stack(list(rows.values())), trained.objective), skipped
 
 
 def predict_rows(

@@ -293,22 +293,20 @@ def _ends_frozen(task: Task) -> bool:
     return task.phases[-1].trainable_groups == 0
 
 
-def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers | None]:
+def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers]:
     """Evaluate the model on the test images, once; its answers are for a report.
 
     Features of a frozen backbone are computed as those it was trained on. Without test images, the answers are
-    to the validation images. They are None for a model of labels or values.
+    to the validation images.
     """
-    images, keep = held_out(task), isinstance(config.objective, SingleLabel)
-    if task.test is None and not keep:
-        return None, None
-    part, model = held_out_part(task), task.model.to(config.accelerator.device)
+    images, part = held_out(task), held_out_part(task)
+    model = task.model.to(config.accelerator.device)
     data = PhaseData(images, None, model)
     if _ends_frozen(task):
         data = prepare_data(model.freeze_backbone(), images, None, replace(config, views=1), name=part)
-    score = evaluate(data.module, data.train, config, name=part, keep_outputs=keep)
+    score = evaluate(data.module, data.train, config, name=part, keep_outputs=True)
     report_skipped([images], {}, config.accelerator)
-    tested = None if task.test is None else score
-    if score.outputs is None:
-        return tested, None
-    return tested, make_answers(images.folder.select(score.indices.tolist()), config.objective.predict(score.outputs))
+    assert score.outputs is not None
+    answered = images.folder.select(score.indices.tolist())
+    answers = make_answers(answered, config.objective.predict(score.outputs), config.objective)
+    return None if task.test is None else score, answers

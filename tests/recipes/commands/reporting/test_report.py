@@ -15,6 +15,7 @@ from image_folders import make_folder, make_image
 
 from backbone_finetune.cli import main
 from backbone_finetune.recipes.commands.evaluate import score_answers
+from backbone_finetune.recipes.commands.reporting.evaluation_files import write_evaluation
 from backbone_finetune.recipes.commands.reporting.figures import (
     Answers,
     auroc,
@@ -22,7 +23,7 @@ from backbone_finetune.recipes.commands.reporting.figures import (
     chance_calibration_error,
     expected_calibration_error,
 )
-from backbone_finetune.recipes.commands.reporting.report import make_report, write_evaluation
+from backbone_finetune.recipes.commands.reporting.report import make_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = '<script>document.title="ran"</script>"&\x1b[31m'
@@ -75,7 +76,7 @@ def test_a_page_takes_nothing_from_elsewhere_and_escapes_names(tmp_path: Path) -
     hostile = tmp_path / "images" / "<img src=x onerror=alert(1)>.png"
     make_image(hostile, (1, 2, 3))
     answers = replace(answers, paths=[hostile, *answers.paths[1:-1], tmp_path / "gone.png"])
-    text = make_report(score_answers(answers), title=HOSTILE, facts={HOSTILE: HOSTILE}, curves={HOSTILE: [1]})
+    text = make_report(score_answers(answers), title=HOSTILE, facts={HOSTILE: HOSTILE}, curves=answers.paths[0])
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "a"} & set(page.tags)
     assert page.addresses
@@ -91,7 +92,7 @@ def test_a_browser_shows_the_page_and_runs_nothing(tmp_path: Path, width: int) -
     assert CHROMIUM is not None
     answers = make_answers(tmp_path / "images", (HOSTILE, "dog"))
     page = tmp_path / "report.html"
-    page.write_text(make_report(score_answers(answers), title="a model", facts={}, curves={"training": [0.1, 0.9]}))
+    page.write_text(make_report(score_answers(answers), title="a model", facts={}, curves=answers.paths[0]))
     browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     shown = subprocess.run(
         [*browser, f"--window-size={width},900", "--dump-dom", page.as_uri()],

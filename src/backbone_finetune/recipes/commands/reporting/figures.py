@@ -1,14 +1,17 @@
 """What the probabilities of a classifier say beyond its accuracy: ranking, calibration, and how sure a figure is."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ...data.images import LabelledFolder
+from ...objectives.kinds import MultiLabel, Objective, SingleLabel
 
 BINS = 10
 RESAMPLED = 1000
@@ -18,19 +21,21 @@ Array = NDArray[numpy.float64]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a classifier answered on labelled images.
+    """What a model answered on labelled images.
 
     Args:
-        class_names: The K classes.
+        class_names: The K classes, labels or values.
         paths: The N images.
-        targets: Their classes.
-        probabilities: Of each class, ``(N, K)``.
+        targets: Their classes, or rows of labels or values.
+        probabilities: Of each class or label, or the values, ``(N, K)``.
+        objective: Of the model.
     """
 
     class_names: Sequence[str]
     paths: Sequence[Path]
-    targets: Sequence[int]
+    targets: Sequence[Any]
     probabilities: Array
+    objective: Objective = field(default_factory=SingleLabel)
 
     @property
     def predicted(self) -> NDArray[numpy.int64]:
@@ -45,9 +50,9 @@ class Answers:
         return right
 
 
-def make_answers(images: LabelledFolder, probabilities: Tensor) -> Answers:
-    """Join labelled images and the probabilities of their classes, ``(N, K)``."""
-    return Answers(images.class_names, images.paths, images.targets, probabilities.double().numpy())
+def make_answers(images: LabelledFolder, probabilities: Tensor, objective: Objective) -> Answers:
+    """Join labelled images and what a model answered on them, ``(N, K)``."""
+    return Answers(images.class_names, images.paths, images.targets, probabilities.double().numpy(), objective)
 
 
 @dataclass(frozen=True)
@@ -145,3 +150,37 @@ def order_mistakes(answers: Answers) -> list[int]:
     wrong = numpy.flatnonzero(answers.is_right == 0)
     confidence = answers.probabilities.max(1)
     return [int(index) for index in wrong[numpy.argsort(-confidence[wrong], kind="stable")]]
+
+
+def order_errors(answers: Answers) -> list[int]:
+    """Return the images with labels or values, the largest error first, in standard deviations of each column.
+
+    >>> from backbone_finetune.recipes import Regression
+    >>> values = Answers(("age",), [Path("1"), Path("2")], [[10], [30]], numpy.array([[11.0], [50.0]]), Regression())
+    >>> order_errors(values)
+    [1, 0]
+    """
+    targets = numpy.asarray(answers.targets, dtype=float)
+    spread = targets.std(0)
+    errors = (abs(answers.probabilities - targets) / numpy.where(spread > 0, spread, 1)).mean(1)
+    return [int(index) for index in numpy.argsort(-errors, kind="stable")]
+
+
+def describe_error(answers: Answers, index: int) -> str:
+    """Return the labels or values of an image, and those that were answered.
+
+    >>> from backbone_finetune.recipes import Regression
+    >>> values = Answers(("age",), [Path("1"), Path("2")], [[10], [30]], numpy.array([[11.0], [50.0]]), Regression())
+    >>> describe_error(values, 1)
+    'age 30, predicted 50'
+    """
+    target, answer = answers.targets[index], answers.probabilities[index]
+    if not isinstance(answers.objective, MultiLabel):
+        triples = zip(answers.class_names, target, answer, strict=True)
+        return "; ".join(f"{name} {right:.4g}, predicted {given:.4g}" for name, right, given in triples)
+    chosen = answers.objective.choose(torch.from_numpy(answer)).tolist()
+    right, given = (
+        "; ".join(name for name, is_there in zip(answers.class_names, row, strict=True) if is_there) or "no label"
+        for row in (target, chosen)
+    )
+    return f"{right}, predicted {given}"

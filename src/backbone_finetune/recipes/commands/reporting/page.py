@@ -1,9 +1,9 @@
-"""The parts of an HTML page in one file: tables, images and curves, without a script or a download."""
+"""The parts of an HTML page in one file: tables and images, without a script or a download."""
 
 import base64
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -12,7 +12,7 @@ from ...data.bands import to_rgb
 from ...data.images import read_image
 from ...text import printable
 
-__all__ = ["curves_svg", "gallery", "make_page", "table", "text"]
+__all__ = ["gallery", "make_page", "picture", "table", "text"]
 
 SIDE = 160  # of a thumbnail, in pixels
 
@@ -28,7 +28,7 @@ th:first-child, td:first-child { min-width: 6rem; overflow-wrap: anywhere; text-
 .pairs { display: grid; gap: .8rem 2rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 figure { margin: 0; } figcaption { font-size: .8rem; overflow-wrap: anywhere; }
 img { background: var(--soft); height: 8rem; object-fit: contain; width: 100%; }
-svg { height: auto; max-width: 100%; } svg text { fill: currentColor; font-size: 11px; }
+img.whole { height: auto; max-width: 100%; width: auto; }
 """
 
 
@@ -43,30 +43,9 @@ def make_page(title: str, parts: Iterable[str]) -> str:
     )
 
 
-def curves_svg(curves: Mapping[str, Sequence[float]]) -> str:
-    """Draw figures by epoch, 0 to 1, as an SVG.
-
-    >>> curves_svg({"training": [0.5, 1.0]}).count("<polyline")
-    1
-    """
-    width, height, margin = 640, 240, 30
-    lines = []
-    for place, (name, values) in enumerate(curves.items()):
-        step = (width - 2 * margin) / max(len(values) - 1, 1)
-        points = " ".join(
-            f"{margin + index * step:.1f},{height - margin - value * (height - 2 * margin):.1f}"
-            for index, value in enumerate(values)
-        )
-        colour = ("#4a7ebb", "#c0504d", "#7f9a48", "#8064a2")[place % 4]
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        lines.append(f'<text x="{margin + 100 * place}" y="14" style="fill: {colour}">{text(name)}</text>')
-    for share in (0, 0.5, 1):
-        y = height - margin - share * (height - 2 * margin)
-        lines.append(f'<line x1="{margin}" x2="{width - margin}" y1="{y}" y2="{y}" stroke="#8884"/>')
-        lines.append(f'<text x="0" y="{y + 4}">{share:g}</text>')
-    count = max(map(len, curves.values()))
-    lines.append(f'<text x="{width - margin - 60}" y="{height - 8}">epoch {count}</text>')
-    return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(lines)}</svg>'
+def picture(png: bytes) -> str:
+    """Show a PNG in its own size."""
+    return f'<img class="whole" alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def gallery(images: Iterable[tuple[Path, str]]) -> str:

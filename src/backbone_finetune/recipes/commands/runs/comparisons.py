@@ -108,7 +108,8 @@ def predict_held_out(
     with left_out_if_it_fails(config.accelerator, "label issues"):
         rows = cross_predict(model, task.train, phases, config, folds=folds)
         read = ~rows.isnan().any(1)
-        return make_answers(task.train.folder.select(read.nonzero().flatten().tolist()), rows[read])
+        images = task.train.folder.select(read.nonzero().flatten().tolist())
+        return make_answers(images, rows[read], task.objective)
     return None
 
 

@@ -84,7 +84,8 @@ def write_results(
             names.append(LABELS_FILE)
     if answers is not None:
         with left_out_if_it_fails(None, REPORT_FILE), publishing(folder, REPORT_FILE) as temporary:
-            temporary.write_text(report_run(metrics, answers, task.model, issues), encoding="utf-8")
+            curves = folder / CURVES_FILE if CURVES_FILE in names else None
+            temporary.write_text(report_run(metrics, answers, task.model, issues, curves), encoding="utf-8")
             names.append(REPORT_FILE)
     finish_run(folder, names)
     logger.info("\nwrote %s", ", ".join(str(folder / name) for name in names))
