@@ -14,7 +14,7 @@ import torch
 from image_folders import COLOURS, make_folder, make_image
 from raising_hooks import is_pixel_baseline, raising, trains
 from recorded_files import record_files
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from backbone_finetune import cli
@@ -71,6 +71,22 @@ def test_mixed_precision_no_computes_features_in_float32(
         handle.remove()
     assert computed == expected
     assert ("features in bf16, predict: float32" in describe(metrics)) == (asked is None)
+
+
+def test_a_model_that_a_device_trained_predicts_there_and_on_the_cpu(
+    settings: dict[str, Any], device: torch.device
+) -> None:
+    settings["phases"] = (Phase(epochs=2), Phase(epochs=2, trainable_groups=1))
+    metrics = train(TrainSettings(**{**settings, "device": device.type, "mixed_precision": "no"}))
+    assert torch.device(metrics.device).type == device.type
+    paths = sorted(settings["images"].rglob("*.png"))
+
+    def probabilities(where: torch.device) -> Tensor:
+        trained = load_trained_model(settings["output"] / MODEL_FILE)
+        trained.model.to(where)
+        return torch.tensor([[value for _, value in sorted(answer.classes)] for answer in predict(trained, paths)])
+
+    torch.testing.assert_close(probabilities(device), probabilities(torch.device("cpu")), rtol=1e-3, atol=1e-3)
 
 
 def names_in(folder: Path) -> set[str]:
