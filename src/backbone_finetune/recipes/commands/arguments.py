@@ -54,7 +54,7 @@ TRAIN = {
     "no). Unless no is given, features are in bf16 where that is faster",
     "--trainable-only": "write only the tensors that training changed; loading needs the base weights",
     "--baselines": "also train on a random backbone and on raw pixels, to compare (always for the clipart)",
-    "--check-labels": "list training images whose class looks wrong, by cleanlab (an extra), in 5 folds",
+    "--check-labels": "list training images whose label looks wrong, by cleanlab (an extra), in 5 folds",
     "--log-with": "log settings and epochs to a tracker, an extra of that name (tensorboard: in the output folder)",
     "--overwrite": "replace a finished model, or another run, in the output folder",
 }

@@ -66,7 +66,7 @@ class TrainSettings:
             "off" keeps the last epoch. None means "accuracy" if there are both validation and test images, else "off".
             If there are no validation images, a fifth of the training images is held out for it.
         folds: The number of folds of a cross-validation on the training images, after the model is written.
-        check_labels: Whether to list training images whose class looks wrong, by cleanlab, from a cross-validation in
+        check_labels: Whether to list training images whose label looks wrong, by cleanlab, from a cross-validation in
             ``folds`` folds, or 5.
         log_with: The tracker that the settings, each epoch and the test metrics are logged to.
         patience: A phase ends after this number of epochs without improvement.

@@ -21,7 +21,7 @@ from ..features.cache import FeatureCache
 from ..features.compiled import COMPILERS
 from ..models.file import TrainedModel, save_trained_changes, save_trained_model
 from ..models.metadata import describe_objective, installed_versions
-from ..objectives.kinds import MultiLabel, Regression, SingleLabel
+from ..objectives.kinds import MultiLabel, Regression
 from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
@@ -120,10 +120,8 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
 def _check_folds(settings: TrainSettings, task: Task) -> bool:
     """Return whether models train on folds of the training images; raise an error if that is not possible."""
     if settings.check_labels:
-        if not isinstance(task.objective, SingleLabel):
-            raise ValueError(
-                "check_labels is for images of one class each; these have labels or values, so leave it out"
-            )
+        if isinstance(task.objective, Regression):
+            raise ValueError("check_labels is for classes and labels; these images have values, so leave it out")
         check_extra()
     if has_folds := settings.folds is not None or settings.check_labels:
         check_folds(task.train, settings.folds or FOLDS)

@@ -39,7 +39,7 @@ def test_wrong_classes_are_listed_first(tmp_path: Path, more: list[str]) -> None
     assert float(rows[0]["score"]) < 0.5
     assert json.loads((output / "metrics.json").read_text())["label_issues"] == len(rows)
     page = (output / "report.html").read_text()
-    section = page[page.index("<h2>Training images whose class looks wrong") : page.index("<h2>Identical images")]
+    section = page[page.index("<h2>Training images whose label looks wrong") : page.index("<h2>Identical images")]
     assert f"({len(rows)} in all)" in section
     assert section.count("<figure>") == len(rows)
     assert f"{rows[0]['class']} {float(rows[0]['score']):.0%}, looks like {rows[0]['suggested']}" in section
@@ -79,12 +79,28 @@ def test_checking_labels_needs_cleanlab(
     assert not output.exists()
 
 
-def test_checking_labels_is_for_one_class_per_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.clients
+def test_wrong_labels_of_several_are_listed_first(tmp_path: Path) -> None:
+    pytest.importorskip("cleanlab")
+    folder = make_folder(tmp_path / "images", per_class=12)
+    labels = {path: path.parent.name for path in sorted(folder.rglob("*.png"))}
+    wrong = folder / "red" / "5.png"
+    labels[wrong] = "green;blue"
+    rows = [f"{path},{given},{'test' if path.name == '0.png' else 'train'}" for path, given in labels.items()]
+    (tmp_path / "table.csv").write_text("\n".join(["path,labels,split", *rows]))
+    output = tmp_path / "run"
+    assert main(["train", str(tmp_path / "table.csv"), *SMALL, "--check-labels", "--output", str(output)]) == 0
+    first, *_ = csv.DictReader((output / "label_issues.csv").read_text().splitlines())
+    assert (first["image"], first["class"], first["suggested"]) == (str(wrong), "blue; green", "red")
+    assert "blue; green" in (output / "report.html").read_text()
+
+
+def test_values_have_no_labels_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_folder(tmp_path / "images")
-    lines = [f"{path},{path.parent.name}" for path in sorted(folder.rglob("*.png"))]
-    (tmp_path / "table.csv").write_text("\n".join(["path,labels", *lines]))
-    assert main(["train", str(tmp_path / "table.csv"), *SMALL, "--check-labels"]) == 2
-    assert "check_labels is for images of one class each" in capsys.readouterr().err
+    lines = [f"{path},{index}" for index, path in enumerate(sorted(folder.rglob("*.png")))]
+    (tmp_path / "table.csv").write_text("\n".join(["path,age", *lines]))
+    assert main(["train", str(tmp_path / "table.csv"), *SMALL, "--regression", "age", "--check-labels"]) == 2
+    assert "check_labels is for classes and labels" in capsys.readouterr().err
 
 
 def test_identical_images_are_in_the_report_and_the_metrics(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def test_a_run_whose_label_check_fails_ends_without_it(
     cleanlab = types.ModuleType("cleanlab.filter")  # need not be installed
     cleanlab.find_label_issues = failing(error)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cleanlab", types.ModuleType("cleanlab"))
-    monkeypatch.setitem(sys.modules, "cleanlab.filter", cleanlab)
+    for name in ("filter", "rank"):
+        monkeypatch.setitem(sys.modules, f"cleanlab.{name}", cleanlab)
     metrics = train(TrainSettings(**{**settings, "baselines": False, "folds": None, "check_labels": True}))
     assert (left_out(caplog), metrics.label_issues) == ({"label_issues.csv"}, None)
     everything = {"run.json", "model.safetensors", "metrics.json", "curves.png", "report.html"}

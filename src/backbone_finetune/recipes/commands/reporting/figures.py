@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...data.images import LabelledFolder
-from ...objectives.kinds import MultiLabel, Objective, SingleLabel
+from ...objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
 
 BINS = 10
 RESAMPLED = 1000
@@ -48,6 +48,26 @@ class Answers:
         """1 where that is the class of the image, else 0, ``(N,)``."""
         right: Array = (self.predicted == numpy.asarray(self.targets)).astype(float)
         return right
+
+    def words(self, index: int) -> tuple[str, str]:
+        """Return the class, labels or values of an image, and those that were answered.
+
+        >>> from backbone_finetune.recipes import Regression
+        >>> Answers(("age",), [Path("1")], [[10]], numpy.array([[11.0]]), Regression()).words(0)
+        ('age 10', 'age 11')
+        """
+        target, answer = self.targets[index], self.probabilities[index]
+        if isinstance(self.objective, Regression):
+            pairs = (zip(self.class_names, row, strict=True) for row in (target, answer))
+            given, answered = ("; ".join(f"{name} {value:.4g}" for name, value in row) for row in pairs)
+        elif isinstance(self.objective, MultiLabel):
+            rows = numpy.array(target), self.objective.choose(torch.from_numpy(answer)).numpy()
+            given, answered = (
+                "; ".join(self.class_names[i] for i in row.nonzero()[0].tolist()) or "no label" for row in rows
+            )
+        else:
+            given, answered = self.class_names[target], self.class_names[self.predicted[index]]
+        return given, answered
 
 
 def make_answers(images: LabelledFolder, probabilities: Tensor, objective: Objective) -> Answers:
@@ -164,23 +184,3 @@ def order_errors(answers: Answers) -> list[int]:
     spread = targets.std(0)
     errors = (abs(answers.probabilities - targets) / numpy.where(spread > 0, spread, 1)).mean(1)
     return [int(index) for index in numpy.argsort(-errors, kind="stable")]
-
-
-def describe_error(answers: Answers, index: int) -> str:
-    """Return the labels or values of an image, and those that were answered.
-
-    >>> from backbone_finetune.recipes import Regression
-    >>> values = Answers(("age",), [Path("1"), Path("2")], [[10], [30]], numpy.array([[11.0], [50.0]]), Regression())
-    >>> describe_error(values, 1)
-    'age 30, predicted 50'
-    """
-    target, answer = answers.targets[index], answers.probabilities[index]
-    if not isinstance(answers.objective, MultiLabel):
-        triples = zip(answers.class_names, target, answer, strict=True)
-        return "; ".join(f"{name} {right:.4g}, predicted {given:.4g}" for name, right, given in triples)
-    chosen = answers.objective.choose(torch.from_numpy(answer)).tolist()
-    right, given = (
-        "; ".join(name for name, is_there in zip(answers.class_names, row, strict=True) if is_there) or "no label"
-        for row in (target, chosen)
-    )
-    return f"{right}, predicted {given}"

@@ -11,7 +11,7 @@ from ...objectives.kinds import SingleLabel
 from ..evaluate import Evaluation, score_answers
 from ..evaluate_table import TableEvaluation, score_rows
 from ..runs.metrics import Metrics
-from .figures import Answers, calibration_bins, describe_error, order_errors, order_mistakes
+from .figures import Answers, calibration_bins, order_errors, order_mistakes
 from .label_issues import LabelIssue
 from .page import gallery, make_page, picture, table, text
 
@@ -80,13 +80,12 @@ def _show_classes(evaluation: Evaluation) -> list[str]:
 def _show_rows(evaluation: TableEvaluation) -> list[str]:
     """Show the figures of each label or value, and the images with the largest errors."""
     answers, scores = evaluation.answers, evaluation.outputs
-    errors = order_errors(answers)
-    captions = (describe_error(answers, index) for index in errors[:SHOWN])
+    errors = order_errors(answers)[:SHOWN]
     return [
         "<h2>By label or value</h2>",
         table(("", *scores[0].words()), ((score.name, *score.words().values()) for score in scores)),
         "<h2>The largest errors; a label or value may be wrong</h2>",
-        gallery(zip((answers.paths[index] for index in errors[:SHOWN]), captions, strict=True)),
+        gallery((answers.paths[index], "{}, predicted {}".format(*answers.words(index))) for index in errors),
     ]
 
 
@@ -100,7 +99,7 @@ def report_run(
     """Write the page of a training run: what trained on what, and how it does on the test images.
 
     Without test images, it is how it does on the validation images, and the page says so. It also shows images that are
-    copies of others, training images whose class looks wrong (``issues``), if that was checked, and the ``curves``.
+    copies of others, training images whose label looks wrong (``issues``), if that was checked, and the ``curves``.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = metrics.best_epoch or len(metrics.history)
@@ -166,7 +165,7 @@ def _show_issues(issues: Sequence[LabelIssue]) -> list[str]:
         (issue.path, f"{issue.given} {issue.score:.0%}, looks like {issue.suggested}") for issue in issues[:SHOWN]
     ]
     return [
-        f"<h2>Training images whose class looks wrong ({len(issues)} in all)</h2>",
+        f"<h2>Training images whose label looks wrong ({len(issues)} in all)</h2>",
         "<p>Found by cleanlab, with models that did not train on these images. label_issues.csv lists all.</p>",
         gallery(images),
     ]
@@ -187,9 +186,8 @@ def _show_copies(copies: Sequence[Copy]) -> list[str]:
 
 def _show_answers(answers: Answers, indices: Sequence[int]) -> str:
     """Show images with their class, the answer, and its probability."""
-    names, predicted = answers.class_names, answers.predicted
-    captions = (
-        f"{names[answers.targets[index]]}, predicted {names[predicted[index]]} {answers.probabilities[index].max():.0%}"
+    sure = answers.probabilities.max(1)
+    return gallery(
+        (answers.paths[index], "{}, predicted {} {:.0%}".format(*answers.words(index), sure[index]))
         for index in indices
     )
-    return gallery(zip((answers.paths[index] for index in indices), captions, strict=True))

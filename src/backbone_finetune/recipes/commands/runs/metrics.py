@@ -21,7 +21,7 @@ class Metrics:
     Values that were not measured are None. The test images are evaluated once, at the end; ``history`` has those of the
     validation images in each epoch, and ``best_epoch`` is the one whose weights were kept, with a monitor.
     ``fold_accuracies`` are those of a cross-validation on the training images, and ``label_issues`` the number of those
-    images whose class looks wrong. ``copies`` are images that equal one of another part or target.
+    images whose label looks wrong. ``copies`` are images that equal one of another part or target.
     ``test_balanced_accuracy`` is the mean recall of the classes that have test images. If images have labels or values,
     ``objective`` has the thresholds or the scale; accuracies are the share of images whose labels are all correct, or
     None, and metrics are those of the objective. ``feature_precision`` is the precision of the features behind the
