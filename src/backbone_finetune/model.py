@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import freezing, verification
+from . import freezing
 from .distributed import reshard
 from .eval_caches import clear_caches_on_load
 from .features import classify, detach_from_storage
@@ -18,13 +17,13 @@ from .guards.frozen_statistics import release
 from .layers import trainable as trainable_parts
 from .layers.groups import LayerGroup, as_layer_groups
 from .layers.param_groups import build_param_groups
+from .report import FrozenReport
 from .splitting import Reassembly, SequentialReassembly, Split, check_width, split_module, split_timm
-from .summary import describe_by_group, describe_by_name
 from .timm_protocol import TimmProtocol
 from .validation import check_module, check_shares_nothing
 
 
-class FineTuneModel(TimmProtocol):
+class FineTuneModel(FrozenReport, TimmProtocol):
     """A backbone and a classifier as two explicit submodules.
 
     >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -40,14 +39,8 @@ class FineTuneModel(TimmProtocol):
         layer_groups: LayerGroups or submodules of the backbone, from input to output. Default: found automatically.
         norm_eval: keep the backbone's running statistics fixed even if its weights train (mmpretrain's name).
 
-    Raises:
-        TypeError: a part is not an ``nn.Module``.
-        ValueError: the parts share a parameter, their widths differ, or a part is already compiled or wrapped.
+    Raises ValueError if the parts share a parameter, their widths differ, or a part is already compiled or wrapped.
     """
-
-    backbone: nn.Module
-    classifier: nn.Module
-    norm_eval: bool
 
     def __init__(
         self,
@@ -143,9 +136,8 @@ class FineTuneModel(TimmProtocol):
             example_input: one input, or a tuple of several. If given, the cut is checked at construction in both modes.
             layer_groups, norm_eval: as for ``FineTuneModel``.
 
-        Raises:
-            ValueError: the network does not contain the classifier exactly once. Also raised in any forward if the
-                network processes the output of its classifier.
+        Raises ValueError if the network does not contain the classifier exactly once, and in any forward if the network
+        processes the output of its classifier.
         """
         check_module(module, "network", "from_module")
         split = split_module(module, classifier, new_classifier=new_classifier, example_input=example_input)
@@ -177,10 +169,7 @@ class FineTuneModel(TimmProtocol):
 
         For ``FineTuneModel(backbone, classifier)`` this is an ``nn.Sequential``. Dropout from ``drop_rate`` is left
         out. If the network's classifier is a 1x1 convolution, its weight is a new Parameter on the same memory: build a
-        new optimizer to train it. Layers with caches (levit's attention) keep the hook that clears them on load.
-
-        Raises:
-            ValueError: the architecture cannot contain the classifier.
+        new optimizer to train it. Raises ValueError if the architecture cannot contain the classifier.
         """
         release(self.modules())
         return self._reassembly.reassemble(self.backbone, self.classifier)
@@ -296,8 +285,7 @@ class FineTuneModel(TimmProtocol):
                 ``timm.optim.param_groups_layer_decay`` (BEiT); per layer group if timm has no ``group_matcher``.
             include_frozen: include frozen parameters, so that one optimizer works through every unfreezing.
 
-        Raises:
-            ValueError: no parameter trains, a rate is negative, or the backbone gained or lost parameters.
+        Raises ValueError if no parameter trains, a rate is negative, or the backbone gained or lost parameters.
         """
         reshard(self)
         return build_param_groups(
@@ -310,55 +298,3 @@ class FineTuneModel(TimmProtocol):
             layer_decay=layer_decay,
             include_frozen=include_frozen,
         )
-
-    def print_trainable_parameters(self, *, by_name: bool = False) -> None:
-        """Print which parameters are frozen and which train.
-
-        >>> FineTuneModel(nn.Linear(2, 2, False), nn.Linear(2, 3, False)).print_trainable_parameters(by_name=True)
-        Trainable parameter: backbone.weight
-        Trainable parameter: classifier.weight
-
-        Args:
-            by_name: list each parameter by its name in the original network. Default: a table by layer group.
-        """
-        if by_name:
-            named = ((self._reassembly.original_name(name), parameter) for name, parameter in self.named_parameters())
-            print(describe_by_name(named))
-        else:
-            print(describe_by_group(self.backbone, self.classifier, self._layer_groups))
-
-    def frozen_fingerprint(self) -> dict[str, str]:
-        """Return a digest of each frozen parameter and buffer, by state-dict name.
-
-        >>> sorted(FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone().frozen_fingerprint())
-        ['backbone.bias', 'backbone.weight']
-
-        A buffer is frozen if its module is. The digest of a DTensor is that of its local shard.
-        """
-        reshard(self)
-        return verification.fingerprint(verification.frozen_tensors(self, self._frozen_modules()))
-
-    def frozen_names(self) -> set[str]:
-        """Return the names that ``frozen_fingerprint`` returns, without reading the tensors.
-
-        >>> FineTuneModel(nn.Linear(2, 2, bias=False), nn.Linear(2, 2)).freeze_backbone().frozen_names()
-        {'backbone.weight'}
-        """
-        return set(verification.frozen_tensors(self, self._frozen_modules()))
-
-    def assert_frozen(self) -> AbstractContextManager[None]:
-        """Return a context that raises AssertionError if a tensor that is frozen on entry has changed on exit.
-
-        >>> model = FineTuneModel(nn.Linear(2, 2), nn.Linear(2, 2)).freeze_backbone()
-        >>> with model.assert_frozen():
-        ...     _ = model.backbone.bias.data.zero_()
-        Traceback (most recent call last):
-        AssertionError: assert_frozen: 1 of 2 frozen tensors changed...
-
-        Digests of all bits are compared, on a CUDA device checksums. The message lists those that changed, with the
-        likely cause.
-        """
-        return verification.assert_unchanged(self, self._frozen_modules, self._layer_groups)
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        return list(freezing.frozen_modules(self, self.backbone, self._layer_groups, norm_eval=self.norm_eval))
