@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .names import shortened
+
 # The parameters of a wrapper's reducer never change, so they are looked up once.
 _frozen_at_wrap: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
 
@@ -71,9 +73,8 @@ def check_unfrozen_since(wrapper: DistributedDataParallel) -> None:
     if any(parameter.requires_grad for parameter in _frozen_at_wrap[wrapper]):
         unfrozen = {id(parameter) for parameter in _frozen_at_wrap[wrapper] if parameter.requires_grad}
         names = [name for name, parameter in wrapper.module.named_parameters() if id(parameter) in unfrozen]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise RuntimeError(
-            f"DistributedDataParallel: {', '.join(names[:3])}{more} were frozen when the model was wrapped and train "
+            f"DistributedDataParallel: {shortened(names)} were frozen when the model was wrapped and train "
             "now; their gradients would not be averaged, and the replicas would drift apart. Wrap again whenever "
             "what trains changes: model = DistributedDataParallel(model.module, ...)."
         )

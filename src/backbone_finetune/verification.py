@@ -14,6 +14,7 @@ from .checksums import checksums, has_checksum
 from .distributed import reshard
 from .freezing import is_statistic
 from .layers.groups import LayerGroup
+from .names import shortened
 from .tensor_parts import plain_parts, shared_memory
 
 
@@ -112,7 +113,7 @@ def describe_changes(
 
     >>> model = nn.ModuleDict({"backbone": nn.Linear(2, 2)})
     >>> print(describe_changes(model, ["backbone.bias"], ["backbone.bias"], [], [LayerGroup("0", ("bias",))]))
-    0: backbone.bias: written to, by an optimizer that held a gradient of it, or by a load
+    0: backbone.bias: written to, by an optimizer that held a gradient of it, a load or a conversion (half())
 
     Args:
         model: the model after the change.
@@ -135,7 +136,7 @@ def describe_changes(
         elif name in parameters and getattr(model.get_submodule(path), "max_norm", None) is not None:
             cause = "rescaled in the forward by the max_norm of its embedding; set max_norm to None"
         elif name in parameters:
-            cause = "written to, by an optimizer that held a gradient of it, or by a load"
+            cause = "written to, by an optimizer that held a gradient of it, a load or a conversion (half())"
         elif is_statistic(attribute):
             cause = (
                 "a running statistic, updated by a forward with its module in train mode (call the model's own "
@@ -144,10 +145,7 @@ def describe_changes(
         else:
             cause = "a buffer, written by a load or a forward (some modules fill a table in their first forward)"
         by_cause.setdefault((_group_of(name, layer_groups), cause), []).append(name)
-    return "\n".join(
-        f"{group}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {cause}"
-        for (group, cause), names in by_cause.items()
-    )
+    return "\n".join(f"{group}: {shortened(names, 4)}: {cause}" for (group, cause), names in by_cause.items())
 
 
 def _group_of(name: str, layer_groups: Sequence[LayerGroup]) -> str:

@@ -20,7 +20,9 @@ from backbone_finetune.guards.step_watch import STEPS
 Build = Callable[[FineTuneModel], list[torch.optim.Optimizer]]
 
 INPUTS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-WARNING = r"4 parameters were unfrozen \(backbone\.0\.weight, .*\.\.\.\) but are in no optimizer.*include_frozen=True"
+WARNING = (
+    r"4 parameters were unfrozen \(backbone\.0\.weight, .* and 1 more\) but are in no optimizer.*include_frozen=True"
+)
 
 
 def frozen_model() -> FineTuneModel:

@@ -63,7 +63,8 @@ class FrozenStatistics:
         return self._first is not None and self._first.momentum is None
 
     @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-        reason="restores frozen running statistics that weight averaging has reset"
+        reason="restores frozen running statistics that weight averaging has reset; with fullgraph=True, call "
+        "update_bn with the model itself"
     )
     def restore(self) -> None:
         """Restore the statistics."""

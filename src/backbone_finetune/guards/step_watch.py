@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..names import shortened
+
 # Optimizers may alternate: the critic of a WGAN takes five steps for each step of the generator.
 STEPS = 10
 
@@ -74,10 +76,9 @@ class StepWatch:
         left = list(self.pending)
         self.pending, self._all = {}, {}
         if left:
-            names = f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
             warnings.warn(
-                f"{len(left)} parameters were unfrozen ({names}) but are in no optimizer, so they do not train. Build "
-                "a new optimizer from model.param_groups(...), or the first one from "
+                f"{len(left)} parameters were unfrozen ({shortened(left)}) but are in no optimizer, so they do not "
+                "train. Build a new optimizer from model.param_groups(...), or the first one from "
                 "model.param_groups(..., include_frozen=True), which includes parameters that are unfrozen later.",
                 stacklevel=4,  # where the optimizer's step() is called
             )

@@ -42,6 +42,7 @@ class Names:
     ({'0.weight': 4, '0.bias': 2, '1.weight': 6}, 12, 6)
 
     ``below`` is the number of values below each prefix, and ``counts`` the number of parameters.
+    ``aliases`` has all names of a parameter by its first one, and ``first_name`` the first one by any.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -55,16 +56,13 @@ class Names:
                 self.sizes[name] = 0 if is_lazy(parameter) else parameter.numel()
                 self.are_vectors[name] = not is_lazy(parameter) and parameter.ndim <= 1
         self.aliases = {names[0]: names for names in by_identity.values()}
+        self.first_name = {alias: first for first, names in self.aliases.items() for alias in names}
         self.below: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         for name, size in self.sizes.items():
             for prefix in _prefixes(name):
                 self.below[prefix] += size
                 self.counts[prefix] += 1
-
-    def every(self) -> list[str]:
-        """Return every name, including all names of tied parameters."""
-        return [alias for names in self.aliases.values() for alias in names]
 
     def share(self, names: Iterable[str]) -> float:
         """Return the share of these parameters in the backbone's values, 0 to 1."""
@@ -281,18 +279,8 @@ def _feature_stages(module: nn.Module) -> list[str]:
     if not isinstance(information, (list, tuple)):
         return []
     stages = [stage["module"] for stage in information if isinstance(stage, Mapping) and "module" in stage]
-    if not all(_has_submodule(module, stage) for stage in stages):
-        return []
-    return stages
-
-
-def _has_submodule(module: nn.Module, path: str) -> bool:
-    for step in path.split("."):
-        inside = module._modules.get(step)
-        if inside is None:
-            return False
-        module = inside
-    return True
+    paths = {path for path, _ in module.named_modules(remove_duplicate=False)}
+    return stages if paths.issuperset(stages) else []
 
 
 def _index_by_stage(names: Sequence[str], stages: Sequence[str]) -> dict[str, int]:

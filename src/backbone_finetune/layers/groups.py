@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..names import shortened
 from .discovery import Names, find_depths, find_groups
 
 
@@ -69,19 +70,13 @@ def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module]
     """
     if given is None:
         return find_layer_groups(backbone)
-    aliases = Names(backbone).aliases
-    first_name = {alias: name for name, names in aliases.items() for alias in names}
+    names = Names(backbone)
     groups: list[LayerGroup] = []
     taken: dict[str, str] = {}
     covered: set[str] = set()
     for group in as_groups(backbone, given, "layer_groups"):
         own: list[str] = []
         for alias in group.parameter_names:
-            if alias not in first_name:
-                raise ValueError(
-                    f"layer_groups: {alias!r} in group {group.name!r} is not a parameter of the backbone; "
-                    "names are relative to the backbone, as in backbone.named_parameters()."
-                )
             if alias in taken:
                 raise ValueError(
                     f"layer_groups: {alias!r} is in both {taken[alias]!r} and {group.name!r}; "
@@ -89,13 +84,13 @@ def as_layer_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module]
                 )
             taken[alias] = group.name
             # A tied parameter has several names; it stays in the first group that names it.
-            if first_name[alias] not in covered:
-                covered.add(first_name[alias])
-                own.append(first_name[alias])
+            if (first := names.first_name[alias]) not in covered:
+                covered.add(first)
+                own.append(first)
         groups.append(LayerGroup(group.name, tuple(own)))
-    if missing := [name for name in aliases if name not in covered]:
+    if missing := [name for name in names.aliases if name not in covered]:
         raise ValueError(
-            f"layer_groups: {len(missing)} parameters of the backbone are in no group ({_shortened(missing)}); "
+            f"layer_groups: {len(missing)} parameters of the backbone are in no group ({shortened(missing, 4)}); "
             "add them to a group."
         )
     if twice := [name for name, count in Counter(group.name for group in groups).items() if count > 1]:
@@ -119,7 +114,7 @@ def check_layer_groups(backbone: nn.Module, layer_groups: Sequence[LayerGroup]) 
     changes = {"lost": [name for group in layer_groups for name in group.parameter_names if name not in parameters]}
     changes["gained"] = [name for name in parameters if name not in grouped]
     if found := [
-        f"{verb} {len(names)} parameter{'s' * (len(names) > 1)} ({_shortened(names)})"
+        f"{verb} {len(names)} parameter{'s' * (len(names) > 1)} ({shortened(names, 4)})"
         for verb, names in changes.items()
         if names
     ]:
@@ -161,14 +156,20 @@ def as_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module], argu
 
     Raises:
         TypeError: an entry is neither a module nor a LayerGroup.
-        ValueError: a module is not in the backbone.
+        ValueError: a module, or a name in a LayerGroup, is not in the backbone.
     """
+    known = {name for name, _ in backbone.named_parameters(remove_duplicate=False)}
     paths: dict[int, str] = {}
     for path, module in backbone.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), path)
     groups: list[LayerGroup] = []
     for entry in given:
         if isinstance(entry, LayerGroup):
+            if unknown := [name for name in entry.parameter_names if name not in known]:
+                raise ValueError(
+                    f"{argument}: {unknown[0]!r} in group {entry.name!r} is not a parameter of the backbone; "
+                    "names are relative to the backbone, as in backbone.named_parameters()."
+                )
             groups.append(entry)
             continue
         if not isinstance(entry, nn.Module):
@@ -185,7 +186,3 @@ def as_groups(backbone: nn.Module, given: Sequence[LayerGroup | nn.Module], argu
         names = [name for name, _ in entry.named_parameters(path, remove_duplicate=False)]
         groups.append(LayerGroup(path or "(root)", tuple(names)))
     return groups
-
-
-def _shortened(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+from ..names import shortened
 from .discovery import Names
 from .groups import LayerGroup, as_groups, check_layer_groups
 
@@ -50,16 +51,11 @@ def choose_parameters(
     if not trainable:
         raise ValueError("trainable=[]: the list is empty; to freeze the whole backbone call freeze_backbone().")
     groups = as_groups(backbone, trainable, "trainable")
-    first_name = {alias: name for name, aliases in Names(backbone).aliases.items() for alias in aliases}
+    first_name = Names(backbone).first_name
     for group in groups:
         if not group.parameter_names:
             raise ValueError(
                 f"trainable: {group.name!r} has no parameters, so it cannot train; pass modules with parameters."
-            )
-        if unknown := [name for name in group.parameter_names if name not in first_name]:
-            raise ValueError(
-                f"trainable: {unknown[0]!r} in group {group.name!r} is not a parameter of the backbone; "
-                "names are relative to the backbone, as in backbone.named_parameters()."
             )
     return {first_name[name] for group in groups for name in group.parameter_names}
 
@@ -76,11 +72,10 @@ def set_trainable(backbone: nn.Module, names: Collection[str], left_off: Collect
     quantised weights among ``names``, and if all of ``names`` are in ``left_off``.
     """
     if names and all(name in left_off for name in names):
-        shown = f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
         warnings.warn(
-            f"freeze_backbone: all {len(names)} parameters to unfreeze ({shown}) stay frozen, because they were frozen "
-            "next to trainable ones when the model was built; to train them, call requires_grad_(True) on the network "
-            "before it is wrapped.",
+            f"freeze_backbone: all {len(names)} parameters to unfreeze ({shortened(sorted(names))}) stay frozen, "
+            "because they were frozen next to trainable ones when the model was built; to train them, call "
+            "requires_grad_(True) on the network before it is wrapped.",
             stacklevel=3,
         )
     quantised: list[str] = []
@@ -90,10 +85,9 @@ def set_trainable(backbone: nn.Module, names: Collection[str], left_off: Collect
         if name in names and not can_train(parameter) and type(parameter) is not nn.Parameter:
             quantised.append(name)
     if quantised:
-        shown = f"{', '.join(quantised[:3])}{', ...' if len(quantised) > 3 else ''}"
         warnings.warn(
-            f"{len(quantised)} quantised parameters ({shown}) get no gradient and stay frozen; train adapters (PEFT), "
-            "or train the network before it is quantised.",
+            f"{len(quantised)} quantised parameters ({shortened(quantised)}) get no gradient and stay frozen; train "
+            "adapters (PEFT), or train the network before it is quantised.",
             stacklevel=3,
         )
 
@@ -156,7 +150,7 @@ def warn_of_fixed(backbone: nn.Module, fixed: Collection[str]) -> None:
     if names.share(found) > 0.1:  # more than a position table
         warnings.warn(
             f"unfreeze_backbone: {len(found)} parameters ({names.share(found):.1%} of the backbone) stay frozen, "
-            f"because they were frozen next to trainable ones when the model was built ({', '.join(found[:3])}, ...); "
+            f"because they were frozen next to trainable ones when the model was built ({shortened(found)}); "
             "to train them, call requires_grad_(True) on the network before it is wrapped.",
             stacklevel=3,
         )

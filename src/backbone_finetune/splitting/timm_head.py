@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from types import NoneType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -36,11 +37,11 @@ class TimmReassembly(NamedTuple):
         plain_names = {self.original_name(f"classifier.{name}") for name, _ in classifier.named_parameters()}
         classifier = without_dropout(classifier)  # it is not part of a timm network
         if not self.is_one_layer and plain_names != self.own_names:
-            own = ", or use the network's own classifier (from_timm without num_classes and classifier)"
             raise ValueError(
                 f"to_module: {type(backbone).__name__} has more in its classifier than one linear layer "
                 f"({', '.join(sorted(self.own_names))}), so this {type(classifier).__name__} cannot replace it; keep "
-                f"the FineTuneModel{own if _keeps_its_own(backbone) else ''}."
+                "the FineTuneModel, or use the network's own classifier, where from_timm keeps it (without num_classes "
+                "and classifier)."
             )
         network: Any = backbone
         for path in self.paths:
@@ -122,7 +123,7 @@ def own_classifier(network: Any, headless: nn.Module) -> tuple[nn.Module, TimmRe
     kind = type(network).__name__
     remedy = "pass num_classes=... for a new linear classifier, or classifier=... for your own"
     reassembly = locate_head(network, headless)
-    if not reassembly.own_names and _is_absent(network.get_classifier()):  # timm's encoders have none
+    if not reassembly.own_names and isinstance(network.get_classifier(), (nn.Identity, NoneType)):  # timm's encoders
         return nn.Identity(), reassembly
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError(f"from_timm: {kind} is on the meta device, so its own classifier cannot be checked; {remedy}.")
@@ -178,22 +179,6 @@ def _assert_same_function(
     assert_same(output, logits)
 
 
-def _keeps_its_own(backbone: nn.Module) -> bool:
-    """Return whether the classifier that ``reset_classifier`` removed could have been kept."""
-    trains = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
-    headed: Any = eval_copy(backbone)
-    try:
-        with isolated(backbone):
-            headed.reset_classifier(2)
-        own_classifier(headed, meta_copy(backbone))
-    except ValueError:
-        return False
-    finally:  # efficientvim's reset_classifier sets requires_grad of a parameter, which the copy shares
-        for parameter, it_trains in trains:
-            parameter.requires_grad_(it_trains)
-    return True
-
-
 def _one_token(entered: torch.Tensor, features: torch.Tensor, logits: Any) -> torch.Tensor:
     """Return a classifier's input as one vector: CLIP's ResNets classify every token and use one of the outputs."""
     if entered.numel() == features.numel() or entered.ndim != 3 or entered.shape[2] != features.shape[1]:
@@ -243,10 +228,6 @@ def _counts_alone(network: nn.Module, path: str, around: str) -> bool:
         if not is_container and not is_off:
             return False
     return True
-
-
-def _is_absent(head: object) -> bool:
-    return head is None or isinstance(head, nn.Identity)
 
 
 def _holds_linear(network: nn.Module, path: str) -> bool:
