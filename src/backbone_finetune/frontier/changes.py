@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -53,11 +53,12 @@ class ChangeTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        draws = _draws(func, args, kwargs)
+        given = _given(func, args, kwargs)
+        draws = _draws(func, given)
         self.drew = self.drew or draws
         if self._everything or draws or any(map(self.changes, tree_leaves((args, kwargs)))):
             self._everything = self._everything or func is torch.ops.aten._local_scalar_dense.default
-            for value in tree_leaves((result, list(_written(func, args, kwargs)))):
+            for value in tree_leaves((result, _written(func, given))):
                 if isinstance(value, torch.Tensor):
                     self._mark(value)
             self.recomputed.update(checkpoints())
@@ -90,22 +91,17 @@ def _identity(tensor: torch.Tensor) -> tuple[int, object]:
     return int(storage._cdata), storage
 
 
-def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    schema = func._schema.arguments
-    yield from zip(schema, args, strict=False)
-    yield from ((argument, kwargs[argument.name]) for argument in schema if argument.name in kwargs)
+def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call of an operator by name."""
+    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-    for argument, value in _arguments(func, args, kwargs):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield value
+def _written(func: Any, given: Mapping[str, Any]) -> list[Any]:
+    aliased = [argument for argument in func._schema.arguments if argument.alias_info is not None]
+    return [given.get(argument.name) for argument in aliased if argument.alias_info.is_write]
 
 
-def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+def _draws(func: Any, given: Mapping[str, Any]) -> bool:
     """Return whether an operator is random. Fused attention has that tag, but is not random without dropout."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    names = {argument.name for argument in func._schema.arguments}
-    given = {argument.name: value for argument, value in _arguments(func, args, kwargs)}
-    return not ("dropout_p" in names and given.get("dropout_p", 0.0) == 0.0)
+    has_dropout = any(argument.name == "dropout_p" for argument in func._schema.arguments)
+    return torch.Tag.nondeterministic_seeded in func.tags and not (has_dropout and given.get("dropout_p", 0.0) == 0.0)
