@@ -93,7 +93,8 @@ def _identity(tensor: torch.Tensor) -> tuple[int, object]:
 
 def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """Return the arguments of a call of an operator by name."""
-    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _written(func: Any, given: Mapping[str, Any]) -> list[Any]:
