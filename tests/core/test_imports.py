@@ -10,18 +10,25 @@ from pathlib import Path
 import backbone_finetune
 
 RECIPES = Path(backbone_finetune.__file__).parent / "recipes"
-LIST_MODULES = "import sys; {}; print('\\n'.join(sorted(sys.modules)))"
+STEPS = ("import torch, timm", "import backbone_finetune", "from backbone_finetune import cli, recipes")
 
 
-def modules_after(statement: str) -> set[str]:
-    command = [sys.executable, "-W", "error", "-c", LIST_MODULES.format(statement)]
-    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+def modules_after(statements: tuple[str, ...]) -> list[set[str]]:
+    """Return the modules that are loaded after each of some statements, which one new process runs in turn."""
+    code = "import sys\n" + "".join(f"{statement}\nprint(*sys.modules)\n" for statement in statements)
+    # One started process for all: each takes seconds to import torch.
+    command = [sys.executable, "-W", "error", "-c", code]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [set(line.split()) for line in printed.splitlines()]
 
 
-def test_the_core_imports_only_torch_and_timm() -> None:
-    beyond = modules_after("import backbone_finetune") - modules_after("import torch, timm")
+def test_the_core_imports_only_torch_and_timm_and_the_command_line_no_matplotlib() -> None:
+    before, core, command_line = modules_after(STEPS)
+    beyond = core - before
     assert {name for name in beyond if not name.startswith("backbone_finetune")} == set()
     assert not any(name.startswith(("backbone_finetune.recipes", "backbone_finetune.cli")) for name in beyond)
+    assert "backbone_finetune.recipes" in command_line
+    assert "matplotlib" not in command_line
 
 
 # Each folder may import from those below it.
