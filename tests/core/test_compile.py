@@ -75,7 +75,7 @@ def step(compiled: Callable[[Tensor], Tensor], model: FineTuneModel) -> None:
         pytest.param(
             lambda: from_module(IMAGES), "inductor", marks=[needs_a_c_compiler, pytest.mark.long], id="cnn-inductor"
         ),
-        pytest.param(lambda: from_module(None), "aot_eager", id="cnn-proved_while_compiling"),
+        pytest.param(lambda: from_module(None), "aot_eager", marks=pytest.mark.long, id="cnn-proved_while_compiling"),
         pytest.param(lambda: from_timm("test_vit"), "aot_eager", marks=pytest.mark.long, id="vit"),
         pytest.param(lambda: from_timm("test_coatnet"), "aot_eager", marks=pytest.mark.long, id="hybrid"),
     ],

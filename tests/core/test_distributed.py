@@ -23,14 +23,10 @@ WORKER = Path(__file__).parents[1] / "helpers" / "distributed_worker.py"
 SECONDS = 300
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "scenario",
-    [
-        "data_parallel",
-        pytest.param("fully_sharded", marks=pytest.mark.long),
-        pytest.param("after_a_forward_without_gradients", marks=pytest.mark.long),
-        pytest.param("drift", marks=pytest.mark.long),
-    ],
+    ["data_parallel", "fully_sharded", "after_a_forward_without_gradients", "drift"],
 )
 def test_two_processes(scenario: str, tmp_path: Path) -> None:
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]

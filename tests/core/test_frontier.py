@@ -106,7 +106,7 @@ def assert_equals_whole(network: nn.Module, frontier: Frontier, batch: Tensor = 
     assert expected[1]
 
 
-@pytest.mark.parametrize("family", each(SMALL))
+@pytest.mark.parametrize("family", each(SMALL, costly=["crossvit"]))
 def test_families(family: str) -> None:
     model = FineTuneModel.from_timm(SMALL[family].architecture, num_classes=5, **SMALL[family].keywords)
     model.freeze_backbone(trainable_groups=len(model.layer_groups) // 2).train()

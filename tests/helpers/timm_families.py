@@ -157,6 +157,7 @@ REPRESENTATIVE = frozenset(
 )
 
 
-def each(names: Iterable[str]) -> list[Any]:
-    """Return test parameters, one for each family; those outside the quick tier run with `-m zoo`."""
-    return [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.zoo) for name in names]
+def each(names: Iterable[str], *, costly: Iterable[str] = ()) -> list[Any]:
+    """Return test parameters, one for each family; those outside the quick tier, and costly ones, run with `-m zoo`."""
+    quick = REPRESENTATIVE - {*costly}
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.zoo) for name in names]
