@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm.layers
 import torch
@@ -40,10 +42,13 @@ def gradients(model: FineTuneModel, images: Tensor) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("name", ["resnet", "vision_transformer", "maxxvit", "swin_transformer"])
-def test_gradient_checkpointing_above_a_frozen_stem(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "smaller"),
+    [("resnet", {}), ("vision_transformer", {}), ("maxxvit", {}), ("swin_transformer", {"embed_dim": 24})],
+)
+def test_gradient_checkpointing_above_a_frozen_stem(name: str, smaller: dict[str, Any]) -> None:
     family = FAMILIES[name]
-    model = FineTuneModel.from_timm(family.architecture, num_classes=3, norm_eval=True, **family.keywords)
+    model = FineTuneModel.from_timm(family.architecture, num_classes=3, norm_eval=True, **family.keywords, **smaller)
     settle(model, images := family.images())
     for trainable_groups in (len(model.layer_groups) - 1, 2, 0):
         model.freeze_backbone(trainable_groups=trainable_groups).train()

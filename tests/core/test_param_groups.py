@@ -59,10 +59,18 @@ def test_names_in_no_weight_decay_do_not_decay() -> None:
     assert rates["backbone.patch_embed.proj.weight"] == (1.0, 0.1)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "test_vit", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+SMALL_SWIN = {"img_size": 32, "embed_dim": 24, "pretrained_cfg_overlay": {"input_size": (3, 32, 32)}}
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords"),
+    [("test_resnet", {}), ("test_vit", {}), ("swin_tiny_patch4_window7_224", SMALL_SWIN)],
+)
 @pytest.mark.parametrize("trainable_groups", [1, None])
-def test_layer_decay_equals_timms_on_the_whole_network(name: str, trainable_groups: int | None) -> None:
-    network = timm.create_model(name, num_classes=3)
+def test_layer_decay_equals_timms_on_the_whole_network(
+    name: str, keywords: dict[str, Any], trainable_groups: int | None
+) -> None:
+    network = timm.create_model(name, num_classes=3, **keywords)
     scales = {
         parameter: group["lr_scale"]
         for group in timm.optim.param_groups_layer_decay(network, layer_decay=0.7)

@@ -31,7 +31,8 @@ from backbone_finetune.recipes.objectives.kinds import MultiLabel, Regression, S
 from backbone_finetune.recipes.training.phases import Phase
 
 PARTS = ["train"] * 48 + ["val"] * 16 + ["test"] * 16
-SMALL: dict[str, Any] = {"architecture": "test_resnet", "device": "cpu", "mixed_precision": "no", "baselines": False}
+SMALL: dict[str, Any] = {"architecture": "test_resnet", "input_size": 32, "device": "cpu", "mixed_precision": "no"}
+SMALL |= {"baselines": False}
 
 
 def write_table(path: Path, rows: Sequence[dict[str, object]]) -> Path:
@@ -314,6 +315,7 @@ def test_the_command_line_trains_values_of_columns(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--model", "test_resnet", "--device", "cpu", "--mixed-precision", "no", "--epochs", "2", "--folds", "2"]
+    given += ["--input-size", "32"]
     table, output = str(images / "table.csv"), str(tmp_path / "run")
     assert main(["train", table, "--regression", "grey, count", *given, "--output", output]) == 0
     printed = capsys.readouterr().out

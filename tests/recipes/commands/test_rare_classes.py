@@ -20,7 +20,7 @@ from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 
 COUNTS = {"blue": 9, "green": 4, "red": 2}
-SMALL = ["--model", "test_resnet", "--epochs", "1", "--device", "cpu", "--mixed-precision", "no"]
+SMALL = ["--model", "test_resnet", "--input-size", "32", "--epochs", "1", "--device", "cpu", "--mixed-precision", "no"]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def images(tmp_path: Path) -> Path:
 def test_the_loss_is_weighted_by_the_training_images_of_each_class(images: Path, tmp_path: Path) -> None:
     """One step, so that the loss is that of the initial model."""
     settings: dict[str, Any] = {"images": images, "architecture": "test_resnet", "phases": (Phase(epochs=1),)}
-    settings |= {"batch_size": 15, "device": "cpu", "mixed_precision": "no"}
+    settings |= {"input_size": 32, "batch_size": 15, "device": "cpu", "mixed_precision": "no"}
     seed_everything(0)
     task = make_task(TrainSettings(**settings), make_accelerator(torch.device("cpu"), mixed_precision="no"))
     inputs, targets = default_collate([task.train[index] for index in range(15)])

@@ -27,7 +27,8 @@ def run(*arguments: object) -> int:
 
 
 def train(images: Path, output: Path, *options: object) -> int:
-    return run("train", images, "--model", "test_vit", "--epochs", "2", "--output", output, *options)
+    small = ("--model", "test_vit", "--input-size", "32", "--epochs", "2")
+    return run("train", images, *small, "--output", output, *options)
 
 
 def test_a_readout_of_blocks_goes_through_every_command(
@@ -82,11 +83,11 @@ def test_the_mean_is_exported_to_plain_timm(images: Path, tmp_path: Path, capsys
     assert train(images, tmp_path / "run", "--readout", "mean") == 0
     assert "export:" not in capsys.readouterr().out
     trained = load_trained_model(tmp_path / "run" / "model.safetensors")
-    assert trained.arguments == {"global_pool": "avg", "fc_norm": False}
+    assert trained.arguments == {"img_size": 32, "global_pool": "avg", "fc_norm": False}
     assert run("export", tmp_path / "run" / "model.safetensors", "plain.safetensors", "--to", "timm") == 0
-    assert "global_pool='avg', fc_norm=False, checkpoint_path=" in capsys.readouterr().out
+    assert "global_pool='avg', fc_norm=False, img_size=32, checkpoint_path=" in capsys.readouterr().out
     assert run("export", tmp_path / "run" / "model.safetensors", "folder", "--to", "hub-folder") == 0
-    inputs = torch.randn(2, 3, 160, 160)
+    inputs = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         network = timm.create_model("local-dir:folder", pretrained=True).eval()
         torch.testing.assert_close(network(inputs), trained.model(inputs))
@@ -95,15 +96,15 @@ def test_the_mean_is_exported_to_plain_timm(images: Path, tmp_path: Path, capsys
         run("train", images, "--model", "local-dir:folder", "--pretrained", "--readout", "token", "--output", "t") == 0
     )
     again = load_trained_model(Path("t", "model.safetensors"))
-    assert again.arguments == {"img_size": [160, 160], "global_pool": "token", "fc_norm": False}
+    assert again.arguments == {"img_size": [32, 32], "global_pool": "token", "fc_norm": False}
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_head_says_before_the_training_that_timm_cannot_hold_it(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str
 ) -> None:
-    arguments = ("--model", "test_resnet", "--epochs", "1", "--head", head, "--output", tmp_path / "run")
-    assert run("train", images, *arguments) == 0
+    small = ("--model", "test_resnet", "--input-size", "32", "--epochs", "1")
+    assert run("train", images, *small, "--head", head, "--output", tmp_path / "run") == 0
     printed = capsys.readouterr().out
     assert printed.index("export:   test_resnet: timm's own network has one linear layer as its classifier") < (
         printed.index("test accuracy")

@@ -37,6 +37,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     return {
         "images": make_folder(tmp_path / "images"),
         "architecture": "test_resnet",
+        "input_size": 32,
         "phases": (Phase(epochs=2),),
         "batch_size": 8,
         "output": tmp_path / "runs" / "first",

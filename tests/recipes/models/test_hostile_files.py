@@ -161,7 +161,7 @@ def load_or_refuse(path: Path) -> bool:
 
 
 @pytest.mark.usefixtures("nothing_reached")
-@pytest.mark.parametrize("files", [60, pytest.param(1000, marks=pytest.mark.zoo)])
+@pytest.mark.parametrize("files", [30, pytest.param(1000, marks=pytest.mark.zoo)])
 def test_tampered_files_raise_or_load(content: bytes, tmp_path: Path, files: int) -> None:
     path = tmp_path / "model.safetensors"
     loaded_files: list[bool] = []
@@ -285,8 +285,8 @@ def add_tensor(content: bytes) -> bytes:
     [
         (swap_classes, r"classifier.weight has shape \(\d+, 3\), not \(3, \d+\)"),
         (add_tensor, "extra is unexpected"),
-        (lambda c: replace_entry(c, "class_names", json.dumps([*map(str, range(1_000_000))])), r"has shape \(3, \d+\)"),
-        (lambda c: replace_entry(c, "architecture", "vit_giant_patch14_224"), "vit_giant_patch14_224 as timm"),
+        (lambda c: replace_entry(c, "class_names", json.dumps([*map(str, range(100_000))])), r"has shape \(3, \d+\)"),
+        (lambda c: replace_entry(c, "architecture", "test_vit"), "test_vit as timm"),
     ],
 )
 def test_inspect_raises_for_tensors_that_do_not_fit(

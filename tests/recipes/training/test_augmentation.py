@@ -262,7 +262,7 @@ def command(tmp_path: Path) -> Callable[..., Any]:
 
     def run(name: str, *options: str) -> Any:
         output = tmp_path / name
-        fixed = ("--model", "test_resnet", "--batch-size", "8", "--lr", "0.01", "--device", "cpu")
+        fixed = ("--model", "test_resnet", "--input-size", "32", "--batch-size", "8", "--lr", "0.01", "--device", "cpu")
         assert cli.main(["train", str(tmp_path / "images"), *fixed, *options, "--output", str(output)]) == 0
         return load_trained_model(output / "model.safetensors").model.state_dict()
 

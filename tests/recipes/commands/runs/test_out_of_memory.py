@@ -36,6 +36,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     return {
         "images": make_folder(tmp_path / "images"),
         "architecture": "test_resnet",
+        "input_size": 32,
         "phases": (Phase(epochs=1, lr=0.01),),
         "batch_size": 8,
         "output": tmp_path / "run",

@@ -39,7 +39,8 @@ def test_a_record_repeats_its_run(
     monkeypatch.chdir(tmp_path / "here")
     torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), "weights.pth")
     (tmp_path / "here" / "phases.toml").write_text(PHASES)
-    options = "--model test_resnet --checkpoint weights.pth --phases phases.toml --seed 3 --batch-size 4 --output first"
+    options = "--model test_resnet --input-size 32 --checkpoint weights.pth --phases phases.toml --seed 3"
+    options += " --batch-size 4 --output first"
     assert cli.main(["train", "images", *options.split()]) == 0
     monkeypatch.chdir(tmp_path / "there")
     first, second = tmp_path / "here" / "first", tmp_path / "there" / "second"
