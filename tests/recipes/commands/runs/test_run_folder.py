@@ -159,7 +159,7 @@ def test_a_read_only_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match=r"file is a file; pass a folder with --output"):
         start(tmp_path / "file")
-    with pytest.raises(NotADirectoryError, match="file/run"):
+    with pytest.raises(FileExistsError, match=r"file is a file; pass a folder with --output"):
         start(tmp_path / "file" / "run")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(FileExistsError, match=r"link is a broken link; pass a folder with --output"):
