@@ -192,6 +192,41 @@ def test_train_of_an_outer_module_keeps_frozen_modules_in_eval_mode() -> None:
     assert [block.training for block in model.backbone] == [False, False, True]
 
 
+def from_the_meta_device(model: FineTuneModel) -> FineTuneModel:
+    return model.to("meta").to_empty(device="cpu")
+
+
+def with_assigned_weights(model: FineTuneModel) -> FineTuneModel:
+    names = dict(model.named_parameters())
+    loaded = {name: nn.Parameter(t.clone()) if name in names else t for name, t in model.state_dict().items()}
+    model.load_state_dict(loaded, assign=True)
+    return model
+
+
+def with_swapped_weights(model: FineTuneModel) -> FineTuneModel:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize(
+    "convert", [FineTuneModel.bfloat16, from_the_meta_device, with_assigned_weights, with_swapped_weights]
+)
+def test_what_is_frozen_stays_so_in_new_parameters(
+    convert: Callable[[FineTuneModel], FineTuneModel],
+) -> None:
+    model = three_blocks().freeze_backbone(trainable_groups=1)
+    frozen, modes = model.frozen_names(), [module.training for module in model.modules()]
+    convert(model)
+    assert model.trainable_groups == 1
+    assert (model.frozen_names(), [module.training for module in model.modules()]) == (frozen, modes)
+    with model.assert_frozen():
+        model.train()(torch.randn(16, 8, dtype=model.classifier[1].weight.dtype)).sum().backward()
+    assert all((parameter.grad is None) != parameter.requires_grad for parameter in model.parameters())
+
+
 def test_freezing_by_hand_takes_full_effect_at_the_next_train() -> None:
     model = three_blocks().train()
     model(torch.randn(4, 8)).sum().backward()
