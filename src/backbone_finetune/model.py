@@ -18,7 +18,7 @@ from .layers import trainable as trainable_parts
 from .layers.groups import LayerGroup, as_layer_groups
 from .layers.param_groups import build_param_groups
 from .report import FrozenReport
-from .splitting import Reassembly, SequentialReassembly, Split, check_width, split_module, split_timm
+from .splitting import Reassembly, SequentialReassembly, Split, split_module, split_timm
 from .timm_protocol import TimmProtocol
 from .validation import check_module, check_shares_nothing
 
@@ -39,7 +39,7 @@ class FineTuneModel(FrozenReport, TimmProtocol):
         layer_groups: LayerGroups or submodules of the backbone, from input to output. Default: found automatically.
         norm_eval: keep the backbone's running statistics fixed even if its weights train (mmpretrain's name).
 
-    Raises ValueError if the parts share a parameter, their widths differ, or a part is already compiled or wrapped.
+    Raises ValueError if the parts share a parameter, or a part is already compiled or wrapped.
     """
 
     def __init__(
@@ -54,7 +54,6 @@ class FineTuneModel(FrozenReport, TimmProtocol):
         check_module(backbone, "backbone", "FineTuneModel")
         check_module(classifier, "classifier", "FineTuneModel")
         check_shares_nothing(backbone, classifier)
-        check_width(backbone, classifier)
         self.backbone = backbone
         self.classifier = classifier
         self.training = backbone.training  # a network in eval mode stays in eval mode when it is frozen

@@ -1,7 +1,7 @@
 """Split a network into backbone and classifier, and reassemble it."""
 
 from .custom import Reassembly, SequentialReassembly, Split, split_module
-from .measures import check_width, count_classes, measure_features
+from .measures import count_classes, measure_features
 from .timm_network import split_timm
 from .token_readout import TokenReadout
 
@@ -10,7 +10,6 @@ __all__ = [
     "SequentialReassembly",
     "Split",
     "TokenReadout",
-    "check_width",
     "count_classes",
     "measure_features",
     "split_module",

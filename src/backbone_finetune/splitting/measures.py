@@ -58,28 +58,6 @@ def count_classes(classifier: nn.Module, width: int | None = None) -> int | None
     return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None
 
 
-def check_width(backbone: nn.Module, classifier: nn.Module) -> None:
-    """Raise ValueError if the widths of a linear classifier and a timm backbone are known and differ.
-
-    >>> import timm
-    >>> check_width(timm.create_model("test_resnet", num_classes=0), nn.Linear(3, 2))
-    Traceback (most recent call last):
-    ...
-    ValueError: FineTuneModel: the classifier takes 3 features, and ResNet gives 96; ...
-    """
-    said = getattr(backbone, "head_hidden_size", None)
-    if not isinstance(classifier, nn.Linear) or not isinstance(said, int) or classifier.in_features in {0, said}:
-        return  # a lazy layer has width 0 and takes any
-    # The user may have changed the backbone after construction, so its output is measured.
-    width = measure_features(backbone)
-    if width is not None and width != classifier.in_features:
-        raise ValueError(
-            f"FineTuneModel: the classifier takes {classifier.in_features} features, and {type(backbone).__name__} "
-            f"gives {width}; build it as nn.Linear({width}, num_classes), from timm's "
-            f"backbone.head_hidden_size ({said})."
-        )
-
-
 def check_classifier_fits(classifier: nn.Module, features: object, origin: str) -> None:
     """Raise ValueError if a classifier cannot take these features.
 
