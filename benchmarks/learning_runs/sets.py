@@ -14,7 +14,8 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from backbone_finetune.recipes.commands.setup import CLIPART, TEST_SHARE
+from backbone_finetune.recipes.commands.settings import CLIPART
+from backbone_finetune.recipes.commands.setup import TEST_SHARE
 from backbone_finetune.recipes.data.bands import to_rgb
 from backbone_finetune.recipes.data.groups import split
 from backbone_finetune.recipes.data.images import read_image

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import backbone_finetune
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.commands.setup import CLIPART
+from backbone_finetune.recipes.commands.settings import CLIPART
 from backbone_finetune.recipes.data.images import read_image
 
 README = Path(backbone_finetune.__file__).parent / "recipes" / "README.md"

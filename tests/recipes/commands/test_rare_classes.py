@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
 
 from backbone_finetune.cli import main
-from backbone_finetune.recipes.commands.setup import TrainSettings, make_task
+from backbone_finetune.recipes.commands.settings import TrainSettings
+from backbone_finetune.recipes.commands.setup import make_task
 from backbone_finetune.recipes.commands.train import train
 from backbone_finetune.recipes.rng import seed_everything
 from backbone_finetune.recipes.training.phases import Phase

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from backbone_finetune.cli import main
 from backbone_finetune.recipes.commands.evaluate import evaluate_folder
-from backbone_finetune.recipes.commands.setup import TrainSettings, make_task
+from backbone_finetune.recipes.commands.settings import TrainSettings
+from backbone_finetune.recipes.commands.setup import make_task
 from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.models.file import build_transform, load_trained_model
 from backbone_finetune.recipes.training.processes import make_accelerator

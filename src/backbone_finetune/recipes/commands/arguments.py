@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from ..data.augmentation import AUGMENTATIONS
 from ..training.phases import Phase
 from .export import EXPORTERS
-from .setup import TrainSettings
+from .settings import TrainSettings
 
 BASE = "the base weights of a model of --trainable-only, if they are not found automatically"
 

@@ -49,7 +49,8 @@ from .runs.results import write_metrics, write_results
 from .runs.run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
 from .runs.run_record import compare_runs, record_run
 from .runs.tracked_run import check_tracker, start_tracker
-from .setup import CLIPART, Task, TrainSettings, choose_monitor, make_task
+from .settings import CLIPART, TrainSettings
+from .setup import Task, choose_monitor, make_task
 
 __all__ = ["CLIPART", "TrainSettings", "train"]
 

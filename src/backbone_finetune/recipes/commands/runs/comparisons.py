@@ -26,7 +26,8 @@ from ...training.loop import TrainerConfig
 from ...training.phase_data import prepare_data
 from ..nearest import score_neighbors
 from ..reporting.figures import Answers, make_answers
-from ..setup import Task, TrainSettings
+from ..settings import TrainSettings
+from ..setup import Task
 from .baselines import baseline_accuracy, measure_backward, pixel_model, random_model
 from .metrics import Metrics
 

@@ -12,7 +12,8 @@ from ...training.tracking import log_figures
 from ..reporting.figures import Answers
 from ..reporting.label_issues import find_label_issues, write_label_issues
 from ..reporting.report import report_run
-from ..setup import Task, TrainSettings
+from ..settings import TrainSettings
+from ..setup import Task
 from .comparisons import left_out_if_it_fails
 from .metrics import Metrics, describe
 from .run_folder import (

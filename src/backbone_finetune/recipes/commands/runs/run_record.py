@@ -13,7 +13,8 @@ from ...features.frozen_pass import autocast_dtype
 from ...models.metadata import installed_versions
 from ...text import describe_fault
 from ...training.loop import TrainerConfig
-from ..setup import Task, TrainSettings
+from ..settings import TrainSettings
+from ..setup import Task
 from .run_folder import find_differences
 
 __all__ = ["compare_runs", "read_run", "record_run"]

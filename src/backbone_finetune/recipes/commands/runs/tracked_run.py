@@ -11,7 +11,7 @@ from ...extras import import_extra
 from ...files import replacing
 from ...text import one_line
 from ...training.tracking import PROJECT, flatten
-from ..setup import TrainSettings
+from ..settings import TrainSettings
 from .run_folder import UNFINISHED
 
 TRACKED_FILE = "tracked.json"
