@@ -42,6 +42,7 @@ def main(folder: str, device: str = "cpu") -> None:
     told: dict[str, Any] = {"processes": accelerator.num_processes}
     for name, data, phase, accumulation in (
         ("cached", images, Phase(epochs=3, lr=0.02), 1),
+        ("from zero", images, Phase(epochs=2), 1),
         ("uncached", Still(images), Phase(epochs=2, lr=0.02), 1),
         ("accumulated", images, Phase(epochs=2, lr=0.02), 2),
         ("statistics", images, Phase(epochs=4, trainable_groups=1, lr=0.02, backbone_lr=0.01, norm_eval=False), 1),

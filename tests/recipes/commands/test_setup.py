@@ -187,6 +187,9 @@ def test_a_model_file_is_trained_further(
     before, after = (load_file(path) for path in (first, second))
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
+    for folder, lr in ((same, 1e-3), (fewer, None)):  # a rate keeps the classifier
+        settings = TrainSettings(images=folder, checkpoint=first, output=third.parent)
+        assert make_task(settings, make_accelerator(torch.device("cpu"))).phases[0].lr == lr
     capsys.readouterr()
     further = ["--checkpoint", str(first), "--output", str(third.parent), *options]
     assert main(["train", str(fewer), *small, "0.1", *further]) == 0

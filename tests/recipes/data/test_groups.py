@@ -5,36 +5,24 @@ from __future__ import annotations
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from image_folders import COLOURS, make_image
 from timm.data.transforms_factory import create_transform
-from torch import nn
-from torch.utils._pytree import tree_structure
 from torch.utils.data import Subset
 from torchvision.transforms.functional import pil_to_tensor
 
 from backbone_finetune.recipes import (
-    HeadResult,
     ImageDataset,
     LabelledFolder,
     data_fingerprint,
     find_splits,
-    make_accelerator,
 )
 from backbone_finetune.recipes.data.groups import deal_groups, split
-from backbone_finetune.recipes.data.images import IGNORED
 from backbone_finetune.recipes.data.sources.parts import find_data
-from backbone_finetune.recipes.features.dataset import Features
-from backbone_finetune.recipes.training import rates
 from backbone_finetune.recipes.training.folds import check_folds, split_folds
-from backbone_finetune.recipes.training.loop import TrainerConfig
-from backbone_finetune.recipes.training.phase_data import PhaseData
-from backbone_finetune.recipes.training.phases import Phase
 
 
 def make_labelled(targets: list[int], groups: list[str] | None) -> LabelledFolder:
@@ -87,8 +75,6 @@ def test_without_groups_splits_are_those_of_earlier_versions() -> None:
     assert held_out == [0, 9, 12, 15, 17, 18]
     data = ImageDataset(make_labelled([0] * 6 + [1] * 4, None), pil_to_tensor)
     assert split_folds(data, 3, seed=0) == [[1, 5, 6, 9], [2, 3, 8], [0, 4, 7]]
-    drawn = rates._draw_fifth([0] * 10 + [1] * 10, None, random.Random("0 rates"))
-    assert drawn == {1, 6, 15, 16}
 
 
 def test_a_class_of_one_group_raises() -> None:
@@ -111,36 +97,6 @@ def test_folds_by_groups() -> None:
     }
     with pytest.raises(ValueError, match=r"folds = 5: expected at most 4, the groups of the training images"):
         check_folds(half, 5)
-
-
-def held_out_for_rates(monkeypatch: pytest.MonkeyPatch, targets: list[int], groups: list[str] | None) -> Any:
-    """Return the indices that rates are fitted and chosen on; None if none are chosen."""
-    chosen: list[list[int]] = []
-
-    def fit_heads(head: nn.Module, *parts: Features, **settings: Any) -> list[HeadResult]:
-        chosen.extend(part.tensors[0].flatten().int().tolist() for part in parts)
-        return [HeadResult(lr=1e-3, weight_decay=0.01, validation_accuracy=0.0, validation_loss=0.0)]
-
-    monkeypatch.setattr(rates, "fit_heads", fit_heads)
-    rows = Features([torch.arange(float(len(targets)))[:, None], torch.tensor(targets)], tree_structure(0))
-    data = PhaseData(rows, None, nn.Linear(1, 2), on_features=True, groups=groups)
-    config = TrainerConfig(make_accelerator(torch.device("cpu")), show_progress=False)
-    rates.choose_rates(data, Phase(epochs=1), config)
-    return chosen or None
-
-
-def test_rates_are_chosen_on_other_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    targets, groups = [index % 2 for index in range(30)], [f"{index // 2}" for index in range(30)]
-    fitted, held_out = held_out_for_rates(monkeypatch, targets, groups)
-    assert sorted(fitted + held_out) == list(range(30))
-    assert len(held_out) == 6
-    assert not {groups[index] for index in fitted} & {groups[index] for index in held_out}
-    assert held_out_for_rates(monkeypatch, targets, ["all"] * 30) is None
-
-
-def test_a_broken_image_does_not_prevent_the_choice_of_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, held_out = held_out_for_rates(monkeypatch, [0] * 10 + [1] * 10, None)
-    assert held_out_for_rates(monkeypatch, [0] * 10 + [1] * 10 + [IGNORED], None)[1] == held_out
 
 
 def write_table(root: Path, name: str, lines: list[str]) -> Path:

@@ -74,7 +74,7 @@ def printed_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]
 def test_two_processes_give_the_weights_of_one(one: Any, printed_by_two: tuple[str, Path]) -> None:
     (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
     assert (told["processes"], told_by_two["processes"]) == (1, 2)
-    for name in ("cached", "uncached", "accumulated", "weighted", "everything"):
+    for name in ("cached", "from zero", "uncached", "accumulated", "weighted", "everything"):
         torch.testing.assert_close(weights_of_two[name], weights[name], rtol=1e-5, atol=1e-6, msg=name)
         assert told_by_two[name] == pytest.approx(told[name], rel=1e-5)
         assert told_by_two[f"{name} test"] == told[f"{name} test"]

@@ -25,7 +25,7 @@ class TrainSettings:
     Args:
         images: A folder with a sub-folder of images per class, with train, val and test folders of these, a table, tar
             files, or a dataset of Hugging Face on disk; see ``find_images``.
-        validation: Images on which rates and the best epoch are chosen. By default the val folder.
+        validation: Images on which the best epoch is chosen. By default the val folder.
         test: Images on which the trained model is tested once. By default the test folder; if there is
             none, the validation images if nothing is chosen on them, else a share of each class.
         monitor: The metric of the best epoch, on the validation images: "accuracy", "balanced-accuracy" or "loss";

@@ -23,7 +23,7 @@ from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
 from ..together import run_on_main
 from ..training.loop import EpochResult
 from ..training.mixing import make_mixing
-from ..training.phases import Phase, tuning_phases
+from ..training.phases import DEFAULT_LR, Phase, tuning_phases
 from .runs.run_folder import check_output_folder
 from .settings import CLIPART, TrainSettings
 from .start import load_start
@@ -65,11 +65,13 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     found = run_on_main(accelerator, lambda: _find_data(settings))
     train, validation, test = map(found.parts.get, (TRAIN, VALIDATION, TEST))
     assert train is not None
-    start, source, weights = load_start(settings, train.class_names)
+    start, source, weights, is_trained = load_start(settings, train.class_names)
     model, data_config = start.model, dict(start.data_config)
     channels = data_config["input_size"][0]
     run_on_main(accelerator, lambda: check_first_images(train, channels))
     phases = choose_phases(settings, len(train.paths), model)
+    if is_trained and phases[0].lr is None:  # a rate keeps the classifier
+        phases = (replace(phases[0], lr=DEFAULT_LR), *phases[1:])
     for phase in reversed(phases):  # checks each; the model is then frozen as in the first
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None

@@ -23,8 +23,8 @@ __all__ = ["choose_data_config", "load_start"]
 CLIPART_INPUT_SIZE = (96, 96)
 
 
-def load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[TrainedModel, Source, str]:
-    """Load the initial model, and return the source of its weights and a description of it.
+def load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[TrainedModel, Source, str, bool]:
+    """Load the initial model; return the source of its weights, a description, and whether its classifier is trained.
 
     A model file is trained further: with its classifier if the classes are the same, else with a new one.
     """
@@ -46,7 +46,7 @@ def load_start(settings: TrainSettings, class_names: tuple[str, ...]) -> tuple[T
     classifier = choose_classifier(settings.head or "linear", len(class_names))
     model = assemble(network, len(class_names), readout=readout, classifier=classifier)
     data_config = choose_data_config(network, small=settings.images is None, size=size)
-    return TrainedModel(model, architecture, class_names, data_config, arguments), source, words
+    return TrainedModel(model, architecture, class_names, data_config, arguments), source, words, False
 
 
 def _size(settings: TrainSettings) -> Size | None:
@@ -66,15 +66,17 @@ def _check_file(settings: TrainSettings, path: Path, description: ModelDescripti
         raise ValueError(f"{path} has the readout and the head it was trained with; leave out --readout and --head")
 
 
-def _load_file(settings: TrainSettings, path: Path, class_names: tuple[str, ...]) -> tuple[TrainedModel, Source, str]:
+def _load_file(
+    settings: TrainSettings, path: Path, class_names: tuple[str, ...]
+) -> tuple[TrainedModel, Source, str, bool]:
     """Load a model to train it further."""
     trained = _resize(load_trained_model(path, base=settings.base), path, _size(settings), settings.in_chans)
     words = f"weights from {path}"
     if trained.class_names == class_names:
-        return replace(trained, model=trained.model.unfreeze_backbone()), "file", words
+        return replace(trained, model=trained.model.unfreeze_backbone()), "file", words, True
     words = f"{words}, with a new classifier, as its classes are {join_some(trained.class_names)}"
     model = with_new_classifier(trained, path, class_names)
-    return replace(trained, model=model, class_names=class_names, objective=SingleLabel()), "file", words
+    return replace(trained, model=model, class_names=class_names, objective=SingleLabel()), "file", words, False
 
 
 def _resize(trained: TrainedModel, path: Path, size: Size | None, channels: int | None) -> TrainedModel:

@@ -104,7 +104,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
             if start_model is not None and settings.folds is not None:
                 metrics = add_folds(metrics, settings, task, config, start_model)
             if start_model is not None and settings.check_labels:
-                predicted = predict_held_out(metrics, settings, task, config, start_model)
+                predicted = predict_held_out(settings, task, config, start_model)
             if settings.images is None if settings.baselines is None else settings.baselines:
                 metrics = add_baselines(metrics, settings, task, config)
         except KeyboardInterrupt:

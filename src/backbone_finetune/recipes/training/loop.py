@@ -18,7 +18,7 @@ from .checkpoints import EpochResult, Progress, load_by_name, open_checkpoints, 
 from .config import TrainerConfig
 from .epoch import train_epoch
 from .phase_state import prepared_phase, save_checkpoint, snapshot
-from .phases import Phase
+from .phases import DEFAULT_LR, Phase
 from .tracking import log_epoch, start_trackers
 
 __all__ = ["EpochResult", "TrainerConfig", "fine_tune", "report_skipped"]
@@ -41,8 +41,8 @@ def fine_tune(
     ``transform = None``. Otherwise the whole model runs in every step, and the random numbers of an image's transform
     depend on the seed, the epoch and the image's index. Unreadable images of an `ImageDataset` are skipped.
     Each phase has a new AdamW and schedule. The validation data is evaluated after each epoch; with
-    ``config.monitor`` the weights after the best epoch are kept, otherwise those after the last one. A phase that
-    trains the classifier on features without a learning rate chooses one.
+    ``config.monitor`` the weights after the best epoch are kept, otherwise those after the last one. In a first
+    phase without a learning rate, a linear classifier on a frozen backbone starts from zero.
 
     >>> import torch
     >>> model = FineTuneModel(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
@@ -86,8 +86,10 @@ def fine_tune(
     while progress.phase < len(phases):
         phase = phases[progress.phase]
         entered = saved is not None and bool(progress.epoch or progress.step)
-        if entered:  # the rates were chosen for the initial classifier, which is trained now
+        if entered:  # the classifier has started
             phase = replace(phase, lr=progress.lr, weight_decay=progress.weight_decay)
+        elif progress.history and phase.lr is None:  # a later phase goes on with the classifier of the one before
+            phase = replace(phase, lr=DEFAULT_LR)
         with prepared_phase(
             model, train, validation, phase=phase, changed=changed, config=config, entered=entered
         ) as state:

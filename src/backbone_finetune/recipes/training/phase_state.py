@@ -28,7 +28,7 @@ from .mixing import Mixing, make_mixing
 from .phase_data import PhaseData, prepare_data
 from .phases import Phase, make_schedule
 from .processes import communicated_bytes, full_tensor, prepare, release
-from .rates import choose_rates
+from .start import start_classifier
 
 __all__ = ["PhaseState", "prepared_phase", "save_checkpoint", "snapshot"]
 
@@ -44,7 +44,7 @@ class PhaseState:
     prepared: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
-    phase: Phase  # with the chosen rates
+    phase: Phase  # with its rates
     changed: set[str]
     train: Dataset[Any]
     validation: Dataset[Any] | None
@@ -89,7 +89,7 @@ def prepared_phase(
         data = prepare_data(model, train, validation, config, phase)
         if phase.standardize:
             data = _standardize(data, config, model, folding, entered=entered)
-        lr, weight_decay = choose_rates(data, phase, config)
+        lr, weight_decay = start_classifier(model, phase, config)
         phase = replace(phase, lr=lr, weight_decay=weight_decay)
         copied, module = model, data.module
         if accelerator.is_fsdp2 and config.monitor is not None:

@@ -31,6 +31,8 @@ IMAGES_SEEN = 2500  # by each phase that trains layers
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 10
 HEAD_RATE, LAST_RATE, ALL_RATE = 1e-3, 3e-4, 1e-4
 
+DEFAULT_LR = 1e-3  # of a classifier that does not start from zero
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Phase:
@@ -45,11 +47,12 @@ class Phase:
         epochs: The number of passes over the training images.
         trainable_groups: The number of last layer groups of the backbone that train; 0 trains the
             classifier alone.
-        lr: Learning rate of the classifier. None chooses it from eight, together with the weight decay, by the
-            validation loss of classifiers on features; a phase that also trains layers, or on images, uses 1e-3.
+        lr: Learning rate of the classifier. None means 1e-3; but in a first phase with a frozen backbone a linear
+            classifier of one class per image then starts from zero, whatever its weights, and trains at 3e-4. Pass a
+            rate to train further from the weights of the model.
         backbone_lr: Learning rate of the backbone's last layer.
         layer_decay: Factor on the rate for each layer towards the input, as in BEiT.
-        weight_decay: Weight decay of AdamW. None means 0.01, or chosen with ``lr``.
+        weight_decay: Weight decay of AdamW. None means 0.01.
         warmup_epochs: Epochs, or a fraction of one, in which the rates rise from 0.
         cosine: Whether the rates fall to 0 at the end (Loshchilov and Hutter, 2017).
         norm_eval: Whether the backbone's running statistics are fixed even if its weights train. On few images,

@@ -6,16 +6,11 @@ import csv
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from image_folders import COLOURS, make_folder, make_image
 
 from backbone_finetune.cli import main
-from backbone_finetune.recipes import TrainSettings, train
-from backbone_finetune.recipes.commands.runs import comparisons
-from backbone_finetune.recipes.training.phases import Phase
 
 SMALL = ["--model", "test_resnet", "--epochs", "3", "--lr", "0.05", "--batch-size", "8", "--device", "cpu"]
 
@@ -43,30 +38,6 @@ def test_wrong_classes_are_listed_first(tmp_path: Path, more: list[str]) -> None
     assert f"({len(rows)} in all)" in section
     assert section.count("<figure>") == len(rows)
     assert f"{rows[0]['class']} {float(rows[0]['score']):.0%}, looks like {rows[0]['suggested']}" in section
-
-
-def test_labels_are_checked_at_the_rates_of_each_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Phase, ...]] = []
-
-    def record(model: Any, data: Any, phases: Any, config: Any, **settings: Any) -> torch.Tensor:
-        asked.append(tuple(phases))
-        return torch.full((len(data), 3), 1 / 3)
-
-    monkeypatch.setattr(comparisons, "cross_predict", record)
-    monkeypatch.setattr("backbone_finetune.recipes.commands.train.check_extra", lambda: None)
-    monkeypatch.setattr("backbone_finetune.recipes.commands.runs.results.find_label_issues", lambda answers: [])
-    phases = (Phase(epochs=2), Phase(epochs=1, trainable_groups=1, lr=0.02))
-    folder = make_folder(tmp_path / "images", per_class=10)
-    metrics = train(
-        TrainSettings(
-            images=folder, architecture="test_resnet", phases=phases, check_labels=True, output=tmp_path / "run"
-        )
-    )
-    ((first, second),) = asked
-    assert first.lr == metrics.history[0].lr is not None
-    assert first.weight_decay == metrics.history[0].weight_decay
-    assert (second.lr, second.trainable_groups, second.weight_decay) == (0.02, 1, 0.01)
-    assert [result.phase for result in metrics.history] == [1, 1, 2]
 
 
 def test_checking_labels_needs_cleanlab(

@@ -95,19 +95,12 @@ def add_folds(
 
 
 def predict_held_out(
-    metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
+    settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
 ) -> Answers | None:
-    """Predict the training images by models that did not train on them, at the rates of the run; see `cross_predict`.
-
-    Rates that each fold chooses would make the probabilities of one fold more extreme than those of another.
-    """
-    phases = []
-    for number, phase in enumerate(task.phases, start=1):
-        first = next(result for result in metrics.history if result.phase == number)
-        phases.append(replace(phase, lr=first.lr, weight_decay=first.weight_decay))
+    """Predict the training images by models that did not train on them; see `cross_predict`."""
     config, folds = replace(config, show_progress=False), settings.folds or FOLDS
     with left_out_if_it_fails(config.accelerator, "label issues"):
-        rows = cross_predict(model, task.train, phases, config, folds=folds)
+        rows = cross_predict(model, task.train, task.phases, config, folds=folds)
         read = ~rows.isnan().any(1)
         images = task.train.folder.select(read.nonzero().flatten().tolist())
         return make_answers(images, rows[read], task.objective)

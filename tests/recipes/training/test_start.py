@@ -1,0 +1,119 @@
+"""A linear classifier on a frozen backbone starts from zero in a first phase without a learning rate."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.objectives.kinds import MultiLabel
+from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.phases import Phase
+
+ACCELERATOR = Accelerator(cpu=True)
+
+
+class Doubled(nn.Linear):
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features) * 2
+
+
+def make_data(per_class: int, *, seed: int = 0) -> TensorDataset:
+    """Return points around three centres."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(3).repeat(per_class)
+    return TensorDataset(torch.eye(3)[targets] + torch.randn(3 * per_class, 3, generator=generator), targets)
+
+
+def make_model(head: nn.Module | None = None) -> FineTuneModel:
+    torch.manual_seed(0)
+    return FineTuneModel(nn.Linear(3, 8), nn.Linear(8, 3) if head is None else head)
+
+
+def train(model: FineTuneModel, data: Any, *phases: Phase, validation: Any = None, **settings: Any) -> Any:
+    config = TrainerConfig(
+        ACCELERATOR, **{"batch_size": 8, "show_progress": False, "autocast_features": False, **settings}
+    )
+    return fine_tune(model, data, validation, phases or [Phase(epochs=3)], config)
+
+
+def assert_same(ours: FineTuneModel, theirs: FineTuneModel) -> None:
+    for one, other in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_training_goes_on_from_zero(cached: bool) -> None:
+    started, model = make_model(), make_model()
+    (*_, last) = train(model, make_data(10), cache_features=cached)
+    assert (last.lr, last.weight_decay) == (3e-4, 0.01)
+    nn.init.zeros_(started.classifier.weight)  # type: ignore[arg-type]
+    nn.init.zeros_(started.classifier.bias)  # type: ignore[arg-type]
+    train(started, make_data(10), Phase(epochs=3, lr=3e-4), cache_features=cached)
+    assert_same(model, started)
+
+
+def test_a_given_weight_decay_is_kept() -> None:
+    (*_, last) = train(make_model(), make_data(10), Phase(epochs=1, weight_decay=0.5))
+    assert (last.lr, last.weight_decay) == (3e-4, 0.5)
+
+
+@pytest.mark.parametrize("head", [Doubled(8, 3), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))])
+def test_other_classifiers_keep_their_weights(head: nn.Module) -> None:
+    model = make_model(head)
+    given = copy.deepcopy(model)
+    (*_, last) = train(model, make_data(10))
+    assert (last.lr, last.weight_decay) == (1e-3, 0.01)
+    train(given, make_data(10), Phase(epochs=3, lr=1e-3))
+    assert_same(model, given)
+
+
+def test_labels_keep_their_weights() -> None:
+    inputs, targets = make_data(10).tensors
+    (*_, last) = train(make_model(), TensorDataset(inputs, torch.eye(3)[targets]), objective=MultiLabel())
+    assert last.lr == 1e-3
+
+
+def test_a_later_phase_goes_on_with_the_classifier() -> None:
+    model, given = make_model(), make_model()
+    history = train(model, make_data(10), Phase(epochs=2), Phase(epochs=1))
+    assert [result.lr for result in history] == [3e-4, 3e-4, 1e-3]
+    train(given, make_data(10), Phase(epochs=2), Phase(epochs=1, lr=1e-3))
+    assert_same(model, given)
+
+
+@pytest.mark.parametrize("stopped", [1, 3, 6])  # before the first step, in the first epoch, and in the second
+def test_a_resumed_run_does_not_start_again(tmp_path: Any, stopped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StopError(Exception):
+        pass
+
+    steps = 0
+
+    def stop(outputs: Tensor, targets: Tensor, *rest: Any, **settings: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == stopped:
+            raise StopError
+        return nn.functional.cross_entropy(outputs, targets, *rest, **settings)
+
+    model, resumed, whole = make_model(), make_model(), make_model()
+    with monkeypatch.context() as patch:
+        patch.setattr("backbone_finetune.recipes.objectives.kinds.cross_entropy", stop)
+        with pytest.raises(StopError):
+            train(model, make_data(10), checkpoints=tmp_path, checkpoint_steps=1)
+    history = train(resumed, make_data(10), checkpoints=tmp_path)
+    assert history == train(whole, make_data(10))
+    assert_same(resumed, whole)
+
+
+def test_validation_images_are_not_fitted() -> None:
+    models = []
+    for validation in (make_data(10, seed=1), make_data(10, seed=2), None):
+        models.append(make_model())
+        train(models[-1], make_data(10), validation=validation)
+    assert_same(models[0], models[1])
+    assert_same(models[0], models[2])
