@@ -4,8 +4,8 @@ from __future__ import annotations  # help() shows the names of types, not what 
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain, product
 from typing import Annotated, Any
 
@@ -30,13 +30,12 @@ from ..sending import send
 from .standardize import Standardization
 
 _listed = BeforeValidator(lambda rates: list(rates) if isinstance(rates, Iterable) else rates)  # an array, too
-ImageLoss = Callable[[Tensor, Tensor], Tensor]
 Rates = Annotated[Sequence[NotNegative], _listed, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
 class HeadResult:
-    """A head of the grid, its validation accuracy, 0 to 1, and mean validation loss, and the loss of each image, (N,).
+    """A head of the grid, its validation accuracy, 0 to 1, and mean validation loss.
 
     A head that diverged has accuracy 0 and an infinite mean loss.
 
@@ -48,7 +47,6 @@ class HeadResult:
     weight_decay: float
     validation_accuracy: float
     validation_loss: float
-    losses: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
 
 
 class StackedHeads:
@@ -97,26 +95,19 @@ class StackedHeads:
                 self.steps[name].zero_()
 
     @torch.no_grad()
-    def validate(
-        self, validation: TensorDataset, batch_size: int, loss_of: ImageLoss
-    ) -> tuple[list[float], list[float], Tensor]:
-        """Compute every head's accuracy, mean loss, and loss of each image, (H, N), on the CPU.
-
-        Accuracy and mean loss are 0 and infinity if the loss is not finite.
-        """
+    def validate(self, validation: TensorDataset, batch_size: int) -> tuple[list[float], list[float]]:
+        """Compute every head's accuracy and mean loss, 0 and infinity if the loss is not finite."""
         self.head.eval()
-        correct, losses = torch.zeros(self.count, device=self.device), []
+        correct, total = (torch.zeros(self.count, device=self.device) for _ in range(2))
         batches = torch.split(torch.arange(len(validation), device="cpu"), batch_size)
         for batch in index_rows(on_device(validation, self.device).tensors, batches, self.device):
             features, targets = head_batch(validation, batch, self.device)
             logits = self.logits(features)
-            if targets.ndim == 1 and not targets.is_floating_point():
-                correct += (logits.argmax(-1) == targets[:, None]).sum(0)
-            losses.append(_losses(logits, targets, loss_of))
-        of_images = torch.cat(losses)
-        mean = of_images.mean(0)
+            correct += (logits.argmax(-1) == targets[:, None]).sum(0)
+            total += _losses(logits, targets).sum(0)
+        mean = total / len(validation)
         accuracy = (correct / len(validation)).masked_fill(~mean.isfinite(), 0)
-        return accuracy.tolist(), mean.nan_to_num(math.inf, math.inf).tolist(), of_images.T.cpu()
+        return accuracy.tolist(), mean.nan_to_num(math.inf, math.inf).tolist()
 
 
 @validated
@@ -131,7 +122,6 @@ def fit_heads(
     batch_size: Positive,
     device: torch.device | None = None,
     seed: int = 0,
-    loss: ImageLoss | None = None,
     standardize: bool = False,
     show_progress: bool = True,
 ) -> tuple[HeadResult, ...]:
@@ -162,9 +152,8 @@ def fit_heads(
             the classifier trains, or every head diverged.
     """
     train, validation = check_features("train", train), check_features("validation", validation)
-    if loss is None:
-        for name, data in (("train", train), ("validation", validation)):
-            check_targets(name, data.tensors[-1], count_classes(classifier))
+    for name, data in (("train", train), ("validation", validation)):
+        check_targets(name, data.tensors[-1], count_classes(classifier))
     rates = list(product(learning_rates, weight_decays))
     device = device or find_device_of(classifier)
     given = classifier
@@ -175,7 +164,6 @@ def fit_heads(
         train, validation = standardization.apply(train), standardization.apply(validation)
     heads = StackedHeads(classifier, rates, device=device)
     generator = torch.Generator().manual_seed(seed)
-    loss_of = loss or _cross_entropies
     alone = len(train) % batch_size == 1 < len(train)  # BatchNorm cannot train on a batch of one
     train = on_device(train, device)
     rows = TensorDataset(torch.arange(len(train), device="cpu"))
@@ -186,9 +174,9 @@ def fit_heads(
         for _ in range(epochs):
             for batch in index_rows(train.tensors, [indices for (indices,) in batches], device):
                 features, targets = head_batch(train, batch, device)
-                heads.step(_losses(heads.logits(features), targets, loss_of).mean(0))
+                heads.step(_losses(heads.logits(features), targets).mean(0))
                 bar.update()
-        accuracies, losses, of_images = heads.validate(validation, batch_size, loss_of)
+        accuracies, losses = heads.validate(validation, batch_size)
     order = sorted(range(len(rates)), key=lambda index: (-accuracies[index], losses[index]))
     if not math.isfinite(losses[order[0]]):
         raise ValueError(f"all {len(rates)} heads diverged; pass smaller learning rates than {min(learning_rates)}")
@@ -199,7 +187,7 @@ def fit_heads(
     if standardization is not None:
         standardization.leave(classifier)
         given.load_state_dict(classifier.state_dict())
-    return tuple(HeadResult(*rates[index], accuracies[index], losses[index], of_images[index]) for index in order)
+    return tuple(HeadResult(*rates[index], accuracies[index], losses[index]) for index in order)
 
 
 def check_features(name: str, data: TensorDataset) -> TensorDataset:
@@ -227,12 +215,7 @@ def head_batch(data: TensorDataset, batch: Sequence[Tensor], device: torch.devic
     return (arranged[0] if len(arranged) == 1 else arranged), targets
 
 
-def _cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(logits, targets.long(), reduction="none")
-
-
-def _losses(logits: Tensor, targets: Tensor, loss_of: ImageLoss) -> Tensor:
-    """Compute each head's loss of each image: outputs (B, H, K) and targets (B,) or (B, K) to (B, H)."""
-    batch, heads = logits.shape[:2]
-    repeated = targets.repeat_interleave(heads, 0)
-    return loss_of(logits.flatten(0, 1), repeated).view(batch, heads)
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Compute each head's cross entropy of each image: outputs (B, H, K) and targets (B,) to (B, H)."""
+    repeated = targets.long()[:, None].expand(logits.shape[:2])
+    return cross_entropy(logits.flatten(0, 1), repeated.flatten(), reduction="none").view(logits.shape[:2])
