@@ -139,7 +139,7 @@ _HOW_TO_READ = """\
 EfficientNet-Lite0 with its ImageNet weights, float32. Mean ± standard deviation over splits; all ways have the same
 splits, first classifier, order of images and test images, and keep the last epoch.
 
-- `frozen head`: a head on features, its rates chosen on a fifth of the training images.
+- `frozen head`: a head on features, from weights of 0 at the default rate.
 - `tune`: that head, then `tuning_phases`: the last third of the layer groups, then everything.
 - `plain, R`: everything from the start, at rate R for the backbone and 1e-3 for the classifier, one epoch of warm-up,
   cosine, in one and a half times the epochs of each phase of `tune`.

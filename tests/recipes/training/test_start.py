@@ -7,12 +7,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure
 from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
+from backbone_finetune.recipes.data.images import IGNORED
+from backbone_finetune.recipes.features.dataset import Features
 from backbone_finetune.recipes.objectives.kinds import MultiLabel
 from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.phase_data import PhaseData
 from backbone_finetune.recipes.training.phases import Phase
+from backbone_finetune.recipes.training.start import start_classifier
 
 ACCELERATOR = Accelerator(cpu=True)
 
@@ -50,16 +55,51 @@ def assert_same(ours: FineTuneModel, theirs: FineTuneModel) -> None:
 def test_training_goes_on_from_zero(cached: bool) -> None:
     started, model = make_model(), make_model()
     (*_, last) = train(model, make_data(10), cache_features=cached)
-    assert (last.lr, last.weight_decay) == (3e-4, 0.01)
+    features = model.backbone(make_data(10).tensors[0])
+    expected = (
+        float(0.3 / (1 + features.abs().sum(1).mean())) if cached else 3e-4
+    )  # features that are not kept have no size
+    assert last.lr == pytest.approx(expected, rel=0.05)
+    assert last.weight_decay == 0.01
     nn.init.zeros_(started.classifier.weight)  # type: ignore[arg-type]
     nn.init.zeros_(started.classifier.bias)  # type: ignore[arg-type]
-    train(started, make_data(10), Phase(epochs=3, lr=3e-4), cache_features=cached)
+    train(started, make_data(10), Phase(epochs=3, lr=last.lr), cache_features=cached)
     assert_same(model, started)
+
+
+def test_features_of_any_size_give_the_same_predictions() -> None:
+    data, models = make_data(10), []
+    for factor in (1.0, 1 / 32):
+        torch.manual_seed(0)
+        models.append(FineTuneModel(nn.Linear(3, 1000), nn.Linear(1000, 3)))
+        for parameter in models[-1].backbone.parameters():
+            parameter.data *= factor
+        train(models[-1], data, Phase(epochs=20))
+    one, other = (model.eval()(data.tensors[0]).softmax(-1) for model in models)
+    torch.testing.assert_close(one, other, rtol=0, atol=0.05)
+    assert one.max() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [([[1.0, -2.0], [0.0, 0.0]], 0.075), ([[0.0, 0.0], [9.0, 9.0]], 0.3), ([[torch.inf, 0.0], [1.0, 1.0]], 3e-4)],
+)
+def test_the_rate_fits_the_images_that_can_be_read(features: list[list[float]], expected: float) -> None:
+    rows = Features([torch.tensor(features), torch.tensor([0, IGNORED])], tree_structure(0))
+    data, config = PhaseData(rows, None, nn.Linear(2, 2), on_features=True), TrainerConfig(ACCELERATOR)
+    assert start_classifier(nn.Linear(2, 2), data, Phase(), config)[0] == expected
+
+
+def test_the_log_says_that_a_classifier_starts_from_zero(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "backbone_finetune")
+    (*_, last) = train(make_model(), make_data(10), show_progress=True)
+    (message,) = [message for message in caplog.messages if "starts from zero" in message]
+    assert message.startswith(f"the classifier starts from zero, at lr {last.lr:g}; with a rate given")
 
 
 def test_a_given_weight_decay_is_kept() -> None:
     (*_, last) = train(make_model(), make_data(10), Phase(epochs=1, weight_decay=0.5))
-    assert (last.lr, last.weight_decay) == (3e-4, 0.5)
+    assert last.weight_decay == 0.5
 
 
 @pytest.mark.parametrize("head", [Doubled(8, 3), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))])
@@ -81,7 +121,8 @@ def test_labels_keep_their_weights() -> None:
 def test_a_later_phase_goes_on_with_the_classifier() -> None:
     model, given = make_model(), make_model()
     history = train(model, make_data(10), Phase(epochs=2), Phase(epochs=1))
-    assert [result.lr for result in history] == [3e-4, 3e-4, 1e-3]
+    rates = [result.lr for result in history]
+    assert rates[0] == rates[1] != 1e-3 == rates[2]
     train(given, make_data(10), Phase(epochs=2), Phase(epochs=1, lr=1e-3))
     assert_same(model, given)
 

@@ -62,7 +62,8 @@ TRAIN = {
 PHASE = {
     "--epochs N": "how often each image is seen",
     "--trainable-groups N": "number of last layer groups of the backbone that train",
-    "--lr RATE": "of the classifier (default: 3e-4 from weights of 0 if the backbone is frozen, else 1e-3)",
+    "--lr RATE": "of the classifier (default: from weights of 0 at a rate that fits the features if the backbone is "
+    "frozen, else 1e-3)",
     "--backbone-lr RATE": "of the layer groups that train",
     "--layer-decay FACTOR": "factor on the rate for each layer towards the input (default: none)",
     "--weight-decay W": "of AdamW (default: 0.01, or chosen with the rate)",

@@ -89,7 +89,7 @@ def prepared_phase(
         data = prepare_data(model, train, validation, config, phase)
         if phase.standardize:
             data = _standardize(data, config, model, folding, entered=entered)
-        lr, weight_decay = start_classifier(model, phase, config)
+        lr, weight_decay = start_classifier(model.classifier, data, phase, config)
         phase = replace(phase, lr=lr, weight_decay=weight_decay)
         copied, module = model, data.module
         if accelerator.is_fsdp2 and config.monitor is not None:
