@@ -221,7 +221,7 @@ def test_waits_for_the_device_are_seen(on_meta: Accelerator) -> None:
 
 
 def test_a_grid_of_heads_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, on_meta: Accelerator) -> None:
-    monkeypatch.setattr(grid.StackedHeads, "validate", lambda heads, *_: ([0.5, 0.6], [1.0, 0.9], torch.ones(2, 3)))
+    monkeypatch.setattr(grid.StackedHeads, "validate", lambda heads, *_: ([0.5, 0.6], [1.0, 0.9]))
     data = TensorDataset(torch.randn(12, 4), torch.arange(12) % 2)
     rows = on_device(data, META)
     monkeypatch.setattr(grid, "on_device", lambda given, device: rows)

@@ -118,6 +118,13 @@ def test_labels_keep_their_weights() -> None:
     assert last.lr == 1e-3
 
 
+def test_phases_that_train_layers_keep_their_weights() -> None:
+    model, given = make_model(), make_model()
+    assert train(model, make_data(10), Phase(epochs=1, trainable_groups=1))[0].lr == 1e-3
+    train(given, make_data(10), Phase(epochs=1, trainable_groups=1, lr=1e-3))
+    assert_same(model, given)
+
+
 def test_a_later_phase_goes_on_with_the_classifier() -> None:
     model, given = make_model(), make_model()
     history = train(model, make_data(10), Phase(epochs=2), Phase(epochs=1))
