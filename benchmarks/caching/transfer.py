@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Phase, TrainerConfig, extract_features, fine_tune, fit_heads, make_accelerator
-from backbone_finetune.recipes.commands.train import CLIPART
+from backbone_finetune.recipes.commands.settings import CLIPART
 from backbone_finetune.recipes.data.groups import split
 from backbone_finetune.recipes.data.images import ImageDataset, LabelledFolder
 from backbone_finetune.recipes.data.sources.finding import find_images

@@ -23,7 +23,8 @@ from .recipes.commands.predict import list_inputs, predict
 from .recipes.commands.prediction_files import choose_writer
 from .recipes.commands.reporting.evaluation_files import write_evaluation
 from .recipes.commands.runs.run_record import NOT_RECORDED, read_run
-from .recipes.commands.train import TrainSettings, train
+from .recipes.commands.settings import TrainSettings
+from .recipes.commands.train import train
 from .recipes.data.augmentation import AUGMENTATIONS
 from .recipes.export.onnx_model import export_onnx
 from .recipes.files import check_output
@@ -34,8 +35,6 @@ from .recipes.objectives.kinds import SingleLabel
 from .recipes.text import describe_fault, print_any_name, printable
 from .recipes.training.phases import Phase, read_phases
 from .recipes.training.processes import find_device
-
-__all__ = ["main"]
 
 PROGRAM = "backbone-finetune"
 

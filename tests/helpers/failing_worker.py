@@ -12,7 +12,8 @@ import torch
 from training_worker import make_images, make_model
 
 from backbone_finetune.recipes.together import run_on_main
-from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.config import TrainerConfig
+from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 

@@ -20,7 +20,8 @@ from training_worker import Shaken, make_images, make_model
 
 from backbone_finetune.recipes.objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
 from backbone_finetune.recipes.training import epoch
-from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.config import TrainerConfig
+from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 from backbone_finetune.recipes.training.scoring import evaluate

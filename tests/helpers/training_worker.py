@@ -30,7 +30,9 @@ from backbone_finetune.recipes import files
 from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.rng import seed_everything
 from backbone_finetune.recipes.training import epoch, phase_state
-from backbone_finetune.recipes.training.loop import EpochResult, TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.checkpoints import EpochResult
+from backbone_finetune.recipes.training.config import TrainerConfig
+from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 

@@ -9,7 +9,8 @@ from .commands.inspect import inspect
 from .commands.predict import Prediction, predict
 from .commands.runs.metrics import Metrics
 from .commands.runs.run_record import read_run
-from .commands.train import TrainSettings, train
+from .commands.settings import TrainSettings
+from .commands.train import train
 from .data.augmentation import Augmentation
 from .data.fingerprint import data_fingerprint, is_deterministic
 from .data.images import ImageDataset, LabelledFolder
@@ -32,9 +33,10 @@ from .models.named import NamedModel, load_timm_model
 from .models.onnx_file import load_onnx_model
 from .objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
 from .training.checkpoints import EpochResult
+from .training.config import TrainerConfig
 from .training.epoch import DivergedError
 from .training.folds import cross_predict, cross_validate
-from .training.loop import TrainerConfig, fine_tune
+from .training.loop import fine_tune
 from .training.phases import Phase, read_phases, tuning_phases
 from .training.processes import make_accelerator
 from .training.scoring import Score, evaluate

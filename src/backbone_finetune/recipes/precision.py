@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["default_precision", "has_tensor_cores", "products_in"]
-
 
 def default_precision(properties: Any) -> str:
     """Return the mixed precision for a device by its properties: "bf16" for a CUDA device that has it, else "no".

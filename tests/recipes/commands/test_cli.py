@@ -16,7 +16,7 @@ from raising_hooks import raising
 from torch import nn
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.commands.train import CLIPART
+from backbone_finetune.recipes.commands.settings import CLIPART
 
 Fail = Callable[..., str]
 

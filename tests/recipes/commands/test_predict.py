@@ -27,7 +27,7 @@ from backbone_finetune.recipes.commands import prediction_files
 from backbone_finetune.recipes.commands.predict import Prediction, list_inputs
 from backbone_finetune.recipes.commands.prediction_files import choose_writer, write_csv, write_jsonl, write_parquet
 from backbone_finetune.recipes.data.images import read_image
-from backbone_finetune.recipes.objectives.kinds import Objective
+from backbone_finetune.recipes.objectives.objective import Objective
 
 Write = Callable[[Iterable[Prediction], Path], Iterator[Prediction]]
 PREDICTIONS = (Prediction(Path("tom.jpg"), (("cat", 0.75),)), Prediction(Path("text.jpg"), error="not an image"))

@@ -21,8 +21,9 @@ from backbone_finetune import cli
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.commands.runs.metrics import describe
 from backbone_finetune.recipes.commands.runs.run_folder import MODEL_FILE
+from backbone_finetune.recipes.commands.settings import TrainSettings
 from backbone_finetune.recipes.commands.start import choose_data_config
-from backbone_finetune.recipes.commands.train import TrainSettings, train
+from backbone_finetune.recipes.commands.train import train
 from backbone_finetune.recipes.data.groups import split
 from backbone_finetune.recipes.data.sources.finding import find_images
 from backbone_finetune.recipes.files import replacing

@@ -22,12 +22,13 @@ from backbone_finetune.recipes import (
     predict,
     save_trained_model,
 )
-from backbone_finetune.recipes.commands.train import CLIPART
+from backbone_finetune.recipes.commands.settings import CLIPART
 from backbone_finetune.recipes.data.images import read_image
 from backbone_finetune.recipes.export.onnx_preprocessing import build_preprocessing
 from backbone_finetune.recipes.models.file import build_transform
 from backbone_finetune.recipes.models.inputs import resolve_data_config
-from backbone_finetune.recipes.objectives.kinds import MultiLabel, Objective, Regression
+from backbone_finetune.recipes.objectives.kinds import MultiLabel, Regression
+from backbone_finetune.recipes.objectives.objective import Objective
 
 pytestmark = pytest.mark.clients
 onnx = pytest.importorskip("onnx")

@@ -43,7 +43,7 @@ from backbone_finetune.recipes.features.resident import on_device
 from backbone_finetune.recipes.heads import grid
 from backbone_finetune.recipes.heads.standardize import Standardization
 from backbone_finetune.recipes.models.file import TrainedModel, build_transform
-from backbone_finetune.recipes.objectives.kinds import Objective
+from backbone_finetune.recipes.objectives.objective import Objective
 from backbone_finetune.recipes.precision import default_precision, products_in
 from backbone_finetune.recipes.training.checkpoints import Progress
 from backbone_finetune.recipes.training.epoch import arrange_images, train_epoch

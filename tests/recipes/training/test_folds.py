@@ -19,8 +19,9 @@ from backbone_finetune.recipes.data.images import ImageDataset
 from backbone_finetune.recipes.data.sources.finding import find_images
 from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.features.dataset import Features
+from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.folds import cross_predict, cross_validate, split_folds
-from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phase_data import Fold
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.scoring import evaluate

@@ -12,7 +12,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from backbone_finetune.recipes.data.images import is_read
 from backbone_finetune.recipes.objectives import metrics
-from backbone_finetune.recipes.objectives.kinds import MultiLabel, Objective, Regression, SingleLabel, SoftLabels
+from backbone_finetune.recipes.objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
+from backbone_finetune.recipes.objectives.objective import Objective
 
 BINARY = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]])
 NAN = float("nan")

@@ -15,7 +15,7 @@ from image_folders import make_folder
 from torch import nn
 
 from backbone_finetune import cli
-from backbone_finetune.recipes.training.loop import TrainerConfig
+from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.phases import Phase, make_schedule, read_phases
 from backbone_finetune.recipes.training.processes import make_accelerator
 

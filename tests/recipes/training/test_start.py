@@ -14,7 +14,8 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.data.images import IGNORED
 from backbone_finetune.recipes.features.dataset import Features
 from backbone_finetune.recipes.objectives.kinds import MultiLabel
-from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.config import TrainerConfig
+from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phase_data import PhaseData
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.start import start_classifier

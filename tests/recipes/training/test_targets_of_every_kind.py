@@ -14,8 +14,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.objectives.kinds import MultiLabel, Objective, Regression, SingleLabel, SoftLabels
-from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
+from backbone_finetune.recipes.objectives.objective import Objective
+from backbone_finetune.recipes.training.config import TrainerConfig
+from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 from backbone_finetune.recipes.training.scoring import evaluate

@@ -21,8 +21,9 @@ from backbone_finetune.recipes.data.images import IGNORED
 from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.objectives.kinds import SingleLabel
 from backbone_finetune.recipes.training.checkpoints import newest_checkpoint
+from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.epoch import DivergedError
-from backbone_finetune.recipes.training.loop import TrainerConfig, fine_tune
+from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 from backbone_finetune.recipes.training.scoring import evaluate

@@ -21,8 +21,6 @@ from .reporting.figures import (
     expected_calibration_error,
 )
 
-__all__ = ["ClassScore", "Evaluation", "evaluate_folder", "score_answers"]
-
 
 @dataclass(frozen=True)
 class ClassScore:

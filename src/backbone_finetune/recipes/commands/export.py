@@ -10,8 +10,6 @@ from ..export.openvino_model import export_openvino
 from ..export.timm_checkpoint import export_timm
 from ..export.torch_program import export_torch
 
-__all__ = ["EXPORTERS", "describe_export"]
-
 # by the names of the command line
 EXPORTERS: Mapping[str, Callable[..., Exported]] = MappingProxyType(
     {

@@ -17,8 +17,6 @@ from ..models.weights import create_network
 from ..rng import preserve_rng_state
 from ..text import join_some
 
-__all__ = ["count_operations", "inspect", "inspect_file", "inspect_frontier"]
-
 IMAGES = 3  # the minimum of find_frontier
 
 

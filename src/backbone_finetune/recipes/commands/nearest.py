@@ -17,8 +17,6 @@ from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
 from .reporting.figures import Interval, bootstrap
 
-__all__ = ["measure_neighbors", "score_neighbors"]
-
 
 def score_neighbors(train: Features, test: Features, num_classes: int) -> Interval:
     """Return the accuracy of the 20 nearest training images on the readable test images."""

@@ -31,8 +31,6 @@ from ..models.named import NamedModel
 from ..objectives.kinds import MultiLabel, Regression
 from .reporting.figures import Answers, make_answers
 
-__all__ = ["Prediction", "list_inputs", "predict", "predict_labelled"]
-
 # For a resized image: half a gigabyte in float32. The largest timm networks need far less.
 MOST_PIXELS = 2**27
 

@@ -13,8 +13,6 @@ from ..models.named import NamedModel
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from .predict import Prediction
 
-__all__ = ["choose_writer", "write_csv", "write_jsonl", "write_parquet"]
-
 GROUP = 1000  # predictions that are written to a Parquet file at once
 
 

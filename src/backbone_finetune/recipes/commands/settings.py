@@ -10,10 +10,8 @@ from ..checking import Positive, Whole
 from ..models.classifiers import Head
 from ..models.metadata import Channels, Side
 from ..models.readouts import Readout
-from ..training.loop import TrainerConfig
+from ..training.config import TrainerConfig
 from ..training.phases import Phase
-
-__all__ = ["CLIPART", "TrainSettings"]
 
 CLIPART = Path(__file__).parents[1] / "data" / "clipart" / "pictures"
 

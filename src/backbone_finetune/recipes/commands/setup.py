@@ -19,16 +19,15 @@ from ..data.sources.parts import FoundData, find_data
 from ..data.sources.rows import TEST, TRAIN, VALIDATION
 from ..models.base import BaseWeights, remember_base
 from ..models.file import build_transform
-from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
+from ..objectives.kinds import MultiLabel, Regression, SingleLabel
+from ..objectives.objective import Objective
 from ..together import run_on_main
-from ..training.loop import EpochResult
+from ..training.checkpoints import EpochResult
 from ..training.mixing import make_mixing
 from ..training.phases import DEFAULT_LR, Phase, tuning_phases
 from .runs.run_folder import check_output_folder
 from .settings import CLIPART, TrainSettings
 from .start import load_start
-
-__all__ = ["Task", "choose_monitor", "make_task"]
 
 TEST_SHARE = 0.3
 

@@ -16,8 +16,6 @@ from ..objectives.kinds import SingleLabel
 from ..text import join_some
 from .settings import TrainSettings
 
-__all__ = ["choose_data_config", "load_start"]
-
 # The clipart is stored at 64 pixels. Five-fold cross-validation on its training images alone gave .66 at 96 pixels,
 # .69 at 128 and .73 at 160, in 2 and 4 times the time; the demo should be quick.
 CLIPART_INPUT_SIZE = (96, 96)

@@ -25,9 +25,11 @@ from ..objectives.kinds import MultiLabel, Regression
 from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
+from ..training.checkpoints import EpochResult
+from ..training.config import TrainerConfig
 from ..training.epoch import DivergedError
 from ..training.folds import check_folds
-from ..training.loop import EpochResult, TrainerConfig, fine_tune, report_skipped
+from ..training.loop import fine_tune, report_skipped
 from ..training.phase_data import PhaseData, prepare_data
 from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score, evaluate
@@ -49,10 +51,8 @@ from .runs.results import write_metrics, write_results
 from .runs.run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
 from .runs.run_record import compare_runs, record_run
 from .runs.tracked_run import check_tracker, start_tracker
-from .settings import CLIPART, TrainSettings
+from .settings import TrainSettings
 from .setup import Task, choose_monitor, make_task
-
-__all__ = ["CLIPART", "TrainSettings", "train"]
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,6 @@ from typing_extensions import Self
 
 from .bands import Picture
 
-__all__ = ["AUGMENTATIONS", "Augmentation"]
-
 Share = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -31,7 +31,8 @@ from backbone_finetune.checkpoint import (
 from ..checking import validated
 from ..data.augmentation import Augmentation
 from ..data.bands import Picture
-from ..objectives.kinds import Objective, SingleLabel
+from ..objectives.kinds import SingleLabel
+from ..objectives.objective import Objective
 from ..text import one_line
 from .base import BaseWeights, find_base
 from .classifiers import KINDS, describe_classifier

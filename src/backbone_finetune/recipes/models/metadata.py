@@ -14,7 +14,8 @@ from backbone_finetune import __version__
 from backbone_finetune.validation import check_architecture
 
 from ..checking import Schema
-from ..objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
+from ..objectives.kinds import MultiLabel, Regression, SingleLabel
+from ..objectives.objective import Objective
 from ..text import describe_fault, has_control_characters
 from .classifiers import ClassifierDescription, LinearLayer
 

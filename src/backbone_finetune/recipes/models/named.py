@@ -8,7 +8,8 @@ from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from ..objectives.kinds import Objective, SingleLabel
+from ..objectives.kinds import SingleLabel
+from ..objectives.objective import Objective
 from .weights import create_network
 
 

@@ -16,8 +16,6 @@ from ..sending import send
 from . import metrics
 from .objective import Loss, Objective
 
-__all__ = ["MultiLabel", "Objective", "Regression", "SingleLabel", "SoftLabels"]
-
 _as_list = BeforeValidator(lambda values: values.tolist() if isinstance(values, Tensor) else values)
 Positives = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], _as_list]
 Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], _as_list]

@@ -6,8 +6,6 @@ They are computed on the CPU, in double precision.
 import torch
 from torch import Tensor
 
-__all__ = ["accuracies", "best_thresholds", "macro_f1", "mean_average_precision", "regression_errors"]
-
 ROUNDING = 1e-7  # relative, of float32: values that differ by less are equal
 
 

@@ -12,8 +12,6 @@ from torch.utils.data import Dataset, TensorDataset
 from ..data.loading import DeviceLoader
 from ..features.resident import index_rows
 
-__all__ = ["LocalBatch", "epoch_batches", "load_batches", "local_batch"]
-
 
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tuple[Tensor, ...]:
     """Return the batches of an epoch: each of ``count`` images once, in an order that depends only on seed and epoch.

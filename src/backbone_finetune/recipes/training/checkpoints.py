@@ -30,18 +30,6 @@ from ..rng import random_state, restore_random_state
 from ..together import run_on_main
 from .processes import full_tensor
 
-__all__ = [
-    "Checkpoint",
-    "EpochResult",
-    "Progress",
-    "capture",
-    "load_by_name",
-    "newest_checkpoint",
-    "open_checkpoints",
-    "resume",
-    "write_checkpoint",
-]
-
 logger = logging.getLogger(__name__)
 
 KEPT = 2

@@ -15,10 +15,9 @@ from ..checking import NotNegative, Positive, Whole
 from ..data.loading import default_workers
 from ..features.cache import FeatureCache
 from ..features.compiled import Compile
-from ..objectives.kinds import Objective, SingleLabel
+from ..objectives.kinds import SingleLabel
+from ..objectives.objective import Objective
 from .checkpoints import EpochResult
-
-__all__ = ["TrainerConfig", "count"]
 
 
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))

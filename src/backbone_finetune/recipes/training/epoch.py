@@ -19,8 +19,6 @@ from .config import TrainerConfig, count
 from .phase_state import PhaseState, save_checkpoint, snapshot
 from .scoring import evaluate
 
-__all__ = ["DivergedError", "train_epoch"]
-
 
 class DivergedError(ValueError):
     """The loss, or a trainable tensor, is not finite."""

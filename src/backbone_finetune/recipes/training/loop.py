@@ -21,8 +21,6 @@ from .phase_state import prepared_phase, save_checkpoint, snapshot
 from .phases import DEFAULT_LR, Phase
 from .tracking import log_epoch, start_trackers
 
-__all__ = ["EpochResult", "TrainerConfig", "fine_tune", "report_skipped"]
-
 logger = logging.getLogger(__name__)
 
 

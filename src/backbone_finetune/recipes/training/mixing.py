@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..data.images import is_read
 from ..data.loading import seeded
-from ..objectives.kinds import MultiLabel, Objective, SingleLabel, SoftLabels
+from ..objectives.kinds import MultiLabel, SingleLabel, SoftLabels
+from ..objectives.objective import Objective
 from .phases import Phase
-
-__all__ = ["Mixing", "make_mixing"]
 
 
 @dataclass(frozen=True)

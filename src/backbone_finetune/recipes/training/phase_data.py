@@ -41,8 +41,6 @@ from ..together import together
 from .config import TrainerConfig, count
 from .phases import Phase
 
-__all__ = ["PhaseData", "prepare_data"]
-
 logger = logging.getLogger(__name__)
 
 FEWEST_COMPUTED = 128  # images for which starting processes is faster

@@ -30,8 +30,6 @@ from .phases import Phase, make_schedule
 from .processes import communicated_bytes, full_tensor, prepare, release
 from .start import start_classifier
 
-__all__ = ["PhaseState", "prepared_phase", "save_checkpoint", "snapshot"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -24,8 +24,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Phase", "make_schedule", "read_phases", "tuning_phases"]
-
 # Of `tuning_phases`.
 IMAGES_SEEN = 2500  # by each phase that trains layers
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 10

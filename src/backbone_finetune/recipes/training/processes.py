@@ -21,8 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from ..precision import default_precision
 
-__all__ = ["communicated_bytes", "find_device", "full_tensor", "make_accelerator", "prepare", "release"]
-
 # One process may compute features or baselines while the others wait.
 PATIENCE = timedelta(hours=6)
 

@@ -18,8 +18,6 @@ from ..features.parts import Parts
 from .batches import load_batches, local_batch
 from .config import TrainerConfig, count
 
-__all__ = ["Score", "evaluate"]
-
 
 @dataclass(frozen=True)
 class Score:

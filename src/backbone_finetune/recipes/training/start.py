@@ -13,8 +13,6 @@ from .config import TrainerConfig
 from .phase_data import PhaseData
 from .phases import DEFAULT_LR, Phase
 
-__all__ = ["start_classifier"]
-
 logger = logging.getLogger(__name__)
 
 LOGIT_STEP = 0.3

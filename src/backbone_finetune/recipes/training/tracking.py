@@ -13,8 +13,6 @@ from .checkpoints import EpochResult
 from .config import TrainerConfig
 from .phases import Phase
 
-__all__ = ["PROJECT", "epoch_figures", "finish_trackers", "flatten", "log_epoch", "log_figures", "start_trackers"]
-
 logger = logging.getLogger(__name__)
 
 PROJECT = "backbone-finetune"

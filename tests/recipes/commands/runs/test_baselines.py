@@ -20,7 +20,7 @@ from backbone_finetune.recipes.commands.runs.baselines import (
     pixel_model,
     random_model,
 )
-from backbone_finetune.recipes.training.loop import TrainerConfig
+from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 

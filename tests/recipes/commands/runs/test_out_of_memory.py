@@ -15,7 +15,8 @@ from image_folders import make_folder
 from backbone_finetune.recipes.commands import train as command
 from backbone_finetune.recipes.commands.reporting import plots
 from backbone_finetune.recipes.commands.runs import comparisons, results
-from backbone_finetune.recipes.commands.train import TrainSettings, train
+from backbone_finetune.recipes.commands.settings import TrainSettings
+from backbone_finetune.recipes.commands.train import train
 from backbone_finetune.recipes.models.file import load_trained_model
 from backbone_finetune.recipes.training.epoch import DivergedError
 from backbone_finetune.recipes.training.phases import Phase

@@ -10,8 +10,6 @@ from ..evaluate_table import TableEvaluation
 from .figures import Answers
 from .report import make_report
 
-__all__ = ["write_evaluation"]
-
 
 def write_evaluation(
     evaluation: Evaluation | TableEvaluation, folder: Path, *, title: str = "Evaluation"

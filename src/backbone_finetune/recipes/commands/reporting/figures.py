@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...data.images import LabelledFolder
-from ...objectives.kinds import MultiLabel, Objective, Regression, SingleLabel
+from ...objectives.kinds import MultiLabel, Regression, SingleLabel
+from ...objectives.objective import Objective
 
 BINS = 10
 RESAMPLED = 1000

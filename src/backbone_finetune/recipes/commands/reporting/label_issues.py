@@ -13,8 +13,6 @@ from ...objectives.kinds import MultiLabel
 from ...text import one_line
 from .figures import Answers
 
-__all__ = ["LabelIssue", "check_extra", "find_label_issues", "write_label_issues"]
-
 
 @dataclass(frozen=True)
 class LabelIssue:

@@ -12,8 +12,6 @@ from ...data.bands import to_rgb
 from ...data.images import read_image
 from ...text import printable
 
-__all__ = ["gallery", "make_page", "picture", "table", "text"]
-
 SIDE = 160  # of a thumbnail, in pixels
 
 STYLE = """

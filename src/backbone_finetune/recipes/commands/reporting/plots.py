@@ -8,8 +8,6 @@ from matplotlib.figure import Figure
 
 from ...training.checkpoints import EpochResult
 
-__all__ = ["draw_confusion", "draw_curves"]
-
 MOST_NAMED = 50
 
 

@@ -19,13 +19,12 @@ from backbone_finetune import FineTuneModel
 from ...models.classifiers import ClassifierDescription, describe_classifier
 from ...models.readouts import assemble, describe_readout
 from ...rng import preserve_rng_state
-from ...training.loop import TrainerConfig, fine_tune
+from ...training.config import TrainerConfig
+from ...training.loop import fine_tune
 from ...training.phases import Phase
 from ...training.scoring import evaluate
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["BackwardTimes", "baseline_accuracy", "chance_accuracy", "measure_backward", "pixel_model", "random_model"]
 
 SECONDS = 0.5  # seconds for which each backward pass is repeated
 

@@ -20,9 +20,9 @@ from ...objectives.kinds import SingleLabel
 from ...rng import seed_everything
 from ...text import one_line
 from ...together import is_alone, run_on_main
+from ...training.config import TrainerConfig
 from ...training.epoch import DivergedError
 from ...training.folds import cross_predict, cross_validate
-from ...training.loop import TrainerConfig
 from ...training.phase_data import prepare_data
 from ..nearest import score_neighbors
 from ..reporting.figures import Answers, make_answers
@@ -30,16 +30,6 @@ from ..settings import TrainSettings
 from ..setup import Task
 from .baselines import baseline_accuracy, measure_backward, pixel_model, random_model
 from .metrics import Metrics
-
-__all__ = [
-    "FOLDS",
-    "add_baselines",
-    "add_folds",
-    "held_out",
-    "held_out_part",
-    "left_out_if_it_fails",
-    "predict_held_out",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,6 @@ from ...training.checkpoints import EpochResult
 from ...training.phases import Phase
 from .baselines import BackwardTimes
 
-__all__ = ["Metrics", "describe"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:

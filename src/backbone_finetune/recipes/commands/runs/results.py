@@ -27,8 +27,6 @@ from .run_folder import (
     publishing,
 )
 
-__all__ = ["write_metrics", "write_results"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -12,12 +12,10 @@ from ...features.cache import backbone_fingerprint
 from ...features.frozen_pass import autocast_dtype
 from ...models.metadata import installed_versions
 from ...text import describe_fault
-from ...training.loop import TrainerConfig
+from ...training.config import TrainerConfig
 from ..settings import TrainSettings
 from ..setup import Task
 from .run_folder import find_differences
-
-__all__ = ["compare_runs", "read_run", "record_run"]
 
 # Settings without effect on the model; the folder may be moved.
 NOT_RECORDED = {"output", "overwrite", "baselines", "check_labels", "log_with", "workers", "cache"}
