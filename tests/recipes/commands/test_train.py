@@ -53,11 +53,15 @@ def unbuildable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
-    [(None, {torch.bfloat16}), ("no", {torch.float32})],  # the test images, too
+    ("asked", "expected"),  # of the test images, too
+    [
+        ({}, {torch.bfloat16}),
+        ({"mixed_precision": "no"}, {torch.float32}),
+        ({"cache": "off"}, {torch.float32}),
+    ],
 )
-def test_mixed_precision_no_computes_features_in_float32(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: str | None, expected: set[torch.dtype]
+def test_features_are_in_float32_if_asked_for_and_the_accuracy_says_their_precision(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], expected: set[torch.dtype]
 ) -> None:
     computed: set[torch.dtype] = set()
 
@@ -68,11 +72,11 @@ def test_mixed_precision_no_computes_features_in_float32(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     handle = register_module_forward_hook(record)
     try:
-        metrics = train(TrainSettings(**{**settings, "mixed_precision": asked}))
+        metrics = train(TrainSettings(**{**settings, **asked}))
     finally:
         handle.remove()
     assert computed == expected
-    assert ("features in bf16, predict: float32" in describe(metrics)) == (asked is None)
+    assert ("features in bf16, predict: float32" in describe(metrics)) == (not asked)
 
 
 def test_a_model_that_a_device_trained_predicts_there_and_on_the_cpu(

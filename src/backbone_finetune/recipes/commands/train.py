@@ -206,7 +206,7 @@ def _train_model(
             score, answers = _score(task, config)
     finally:  # after an error too: a trained model is not lost
         metrics = _record_training(settings, task, config, history, score)
-        if record["arguments"]["autocast_features"] and _ends_frozen(task):
+        if config.cache_features and record["arguments"]["autocast_features"] and _ends_frozen(task):
             metrics = replace(metrics, feature_precision="bf16")
         if accelerator.is_main_process:
             _write_model(settings, task, config, metrics, record)
