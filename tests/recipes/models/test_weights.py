@@ -265,6 +265,8 @@ def test_what_does_not_fit_is_named_beside_what_is_wanted(tmp_path: Path) -> Non
         ),
         ({}, r"it has no tensors at its top, nor below state_dict_ema, .*; its entries are none; write its state dict"),
         (torch.ones(2), "it holds an object of Tensor, and a state dict was expected"),
+        ({0: torch.ones(2)}, r"it has no tensors at its top, .*; its entries are 0 \(Tensor\); write its state dict"),
+        ({"fc.weight": torch.tensor(1.0)}, "these are not the weights of "),
     ],
 )
 def test_a_file_without_a_state_dict_raises_with_what_it_has(tmp_path: Path, content: object, message: str) -> None:

@@ -43,7 +43,7 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
     # has the usual classes) or has none.
     classifier = _find_weight(tensors, defaults.classifier)
     problem: Exception | None = None
-    for num_classes in (defaults.num_classes, 0) if classifier is None else (len(classifier),):
+    for num_classes in (len(classifier),) if classifier is not None and classifier.ndim else (defaults.num_classes, 0):
         config = {"num_classes": num_classes, "input_size": size, "label_offset": 0}
         try:
             return create_with_weights(architecture, tensors, config, num_classes=num_classes, **arguments)
@@ -85,7 +85,9 @@ def read_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
     found = _read_file(path)
     while nested := [found[key] for key in NESTED if isinstance(found.get(key), Mapping)]:
         found = nested[0]
-    tensors = clean_state_dict({name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)})
+    tensors = clean_state_dict(
+        {name: tensor for name, tensor in found.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    )
     if not tensors:
         entries = [f"{one_line(name)} ({type(value).__name__})" for name, value in found.items()]
         raise ValueError(
