@@ -66,7 +66,7 @@ PHASE = {
     "frozen, else 1e-3)",
     "--backbone-lr RATE": "of the layer groups that train",
     "--layer-decay FACTOR": "factor on the rate for each layer towards the input (default: none)",
-    "--weight-decay W": "of AdamW (default: 0.01, or chosen with the rate)",
+    "--weight-decay W": "of AdamW (default: 0.01)",
     "--warmup-epochs N": "epochs, or a fraction of one, in which the rates rise from 0",
     "--standardize": "train the classifier on features of mean 0 and standard deviation 1, folded into it afterwards",
     "--cosine": "let the rates fall to 0 at the end",
