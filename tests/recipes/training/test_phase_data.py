@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import FeatureCache, Phase, TrainerConfig, fine_tune, make_accelerator
+from backbone_finetune.recipes.training.phase_data import prepare_data
 
 CPU = torch.device("cpu")
 
@@ -184,3 +185,13 @@ def test_an_error_in_a_worker_is_raised(workers: int) -> None:
     images = TensorDataset(torch.arange(140.0)[:, None, None, None].expand(-1, 3, 8, 8), torch.arange(140) % 3)
     with pytest.raises(ValueError, match=r"a batch holds .*\(5,\).* per image, another one .*\(16,\)"):
         train(Ragged(), images, [Phase(epochs=1)], workers=workers)
+
+
+@pytest.mark.parametrize("faulty", ["train", "validation"])
+def test_a_wrong_target_is_named_by_its_part(faulty: str) -> None:
+    data = {"train": make_images(9), "validation": make_images(9)}
+    data[faulty].tensors[1][5] = 3
+    model = FineTuneModel(network(), nn.Linear(16, 3)).freeze_backbone()
+    config = TrainerConfig(make_accelerator(CPU), show_progress=False)
+    with pytest.raises(ValueError, match=f"^{faulty}: target 3 is outside"):
+        prepare_data(model, data["train"], data["validation"], config)

@@ -130,10 +130,10 @@ def read_size(text: str) -> int | tuple[int, int]:
     >>> read_size("96"), read_size("96x128")
     (96, (96, 128))
     """
-    sides = [int(side) for side in text.split("x")]
-    if len(sides) > 2:
-        raise ValueError
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; pass 96, or 96x128 for height x width")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def read_names(text: str) -> tuple[str, ...]:

@@ -247,7 +247,7 @@ def _compute(
             else:
                 rows = compute()
             targets = rows.tensors[-1]
-            config.objective.check(name, targets[is_read(targets)], model.num_classes)
+            config.objective.check(part, targets[is_read(targets)], model.num_classes)
             if isinstance(data, ImageDataset):
                 data.skip_ignored(targets[: count(data)])
             computed[part] = rows
