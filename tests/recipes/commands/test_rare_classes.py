@@ -35,7 +35,7 @@ def images(tmp_path: Path) -> Path:
 
 def test_the_loss_is_weighted_by_the_training_images_of_each_class(images: Path, tmp_path: Path) -> None:
     """One step, so that the loss is that of the initial model."""
-    settings: dict[str, Any] = {"images": images, "architecture": "test_resnet", "phases": (Phase(epochs=1),)}
+    settings: dict[str, Any] = {"images": images, "architecture": "test_resnet", "phases": (Phase(epochs=1, lr=1e-3),)}
     settings |= {"input_size": 32, "batch_size": 15, "device": "cpu", "mixed_precision": "no"}
     seed_everything(0)
     task = make_task(TrainSettings(**settings), make_accelerator(torch.device("cpu"), mixed_precision="no"))

@@ -105,7 +105,7 @@ def test_labels_are_learnt_and_their_metrics_reported() -> None:
     model, validation = make_model(), draw(3)
     config = make_config(MultiLabel(), batch_size=32, monitor=lambda r: r.validation_metrics["mean_average_precision"])
     history = fine_tune(model, draw(2), validation, [Phase(epochs=9)], config)
-    assert history[-1].lr != 1e-3  # chosen by the loss of heads
+    assert history[-1].lr != 1e-3  # fits the features
     best = max(history, key=config.monitor)  # type: ignore[arg-type]
     assert best.validation_metrics["mean_average_precision"] > 0.6
     assert best.train_accuracy is not None

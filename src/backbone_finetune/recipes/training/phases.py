@@ -46,8 +46,8 @@ class Phase:
         trainable_groups: The number of last layer groups of the backbone that train; 0 trains the
             classifier alone.
         lr: Learning rate of the classifier. None means 1e-3; but in a first phase with a frozen backbone a linear
-            classifier of one class per image then starts from zero, whatever its weights, at a rate that fits the
-            size of the features. Pass a rate to train further from the weights of the model.
+            classifier then starts from zero, whatever its weights, at a rate that fits the size of the features.
+            Pass a rate to train further from the weights of the model.
         backbone_lr: Learning rate of the backbone's last layer.
         layer_decay: Factor on the rate for each layer towards the input, as in BEiT.
         weight_decay: Weight decay of AdamW. None means 0.01.

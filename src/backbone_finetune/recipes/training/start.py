@@ -4,19 +4,21 @@ import logging
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.images import is_read
-from ..features.dataset import Features
-from ..objectives.kinds import SingleLabel
-from .config import TrainerConfig
+from ..data.loading import DeviceLoader
+from ..features.dataset import Features, select_rows
+from ..features.frozen_pass import FrozenPass, front_of_backbone, in_eval
+from ..rng import preserve_rng_state
+from .config import TrainerConfig, count
 from .phase_data import PhaseData
 from .phases import DEFAULT_LR, Phase
 
 logger = logging.getLogger(__name__)
 
-LOGIT_STEP = 0.3
-TYPICAL_RATE = 3e-4  # for features that are not cached
+OUTPUT_STEP = 0.3
+MEASURED = 1000  # images
 
 
 def start_classifier(
@@ -26,9 +28,9 @@ def start_classifier(
 
     Weights of 0 are the start of BiT's classifier (Kolesnikov et al. 2020): on few images, the features of other
     images have parts along which random weights are never trained. The rate fits the size of the features: a step
-    of Adam changes each weight by about the rate, so a logit by the rate times the sum of the absolute features and,
-    for the bias, 1. That product is 0.3. Classifiers of several layers, other targets than one class per image, and
-    phases that train layers keep their weights, at 1e-3.
+    of Adam changes each weight by about the rate, so an output by the rate times the sum of the absolute features
+    and, for the bias, 1. That product is 0.3. Classifiers of several layers, and phases that train layers of the
+    backbone, keep their weights, at 1e-3.
 
     >>> from accelerate import Accelerator
     >>> from torch.utils._pytree import tree_structure
@@ -42,19 +44,32 @@ def start_classifier(
     weight_decay = 0.01 if phase.weight_decay is None else phase.weight_decay
     if phase.lr is not None:
         return phase.lr, weight_decay
-    if phase.trainable_groups or type(classifier) is not nn.Linear or not isinstance(config.objective, SingleLabel):
+    if phase.trainable_groups or type(classifier) is not nn.Linear:
+        return DEFAULT_LR, weight_decay
+    features, targets = _measured_rows(data, config)
+    sums = torch.linalg.vector_norm(features, ord=1, dim=-1, dtype=torch.float32)
+    size = float(sums[is_read(targets)].mean())
+    if not math.isfinite(size):  # the training reports it
         return DEFAULT_LR, weight_decay
     for parameter in classifier.parameters():
         nn.init.zeros_(parameter)
-    lr = _fitting_rate(data.train) if isinstance(data.train, Features) else TYPICAL_RATE
+    lr = float(f"{OUTPUT_STEP / (size + 1):.1e}")
     if config.shows:
         logger.info("the classifier starts from zero, at lr %g; with a rate given, it goes on from its weights", lr)
     return lr, weight_decay
 
 
-def _fitting_rate(rows: Features) -> float:
-    """Return the rate with which a step changes a logit by at most `LOGIT_STEP` on average, to two digits."""
-    sums = torch.linalg.vector_norm(rows.tensors[0], ord=1, dim=-1, dtype=torch.float32)
-    size = float(sums[is_read(rows.tensors[-1])].mean())
-    # The training reports features that are not finite.
-    return float(f"{LOGIT_STEP / (size + 1):.1e}") if math.isfinite(size) else TYPICAL_RATE
+def _measured_rows(data: PhaseData, config: TrainerConfig) -> tuple[Tensor, Tensor]:
+    """Return the features and the targets of up to `MEASURED` images: the same ones, cached or not."""
+    images = count(data.train) // data.views
+    rows = torch.arange(0, images, -(-images // MEASURED), device="cpu")
+    if isinstance(data.train, Features):
+        sample = select_rows(data.train, rows)
+        return sample.tensors[0], sample.tensors[-1]
+    device, batches = config.accelerator.device, [part.tolist() for part in torch.split(rows, config.batch_size)]
+    workers, seed = config.workers_for(data.train), f"{config.seed} start"
+    loader = DeviceLoader(data.train, device, batches=batches, workers=workers, seed=seed)
+    front = front_of_backbone(data.module)  # type: ignore[arg-type]  # without features it is the whole model
+    with preserve_rng_state(), in_eval(front.module):
+        parts = list(FrozenPass(front, device, None).over(loader))
+    return torch.cat([part.tensors[0] for part in parts]), torch.cat([part.tensors[-1] for part in parts])
