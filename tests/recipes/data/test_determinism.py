@@ -134,7 +134,7 @@ def test_a_part_of_a_random_dataset_is_drawn_anew_in_each_epoch(kind: type[Own],
     model.backbone.register_forward_hook(lambda *_: passes.append(None))
     train, _ = random_split(kind(), [2, 2])
     loop = TrainerConfig(make_accelerator(torch.device("cpu")), batch_size=2, show_progress=False)
-    fine_tune(model, train, TENSORS, [Phase(epochs=3)], loop)
+    fine_tune(model, train, TENSORS, [Phase(epochs=3, lr=1e-3)], loop)
     assert len(passes) == epochs_seen * (1 + 2)
 
 
