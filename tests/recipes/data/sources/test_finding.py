@@ -134,7 +134,13 @@ def test_parts_in_other_folders(tmp_path: Path) -> None:
 def test_links_to_folders_are_followed_except_loops(tmp_path: Path) -> None:
     elsewhere = touch(tmp_path / "elsewhere", *(f"{index}.jpg" for index in range(5)), "deep/5.jpg")
     root = touch(tmp_path / "data", "cat/0.jpg", "cat/deep/1.jpg")
-    for link, target in (("dog", elsewhere), ("cat/more", elsewhere), ("cat/up", root / "cat"), ("loop", root)):
+    for link, target in (
+        ("dog", elsewhere),
+        ("cat/more", elsewhere),
+        ("cat/up", root / "cat"),
+        ("loop", root),
+        ("cat/all", root),
+    ):
         (root / link).symlink_to(target)
     (root / "cat" / "deep" / "root").symlink_to(root / "cat")
     (elsewhere / "back").symlink_to(root / "cat" / "deep")

@@ -190,10 +190,10 @@ def _folders_in(root: Path) -> list[Path]:
 def _files_below(root: Path) -> Iterator[Path]:
     """Yield the files of a folder and of its sub-folders that are not hidden.
 
-    Links to folders are followed, and each folder is entered once, so loops end. A broken link is
+    Links to folders are followed, and each folder is entered once and none above, so loops end. A broken link is
     yielded, so that reading it reports it.
     """
-    entered = {os.path.realpath(root)}
+    entered = {os.path.realpath(folder) for folder in (root, *root.absolute().parents)}
     for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
         seen = sorted((name for name in folders if not name.startswith(".")), reverse=True)
         real = {os.path.realpath(os.path.join(folder, name)): name for name in seen}  # the first of two links
