@@ -151,6 +151,13 @@ def test_links_to_folders_are_followed_except_loops(tmp_path: Path) -> None:
     assert len(list_images([root / "cat"])) == 8
 
 
+def test_a_link_to_a_folder_above_gives_a_class_no_images_of_others(tmp_path: Path) -> None:
+    root = touch(tmp_path / "data", "cat/0.jpg", "dog/0.jpg", "dog/1.jpg")
+    (root / "cat" / "up").symlink_to(root)
+    (root / "dog" / "top").symlink_to(tmp_path)
+    assert find_images(root).targets == (0, 1, 1)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all folders")
 def test_an_unreadable_folder_raises(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.jpg", "cat/deep/1.jpg", "dog/1.jpg")
