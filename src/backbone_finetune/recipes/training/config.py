@@ -26,8 +26,8 @@ class TrainerConfig:
 
     A step has ``batch_size`` images, on any number of processes and in ``accumulation`` consecutive parts:
     these two change the use of memory, but not the result. A checkpoint is written into ``checkpoints`` after
-    each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, validation, test), are
-    and are under bf16 autocast if that is faster, except with ``autocast_features=False``. ``workers`` processes load
+    each epoch and every ``checkpoint_steps`` steps, features are kept in ``caches`` (training, validation, test), and
+    are under bf16 autocast if that is faster, except with ``autocast_features=False``. ``workers`` processes load
     images, None for a number by cores and images; the result is the same for any number. ``compile`` returns a
     faster callable for a frozen backbone; see ``extract_features``. Features of more than ``memory_share`` of the
     machine's memory stay on disk; ``cache_features=False`` runs the whole model in every step. If the training
