@@ -18,7 +18,7 @@ from ..data.augmentation import Augmentation
 from ..data.fingerprint import find_randomness
 from ..data.images import ImageDataset, is_read
 from ..data.loading import DeviceLoader, default_workers
-from ..data.targets import known_groups, split_row
+from ..data.targets import split_row
 from ..features.cache import backbone_fingerprint, bytes_per_row, layout_of
 from ..features.dataset import Features, select_rows
 from ..features.frozen_pass import (
@@ -58,7 +58,6 @@ class PhaseData:
         cached: Whether the data is rows of cached tensors.
         on_features: Whether the whole backbone is frozen, so that the rows are features and the module a classifier.
         views: The views of each image.
-        groups: The group of each training image, if they have groups.
     """
 
     train: Dataset[Any]
@@ -67,7 +66,6 @@ class PhaseData:
     cached: bool = False
     on_features: bool = False
     views: int = 1
-    groups: Sequence[str] | None = None
 
     def on_device(self, device: torch.device) -> "PhaseData":
         """Return the data with features on a device, as far as its memory suffices.
@@ -258,7 +256,6 @@ def _compute(
         cached=True,
         on_features=is_frozen,
         views=views,
-        groups=known_groups(train),
     )
 
 
