@@ -19,9 +19,9 @@ from .layouts import BatchLayout, find_layout
 from .rest import Frontier, NoFrontier, Place, Plan, Rest, Returned, StaleError, StandIn, answer_from, copy_leaf
 from .twin import Answer, Call, Twin
 from .undisturbed import Buffers, restore_buffers, save_buffers, undisturbed
+from .values import LARGE, POISONS, among, can_be_nan, is_close, same_bits, same_output
 
 _PART = 2  # images in the smaller batch
-_LARGE = 10_000.0  # replaces values, also in float16
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 Flat = tuple[list[Any], TreeSpec]
 
@@ -75,7 +75,7 @@ class _Search:
         self.part = self._of_batch(lambda leaf: leaf[:_PART])
         # Images at other positions, and one image among NaN: what is kept for an image must not depend on either.
         self.moved = self._of_batch(lambda leaf: leaf[[-1, 0]])
-        self.lone = self._of_batch(functools.partial(_among, torch.nan))
+        self.lone = self._of_batch(functools.partial(among, torch.nan))
         self.modes = sorted({network.training, False}, reverse=True)
         for training in self.modes:
             with self._mode(training):
@@ -171,7 +171,7 @@ class _Search:
                 if leaf.layout != torch.strided or leaf.is_nested:
                     return None
                 layout = find_layout(leaf, other, self.images, _PART)
-                if layout is None and not _same_bits(leaf, other):
+                if layout is None and not same_bits(leaf, other):
                     return None
                 leaves.append(leaf if layout is None else layout)
             elif isinstance(leaf, _CONSTANTS) and type(leaf) is type(other) and leaf == other:
@@ -216,16 +216,16 @@ class _Search:
             return "frozen modules, or a function before them, draw from Python's random module"
         for position, (kept, *rows) in enumerate(zip(rest.kept_tensors(), tensors, moved, lone, again, strict=True)):
             first, of_moved, of_lone, second = rows
-            if not _same_bits(first, second):
+            if not same_bits(first, second):
                 return f"{kept.place} returns other values in a second pass over the same images"
-            is_alone = _is_close(of_lone[1], first[1]) or self._is_same_among_large(rest, position, first[1])
-            if not (is_alone and _is_close(of_moved, first[[-1, 0]])):
+            is_alone = is_close(of_lone[1], first[1]) or self._is_same_among_large(rest, position, first[1])
+            if not (is_alone and is_close(of_moved, first[[-1, 0]])):
                 return f"the output of {kept.place} for an image depends on the other images of the batch"
         self._run(self.network, self.part)  # state that a forward leaves for the next one is now of other images
         difference = self._difference(expected, lambda poison: self._run(lambda: rest.run(tensors, poison), ((), {})))
         if difference is None:
             return None
-        if not _same_output(expected, self._run(self.network, self.whole)):
+        if not same_output(expected, self._run(self.network, self.whole)):
             return "the network returns another output for the same images and the same random numbers"
         return (
             "the trainable part needs more than the outputs of frozen modules (the input, the result of a function, or "
@@ -237,16 +237,16 @@ class _Search:
 
         Kernels on the CPU that compute several images at once may let NaN pass from one to another (csatv2).
         """
-        large = (self._of_batch(functools.partial(_among, value)) for value in (-_LARGE, _LARGE))
-        return all(_same_bits(self._run(rest.record, batch)[position][1], row) for batch in large)
+        large = (self._of_batch(functools.partial(among, value)) for value in (-LARGE, LARGE))
+        return all(same_bits(self._run(rest.record, batch)[position][1], row) for batch in large)
 
     def _difference(self, expected: Any, replay: Callable[[StandIn], Any]) -> str | None:
-        for poison in _POISONS:
+        for poison in POISONS:
             try:
                 output = replay(poison)
             except Exception as error:  # a forward may raise any error for such values
                 return f"it {_raises(error)}"
-            if not _same_output(expected, output):
+            if not same_output(expected, output):
                 return "its output differs"
         return None
 
@@ -299,7 +299,7 @@ def _written_since(saved: Buffers) -> list[tuple[nn.Module, str]]:
     return [
         (module, name)
         for (module, name), (buffer, values) in saved.items()
-        if getattr(module, name, None) is not buffer or not _same_bits(buffer, values)
+        if getattr(module, name, None) is not buffer or not same_bits(buffer, values)
     ]
 
 
@@ -311,62 +311,10 @@ def _raises(error: Exception) -> str:
     return f"raises {type(error).__name__} ({str(error).partition(chr(10))[0][:200]})"
 
 
-def _among(value: float, tensor: torch.Tensor) -> torch.Tensor:
-    """Replace all images but the second one by a value; integers stay. No reduction over the batch hides NaN."""
-    if not _has_nan(tensor):
-        return tensor
-    poisoned = torch.full_like(tensor, value)
-    poisoned[1] = tensor[1]
-    return poisoned
-
-
-def _not_a_number(layout: BatchLayout, images: int) -> torch.Tensor:
-    tensor = layout.empty(images)
-    return tensor.fill_(torch.nan) if _has_nan(tensor) else tensor.zero_()
-
-
-def _large(layout: BatchLayout, images: int) -> torch.Tensor:
-    """Return large values of both signs, for operations that hide NaN: comparisons, ``nan_to_num``."""
-    tensor = layout.empty(images)
-    if not _has_nan(tensor):
-        return tensor.fill_(1)  # most likely a valid index
-    signs = torch.arange(tensor.numel(), device=tensor.device).remainder(2).mul(2).sub(1)
-    return layout.from_rows(signs.mul(_LARGE).reshape(images, *layout.row_shape))
-
-
-_POISONS: tuple[StandIn, ...] = (_not_a_number, _large)
-
-
-def _has_nan(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _why_it_tells_nothing(output: Any) -> str | None:
     tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     if not any(tensor.requires_grad for tensor in tensors):
         return "the output does not require a gradient"
-    if any(_has_nan(tensor) and bool(tensor.isnan().any()) for tensor in tensors):
+    if any(can_be_nan(tensor) and bool(tensor.isnan().any()) for tensor in tensors):
         return "the output for this batch contains NaN"
     return None
-
-
-def _same_output(expected: Any, output: Any) -> bool:
-    (leaves, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(output)
-    return structure == other_structure and all(
-        _same_bits(leaf, other)
-        for leaf, other in zip(leaves, others, strict=True)
-        if isinstance(leaf, torch.Tensor) or isinstance(other, torch.Tensor)
-    )
-
-
-def _same_bits(one: Any, other: Any) -> bool:
-    both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-    return both and bool(one.dtype == other.dtype) and torch.equal(one, other)
-
-
-def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two tensors are equal up to rounding, relative to the largest value."""
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    largest = other.abs().max().clamp_min(torch.finfo(other.dtype).tiny)
-    return bool(((one - other).abs().max() / largest) <= torch.finfo(other.dtype).eps ** 0.5)
