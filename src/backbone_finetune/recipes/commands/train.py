@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from backbone_finetune.summary import describe_by_group
+from backbone_finetune.report import describe_by_group
 
 from ..data.fingerprint import data_fingerprint
 from ..data.images import ImageDataset
