@@ -97,6 +97,29 @@ def test_the_log_says_that_a_classifier_starts_from_zero(caplog: pytest.LogCaptu
     assert message.startswith(f"the classifier starts from zero, at lr {last.lr:g}; with a rate given")
 
 
+class Noisy(nn.Linear):
+    """A backbone that draws in eval mode, so that its features are not cached."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(inputs, 0.5))
+
+
+def test_measuring_features_does_not_change_what_the_training_draws() -> None:
+    models = []
+    for phase in (Phase(epochs=3), Phase(epochs=3, lr=1e-3)):
+        model = make_model()
+        model.backbone = Noisy(3, 8)
+        for parameter in model.backbone.parameters():
+            nn.init.ones_(parameter)
+        drawn: list[Tensor] = []
+        model.backbone.register_forward_hook(lambda _module, _inputs, output, drawn=drawn: drawn.append(output))
+        torch.manual_seed(1)
+        train(model, make_data(10), phase, cache_features=False)
+        models.append(drawn[-3:])
+    for one, other in zip(*models, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_given_weight_decay_is_kept() -> None:
     (*_, last) = train(make_model(), make_data(10), Phase(epochs=1, weight_decay=0.5))
     assert last.weight_decay == 0.5
