@@ -302,7 +302,7 @@ def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers]:
     model = task.model.to(config.accelerator.device)
     data = PhaseData(images, None, model)
     if _ends_frozen(task):
-        data = prepare_data(model.freeze_backbone(), images, None, replace(config, views=1), name=part)
+        data = prepare_data(model.freeze_backbone(), images, None, config, name=part)
     score = evaluate(data.module, data.train, config, name=part, keep_outputs=True)
     report_skipped([images], {}, config.accelerator)
     assert score.outputs is not None
