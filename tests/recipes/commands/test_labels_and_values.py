@@ -304,6 +304,11 @@ def test_a_run_and_an_evaluation_show_labels_and_values(
         assert "<td>images</td><td>48 to train, 16 to validate, 16 to test</td>" in pages[0]
         assert f"<td>{metrics.architecture}, {metrics.weights}</td>" in pages[0]
         assert [page.count("data:image/png;base64,") for page in pages] == [1, 0]  # the curves
+    captions = [
+        "{}, predicted {}".format(*evaluation.answers.words(index)) for index in order_errors(evaluation.answers)
+    ]
+    places = [pages[1].index(caption) for caption in captions]
+    assert places == sorted(places)
     assert order_errors(evaluation.answers)[0] == int(
         (abs(evaluation.answers.probabilities - evaluation.answers.targets) / numpy.std(evaluation.answers.targets, 0))
         .mean(1)
