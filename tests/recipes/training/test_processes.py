@@ -133,10 +133,14 @@ def test_statistics_are_averaged_over_processes(printed_by_two: tuple[str, Path]
 @needs_gloo
 def test_only_one_process_logs_and_reports_the_bytes_sent(printed_by_two: tuple[str, Path]) -> None:
     lines = [line for line in printed_by_two[0].splitlines() if line.startswith("2 processes: ")]
-    assert len(lines) == 6  # the last training has show_progress=False
     head = (16 * 3 + 3) * 4
-    assert lines[0] == lines[1] == f"2 processes: each sends {head} bytes of gradients per step"
-    assert lines[3] == f"2 processes: each sends {head + (8 * 16 * 9 + 16 + 2 * 16) * 4:,} bytes of gradients per step"
+    group = 8 * 16 * 9 + 16 + 2 * 16
+    # One line for each training of the worker's loop; the trainings after it have show_progress=False.
+    sent = {"statistics": head + group * 4}
+    names = ("cached", "from zero", "uncached", "accumulated", "statistics", "weighted")
+    expected = [f"2 processes: each sends {sent.get(name, head):,} bytes of gradients per step" for name in names]
+    assert lines[:-1] == expected
+    assert len(lines) == 7  # "everything" trains two groups
 
 
 @pytest.mark.cuda
