@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +112,7 @@ def train_on_meta(
     prepared, optimizer = prepare(accelerator, module, torch.optim.AdamW(module.parameters(), lr=0.1, fused=True))
     schedule = make_schedule(optimizer, Phase(epochs=1, cosine=True), 3)
     state = PhaseState(model, module, prepared, optimizer, schedule, Phase(), set(), train, None, mixing=mixing)
+    state.all_read = isinstance(train, Features)
     taken: list[Any] = []
     optimizer.register_step_post_hook(lambda *given: taken.append(given))
     with no_waits(), pytest.raises(RuntimeError, match="meta tensor"):
@@ -125,9 +127,10 @@ OBJECTIVES = [
     (MultiLabel(), torch.ones(12, 2)),
     (Regression((1.0, 2.0), (3.0, 4.0)), torch.randn(12, 2)),
 ]
+CUSTOM_LOSS = (SingleLabel(loss=partial(nn.functional.cross_entropy, reduction="none")), torch.arange(12) % 2)
 
 
-@pytest.mark.parametrize(("objective", "targets"), OBJECTIVES)
+@pytest.mark.parametrize(("objective", "targets"), [*OBJECTIVES, CUSTOM_LOSS])
 @pytest.mark.parametrize("resident", [True, False])
 def test_no_step_on_features_waits_for_the_device(
     objective: Objective, targets: Tensor, resident: bool, on_meta: Accelerator
@@ -138,7 +141,7 @@ def test_no_step_on_features_waits_for_the_device(
     assert train_on_meta(model, train, objective, on_meta) == 3
 
 
-@pytest.mark.parametrize(("objective", "targets"), OBJECTIVES)
+@pytest.mark.parametrize(("objective", "targets"), [*OBJECTIVES, CUSTOM_LOSS])
 def test_no_step_on_images_waits_for_the_device(objective: Objective, targets: Tensor, on_meta: Accelerator) -> None:
     images = [(torch.randn(3, 16, 16), target) for target in targets]
     model = FineTuneModel.from_timm("test_resnet", num_classes=2).freeze_backbone(trainable_groups=1)

@@ -18,6 +18,7 @@ from backbone_finetune.recipes.objectives.kinds import SingleLabel
 from backbone_finetune.recipes.training.checkpoints import EpochResult
 from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.loop import fine_tune
+from backbone_finetune.recipes.training.phase_state import prepared_phase
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
 
@@ -116,16 +117,27 @@ def test_a_custom_loss_is_averaged_over_the_images(accumulation: int) -> None:
     assert result.train_loss == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_a_custom_loss_never_gets_unreadable_images() -> None:
+@pytest.mark.parametrize("as_rows", [True, False])
+def test_a_custom_loss_never_gets_unreadable_images(as_rows: bool) -> None:
     seen: list[int] = []
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         seen.extend(targets.tolist())
         return cross_entropy(logits, targets, reduction="none", ignore_index=-1)
 
-    train(make_model(), make_data([0, IGNORED, 1, 2, 1]), loss=loss)
-    assert sorted(seen[:4]) == [0, 1, 1, 2]  # then the validation images
+    rows = make_data([0, IGNORED, 1, 2, 1, 0])
+    data: Any = rows if as_rows else [(image, int(target)) for image, target in zip(*rows.tensors, strict=True)]
+    train(make_model(), data, loss=loss, batch_size=2, cache_features=as_rows)
+    assert sorted(seen[:5]) == [0, 0, 1, 1, 2]  # then the validation images
     assert IGNORED not in seen
+
+
+@pytest.mark.parametrize(("targets", "expected"), [([0, 1, 2, 1], True), ([0, 1, IGNORED, 1], False)])
+def test_a_phase_on_rows_knows_whether_all_are_readable(targets: list[int], expected: bool) -> None:
+    """Without that, a custom loss would wait for the device in each step."""
+    config, data = TrainerConfig(ACCELERATOR, show_progress=False), make_data(targets)
+    with prepared_phase(make_model(), data, None, phase=Phase(), changed=set(), config=config) as state:
+        assert state.all_read == expected
 
 
 @pytest.mark.parametrize(

@@ -55,16 +55,24 @@ class Objective(ABC):
         """Convert targets to what a loss compares outputs with."""
         return targets.float()
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor, *, all_read: bool = False) -> Tensor:
         """Compute the loss of each image, ``(B,)``; unreadable images have none, or 0.
+
+        Args:
+            outputs: ``(B, K)``.
+            targets: ``(B,)`` or ``(B, K)``.
+            all_read: Whether the caller knows that all images are readable. Otherwise a custom loss waits for the
+                device, to select the readable ones.
 
         Raises:
             ValueError: a custom loss does not return one number per image.
         """
         if self.loss is None:
             return self.default_losses(outputs, targets)
-        read = is_read(targets)
-        losses, expected = self.loss(outputs[read], self.scale(targets[read])), outputs[read].shape[:1]
+        if not all_read:
+            read = is_read(targets)
+            outputs, targets = outputs[read], targets[read]
+        losses, expected = self.loss(outputs, self.scale(targets)), outputs.shape[:1]
         if not isinstance(losses, Tensor) or losses.shape != expected:
             came = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(

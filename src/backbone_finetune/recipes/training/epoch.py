@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from ..data.images import is_read
 from ..features.dataset import Features, module_inputs
 from ..features.layout import find_layout, to_channels_last
+from ..objectives.objective import Objective
 from ..sending import send
 from .batches import LocalBatch, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, load_by_name
@@ -47,7 +49,7 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
         device=accelerator.device,
         workers=config.workers_for(state.train),
         seed=f"{config.seed} {epoch}",
-        check=lambda targets: config.objective.check("train", targets[is_read(targets)], state.model.num_classes),
+        check=partial(check_loaded, state, config.objective),
     )
     state.prepared.train()
     with tqdm(total=len(batches), initial=progress.step, desc=title, unit="batch", disable=not config.shows) as bar:
@@ -92,6 +94,13 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
         state.folding.close()
     progress.finish_epoch(result, last_of_phase=is_last)
     return is_last
+
+
+def check_loaded(state: PhaseState, objective: Objective, targets: Tensor) -> None:
+    """Check the targets of the next step while they are on the CPU, and note whether all are of readable images."""
+    read = is_read(targets)
+    objective.check("train", targets[read], state.model.num_classes)
+    state.all_read = bool(read.all())
 
 
 def keep_best(state: PhaseState, result: EpochResult, progress: Progress, config: TrainerConfig) -> None:
@@ -158,7 +167,7 @@ def train_step(
             logits = state.prepared(*module_inputs(state.train, inputs))
             if part.num_real < len(part):  # images of other processes
                 logits, targets = logits[: part.num_real], targets[: part.num_real]
-            loss = objective.losses(logits, targets).sum()
+            loss = objective.losses(logits, targets, all_read=state.all_read).sum()
             # The factor of the mean is the initial gradient, which needs no extra product. Creating a tensor from a
             # number would wait for the device.
             gradient = factor.to(loss.dtype) if isinstance(factor, Tensor) else loss.new_full((), factor)

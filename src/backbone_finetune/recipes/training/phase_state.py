@@ -11,11 +11,12 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.checkpoint import distinct_tensors
 
+from ..data.images import is_read
 from ..features.dataset import Features
 from ..features.layout import Layout
 from ..heads.standardize import Standardization, first_linear
@@ -50,6 +51,7 @@ class PhaseState:
     mixing: Mixing | None = None
     best: dict[str, Tensor] | None = None  # the trained tensors after the best epoch
     layout: Layout | None = None  # of images on a CUDA device, known from the first batch
+    all_read: bool = False  # whether each image of the next step is known to be readable
     folding: ExitStack = field(default_factory=ExitStack)  # closing it folds standardization into the classifier
     not_finite: Tensor | float = 0.0  # tensors that were not finite before the phase, e.g. a mask of -inf
 
@@ -111,6 +113,8 @@ def prepared_phase(
         prepared, optimizer = prepare(accelerator, module, adamw, autocast=autocast)
         steps = len(epoch_batches(count(train), config.batch_size, seed=0, epoch=0))
         schedule = make_schedule(optimizer, phase, steps)
+        # Once for rows, before they are on the device; images are checked batch by batch.
+        all_read = isinstance(data.train, TensorDataset) and bool(is_read(data.train.tensors[-1]).all())
         data = data.on_device(accelerator.device)
         state = PhaseState(
             copied,
@@ -125,6 +129,7 @@ def prepared_phase(
             data.views,
             mixing,
             folding=folding,
+            all_read=all_read,
         )
         state.not_finite = state.count_not_finite(accelerator.device)
         try:
