@@ -26,7 +26,7 @@ PATIENCE = timedelta(hours=6)
 
 
 def find_device(name: str) -> torch.device:
-    """Return a device by its name; ``auto`` is the first CUDA device, else Apple's MPS, else the CPU.
+    """Return a device by its name; ``auto`` is torch's current CUDA device, else Apple's MPS, else the CPU.
 
     >>> find_device("cpu")
     device(type='cpu')
@@ -57,7 +57,8 @@ def make_accelerator(
     device(type='cpu')
 
     ``mixed_precision`` is "no", "fp16" or "bf16"; the default is the setting of `accelerate launch`, else bf16 on a
-    CUDA device that has it. ``log_with`` and ``project_dir`` are accelerate's.
+    CUDA device that has it. A CUDA device with an index becomes torch's current one, which a later ``cuda`` without an
+    index then means; with several processes each has its own. ``log_with`` and ``project_dir`` are accelerate's.
 
     Raises:
         ValueError: accelerate chose another kind of device.
