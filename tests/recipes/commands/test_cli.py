@@ -295,8 +295,8 @@ def test_a_finished_model_is_not_replaced(trained: Path, fail: Fail) -> None:
     images = trained.parents[1] / "images"
     line = fail("train", images, "--model", "test_resnet", "--output", trained.parent)
     assert line == (
-        f"{trained.parent} already holds run.json, model.safetensors, metrics.json, curves.png, report.html; "
-        "pass --overwrite to replace them, or another folder with --output"
+        f"{trained.parent} already holds run.json, model.safetensors, metrics.json, curves.png, report.html, "
+        "predictions.csv; pass --overwrite to replace them, or another folder with --output"
     )
     assert trained.read_bytes() == before
 

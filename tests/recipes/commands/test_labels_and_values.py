@@ -291,7 +291,7 @@ def test_a_run_and_an_evaluation_show_labels_and_values(
     ):
         evaluation = evaluate_table(load_trained_model(folder / "model.safetensors"), images / "table.csv")
         written = write_evaluation(evaluation, tmp_path / name)
-        assert [path.name for path in written] == ["evaluation.json", "report.html"]
+        assert [path.name for path in written] == ["evaluation.json", "predictions.csv", "report.html"]
         assert "answers" not in json.loads(written[0].read_text())
         head = "<tr><th></th>" + "".join(f"<th>{figure}</th>" for figure in figures) + "</tr>"
         first = evaluation.outputs[0]
@@ -313,6 +313,39 @@ def test_a_run_and_an_evaluation_show_labels_and_values(
         (abs(evaluation.answers.probabilities - evaluation.answers.targets) / numpy.std(evaluation.answers.targets, 0))
         .mean(1)
         .argmax()
+    )
+
+
+def test_a_run_and_an_evaluation_list_the_answers_to_labels_and_values(
+    images: Path, labelled: tuple[Path, Metrics], valued: tuple[Path, Metrics], tmp_path: Path
+) -> None:
+    listed = {}
+    for name, (folder, _) in (("labels", labelled), ("values", valued)):
+        evaluation = evaluate_table(load_trained_model(folder / "model.safetensors"), images / "table.csv")
+        write_evaluation(evaluation, tmp_path / name)
+        files = [each / "predictions.csv" for each in (folder, tmp_path / name)]
+        of_run, of_evaluation = (list(csv.DictReader(file.read_text().splitlines())) for file in files)
+        assert [row["split"] for row in of_run] == ["validation"] * 16 + ["test"] * 16
+        assert sorted(row["image"] for row in of_run) == [str(images / f"{index}.png") for index in range(48, 80)]
+        assert [row["image"] for row in of_evaluation] == [row["image"] for row in of_run[16:]]
+        assert [row.get("predicted") for row in of_evaluation] == [row.get("predicted") for row in of_run[16:]]
+        listed[name] = of_run[16:]
+    table = {row["path"]: row for row in csv.DictReader((images / "table.csv").read_text().splitlines())}
+    for answer in listed["labels"]:
+        row = table[Path(answer["image"]).name]
+        assert answer["labels"] == row["labels"]
+        assert answer["right"] == str(int(answer["predicted"] == row["labels"]))
+        assert len(answer["probabilities"].split(";")) == len(answer["predicted"].split(";"))
+    assert sum(row["right"] == "1" for row in listed["labels"]) / 16 == labelled[1].test_accuracy
+    errors = []
+    for answer in listed["values"]:
+        assert list(answer)[2:5] == ["grey", "grey predicted", "grey error"]
+        value, predicted, error = (float(cell) for cell in list(answer.values())[2:5])
+        assert value == float(table[Path(answer["image"]).name]["grey"])
+        assert error == pytest.approx(predicted - value)
+        errors.append(abs(error))
+    assert sum(errors) / 16 == pytest.approx(
+        json.loads((tmp_path / "values" / "evaluation.json").read_text())["outputs"][0]["mean_absolute_error"], rel=1e-4
     )
 
 

@@ -108,11 +108,14 @@ def test_the_same_images_give_the_same_model(
     capsys.readouterr()
     assert main(["evaluate", str(model), str(source), "--output", str(tmp_path / "evaluation")]) == 0
     assert "of 8 images" in capsys.readouterr().out
-    with (tmp_path / "evaluation" / "predictions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 8
     folder = root / "folder" if source.suffix in {".csv", ".parquet"} else source.parent
-    assert all(any(str(value).startswith(str(folder)) for value in row.values()) for row in rows)
+    listed = []
+    for output in (model.parent, tmp_path / "evaluation"):
+        with (output / "predictions.csv").open(newline="") as file:
+            listed.append({row["image"]: row["class"] for row in csv.DictReader(file)})
+    assert [len(rows) for rows in listed] == [2, 8]
+    assert listed[0].items() <= listed[1].items()
+    assert all(name.startswith(str(folder)) for name in listed[1])
 
 
 def test_groups_of_a_table(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

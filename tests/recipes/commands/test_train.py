@@ -30,7 +30,7 @@ from backbone_finetune.recipes.files import replacing
 from backbone_finetune.recipes.models.file import load_trained_model
 from backbone_finetune.recipes.training.phases import Phase
 
-FILES = {"curves.png", "metrics.json", "model.safetensors", "report.html", "run.json"}
+FILES = {"curves.png", "metrics.json", "model.safetensors", "predictions.csv", "report.html", "run.json"}
 
 
 @pytest.fixture

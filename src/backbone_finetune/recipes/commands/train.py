@@ -15,6 +15,7 @@ from backbone_finetune.report import describe_by_group
 
 from ..data.fingerprint import data_fingerprint
 from ..data.images import ImageDataset
+from ..data.sources.rows import TEST, VALIDATION
 from ..export.timm_checkpoint import find_obstacle
 from ..extras import import_extra
 from ..features.cache import FeatureCache
@@ -29,23 +30,21 @@ from ..training.checkpoints import EpochResult
 from ..training.config import TrainerConfig
 from ..training.epoch import DivergedError
 from ..training.folds import check_folds
-from ..training.loop import fine_tune, report_skipped
-from ..training.phase_data import PhaseData, prepare_data
+from ..training.loop import fine_tune
 from ..training.processes import find_device, make_accelerator
-from ..training.scoring import Score, evaluate
+from ..training.scoring import Score
 from ..training.tracking import finish_trackers
-from .reporting.figures import Answers, make_answers
+from .reporting.figures import Answers
 from .reporting.label_issues import check_extra
 from .runs.baselines import chance_accuracy
 from .runs.comparisons import (
     FOLDS,
     add_baselines,
     add_folds,
-    held_out,
-    held_out_part,
     left_out_if_it_fails,
     predict_held_out,
 )
+from .runs.held_out import answers_of, choose_thresholds, ends_frozen, held_out, score_part
 from .runs.metrics import Metrics
 from .runs.results import write_metrics, write_results
 from .runs.run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
@@ -61,9 +60,9 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     """Fine-tune a model, write it to a file, and optionally compare it with baselines.
 
     ``settings.output`` gets ``model.safetensors``, ``run.json`` and ``metrics.json`` when the training is done, then
-    ``curves.png`` and ``report.html``. Settings and images are checked before the training. Files of an earlier run are
-    kept until new ones replace them. A stopped run resumes with the same settings. Progress is logged by the main
-    process.
+    ``curves.png``, ``predictions.csv`` (`write_predictions`) and ``report.html``. Settings and images are checked
+    before the training. Files of an earlier run are kept until new ones replace them. A stopped run resumes with the
+    same settings. Progress is logged by the main process.
 
     >>> from pathlib import Path
     >>> train(TrainSettings(images=Path("no such folder"), output=Path("no such output")))
@@ -100,7 +99,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         run_on_main(accelerator, lambda: start_tracker(settings, accelerator, record["arguments"]))
         try:
             start_model, predicted = copy.deepcopy(task.model) if has_folds else None, None
-            metrics, answers = _train_model(settings, task, config, record)
+            metrics, answered = _train_model(settings, task, config, record)
             if start_model is not None and settings.folds is not None:
                 metrics = add_folds(metrics, settings, task, config, start_model)
             if start_model is not None and settings.check_labels:
@@ -113,7 +112,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
             raise
         metrics = replace(metrics, seconds=round(time.monotonic() - start, 1))
         if accelerator.is_main_process:
-            metrics = write_results(settings, metrics, task, accelerator, answers=answers, predicted=predicted)
+            metrics = write_results(settings, metrics, task, accelerator, answered=answered, predicted=predicted)
     accelerator.end_training()
     return metrics
 
@@ -189,8 +188,11 @@ def _fingerprints(task: Task) -> dict[str, str]:
 
 def _train_model(
     settings: TrainSettings, task: Task, config: TrainerConfig, record: Mapping[str, Any]
-) -> tuple[Metrics, Answers | None]:
-    """Train the model, and write it whatever fails after that; returns its answers to the test images too."""
+) -> tuple[Metrics, dict[str, Answers]]:
+    """Train the model, and write it whatever fails after that; returns its answers to the held-out images too.
+
+    The thresholds of labels are chosen on the validation images, after training.
+    """
     accelerator = config.accelerator
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
     try:
@@ -198,19 +200,20 @@ def _train_model(
     except DivergedError as error:
         hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
         raise DivergedError(f"{error}; {hint}") from error
-    score, answers = None, None
+    scores: dict[str, Score] = {}
     try:
-        with left_out_if_it_fails(accelerator, "thresholds"):
-            config = _choose_thresholds(task, config)
+        with left_out_if_it_fails(accelerator, "validation images"):
+            scores |= score_part(task, config, VALIDATION)
+        config = choose_thresholds(task, config, scores.get(VALIDATION))
         with left_out_if_it_fails(accelerator, "test images"):
-            score, answers = _score(task, config)
+            scores |= score_part(task, config, TEST)
     finally:  # after an error too: a trained model is not lost
-        metrics = _record_training(settings, task, config, history, score)
-        if config.cache_features and record["arguments"]["autocast_features"] and _ends_frozen(task):
+        metrics = _record_training(settings, task, config, history, scores.get(TEST))
+        if config.cache_features and record["arguments"]["autocast_features"] and ends_frozen(task):
             metrics = replace(metrics, feature_precision="bf16")
         if accelerator.is_main_process:
             _write_model(settings, task, config, metrics, record)
-    return metrics, answers
+    return metrics, answers_of(task, config, scores)
 
 
 def _record_training(
@@ -265,19 +268,6 @@ def _write_model(
     write_metrics(settings.output, metrics)
 
 
-def _choose_thresholds(task: Task, config: TrainerConfig) -> TrainerConfig:
-    """Choose the threshold of each label on the validation images, after training."""
-    objective = config.objective
-    if not isinstance(objective, MultiLabel):
-        return config
-    if task.validation is None:
-        if config.accelerator.is_main_process:
-            logger.warning("the threshold of each label is 0.5: there are no validation images to choose it on")
-        return config
-    score = evaluate(task.model.to(config.accelerator.device), task.validation, config)
-    return replace(config, objective=objective.choose_thresholds(score.answers, score.targets))
-
-
 def _count_readable(data: ImageDataset | None) -> int:
     return 0 if data is None else len(data) - len(data.broken)
 
@@ -285,27 +275,3 @@ def _count_readable(data: ImageDataset | None) -> int:
 def _best_epoch(history: Sequence[EpochResult], config: TrainerConfig) -> int | None:
     """Return the first epoch with the highest value of the monitor; None without a monitor."""
     return None if config.monitor is None else max(history, key=config.monitor).epoch
-
-
-def _ends_frozen(task: Task) -> bool:
-    """Return whether the last phase trained the classifier alone."""
-    return task.phases[-1].trainable_groups == 0
-
-
-def _score(task: Task, config: TrainerConfig) -> tuple[Score | None, Answers]:
-    """Evaluate the model on the test images, once; its answers are for a report.
-
-    Features of a frozen backbone are computed as those it was trained on. Without test images, the answers are
-    to the validation images.
-    """
-    images, part = held_out(task), held_out_part(task)
-    model = task.model.to(config.accelerator.device)
-    data = PhaseData(images, None, model)
-    if _ends_frozen(task):
-        data = prepare_data(model.freeze_backbone(), images, None, config, name=part)
-    score = evaluate(data.module, data.train, config, name=part, keep_outputs=True)
-    report_skipped([images], {}, config.accelerator)
-    assert score.outputs is not None
-    answered = images.folder.select(score.indices.tolist())
-    answers = make_answers(answered, config.objective.predict(score.outputs), config.objective)
-    return None if task.test is None else score, answers

@@ -128,6 +128,33 @@ def test_a_run_and_an_evaluation_leave_the_same_page_of_the_test_images(tmp_path
     assert "of 17 images" in pages[0]
 
 
+def test_a_run_lists_its_held_out_images_as_an_evaluation_does(tmp_path: Path) -> None:
+    for index, name in enumerate(("train", "val", "test")):
+        make_folder(tmp_path / "data" / name, per_class=4 + index)
+    (tmp_path / "data" / "val" / "red" / "0.png").write_bytes(b"no image")
+    hostile = tmp_path / "data" / "test" / "blue" / "=1+1,\"\n'.png"
+    hostile.with_name("0.png").rename(hostile)
+    small = ["--model", "test_resnet", "--input-size", "32", "--epochs", "1", "--lr", "0.05", "--mixed-precision", "no"]
+    assert main(["train", str(tmp_path / "data"), *small, "--output", str(tmp_path / "run")]) == 0
+    model = str(tmp_path / "run" / "model.safetensors")
+    assert main(["evaluate", model, str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 0
+    listed = []
+    for folder in (tmp_path / "run", tmp_path / "out"):
+        with (folder / "predictions.csv").open(newline="") as file:
+            listed.append(list(csv.DictReader(file)))
+    validation, test = ([row for row in listed[0] if row["split"] == split] for split in ("validation", "test"))
+    assert listed[0] == [*validation, *test]
+    assert (len(validation), len(test)) == (14, 18)
+    assert Path(test[5]["image"]) == hostile  # after the digits
+    for row, other in zip(test, listed[1], strict=True):
+        assert float(row.pop("probability")) == pytest.approx(float(other.pop("probability")), rel=1e-4)
+        assert row == other
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for rows, part in ((validation, "validation"), (test, "test")):
+        assert sum(row["right"] == "1" for row in rows) / len(rows) == pytest.approx(metrics[f"{part}_accuracy"])
+    assert {row["class"] for row in validation} == {Path(row["image"]).parent.name for row in validation}
+
+
 def test_the_page_of_a_run_names_the_epoch_that_was_kept_and_its_rates(tmp_path: Path) -> None:
     for name in ("train", "val", "test"):
         make_folder(tmp_path / "data" / name)

@@ -12,9 +12,8 @@ import pytest
 import torch
 from image_folders import make_folder
 
-from backbone_finetune.recipes.commands import train as command
 from backbone_finetune.recipes.commands.reporting import plots
-from backbone_finetune.recipes.commands.runs import comparisons, results
+from backbone_finetune.recipes.commands.runs import comparisons, held_out, results
 from backbone_finetune.recipes.commands.settings import TrainSettings
 from backbone_finetune.recipes.commands.train import train
 from backbone_finetune.recipes.models.file import load_trained_model
@@ -22,7 +21,7 @@ from backbone_finetune.recipes.training.epoch import DivergedError
 from backbone_finetune.recipes.training.phases import Phase
 
 BESIDE = {
-    "test images": (command, "evaluate"),
+    "test images": (held_out, "evaluate"),
     "folds": (comparisons, "cross_validate"),
     "random backbone": (comparisons, "random_model"),
     "raw pixels": (comparisons, "pixel_model"),
@@ -86,7 +85,13 @@ def test_a_run_without_memory_for_the_report_ends_without_it(
     monkeypatch.setattr(*BESIDE["report.html"], failing(MemoryError()))
     train(TrainSettings(**{**settings, "baselines": False, "folds": None}))
     assert left_out(caplog) == {"report.html"}
-    assert names_in(settings["output"]) == {"run.json", "model.safetensors", "metrics.json", "curves.png"}
+    assert names_in(settings["output"]) == {
+        "run.json",
+        "model.safetensors",
+        "metrics.json",
+        "curves.png",
+        "predictions.csv",
+    }
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), KeyboardInterrupt()], ids=["fault", "Ctrl-C"])
@@ -95,7 +100,7 @@ def test_the_model_is_written_if_the_test_fails(
 ) -> None:
     settings |= {"baselines": False, "folds": None}
     with monkeypatch.context() as changed:
-        changed.setattr(command, "evaluate", failing(error))
+        changed.setattr(held_out, "evaluate", failing(error))
         with pytest.raises(type(error)):
             train(TrainSettings(**settings))
     assert names_in(settings["output"]) == {"run.json", "model.safetensors", "metrics.json", ".unfinished"}
@@ -113,9 +118,9 @@ def test_thresholds_without_memory_are_one_half(
     rows = [f"{path},{path.parent.name},{('train', 'val', 'test')[index % 3]}" for index, path in enumerate(paths)]
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["path,labels,split", *rows]) + "\n")
-    monkeypatch.setattr(command, "evaluate", failing(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(held_out, "evaluate", failing(torch.OutOfMemoryError("CUDA out of memory")))
     train(TrainSettings(**{**settings, "images": table, "baselines": False, "folds": None}))
-    assert left_out(caplog) == {"thresholds", "test images"}
+    assert left_out(caplog) == {"validation images", "test images"}
     loaded = load_trained_model(settings["output"] / "model.safetensors")
     assert loaded.objective.thresholds is None
 
@@ -131,6 +136,6 @@ def test_a_run_whose_label_check_fails_ends_without_it(
         monkeypatch.setitem(sys.modules, f"cleanlab.{name}", cleanlab)
     metrics = train(TrainSettings(**{**settings, "baselines": False, "folds": None, "check_labels": True}))
     assert (left_out(caplog), metrics.label_issues) == ({"label_issues.csv"}, None)
-    everything = {"run.json", "model.safetensors", "metrics.json", "curves.png", "report.html"}
+    everything = {"run.json", "model.safetensors", "metrics.json", "curves.png", "report.html", "predictions.csv"}
     assert names_in(settings["output"]) == everything
     assert str(error) in caplog.text

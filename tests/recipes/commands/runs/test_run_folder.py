@@ -27,7 +27,7 @@ from backbone_finetune.recipes.commands.runs.run_folder import (
 Train = Callable[..., str]
 RECORD = {"arguments": {"seed": 0, "phases": [{"epochs": 1}]}, "versions": {"torch": "2.9"}}
 OTHER = {"arguments": {"seed": 0, "phases": [{"epochs": 2}]}, "versions": {"torch": "2.9"}}
-FILES = {MODEL_FILE, RUN_FILE, METRICS_FILE, "curves.png", "report.html"}
+FILES = {MODEL_FILE, RUN_FILE, METRICS_FILE, "curves.png", "report.html", "predictions.csv"}
 
 
 def put(folder: Path, *names: str) -> None:

@@ -61,14 +61,23 @@ class Answers:
         if isinstance(self.objective, Regression):
             pairs = (zip(self.class_names, row, strict=True) for row in (target, answer))
             given, answered = ("; ".join(f"{name} {value:.4g}" for name, value in row) for row in pairs)
-        elif isinstance(self.objective, MultiLabel):
-            rows = numpy.array(target), self.objective.choose(torch.from_numpy(answer)).numpy()
-            given, answered = (
-                "; ".join(self.class_names[i] for i in row.nonzero()[0].tolist()) or "no label" for row in rows
-            )
         else:
-            given, answered = self.class_names[target], self.class_names[self.predicted[index]]
+            names = (map(self.class_names.__getitem__, labels) for labels in self.chosen(index))
+            given, answered = ("; ".join(each) or "no label" for each in names)
         return given, answered
+
+    def chosen(self, index: int) -> tuple[list[int], list[int]]:
+        """Return the class or labels of an image, and those that were answered, in order.
+
+        >>> Answers(("cat", "dog"), [Path("1")], [0], numpy.array([[0.4, 0.6]])).chosen(0)
+        ([0], [1])
+        """
+        target, answer = self.targets[index], self.probabilities[index]
+        if isinstance(self.objective, MultiLabel):
+            rows = numpy.array(target), self.objective.choose(torch.from_numpy(answer)).numpy()
+            given, answered = (row.nonzero()[0].tolist() for row in rows)
+            return given, answered
+        return [target], [int(answer.argmax())]
 
 
 def make_answers(images: LabelledFolder, probabilities: Tensor, objective: Objective) -> Answers:

@@ -18,6 +18,7 @@ from .page import gallery, make_page, picture, table, text
 SHOWN = 24  # images of each kind
 MOST_DRAWN = 30  # classes; of more, the matrix is larger than a screen, and than all else in the page
 MOST_PAIRS = 50
+LISTED = "<p>predictions.csv lists all images.</p>"
 
 
 def make_report(
@@ -71,6 +72,7 @@ def _show_classes(evaluation: Evaluation) -> list[str]:
             ((f"{sure:.2f}", f"{right:.2f}", count) for count, sure, right in bins),
         ),
         f"<h2>The most confident mistakes ({len(mistakes)} in all); a label may be wrong</h2>",
+        LISTED,
         _show_answers(answers, mistakes[:SHOWN]),
         "<h2>Right, and least sure</h2>",
         _show_answers(answers, least_sure[:SHOWN]),
@@ -85,6 +87,7 @@ def _show_rows(evaluation: TableEvaluation) -> list[str]:
         "<h2>By label or value</h2>",
         table(("", *scores[0].words()), ((score.name, *score.words().values()) for score in scores)),
         "<h2>The largest errors; a label or value may be wrong</h2>",
+        LISTED,
         gallery((answers.paths[index], "{}, predicted {}".format(*answers.words(index))) for index in errors),
     ]
 

@@ -29,6 +29,7 @@ from ..reporting.figures import Answers, make_answers
 from ..settings import TrainSettings
 from ..setup import Task
 from .baselines import baseline_accuracy, measure_backward, pixel_model, random_model
+from .held_out import held_out, held_out_part
 from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -58,18 +59,6 @@ def left_out_if_it_fails(accelerator: Accelerator | None, name: str) -> Iterator
             why = one_line(error, most=200)
             why = why if isinstance(error, ValueError) else f"the memory is too small ({why})"
             logger.warning("%s: left out, %s", name, why)
-
-
-def held_out(task: Task) -> ImageDataset:
-    """Return the images of the reported accuracy: the test images, else the validation images."""
-    held_out = task.validation if task.test is None else task.test
-    assert held_out is not None
-    return held_out
-
-
-def held_out_part(task: Task) -> str:
-    """Return the part of the images that these are."""
-    return "validation" if task.test is None else "test"
 
 
 def add_folds(

@@ -1,8 +1,9 @@
-"""What a run leaves beside its model: ``metrics.json``, ``curves.png``, ``report.html`` and ``label_issues.csv``."""
+"""What a run leaves beside its model: ``metrics.json``, and figures, a page and tables for people."""
 
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,16 +12,19 @@ from accelerate import Accelerator
 from ...training.tracking import log_figures
 from ..reporting.figures import Answers
 from ..reporting.label_issues import find_label_issues, write_label_issues
+from ..reporting.predictions import write_predictions
 from ..reporting.report import report_run
 from ..settings import TrainSettings
 from ..setup import Task
 from .comparisons import left_out_if_it_fails
+from .held_out import held_out_part
 from .metrics import Metrics, describe
 from .run_folder import (
     CURVES_FILE,
     LABELS_FILE,
     METRICS_FILE,
     MODEL_FILE,
+    PREDICTIONS_FILE,
     REPORT_FILE,
     RUN_FILE,
     finish_run,
@@ -42,7 +46,7 @@ def write_results(
     task: Task,
     accelerator: Accelerator,
     *,
-    answers: Answers | None,
+    answered: Mapping[str, Answers],
     predicted: Answers | None,
 ) -> Metrics:
     """Write the results of a run whose model is written, log them, and mark the run as finished.
@@ -52,7 +56,7 @@ def write_results(
         metrics: The record of the run.
         task: The trained model, and its images.
         accelerator: The accelerator of the run.
-        answers: What the model answered on the test images, for a report; None writes none.
+        answered: What the model answered on the validation and test images, by part.
         predicted: What other models answered on training images that they did not train on, if labels are checked.
 
     Returns:
@@ -81,7 +85,11 @@ def write_results(
         with publishing(folder, LABELS_FILE) as temporary:
             write_label_issues(issues, temporary)
             names.append(LABELS_FILE)
-    if answers is not None:
+    if answered:
+        with publishing(folder, PREDICTIONS_FILE) as temporary:
+            write_predictions(answered, temporary)
+            names.append(PREDICTIONS_FILE)
+    if (answers := answered.get(held_out_part(task))) is not None:
         with left_out_if_it_fails(None, REPORT_FILE), publishing(folder, REPORT_FILE) as temporary:
             curves = folder / CURVES_FILE if CURVES_FILE in names else None
             temporary.write_text(report_run(metrics, answers, task.model, issues, curves), encoding="utf-8")

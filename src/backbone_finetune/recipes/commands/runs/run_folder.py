@@ -19,8 +19,8 @@ from ...files import check_output, replacing, sync_file, sync_folder
 from ...text import join_some, one_line
 
 RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE = "run.json", "model.safetensors", "metrics.json", "curves.png"
-REPORT_FILE, LABELS_FILE = "report.html", "label_issues.csv"
-RESULTS = (RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE, REPORT_FILE, LABELS_FILE)
+REPORT_FILE, PREDICTIONS_FILE, LABELS_FILE = "report.html", "predictions.csv", "label_issues.csv"
+RESULTS = (RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE, REPORT_FILE, PREDICTIONS_FILE, LABELS_FILE)
 UNFINISHED, LOCK_FILE = ".unfinished", "lock"
 
 
