@@ -44,7 +44,7 @@ from .runs.comparisons import (
     left_out_if_it_fails,
     predict_held_out,
 )
-from .runs.held_out import answers_of, choose_thresholds, ends_frozen, held_out, score_part
+from .runs.held_out import answers_of, ends_frozen, held_out, score_part, with_thresholds
 from .runs.metrics import Metrics
 from .runs.results import write_metrics, write_results
 from .runs.run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
@@ -60,9 +60,9 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
     """Fine-tune a model, write it to a file, and optionally compare it with baselines.
 
     ``settings.output`` gets ``model.safetensors``, ``run.json`` and ``metrics.json`` when the training is done, then
-    ``curves.png``, ``predictions.csv`` (`write_predictions`) and ``report.html``. Settings and images are checked
-    before the training. Files of an earlier run are kept until new ones replace them. A stopped run resumes with the
-    same settings. Progress is logged by the main process.
+    ``curves.png``, ``predictions.csv`` and ``report.html``. Settings and images are checked before the training. Files
+    of an earlier run are kept until new ones replace them. A stopped run resumes with the same settings. Progress is
+    logged by the main process.
 
     >>> from pathlib import Path
     >>> train(TrainSettings(images=Path("no such folder"), output=Path("no such output")))
@@ -204,7 +204,7 @@ def _train_model(
     try:
         with left_out_if_it_fails(accelerator, "validation images"):
             scores |= score_part(task, config, VALIDATION)
-        config = choose_thresholds(task, config, scores.get(VALIDATION))
+        config = with_thresholds(task, config, scores.get(VALIDATION))
         with left_out_if_it_fails(accelerator, "test images"):
             scores |= score_part(task, config, TEST)
     finally:  # after an error too: a trained model is not lost

@@ -48,7 +48,7 @@ def score_part(task: Task, config: TrainerConfig, part: str) -> dict[str, Score]
     return {part: score}
 
 
-def choose_thresholds(task: Task, config: TrainerConfig, score: Score | None) -> TrainerConfig:
+def with_thresholds(task: Task, config: TrainerConfig, score: Score | None) -> TrainerConfig:
     """Choose the threshold of each label by the score on the validation images, if there is one."""
     objective = config.objective
     if isinstance(objective, MultiLabel) and score is not None:
