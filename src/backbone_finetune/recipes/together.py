@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 T = TypeVar("T")
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 def is_alone(accelerator: Accelerator | None) -> bool:
@@ -30,10 +33,22 @@ def together(accelerator: Accelerator | None) -> Iterator[None]:
     is_plain = isinstance(error, ValueError) and error.args == (str(error),)
     if error is not None and not isinstance(error, OSError) and not is_plain:
         # An error that cannot be pickled would raise another error.
-        sent = RuntimeError(f"process {accelerator.process_index}: {type(error).__name__}: {error}")
-    errors = [each for each in gather_object([sent]) if each is not None]
+        kind = MemoryError if isinstance(error, OUT_OF_MEMORY) else RuntimeError
+        sent = kind(f"process {accelerator.process_index}: {type(error).__name__}: {error}")
+    errors: list[Any] = [each for each in gather_object([sent]) if each is not None]
     if errors:
-        raise error or errors[0]
+        raised: Any = error or errors[0]
+        raised.is_on_all_processes = True
+        raise raised
+
+
+def is_on_all_processes(error: Exception) -> bool:
+    """Return whether `together` has raised an error on all processes, so that they can go on after it.
+
+    >>> is_on_all_processes(MemoryError())
+    False
+    """
+    return getattr(error, "is_on_all_processes", False)
 
 
 def run_on_main(accelerator: Accelerator | None, function: Callable[[], T]) -> T:

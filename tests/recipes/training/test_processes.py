@@ -277,7 +277,7 @@ def test_a_device_can_be_chosen_after_a_run_on_another(monkeypatch: pytest.Monke
 
 @needs_gloo
 @pytest.mark.long
-@pytest.mark.parametrize("where", ["step", "main"])
+@pytest.mark.parametrize("where", ["step", "main", "move", "evaluation"])
 def test_all_processes_end_if_one_runs_out_of_memory(where: str) -> None:
     """They do not wait for the six hours after which a collective fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -291,3 +291,5 @@ def test_all_processes_end_if_one_runs_out_of_memory(where: str) -> None:
     )
     assert finished.returncode != 0
     assert "CUDA out of memory" in finished.stderr
+    if where in {"move", "evaluation"}:  # the other process gets the error too, and could go on
+        assert "MemoryError: process 1: OutOfMemoryError: CUDA out of memory" in finished.stderr

@@ -13,11 +13,12 @@ from ..data.images import ImageDataset
 from ..data.targets import first_row
 from ..features.frozen_pass import in_eval
 from ..rng import preserve_rng_state
+from ..together import OUT_OF_MEMORY
 
 
 @contextmanager
 def explain_errors(model: FineTuneModel, **datasets: Dataset[Any] | None) -> Iterator[None]:
-    """Replace any error in the block by a ValueError if the model cannot run on the first row of a dataset.
+    """Replace an error in the block by a ValueError if the model cannot run on the first row of a dataset.
 
     >>> model = FineTuneModel(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     >>> with explain_errors(model, train=[(torch.ones(2).byte(), 0)]):
@@ -28,6 +29,8 @@ def explain_errors(model: FineTuneModel, **datasets: Dataset[Any] | None) -> Ite
     """
     try:
         yield
+    except OUT_OF_MEMORY:  # which no row explains
+        raise
     except Exception as error:
         for name, data in datasets.items():
             if data is not None and not isinstance(data, ImageDataset):

@@ -21,6 +21,7 @@ from ..features.dataset import Features
 from ..features.layout import Layout
 from ..heads.standardize import Standardization, first_linear
 from ..precision import has_tensor_cores, products_in
+from ..together import together
 from .batches import epoch_batches
 from .checkpoints import Progress, capture, load_by_name, write_checkpoint
 from .config import TrainerConfig, count
@@ -79,8 +80,9 @@ def prepared_phase(
     ``entered`` says that the classifier is already that of standardized features, from a checkpoint inside the phase.
     """
     accelerator = config.accelerator
-    # Before its frozen tensors are read, which is faster there; a caller may also run it there after the phase.
-    model.to(accelerator.device)
+    with together(accelerator):
+        # Before its frozen tensors are read, which is faster there; a caller may also run it there after the phase.
+        model.to(accelerator.device)
     model.norm_eval = phase.norm_eval
     model.freeze_backbone(trainable_groups=phase.trainable_groups)
     changed.update(model.state_dict().keys() - model.frozen_names())

@@ -1,6 +1,7 @@
 """Evaluation of a model: loss, predictions, and the metrics of its objective."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from ..data.targets import known_targets
 from ..features.dataset import module_inputs
 from ..features.layout import Layout, in_fast_layout
 from ..features.parts import Parts
+from ..together import together
 from .batches import load_batches, local_batch
 from .config import TrainerConfig, count
 
@@ -106,25 +108,27 @@ def evaluate(
         seed="evaluation",
         check=check if known is None else None,
     )
-    for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
-        wanted = batch_targets[: share.num_real]
-        if accelerator.is_fsdp2:  # each process must run as many parts as the others
-            outputs = run(*inputs)
-        else:
-            (outputs, *_), _ = in_fast_layout(layout, partial(in_parts.run, run), inputs, module)
-        outputs = outputs[: share.num_real]
-        if not columns:  # before the loss: on a GPU, an invalid class would end the process
-            columns.append(outputs.shape[1] if outputs.ndim > 1 else 1)
-            for each in loaded_before:
-                check(each)
-        weights, loss = objective.weights(wanted), objective.losses(outputs, wanted).sum()
-        losses.append(torch.stack((loss, (is_read(wanted) if weights is None else weights).sum())))
-        answers.append(objective.answer(outputs))
-        targets.append(wanted)
-        if keep_outputs:
-            kept.append(outputs.float())
-    indices = [share.indices[: share.num_real] for share in shares]
-    own = [torch.cat(parts).cpu() for parts in (indices, answers, targets, kept) if parts]
+    # An error of one process ends the evaluation of all, except of a sharded model, whose forwards wait for each other.
+    with nullcontext() if accelerator.is_fsdp2 else together(accelerator):
+        for share, (*inputs, batch_targets) in zip(shares, loaded, strict=True):
+            wanted = batch_targets[: share.num_real]
+            if accelerator.is_fsdp2:  # each process must run as many parts as the others
+                outputs = run(*inputs)
+            else:
+                (outputs, *_), _ = in_fast_layout(layout, partial(in_parts.run, run), inputs, module)
+            outputs = outputs[: share.num_real]
+            if not columns:  # before the loss: on a GPU, an invalid class would end the process
+                columns.append(outputs.shape[1] if outputs.ndim > 1 else 1)
+                for each in loaded_before:
+                    check(each)
+            weights, loss = objective.weights(wanted), objective.losses(outputs, wanted).sum()
+            losses.append(torch.stack((loss, (is_read(wanted) if weights is None else weights).sum())))
+            answers.append(objective.answer(outputs))
+            targets.append(wanted)
+            if keep_outputs:
+                kept.append(outputs.float())
+        indices = [share.indices[: share.num_real] for share in shares]
+        own = [torch.cat(parts).cpu() for parts in (indices, answers, targets, kept) if parts]
     parts = zip(*gather_object([own]), strict=True) if accelerator.num_processes > 1 else ([part] for part in own)
     all_indices, *gathered = (torch.cat(list(part)) for part in parts)
     order = all_indices.argsort()

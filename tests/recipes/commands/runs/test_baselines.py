@@ -6,7 +6,6 @@ import copy
 import time
 from typing import Any
 
-import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -86,18 +85,6 @@ def test_only_the_backward_pass_is_timed() -> None:
     assert times.frozen < 200
     assert times.classifier_alone < 200
     assert times.batch_size == 6
-
-
-def test_a_model_that_is_too_large_to_unfreeze_is_not_timed(caplog: pytest.LogCaptureFixture) -> None:
-    class Large(nn.Linear):
-        def forward(self, inputs: Tensor) -> Tensor:
-            if self.weight.requires_grad:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().forward(inputs)
-
-    model = FineTuneModel(Large(4, 8), nn.Linear(8, 2)).freeze_backbone()
-    assert measure_backward(model, torch.randn(6, 4), torch.zeros(6, dtype=torch.long)) is None
-    assert "does not fit into the memory of cpu; not timed" in caplog.text
 
 
 def test_timing_does_not_change_the_model_and_the_random_state() -> None:

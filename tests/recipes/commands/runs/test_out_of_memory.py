@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import full_memory
 import pytest
 import torch
+import torch.distributed as dist
+from full_memory import after_steps
 from image_folders import make_folder
+from PIL import Image
+from torch import nn
 
-from backbone_finetune.recipes.commands.reporting import plots
-from backbone_finetune.recipes.commands.runs import comparisons, held_out, results
 from backbone_finetune.recipes.commands.settings import TrainSettings
 from backbone_finetune.recipes.commands.train import train
 from backbone_finetune.recipes.models.file import load_trained_model
-from backbone_finetune.recipes.training.epoch import DivergedError
 from backbone_finetune.recipes.training.phases import Phase
 
-BESIDE = {
-    "test images": (held_out, "evaluate"),
-    "folds": (comparisons, "cross_validate"),
-    "random backbone": (comparisons, "random_model"),
-    "raw pixels": (comparisons, "pixel_model"),
-    "backward": (comparisons, "measure_backward"),
-    "curves.png": (plots, "draw_curves"),
-    "report.html": (results, "report_run"),
-}
+EVERYTHING = {"run.json", "model.safetensors", "metrics.json", "predictions.csv", "curves.png", "report.html"}
+AFTER_TRAINING = {"test images", "folds", "random backbone", "nearest neighbours", "raw pixels", "backward"}
+STEPS = 2  # of the training in these settings
 
 
 @pytest.fixture
@@ -46,13 +44,6 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def failing(error: BaseException) -> Any:
-    def fail(*arguments: Any, **named: Any) -> Any:
-        raise error
-
-    return fail
-
-
 def left_out(caplog: pytest.LogCaptureFixture) -> set[str]:
     return {name for line in caplog.messages for name, found, _ in [line.partition(": left out, ")] if found}
 
@@ -61,48 +52,73 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), DivergedError("diverged")], ids=["memory", "diverged"]
-)
-def test_a_run_that_can_do_no_more_than_the_training_ends_with_its_model(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+def test_a_run_without_memory_after_the_training_ends_with_its_model(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = {*BESIDE} - {"report.html"}
-    for name in names:
-        monkeypatch.setattr(*BESIDE[name], failing(error))
-    metrics = train(TrainSettings(**settings))
-    assert left_out(caplog) == names
-    assert names_in(settings["output"]) == {"run.json", "model.safetensors", "metrics.json"}
+    with after_steps(STEPS):
+        metrics = train(TrainSettings(**settings))
+    assert left_out(caplog) == AFTER_TRAINING
+    assert all("the memory is too small" in line for line in caplog.messages if ": left out, " in line)
+    assert names_in(settings["output"]) == {"run.json", "model.safetensors", "metrics.json", "curves.png"}
     assert (metrics.test_accuracy, metrics.fold_accuracies, metrics.random_backbone, metrics.raw_pixels) == (None,) * 4
     assert metrics.backward_milliseconds is None
     assert json.loads((settings["output"] / "metrics.json").read_text())["history"]
     assert load_trained_model(settings["output"] / "model.safetensors").class_names == metrics.class_names
 
 
-def test_a_run_without_memory_for_the_report_ends_without_it(
+def test_a_run_whose_comparisons_diverge_ends_without_them(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def diverge(module: nn.Module, _: Any, output: Any) -> Any:
+        return output * torch.nan if isinstance(module, nn.Linear) and module.training else output
+
+    with after_steps(STEPS, diverge):
+        train(TrainSettings(**settings))
+    assert left_out(caplog) == {"folds", "random backbone", "raw pixels"}
+    assert "folds: left out, the training diverged at lr = 0.01" in caplog.text
+    assert {"run.json", "model.safetensors", "metrics.json"} <= names_in(settings["output"])
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+def test_all_processes_leave_out_what_one_has_no_memory_for(settings: dict[str, Any]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*command, full_memory.__file__, str(settings["images"]), str(settings["output"])],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    why = ": left out, the memory is too small (process 1: OutOfMemoryError: CUDA out of memory)"
+    lines = [line.removesuffix(why) for line in finished.stderr.splitlines() if line.endswith(why)]
+    assert sorted(lines) == sorted(AFTER_TRAINING - {"backward"})  # which the main process alone times
+    assert names_in(settings["output"]) == {"run.json", "model.safetensors", "metrics.json", "curves.png"}
+
+
+def test_a_run_without_memory_for_pictures_ends_without_them(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(*BESIDE["report.html"], failing(MemoryError()))
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "save", fail)
     train(TrainSettings(**{**settings, "baselines": False, "folds": None}))
-    assert left_out(caplog) == {"report.html"}
-    assert names_in(settings["output"]) == {
-        "run.json",
-        "model.safetensors",
-        "metrics.json",
-        "curves.png",
-        "predictions.csv",
-    }
+    assert left_out(caplog) == {"curves.png", "report.html"}
+    assert names_in(settings["output"]) == EVERYTHING - {"curves.png", "report.html"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), KeyboardInterrupt()], ids=["fault", "Ctrl-C"])
-def test_the_model_is_written_if_the_test_fails(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
+def test_the_model_is_written_if_the_test_fails(settings: dict[str, Any], error: BaseException) -> None:
+    def fail(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(module, nn.Conv2d) and not output.is_meta:
+            raise error
+
     settings |= {"baselines": False, "folds": None}
-    with monkeypatch.context() as changed:
-        changed.setattr(held_out, "evaluate", failing(error))
-        with pytest.raises(type(error)):
-            train(TrainSettings(**settings))
+    with after_steps(STEPS, fail), pytest.raises(type(error)):
+        train(TrainSettings(**settings))
     assert names_in(settings["output"]) == {"run.json", "model.safetensors", "metrics.json", ".unfinished"}
     assert json.loads((settings["output"] / "metrics.json").read_text())["history"]
     before = load_trained_model(settings["output"] / "model.safetensors").model.state_dict()
@@ -112,14 +128,14 @@ def test_the_model_is_written_if_the_test_fails(
 
 
 def test_thresholds_without_memory_are_one_half(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     paths = sorted(settings["images"].rglob("*.png"))
     rows = [f"{path},{path.parent.name},{('train', 'val', 'test')[index % 3]}" for index, path in enumerate(paths)]
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["path,labels,split", *rows]) + "\n")
-    monkeypatch.setattr(held_out, "evaluate", failing(torch.OutOfMemoryError("CUDA out of memory")))
-    train(TrainSettings(**{**settings, "images": table, "baselines": False, "folds": None}))
+    with after_steps(1):
+        train(TrainSettings(**{**settings, "images": table, "baselines": False, "folds": None}))
     assert left_out(caplog) == {"validation images", "test images"}
     loaded = load_trained_model(settings["output"] / "model.safetensors")
     assert loaded.objective.thresholds is None
@@ -129,13 +145,15 @@ def test_thresholds_without_memory_are_one_half(
 def test_a_run_whose_label_check_fails_ends_without_it(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
     cleanlab = types.ModuleType("cleanlab.filter")  # need not be installed
-    cleanlab.find_label_issues = failing(error)  # type: ignore[attr-defined]
+    cleanlab.find_label_issues = fail  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cleanlab", types.ModuleType("cleanlab"))
     for name in ("filter", "rank"):
         monkeypatch.setitem(sys.modules, f"cleanlab.{name}", cleanlab)
     metrics = train(TrainSettings(**{**settings, "baselines": False, "folds": None, "check_labels": True}))
     assert (left_out(caplog), metrics.label_issues) == ({"label_issues.csv"}, None)
-    everything = {"run.json", "model.safetensors", "metrics.json", "curves.png", "report.html", "predictions.csv"}
-    assert names_in(settings["output"]) == everything
+    assert names_in(settings["output"]) == EVERYTHING
     assert str(error) in caplog.text

@@ -1,7 +1,6 @@
 """Baselines of a fine-tuned model: chance, a random backbone, raw pixels, and an unfrozen backward pass."""
 
 import copy
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from ...training.config import TrainerConfig
 from ...training.loop import fine_tune
 from ...training.phases import Phase
 from ...training.scoring import evaluate
-
-logger = logging.getLogger(__name__)
 
 SECONDS = 0.5  # seconds for which each backward pass is repeated
 
@@ -91,10 +88,10 @@ class BackwardTimes:
     batch_size: int
 
 
-def measure_backward(model: FineTuneModel, inputs: Tensor, targets: Tensor) -> BackwardTimes | None:
+def measure_backward(model: FineTuneModel, inputs: Tensor, targets: Tensor) -> BackwardTimes:
     """Time the backward pass of the unfrozen model, of the frozen model, and of its classifier alone.
 
-    Copies run, so the model does not change. None if the unfrozen model does not fit into the device's memory.
+    Copies run, so the model does not change.
 
     >>> model = FineTuneModel(nn.Linear(2, 3), nn.Linear(3, 2)).freeze_backbone()
     >>> measure_backward(model, torch.ones(4, 2), torch.zeros(4, dtype=torch.long)).batch_size
@@ -106,15 +103,8 @@ def measure_backward(model: FineTuneModel, inputs: Tensor, targets: Tensor) -> B
         timer = Timer("loss.backward(retain_graph=True)", globals={"loss": loss}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=SECONDS).median * 1000
 
-    try:
-        with preserve_rng_state():
-            unfrozen, frozen = (
-                time(copy.deepcopy(model).unfreeze_backbone(), inputs),
-                time(copy.deepcopy(model), inputs),
-            )
-            with torch.no_grad():
-                features = copy.deepcopy(model).eval().backbone(inputs)
-            return BackwardTimes(unfrozen, frozen, time(copy.deepcopy(model.classifier), features), len(inputs))
-    except torch.OutOfMemoryError:
-        logger.warning("backward: the unfrozen model does not fit into the memory of %s; not timed", inputs.device)
-        return None
+    with preserve_rng_state():
+        unfrozen, frozen = time(copy.deepcopy(model).unfreeze_backbone(), inputs), time(copy.deepcopy(model), inputs)
+        with torch.no_grad():
+            features = copy.deepcopy(model).eval().backbone(inputs)
+        return BackwardTimes(unfrozen, frozen, time(copy.deepcopy(model.classifier), features), len(inputs))

@@ -19,7 +19,7 @@ from ...features.dataset import Features
 from ...objectives.kinds import SingleLabel
 from ...rng import seed_everything
 from ...text import one_line
-from ...together import is_alone, run_on_main
+from ...together import OUT_OF_MEMORY, is_alone, is_on_all_processes, run_on_main
 from ...training.config import TrainerConfig
 from ...training.epoch import DivergedError
 from ...training.folds import cross_predict, cross_validate
@@ -47,13 +47,13 @@ def left_out_if_it_fails(accelerator: Accelerator | None, name: str) -> Iterator
     >>> with left_out_if_it_fails(None, "curves.png"):
     ...     raise torch.OutOfMemoryError("CUDA out of memory")
 
-    If only one of several processes may fail, pass their accelerator: the error is raised, because the others would
-    wait for this process. All of them diverge together.
+    If several processes run the block, pass their accelerator. All of them leave it out after an error that `together`
+    raised on all, and they diverge together. Any other error is raised: the others would wait for this process.
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, ValueError) as error:
-        if not (is_alone(accelerator) or isinstance(error, DivergedError)):
+    except (*OUT_OF_MEMORY, ValueError) as error:
+        if not (is_alone(accelerator) or isinstance(error, DivergedError) or is_on_all_processes(error)):
             raise
         if accelerator is None or accelerator.is_main_process:
             why = one_line(error, most=200)
@@ -127,7 +127,8 @@ def _measure_neighbors(task: Task, config: TrainerConfig, caches: tuple[FeatureC
     asked = prepare_data(model, held_out(task), None, config, name=held_out_part(task)).train
     if not (isinstance(known, Features) and isinstance(asked, Features)):
         return None
-    return score_neighbors(known, asked, len(task.train.folder.class_names)).value
+    num_classes = len(task.train.folder.class_names)
+    return run_on_main(config.accelerator, lambda: score_neighbors(known, asked, num_classes).value)
 
 
 def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
