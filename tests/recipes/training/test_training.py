@@ -330,10 +330,8 @@ def test_features_of_an_earlier_backbone_are_replaced(tmp_path: Path, caplog: py
     passes: list[None] = []
     model.backbone.register_forward_hook(lambda *_: passes.append(None))
     fine_tune(model, make_images(), make_images(12), phases, loop)
-    reason = "stored for other frozen modules; computing new ones"
-    replaced = [f"features in {cache.folder}: {reason}" for cache in caches]
-    messages = [message for message in caplog.messages if message.startswith("features in")]
-    assert [message.replace(" and other precision", "") for message in messages] == replaced * 2
+    # Another phase needs other tensors: nothing is wrong with those that are stored.
+    assert not any(message.startswith("features in") for message in caplog.messages)
     passes.clear()
     fine_tune(model, make_images(), make_images(12), [Phase(epochs=1)], loop)
     assert len(passes) == 2  # the stored features are those of the final backbone; eight images are checked

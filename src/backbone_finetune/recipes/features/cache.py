@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Files with these names are replaced; other files in the folder are not changed.
 MANIFEST, LOCK_FILE, SLOT = "backbone-features.json", "backbone-features.lock", "backbone-features-{}.bin"
+KEPT = "kept tensors"  # of each image
 _FORMAT = "backbone-finetune features 4"
 _KEY = TypeAdapter(dict[str, str])
 
@@ -66,7 +67,8 @@ class FeatureCache:
         packages = {name: version(name) for name in ("torchvision", "pillow")}
         versions = {"backbone-finetune": __version__, "torch": torch.__version__, "timm": timm.__version__, **packages}
         return {
-            "frozen modules": f"{backbone_fingerprint(front.backbone, front.trained)} {front.description}",
+            KEPT: front.description,
+            "frozen modules": backbone_fingerprint(front.backbone, front.trained),
             "images": self.data_fingerprint,
             "precision": str(autocast_dtype),
             "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
@@ -108,12 +110,15 @@ class RowStore:
     def find_problem(self, sample: Sequence[Tensor], *, autocast: bool) -> str | None:
         """Return why stored features cannot be used; None if they can, "" if there are none.
 
+        Other tensors than these, which another phase of a training has stored, are none of them.
         ``sample`` has the rows of ``spread_rows`` as computed now, under ``autocast`` or not.
         """
         if not self._stored():
             return ""
         try:
             made = _KEY.validate_json((self.folder / MANIFEST).read_bytes())
+            if KEPT in self.key and made.get(KEPT) != self.key[KEPT]:
+                return ""
             if changed := [f"other {name}" for name, value in self.key.items() if made.get(name) != value]:
                 return f"stored for {' and '.join(changed)}"
             stored = [slot[spread_rows(self.count)] for slot in self.read(in_memory=False)]
