@@ -24,6 +24,7 @@ from backbone_finetune.recipes.commands.runs.run_folder import MODEL_FILE
 from backbone_finetune.recipes.commands.settings import TrainSettings
 from backbone_finetune.recipes.commands.start import choose_data_config
 from backbone_finetune.recipes.commands.train import train
+from backbone_finetune.recipes.data.augmentation import Augmentation
 from backbone_finetune.recipes.data.groups import split
 from backbone_finetune.recipes.data.sources.finding import find_images
 from backbone_finetune.recipes.files import replacing
@@ -58,6 +59,9 @@ def unbuildable(settings: dict[str, Any]) -> dict[str, Any]:
         ({}, {torch.bfloat16}),
         ({"mixed_precision": "no"}, {torch.float32}),
         ({"cache": "off"}, {torch.float32}),
+        ({"phases": (Phase(epochs=2, augment=Augmentation.LIGHT),)}, {torch.float32}),
+        ({"phases": (Phase(epochs=2, augment=Augmentation.LIGHT),), "views": 2}, {torch.bfloat16}),
+        ({"phases": (Phase(epochs=2, mixup=0.2),)}, {torch.float32}),
     ],
 )
 def test_features_are_in_float32_if_asked_for_and_the_accuracy_says_their_precision(
@@ -76,7 +80,7 @@ def test_features_are_in_float32_if_asked_for_and_the_accuracy_says_their_precis
     finally:
         handle.remove()
     assert computed == expected
-    assert ("features in bf16, predict: float32" in describe(metrics)) == (not asked)
+    assert ("features in bf16, predict: float32" in describe(metrics)) == (expected == {torch.bfloat16})
 
 
 def test_a_model_that_a_device_trained_predicts_there_and_on_the_cpu(

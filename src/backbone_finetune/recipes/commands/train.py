@@ -44,7 +44,7 @@ from .runs.comparisons import (
     left_out_if_it_fails,
     predict_held_out,
 )
-from .runs.held_out import answers_of, ends_frozen, held_out, score_part, with_thresholds
+from .runs.held_out import answers_of, ends_on_features, held_out, score_part, with_thresholds
 from .runs.metrics import Metrics
 from .runs.results import write_metrics, write_results
 from .runs.run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
@@ -209,7 +209,7 @@ def _train_model(
             scores |= score_part(task, config, TEST)
     finally:  # after an error too: a trained model is not lost
         metrics = _record_training(settings, task, config, history, scores.get(TEST))
-        if config.cache_features and record["arguments"]["autocast_features"] and ends_frozen(task):
+        if record["arguments"]["autocast_features"] and ends_on_features(task, config):
             metrics = replace(metrics, feature_precision="bf16")
         if accelerator.is_main_process:
             _write_model(settings, task, config, metrics, record)

@@ -27,21 +27,23 @@ def held_out(task: Task) -> ImageDataset:
     return task.parts()[held_out_part(task)]
 
 
-def ends_frozen(task: Task) -> bool:
-    """Return whether the last phase trained the classifier alone."""
-    return task.phases[-1].trainable_groups == 0
+def ends_on_features(task: Task, config: TrainerConfig) -> bool:
+    """Return whether the last phase trained the classifier alone, on computed features."""
+    phase = task.phases[-1]
+    draws = phase.mixup or phase.cutmix or (phase.augment is not None and config.views == 1)
+    return config.cache_features and phase.trainable_groups == 0 and not draws
 
 
 def score_part(task: Task, config: TrainerConfig, part: str) -> dict[str, Score]:
     """Evaluate a trained model on a part of the images; return the score by the part's name, or nothing without images.
 
-    Features of a frozen backbone are computed as those it was trained on.
+    Where the classifier was trained on features, it answers on features that are computed like those.
     """
     if (images := task.parts().get(part)) is None:
         return {}
     known, model = dict(images.broken), task.model.to(config.accelerator.device)
     data = PhaseData(images, None, model)
-    if ends_frozen(task):
+    if ends_on_features(task, config):
         data = prepare_data(model.freeze_backbone(), images, None, config, name=part)
     score = evaluate(data.module, data.train, config, name=part, keep_outputs=True)
     report_skipped([images], known, config.accelerator)
