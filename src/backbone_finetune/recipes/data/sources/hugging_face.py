@@ -1,7 +1,7 @@
 """Datasets of Hugging Face on disk: a column of images, one of classes, labels or values, and perhaps of groups."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,21 @@ from ...extras import import_extra
 from ...text import printable
 from .names import warn_of_others
 from .packed import PackedPath
-from .rows import LABELS, PARTS, SEVERAL, SPLITS, TRAIN, Columns, Labelled, Row, choose_columns, show_names, sort_rows
+from .rows import (
+    LABELS,
+    PARTS,
+    SEVERAL,
+    SPLITS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Columns,
+    Labelled,
+    Row,
+    choose_columns,
+    show_names,
+    sort_rows,
+)
 from .tables import PATHS
 
 logger = logging.getLogger(__name__)
@@ -29,30 +43,48 @@ def read_dataset(root: Path, values: Sequence[str] = (), group: str | None = Non
 
     Raises:
         ModuleNotFoundError: ``datasets`` is not installed.
-        ValueError: there is no column of images, or as for `sort_rows`.
+        ValueError: there is no column of images, two splits have targets of different kinds, or as for `sort_rows`.
     """
-    datasets = import_extra("datasets", "datasets")
-    loaded = datasets.load_from_disk(str(root))
-    splits = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
+    splits = _load(root)
     others = [name for name in splits if name and name.lower() not in PARTS]
     if len(others) == len(splits):
         raise ValueError(f"{root}: its splits are {show_names(others)}; expected train and, optionally, val and test")
     if others:
         warn_of_others(root, show_names(others))
-    rows: list[Row] = []
+    found: dict[str, list[Labelled]] = {TRAIN: [], VALIDATION: [], TEST: []}
+    first: tuple[str, Columns] | None = None
     for name in (name for name in splits if name not in others):
-        split = _name_classes(splits[name].with_format(None), datasets.ClassLabel)
+        split, source = _name_classes(splits[name]), root / name
         names = [title for title in split.features if not name or title.strip().lower() not in SPLITS]
-        columns = choose_columns(root, names, values, group)
-        found = list(_read_rows(root / name, split, columns, _find_images(root, split.features, datasets.Image)))
-        if name:
-            columns = columns._replace(split=SPLITS[0])
-            found = [row._replace(cells={**row.cells, SPLITS[0]: name}) for row in found]
-            if PARTS[name.lower()] != TRAIN and all(row.cells[columns.targets[0]] is None for row in found):
-                logger.warning("%s: left out: no row of it has a label", printable(root / name))
-                continue
-        rows += found
-    return sort_rows(root, columns, rows)
+        columns = choose_columns(source, names, values, group)
+        rows = _read_rows(source, split, columns.names)
+        if not name:
+            return sort_rows(root, columns, rows)
+        if PARTS[name.lower()] != TRAIN and all(row.cells[columns.targets[0]] is None for row in rows):
+            logger.warning("%s: left out: no row of it has a label", printable(source))
+            continue
+        other, expected = first = first or (name, columns)
+        if columns.several != expected.several:
+            raise ValueError(
+                f"{source}: its targets are in the column {columns.targets[0]}, and those of {other} in "
+                f"{expected.targets[0]}; rename one: label is for one class per image, {SEVERAL} for any number"
+            )
+        found[PARTS[name.lower()]] += sort_rows(source, columns, rows)[TRAIN]
+    if not found[TRAIN]:
+        raise ValueError(f"{root}: its splits are {show_names(list(splits))}, and none train; add it")
+    return {part: images for part, images in found.items() if images}
+
+
+def list_rows(root: Path) -> list[Path]:
+    """List the images of all splits, with or without labels, in order."""
+    return [row.path for name, split in _load(root).items() for row in _read_rows(root / name, split, ())]
+
+
+def _load(root: Path) -> dict[str, Any]:
+    """Load the splits of a dataset by name, without decoding; one that is not split has the name ""."""
+    loaded = import_extra("datasets", "datasets").load_from_disk(str(root))
+    splits = loaded if isinstance(loaded, dict) else {"": loaded}
+    return {name: split.with_format(None) for name, split in splits.items()}
 
 
 def _find_images(root: Path, features: Mapping[str, Any], kind: type) -> str:
@@ -66,8 +98,9 @@ def _find_images(root: Path, features: Mapping[str, Any], kind: type) -> str:
     return found[0]
 
 
-def _name_classes(split: Any, class_label: type) -> Any:
+def _name_classes(split: Any) -> Any:
     """Return a split whose only column of classes has the name ``label``."""
+    class_label = import_extra("datasets", "datasets").ClassLabel
     classes = [name for name, feature in split.features.items() if isinstance(feature, class_label)]
     named = [name for name in split.features if name.strip().lower() in (*LABELS, SEVERAL)]
     if len(classes) == 1 and named in ([], classes) and classes[0].strip().lower() not in LABELS:
@@ -75,18 +108,21 @@ def _name_classes(split: Any, class_label: type) -> Any:
     return split
 
 
-def _read_rows(root: Path, split: Any, columns: Columns, image: str) -> Iterator[Row]:
-    """Yield the rows of a split; an image is read when it is opened."""
+def _read_rows(root: Path, split: Any, columns: Sequence[str]) -> list[Row]:
+    """Read the columns of a split; an image is read when it is opened."""
     datasets, compute = import_extra("datasets", "datasets"), import_extra("pyarrow.compute", "datasets")
+    image = _find_images(root, split.features, datasets.Image)
     packed = split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     stored = packed.data.column(image)
     sizes = compute.binary_length(compute.struct_field(stored, "bytes")).to_pylist()
     sources = compute.struct_field(stored, "path").to_pylist()
-    cells = {name: _decode(split.features[name], split[name][:]) for name in columns.names}
+    cells = {name: _decode(split.features[name], split[name][:]) for name in columns}
+    rows = []
     for index, (size, source) in enumerate(zip(sizes, sources, strict=True)):
         name = f"{index}-{Path(source).name}" if source else str(index)
         path = PackedPath(root / name).holding(partial(_read_image, packed, image, index), size or 0)
-        yield Row(f"{root}, row {index}", path, {name: column[index] for name, column in cells.items()})
+        rows.append(Row(f"{root}, row {index}", path, {name: column[index] for name, column in cells.items()}))
+    return rows
 
 
 def _read_image(packed: Any, column: str, index: int) -> bytes:
