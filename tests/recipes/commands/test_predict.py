@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from image_folders import make_folder, make_image
+from image_folders import make_image
 from packed_images import write_tar
 from PIL import Image
 from torch import Tensor
@@ -184,13 +184,33 @@ def test_images_are_given_as_paths_folders_and_patterns(images: Path) -> None:
         found("*.jpg")
 
 
-def test_images_in_a_tar_file_are_those_of_all_its_parts(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "images", per_class=1)
-    names = [f"{part}/{colour}/0.png" for part in ("train", "test") for colour in ("blue", "green", "red")]
-    tar = write_tar(tmp_path / "images.tar", dict.fromkeys(names, (folder / "red" / "0.png").read_bytes()))
-    found = list_inputs([str(tar), str(folder / "red")])
-    assert found == [*(tar / name for name in names), folder / "red" / "0.png"]
+def test_all_images_in_a_tar_file_are_listed_with_or_without_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["b.png", "train/red/0.png", "a.png", "train/red/0.txt", "test/0.PNG", "a.npy", ".hidden.png", "alone.npy"]
+    tar = write_tar(tmp_path / "images.tar", dict.fromkeys(names, b""))
+    expected = [tar / name for name in ("a.png", "alone.npy", "b.png", "test/0.PNG", "train/red/0.png")]
+    found = list_inputs([str(tar)])
+    assert found == expected
     assert all(path.is_file() for path in found)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"images.tar\n")))
+    for given in (["images.tar"], ["*.tar"], ["-"], ["."]):
+        assert list_inputs(given) == [path.relative_to(tmp_path) for path in expected]
+    assert not caplog.messages
+    make_image(tmp_path / "beside.png", (0, 0, 0))
+    assert list_inputs(["."]) == [Path("beside.png")]
+
+
+def test_what_has_no_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "empty.tar", {})
+    write_tar(tmp_path / "texts.tar", {"a.txt": b""})
+    for name in ("empty", "empty.tar", "texts.tar"):
+        with pytest.raises(ValueError, match=rf"{name}: no image in it \(\.jpg, \.png"):
+            list_inputs([str(tmp_path / name)])
+    with pytest.raises(FileNotFoundError, match=r"gone\.tar: there is no such tar file"):
+        list_inputs([str(tmp_path / "gone.tar")])
 
 
 def test_paths_come_from_stdin_one_per_line(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

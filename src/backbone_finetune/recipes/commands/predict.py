@@ -22,8 +22,7 @@ from ..checking import Positive, Whole, validated
 from ..data.bands import Picture, size_of
 from ..data.images import LabelledFolder, read_image
 from ..data.loading import map_batches
-from ..data.sources.finding import find_splits, list_images
-from ..data.sources.hugging_face import is_dataset
+from ..data.sources.finding import list_images
 from ..data.transforms import of_one_dtype, split_transform
 from ..features.layout import Layout, in_fast_layout
 from ..models.file import TrainedModel, build_transform
@@ -204,7 +203,7 @@ def _run(trained: TrainedModel | NamedModel, batch: Sequence[Tensor], *, tta: bo
 def list_inputs(given: Sequence[str]) -> list[Path]:
     """List images from paths, folders, patterns (``photos/**/*.jpg``), and ``-`` for the lines of stdin.
 
-    Of a tar file and a dataset of Hugging Face, as `find_splits` reads them, they are the images of all parts.
+    Of a folder, tar files (as `find_splits` reads them) and a dataset of Hugging Face they are all images.
     """
     paths: list[Path] = []
     for name in given:
@@ -221,11 +220,4 @@ def list_inputs(given: Sequence[str]) -> list[Path]:
             paths.append(Path(name))
     if not paths:
         raise ValueError("stdin holds no path of an image")
-    return [image for path in paths for image in _list_packed(path) or list_images([path])]
-
-
-def _list_packed(path: Path) -> list[Path]:
-    """List the images in a tar file or a dataset; none for any other path."""
-    if path.suffix.lower() != ".tar" and not is_dataset(path):
-        return []
-    return [image for part in find_splits(path).values() for image in part.paths]
+    return [image for path in paths for image in list_images(path)]

@@ -12,6 +12,7 @@ from image_folders import make_folder
 
 from backbone_finetune.recipes import data_fingerprint, find_images, find_splits
 from backbone_finetune.recipes.data.images import ImageDataset, read_image
+from backbone_finetune.recipes.data.sources.finding import list_images
 from backbone_finetune.recipes.data.sources.parts import find_data
 
 pytestmark = pytest.mark.clients
@@ -107,6 +108,44 @@ def test_splits_and_groups(tmp_path: Path, images: list[Any], caplog: pytest.Log
         save(whole.remove_columns("split"), tmp_path / "one"), test_share=0.5, seed=0, group="patient"
     ).parts
     assert len(set(parts["train"].groups or ())) == len(set(parts["test"].groups or ())) == 1
+
+
+def test_each_split_has_its_own_columns(tmp_path: Path, images: list[Any]) -> None:
+    train = make(images, label=(CLASSES, [0, 0, 1, 1, 2, 2]), group=(TEXT, list("aabbcc")))
+    texts = make(images[2:4], Class=(TEXT, ["blue", "red"]))
+    splits = {"test": texts, "train": train}
+    parts = find_splits(save(datasets.DatasetDict(splits), tmp_path / "saved"))
+    assert {part: (found.targets, found.groups) for part, found in parts.items()} == {
+        "train": ((0, 0, 1, 1, 2, 2), ("b", "b", "c", "c", "a", "a")),
+        "test": ((0, 2), None),
+    }
+    several = make(images[:1], labels=(datasets.List(TEXT), [["red"]]))
+    save(datasets.DatasetDict({**splits, "val": several}), tmp_path / "kinds")
+    message = r"kinds/val: its targets are in the column labels, and those of test in Class; rename one: label is for"
+    with pytest.raises(ValueError, match=message):
+        find_splits(tmp_path / "kinds")
+    save(datasets.DatasetDict({**splits, "val": texts.remove_columns("Class")}), tmp_path / "none")
+    with pytest.raises(ValueError, match=r"none/val: its columns are image; expected one of label, class, target"):
+        find_splits(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"saved/test: no column group; its columns are image, Class"):
+        find_splits(tmp_path / "saved", group="group")
+    with pytest.raises(ValueError, match=r"tests: its splits are test, and none train; add it"):
+        find_splits(save(datasets.DatasetDict(test=texts), tmp_path / "tests"))
+
+
+def test_images_are_listed_without_labels(tmp_path: Path, images: list[Any]) -> None:
+    alone = make(images[:2])
+    assert list_images(save(alone, tmp_path / "saved")) == [
+        tmp_path / "saved" / name for name in ("0-0.png", "1-1.png")
+    ]
+    splits = datasets.DatasetDict({"all": alone, "test": make(images[2:3], label=(CLASSES, [-1]))})
+    found = list_images(save(splits, tmp_path / "splits"))
+    assert [path.relative_to(tmp_path / "splits") for path in found] == [
+        Path("all/0-0.png"),
+        Path("all/1-1.png"),
+        Path("test/0-0.png"),
+    ]
+    assert found[2].open().read() == images[2]["bytes"]
 
 
 def test_images_that_are_files_or_missing(tmp_path: Path, images: list[Any]) -> None:

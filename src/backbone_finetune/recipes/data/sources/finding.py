@@ -1,23 +1,17 @@
 """Find images and their classes: in a folder of classes, in train/, val/ and test/, a table, tar files or a dataset."""
 
-import logging
-import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ...text import has_control_characters, join_some
 from ..images import LabelledFolder
-from .hugging_face import is_dataset, read_dataset
-from .names import EXAMPLES, choose_parts, is_image, kind_of, show_kinds, warn_of_left_out
-from .rows import PARTS, TEST, TRAIN, VALIDATION, Labelled
+from .folders import EXPECTED, File, read_folders, walk
+from .hugging_face import is_dataset, list_rows, read_dataset
+from .names import EXAMPLES
+from .rows import TEST, TRAIN, VALIDATION, Labelled
+from .samples import are_samples, list_packed, read_samples
 from .tables import TABLES, read_table
-from .tar_layouts import read_tars
-from .tars import list_shards
-
-logger = logging.getLogger(__name__)
-
-EXPECTED = "expected a folder with a sub-folder of images per class"
+from .tars import list_shards, read_shards
 
 
 def find_images(path: Path, class_names: Sequence[str] | None = None) -> LabelledFolder:
@@ -78,7 +72,7 @@ def find_splits(
         ValueError: as for `find_images`; or a part has a class that "train" does not have.
     """
     known, parts = values or class_names, dict[str, LabelledFolder]()
-    for part, (root, images) in _find_parts(path, values, group).items():
+    for part, (root, images) in _find_parts(path, known, values, group).items():
         parts[part] = _label(root, images, known)
         known = known or parts[TRAIN].class_names
     return parts
@@ -89,53 +83,23 @@ def has_columns(path: Path) -> bool:
     return path.suffix.lower() in TABLES or bool(list_shards(path)) or is_dataset(path)
 
 
-def _find_parts(path: Path, values: Sequence[str], group: str | None) -> dict[str, tuple[Path, list[Labelled]]]:
+def _find_parts(
+    path: Path, class_names: Sequence[str] | None, values: Sequence[str], group: str | None
+) -> dict[str, tuple[Path, list[Labelled]]]:
     """Find the images of each part, and the folder or file that they are in; train comes first."""
+    files: list[File] = []
     if path.suffix.lower() in TABLES and path.is_file():
         found = read_table(path, values, group)
     elif is_dataset(path):
         found = read_dataset(path, values, group)
-    elif shards := list_shards(path):
-        found = read_tars(path, shards, values, group)
+    elif (shards := list_shards(path)) and are_samples(files := read_shards(path, shards)):
+        found = read_samples(path, files, values, group)
     elif values or group is not None:
         what = "values" if values else "groups"
         raise ValueError(f"{path}: no table; {what} are read from columns of a table ({', '.join(TABLES)}) or dataset")
     else:
-        return {part: (folder, _list_classes(folder)) for part, folder in _find_part_folders(path).items()}
+        return read_folders(path, files if shards else walk(path), class_names)
     return {part: (path, images) for part, images in found.items()}
-
-
-def _find_part_folders(root: Path) -> dict[str, Path]:
-    """Return the folder of each part; the folder itself is train if those in it are classes."""
-    folders = {folder.name: folder for folder in _folders_in(root)}
-    inside = {
-        name: {each.name for each in _folders_in(folder)} if name.lower() in PARTS else set[str]()
-        for name, folder in folders.items()
-    }
-    chosen = choose_parts(root, inside)
-    return {part: folders[chosen[part]] for part in (TRAIN, VALIDATION, TEST) if part in chosen} or {TRAIN: root}
-
-
-def _list_classes(root: Path) -> list[Labelled]:
-    """List the images of a folder of classes, with the class of each."""
-    folders = _folders_in(root)
-    if not folders:
-        raise ValueError(f"{root} has no sub-folders; {EXPECTED}")
-    beside = [path for path in root.iterdir() if not path.is_dir() and not path.name.startswith(".")]
-    left_out = Counter(f"{kind_of(path)} beside the folders" for path in beside)
-    images: list[Labelled] = []
-    for folder in folders:
-        files = sorted(_files_below(folder))
-        others = Counter(kind_of(path) for path in files if not is_image(path))
-        if others.total() == len(files):
-            held = f"but {show_kinds(others)}" if files else "and nothing else"
-            raise ValueError(
-                f"class folder {folder} holds no image ({EXAMPLES}), {held}; add images to it, or remove it"
-            )
-        left_out += others
-        images += [Labelled(path, folder.name) for path in files if is_image(path)]
-    warn_of_left_out(root, left_out)
-    return images
 
 
 def _label(root: Path, images: Iterable[Labelled], class_names: Sequence[str] | None) -> LabelledFolder:
@@ -162,10 +126,7 @@ def _check_names(root: Path, found: Sequence[str], allowed: Sequence[str] | None
         if not found:
             raise ValueError(f"{root}: no row has labels")
         if len(found) < fewest:
-            message = f"{root} has one class only ({found[0]}); {EXPECTED}, two classes or more"
-            if (inside := root / found[0]).is_dir() and _folders_in(inside):
-                message += f"; if the classes are the folders in it, pass {inside}"
-            raise ValueError(message)
+            raise ValueError(f"{root} has one class only ({found[0]}); {EXPECTED}, two classes or more")
         return found
     if unknown := [name for name in found if name not in allowed]:
         raise ValueError(
@@ -175,46 +136,27 @@ def _check_names(root: Path, found: Sequence[str], allowed: Sequence[str] | None
     return allowed
 
 
-def _folders_in(root: Path) -> list[Path]:
-    """List the folders in a folder, without hidden ones and links to a folder that contains it."""
-    if not root.exists():
-        raise FileNotFoundError(f"{root}: there is no such file or folder; {EXPECTED}")
-    if not root.is_dir():
-        raise NotADirectoryError(
-            f"{root} is a file; {EXPECTED}, a table ({', '.join(TABLES)}) or a .tar; unpack other archives"
-        )
-    inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [path for path in inside if not root.resolve().is_relative_to(path.resolve())]
+def list_images(path: Path) -> list[Path]:
+    """List all images in a folder, in tar files or in a dataset of Hugging Face, with or without classes.
 
+    Any other path is returned as it is.
 
-def _files_below(root: Path) -> Iterator[Path]:
-    """Yield the files of a folder and of its sub-folders that are not hidden.
-
-    Links to folders are followed, and each folder is entered once and none above, so loops end. A broken link is
-    yielded, so that reading it reports it.
+    Raises:
+        ValueError: there is no image.
     """
-    entered = {os.path.realpath(folder) for folder in (root, *root.absolute().parents)}
-    for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
-        seen = sorted((name for name in folders if not name.startswith(".")), reverse=True)
-        real = {os.path.realpath(os.path.join(folder, name)): name for name in seen}  # the first of two links
-        folders[:] = sorted(name for path, name in real.items() if path not in entered)
-        entered.update(real)
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def list_images(given: Sequence[Path]) -> list[Path]:
-    """Replace each folder among paths by the images below it, at least one; other paths are not changed."""
-    paths: list[Path] = []
-    for path in given:
-        found = sorted(filter(is_image, _files_below(path))) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"{path}: a folder without images ({EXAMPLES})")
-        paths += found
-    return paths
+    if is_dataset(path):
+        found = list_rows(path)
+    elif path.is_dir() and (below := [file.path for file in walk(path) if file.path and file.is_image]):
+        found = sorted(below)
+    elif shards := list_shards(path):
+        found = list_packed(read_shards(path, shards))
+    elif not path.is_dir():
+        return [path]
+    else:
+        found = []
+    if not found:
+        raise ValueError(f"{path}: no image in it ({EXAMPLES})")
+    return found
 
 
 def choose_test(parts: Mapping[str, LabelledFolder]) -> LabelledFolder:

@@ -6,44 +6,18 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from ...text import join_some, printable
-from .names import warn_of_others
+from .folders import File
+from .names import warn_of_left_out, warn_of_others
 from .packed import PackedPath
 from .rows import PARTS, TRAIN
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 512
-
-
-class Member(NamedTuple):
-    """A file in a tar file: its folders and name, and the path that opens it."""
-
-    shard: Path
-    parts: tuple[str, ...]
-    path: PackedPath
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The files in one or several tar files.
-
-    Args:
-        root: What stands for the tar files.
-        members: The files that are not hidden, in the order of the tar files.
-        part_of: The part of the data that the name of each tar file gives; None without any.
-        left_out: The numbers of other files, by kind.
-    """
-
-    root: Path
-    members: list[Member]
-    part_of: dict[Path, str | None]
-    left_out: Counter[str]
 
 
 def list_shards(path: Path) -> list[Path]:
@@ -85,10 +59,12 @@ def expand_braces(pattern: str) -> list[str]:
     return [f"{before}{number:0{len(first)}}{rest}" for number in range(int(first), int(last) + 1) for rest in after]
 
 
-def read_shards(root: Path, shards: Sequence[Path]) -> Shards:
-    """List the files in tar files; raise ValueError if one is no tar file, or is compressed."""
-    part_of, left_out = _find_parts(root, shards), Counter[str]()
-    return Shards(root, [member for shard in part_of for member in _list_members(shard, left_out)], part_of, left_out)
+def read_shards(root: Path, shards: Sequence[Path]) -> list[File]:
+    """List what is in tar files and not hidden; raise ValueError if one is no tar file, or is compressed."""
+    links = Counter[str]()
+    files = [file for shard, part in _find_parts(root, shards).items() for file in _list_files(shard, part, links)]
+    warn_of_left_out(root, links)
+    return files
 
 
 def _find_parts(root: Path, shards: Sequence[Path]) -> dict[Path, str | None]:
@@ -109,31 +85,33 @@ def _find_parts(root: Path, shards: Sequence[Path]) -> dict[Path, str | None]:
     return {shard: part for shard, part in parts.items() if part is not None}
 
 
-def _list_members(shard: Path, left_out: Counter[str]) -> list[Member]:
-    """List the files in a tar file that are not hidden."""
-    members: dict[tuple[str, ...], Member] = {}
+def _list_files(shard: Path, part: str | None, links: Counter[str]) -> list[File]:
+    """List the files and folders in a tar file that are not hidden, and count what is neither."""
+    files: dict[tuple[str, ...], File] = {}
     length = end = shard.stat().st_size
     try:
-        with tarfile.open(shard, "r:") as file:
-            for info in file:
+        with tarfile.open(shard, "r:") as archive:
+            for info in archive:
                 parts = PurePosixPath(info.name.lstrip("/")).parts
-                if info.isdir() or not parts or any(part.startswith(".") for part in parts):
+                if not parts or any(part.startswith(".") for part in parts):
                     continue
-                if not info.isreg() or info.issparse():
-                    left_out["links or special files"] += 1
-                    continue
-                size = max(0, min(info.size, length - info.offset_data))  # less if the tar file is truncated
-                read = partial(_read_range, shard, info.offset_data, size)
-                path = PackedPath(shard.joinpath(*parts)).holding(read, size)
-                members[parts] = Member(shard, parts, path)  # of two with one name the last, as where it is unpacked
-            end = file.offset
+                if info.isdir():
+                    files[parts] = File(parts, tar=shard, part=part)
+                elif info.isreg() and not info.issparse():
+                    size = max(0, min(info.size, length - info.offset_data))  # less if the tar file is truncated
+                    read = partial(_read_range, shard, info.offset_data, size)
+                    path = PackedPath(shard.joinpath(*parts)).holding(read, size)
+                    files[parts] = File(parts[:-1], path, shard, part)  # of two with one name the last, as unpacked
+                else:
+                    links["links or special files"] += 1
+            end = archive.offset
     except (tarfile.TarError, ValueError) as error:  # ValueError for a size that no file has
-        if not members:
+        if not files:
             raise ValueError(f"{shard}: not a tar file without compression ({error}); unpack it") from error
         logger.warning("%s: truncated (%s); what is before that is used", printable(shard), error)
     if any(_read_range(shard, end, BLOCK)):  # tarfile takes a damaged header for the end
         logger.warning("%s: damaged at byte %d; what is before that is used", printable(shard), end)
-    return list(members.values())
+    return list(files.values())
 
 
 def _read_range(path: Path, start: int, count: int) -> bytes:
