@@ -1,7 +1,7 @@
 """Datasets of Hugging Face on disk: a column of images, one of classes, labels or values, and perhaps of groups."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from .rows import (
     TEST,
     TRAIN,
     VALIDATION,
-    Columns,
     Labelled,
     Row,
     choose_columns,
@@ -45,33 +44,27 @@ def read_dataset(root: Path, values: Sequence[str] = (), group: str | None = Non
         ModuleNotFoundError: ``datasets`` is not installed.
         ValueError: there is no column of images, two splits have targets of different kinds, or as for `sort_rows`.
     """
-    splits = _load(root)
-    others = [name for name in splits if name and name.lower() not in PARTS]
-    if len(others) == len(splits):
-        raise ValueError(f"{root}: its splits are {show_names(others)}; expected train and, optionally, val and test")
-    if others:
-        warn_of_others(root, show_names(others))
+    splits, kinds = _load(root), dict[bool, str]()
     found: dict[str, list[Labelled]] = {TRAIN: [], VALIDATION: [], TEST: []}
-    first: tuple[str, Columns] | None = None
+    if others := [name for name in splits if name and name.lower() not in PARTS]:
+        warn_of_others(root, show_names(others))
     for name in (name for name in splits if name not in others):
-        split, source = _name_classes(splits[name]), root / name
+        split, source, part = _name_classes(splits[name]), root / name, PARTS.get(name.lower(), TRAIN)
         names = [title for title in split.features if not name or title.strip().lower() not in SPLITS]
         columns = choose_columns(source, names, values, group)
         rows = _read_rows(source, split, columns.names)
-        if not name:
-            return sort_rows(root, columns, rows)
-        if PARTS[name.lower()] != TRAIN and all(row.cells[columns.targets[0]] is None for row in rows):
+        if part != TRAIN and all(row.cells[columns.targets[0]] is None for row in rows):
             logger.warning("%s: left out: no row of it has a label", printable(source))
             continue
-        other, expected = first = first or (name, columns)
-        if columns.several != expected.several:
-            raise ValueError(
-                f"{source}: its targets are in the column {columns.targets[0]}, and those of {other} in "
-                f"{expected.targets[0]}; rename one: label is for one class per image, {SEVERAL} for any number"
-            )
-        found[PARTS[name.lower()]] += sort_rows(source, columns, rows)[TRAIN]
+        kinds.setdefault(columns.several, f"{columns.targets[0]} of {name}")
+        if len(kinds) > 1:
+            raise ValueError(f"{source}: {' and '.join(kinds.values())} are targets of two kinds; rename one column")
+        for own, images in sort_rows(source, columns, rows).items():
+            found[part if name else own] += images
     if not found[TRAIN]:
-        raise ValueError(f"{root}: its splits are {show_names(list(splits))}, and none train; add it")
+        raise ValueError(
+            f"{root}: its splits are {show_names([*splits])}; expected train and, optionally, val and test"
+        )
     return {part: images for part, images in found.items() if images}
 
 
@@ -87,17 +80,6 @@ def _load(root: Path) -> dict[str, Any]:
     return {name: split.with_format(None) for name, split in splits.items()}
 
 
-def _find_images(root: Path, features: Mapping[str, Any], kind: type) -> str:
-    """Return the column of images."""
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    found = [name for name in found if name.lower() in PATHS] if len(found) > 1 else found
-    if len(found) != 1:
-        raise ValueError(
-            f"{root}: its columns are {show_names(list(features))}; expected one of type Image, or named image"
-        )
-    return found[0]
-
-
 def _name_classes(split: Any) -> Any:
     """Return a split whose only column of classes has the name ``label``."""
     class_label = import_extra("datasets", "datasets").ClassLabel
@@ -111,7 +93,14 @@ def _name_classes(split: Any) -> Any:
 def _read_rows(root: Path, split: Any, columns: Sequence[str]) -> list[Row]:
     """Read the columns of a split; an image is read when it is opened."""
     datasets, compute = import_extra("datasets", "datasets"), import_extra("pyarrow.compute", "datasets")
-    image = _find_images(root, split.features, datasets.Image)
+    images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
+    if len(images) > 1:
+        images = [name for name in images if name.lower() in PATHS]
+    if len(images) != 1:
+        raise ValueError(
+            f"{root}: its columns are {show_names([*split.features])}; expected one of type Image, or named image"
+        )
+    (image,) = images
     packed = split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     stored = packed.data.column(image)
     sizes = compute.binary_length(compute.struct_field(stored, "bytes")).to_pylist()
