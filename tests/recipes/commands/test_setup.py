@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -146,6 +147,13 @@ def test_folds_are_those_of_the_training_images(tmp_path: Path, capsys: pytest.C
     assert len(metrics["fold_accuracies"]) == 4
     assert all(round(accuracy * 6, 6) % 1 == 0 for accuracy in metrics["fold_accuracies"])  # 6 of 24 images each
     assert "\n4 folds          " in capsys.readouterr().out
+    listed = list(csv.DictReader((tmp_path / "run" / "predictions.csv").read_text().splitlines()))
+    folded = [row for row in listed if row["split"] == "train"]  # by models that did not train on them
+    assert [row["image"] for row in folded] == sorted(
+        str(path) for path in (tmp_path / "data" / "train").rglob("*.png")
+    )
+    right = sum(int(row["right"]) for row in folded)
+    assert right == pytest.approx(6 * sum(metrics["fold_accuracies"]))
     assert main([*arguments, str(tmp_path / "plain")]) == 0
     plain, folded = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "run"))
     assert all(torch.equal(tensor, folded[name]) for name, tensor in plain.items())

@@ -129,5 +129,4 @@ def score_rows(answers: Answers, *, skipped: tuple[str, ...] = ()) -> TableEvalu
     else:
         errors = zip(names, *(each.tolist() for each in metrics.regression_errors(rows, targets)), strict=True)
         scores += (ValueScore(*each) for each in errors)
-    measured = objective.measure(rows, targets)
-    return TableEvaluation(measured, len(answers.paths), tuple(scores), skipped, answers)
+    return TableEvaluation(answers.measure(), len(answers.paths), tuple(scores), skipped, answers)

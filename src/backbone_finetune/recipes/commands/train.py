@@ -40,9 +40,8 @@ from .runs.baselines import chance_accuracy
 from .runs.comparisons import (
     FOLDS,
     add_baselines,
-    add_folds,
     left_out_if_it_fails,
-    predict_held_out,
+    predict_folds,
 )
 from .runs.held_out import answers_of, ends_on_features, held_out, score_part, with_thresholds
 from .runs.metrics import Metrics
@@ -98,12 +97,11 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         exit_stack.callback(finish_trackers, accelerator)
         run_on_main(accelerator, lambda: start_tracker(settings, accelerator, record["arguments"]))
         try:
-            start_model, predicted = copy.deepcopy(task.model) if has_folds else None, None
+            start_model = copy.deepcopy(task.model) if has_folds else None
             metrics, answered = _train_model(settings, task, config, record)
-            if start_model is not None and settings.folds is not None:
-                metrics = add_folds(metrics, settings, task, config, start_model)
-            if start_model is not None and settings.check_labels:
-                predicted = predict_held_out(settings, task, config, start_model)
+            if start_model is not None:
+                metrics, predicted = predict_folds(metrics, settings, task, config, start_model)
+                answered = predicted | answered
             if settings.images is None if settings.baselines is None else settings.baselines:
                 metrics = add_baselines(metrics, settings, task, config)
         except KeyboardInterrupt:
@@ -112,7 +110,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
             raise
         metrics = replace(metrics, seconds=round(time.monotonic() - start, 1))
         if accelerator.is_main_process:
-            metrics = write_results(settings, metrics, task, accelerator, answered=answered, predicted=predicted)
+            metrics = write_results(settings, metrics, task, accelerator, answered=answered)
     accelerator.end_training()
     return metrics
 

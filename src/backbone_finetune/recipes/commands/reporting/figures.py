@@ -50,6 +50,12 @@ class Answers:
         right: Array = (self.predicted == numpy.asarray(self.targets)).astype(float)
         return right
 
+    def measure(self) -> dict[str, float]:
+        """Return the metrics of the objective."""
+        rows, targets = torch.from_numpy(self.probabilities), torch.tensor(self.targets)
+        answers = rows if isinstance(self.objective, MultiLabel | Regression) else rows.argmax(1)
+        return self.objective.measure(answers, targets)
+
     def words(self, index: int) -> tuple[str, str]:
         """Return the class, labels or values of an image, and those that were answered.
 

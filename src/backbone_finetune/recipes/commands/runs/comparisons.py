@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 from backbone_finetune import FineTuneModel
 
 from ...data.images import ImageDataset
+from ...data.sources.rows import TRAIN
 from ...features.cache import FeatureCache
 from ...features.dataset import Features
 from ...objectives.kinds import SingleLabel
@@ -22,7 +23,7 @@ from ...text import one_line
 from ...together import OUT_OF_MEMORY, is_alone, is_on_all_processes, run_on_main
 from ...training.config import TrainerConfig
 from ...training.epoch import DivergedError
-from ...training.folds import cross_predict, cross_validate
+from ...training.folds import cross_predict, split_folds
 from ...training.phase_data import prepare_data
 from ..nearest import score_neighbors
 from ..reporting.figures import Answers, make_answers
@@ -61,29 +62,27 @@ def left_out_if_it_fails(accelerator: Accelerator | None, name: str) -> Iterator
             logger.warning("%s: left out, %s", name, why)
 
 
-def add_folds(
+def predict_folds(
     metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
-) -> Metrics:
-    """Add the accuracy of each fold of the training images; frozen modules run over them at most once more."""
+) -> tuple[Metrics, dict[str, Answers]]:
+    """Predict the training images by models that did not train on them (`cross_predict`), and add each fold's accuracy.
+
+    Frozen modules run over the images at most once more. The answers are by the name of the part, "train".
+    """
     config, folds = replace(config, show_progress=False), settings.folds or FOLDS
     with left_out_if_it_fails(config.accelerator, "folds"):
-        histories = cross_validate(model, task.train, task.phases, config, folds=folds)
-        accuracies = (history[-1].validation(config.objective.main_metric) for history in histories)
-        return replace(metrics, fold_accuracies=tuple(accuracy or 0.0 for accuracy in accuracies))
-    return metrics
-
-
-def predict_held_out(
-    settings: TrainSettings, task: Task, config: TrainerConfig, model: FineTuneModel
-) -> Answers | None:
-    """Predict the training images by models that did not train on them; see `cross_predict`."""
-    config, folds = replace(config, show_progress=False), settings.folds or FOLDS
-    with left_out_if_it_fails(config.accelerator, "label issues"):
         rows = cross_predict(model, task.train, task.phases, config, folds=folds)
-        read = ~rows.isnan().any(1)
-        images = task.train.folder.select(read.nonzero().flatten().tolist())
-        return make_answers(images, rows[read], task.objective)
-    return None
+
+        def answer(images: Iterable[int]) -> Answers:
+            read = [index for index in images if not rows[index].isnan().any()]
+            return make_answers(task.train.folder.select(read), rows[read], task.objective)
+
+        if settings.folds is not None:
+            parts = split_folds(task.train, folds, config.seed)
+            accuracies = (answer(part).measure()[config.objective.main_metric] for part in parts)
+            metrics = replace(metrics, fold_accuracies=tuple(accuracies))
+        return metrics, {TRAIN: answer(range(len(rows)))}
+    return metrics, {}
 
 
 def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config: TrainerConfig) -> Metrics:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ...data.sources.rows import TRAIN
 from ...training.tracking import log_figures
 from ..reporting.figures import Answers
 from ..reporting.label_issues import find_label_issues, write_label_issues
@@ -47,7 +48,6 @@ def write_results(
     accelerator: Accelerator,
     *,
     answered: Mapping[str, Answers],
-    predicted: Answers | None,
 ) -> Metrics:
     """Write the results of a run whose model is written, log them, and mark the run as finished.
 
@@ -56,8 +56,8 @@ def write_results(
         metrics: The record of the run.
         task: The trained model, and its images.
         accelerator: The accelerator of the run.
-        answered: What the model answered on the validation and test images, by part.
-        predicted: What other models answered on training images that they did not train on, if labels are checked.
+        answered: What the model answered on the validation and test images, by part; and, on the training images, what
+            models of folds did that did not train on them.
 
     Returns:
         The record with what was found in the images.
@@ -66,9 +66,9 @@ def write_results(
 
     folder, names = settings.output, [RUN_FILE, MODEL_FILE, METRICS_FILE]
     issues = None
-    if predicted is not None:
+    if settings.check_labels and TRAIN in answered:
         with left_out_if_it_fails(None, LABELS_FILE):
-            issues = find_label_issues(predicted)
+            issues = find_label_issues(answered[TRAIN])
     metrics = replace(metrics, copies=task.copies, label_issues=None if issues is None else len(issues))
     logger.info(describe(metrics))
     tested = {"accuracy": metrics.test_accuracy, "balanced_accuracy": metrics.test_balanced_accuracy}
