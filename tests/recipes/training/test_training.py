@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -448,30 +449,40 @@ def test_a_loss_that_is_not_finite_raises() -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_model_that_is_copied_for_fsdp2_is_moved_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP2 prepares a copy; a phase on images must also move the model itself."""
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_copy_of_what_trains_is_prepared_for_fsdp2(cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 would shard the user's model. A copy trains, and meanwhile the model is not on the device."""
+    places: list[Any] = []
 
-    class Moved(Counting):
-        moved = 0
+    class Recorded(Counting):
+        def __getstate__(self) -> Any:
+            assert not cached, "features are computed: the backbone need not be copied"
+            return vars(self).copy()
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
-            self.moved += 1
+            places.append(fn)
             return super()._apply(fn, recurse)
 
-    class PreparedError(Exception):
-        """The phase is prepared."""
+    def train() -> FineTuneModel:
+        torch.manual_seed(1)
+        model = FineTuneModel(Recorded(), nn.Linear(16, 3))
+        config = TrainerConfig(ACCELERATOR, cache_features=cached, show_progress=False, autocast_features=False)
+        fine_tune(model, make_images(), None, [Phase(epochs=2, lr=0.01)], config)
+        return model
 
-    def stop(*arguments: object) -> None:
-        raise PreparedError
+    def prepare(module: nn.Module, optimizer: Any) -> Any:
+        prepared.append(module)
+        return module, SimpleNamespace(optimizer=optimizer)
 
-    accelerator = make_accelerator(torch.device("cpu"))
-    monkeypatch.setattr(type(accelerator), "is_fsdp2", property(lambda accelerator: True))
-    monkeypatch.setattr(accelerator, "prepare", stop)
-    model = FineTuneModel(Moved(), nn.Linear(16, 3))
-    config = TrainerConfig(accelerator, cache_features=False, show_progress=False)
-    with pytest.raises(PreparedError):
-        fine_tune(model, make_images(), make_images(), [Phase(trainable_groups=1)], config)
-    assert model.backbone.moved > 0
+    expected, prepared = tensors(train()), list[nn.Module]()
+    monkeypatch.setattr(type(ACCELERATOR), "is_fsdp2", property(lambda accelerator: True))
+    monkeypatch.setattr(ACCELERATOR, "prepare", prepare)
+    places.clear()
+    model = train()
+    assert changed(expected, model) == set()
+    assert len(prepared) == 1
+    assert prepared[0] not in {model, model.classifier}
+    assert cached or len(places) == 3  # to the device, and while a copy trains, to the CPU and back
 
 
 @pytest.mark.parametrize("as_list", [False, True])

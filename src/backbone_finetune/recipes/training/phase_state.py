@@ -97,7 +97,9 @@ def prepared_phase(
         if accelerator.is_fsdp2 and config.monitor is not None:
             raise ValueError("monitor was given, and FSDP2 shards what it keeps of the best epoch; leave monitor out")
         if accelerator.is_fsdp2:  # FSDP2 shards the parameters permanently, so a copy trains and is copied back
-            copied = copy.deepcopy(model)
+            if not data.cached:  # the device then has room for the shards alone
+                model.to("cpu")
+            copied = copy.deepcopy(model, {id(model.backbone): model.backbone} if data.cached else {})
             module = copied.classifier if data.cached else copied
         groups = copied.param_groups(
             lr, backbone_lr=phase.backbone_lr, weight_decay=weight_decay, layer_decay=phase.layer_decay
@@ -140,7 +142,10 @@ def prepared_phase(
         finally:  # after an error, the caller may train the model again
             release(accelerator, prepared)
         if copied is not model:
-            load_by_name(model, {name: full_tensor(tensor) for name, tensor in copied.state_dict().items()})
+            original = model.classifier if data.cached else model
+            # One tensor at a time is whole on the device.
+            load_by_name(original, {name: full_tensor(tensor).cpu() for name, tensor in module.state_dict().items()})
+            model.to(accelerator.device)
 
 
 @contextmanager
