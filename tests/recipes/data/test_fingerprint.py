@@ -84,7 +84,13 @@ def test_where_the_images_are_and_when_they_were_written_does_not_count(tmp_path
     make_folder(tmp_path / "here")
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     os.utime(tmp_path / "there" / "red" / "0.png", (1, 1))
-    assert data_fingerprint(make_dataset(tmp_path / "here")) == data_fingerprint(make_dataset(tmp_path / "there"))
+    expected = data_fingerprint(make_dataset(tmp_path / "here"))
+    assert data_fingerprint(make_dataset(tmp_path / "there")) == expected
+    (tmp_path / "there" / "red" / "0.png").rename(tmp_path / "there" / "red" / "00.png")  # in the same order
+    (tmp_path / "there" / "green").rename(tmp_path / "there" / "lime")
+    assert data_fingerprint(make_dataset(tmp_path / "there")) == expected
+    (tmp_path / "there" / "red" / "00.png").rename(tmp_path / "there" / "red" / "9.png")
+    assert data_fingerprint(make_dataset(tmp_path / "there")) != expected
 
 
 def test_another_transform_is_noticed_by_the_spot_check(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +98,9 @@ def data_fingerprint(dataset: Dataset[Any]) -> str:
     (True, False)
 
     The files of an ``ImageDataset`` or of torchvision's ``ImageFolder`` are read but not decoded, which costs a small
-    part of the cost of a backbone. Their paths, times and transform are not included: another transform is detected
-    when a ``FeatureCache`` computes eight images again. A ``Subset`` and a ``ConcatDataset`` are digested through their
+    part of the cost of a backbone. Their paths, times and transform are not included: images that were moved or renamed
+    have the same digest if their order is the same, and another transform is detected when a ``FeatureCache`` computes
+    eight images again. A ``Subset`` and a ``ConcatDataset`` are digested through their
     datasets. Any other dataset is read item by item, which takes as long as an epoch of reading: if too long, give
     ``FeatureCache`` a name instead.
 
@@ -133,20 +133,20 @@ def _describe(dataset: Any) -> Any:
             f"{reason}; use an evaluation transform, as timm's create_transform(224) gives, or {_NAME_INSTEAD}"
         )
     if type(dataset) is ImageDataset:
-        files = _describe_files(dataset.folder.paths, dataset.folder.targets, dataset.folder.root)
+        files = _describe_files(dataset.folder.paths, dataset.folder.targets)
         return [kind, files, *([] if dataset.folder.groups is None else [list(dataset.folder.groups)])]
     if kind == "torchvision.datasets.folder.ImageFolder":
         paths, targets = zip(*dataset.samples, strict=True)
-        return [kind, _describe_files(map(Path, paths), targets, Path(dataset.root))]
+        return [kind, _describe_files(map(Path, paths), targets)]
     return [kind, [_digest_item(dataset[index]) for index in range(len(dataset))]]
 
 
-def _describe_files(paths: Iterable[Path], targets: Iterable[int], root: Path) -> list[Any]:
+def _describe_files(paths: Iterable[Path], targets: Iterable[Any]) -> list[tuple[Any, str]]:
     """Describe images by their contents, not by sizes and times, which may not change with an image."""
 
-    def describe(path: Path, target: int) -> tuple[str, int, str]:
+    def describe(path: Path, target: Any) -> tuple[Any, str]:
         # A pipe or a broken link, which would block or fail, is an image that a pass skips.
-        return relpath(path, root), target, digest_file(path) if path.is_file() else "no file"
+        return target, digest_file(path) if path.is_file() else "no file"
 
     with ThreadPoolExecutor() as threads:
         return list(threads.map(describe, paths, targets))
