@@ -31,14 +31,18 @@ def find(path: Path, **arguments: Any) -> list[LabelledFolder]:
     return list(find_data(path, **arguments, test_share=0.3, seed=0).parts.values())
 
 
-def test_val_and_test_without_train_are_not_classes(tmp_path: Path) -> None:
-    for name in ("val", "test"):
+@pytest.mark.parametrize("folders", [("val", "test"), ("train", "dev"), ("train", "Train")])
+def test_folders_of_the_same_classes_that_are_no_known_parts_are_refused(
+    tmp_path: Path, folders: tuple[str, ...]
+) -> None:
+    for name in folders:
         make_folder(tmp_path / name, per_class=2)
-    message = "test, val have the same sub-folders, and there is no train; add a folder train, or pass one of them"
-    with pytest.raises(ValueError, match=message):
-        find_splits(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        find_splits(tmp_path, NAMES)
+    touch(tmp_path, *(["extra/1.jpg"] if "val" in folders else []))
+    names = ", ".join(sorted(folders))
+    message = f"{names} have the same sub-folders; name them train, val and test, or pass one of them"
+    for class_names in (None, NAMES):
+        with pytest.raises(ValueError, match=message):
+            find_splits(tmp_path, class_names)
 
 
 @pytest.mark.parametrize("train", ["train", "Train", "training"])

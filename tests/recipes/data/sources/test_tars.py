@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,10 @@ def test_samples_of_webdataset(tmp_path: Path, files: dict[str, bytes], caplog: 
             tar |= sample(f"{index:04}", content, **{kind: make(index, colour) for kind, make in kinds.items()})
         return write_tar(tmp_path / name, tar)
 
+    def read_tar(name: str) -> dict[str, bytes]:
+        with tarfile.open(tmp_path / name) as archive:
+            return {info.name: archive.extractfile(info).read() for info in archive}  # type: ignore[union-attr]
+
     def number(index: int, colour: str) -> str:
         return f"{index // 2}\n"
 
@@ -169,6 +174,16 @@ def test_samples_of_webdataset(tmp_path: Path, files: dict[str, bytes], caplog: 
     assert parts["train"].class_names == ("0", "1", "2")
     assert parts["train"].groups == ("0", "1", "2", "4", "5")
     assert find_splits(tmp_path / "both.tar", values=["group"])["validation"].targets == ((3.0,),)
+    folders = {f"{part}/{name}": content for part in ("train", "val") for name, content in read_tar("cls.tar").items()}
+    assert [len(part.paths) for part in find_splits(write_tar(tmp_path / "folders.tar", folders)).values()] == [6, 6]
+    assert list(
+        find_splits(
+            write_tar(
+                tmp_path / "val.tar",
+                {f"val/{name}": folders[f"val/{name}"] for name in ["0000.png", "0000.cls", "0002.png", "0002.cls"]},
+            )
+        )
+    ) == ["train"]
     write("shards/train-0.tar", cls=lambda index, colour: colour)
     write("shards/val-0.tar", cls=lambda index, colour: colour)
     assert [len(part.paths) for part in find_splits(tmp_path / "shards").values()] == [6, 6]

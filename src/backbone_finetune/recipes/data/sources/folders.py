@@ -135,7 +135,7 @@ def _list_classes(root: Path, files: Sequence[File]) -> list[Labelled]:
     return images
 
 
-def choose_parts(root: Path, inside: Mapping[str, AbstractSet[str]]) -> dict[str, str]:
+def choose_parts(root: Path, inside: Mapping[str, set[str]]) -> dict[str, str]:
     """Return the folders that are parts of the data, by part; none if the folders are classes.
 
     The folders ``train``, ``val`` (``valid``, ``validation``) and ``test`` are parts if they have the same sub-folders,
@@ -149,20 +149,21 @@ def choose_parts(root: Path, inside: Mapping[str, AbstractSet[str]]) -> dict[str
         inside: The names of the sub-folders of each folder in it.
 
     Raises:
-        ValueError: there are such folders, and no train.
+        ValueError: folders have the same sub-folders, and only some of them, or not train, have such a name.
     """
     named = {PARTS[name.lower()]: name for name in inside if name.lower() in PARTS}
-    if TRAIN not in named and len(named) > 1 and set.intersection(*(set(inside[name]) for name in named.values())):
-        raise ValueError(
-            f"{root}: {join_some(list(named.values()))} have the same sub-folders, and there is no train; add a folder "
-            "train, or pass one of them"
-        )
-    are_same = TRAIN in named and any(
-        inside[name] & inside[named[TRAIN]] for part, name in named.items() if part != TRAIN
-    )
-    if TRAIN not in named or not (are_same or len(named) == len(inside)):
+    if TRAIN not in named or len(named) == 1:
+        alike = list(named.values() if len(named) > 1 else inside)
+        if named and len(alike) > 1 and set.intersection(*(inside[name] for name in alike)):
+            raise ValueError(
+                f"{root}: {join_some(alike)} have the same sub-folders; name them train, val and test, or pass one of "
+                "them; if they are classes, rename the one that is named as a part"
+            )
         return {}
-    if others := [name for name in inside if name not in named.values()]:
+    others = [name for name in inside if name not in named.values()]
+    if others and not any(inside[name] & inside[named[TRAIN]] for part, name in named.items() if part != TRAIN):
+        return {}
+    if others:
         warn_of_others(root, join_some(others))
     for name in (name for part, name in named.items() if part != TRAIN and not inside[name]):
         logger.warning("%s: left out: no sub-folders, so its images are of no known class", printable(root / name))

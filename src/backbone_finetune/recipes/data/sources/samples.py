@@ -12,7 +12,7 @@ from typing import Any
 from ...text import join_some
 from .folders import File
 from .names import is_image, kind_of, warn_of_left_out
-from .rows import LABELS, SEVERAL, SPLITS, Labelled, Row, choose_columns, sort_rows
+from .rows import LABELS, PARTS, SEVERAL, SPLITS, TRAIN, Labelled, Row, choose_columns, sort_rows
 
 SIDECARS = ("cls", "json", "txt")  # beside an image, with the same name up to the first dot
 
@@ -39,7 +39,12 @@ def read_samples(
         ValueError: a sample has several images or no label, or as for `sort_rows`.
     """
     rows, left_out = [], Counter[str]()
-    for sample in _group(files):
+    samples = _group(files)
+    tops = {file.folders[:1] for sample in samples for file in sample.values()}
+    inner = {top: PARTS.get("".join(top).lower()) for top in tops}  # the part of each folder in the tar files
+    if None in inner.values() or TRAIN not in inner.values():
+        inner = {}
+    for sample in samples:
         images = _choose_images(sample)
         if len(images) > 1:
             names = join_some([image.name for image in images])
@@ -47,7 +52,9 @@ def read_samples(
             raise ValueError(f"{images[0].parent}: the sample {key} has {len(images)} images ({names}); leave one")
         sidecars = {_extension(path): path for path in sample if images and _extension(path) in SIDECARS}
         left_out.update(kind_of(path) for path in sample if path not in (*images, *sidecars.values()))
-        rows += [Row(str(image), image, _read_cells(sidecars, sample[image].part)) for image in images]
+        for image in images:
+            part = sample[image].part or inner.get(sample[image].folders[:1])
+            rows.append(Row(str(image), image, _read_cells(sidecars, part)))
     warn_of_left_out(root, left_out)
     columns = choose_columns(root, list(dict.fromkeys(name for row in rows for name in row.cells)), values, group)
     return sort_rows(root, columns, rows)
