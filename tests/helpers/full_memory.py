@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from steps import after_step
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from backbone_finetune import cli
 
@@ -26,21 +26,10 @@ def out_of_memory(module: nn.Module, _: Any, output: Any) -> None:
 
 
 @contextmanager
-def after_steps(steps: int, hook: Any = out_of_memory) -> Iterator[None]:
+def after_steps(number: int, hook: Any = out_of_memory) -> Iterator[None]:
     """Give torch a forward hook of all modules after a number of optimizer steps, until the block ends."""
-    left, hooks = [steps], []
-
-    def count(*_: Any) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            hooks.append(register_module_forward_hook(hook))
-
-    hooks.append(register_optimizer_step_post_hook(count))
-    try:
+    with ExitStack() as hooks, after_step(number, lambda: hooks.callback(register_module_forward_hook(hook).remove)):
         yield
-    finally:
-        for each in hooks:
-            each.remove()
 
 
 if __name__ == "__main__":

@@ -16,16 +16,18 @@ from backbone_finetune import FineTuneModel, cli
 from backbone_finetune.recipes import MultiLabel, TrainedModel, predict_neighbors, save_trained_model
 from backbone_finetune.recipes.data.images import IGNORED
 from backbone_finetune.recipes.features.frozen_pass import FrozenPass
+from backbone_finetune.recipes.heads.neighbors import CHUNK
 
 
 @pytest.mark.parametrize("neighbors", [1, 3, 100])
-def test_votes_are_those_of_each_neighbour(neighbors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backbone_finetune.recipes.heads.neighbors.CHUNK", 2)
+def test_votes_are_those_of_each_neighbour(neighbors: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    train, asked = torch.randn(9, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    train, asked = torch.randn(9, 4, generator=generator), torch.randn(CHUNK + 3, 4, generator=generator)
     classes = torch.arange(9) % 3
     found = predict_neighbors(TensorDataset(train, classes), asked, num_classes=3, neighbors=neighbors)
-    for row, image in zip(found, asked, strict=True):
+    assert len(found) == len(asked)
+    for place in (0, 1, CHUNK - 1, CHUNK, CHUNK + 2):
+        row, image = found[place], asked[place]
         similarity = torch.cosine_similarity(image[None], train)
         votes = torch.zeros(3)
         for index in similarity.argsort(descending=True)[:neighbors]:

@@ -14,6 +14,7 @@ import numpy
 import pytest
 import torch
 from image_folders import make_folder
+from steps import StoppedError, after_step
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ from backbone_finetune.recipes import (
     read_phases,
 )
 from backbone_finetune.recipes.data.images import IGNORED
-from backbone_finetune.recipes.training import epoch
 from backbone_finetune.recipes.training.mixing import Mixing, make_mixing
 
 CONFIG: dict[str, Any] = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -83,22 +83,11 @@ def test_what_is_drawn_does_not_depend_on_workers_and_parts(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stop", [2, 5, 7])
-def test_a_resumed_run_draws_the_same(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_draws_the_same(stop: int, tmp_path: Path) -> None:
     data = make_images(tmp_path / "images")
     whole, history = train(data, STRONG)
-    taken = 0
-    step = epoch.train_step
-
-    def stopping(*arguments: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == stop:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
     settings = {"checkpoints": tmp_path / "checkpoints", "checkpoint_steps": 1}
-    monkeypatch.setattr(epoch, "train_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with after_step(stop), pytest.raises(StoppedError):
         train(data, STRONG, **settings)
     resumed, again = train(data, STRONG, **settings)
     assert_same(whole, resumed)

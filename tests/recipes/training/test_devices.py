@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -197,7 +198,7 @@ def test_features_are_on_the_device_and_rows_of_a_frontier_are_not() -> None:
 def test_features_too_large_for_the_device_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = TensorDataset(torch.zeros(10, 4), torch.zeros(10))  # 200 bytes
     for free, expected in ((400, "meta"), (399, "cpu")):
-        monkeypatch.setattr(resident, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         assert {tensor.device.type for tensor in on_device(rows, META).tensors} == {expected}
 
 

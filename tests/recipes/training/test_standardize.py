@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from steps import StoppedError, after_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -16,7 +17,6 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Phase, SingleLabel, TrainerConfig, evaluate, fine_tune, fit_heads
 from backbone_finetune.recipes.data.images import IGNORED
 from backbone_finetune.recipes.heads.standardize import Standardization
-from backbone_finetune.recipes.training import loop
 
 ACCELERATOR = Accelerator(cpu=True)
 SCALES = torch.tensor([1e-3, 1.0, 50.0, 1.0, 1.0, 1.0])
@@ -86,27 +86,14 @@ def test_validation_and_the_best_epoch_are_those_of_the_model() -> None:
     assert score.loss == pytest.approx(best.validation_loss, rel=1e-4)
 
 
-class KilledError(Exception):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize("after", [2, 3, 4])  # of 3 epochs of the first phase
-def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, after: int) -> None:
     phases = [Phase(epochs=3, lr=0.05, standardize=True), Phase(epochs=3, lr=0.05, standardize=True)]
     whole, killed = make_model(), make_model()
     train(whole, make_data(), None, *phases)
-    save, saved = loop.save_checkpoint, []
-
-    def save_and_die(*arguments: Any) -> None:
-        save(*arguments)
-        saved.append(1)
-        if len(saved) == after:
-            raise KilledError
-
-    monkeypatch.setattr(loop, "save_checkpoint", save_and_die)
-    with pytest.raises(KilledError):
+    steps = -(-len(make_data()) // TrainerConfig.batch_size)  # of an epoch
+    with after_step(after * steps + 1), pytest.raises(StoppedError):
         train(killed, make_data(), None, *phases, checkpoints=tmp_path)
-    monkeypatch.undo()
     resumed = make_model()
     train(resumed, make_data(), None, *phases, checkpoints=tmp_path)
     assert all(map(torch.equal, resumed.parameters(), whole.parameters()))
@@ -116,9 +103,9 @@ def test_an_error_leaves_a_classifier_of_features() -> None:
     model, before = make_model(), make_model()
 
     def fail(logits: Tensor, targets: Tensor) -> Tensor:
-        raise KilledError
+        raise StoppedError
 
-    with pytest.raises(KilledError):
+    with pytest.raises(StoppedError):
         train(model, make_data(), objective=SingleLabel(loss=fail))
     features = make_data().tensors[0]
     torch.testing.assert_close(model(features), before(features), rtol=1e-4, atol=1e-3)

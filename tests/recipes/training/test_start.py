@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from steps import StoppedError, after_step
 from torch import Tensor, nn
 from torch.utils._pytree import tree_structure
 from torch.utils.data import TensorDataset
@@ -158,25 +159,11 @@ def test_a_later_phase_goes_on_with_the_classifier() -> None:
     assert_same(model, given)
 
 
-@pytest.mark.parametrize("stopped", [1, 3, 6])  # before the first step, in the first epoch, and in the second
-def test_a_resumed_run_does_not_start_again(tmp_path: Any, stopped: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    class StopError(Exception):
-        pass
-
-    steps = 0
-
-    def stop(outputs: Tensor, targets: Tensor, *rest: Any, **settings: Any) -> Tensor:
-        nonlocal steps
-        steps += 1
-        if steps == stopped:
-            raise StopError
-        return nn.functional.cross_entropy(outputs, targets, *rest, **settings)
-
+@pytest.mark.parametrize("stopped", [1, 3, 6])  # in the first step, later in the first epoch, and in the second
+def test_a_resumed_run_does_not_start_again(tmp_path: Any, stopped: int) -> None:
     model, resumed, whole = make_model(), make_model(), make_model()
-    with monkeypatch.context() as patch:
-        patch.setattr("backbone_finetune.recipes.objectives.kinds.cross_entropy", stop)
-        with pytest.raises(StopError):
-            train(model, make_data(10), checkpoints=tmp_path, checkpoint_steps=1)
+    with after_step(stopped), pytest.raises(StoppedError):
+        train(model, make_data(10), checkpoints=tmp_path, checkpoint_steps=1)
     history = train(resumed, make_data(10), checkpoints=tmp_path)
     assert history == train(whole, make_data(10))
     assert_same(resumed, whole)

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from image_folders import make_folder
+from steps import StoppedError, after_step
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -118,7 +119,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_the_run(
 @pytest.mark.clients
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_has_each_epoch_of_a_resumed_run_and_the_test_metrics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
@@ -126,18 +127,8 @@ def test_tensorboard_has_each_epoch_of_a_resumed_run_and_the_test_metrics(
     folder, output = str(make_folder(tmp_path / "images")), tmp_path / "run"
     options = ["--model", "test_resnet", "--epochs", "3", "--lr", "0.05", "--device", "cpu", "--monitor", "loss"]
     command = ["train", folder, *options, "--log-with", "tensorboard", "--output", str(output)]
-    from backbone_finetune.recipes.training import loop  # noqa: PLC0415
-
-    saved = loop.save_checkpoint
-
-    def save(state: Any, progress: Any, config: Any) -> None:
-        saved(state, progress, config)
-        if len(progress.history) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "save_checkpoint", save)
-    assert main(command) == 130
-    monkeypatch.setattr(loop, "save_checkpoint", saved)
+    with after_step(3), pytest.raises(StoppedError):  # an epoch has one step
+        main(command)
     assert main(command) == 0
     (run,) = (output / "tensorboard").iterdir()
     events = EventAccumulator(str(run)).Reload()
