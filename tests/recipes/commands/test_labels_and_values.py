@@ -176,9 +176,10 @@ def test_labels_are_trained_with_thresholds_chosen_on_validation_images(
     assert metrics.validation_metrics == best.validation_metrics
     written = json.loads((folder / "metrics.json").read_text())
     assert written["test_metrics"] == metrics.test_metrics
-    assert written["test_metrics"].keys() == {"mean_average_precision", "macro_f1"}
-    precision = metrics.validation_metrics["mean_average_precision"]
-    assert f"validation       mean average precision {precision:.4g}  of 16 images" in describe(metrics).splitlines()
+    assert written["test_metrics"].keys() == {"mean_average_precision", "mean_auroc", "macro_f1"}
+    precision, area = (metrics.validation_metrics[name] for name in ("mean_average_precision", "mean_auroc"))
+    line = f"validation       mean average precision {precision:.4g}, mean auroc {area:.4g}  of 16 images"
+    assert line in describe(metrics).splitlines()
     trained = load_trained_model(folder / "model.safetensors")
     assert isinstance(trained.objective, MultiLabel)
     assert written["objective"] == {"kind": "MultiLabel", "thresholds": list(trained.objective.thresholds or ())}
@@ -232,6 +233,7 @@ def test_evaluate_returns_the_metrics_of_the_test_images(
     targets = find_splits(images / "table.csv")["test"].targets
     assert [scores[name]["support"] for name in COLOURS] == [sum(row[label] for row in targets) for label in range(3)]
     assert evaluation["metrics"]["macro_f1"] == pytest.approx(sum(score["f1"] for score in scores.values()) / 3)
+    assert evaluation["metrics"]["mean_auroc"] == pytest.approx(sum(score["auroc"] for score in scores.values()) / 3)
     for score in scores.values():
         assert score["f1"] == pytest.approx(2 * score["correct"] / (score["support"] + score["predicted"]))
         assert f"F1 {score['f1']:.3f}, threshold {score['threshold']:.2f}" in printed
@@ -286,7 +288,7 @@ def test_a_run_and_an_evaluation_show_labels_and_values(
     images: Path, labelled: tuple[Path, Metrics], valued: tuple[Path, Metrics], tmp_path: Path
 ) -> None:
     for name, (folder, metrics), figures in (
-        ("labels", labelled, ("images", "F1", "threshold", "average precision")),
+        ("labels", labelled, ("images", "F1", "threshold", "average precision", "AUROC")),
         ("values", valued, ("mean absolute error", "R squared")),
     ):
         evaluation = evaluate_table(load_trained_model(folder / "model.safetensors"), images / "table.csv")

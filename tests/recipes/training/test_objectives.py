@@ -202,6 +202,22 @@ def test_average_precision_is_the_mean_of_the_precision_at_each_hit_with_ties_as
     assert metrics.mean_average_precision(scores, torch.zeros_like(targets)) == 0
 
 
+def test_auroc_is_the_share_of_pairs_in_the_right_order_and_the_mean_over_labels_with_both() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(5, (60, 3), generator=generator) / 5  # with ties
+    targets = torch.randint(2, (60, 3), generator=generator)
+    targets[:, 2] = 1
+    areas = []
+    for column, truth in zip(scores.T[:2], targets.T, strict=False):
+        pairs = column[truth == 1][:, None] - column[truth == 0]
+        areas.append(float((pairs.sign() + 1).mean() / 2))
+        assert metrics.auroc(column, truth) == pytest.approx(areas[-1])
+    assert metrics.auroc(scores[:, 2], targets[:, 2]) is None
+    assert metrics.auroc(scores[:, 2], 1 - targets[:, 2]) is None
+    assert MultiLabel().measure(scores, targets)["mean_auroc"] == pytest.approx(sum(areas) / 2)
+    assert "mean_auroc" not in MultiLabel().measure(scores, torch.ones_like(targets))
+
+
 def test_f1_is_the_mean_over_the_labels_that_occur() -> None:
     chosen = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
     targets = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 0]])

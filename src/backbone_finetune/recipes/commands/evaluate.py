@@ -5,20 +5,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy
+import torch
 
 from ..data.sources.finding import choose_test, find_splits
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import SingleLabel, SoftLabels
+from ..objectives.metrics import auroc
 from .nearest import measure_neighbors
 from .predict import predict_labelled
 from .reporting.figures import (
     Answers,
     Interval,
-    auroc,
     bootstrap,
+    calibration_interval,
     chance_calibration_error,
-    expected_calibration_error,
 )
 
 
@@ -53,6 +54,7 @@ class Evaluation:
     accuracy_interval: Interval
     balanced_accuracy: float  # the mean recall of the classes that have images
     calibration_error: float
+    calibration_error_interval: Interval
     calibration_error_by_chance: float
     images: int
     classes: tuple[ClassScore, ...]
@@ -64,11 +66,11 @@ class Evaluation:
 
     def figures(self) -> dict[str, str]:
         """Return the figures of all images in words, by name."""
-        error, by_chance = f"{self.calibration_error:.3f}", f"{self.calibration_error_by_chance:.3f}"
+        by_chance = f"{self.calibration_error_by_chance:.3f}"
         figures = {
             "accuracy": f"{self.accuracy_interval} of {self.images:,} images",
-            "calibration error": f"{error}, the mean distance of confidence and accuracy; perfectly calibrated, "
-            f"{by_chance} or less on {self.images:,} images",
+            "calibration error": f"{self.calibration_error_interval}, the mean distance of confidence and accuracy; "
+            f"perfectly calibrated, {by_chance} or less on {self.images:,} images",
         }
         if len({score.support for score in self.classes if score.support}) > 1:
             figures["balanced accuracy"] = f"{self.balanced_accuracy:.3f}, the mean recall of the classes"
@@ -161,17 +163,20 @@ def score_answers(answers: Answers, *, skipped: Sequence[str] = (), missing: Seq
         support, predicted, correct = map(int, counts)
         precision, recall = correct / predicted if predicted else None, correct / support if support else None
         f1 = 2 * correct / (support + predicted) if support + predicted else None
-        area = auroc(answers.probabilities[:, index], (targets == index).astype(float))
+        area = auroc(torch.from_numpy(answers.probabilities[:, index]), torch.from_numpy(targets == index))
         scores.append(ClassScore(name, support, predicted, correct, precision, recall, f1, area))
     confidence = answers.probabilities.max(1)
+    by_chance = chance_calibration_error(confidence)
+    calibration = calibration_interval(confidence, answers.is_right, by_chance)
     recalls = [score.recall for score in scores if score.recall is not None]
     accuracy = bootstrap(lambda right: float(right.mean()), answers.is_right)
     return Evaluation(
         accuracy=accuracy.value,
         accuracy_interval=accuracy,
         balanced_accuracy=sum(recalls) / len(recalls),
-        calibration_error=expected_calibration_error(confidence, answers.is_right),
-        calibration_error_by_chance=chance_calibration_error(confidence),
+        calibration_error=calibration.value,
+        calibration_error_interval=calibration,
+        calibration_error_by_chance=by_chance,
         images=len(targets),
         classes=tuple(scores),
         missing_classes=tuple(missing),

@@ -26,12 +26,14 @@ class LabelScore:
     correct: int
     f1: float | None  # None if no image has the label
     average_precision: float | None
+    auroc: float | None  # None unless some images have the label and others have not
 
     def words(self) -> dict[str, str]:
         """Return the figures in words, by name."""
-        f1, precision = ("-" if each is None else f"{each:.3f}" for each in (self.f1, self.average_precision))
-        above = f"{self.threshold:.2f}"
-        return {"images": f"{self.support:,}", "F1": f1, "threshold": above, "average precision": precision}
+        figures = (self.f1, self.average_precision, self.auroc)
+        f1, precision, area = ("-" if each is None else f"{each:.3f}" for each in figures)
+        chosen = {"F1": f1, "threshold": f"{self.threshold:.2f}"}
+        return {"images": f"{self.support:,}", **chosen, "average precision": precision, "AUROC": area}
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,11 @@ def score_rows(answers: Answers, *, skipped: tuple[str, ...] = ()) -> TableEvalu
         chosen = objective.choose(rows)
         for label, (name, threshold) in enumerate(zip(names, objective.thresholds or [0.5] * len(names), strict=True)):
             column, truth = chosen[:, [label]], targets[:, [label]]
-            counts = (int(each.sum()) for each in (truth, column, column * truth))
+            support, predicted, correct = (int(each.sum()) for each in (truth, column, column * truth))
             figures = (metrics.macro_f1(column, truth), metrics.mean_average_precision(rows[:, [label]], truth))
-            scores.append(LabelScore(name, threshold, *counts, *(figures if truth.any() else (None, None))))
+            f1, precision = figures if truth.any() else (None, None)
+            area = metrics.auroc(rows[:, label], targets[:, label])
+            scores.append(LabelScore(name, threshold, support, predicted, correct, f1, precision, area))
     else:
         errors = zip(names, *(each.tolist() for each in metrics.regression_errors(rows, targets)), strict=True)
         scores += (ValueScore(*each) for each in errors)

@@ -173,10 +173,15 @@ class MultiLabel(Objective):
         return (self.choose(self.predict(outputs)) == targets.float().round()).all(1)  # may be mixed
 
     def measure(self, answers: Tensor, targets: Tensor) -> dict[str, float]:
-        """Compute the mean average precision and the macro F1 over labels, and the share of correct images."""
+        """Compute the mean average precision, AUROC and F1 over labels, and the share of correct images.
+
+        The AUROC is the mean over the labels that some images have and others have not; it is left out if none is so.
+        """
         chosen = self.choose(answers.double())
+        areas = [area for area in map(metrics.auroc, answers.T, targets.T) if area is not None]
         return {
             "mean_average_precision": metrics.mean_average_precision(answers, targets),
+            **({"mean_auroc": sum(areas) / len(areas)} if areas else {}),
             "macro_f1": metrics.macro_f1(chosen, targets),
             "accuracy": float((chosen == targets).all(1).double().mean()),
         }

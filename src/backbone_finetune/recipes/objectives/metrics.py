@@ -1,4 +1,4 @@
-"""Metrics of predictions for N images: accuracy, average precision, F1 and thresholds, mean absolute error, R squared.
+"""Metrics of predictions for N images: accuracy, average precision, AUROC, F1 and thresholds, errors, R squared.
 
 They are computed on the CPU, in double precision.
 """
@@ -35,6 +35,22 @@ def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
         if hits[-1] > 0
     ]
     return sum(precisions) / max(len(precisions), 1)
+
+
+def auroc(scores: Tensor, targets: Tensor) -> float | None:
+    """Compute the probability that an image with 1 in ``targets`` (N,) scores above one with 0, equal scores as half.
+
+    It is the area under the ROC curve, as scikit-learn's ``roc_auc_score``; None without images of both.
+
+    >>> auroc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([0, 0, 1, 1]))
+    0.875
+    """
+    hits, numbers, _ = _cut(scores, targets)
+    misses = numbers - hits
+    if not (hits[-1] and misses[-1]):
+        return None
+    hits, misses = (torch.cat((counts.new_zeros(1), counts)) for counts in (hits, misses))
+    return float(torch.trapezoid(hits, misses) / (hits[-1] * misses[-1]))
 
 
 def macro_f1(chosen: Tensor, targets: Tensor) -> float:

@@ -18,8 +18,9 @@ from backbone_finetune.recipes.commands.evaluate import score_answers
 from backbone_finetune.recipes.commands.reporting.evaluation_files import write_evaluation
 from backbone_finetune.recipes.commands.reporting.figures import (
     Answers,
-    auroc,
+    Array,
     bootstrap,
+    calibration_interval,
     chance_calibration_error,
     expected_calibration_error,
 )
@@ -199,10 +200,6 @@ def test_of_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path) -> N
 
 def test_figures_are_those_of_their_definitions() -> None:
     generator = numpy.random.default_rng(0)
-    scores, positive = generator.integers(5, size=60) / 5, generator.integers(2, size=60).astype(float)
-    pairs = [(one > other) + (one == other) / 2 for one in scores[positive == 1] for other in scores[positive == 0]]
-    assert auroc(scores, positive) == pytest.approx(sum(pairs) / len(pairs))
-    assert auroc(scores, numpy.ones(60)) is None
     confidence, right = generator.random(1000), generator.random(1000)
     perfect = (right < confidence).astype(float)
     assert expected_calibration_error(confidence, perfect) < 0.06
@@ -212,3 +209,22 @@ def test_figures_are_those_of_their_definitions() -> None:
     assert 0.06 > by_chance[1] > expected_calibration_error(confidence, perfect)
     wide, narrow = (bootstrap(lambda values: float(values.mean()), right[:count]) for count in (30, 1000))
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+
+
+@pytest.mark.parametrize(("gap", "count"), [(0.0, 50), (0.2, 200)])
+def test_the_interval_of_the_calibration_error_contains_that_of_all_images(gap: float, count: int) -> None:
+    """The error of a sample is larger, and those of draws from it are larger again: their percentiles lie too high."""
+    generator = numpy.random.default_rng(0)
+
+    def draw(count: int) -> tuple[Array, Array]:
+        confidence = generator.beta(4, 1.5, count)
+        return confidence, (generator.random(count) < confidence - gap).astype(float)
+
+    truth = expected_calibration_error(*draw(10**6))
+    inside = 0
+    for _ in range(20):
+        confidence, right = draw(count)
+        interval = calibration_interval(confidence, right, chance_calibration_error(confidence))
+        assert 0 <= interval.low <= interval.value <= interval.high
+        inside += interval.low <= truth + 0.001 and truth - 0.001 <= interval.high
+    assert inside >= 17
