@@ -14,7 +14,7 @@ from backbone_finetune import __version__
 from backbone_finetune.validation import check_architecture
 
 from ..checking import Schema
-from ..objectives.kinds import MultiLabel, Regression, SingleLabel
+from ..objectives.kinds import Above0, Finite, MultiLabel, Regression, SingleLabel, Threshold
 from ..objectives.objective import Objective
 from ..text import describe_fault, has_control_characters
 from .classifiers import ClassifierDescription, LinearLayer
@@ -132,15 +132,15 @@ class MultiLabelDescription(Schema):
     """An image has each class whose probability is above its threshold."""
 
     kind: Literal["MultiLabel"]
-    thresholds: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+    thresholds: tuple[Threshold, ...] | None = None
 
 
 class RegressionDescription(Schema):
     """The class names are names of values; a value is ``output * std + mean``."""
 
     kind: Literal["Regression"]
-    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
-    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
+    mean: tuple[Finite, ...]
+    std: tuple[Above0, ...]
 
 
 ObjectiveDescription = Annotated[MultiLabelDescription | RegressionDescription, Field(discriminator="kind")]

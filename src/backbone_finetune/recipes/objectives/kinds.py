@@ -17,9 +17,12 @@ from . import metrics
 from .objective import Loss, Objective
 
 _as_list = BeforeValidator(lambda values: values.tolist() if isinstance(values, Tensor) else values)
-Positives = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], _as_list]
-Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], _as_list]
-Numbers = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], _as_list]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Threshold = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positives = Annotated[tuple[Above0, ...], _as_list]
+Shares = Annotated[tuple[Threshold, ...], _as_list]
+Numbers = Annotated[tuple[Finite, ...], _as_list]
 CHECKED = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
 
