@@ -205,9 +205,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
                 )
             yield opened, {name: text for name, text in metadata.items() if name not in _FORMAT}
     except SafetensorError as error:
-        reason = " ".join(str(error)[:200].split())  # it quotes the file, including newlines
         raise ValueError(
-            f"{path}: not a safetensors file, or a truncated one ({reason}); copy or train it again."
+            f"{path}: not a safetensors file, or a truncated one, so no model of backbone-finetune; pass the "
+            "model.safetensors that a training run wrote, or copy it again."
         ) from error
 
 

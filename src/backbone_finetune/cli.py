@@ -132,7 +132,7 @@ def run_train(options: argparse.Namespace) -> int:
     may_differ = NOT_RECORDED | {"device"}
     for name in dict.fromkeys((*names, *(field.name for field in fields(Phase)))):
         if name not in may_differ and getattr(options, name, None) is not None:
-            option = {"images": "DATA", "architecture": "--model"}.get(name, f"--{name.replace('_', '-')}")
+            option = {"images": "DATA", "architecture": "--model"}.get(name, name_option(name, getattr(options, name)))
             *others, last = (f"--{other.replace('_', '-')}" for other in sorted(may_differ))
             raise ValueError(
                 f"{option} and --run {options.run} were both given; the file has all options except "
@@ -143,12 +143,21 @@ def run_train(options: argparse.Namespace) -> int:
     return 0
 
 
+def name_option(name: str, value: object) -> str:
+    """Return the option that sets a setting to a value.
+
+    >>> name_option("norm_eval", False)
+    '--no-norm-eval'
+    """
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+
+
 def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
     """Return the phases of a file, or one phase from the options; raise ValueError if both were given."""
     names = [field.name for field in fields(Phase)]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.tune and (given or options.phases is not None):
-        option = f"--{next(iter(given)).replace('_', '-')}" if given else "--phases"
+        option = name_option(*next(iter(given.items()))) if given else "--phases"
         raise ValueError(f"--tune and {option} were both given; --tune chooses the phases, and --phases takes yours")
     if options.phases is None:
         if "augment" in given:
@@ -159,7 +168,7 @@ def choose_phases(options: argparse.Namespace) -> tuple[Phase, ...]:
                 )
         return (Phase(**given),)
     if given:
-        option = f"--{next(iter(given)).replace('_', '-')}"
+        option = name_option(*next(iter(given.items())))
         raise ValueError(f"{option} and --phases {options.phases} were both given; write it into the file's phases")
     return read_phases(options.phases)
 

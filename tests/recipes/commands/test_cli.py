@@ -281,8 +281,10 @@ def test_each_error_is_one_line(tmp_path: Path, fail: Fail) -> None:
     assert "text.pth: not a readable weights file" in fail(
         "train", images, *small, "--checkpoint", tmp_path / "text.pth"
     )
-    assert "nowhere.pth: there is no such file" in fail("train", images, *small, "--checkpoint", "nowhere.pth")
-    assert "text.pth: not a safetensors file" in fail("predict", tmp_path / "text.pth", "tom.jpg")
+    # Before any image is read.
+    assert "nowhere.pth: there is no such file" in fail("train", "no data", *small, "--checkpoint", "nowhere.pth")
+    said = fail("predict", tmp_path / "text.pth", "tom.jpg")
+    assert "text.pth: not a safetensors file, or a truncated one, so no model of backbone-finetune; pass the" in said
     assert "nowhere.safetensors: no such file" in fail("predict", tmp_path / "nowhere.safetensors", "tom.jpg")
     assert "nowhere.safetensors: no such file" in fail("inspect", tmp_path / "nowhere.safetensors")
     assert "text.pth: not a safetensors file" in fail("inspect", tmp_path / "text.pth")

@@ -10,15 +10,20 @@ import pytest
 import torch
 from image_folders import COLOURS, make_image
 from torch.nn.functional import cross_entropy
-from torch.utils.data import default_collate
+from torch.utils.data import TensorDataset, default_collate
 
+from backbone_finetune import FineTuneModel
 from backbone_finetune.cli import main
 from backbone_finetune.recipes.commands.settings import TrainSettings
-from backbone_finetune.recipes.commands.setup import make_task
+from backbone_finetune.recipes.commands.setup import balanced_weights, make_task
 from backbone_finetune.recipes.commands.train import train
+from backbone_finetune.recipes.objectives.kinds import SingleLabel
 from backbone_finetune.recipes.rng import seed_everything
+from backbone_finetune.recipes.training.config import TrainerConfig
+from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
+from backbone_finetune.recipes.training.scoring import evaluate
 
 COUNTS = {"blue": 9, "green": 4, "red": 2}
 SMALL = ["--model", "test_resnet", "--input-size", "32", "--epochs", "1", "--device", "cpu", "--mixed-precision", "no"]
@@ -79,11 +84,33 @@ def test_the_command_records_class_weights_and_repeats_the_run(
     assert evaluation["balanced_accuracy"] == pytest.approx(share)
 
 
+def test_balanced_class_weights_raise_the_recall_of_a_rare_class() -> None:
+    """20 of 400 images are of the rare class, and the classes overlap."""
+    generator = torch.Generator().manual_seed(0)
+    targets = (torch.arange(400) % 20 == 0).long()
+    images = TensorDataset(torch.randn(400, 2, generator=generator) + 1.5 * targets[:, None], targets)
+    recalls, balanced = [], []
+    for weights in (None, balanced_weights(targets.tolist())):
+        torch.manual_seed(0)
+        model = FineTuneModel(torch.nn.Identity(), torch.nn.Linear(2, 2))
+        accelerator = make_accelerator(torch.device("cpu"), mixed_precision="no")
+        config = TrainerConfig(accelerator, objective=SingleLabel(weights), show_progress=False)
+        fine_tune(model, images, None, [Phase(epochs=5, lr=0.05)], config)
+        score = evaluate(model, images, config)
+        recalls.append(float((score.answers[targets == 1] == 1).double().mean()))
+        balanced.append(score.balanced_accuracy)
+    assert recalls[0] < 0.4
+    assert recalls[1] > 0.8
+    assert balanced[1] > balanced[0] + 0.1
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--class-weights", "mine"], "argument --class-weights: invalid choice: 'mine'"),
         (["--label-smoothing", "1"], "label_smoothing"),
+        (["--regression", "x,"], "'x,' has an empty name; pass columns between commas, such as age,height"),
+        (["--input-size", "96x"], "'96x' is no size; pass 96, or 96x128 for height x width"),
     ],
 )
 def test_an_invalid_setting_raises(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,6 +192,7 @@ def test_a_model_file_is_trained_further(
     start = ["--model", "test_resnet", "--checkpoint", str(weights), "--output", str(first.parent)]
     assert main(["train", str(same), *small, "0.1", *start]) == 0
     assert main(["train", str(same), *small, "1e-12", "--checkpoint", str(first), "--output", str(second.parent)]) == 0
+    assert f"test_resnet, weights from {first}, with its classifier, on" in capsys.readouterr().out
     before, after = (load_file(path) for path in (first, second))
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)

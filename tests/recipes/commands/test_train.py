@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from backbone_finetune import cli
+from backbone_finetune.recipes.commands.initial_model import choose_data_config
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.commands.runs.metrics import describe
 from backbone_finetune.recipes.commands.runs.run_folder import MODEL_FILE
 from backbone_finetune.recipes.commands.settings import TrainSettings
-from backbone_finetune.recipes.commands.start import choose_data_config
 from backbone_finetune.recipes.commands.train import train
 from backbone_finetune.recipes.data.augmentation import Augmentation
 from backbone_finetune.recipes.data.groups import split

@@ -137,8 +137,15 @@ def read_size(text: str) -> int | tuple[int, int]:
 
 
 def read_names(text: str) -> tuple[str, ...]:
-    """Read names between commas."""
-    return tuple(name.strip() for name in text.split(","))
+    """Read names between commas.
+
+    >>> read_names("age, height")
+    ('age', 'height')
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names:
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; pass columns between commas, such as age,height")
+    return names
 
 
 NAMES = {"--model": "architecture"}  # of options that are not called as their setting

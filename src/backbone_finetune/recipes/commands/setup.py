@@ -19,15 +19,16 @@ from ..data.sources.parts import FoundData, find_data
 from ..data.sources.rows import TEST, TRAIN, VALIDATION
 from ..models.base import BaseWeights, remember_base
 from ..models.file import build_transform
+from ..models.foreign import check_file
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from ..objectives.objective import Objective
 from ..together import run_on_main
 from ..training.checkpoints import EpochResult
 from ..training.mixing import make_mixing
 from ..training.phases import DEFAULT_LR, Phase, tuning_phases
+from .initial_model import load_start
 from .runs.run_folder import check_output_folder
 from .settings import CLIPART, TrainSettings
-from .start import load_start
 
 TEST_SHARE = 0.3
 
@@ -112,6 +113,8 @@ def choose_phases(settings: TrainSettings, num_images: int, model: FineTuneModel
 
 def _find_data(settings: TrainSettings) -> FoundData:
     check_output_folder(settings.output, overwrite=settings.overwrite)
+    if settings.checkpoint is not None:  # before all images are read
+        check_file(settings.checkpoint)
     return find_data(
         settings.images or CLIPART,
         validation=settings.validation,

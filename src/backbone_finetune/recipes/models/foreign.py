@@ -50,8 +50,9 @@ def load_checkpoint_network(architecture: str, path: Path, **arguments: Any) -> 
         except Exception as error:  # timm's converters may raise any error for a foreign file
             problem = error
     raise ValueError(
-        f"{path}: these are not the weights of {architecture} ({one_line(problem, most=200)}); its tensors are "
-        f"{_list_names(wanted)}; the file has {_list_names(tensors)}"
+        f"{path}: these are not the weights of {architecture}: the file has {_list_names(tensors)}, and expected "
+        f"are {_list_names(wanted)}; pass the architecture of the file with --model, or weights of this one "
+        f"({one_line(problem, most=200)})"
     ) from problem
 
 
@@ -98,12 +99,17 @@ def read_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _read_file(path: Path) -> Any:
-    """Read a dictionary from a file of safetensors or torch. No code in it is run."""
+def check_file(path: Path) -> None:
+    """Raise FileNotFoundError unless there is a file."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: {'it is a folder; pass the weights file in it' if path.is_dir() else 'there is no such file'}"
         )
+
+
+def _read_file(path: Path) -> Any:
+    """Read a dictionary from a file of safetensors or torch. No code in it is run."""
+    check_file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

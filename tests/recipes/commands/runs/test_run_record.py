@@ -78,6 +78,7 @@ def test_a_record_repeats_its_run(
         ("--epochs 3", "--epochs"),
         ("--phases p.toml", "--phases"),
         ("--pretrained", "--pretrained"),
+        ("--no-norm-eval", "--no-norm-eval"),
         ("--trainable-only", "--trainable-only"),
     ],
 )

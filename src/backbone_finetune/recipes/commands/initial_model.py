@@ -71,7 +71,7 @@ def _load_file(
     trained = _resize(load_trained_model(path, base=settings.base), path, _size(settings), settings.in_chans)
     words = f"weights from {path}"
     if trained.class_names == class_names:
-        return replace(trained, model=trained.model.unfreeze_backbone()), "file", words, True
+        return replace(trained, model=trained.model.unfreeze_backbone()), "file", f"{words}, with its classifier", True
     words = f"{words}, with a new classifier, as its classes are {join_some(trained.class_names)}"
     model = with_new_classifier(trained, path, class_names)
     return replace(trained, model=model, class_names=class_names, objective=SingleLabel()), "file", words, False
