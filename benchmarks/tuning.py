@@ -38,7 +38,9 @@ from backbone_finetune.recipes.models.weights import load_packaged_network
 from backbone_finetune.recipes.training.phases import tuning_phases
 
 PLAIN_RATES = (3e-4, 1e-3, 1e-4)
-ARMS = ["frozen head", "tune", *(f"plain, {rate:g}" for rate in PLAIN_RATES), "tune, light"]
+PLAIN = [f"plain, {rate:g}" for rate in PLAIN_RATES]
+LIGHT = "plain, 0.0003, light"
+ARMS = ["frozen head", "tune", *PLAIN, LIGHT, "tune, same images", "two phases", "two phases, same images"]
 
 
 def ways(num_images: int, model: FineTuneModel) -> dict[str, tuple[Phase, ...]]:
@@ -47,12 +49,15 @@ def ways(num_images: int, model: FineTuneModel) -> dict[str, tuple[Phase, ...]]:
     # One and a half times as long as each phase of the tuning, which takes as much time as both.
     epochs = round(1.5 * tuned[-1].epochs)
     everything = Phase(epochs, len(model.layer_groups), lr=1e-3, warmup_epochs=1, cosine=True)
-    drawn = (tuned[0], *(replace(phase, augment=Augmentation.LIGHT) for phase in tuned[1:]))
+    drawn = replace(everything, augment=Augmentation.LIGHT, backbone_lr=3e-4)
     return {
         "frozen head": tuned[:1],
         "tune": tuned,
-        **{f"plain, {rate:g}": (replace(everything, backbone_lr=rate),) for rate in PLAIN_RATES},
-        "tune, light": drawn,
+        **{name: (replace(everything, backbone_lr=rate),) for name, rate in zip(PLAIN, PLAIN_RATES, strict=True)},
+        LIGHT: (drawn,),
+        "tune, same images": tuple(replace(phase, augment=None) for phase in tuned),
+        "two phases": (tuned[0], drawn),
+        "two phases, same images": (tuned[0], replace(drawn, augment=None)),
     }
 
 
@@ -140,10 +145,13 @@ EfficientNet-Lite0 with its ImageNet weights, float32. Mean ± standard deviatio
 splits, first classifier, order of images and test images, and keep the last epoch.
 
 - `frozen head`: a head on features, from weights of 0 at the default rate.
-- `tune`: that head, then `tuning_phases`: the last third of the layer groups, then everything.
+- `tune`: that head, then `tuning_phases`: the last third of the layer groups, then everything, on new crops and mirror
+  images in each epoch (`Augmentation.LIGHT`).
 - `plain, R`: everything from the start, at rate R for the backbone and 1e-3 for the classifier, one epoch of warm-up,
-  cosine, in one and a half times the epochs of each phase of `tune`.
-- `tune, light`: the phases that train layers draw new crops and mirror images in each epoch (`Augmentation.LIGHT`).
+  cosine, in one and a half times the epochs of each phase of `tune`, on the images themselves; with `light`, on crops
+  and mirror images.
+- `tune, same images`: `tune` on the images themselves.
+- `two phases`: the head, then everything as in `plain, 0.0003, light`; with `same images`, as in `plain, 0.0003`.
 - CPU seconds are of one thread, for all of the training, reading images included. Other work on the machine makes
   them longer.
 """

@@ -10,7 +10,7 @@ from image_folders import make_folder
 from torch import nn
 
 from backbone_finetune import FineTuneModel, cli
-from backbone_finetune.recipes import Phase, TrainSettings, train, tuning_phases
+from backbone_finetune.recipes import Augmentation, Phase, TrainSettings, train, tuning_phases
 
 
 def make_model(groups: int) -> FineTuneModel:
@@ -29,6 +29,7 @@ def test_each_phase_trains_more_at_a_lower_rate(groups: int, num_images: int) ->
     rates = [phase.backbone_lr for phase in others]
     assert rates == sorted(rates, reverse=True)
     assert all(3 <= phase.epochs <= 10 for phase in others)
+    assert {phase.augment for phase in others} == {Augmentation.LIGHT}
 
 
 def test_more_images_have_fewer_epochs() -> None:

@@ -34,7 +34,8 @@ TRAIN = {
     "own size)",
     "--in-chans C": "channels of the images: 1 for grey of 8 or 16 bits, 3, or the number of bands in .npy and TIFF "
     "files (default: 3); pretrained weights of the first layer are adapted",
-    "--tune": "train the head, then the last layer groups too, then everything; the number of images sets the epochs",
+    "--tune": "train the head, then the last layer groups too, then everything, on random crops and mirror images; the "
+    "number of images sets the epochs",
     "--seed S": "of the split, the classifier and the order of images",
     "--batch-size N": "images per step, in all processes together",
     "--accumulation N": "split each batch into N parts, to save memory",

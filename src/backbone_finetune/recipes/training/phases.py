@@ -147,9 +147,10 @@ def tuning_phases(num_images: int, model: FineTuneModel) -> tuple[Phase, ...]:
 
     The order is that of LP-FT (Kumar et al. 2022): a head that fits first, so that the steps of a random head do not
     distort the backbone. Lengths follow from the number of images, as in BiT's HyperRule (Kolesnikov et al. 2020):
-    each phase that trains layers sees about 2,500 images, in 3 to 10 epochs. Its rates fall along a cosine, the
-    backbone's from 3e-4 for the last groups and from 1e-4 for everything. On few images this is
-    better than a head alone, and not than plain fine-tuning (benchmarks/results/tuning.md).
+    each phase that trains layers sees about 2,500 images, in 3 to 10 epochs, with new crops and mirror images in each.
+    Its rates fall along a cosine, the backbone's from 3e-4 for the last groups and from 1e-4 for everything. On two
+    sets of few images this is better than a head alone, and on one of them than plain fine-tuning
+    (benchmarks/results/tuning.md).
 
     >>> model = FineTuneModel.from_timm("test_resnet", num_classes=2)
     >>> [(phase.epochs, phase.trainable_groups) for phase in tuning_phases(100, model)]
@@ -176,6 +177,7 @@ def tuning_phases(num_images: int, model: FineTuneModel) -> tuple[Phase, ...]:
                 weight_decay=0.01,
                 warmup_epochs=1,
                 cosine=True,
+                augment=Augmentation.LIGHT,
             )
             for count, rate in steps
         ),
