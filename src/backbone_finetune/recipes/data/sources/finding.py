@@ -149,7 +149,7 @@ def list_images(path: Path) -> list[Path]:
     elif path.is_dir() and (below := [file.path for file in walk(path) if file.path and file.is_image]):
         found = sorted(below)
     elif shards := list_shards(path):
-        found = list_packed(read_shards(path, shards))
+        found = list_packed(file for shard in shards for file in read_shards(shard, [shard]))
     elif not path.is_dir():
         return [path]
     else:

@@ -19,12 +19,11 @@ EXPECTED = "expected a folder with a sub-folder of images per class"
 
 
 class File(NamedTuple):
-    """A file below a root, or a folder, which has no ``path``; ``part`` is given by the name of its tar file."""
+    """A file in folders below a root, perhaps in a tar file; or a folder, which has no ``path``."""
 
     folders: tuple[str, ...]
     path: Path | None = None
     tar: Path | None = None
-    part: str | None = None
 
     @property
     def is_image(self) -> bool:
@@ -78,24 +77,18 @@ def read_folders(
     Raises:
         ValueError: there are no folders, or one has no image.
     """
-    files = list(files)
-    is_split = any(file.part for file in files)
-    if not is_split and len({file.tar for file in files}) > 1:  # a tar file is the class of images in no folder
-        files = [file if file.folders else file._replace(folders=(file.tar.stem,)) for file in files if file.tar]
-    files.sort(key=lambda file: (*file.folders, "" if file.path is None else file.path.name))
+    files = sorted(files, key=lambda file: (*file.folders, "" if file.path is None else file.path.name))
     outer, *more = _folders_in(files) or [""]
     depth = min((len(file.folders) for file in files if file.is_image), default=0)
     if depth > 1 and not more and outer not in (class_names or ()):
         warn_of_left_out(root, _count_beside(files))
         root, files = _enter(root, outer, files)
-    if is_split:
-        parts = {part: (root, [file for file in files if file.part == part]) for part in PARTS.values()}
-    elif chosen := choose_parts(root, _folders_in(files)):
+    if chosen := choose_parts(root, _folders_in(files)):
         warn_of_left_out(root, _count_beside(files))
         parts = {part: _enter(root, name, files) for part, name in chosen.items()}
     else:
         parts = {TRAIN: (root, files)}
-    return {part: (each, _list_classes(each, own)) for part, (each, own) in parts.items() if own or part == TRAIN}
+    return {part: (each, _list_classes(each, own)) for part, (each, own) in parts.items()}
 
 
 def _enter(root: Path, name: str, files: Iterable[File]) -> tuple[Path, list[File]]:

@@ -21,7 +21,7 @@ def are_samples(files: Iterable[File]) -> bool:
     """Return whether an image has a ``.cls`` beside it; or a ``.json`` or ``.txt``, and images are in one folder."""
     samples = [sample for sample in _group(files) if _choose_images(sample)]
     beside = {_extension(path) for sample in samples for path in sample}
-    folders = {file.folders for sample in samples for path, file in sample.items() if is_image(path)}
+    folders = {path.relative_to(file.tar or "").parent for sample in samples for path, file in sample.items()}
     return "cls" in beside or (len(folders) == 1 and not beside.isdisjoint(SIDECARS))
 
 
@@ -40,10 +40,10 @@ def read_samples(
     """
     rows, left_out = [], Counter[str]()
     samples = _group(files)
-    tops = {file.folders[:1] for sample in samples for file in sample.values()}
-    inner = {top: PARTS.get("".join(top).lower()) for top in tops}  # the part of each folder in the tar files
-    if None in inner.values() or TRAIN not in inner.values():
-        inner = {}
+    outer = {file.folders[:1] for sample in samples for file in sample.values()}
+    parts = {folders: PARTS.get("".join(folders).lower()) for folders in outer}
+    if None in parts.values() or TRAIN not in parts.values():
+        parts = {}
     for sample in samples:
         images = _choose_images(sample)
         if len(images) > 1:
@@ -52,9 +52,9 @@ def read_samples(
             raise ValueError(f"{images[0].parent}: the sample {key} has {len(images)} images ({names}); leave one")
         sidecars = {_extension(path): path for path in sample if images and _extension(path) in SIDECARS}
         left_out.update(kind_of(path) for path in sample if path not in (*images, *sidecars.values()))
-        for image in images:
-            part = sample[image].part or inner.get(sample[image].folders[:1])
-            rows.append(Row(str(image), image, _read_cells(sidecars, part)))
+        rows += [
+            Row(str(image), image, _read_cells(sidecars, parts.get(sample[image].folders[:1]))) for image in images
+        ]
     warn_of_left_out(root, left_out)
     columns = choose_columns(root, list(dict.fromkeys(name for row in rows for name in row.cells)), values, group)
     return sort_rows(root, columns, rows)

@@ -60,9 +60,18 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def read_shards(root: Path, shards: Sequence[Path]) -> list[File]:
-    """List what is in tar files and not hidden; raise ValueError if one is no tar file, or is compressed."""
-    links = Counter[str]()
-    files = [file for shard, part in _find_parts(root, shards).items() for file in _list_files(shard, part, links)]
+    """List what is in tar files and not hidden, in folders: their own, and around these the part of the tar file.
+
+    Of several tar files, one without a part is the folder of its files that are in none.
+
+    Raises:
+        ValueError: one is no tar file, or is compressed.
+    """
+    links, parts, files = Counter[str](), _find_parts(root, shards), list[File]()
+    for shard, part in parts.items():
+        outer, alone = () if part is None else (part,), (shard.stem,) if len(parts) > 1 and part is None else ()
+        for file in _list_files(shard, links):
+            files.append(file._replace(folders=outer + (file.folders or alone)))
     warn_of_left_out(root, links)
     return files
 
@@ -85,7 +94,7 @@ def _find_parts(root: Path, shards: Sequence[Path]) -> dict[Path, str | None]:
     return {shard: part for shard, part in parts.items() if part is not None}
 
 
-def _list_files(shard: Path, part: str | None, links: Counter[str]) -> list[File]:
+def _list_files(shard: Path, links: Counter[str]) -> list[File]:
     """List the files and folders in a tar file that are not hidden, and count what is neither."""
     files: dict[tuple[str, ...], File] = {}
     length = end = shard.stat().st_size
@@ -96,12 +105,12 @@ def _list_files(shard: Path, part: str | None, links: Counter[str]) -> list[File
                 if not parts or any(part.startswith(".") for part in parts):
                     continue
                 if info.isdir():
-                    files[parts] = File(parts, tar=shard, part=part)
+                    files[parts] = File(parts, tar=shard)
                 elif info.isreg() and not info.issparse():
                     size = max(0, min(info.size, length - info.offset_data))  # less if the tar file is truncated
                     read = partial(_read_range, shard, info.offset_data, size)
                     path = PackedPath(shard.joinpath(*parts)).holding(read, size)
-                    files[parts] = File(parts[:-1], path, shard, part)  # of two with one name the last, as unpacked
+                    files[parts] = File(parts[:-1], path, shard)  # of two with one name the last, as unpacked
                 else:
                     links["links or special files"] += 1
             end = archive.offset
