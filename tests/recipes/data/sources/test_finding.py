@@ -103,6 +103,25 @@ def test_a_share_of_a_train_folder_alone_is_held_out(tmp_path: Path, caplog: pyt
     assert f"test: 9 images from {tmp_path / 'train'}, 30 % of each class, held out" in caplog.messages
 
 
+def test_one_folder_around_the_classes_is_entered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = touch(tmp_path / "data", "pets/cat/1.jpg", "pets/dog/1.jpg", "README")
+    assert find_images(root).class_names == ("cat", "dog")
+    assert caplog.messages == [f"{root}: 1 files left out: 1 without a suffix beside the folders"]
+    nested = touch(tmp_path / "nested", "cat/2023/1.jpg", "cat/2024/1.jpg")
+    assert find_images(nested, ("cat", "dog")).targets == (0, 0)  # a class of the model is no such folder
+
+
+def test_a_class_folder_without_images_raises(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.jpg", "dog/1.heic", "dog/2.heic")
+    with pytest.raises(ValueError, match=r"class folder .*dog holds no image \(.*\), but 2 \.heic; add images to it"):
+        find_images(tmp_path)
+    (tmp_path / "ant").mkdir()
+    with pytest.raises(
+        ValueError, match=r"class folder .*ant holds no image \(.*\), and nothing else; add images to it"
+    ):
+        find_images(tmp_path)
+
+
 def test_a_class_may_have_the_name_train(tmp_path: Path) -> None:
     touch(tmp_path, "bus/1.jpg", "train/steam/1.jpg", "train/2.jpg", "test/deep/1.jpg")
     assert find_images(tmp_path).class_names == ("bus", "test", "train")
