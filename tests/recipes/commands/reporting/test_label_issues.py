@@ -37,7 +37,10 @@ def test_wrong_classes_are_listed_first(tmp_path: Path, more: list[str]) -> None
     section = page[page.index("<h2>Training images whose label looks wrong") : page.index("<h2>Identical images")]
     assert f"({len(rows)} in all)" in section
     assert section.count("<figure>") == len(rows)
-    assert f"{rows[0]['class']} {float(rows[0]['score']):.0%}, looks like {rows[0]['suggested']}" in section
+    assert (
+        f"<bdi>{rows[0]['class']}</bdi> {float(rows[0]['score']):.0%}, looks like <bdi>{rows[0]['suggested']}</bdi>"
+        in section
+    )
 
 
 def test_checking_labels_needs_cleanlab(
@@ -95,7 +98,7 @@ def test_identical_images_are_in_the_report_and_the_metrics(tmp_path: Path) -> N
     page = (output / "report.html").read_text()
     section = page[page.index("<h2>Identical images in two parts or two classes (13 in all)") :]
     assert section.count("<figure>") == 2 * 13
-    assert "<figcaption>train red<br>copy.png</figcaption>" in section
+    assert "<figcaption>train <bdi>red</bdi><br><bdi>copy.png</bdi></figcaption>" in section
 
 
 def test_results_of_the_replaced_run_do_not_stay(tmp_path: Path) -> None:

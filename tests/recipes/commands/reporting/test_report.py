@@ -1,6 +1,7 @@
 """The page of an evaluation: right figures, escaped names, nothing from elsewhere, and a browser that shows it."""
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -24,7 +25,9 @@ from backbone_finetune.recipes.commands.reporting.figures import (
     chance_calibration_error,
     expected_calibration_error,
 )
+from backbone_finetune.recipes.commands.reporting.plots import draw_curves
 from backbone_finetune.recipes.commands.reporting.report import make_report
+from backbone_finetune.recipes.training.checkpoints import EpochResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = '<script>document.title="ran"</script>"&\x1b[31m'
@@ -87,30 +90,66 @@ def test_a_page_takes_nothing_from_elsewhere_and_escapes_names(tmp_path: Path) -
     assert "default-src 'none'" in text
 
 
+MEASURE = """
+onload = () => document.body.append("measured " + JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
+  const page = frame.contentDocument, view = frame.contentWindow, root = page.scrollingElement;
+  const right = (element) => element.getBoundingClientRect().right;
+  return {
+    figures: page.querySelectorAll("figure").length,
+    overflow: root.scrollWidth - view.innerWidth,
+    predicted: right(page.querySelector(".axis span")) < right(page.querySelector(".matrix").parentElement),
+    names: [...page.querySelectorAll(".matrix bdi")].every(bdi => bdi.offsetHeight <= 130 && bdi.offsetWidth <= 130),
+    background: view.getComputedStyle(page.body).backgroundColor,
+    curves: page.querySelector("img.whole").offsetWidth,
+  };
+})));
+"""
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_a_browser_shows_the_page(tmp_path: Path) -> None:
+def test_a_browser_shows_the_page_on_a_phone_and_on_a_desktop_in_the_light_and_in_the_dark(tmp_path: Path) -> None:
     assert CHROMIUM is not None
-    answers = make_answers(tmp_path / "images", (HOSTILE, "dog"))
-    page = tmp_path / "report.html"
-    page.write_text(make_report(score_answers(answers), title="a model", facts={}, curves=answers.paths[0]))
-    browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    shown = subprocess.run(
-        [*browser, "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    ).stdout
-    assert "<title>a model</title>" in shown
-    assert shown.count("<figure>") == page.read_text().count("<figure>")
-    image = tmp_path / "page.png"
-    subprocess.run(
-        [*browser, f"--screenshot={image}", page.as_uri()],
-        capture_output=True,
-        check=True,
-        timeout=120,
-    )
-    assert image.stat().st_size > 5_000
+    names = (HOSTILE, "x" * 250, "\u202eright to left", "כלב", *"abcdefghijklmnop")
+    answers = make_answers(tmp_path / "images", names)
+    draw_curves([EpochResult(1, 1.0, 0.5, 1e-3, 0.01)], {}, tmp_path / "curves.png")
+    page = make_report(score_answers(answers), title="a model", facts={}, curves=tmp_path / "curves.png")
+    frames = [f'<iframe width="{width}" srcdoc="{html.escape(page)}"></iframe>' for width in (390, 1200)]
+    (tmp_path / "frames.html").write_text(f"<meta charset=utf-8>{''.join(frames)}<script>{MEASURE}</script>")
+    backgrounds = []
+    for scheme in (0, 1):  # dark, light
+        browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        shown = subprocess.run(
+            [
+                *browser,
+                f"--blink-settings=preferredColorScheme={scheme}",
+                "--dump-dom",
+                (tmp_path / "frames.html").as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        phone, desktop = json.loads(
+            html.unescape(shown[shown.rindex("measured [") :].partition(" ")[2].partition("</")[0])
+        )
+        for measured in (phone, desktop):
+            assert measured["figures"] == page.count("<figure>")
+            assert measured["overflow"] <= 0
+            assert measured["predicted"]
+            assert measured["names"]
+        assert phone["curves"] > 300
+        backgrounds.append(phone["background"])
+    assert backgrounds[0] != backgrounds[1]
+
+
+def test_names_written_right_to_left_do_not_reorder_captions(tmp_path: Path) -> None:
+    answers = make_answers(tmp_path / "images", ("\u202egod", "כלב"), count=4)
+    page = make_report(score_answers(answers), title="names", facts={})
+    captions = re.findall("<figcaption>(.*?)</figcaption>", page)
+    assert len(captions) == 4
+    names = "(<bdi>\u202egod</bdi>|<bdi>כלב</bdi>)"
+    assert all(re.fullmatch(f"{names}, predicted {names} [0-9]+%<br><bdi>[0-9].png</bdi>", each) for each in captions)
 
 
 def test_a_run_and_an_evaluation_leave_the_same_page_of_the_test_images(tmp_path: Path) -> None:

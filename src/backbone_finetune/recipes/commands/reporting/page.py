@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -14,19 +14,33 @@ from ...text import printable
 
 SIDE = 160  # of a thumbnail, in pixels
 
+# The background of a scrolled table has a shadow where more of it is off-screen; its covers scroll with the content.
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; }
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --shadow: #8888; }
+body { background: Canvas; color: CanvasText; font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; max-width: 70rem; overflow-wrap: anywhere; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; background:
+  linear-gradient(to right, Canvas 40%, transparent) local left, linear-gradient(to left, Canvas 40%, transparent)
+  local right, linear-gradient(to right, var(--shadow), transparent) left, linear-gradient(to left, var(--shadow),
+  transparent) right; background-repeat: no-repeat; background-size: 4rem 100%, 4rem 100%, 1rem 100%, 1rem 100%; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { min-width: 6rem; overflow-wrap: anywhere; text-align: left; }
-.matrix td { text-align: center; min-width: 2rem; } .matrix th { font-weight: normal; }
+th:first-child, td:first-child { background: Canvas; left: 0; min-width: 4rem; position: sticky; text-align: left; }
+th:first-child, td:first-child { max-width: 50vw; }
+th:first-child, td:first-child, .facts td { overflow-wrap: anywhere; }
+.facts td { text-align: left; }
+.matrix th { font-weight: normal; vertical-align: bottom; } .matrix td { min-width: 1.5rem; text-align: center; }
+.matrix th:first-child { max-width: 8rem; min-width: 8rem; } .matrix .axis { text-align: left; }
+.matrix bdi { display: block; max-height: 8rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.matrix .axis span { left: 9.2rem; position: sticky; } .matrix .down { margin-left: auto; writing-mode: vertical-rl; }
 .images { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
 .pairs { display: grid; gap: .8rem 2rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
-figure { margin: 0; } figcaption { font-size: .8rem; overflow-wrap: anywhere; }
+figure { margin: 0; min-width: 0; } figcaption { font-size: .8rem; }
 img { background: var(--soft); height: 8rem; object-fit: contain; width: 100%; }
 img.whole { height: auto; max-width: 100%; width: auto; }
+@media (max-width: 40rem) { table { font-size: .85rem; } th, td { padding: .25rem .3rem; } }
+@media (prefers-color-scheme: dark) { img.whole { filter: invert(1) hue-rotate(180deg); } }
 """
 
 
@@ -47,10 +61,10 @@ def picture(png: bytes) -> str:
 
 
 def gallery(images: Iterable[tuple[Path, str]]) -> str:
-    """Show images, each with a caption and its name."""
+    """Show images, each with a caption in HTML and its name."""
     figures = [
         f'<figure><img alt="{text(path.name)}" src="{_thumbnail(path)}">'
-        f"<figcaption>{text(caption)}<br>{text(path.name)}</figcaption></figure>"
+        f"<figcaption>{caption}<br>{name(path.name)}</figcaption></figure>"
         for path, caption in images
     ]
     return f'<div class="images">{"".join(figures)}</div>' if figures else "<p>None.</p>"
@@ -68,10 +82,26 @@ def _thumbnail(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def table(head_cells: Sequence[object], rows: Iterable[Sequence[object]], *, head: bool = True) -> str:
-    lines = [f"<tr>{''.join(f'<th>{text(cell)}</th>' for cell in head_cells)}</tr>"] if head else []
-    lines += [f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows]
+def table(head_cells: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Show rows below a head; a wide table scrolls, except its first column."""
+    lines = [f"<tr>{''.join(f'<th>{text(cell)}</th>' for cell in head_cells)}</tr>"]
+    lines += [_row(row) for row in rows]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def facts_table(facts: Mapping[str, str]) -> str:
+    """Show facts by name, one in a line."""
+    return f'<div class="wide"><table class="facts">{"".join(map(_row, facts.items()))}</table></div>'
+
+
+def _row(cells: Sequence[object]) -> str:
+    return f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}</tr>"
+
+
+def name(value: object, style: str = "") -> str:
+    """Show the name of a file or class inside a text, whose order it does not change if it is written right to left."""
+    escaped = text(value)
+    return f'<bdi class="{style}" title="{escaped}">{escaped}</bdi>' if style else f"<bdi>{escaped}</bdi>"
 
 
 def text(value: object) -> str:

@@ -16,9 +16,9 @@ def draw_curves(
 ) -> None:
     """Draw the loss and a metric by epoch as a PNG, with a horizontal line for each reference."""
     epochs = [result.epoch for result in history]
-    # Not pyplot: its figures are global state, and it may use a window system.
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    # Not pyplot: its figures are global state, and it may use a window system. Narrow, to be readable on a phone.
+    figure = Figure(figsize=(4.5, 6), dpi=130, layout="constrained")
+    loss, accuracy = figure.subplots(2, 1)
     loss.plot(epochs, [result.train_loss for result in history], marker=".", label="training")
     loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     validation = [value for result in history if (value := result.validation(metric)) is not None]

@@ -13,7 +13,7 @@ from ..evaluate_table import TableEvaluation, score_rows
 from ..runs.metrics import Metrics
 from .figures import Answers, calibration_bins, order_errors, order_mistakes
 from .label_issues import LabelIssue
-from .page import gallery, make_page, picture, table, text
+from .page import facts_table, gallery, make_page, name, picture, table, text
 
 SHOWN = 24  # images of each kind
 MOST_DRAWN = 30  # classes; of more, the matrix is larger than a screen, and than all else in the page
@@ -44,7 +44,7 @@ def make_report(
     Returns:
         The page.
     """
-    head = [f"<h1>{text(title)}</h1>", table(("", ""), {**facts, **evaluation.figures()}.items(), head=False)]
+    head = [f"<h1>{text(title)}</h1>", facts_table({**facts, **evaluation.figures()})]
     if curves is not None:
         head += ["<h2>By epoch</h2>", picture(curves.read_bytes())]
     parts = _show_classes(evaluation) if isinstance(evaluation, Evaluation) else _show_rows(evaluation)
@@ -88,7 +88,7 @@ def _show_rows(evaluation: TableEvaluation) -> list[str]:
         table(("", *scores[0].words()), ((score.name, *score.words().values()) for score in scores)),
         "<h2>The largest errors; a label or value may be wrong</h2>",
         LISTED,
-        gallery((answers.paths[index], "{}, predicted {}".format(*answers.words(index))) for index in errors),
+        gallery((answers.paths[index], _given_and_predicted(answers, index)) for index in errors),
     ]
 
 
@@ -133,15 +133,18 @@ def report_run(
 
 def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     """Draw the confusion matrix: a row for each true class, a column for each predicted one."""
-    head = "".join(f"<th>{text(name)}</th>" for name in names)
-    rows = [f'<tr><th>true</th><th colspan="{len(names)}">predicted</th></tr><tr><th></th>{head}</tr>']
-    for name, row in zip(names, counts, strict=True):
+    head = "".join(f"<th>{name(each, 'down')}</th>" for each in names)
+    rows = [
+        f'<tr><th></th><th class="axis" colspan="{len(names)}"><span>predicted \u2192</span></th></tr>'
+        f"<tr><th>true \u2193</th>{head}</tr>"
+    ]
+    for each, row in zip(names, counts, strict=True):
         shades = [count / max(sum(row), 1) for count in row]
         cells = "".join(
             f'<td style="background: rgb(74 126 187 / {shade:.2f})">{count or ""}</td>'
             for count, shade in zip(row, shades, strict=True)
         )
-        rows.append(f"<tr><th>{text(name)}</th>{cells}</tr>")
+        rows.append(f"<tr><th>{name(each, 'across')}</th>{cells}</tr>")
     return f'<div class="wide"><table class="matrix">{"".join(rows)}</table></div>'
 
 
@@ -165,7 +168,8 @@ def _confused(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
 def _show_issues(issues: Sequence[LabelIssue]) -> list[str]:
     """Show the images whose class looks most wrong."""
     images = [
-        (issue.path, f"{issue.given} {issue.score:.0%}, looks like {issue.suggested}") for issue in issues[:SHOWN]
+        (issue.path, f"{name(issue.given)} {issue.score:.0%}, looks like {name(issue.suggested)}")
+        for issue in issues[:SHOWN]
     ]
     return [
         f"<h2>Training images whose label looks wrong ({len(issues)} in all)</h2>",
@@ -177,7 +181,10 @@ def _show_issues(issues: Sequence[LabelIssue]) -> list[str]:
 def _show_copies(copies: Sequence[Copy]) -> list[str]:
     """Show images that equal another one, beside that."""
     pairs = [
-        ((copy.path, f"{copy.part} {copy.label}"), (copy.of_path, f"{copy.of_part} {copy.of_label}"))
+        (
+            (copy.path, f"{copy.part} {name(copy.label)}"),
+            (copy.of_path, f"{copy.of_part} {name(copy.of_label)}"),
+        )
         for copy in copies[:SHOWN]
     ]
     return [
@@ -191,6 +198,9 @@ def _show_answers(answers: Answers, indices: Sequence[int]) -> str:
     """Show images with their class, the answer, and its probability."""
     sure = answers.probabilities.max(1)
     return gallery(
-        (answers.paths[index], "{}, predicted {} {:.0%}".format(*answers.words(index), sure[index]))
-        for index in indices
+        (answers.paths[index], f"{_given_and_predicted(answers, index)} {sure[index]:.0%}") for index in indices
     )
+
+
+def _given_and_predicted(answers: Answers, index: int) -> str:
+    return "{}, predicted {}".format(*map(name, answers.words(index)))
