@@ -288,7 +288,7 @@ def test_each_error_is_one_line(tmp_path: Path, fail: Fail) -> None:
     assert "nowhere.safetensors: no such file" in fail("predict", tmp_path / "nowhere.safetensors", "tom.jpg")
     assert "nowhere.safetensors: no such file" in fail("inspect", tmp_path / "nowhere.safetensors")
     assert "text.pth: not a safetensors file" in fail("inspect", tmp_path / "text.pth")
-    assert "empty: a folder without images" in fail("predict", tmp_path / "nowhere.safetensors", tmp_path / "empty")
+    assert "empty: no image in it" in fail("predict", tmp_path / "nowhere.safetensors", tmp_path / "empty")
     assert not output.exists()
 
 
