@@ -56,7 +56,7 @@ TRAIN = {
     "--trainable-only": "write only the tensors that training changed; loading needs the base weights",
     "--baselines": "also train on a random backbone and on raw pixels, to compare (always for the clipart)",
     "--check-labels": "list training images whose label looks wrong, by cleanlab (an extra), in 5 folds",
-    "--log-with": "log settings and epochs to a tracker, an extra of that name (tensorboard: in the output folder)",
+    "--log-with": "log settings and epochs to a tracker, an extra of that name (its files are in the output folder)",
     "--overwrite": "replace a finished model, or another run, in the output folder",
 }
 

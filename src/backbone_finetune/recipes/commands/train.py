@@ -48,7 +48,7 @@ from .runs.metrics import Metrics
 from .runs.results import write_metrics, write_results
 from .runs.run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
 from .runs.run_record import compare_runs, record_run
-from .runs.tracked_run import check_tracker, start_tracker
+from .runs.tracked_run import check_tracker, local_tracking, start_tracker
 from .settings import TrainSettings
 from .setup import Task, choose_monitor, make_task
 
@@ -94,6 +94,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         task = make_task(settings, accelerator)
         has_folds = _check_folds(settings, task)
         config, record = _start(settings, task, accelerator, exit_stack, recorded)
+        exit_stack.enter_context(local_tracking(settings))
         exit_stack.callback(finish_trackers, accelerator)
         run_on_main(accelerator, lambda: start_tracker(settings, accelerator, record["arguments"]))
         try:

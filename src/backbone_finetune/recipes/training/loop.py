@@ -105,8 +105,8 @@ def fine_tune(
                 is_done = train_epoch(state, progress, config, title=f"epoch {len(progress.history) + 1}/{total}")
                 report_skipped(parts.values(), progress.skipped, config.accelerator)
                 check_classes(parts.values())
-                log_epoch(config, progress.history[-1])
                 save_checkpoint(state, progress, config)
+                log_epoch(config, progress.history[-1])  # then a resumed run does not log the epoch again
     return progress.history
 
 

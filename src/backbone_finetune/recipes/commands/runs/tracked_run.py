@@ -1,8 +1,10 @@
 """``train --log-with``: the tracker of a run, which a resumed run continues."""
 
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,12 +17,26 @@ from ..settings import TrainSettings
 from .run_folder import UNFINISHED
 
 TRACKED_FILE = "tracked.json"
+MLFLOW_URI = "MLFLOW_TRACKING_URI"
 
 
 def check_tracker(settings: TrainSettings) -> None:
     """Raise ModuleNotFoundError if the package of the tracker is not installed."""
     if settings.log_with is not None:
         import_extra(settings.log_with, settings.log_with)
+
+
+@contextmanager
+def local_tracking(settings: TrainSettings) -> Iterator[None]:
+    """Let mlflow write into the output folder, unless it was told where to: its default is the current folder."""
+    if settings.log_with != "mlflow" or MLFLOW_URI in os.environ:
+        yield
+        return
+    os.environ[MLFLOW_URI] = f"sqlite:///{settings.output.absolute().as_posix()}/mlflow.db"
+    try:
+        yield
+    finally:
+        del os.environ[MLFLOW_URI]
 
 
 def start_tracker(settings: TrainSettings, accelerator: Accelerator, arguments: Mapping[str, Any]) -> None:
