@@ -71,7 +71,7 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
         phase, shown = state.phase, {"loss": f"{loss_sum / weight:.3f}"}
         accuracy = correct / seen if config.objective.has_accuracy else None
         result = EpochResult(epoch, loss_sum / weight, accuracy, phase.lr or 0.0, phase.weight_decay or 0.0)
-        result = replace(result, phase=progress.phase + 1)
+        result = replace(result, phase=progress.phase + 1, cached=isinstance(state.train, Features))
         if accuracy is not None:
             shown["train"] = f"{accuracy:.3f}"
         if state.validation is not None:

@@ -14,6 +14,7 @@ import numpy
 import pytest
 from image_folders import make_folder, make_image
 
+from backbone_finetune import FineTuneModel
 from backbone_finetune.cli import main
 from backbone_finetune.recipes.commands.evaluate import score_answers
 from backbone_finetune.recipes.commands.reporting.evaluation_files import write_evaluation
@@ -204,7 +205,54 @@ def test_the_page_of_a_run_names_the_epoch_that_was_kept_and_its_rates(tmp_path:
     assert main(["train", str(tmp_path / "data"), *options, "--output", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<td>1 of 3, the best on the validation images</td>" in page
-    assert "<td>lr 0.001, weight decay 0.01</td>" in page
+    assert f"<td>{tmp_path / 'data'}</td>" in page
+    for row in (
+        ("1", "1", "classifier", "0.001", "-", "0.01", "unchanged"),
+        ("2", "2", "classifier", "1e-30", "-", "0.01", "unchanged"),
+    ):
+        assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in page
+
+
+def test_the_page_of_a_run_says_what_freezing_saved(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        make_folder(tmp_path / "data" / name)
+    phases = [
+        "epochs = 3\nlr = 0.001",
+        "epochs = 2\ntrainable_groups = 1\nbackbone_lr = 0.002",
+        "epochs = 1\ntrainable_groups = 1\naugment = 'light'",
+        "epochs = 1\ntrainable_groups = 1\nmixup = 0.2",
+        "epochs = 1\ntrainable_groups = 5",
+    ]
+    (tmp_path / "phases.toml").write_text("\n".join(f"[[phases]]\n{phase}" for phase in phases))
+    options = ["--model", "test_resnet", "--phases", str(tmp_path / "phases.toml"), "--monitor", "accuracy"]
+    assert main(["train", str(tmp_path / "data"), *options, "--output", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    model = FineTuneModel.from_timm("test_resnet", num_classes=3)
+    sizes = [sum(each.numel() for each in part.parameters()) for part in (model, model.classifier)]
+    whole, last = sizes[0], sizes[1]
+    names = set(model.layer_groups[-1].parameter_names)
+    with_group = last + sum(each.numel() for name, each in model.backbone.named_parameters() if name in names)
+    images = len(list((tmp_path / "data").rglob("*.png")))
+    counts = (last, with_group, with_group, with_group, whole)
+    computed = (
+        f"once for each image: {images}, not {3 * images}",
+        f"once for each image: {images}, not {2 * images}",
+        f"in each epoch: {images} images; each epoch has new images; --views K computes K of each",
+        f"in each epoch: {images} images; the images of each step are mixed",
+        "none is frozen",
+    )
+    for number, (count, how) in enumerate(zip(counts, computed, strict=True), start=1):
+        saved = f"{(whole - count) * 12 / 1e6:,.1f} MB"
+        row = (str(number), f"{count:,} of {whole:,}", saved, how)
+        assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in page
+    group = model.layer_groups[-1].name
+    for cells in (
+        f"<td>{group}, classifier</td><td>0.001</td><td>0.002</td>",
+        "<td>augment light</td>",
+        "<td>mixup 0.2</td>",
+    ):
+        assert cells in page
+    assert f"<td>all layers: {model.layer_groups[0].name} to {group}, classifier</td>" in page
 
 
 def test_without_test_images_the_page_is_of_the_validation_images(tmp_path: Path) -> None:
@@ -213,7 +261,7 @@ def test_without_test_images_the_page_is_of_the_validation_images(tmp_path: Path
     options = ["--model", "test_resnet", "--epochs", "2", "--lr", "0.05", "--monitor", "accuracy"]
     assert main(["train", str(tmp_path / "data"), *options, "--output", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "<title>Validation images of a fine-tuned model</title>" in page
+    assert "<title>test_resnet on data: validation images</title>" in page
     assert "of 18 images" in page
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_accuracy"] is None
 

@@ -4,16 +4,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy
-from torch import nn
+
+from backbone_finetune import FineTuneModel
 
 from ...data.sources.identical import Copy
 from ...objectives.kinds import SingleLabel
 from ..evaluate import Evaluation, score_answers
 from ..evaluate_table import TableEvaluation, score_rows
 from ..runs.metrics import Metrics
+from ..settings import TrainSettings
 from .figures import Answers, calibration_bins, order_errors, order_mistakes
 from .label_issues import LabelIssue
 from .page import facts_table, gallery, make_page, name, picture, table, text
+from .phases import show_phases
 
 SHOWN = 24  # images of each kind
 MOST_DRAWN = 30  # classes; of more, the matrix is larger than a screen, and than all else in the page
@@ -27,6 +30,7 @@ def make_report(
     title: str,
     facts: Mapping[str, str],
     curves: Path | None = None,
+    training: Iterable[str] = (),
     more: Iterable[str] = (),
 ) -> str:
     """Write how a model does on labelled images as one HTML page.
@@ -39,12 +43,13 @@ def make_report(
         title: What the page is of.
         facts: Lines of a table at its top, by name.
         curves: A PNG file of figures by epoch.
-        more: Further parts of the page, in HTML.
+        training: Parts of the page before the curves, in HTML.
+        more: Parts after all others.
 
     Returns:
         The page.
     """
-    head = [f"<h1>{text(title)}</h1>", facts_table({**facts, **evaluation.figures()})]
+    head = [f"<h1>{text(title)}</h1>", facts_table({**facts, **evaluation.figures()}), *training]
     if curves is not None:
         head += ["<h2>By epoch</h2>", picture(curves.read_bytes())]
     parts = _show_classes(evaluation) if isinstance(evaluation, Evaluation) else _show_rows(evaluation)
@@ -95,7 +100,9 @@ def _show_rows(evaluation: TableEvaluation) -> list[str]:
 def report_run(
     metrics: Metrics,
     answers: Answers,
-    model: nn.Module,
+    model: FineTuneModel,
+    settings: TrainSettings,
+    *,
     issues: Sequence[LabelIssue] | None = None,
     curves: Path | None = None,
 ) -> str:
@@ -104,31 +111,29 @@ def report_run(
     Without test images, it is how it does on the validation images, and the page says so. It also shows images that are
     copies of others, training images whose label looks wrong (``issues``), if that was checked, and the ``curves``.
     """
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = metrics.best_epoch or len(metrics.history)
     why = ", the best on the validation images" if metrics.best_epoch is not None else ""
     facts = {
         "model": f"{metrics.architecture}, {metrics.weights}",
-        "trained": f"{trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} parameters",
+        "data": "the packaged clipart" if settings.images is None else str(settings.images),
         "images": f"{metrics.train_images:,} to train, {metrics.validation_images:,} to validate, "
         f"{metrics.test_images:,} to test",
         "epoch": f"{kept} of {len(metrics.history)}{why}",
-        "rates": f"lr {metrics.history[kept - 1].lr:g}, weight decay {metrics.history[kept - 1].weight_decay:g}",
     }
     if metrics.chance is not None:
         facts["always the commonest class"] = f"{metrics.chance:.3f}"
-    if (times := metrics.backward_milliseconds) is not None:
-        facts["backward pass"] = f"{times.frozen:.2f} ms frozen, {times.unfrozen:.2f} ms unfrozen"
     is_of_classes = isinstance(answers.objective, SingleLabel)
     evaluation = score_answers(answers) if is_of_classes else score_rows(answers)
-    images = "Test"
+    images = "test"
     if not metrics.test_images:
-        images, facts["test images"] = "Validation", "none: the figures are of the validation images"
+        images, facts["test images"] = "validation", "none: the figures are of the validation images"
     more = [] if issues is None else _show_issues(issues)
     if metrics.copies:
         more += _show_copies(metrics.copies)
-    title = f"{images} images of a fine-tuned model"
-    return make_report(evaluation, title=title, facts=facts, curves=curves, more=more)
+    data = "clipart" if settings.images is None else settings.images.resolve().name
+    title = f"{metrics.architecture} on {data}: {images} images"
+    training = show_phases(metrics, model, settings)
+    return make_report(evaluation, title=title, facts=facts, curves=curves, training=training, more=more)
 
 
 def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:

@@ -92,7 +92,8 @@ def write_results(
     if (answers := answered.get(held_out_part(task))) is not None:
         with left_out_if_it_fails(None, REPORT_FILE), publishing(folder, REPORT_FILE) as temporary:
             curves = folder / CURVES_FILE if CURVES_FILE in names else None
-            temporary.write_text(report_run(metrics, answers, task.model, issues, curves), encoding="utf-8")
+            page = report_run(metrics, answers, task.model, settings, issues=issues, curves=curves)
+            temporary.write_text(page, encoding="utf-8")
             names.append(REPORT_FILE)
     finish_run(folder, names)
     logger.info("\nwrote %s", ", ".join(str(folder / name) for name in names))

@@ -1,0 +1,83 @@
+"""What each phase of a run trained, and what freezing the rest saved, as parts of a page."""
+
+from collections.abc import Iterator
+
+from backbone_finetune import FineTuneModel
+
+from ...data.augmentation import AUGMENTATIONS
+from ...training.checkpoints import EpochResult
+from ...training.phases import Phase
+from ..runs.metrics import Metrics
+from ..settings import TrainSettings
+from .page import table, text
+
+BYTES = 12  # of a trained parameter: its gradient and the two means of AdamW, in float32
+
+
+def show_phases(metrics: Metrics, model: FineTuneModel, settings: TrainSettings) -> list[str]:
+    """Show the epochs, layers and rates of each phase, and what freezing the others saved."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained, saved = [], []
+    for number, phase, epochs in _trained_phases(metrics):
+        model.freeze_backbone(trainable_groups=phase.trainable_groups)  # at last that of the last phase, as it was
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        rates = f"{epochs[0].lr:g}", f"{phase.backbone_lr:g}" if phase.trainable_groups else "-"
+        weight_decay = f"{epochs[0].weight_decay:g}"
+        trained.append((number, len(epochs), _trained_layers(phase, model), *rates, weight_decay, _changes(phase)))
+        memory = f"{(total - count) * BYTES / 1e6:,.1f} MB"
+        saved.append((number, f"{count:,} of {total:,}", memory, _frozen_passes(metrics, model, settings, number)))
+    parts = [
+        "<h2>What was trained</h2>",
+        table(("phase", "epochs", "trained", "lr", "backbone lr", "weight decay", "images"), trained),
+        "<h2>What freezing saved</h2>",
+        "<p>Memory: the gradients and the state of AdamW that frozen parameters do not have, 12 bytes for each.</p>",
+        table(("phase", "parameters trained", "memory saved", "frozen layers computed"), saved),
+    ]
+    if (times := metrics.backward_milliseconds) is not None:
+        line = f"{times.frozen:.2f} ms frozen, {times.unfrozen:.2f} ms unfrozen, {times.batch_size} images"
+        parts.append(f"<p>Backward pass: {text(line)}, {text(metrics.device)}.</p>")
+    return parts
+
+
+def _trained_phases(metrics: Metrics) -> Iterator[tuple[int, Phase, list[EpochResult]]]:
+    for number, phase in enumerate(metrics.phases, start=1):
+        yield number, phase, [epoch for epoch in metrics.history if epoch.phase == number]
+
+
+def _trained_layers(phase: Phase, model: FineTuneModel) -> str:
+    """Return the names of the trained layer groups, of many the first and the last."""
+    count = phase.trainable_groups
+    names = [group.name for group in model.layer_groups[len(model.layer_groups) - count :]]
+    if len(names) > 3:
+        names = [f"{names[0]} to {names[-1]}"]
+    every = "all layers: " if count == len(model.layer_groups) else ""
+    return every + ", ".join([*names, "classifier"])
+
+
+def _changes(phase: Phase) -> str:
+    """Return the random changes of the training images."""
+    names = {augment: name for name, augment in AUGMENTATIONS.items()}
+    changes = [] if phase.augment is None else [f"augment {names.get(phase.augment, 'as in metrics.json')}"]
+    changes += [f"{name} {alpha:g}" for name, alpha in (("mixup", phase.mixup), ("cutmix", phase.cutmix)) if alpha]
+    return ", ".join(changes) or "unchanged"
+
+
+def _frozen_passes(metrics: Metrics, model: FineTuneModel, settings: TrainSettings, number: int) -> str:
+    """Return how often the frozen layers ran over the images in a phase, and why not once."""
+    phase, epochs = metrics.phases[number - 1], [epoch for epoch in metrics.history if epoch.phase == number]
+    images = metrics.train_images + metrics.validation_images
+    if epochs[0].cached:
+        views = settings.views if phase.augment is not None else 1
+        of_views = f", in {views} views each" if views > 1 else ""
+        computed = metrics.train_images * views + metrics.validation_images
+        return f"once for each image{of_views}: {computed:,}, not {images * len(epochs):,}"
+    if phase.trainable_groups == len(model.layer_groups):
+        return "none is frozen"
+    why = "the log says why"
+    if settings.cache == "off":
+        why = "--cache off"
+    elif phase.mixup or phase.cutmix:
+        why = "the images of each step are mixed"
+    elif phase.augment is not None:
+        why = "each epoch has new images; --views K computes K of each"
+    return f"in each epoch: {images * len(epochs):,} images; {why}"
