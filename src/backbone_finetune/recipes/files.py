@@ -57,8 +57,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def csv_writer(path: Path) -> Iterator[Any]:
-    """Write a CSV file in UTF-8, in which bytes of a file's name that are not valid text are unchanged."""
-    with path.open("w", -1, "utf-8", "surrogateescape", newline="") as file:
+    r"""Write a CSV file in UTF-8, in which bytes of a name that are not valid text are escaped, ``\udcff`` for 255."""
+    with path.open("w", -1, "utf-8", "backslashreplace", newline="") as file:
         yield csv.writer(file)
 
 

@@ -52,9 +52,12 @@ def test_predict_prints_a_line_for_every_image(trained: Path, tmp_path: Path, en
     expected = sorted(images.rglob("*.png"))
     for name in ("a.csv", "a.jsonl"):
         print_strictly(encoding, "predict", trained, images, "--output", tmp_path / name)
-    rows = (tmp_path / "a.csv").read_bytes().splitlines()[1:]
-    assert [row.split(b",")[0] for row in rows] == [os.fsencode(path) for path in expected]
-    assert all({row.split(b",")[1], row.split(b",")[3]} == {os.fsencode(name) for name in NAMES} for row in rows)
+    rows = (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()[1:]
+    escaped, classes = (
+        [str(name).encode(errors="backslashreplace").decode() for name in names] for names in (expected, NAMES)
+    )
+    assert [row.split(",")[0] for row in rows] == escaped
+    assert all({row.split(",")[1], row.split(",")[3]} == set(classes) for row in rows)
     entries = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [Path(entry["image"]) for entry in entries] == expected
     assert all({found["name"] for found in entry["classes"]} == set(NAMES) for entry in entries)

@@ -19,10 +19,11 @@ GROUP = 1000  # predictions that are written to a Parquet file at once
 def write_csv(
     predictions: Iterable[Prediction], path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
 ) -> Iterator[Prediction]:
-    """Write predictions to a CSV file and yield each one; the file is complete after the last one.
+    r"""Write predictions to a CSV file and yield each one; the file is complete after the last one.
 
     The columns are the ``top_k`` classes. For a ``trained`` model of labels, one column has all labels of an image, as
-    "cat;dog"; for a model of values, each value has a column.
+    "cat;dog"; for a model of values, each value has a column. Undecodable bytes of a name
+    are escaped, ``\udcff`` for 255.
     """
     columns = _columns(trained, top_k)
     with replacing(path) as temporary, csv_writer(temporary) as rows:
