@@ -179,6 +179,8 @@ def load_model(options: argparse.Namespace) -> TrainedModel | NamedModel:
         if options.base is not None or options.device not in {"auto", "cpu"}:
             raise ValueError(f"{options.model}: an ONNX file runs on the CPU and takes no --base")
         return load_onnx_model(options.model)
+    if options.model.suffix in {".xml", ".pt2"}:  # of `export`, to be run elsewhere
+        raise ValueError(f"{options.model}: give a .safetensors or .onnx file, local-dir:FOLDER or hf-hub:OWNER/NAME")
     device = find_device(options.device)
     trained: TrainedModel | NamedModel
     if str(options.model).startswith(("local-dir:", "hf-hub:")):

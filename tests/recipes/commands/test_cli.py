@@ -285,6 +285,9 @@ def test_each_error_is_one_line(tmp_path: Path, fail: Fail) -> None:
     assert "nowhere.pth: there is no such file" in fail("train", "no data", *small, "--checkpoint", "nowhere.pth")
     said = fail("predict", tmp_path / "text.pth", "tom.jpg")
     assert "text.pth: not a safetensors file, or a truncated one, so no model of backbone-finetune; pass the" in said
+    for exported in ("m.xml", "m.pt2"):
+        message = f"{exported}: give a .safetensors or .onnx file, local-dir:FOLDER or hf-hub:OWNER/NAME"
+        assert fail("predict", exported, images) == message
     assert "nowhere.safetensors: no such file" in fail("predict", tmp_path / "nowhere.safetensors", "tom.jpg")
     assert "nowhere.safetensors: no such file" in fail("inspect", tmp_path / "nowhere.safetensors")
     assert "text.pth: not a safetensors file" in fail("inspect", tmp_path / "text.pth")
