@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from client_loops import recipe, small_model, train_plainly
+from client_loops import recipe, reloaded, small_model, train_plainly
 from torch.utils.data import TensorDataset
 
 pytest.importorskip("captum")
@@ -14,9 +16,11 @@ from captum.attr import IntegratedGradients
 pytestmark = [pytest.mark.clients, pytest.mark.usefixtures("one_thread")]
 
 
-def test_attributions_of_a_frozen_model_equal_those_of_a_trainable_one(images: TensorDataset) -> None:
-    model, other = train_plainly(small_model(), images), small_model()
-    other.load_state_dict(model.state_dict())
+def test_attributions_of_a_frozen_model_equal_those_of_a_trainable_one(images: TensorDataset, tmp_path: Path) -> None:
+    model = small_model().freeze_backbone()
+    with model.assert_frozen():
+        train_plainly(model, images)
+    other = reloaded(model, tmp_path).unfreeze_backbone()
     inputs, targets = (tensor[:4] for tensor in images.tensors)
     with model.assert_frozen():
         frozen = recipe("captum and grad-cam", model=model, images=inputs.clone(), targets=targets)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from client_loops import assert_equal, recipe, small_model, train_plainly
+from client_loops import assert_equal, recipe, reloaded, small_model, train_plainly
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -15,7 +17,7 @@ pytest.importorskip("optuna")
 pytestmark = [pytest.mark.clients, pytest.mark.usefixtures("one_thread")]
 
 
-def test_a_trial_equals_a_plain_loop_with_its_parameters(images: TensorDataset) -> None:
+def test_a_trial_equals_a_plain_loop_with_its_parameters(images: TensorDataset, tmp_path: Path) -> None:
     model = small_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -33,3 +35,4 @@ def test_a_trial_equals_a_plain_loop_with_its_parameters(images: TensorDataset) 
     again = small_model().freeze_backbone(trainable_groups=study.best_params["trainable_groups"])
     lr = study.best_params["lr"]
     assert validation_loss(again, torch.optim.AdamW(again.param_groups(lr=lr, backbone_lr=lr / 10))) == study.best_value
+    assert_equal(reloaded(again, tmp_path).state_dict(), again.state_dict())

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from client_loops import BATCH_SIZE, EPOCHS, recipe, small_model
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 from backbone_finetune import FineTuneModel
@@ -60,6 +61,38 @@ def test_adapters_around_and_inside_train_the_same_parameters(images: TensorData
     inputs = images.tensors[0]
     assert torch.equal(adapted(inputs), inside(inputs))
     assert not torch.equal(adapted(inputs), vit()(inputs))
+
+
+class LowRank(nn.Module):
+    """LoRA without PEFT, as a parametrization of a weight."""
+
+    def __init__(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(each.detach().clone()) for each in (a, b))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a  # PEFT's scale is alpha / r = 8 / 8
+
+
+def test_adapters_equal_a_plain_loop_on_a_plain_network(images: TensorDataset) -> None:
+    model, plain = vit(), vit().to_module().requires_grad_(requires_grad=False)
+    names = adapt(model)
+    plain.head.requires_grad_()
+    for block, ours in zip(plain.blocks, model.backbone.blocks, strict=True):
+        low_rank = LowRank(ours.attn.qkv.lora_A.default.weight, ours.attn.qkv.lora_B.default.weight)
+        parametrize.register_parametrization(block.attn.qkv, "weight", low_rank)
+    decays = {group["weight_decay"] for group in names["optimizer"].param_groups}
+    weights = [weight for weight in plain.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": max(decays)},
+        {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
+    ]
+    with model.assert_frozen():
+        train(names["adapted"], images, names["optimizer"])
+    train(plain, images, torch.optim.AdamW(groups, lr=1e-3))
+    inputs = images.tensors[0]
+    torch.testing.assert_close(names["adapted"](inputs), plain(inputs), rtol=0, atol=1e-3)
+    assert (plain(inputs) - vit()(inputs)).abs().max() > 0.1
 
 
 def test_an_adapter_folder_and_the_merged_model(images: TensorDataset, tmp_path: Path) -> None:

@@ -99,6 +99,16 @@ def train_plainly(
     return model.eval()
 
 
+def reloaded(model: FineTuneModel, folder: Path) -> FineTuneModel:
+    """Save a model's weights, and load them into a new one in eval mode, which must have the same outputs."""
+    torch.save(model.state_dict(), folder / "saved.pt")
+    again = small_model()
+    again.load_state_dict(torch.load(folder / "saved.pt"), strict=True)
+    inputs = small_images().tensors[0]
+    assert torch.equal(again.eval()(inputs), model.eval()(inputs))
+    return again
+
+
 def run_two_processes(script: str, log: Path, *launcher: str) -> None:
     """Run a script of this folder, in which each of two processes prints that it agrees with a plain loop."""
     with log.open("w") as opened:
