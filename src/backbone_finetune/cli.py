@@ -220,7 +220,7 @@ def run_predict(options: argparse.Namespace) -> int:
             tqdm.write(printable(f"{PROGRAM}: skipped: {prediction.error}"), file=sys.stderr)
             unreadable += 1
     if write is not None:
-        print(f"wrote {options.output}: {len(paths) - unreadable} images")
+        print(f"wrote {options.output}: {(count := len(paths) - unreadable)} image{'s' * (count != 1)}")
     if unreadable:
         raise ValueError(f"{unreadable} of {len(paths)} images could not be read")
     return 0
@@ -241,7 +241,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     for message in evaluation.skipped_images:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
     print(evaluation.describe())
-    title = f"{options.model.name} on {options.images}"
+    title = f"{options.model} on {options.images}"
     print(f"wrote {', '.join(map(str, write_evaluation(evaluation, options.output, title=title)))}")
     return 0
 

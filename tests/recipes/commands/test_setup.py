@@ -63,7 +63,7 @@ def test_train_and_val_folders_are_used(tmp_path: Path, capsys: pytest.CaptureFi
     tested = f"test: 6 images from {tmp_path}/data/val, the validation images, as nothing is chosen on them\n"
     assert tested in printed.out
     assert "images by class, train + test: blue 4 + 2, green 4 + 2, red 4 + 2\n" in printed.out
-    assert "6 of 6 test images are training images, byte for byte" in printed.err
+    assert "6 of 6 test images are also among the training images, byte for byte" in printed.err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["class_names"], metrics["test_images"]) == (["blue", "green", "red"], 6)
 

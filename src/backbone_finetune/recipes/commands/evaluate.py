@@ -70,7 +70,7 @@ class Evaluation:
         figures = {
             "accuracy": f"{self.accuracy_interval} of {self.images:,} images",
             "calibration error": f"{self.calibration_error_interval}, the mean distance of confidence and accuracy; "
-            f"perfectly calibrated, {by_chance} or less on {self.images:,} images",
+            f"on {self.images:,} images, up to {by_chance} can be chance",
         }
         if len({score.support for score in self.classes if score.support}) > 1:
             figures["balanced accuracy"] = f"{self.balanced_accuracy:.3f}, the mean recall of the classes"

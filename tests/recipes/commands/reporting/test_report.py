@@ -71,6 +71,10 @@ def test_an_evaluation_is_written_as_figures_a_table_and_a_page(tmp_path: Path) 
     assert sum(row["right"] == "1" for row in rows) / 40 == figures["accuracy"]
     assert all((row["class"] == row["predicted"]) == (row["right"] == "1") for row in rows)
     page = paths[3].read_text()
+    by_chance = evaluation.calibration_error_by_chance
+    assert (
+        f"the mean distance of confidence and accuracy; on 40 images, up to {by_chance:.3f} can be chance</td>" in page
+    )
     for score in evaluation.classes:
         assert f"<td>{score.name}</td><td>{score.support}</td><td>{score.precision:.3f}</td>" in page
     assert page.count("<figure>") == min(24, int((answers.is_right == 0).sum())) + min(24, int(answers.is_right.sum()))

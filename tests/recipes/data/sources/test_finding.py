@@ -299,7 +299,7 @@ def test_images_in_both_parts_are_logged(tmp_path: Path, caplog: pytest.LogCaptu
     touch(tmp_path, "train/red/empty.png", "test/blue/empty.png")  # not images that are the same, but broken
     find(tmp_path)
     assert caplog.messages == [
-        "1 of 6 test images are training images, byte for byte, which makes the test accuracy too high: "
+        "1 of 6 test images is also among the training images, byte for byte, which makes the test accuracy too high: "
         f"{tmp_path}/test/blue/copy.png (blue) is {tmp_path}/train/red/3.png (red)"
     ]
 
@@ -317,7 +317,7 @@ def test_identical_images_of_two_classes_are_logged(tmp_path: Path, caplog: pyte
         "2 of 20 training images are the same as one with another target, byte for byte: "
         f"{root}/red/3.png (red) is {root}/green/copy.png (green); "
         f"{root}/red/same.png (red) is {root}/green/copy.png (green)",
-        "1 of 2 test images are training images, byte for byte, which makes the test accuracy too high: "
+        "1 of 2 test images is also among the training images, byte for byte, which makes the test accuracy too high: "
         f"{tmp_path}/test/red/copy.png (red) is {root}/green/copy.png (green)",
     ]
 
@@ -328,7 +328,7 @@ def test_an_image_listed_with_two_labels_is_logged(tmp_path: Path, caplog: pytes
     rows = "red/0.png,red,train\nred/0.png,blue,train\nblue/0.png,blue,train\ngreen/0.png,red,test\n"
     table.write_text("path,label,split\n" + rows)
     find(table)
-    start = "1 of 3 training images are the same as one with another target, byte for byte: "
+    start = "1 of 3 training images is the same as one with another target, byte for byte: "
     assert caplog.messages == [f"{start}{tmp_path}/red/0.png (red) is {tmp_path}/red/0.png (blue)"]
 
 

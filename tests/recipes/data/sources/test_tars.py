@@ -275,10 +275,10 @@ def test_contents_are_compared_and_digested(
     tar = write_tar(tmp_path / "colours.tar", {**files, "red/same.png": files["blue/0.png"]})
     find_data(tar, test=root, test_share=0.3, seed=0)
     assert caplog.messages[0] == (
-        "1 of 7 training images are the same as one with another target, byte for byte: "
+        "1 of 7 training images is the same as one with another target, byte for byte: "
         f"{tar}/red/same.png (red) is {tar}/blue/0.png (blue)"
     )
-    assert caplog.messages[1].startswith("6 of 6 test images are training images, byte for byte")
+    assert caplog.messages[1].startswith("6 of 6 test images are also among the training images, byte for byte")
     prints = {
         data_fingerprint(ImageDataset(find_images(path), None)) for path in (root, write_tar(tmp_path / "t.tar", files))
     }  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ def gallery(images: Iterable[tuple[Path, str]]) -> str:
     """Show images, each with a caption in HTML and its name."""
     figures = [
         f'<figure><img alt="{text(path.name)}" src="{_thumbnail(path)}">'
-        f"<figcaption>{caption}<br>{name(path.name)}</figcaption></figure>"
+        f"<figcaption>{caption}<br>{show_name(path.name)}</figcaption></figure>"
         for path, caption in images
     ]
     return f'<div class="images">{"".join(figures)}</div>' if figures else "<p>None.</p>"
@@ -98,7 +98,7 @@ def _row(cells: Sequence[object]) -> str:
     return f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}</tr>"
 
 
-def name(value: object, style: str = "") -> str:
+def show_name(value: object, style: str = "") -> str:
     """Show the name of a file or class inside a text, whose order it does not change if it is written right to left."""
     escaped = text(value)
     return f'<bdi class="{style}" title="{escaped}">{escaped}</bdi>' if style else f"<bdi>{escaped}</bdi>"

@@ -15,7 +15,7 @@ from ..runs.metrics import Metrics
 from ..settings import TrainSettings
 from .figures import Answers, calibration_bins, order_errors, order_mistakes
 from .label_issues import LabelIssue
-from .page import facts_table, gallery, make_page, name, picture, table, text
+from .page import facts_table, gallery, make_page, picture, show_name, table, text
 from .phases import show_phases
 
 SHOWN = 24  # images of each kind
@@ -138,7 +138,7 @@ def report_run(
 
 def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     """Draw the confusion matrix: a row for each true class, a column for each predicted one."""
-    head = "".join(f"<th>{name(each, 'down')}</th>" for each in names)
+    head = "".join(f"<th>{show_name(each, 'down')}</th>" for each in names)
     rows = [
         f'<tr><th></th><th class="axis" colspan="{len(names)}"><span>predicted \u2192</span></th></tr>'
         f"<tr><th>true \u2193</th>{head}</tr>"
@@ -149,7 +149,7 @@ def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
             f'<td style="background: rgb(74 126 187 / {shade:.2f})">{count or ""}</td>'
             for count, shade in zip(row, shades, strict=True)
         )
-        rows.append(f"<tr><th>{name(each, 'across')}</th>{cells}</tr>")
+        rows.append(f"<tr><th>{show_name(each, 'across')}</th>{cells}</tr>")
     return f'<div class="wide"><table class="matrix">{"".join(rows)}</table></div>'
 
 
@@ -173,12 +173,13 @@ def _confused(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
 def _show_issues(issues: Sequence[LabelIssue]) -> list[str]:
     """Show the images whose class looks most wrong."""
     images = [
-        (issue.path, f"{name(issue.given)} {issue.score:.0%}, looks like {name(issue.suggested)}")
+        (issue.path, f"{show_name(issue.given)} {issue.score:.0%}, looks like {show_name(issue.suggested)}")
         for issue in issues[:SHOWN]
     ]
     return [
-        f"<h2>Training images whose label looks wrong ({len(issues)} in all)</h2>",
-        "<p>Found by cleanlab, with models that did not train on these images. label_issues.csv lists all.</p>",
+        f"<h2>Training images whose label may be wrong ({len(issues)} in all)</h2>",
+        "<p>To look at, the most suspicious first: many of them are right, and only hard. The percentage is the "
+        "probability of the given class, by models that did not train on the image (cleanlab). label_issues.csv lists all.</p>",
         gallery(images),
     ]
 
@@ -187,8 +188,8 @@ def _show_copies(copies: Sequence[Copy]) -> list[str]:
     """Show images that equal another one, beside that."""
     pairs = [
         (
-            (copy.path, f"{copy.part} {name(copy.label)}"),
-            (copy.of_path, f"{copy.of_part} {name(copy.of_label)}"),
+            (copy.path, f"{copy.part} {show_name(copy.label)}"),
+            (copy.of_path, f"{copy.of_part} {show_name(copy.of_label)}"),
         )
         for copy in copies[:SHOWN]
     ]
@@ -208,4 +209,4 @@ def _show_answers(answers: Answers, indices: Sequence[int]) -> str:
 
 
 def _given_and_predicted(answers: Answers, index: int) -> str:
-    return "{}, predicted {}".format(*map(name, answers.words(index)))
+    return "{}, predicted {}".format(*map(show_name, answers.words(index)))

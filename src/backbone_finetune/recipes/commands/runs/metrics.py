@@ -109,7 +109,9 @@ def describe(metrics: Metrics) -> str:
         lines.append(f"{line}  of the training images, standard deviation {_decimals(spread)}")
     if metrics.label_issues is not None:
         line = f"label issues     {metrics.label_issues}"
-        lines.append(f"{line} of {metrics.train_images} training images have a class that looks wrong")
+        lines.append(
+            f"{line} of {metrics.train_images} training images have a label that may be wrong; many are only hard"
+        )
     references = metrics.references().items()
     lines += [f"{name:15}  {_decimals(value)}  {explanations[name]}" for name, value in references]
     if times is not None:

@@ -58,12 +58,12 @@ def log_copies(copies: Sequence[Copy], parts: Mapping[str, LabelledFolder]) -> N
     for (earlier, name), group in groupby(copies, key=lambda copy: (copy.of_part, copy.part)):
         found = list(group)
         shown, of_shown = ({TRAIN: "training"}.get(part, part) for part in (name, earlier))
-        same, effect = f"{of_shown} images", f", which makes the {name} accuracy too high"
+        same, effect = f"also among the {of_shown} images", f", which makes the {name} accuracy too high"
         if name == earlier:
             same, effect = "the same as one with another target", ""
         logger.warning(
-            "%d of %d %s images are %s, byte for byte%s: %s",
-            *(len(found), len(parts[name].paths), shown, same, effect),
+            "%d of %d %s images %s, byte for byte%s: %s",
+            *(len(found), len(parts[name].paths), shown, f"{'is' if len(found) == 1 else 'are'} {same}", effect),
             printable(join_some([_describe(copy) for copy in found], separator="; ")),
         )
 
