@@ -28,8 +28,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { background: Canvas; left: 0; min-width: 4rem; position: sticky; text-align: left; }
 th:first-child, td:first-child { max-width: 50vw; }
-th:first-child, td:first-child, .facts td { overflow-wrap: anywhere; }
-.facts td { text-align: left; }
+th:first-child, td:first-child, .words td { overflow-wrap: anywhere; }
+.words th, .words td { text-align: left; }
 .matrix th { font-weight: normal; vertical-align: bottom; } .matrix td { min-width: 1.5rem; text-align: center; }
 .matrix th:first-child { max-width: 8rem; min-width: 8rem; } .matrix .axis { text-align: left; }
 .matrix bdi { display: block; max-height: 8rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -39,7 +39,7 @@ th:first-child, td:first-child, .facts td { overflow-wrap: anywhere; }
 figure { margin: 0; min-width: 0; } figcaption { font-size: .8rem; }
 img { background: var(--soft); height: 8rem; object-fit: contain; width: 100%; }
 img.whole { height: auto; max-width: 100%; width: auto; }
-@media (max-width: 40rem) { table { font-size: .85rem; } th, td { padding: .25rem .3rem; } }
+@media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding: .25rem .2rem; } }
 @media (prefers-color-scheme: dark) { img.whole { filter: invert(1) hue-rotate(180deg); } }
 """
 
@@ -82,16 +82,16 @@ def _thumbnail(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def table(head_cells: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Show rows below a head; a wide table scrolls, except its first column."""
+def table(head_cells: Sequence[object], rows: Iterable[Sequence[object]], style: str = "") -> str:
+    """Show rows below a head; a wide table scrolls, except its first column. The style "words" is for text."""
     lines = [f"<tr>{''.join(f'<th>{text(cell)}</th>' for cell in head_cells)}</tr>"]
     lines += [_row(row) for row in rows]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f'<div class="wide"><table class="{style}">{"".join(lines)}</table></div>'
 
 
 def facts_table(facts: Mapping[str, str]) -> str:
     """Show facts by name, one in a line."""
-    return f'<div class="wide"><table class="facts">{"".join(map(_row, facts.items()))}</table></div>'
+    return f'<div class="wide"><table class="words">{"".join(map(_row, facts.items()))}</table></div>'
 
 
 def _row(cells: Sequence[object]) -> str:

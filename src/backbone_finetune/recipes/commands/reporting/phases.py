@@ -28,13 +28,13 @@ def show_phases(metrics: Metrics, model: FineTuneModel, settings: TrainSettings)
         saved.append((number, f"{count:,} of {total:,}", memory, _frozen_passes(metrics, model, settings, number)))
     parts = [
         "<h2>What was trained</h2>",
-        table(("phase", "epochs", "trained", "lr", "backbone lr", "weight decay", "images"), trained),
+        table(("phase", "epochs", "trained", "lr", "backbone lr", "weight decay", "images"), trained, "words"),
         "<h2>What freezing saved</h2>",
         "<p>Memory: the gradients and the state of AdamW that frozen parameters do not have, 12 bytes for each.</p>",
-        table(("phase", "parameters trained", "memory saved", "frozen layers computed"), saved),
+        table(("phase", "parameters trained", "memory saved", "frozen layers computed"), saved, "words"),
     ]
     if (times := metrics.backward_milliseconds) is not None:
-        line = f"{times.frozen:.2f} ms frozen, {times.unfrozen:.2f} ms unfrozen, {times.batch_size} images"
+        line = f"{times.frozen:.2f} ms as trained, {times.unfrozen:.2f} ms unfrozen, {times.batch_size} images"
         parts.append(f"<p>Backward pass: {text(line)}, {text(metrics.device)}.</p>")
     return parts
 

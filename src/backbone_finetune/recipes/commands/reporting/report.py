@@ -179,7 +179,8 @@ def _show_issues(issues: Sequence[LabelIssue]) -> list[str]:
     return [
         f"<h2>Training images whose label may be wrong ({len(issues)} in all)</h2>",
         "<p>To look at, the most suspicious first: many of them are right, and only hard. The percentage is the "
-        "probability of the given class, by models that did not train on the image (cleanlab). label_issues.csv lists all.</p>",
+        "probability of the given class, by models that did not train on the image (cleanlab). "
+        "label_issues.csv lists all.</p>",
         gallery(images),
     ]
 
