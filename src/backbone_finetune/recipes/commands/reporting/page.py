@@ -28,7 +28,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { background: Canvas; left: 0; min-width: 4rem; position: sticky; text-align: left; }
 th:first-child, td:first-child { max-width: 50vw; }
-th:first-child, td:first-child, .words td { overflow-wrap: anywhere; }
+th:first-child, td:first-child, .facts td { overflow-wrap: anywhere; }
 .words th, .words td { text-align: left; }
 .matrix th { font-weight: normal; vertical-align: bottom; } .matrix td { min-width: 1.5rem; text-align: center; }
 .matrix th:first-child { max-width: 8rem; min-width: 8rem; } .matrix .axis { text-align: left; }
@@ -91,7 +91,7 @@ def table(head_cells: Sequence[object], rows: Iterable[Sequence[object]], style:
 
 def facts_table(facts: Mapping[str, str]) -> str:
     """Show facts by name, one in a line."""
-    return f'<div class="wide"><table class="words">{"".join(map(_row, facts.items()))}</table></div>'
+    return f'<div class="wide"><table class="facts words">{"".join(map(_row, facts.items()))}</table></div>'
 
 
 def _row(cells: Sequence[object]) -> str:
