@@ -10,6 +10,7 @@ import torch
 from image_folders import make_folder
 from timm.data import create_transform
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -17,6 +18,7 @@ from torchvision.datasets import ImageFolder
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import ImageDataset, Phase, TrainerConfig, find_images, fine_tune, make_accelerator
 from backbone_finetune.recipes.data.fingerprint import find_randomness
+from backbone_finetune.recipes.features.dataset import Features
 
 STILL: Any = create_transform(8)
 RANDOM: Any = create_transform(8, is_training=True)
@@ -111,6 +113,7 @@ def test_what_may_draw_is_not_frozen_at_what_it_drew_first(data: Any) -> None:
         Stating(transforms=STILL, target_transform=None),
         random_split(TENSORS, [3, 1])[0],
         Subset(ConcatDataset([Still(), TENSORS]), [0, 5]),
+        Features(TENSORS.tensors, tree_structure(0)),
     ],
 )
 def test_what_shows_the_same_each_time_is_known(data: Any) -> None:

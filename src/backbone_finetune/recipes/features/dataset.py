@@ -20,6 +20,8 @@ class Features(TensorDataset):
     (tensor([1., 1., 1., 1.]), tensor(1))
     """
 
+    transform = None  # known to draw nothing: training on features caches what a backbone computes of them
+
     def __init__(self, tensors: Sequence[Tensor], structure: TreeSpec) -> None:
         super().__init__(*tensors)
         self.structure = structure
