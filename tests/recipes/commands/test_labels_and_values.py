@@ -307,7 +307,8 @@ def test_a_run_and_an_evaluation_show_labels_and_values(
         assert f"<td>{metrics.architecture}, {metrics.weights}</td>" in pages[0]
         assert [page.count("data:image/png;base64,") for page in pages] == [1, 0]  # the curves
     captions = [
-        "{}, predicted {}".format(*evaluation.answers.words(index)) for index in order_errors(evaluation.answers)
+        "<bdi>{}</bdi>, predicted <bdi>{}</bdi>".format(*evaluation.answers.words(index))
+        for index in order_errors(evaluation.answers)
     ]
     places = [pages[1].index(caption) for caption in captions]
     assert places == sorted(places)
