@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import gathering_worker
 import pytest
 import torch.distributed as dist
+from torchrun import torchrun
 
 pytestmark = [
     pytest.mark.long,
@@ -25,15 +23,7 @@ MEBIBYTES = gathering_worker.COUNT * gathering_worker.WIDTH * 4 / 2**20
 @pytest.fixture(scope="module")
 def worked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("shared")
-    command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, str(Path(gathering_worker.__file__)), str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    finished = torchrun(str(Path(gathering_worker.__file__)), str(folder))
     assert finished.returncode == 0, finished.stderr
     return folder, finished.stderr
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +18,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import torchrun
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.training.batches import epoch_batches, local_batch
@@ -38,15 +36,7 @@ needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 def launch(folder: Path, *, processes: int, device: str = "cpu", **environment: str) -> str:
     """Start the worker with torchrun; return what it printed."""
     folder.mkdir()
-    command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    finished = subprocess.run(
-        [*command, str(processes), str(Path(processes_worker.__file__)), str(folder), device],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    finished = torchrun(str(Path(processes_worker.__file__)), str(folder), device, processes=processes, **environment)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
@@ -282,15 +272,7 @@ def test_a_device_can_be_chosen_after_a_run_on_another(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("where", ["step", "main", "move", "evaluation"])
 def test_all_processes_end_if_one_runs_out_of_memory(where: str) -> None:
     """They do not wait for the six hours after which a collective fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, failing_worker.__file__, where],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    finished = torchrun(failing_worker.__file__, where)
     assert finished.returncode != 0
     assert "CUDA out of memory" in finished.stderr
     if where in {"move", "evaluation"}:  # the other process gets the error too, and could go on

@@ -22,6 +22,7 @@ import torch
 from image_folders import make_folder
 from raising_hooks import is_pixel_baseline, raising
 from safetensors import safe_open
+from torchrun import ENVIRONMENT, LAUNCH
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.commands.runs.run_folder import MODEL_FILE, UNFINISHED, open_run
@@ -43,7 +44,7 @@ SIGKILLED = -9
 def run_and_kill(folder: Path, *, kills: int, seed: int) -> dict[str, list[int]]:
     """Train and kill in separate processes; return the exit codes by kind of training."""
     command = [sys.executable, "-W", "error", str(WORKER), str(folder), str(kills), str(seed)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **ENVIRONMENT}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     codes: dict[str, list[int]] = json.loads(finished.stdout.splitlines()[-1])
@@ -208,8 +209,7 @@ def test_workers_that_outlive_their_launcher_keep_the_lock(tmp_path: Path, capsy
     run = tmp_path / "run"
     command = ["train", str(make_folder(tmp_path / "images")), "--model", "test_resnet", "--epochs", "1000000"]
     command += ["--output", str(run)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    launcher, environment = [sys.executable, *LAUNCH, "2"], {**os.environ, **ENVIRONMENT}
     log = tmp_path / "log.txt"
     with (
         log.open("w") as printed,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -18,6 +16,7 @@ from full_memory import after_steps
 from image_folders import make_folder
 from PIL import Image
 from torch import nn
+from torchrun import torchrun
 
 from backbone_finetune.recipes.commands.settings import TrainSettings
 from backbone_finetune.recipes.commands.train import train
@@ -82,15 +81,7 @@ def test_a_run_whose_comparisons_diverge_ends_without_them(
 @pytest.mark.long
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 def test_all_processes_leave_out_what_one_has_no_memory_for(settings: dict[str, Any]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, full_memory.__file__, str(settings["images"]), str(settings["output"])],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    finished = torchrun(full_memory.__file__, str(settings["images"]), str(settings["output"]))
     assert finished.returncode == 0, finished.stderr
     why = ": left out, the memory is too small (process 1: OutOfMemoryError: CUDA out of memory)"
     lines = [line.removesuffix(why) for line in finished.stderr.splitlines() if line.endswith(why)]
