@@ -200,15 +200,16 @@ def _train_model(
         hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
         raise DivergedError(f"{error}; {hint}") from error
     scores: dict[str, Score] = {}
+    on_features = ends_on_features(task, history)
     try:
         with left_out_if_it_fails(accelerator, "validation images"):
-            scores |= score_part(task, config, VALIDATION)
+            scores |= score_part(task, config, VALIDATION, on_features=on_features)
         config = with_thresholds(task, config, scores.get(VALIDATION))
         with left_out_if_it_fails(accelerator, "test images"):
-            scores |= score_part(task, config, TEST)
+            scores |= score_part(task, config, TEST, on_features=on_features)
     finally:  # after an error too: a trained model is not lost
         metrics = _record_training(settings, task, config, history, scores.get(TEST))
-        if record["arguments"]["autocast_features"] and ends_on_features(task, config):
+        if record["arguments"]["autocast_features"] and on_features:
             metrics = replace(metrics, feature_precision="bf16")
         if accelerator.is_main_process:
             _write_model(settings, task, config, metrics, record)

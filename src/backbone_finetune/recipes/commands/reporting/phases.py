@@ -1,6 +1,6 @@
 """What each phase of a run trained, and what freezing the rest saved, as parts of a page."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from backbone_finetune import FineTuneModel
 
@@ -18,14 +18,17 @@ def show_phases(metrics: Metrics, model: FineTuneModel, settings: TrainSettings)
     """Show the epochs, layers and rates of each phase, and what freezing the others saved."""
     total = sum(parameter.numel() for parameter in model.parameters())
     trained, saved = [], []
-    for number, phase, epochs in _trained_phases(metrics):
+    for number, phase in enumerate(metrics.phases, start=1):
+        epochs = [epoch for epoch in metrics.history if epoch.phase == number]
         model.freeze_backbone(trainable_groups=phase.trainable_groups)  # at last that of the last phase, as it was
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         rates = f"{epochs[0].lr:g}", f"{phase.backbone_lr:g}" if phase.trainable_groups else "-"
         weight_decay = f"{epochs[0].weight_decay:g}"
         trained.append((number, len(epochs), _trained_layers(phase, model), *rates, weight_decay, _changes(phase)))
         memory = f"{(total - count) * BYTES / 1e6:,.1f} MB"
-        saved.append((number, f"{count:,} of {total:,}", memory, _frozen_passes(metrics, model, settings, number)))
+        saved.append(
+            (number, f"{count:,} of {total:,}", memory, _frozen_passes(metrics, model, settings, phase, epochs))
+        )
     parts = [
         "<h2>What was trained</h2>",
         table(("phase", "epochs", "trained", "lr", "backbone lr", "weight decay", "images"), trained, "words"),
@@ -37,11 +40,6 @@ def show_phases(metrics: Metrics, model: FineTuneModel, settings: TrainSettings)
         line = f"{times.frozen:.2f} ms as trained, {times.unfrozen:.2f} ms unfrozen, {times.batch_size} images"
         parts.append(f"<p>Backward pass: {text(line)}, {text(metrics.device)}.</p>")
     return parts
-
-
-def _trained_phases(metrics: Metrics) -> Iterator[tuple[int, Phase, list[EpochResult]]]:
-    for number, phase in enumerate(metrics.phases, start=1):
-        yield number, phase, [epoch for epoch in metrics.history if epoch.phase == number]
 
 
 def _trained_layers(phase: Phase, model: FineTuneModel) -> str:
@@ -62,9 +60,10 @@ def _changes(phase: Phase) -> str:
     return ", ".join(changes) or "unchanged"
 
 
-def _frozen_passes(metrics: Metrics, model: FineTuneModel, settings: TrainSettings, number: int) -> str:
+def _frozen_passes(
+    metrics: Metrics, model: FineTuneModel, settings: TrainSettings, phase: Phase, epochs: Sequence[EpochResult]
+) -> str:
     """Return how often the frozen layers ran over the images in a phase, and why not once."""
-    phase, epochs = metrics.phases[number - 1], [epoch for epoch in metrics.history if epoch.phase == number]
     images = metrics.train_images + metrics.validation_images
     if epochs[0].cached:
         views = settings.views if phase.augment is not None else 1

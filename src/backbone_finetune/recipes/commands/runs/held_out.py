@@ -1,12 +1,13 @@
 """The images that a model did not train on, and what it answers on them."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ...data.images import ImageDataset
 from ...data.sources.rows import TEST, VALIDATION
 from ...objectives.kinds import MultiLabel
+from ...training.checkpoints import EpochResult
 from ...training.config import TrainerConfig
 from ...training.loop import report_skipped
 from ...training.phase_data import PhaseData, prepare_data
@@ -27,23 +28,21 @@ def held_out(task: Task) -> ImageDataset:
     return task.parts()[held_out_part(task)]
 
 
-def ends_on_features(task: Task, config: TrainerConfig) -> bool:
+def ends_on_features(task: Task, history: Sequence[EpochResult]) -> bool:
     """Return whether the last phase trained the classifier alone, on computed features."""
-    phase = task.phases[-1]
-    draws = phase.mixup or phase.cutmix or (phase.augment is not None and config.views == 1)
-    return config.cache_features and phase.trainable_groups == 0 and not draws
+    return history[-1].cached and task.phases[-1].trainable_groups == 0
 
 
-def score_part(task: Task, config: TrainerConfig, part: str) -> dict[str, Score]:
+def score_part(task: Task, config: TrainerConfig, part: str, *, on_features: bool) -> dict[str, Score]:
     """Evaluate a trained model on a part of the images; return the score by the part's name, or nothing without images.
 
-    Where the classifier was trained on features, it answers on features that are computed like those.
+    A classifier that was trained ``on_features`` answers on features that are computed like those.
     """
     if (images := task.parts().get(part)) is None:
         return {}
     known, model = dict(images.broken), task.model.to(config.accelerator.device)
     data = PhaseData(images, None, model)
-    if ends_on_features(task, config):
+    if on_features:
         data = prepare_data(model.freeze_backbone(), images, None, config, name=part)
     score = evaluate(data.module, data.train, config, name=part, keep_outputs=True)
     report_skipped([images], known, config.accelerator)
