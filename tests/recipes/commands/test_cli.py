@@ -144,6 +144,9 @@ def test_predict_searches_folders_and_writes_csv_and_json_lines(
     assert float(rows[1]["probability_3"]) == entries[1]["classes"][2]["probability"]
     assert sum(found["probability"] for found in entries[1]["classes"]) == pytest.approx(1)
     assert {path.name for path in tmp_path.iterdir()} == {"in", "a.csv", "a.jsonl"}
+    alone = [*arguments[:2], str(tmp_path / "in" / "deep" / "0.png"), "--output", str(tmp_path / "one.csv")]
+    assert cli.main(alone) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'one.csv'}: 1 image\n"
 
 
 def test_evaluate_prints_a_table_and_writes_four_files(
