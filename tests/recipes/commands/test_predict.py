@@ -199,12 +199,11 @@ def test_all_images_in_a_tar_file_are_listed_with_or_without_classes(
         assert list_inputs(given) == [path.relative_to(tmp_path) for path in expected]
     for name in ("val", "test"):
         write_tar(tmp_path / f"{name}.tar", {"1.png": b""})
-    assert list_inputs(["."]) == [
-        *map(Path, [*(path.relative_to(tmp_path) for path in expected), "test.tar/1.png", "val.tar/1.png"])
-    ]
+    of_all = [*map(Path, [*(path.relative_to(tmp_path) for path in expected), "test.tar/1.png", "val.tar/1.png"])]
+    assert list_inputs(["."]) == of_all
     assert not caplog.messages
-    make_image(tmp_path / "beside.png", (0, 0, 0))
-    assert list_inputs(["."]) == [Path("beside.png")]
+    make_image(tmp_path / "deep" / "beside.png", (0, 0, 0))
+    assert list_inputs(["."]) == [Path("deep/beside.png"), *of_all]
 
 
 def test_what_has_no_images_is_refused(tmp_path: Path) -> None:

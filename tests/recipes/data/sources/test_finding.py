@@ -140,7 +140,7 @@ def test_a_part_may_lack_classes_but_not_have_others(tmp_path: Path, caplog: pyt
 def test_parts_without_classes_raise(tmp_path: Path) -> None:
     touch(tmp_path, "train/1.jpg", "test/2.jpg")
     with pytest.raises(
-        ValueError, match=r"train has no sub-folders; expected a folder with a sub-folder of images per"
+        ValueError, match=r"train has no sub-folders, but 1 \.jpg; expected a folder with a sub-folder of images per"
     ):
         find(tmp_path)
 
@@ -193,7 +193,8 @@ def test_all_suffixes_of_pillow_are_images_and_other_files_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     suffixes = [".jfif", ".ppm", ".pgm", ".jpe", ".jp2", ".avif", ".BMP", ".tiff", ".jpg"]
-    touch(tmp_path, *(f"cat/1{suffix}" for suffix in suffixes), "dog/1.webp", "dog/.hidden", ".git/1.png")
+    images = (f"cat/1{suffix}" for suffix in suffixes)
+    touch(tmp_path, *images, "dog/1.webp", "dog/.hidden", ".git/1.png", "__MACOSX/1.png")
     assert [path.suffix for path in find_images(tmp_path).paths] == [*sorted(suffixes), ".webp"]
     assert not caplog.messages
     touch(tmp_path, "dog/a.txt", "dog/deep/b.TXT", "cat/README", "dog/c.eps", "stray.png")

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from backbone_finetune.recipes import ImageDataset, data_fingerprint, find_images, find_splits
 from backbone_finetune.recipes.data.loading import DeviceLoader
+from backbone_finetune.recipes.data.sources.finding import list_images
 from backbone_finetune.recipes.data.sources.parts import find_data
 
 
@@ -197,7 +198,7 @@ def test_samples_of_webdataset(tmp_path: Path, files: dict[str, bytes], caplog: 
     ("content", "message"),
     [
         ({}, r"t\.tar has no sub-folders; expected a folder with a sub-folder of images per class"),
-        ({"1.png": b"", "2.png": b""}, r"t\.tar has no sub-folders; expected a folder with a sub-folder"),
+        ({"1.png": b"", "2.png": b""}, r"t\.tar has no sub-folders, but 2 \.png; expected a folder with a sub-folder"),
         ({"cat/1.png": b""}, r"t\.tar has one class only \(cat\)"),
         ({**sample("a", b"", cls="x"), "b.png": b""}, r"t\.tar/b\.png: no label; fill it in, or remove"),
         ({**sample("a", b"", cls="x"), "a.jpg": b""}, r"the sample a has 2 images \(a\.png, a\.jpg\); leave one"),
@@ -222,11 +223,27 @@ def test_other_files_raise(tmp_path: Path, files: dict[str, bytes]) -> None:
     (tmp_path / "page.tar").write_text("<html>")
     with pytest.raises(ValueError, match=r"page\.tar: not a tar file without compression \(.*\); unpack it"):
         find_images(tmp_path / "page.tar")
-    shutil.copy(tar, tmp_path / "colours.tar.gz")
-    with pytest.raises(
-        NotADirectoryError, match=r"colours\.tar\.gz is a file; expected a folder .* or a \.tar; unpack other"
-    ):
-        find_images(tmp_path / "colours.tar.gz")
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("a.tar.gz", "tar -xf"), ("a.TGZ", "tar -xf"), ("a.tar.xz", "tar -xf"), ("a.zip", "unzip")]
+)
+def test_a_compressed_archive_is_refused_with_how_to_unpack_it(tmp_path: Path, name: str, command: str) -> None:
+    (tmp_path / name).touch()
+    for look in (find_images, list_images):
+        with pytest.raises(ValueError, match=rf"{name}: compressed; unpack it \({command} .*\) and pass the folder"):
+            look(tmp_path / name)
+
+
+def test_files_beside_tar_files_are_named_and_predicted(
+    tmp_path: Path, files: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_tar(tmp_path / "tars" / "colours.tar", files).parent
+    for name in ("1.png", "2.png", "more.tar.gz"):
+        (root / name).touch()
+    assert names(root) == {"train": ALL}
+    assert caplog.messages == [f"{root}: 3 files left out: 2 .png beside the tar files, 1 .gz beside the tar files"]
+    assert len(list_images(root)) == 2 + len(ALL)
 
 
 def test_hidden_and_other_members_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

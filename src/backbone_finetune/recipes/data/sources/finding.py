@@ -7,7 +7,7 @@ from ...text import has_control_characters, join_some
 from ..images import LabelledFolder
 from .folders import EXPECTED, File, read_folders, walk
 from .hugging_face import is_dataset, list_rows, read_dataset
-from .names import EXAMPLES
+from .names import EXAMPLES, is_image
 from .rows import TEST, TRAIN, VALIDATION, Labelled
 from .samples import are_samples, list_packed, read_samples
 from .tables import TABLES, read_table
@@ -144,16 +144,15 @@ def list_images(path: Path) -> list[Path]:
     Raises:
         ValueError: there is no image.
     """
+    found, shards = list[Path](), list[Path]()
     if is_dataset(path):
         found = list_rows(path)
-    elif path.is_dir() and (below := [file.path for file in walk(path) if file.path and file.is_image]):
-        found = sorted(below)
-    elif shards := list_shards(path):
-        found = list_packed(file for shard in shards for file in read_shards(shard, [shard]))
-    elif not path.is_dir():
+    elif path.is_dir():
+        files = sorted(file.path for file in walk(path) if file.path is not None)
+        found, shards = list(filter(is_image, files)), [file for file in files if file.suffix.lower() == ".tar"]
+    elif not (shards := list_shards(path)):
         return [path]
-    else:
-        found = []
+    found += list_packed(file for shard in shards for file in read_shards(shard, [shard]))
     if not found:
         raise ValueError(f"{path}: no image in it ({EXAMPLES})")
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...text import join_some, printable
-from .names import EXAMPLES, is_image, kind_of, show_kinds, warn_of_left_out, warn_of_others
+from .names import EXAMPLES, is_hidden, is_image, kind_of, show_kinds, warn_of_left_out, warn_of_others
 from .rows import PARTS, TEST, TRAIN, VALIDATION, Labelled
 from .tables import TABLES
 
@@ -45,9 +45,7 @@ def walk(root: Path) -> Iterator[File]:
     if not root.exists():
         raise FileNotFoundError(f"{root}: there is no such file or folder; {EXPECTED}")
     if not root.is_dir():
-        raise NotADirectoryError(
-            f"{root} is a file; {EXPECTED}, a table ({', '.join(TABLES)}) or a .tar; unpack other archives"
-        )
+        raise NotADirectoryError(f"{root} is a file; {EXPECTED}, a table ({', '.join(TABLES)}) or a .tar")
     return _walk(root, (), frozenset())
 
 
@@ -55,9 +53,9 @@ def _walk(folder: Path, folders: tuple[str, ...], above: AbstractSet[Path]) -> I
     real = folder.resolve()
     above = {*above, real, *real.parents}
     _, inside, names = next(os.walk(folder, onerror=_raise, followlinks=True))
-    yield from (File(folders, folder / name) for name in names if not name.startswith("."))
+    yield from (File(folders, folder / name) for name in names if not is_hidden(name))
     for name in inside:
-        if not name.startswith(".") and (folder / name).resolve() not in above:
+        if not is_hidden(name) and (folder / name).resolve() not in above:
             yield File((*folders, name))
             yield from _walk(folder / name, (*folders, name), above)
 
@@ -113,7 +111,9 @@ def _list_classes(root: Path, files: Sequence[File]) -> list[Labelled]:
     """Return the images in the folders of classes, with the class of each; log the other files."""
     others = {name: Counter[str]() for name in _folders_in(files)}
     if not others:
-        raise ValueError(f"{root} has no sub-folders; {EXPECTED}")
+        kinds = Counter(kind_of(file.path) for file in files if file.path)
+        held = f", but {show_kinds(kinds)}" if kinds else ""
+        raise ValueError(f"{root} has no sub-folders{held}; {EXPECTED}")
     images = [Labelled(file.path, file.folders[0]) for file in files if file.path and file.is_image and file.folders]
     for file in files:
         if file.path and file.folders and not file.is_image:

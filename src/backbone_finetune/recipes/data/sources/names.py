@@ -25,6 +25,11 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_EXTENSIONS
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is left out without a message; macOS adds ``__MACOSX`` to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def kind_of(path: Path) -> str:
     """Return the kind of a file, for messages."""
     return path.suffix.lower() or "without a suffix"

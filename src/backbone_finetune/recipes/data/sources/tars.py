@@ -3,6 +3,7 @@
 import glob
 import logging
 import re
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -10,14 +11,15 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ...text import join_some, printable
-from .folders import File
-from .names import warn_of_left_out, warn_of_others
+from .folders import File, walk
+from .names import is_hidden, kind_of, warn_of_left_out, warn_of_others
 from .packed import PackedPath
 from .rows import PARTS, TRAIN
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 512
+ARCHIVES = tuple(suffix for _, suffixes, _ in shutil.get_unpack_formats() for suffix in suffixes if suffix != ".tar")
 
 
 def list_shards(path: Path) -> list[Path]:
@@ -27,12 +29,16 @@ def list_shards(path: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: a file is missing.
+        ValueError: it is compressed.
     """
     if path.is_dir():
         folders = _visible_folders(path)
         if any(each.name.lower() not in PARTS or _visible_folders(each) for each in folders):
             return []  # class folders
         return sorted(shard for each in folders or [path] for shard in each.glob("*.tar") if shard.is_file())
+    if path.name.lower().endswith(ARCHIVES) and path.is_file():
+        command = "unzip" if path.suffix.lower() == ".zip" else "tar -xf"
+        raise ValueError(f"{path}: compressed; unpack it ({command} {path}) and pass the folder, or a .tar of it")
     if path.suffix.lower() != ".tar":
         return []
     patterns = [] if path.is_file() else expand_braces(str(path))
@@ -43,7 +49,7 @@ def list_shards(path: Path) -> list[Path]:
 
 
 def _visible_folders(path: Path) -> list[Path]:
-    return [each for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")]
+    return [each for each in path.iterdir() if each.is_dir() and not is_hidden(each.name)]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -67,12 +73,15 @@ def read_shards(root: Path, shards: Sequence[Path]) -> list[File]:
     Raises:
         ValueError: one is no tar file, or is compressed.
     """
-    links, parts, files = Counter[str](), _find_parts(root, shards), list[File]()
+    parts, files, left_out = _find_parts(root, shards), list[File](), Counter[str]()
+    if root.is_dir():
+        beside = (file.path for file in walk(root) if file.path is not None and file.path not in shards)
+        left_out.update(f"{kind_of(path)} beside the tar files" for path in beside)
     for shard, part in parts.items():
         outer, alone = () if part is None else (part,), (shard.stem,) if len(parts) > 1 and part is None else ()
-        for file in _list_files(shard, links):
+        for file in _list_files(shard, left_out):
             files.append(file._replace(folders=outer + (file.folders or alone)))
-    warn_of_left_out(root, links)
+    warn_of_left_out(root, left_out)
     return files
 
 
@@ -94,7 +103,7 @@ def _find_parts(root: Path, shards: Sequence[Path]) -> dict[Path, str | None]:
     return {shard: part for shard, part in parts.items() if part is not None}
 
 
-def _list_files(shard: Path, links: Counter[str]) -> list[File]:
+def _list_files(shard: Path, left_out: Counter[str]) -> list[File]:
     """List the files and folders in a tar file that are not hidden, and count what is neither."""
     files: dict[tuple[str, ...], File] = {}
     length = end = shard.stat().st_size
@@ -102,7 +111,7 @@ def _list_files(shard: Path, links: Counter[str]) -> list[File]:
         with tarfile.open(shard, "r:") as archive:
             for info in archive:
                 parts = PurePosixPath(info.name.lstrip("/")).parts
-                if not parts or any(part.startswith(".") for part in parts):
+                if not parts or any(map(is_hidden, parts)):
                     continue
                 if info.isdir():
                     files[parts] = File(parts, tar=shard)
@@ -112,7 +121,7 @@ def _list_files(shard: Path, links: Counter[str]) -> list[File]:
                     path = PackedPath(shard.joinpath(*parts)).holding(read, size)
                     files[parts] = File(parts[:-1], path, shard)  # of two with one name the last, as unpacked
                 else:
-                    links["links or special files"] += 1
+                    left_out["links or special files"] += 1
             end = archive.offset
     except (tarfile.TarError, ValueError) as error:  # ValueError for a size that no file has
         if not files:
