@@ -140,6 +140,17 @@ def test_the_gradient_is_that_of_the_mean_loss(accumulation: int) -> None:
     torch.testing.assert_close(torch.stack(parts).sum(0), expected)
 
 
+def test_a_scaled_loss_does_not_change_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler of fp16, which needs CUDA; a power of two scales without rounding."""
+    scaled, plain, gradients = make_model(), make_model(), []
+    scaled.classifier.weight.register_hook(lambda gradient: gradients.append(gradient.abs().max().item()))
+    run(plain, epochs=1)
+    monkeypatch.setattr(ACCELERATOR, "scaler", torch.amp.GradScaler("cpu", init_scale=2.0**20))
+    run(scaled, epochs=1)
+    torch.testing.assert_close(tensors(scaled), tensors(plain), rtol=0, atol=0)
+    assert min(gradients) > 1_000
+
+
 def test_each_step_takes_the_gradient_of_its_own_batch() -> None:
     """With one batch per epoch, the order has no effect: AdamW by hand gives the same weights."""
     torch.manual_seed(3)

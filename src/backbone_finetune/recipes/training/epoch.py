@@ -167,14 +167,19 @@ def train_step(
             logits = state.prepared(*module_inputs(state.train, inputs))
             if part.num_real < len(part):  # images of other processes
                 logits, targets = logits[: part.num_real], targets[: part.num_real]
-            loss = objective.losses(logits, targets, all_read=state.all_read).sum()
+            losses = objective.losses(logits, targets, all_read=state.all_read)
             # The factor of the mean is the initial gradient, which needs no extra product. Creating a tensor from a
             # number would wait for the device.
-            gradient = factor.to(loss.dtype) if isinstance(factor, Tensor) else loss.new_full((), factor)
-            accelerator.backward(loss, gradient=gradient)
-        seen, weights = is_read(targets).sum(), objective.weights(targets)
-        correct = objective.correct(logits.detach(), targets).sum()
-        sums.append(torch.stack((loss.detach(), correct, seen, seen if weights is None else weights.sum())))
+            if isinstance(factor, Tensor):
+                gradient = factor.to(losses.dtype).expand_as(losses)
+            else:
+                gradient = losses.new_full(losses.shape, factor)
+            # `Accelerator.backward` would also divide by its accumulation steps, which are not used here.
+            scaler = accelerator.scaler
+            (losses if scaler is None else scaler.scale(losses)).backward(gradient=gradient)
+        correct, weights = objective.correct(logits.detach(), targets).sum(), objective.weights(targets)
+        seen = correct.new_full((), len(targets)) if state.all_read else is_read(targets).sum()
+        sums.append(torch.stack((losses.detach().sum(), correct, seen, seen if weights is None else weights.sum())))
     state.optimizer.step()
     return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
