@@ -125,6 +125,8 @@ def run_ours(model: FineTuneModel, task: Task, *, own_way: bool) -> None:
             batch_size=task.batch_size,
             caches=caches,
             autocast_features=own_way,
+            # By default ours would run the backbone in a process per core, beside peers on one thread.
+            workers=0 if torch.get_num_threads() == 1 else None,
             show_progress=False,
         )
         fine_tune(model, task.train, task.test, [Phase(epochs=task.epochs, lr=1e-3)], loop)
