@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from image_folders import COLOURS, make_folder, make_image
 from torch import nn
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.commands.evaluate import evaluate_folder
+from backbone_finetune.recipes.commands.evaluate import Evaluation, evaluate_folder
 from backbone_finetune.recipes.commands.reporting.evaluation_files import write_evaluation
 from backbone_finetune.recipes.models.file import TrainedModel
 
@@ -71,10 +73,22 @@ def test_one_class_is_enough_and_the_test_split_is_used(trained: TrainedModel, t
     assert evaluation.missing_classes == ("green", "blue", "pink", "white")
     for name, count in (("train", 4), ("val", 3), ("test", 2)):
         make_folder(tmp_path / "data" / name, per_class=count)
-    assert evaluate_folder(trained, tmp_path / "data", show_progress=False).images == 6
+    evaluation = evaluate_folder(trained, tmp_path / "data", show_progress=False)
+    assert " of 6 images (test)" in evaluation.describe()
+    assert _splits(evaluation, tmp_path / "out") == {"test"}
+    shutil.rmtree(tmp_path / "data" / "test")
+    assert _splits(evaluate_folder(trained, tmp_path / "data", show_progress=False), tmp_path / "out") == {"validation"}
     table = tmp_path / "images.csv"
-    table.write_text("path,label\none/red/1.png,green\n")
-    assert evaluate_folder(trained, table, show_progress=False).confusion[1][0] == 1
+    for column, row in ((",split", ",test"), ("", "")):
+        table.write_text(f"path,label{column}\none/red/1.png,green{row}\n")
+        evaluation = evaluate_folder(trained, table, show_progress=False)
+        assert evaluation.confusion[1][0] == 1
+        assert _splits(evaluation, tmp_path / "out") == {"test" if column else "all"}
+
+
+def _splits(evaluation: Evaluation, folder: Path) -> set[str]:
+    write_evaluation(evaluation, folder)
+    return {row["split"] for row in csv.DictReader((folder / "predictions.csv").read_text().splitlines())}
 
 
 def test_any_number_of_workers_gives_the_same_evaluation(trained: TrainedModel, tmp_path: Path) -> None:

@@ -330,7 +330,9 @@ def test_a_run_and_an_evaluation_list_the_answers_to_labels_and_values(
         of_run, of_evaluation = (list(csv.DictReader(file.read_text().splitlines())) for file in files)
         assert [row["split"] for row in of_run] == ["validation"] * 16 + ["test"] * 16
         assert sorted(row["image"] for row in of_run) == [str(images / f"{index}.png") for index in range(48, 80)]
-        assert [row["image"] for row in of_evaluation] == [row["image"] for row in of_run[16:]]
+        assert [(row["image"], row["split"]) for row in of_evaluation] == [
+            (row["image"], "test") for row in of_run[16:]
+        ]
         assert [row.get("predicted") for row in of_evaluation] == [row.get("predicted") for row in of_run[16:]]
         listed[name] = of_run[16:]
     table = {row["path"]: row for row in csv.DictReader((images / "table.csv").read_text().splitlines())}

@@ -8,6 +8,7 @@ import numpy
 import torch
 
 from ..data.sources.finding import choose_test, find_splits
+from ..data.sources.rows import ALL
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import SingleLabel, SoftLabels
@@ -63,12 +64,14 @@ class Evaluation:
     confusion: tuple[tuple[int, ...], ...]
     answers: Answers = field(repr=False, compare=False)
     neighbor_accuracy: Interval | None = None  # of a vote of the 20 nearest training images
+    split: str = ALL  # which images of the data these are
 
     def figures(self) -> dict[str, str]:
         """Return the figures of all images in words, by name."""
         by_chance = f"{self.calibration_error_by_chance:.3f}"
         figures = {
-            "accuracy": f"{self.accuracy_interval} of {self.images:,} images",
+            "accuracy": f"{self.accuracy_interval} of {self.images:,} images"
+            f"{'' if self.split == ALL else f' ({self.split})'}",
             "calibration error": f"{self.calibration_error_interval}, the mean distance of confidence and accuracy; "
             f"on {self.images:,} images, up to {by_chance} can be chance",
         }
@@ -138,13 +141,13 @@ def evaluate_folder(
     """
     if not isinstance(trained.objective, SingleLabel | SoftLabels):
         raise ValueError("the model has labels or values; call evaluate_table with a table")
-    found = choose_test(find_splits(folder, trained.class_names))
+    split, found = choose_test(find_splits(folder, trained.class_names))
     names = trained.class_names
     answers, skipped = predict_labelled(
         trained, found, folder, batch_size=batch_size, workers=workers, tta=tta, show_progress=show_progress
     )
     missing = tuple(name for target, name in enumerate(names) if target not in found.targets)
-    evaluation = score_answers(answers, skipped=skipped, missing=missing)
+    evaluation = replace(score_answers(answers, skipped=skipped, missing=missing), split=split)
     if neighbors is None:
         return evaluation
     title = "features" if show_progress else None

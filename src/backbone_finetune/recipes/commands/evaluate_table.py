@@ -1,11 +1,12 @@
 """``backbone-finetune evaluate`` for a model of labels or values, on a table of images with known labels or values."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from ..data.sources.finding import choose_test, find_splits, has_columns
+from ..data.sources.rows import ALL
 from ..data.sources.tables import TABLES
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
@@ -58,11 +59,12 @@ class TableEvaluation:
     outputs: tuple[LabelScore | ValueScore, ...]
     skipped_images: tuple[str, ...]
     answers: Answers = field(repr=False, compare=False)
+    split: str = ALL  # which images of the data these are
 
     def figures(self) -> dict[str, str]:
         """Return the figures of all images in words, by name."""
         figures = {name.replace("_", " "): f"{value:.4g}" for name, value in self.metrics.items()}
-        figures["measured on"] = f"{self.images:,} images"
+        figures["measured on"] = f"{self.images:,} images{'' if self.split == ALL else f' ({self.split})'}"
         if self.skipped_images:
             figures["skipped"] = f"{len(self.skipped_images):,} images that cannot be read"
         return figures
@@ -107,13 +109,13 @@ def evaluate_table(
     if not has_columns(table):
         raise ValueError(f"{table}: the model has labels or values, and takes a table ({', '.join(TABLES)})")
     values = names if isinstance(objective, Regression) else ()
-    found = choose_test(find_splits(table, names, values))
+    split, found = choose_test(find_splits(table, names, values))
     if isinstance(found.targets[0], int):
         raise ValueError(f"{table}: one class per image, and the model has labels; pass a table with a column labels")
     answers, skipped = predict_labelled(
         trained, found, table, batch_size=batch_size, workers=workers, tta=tta, show_progress=show_progress
     )
-    return score_rows(answers, skipped=skipped)
+    return replace(score_rows(answers, skipped=skipped), split=split)
 
 
 def score_rows(answers: Answers, *, skipped: tuple[str, ...] = ()) -> TableEvaluation:

@@ -44,7 +44,7 @@ def measure_neighbors(
     """
     if not isinstance(trained, TrainedModel):
         raise ValueError("neighbours are found by the features of a backbone; pass the model.safetensors of `train`")
-    train = find_splits(source, trained.class_names)["train"]
+    train = next(iter(find_splits(source, trained.class_names).values()))  # "train", or all
     if shared := {path.resolve() for path in train.paths} & {path.resolve() for path in test.paths}:
         raise ValueError(
             f"{source}: {len(shared)} of its images are evaluated, and would be their own neighbours; pass the images "

@@ -96,6 +96,15 @@ def test_what_is_chosen_on_is_not_tested_on(
     assert len(set(paths)) == len(paths)
 
 
+@pytest.mark.parametrize("pair", [("val", "valid"), ("test", "Testing"), ("train", "training")])
+def test_two_folders_of_one_part_are_refused(tmp_path: Path, pair: tuple[str, str]) -> None:
+    for name in {"train", "val", "test", *pair}:
+        make_folder(tmp_path / name, per_class=2)
+    with pytest.raises(ValueError, match=r": (\w+) and \w+ are both of \w+ images; join them, or remove one") as caught:
+        find_splits(tmp_path)
+    assert all(name in str(caught.value) for name in pair)
+
+
 def test_a_share_of_a_train_folder_alone_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_folder(tmp_path / "train", per_class=10)
     caplog.set_level("INFO")
@@ -151,6 +160,10 @@ def test_parts_in_other_folders(tmp_path: Path) -> None:
     data, other, third = (tmp_path / name for name in ("data", "other", "third"))
     assert [len(part.paths) for part in find(data, validation=other)] == [12, 6]
     assert [len(part.paths) for part in find(data, test=third)] == [12, 9, 3]
+    assert [len(part.paths) for part in find(data, test=third, validation=data)] == [12, 9, 3]
+    tests = tmp_path / "tests.csv"  # has no training images
+    tests.write_text("path,label,split\nother/red/0.png,red,test\n")
+    assert [len(part.paths) for part in find(data, test=tests)] == [12, 9, 1]
     assert [len(part.paths) for part in find(other, validation=data / "val", test=third / "test")] == [6, 9, 3]
 
 
@@ -255,7 +268,7 @@ def test_a_table_is_split_by_its_column(tmp_path: Path) -> None:
         (b"path,label\n0.png,red\n1.png,red\n", r"images\.csv has one class only \(red\)"),
         (
             b"path,label\nno.png,red\nnone.png,blue\n",
-            r"none of its 2 paths, relative to .*, is a file; the first: .*none\.",
+            r"none of its 2 paths, relative to .*, is a file; the first: .*no\.",
         ),
         (b"path,label\n", r"images\.csv: it has no row"),
         (
@@ -266,7 +279,10 @@ def test_a_table_is_split_by_its_column(tmp_path: Path) -> None:
         ("path,label\n".encode("utf-16"), r"images\.csv: not in UTF-8"),
         (b'path,label\n0.png,"red\n', r"images\.csv: not a table \(unexpected end"),
         (b"path,label,split\n0.png,red,dev\n", r"split 'dev'; expected one of train, training, val"),
-        (b"path,label,split\n0.png,red,test\n", r"no row has the split train"),
+        (
+            b"path,label,split\n0.png,red,test\n",
+            r"images\.csv: its splits are test; expected train and, optionally, val and test",
+        ),
         (b"path,label\n0.png,red\n1.png,blue\x1b[2J\n", r"class 'blue\\x1b\[2J' has control characters in its name"),
     ],
 )
@@ -330,7 +346,10 @@ def test_an_image_listed_with_two_labels_is_logged(tmp_path: Path, caplog: pytes
     table.write_text("path,label,split\n" + rows)
     find(table)
     start = "1 of 3 training images is the same as one with another target, byte for byte: "
-    assert caplog.messages == [f"{start}{tmp_path}/red/0.png (red) is {tmp_path}/red/0.png (blue)"]
+    assert caplog.messages == [
+        f"{table}: in several rows, which all count: 1 of 3 images: {tmp_path}/red/0.png (line 2, line 3)",
+        f"{start}{tmp_path}/red/0.png (red) is listed again (blue)",
+    ]
 
 
 def test_each_file_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,18 @@ def test_each_split_has_its_own_columns(tmp_path: Path, images: list[Any]) -> No
         find_splits(save(datasets.DatasetDict(test=texts), tmp_path / "tests"))
 
 
+def test_datasets_without_rows_or_train(tmp_path: Path, images: list[Any]) -> None:
+    whole, empty = make(images[2:4], label=(CLASSES, [1, 0])), make([], label=(CLASSES, []))
+    for name, saved in (("empty", empty), ("split", datasets.DatasetDict(train=whole, test=empty))):
+        for look in (find_images, list_images):
+            with pytest.raises(
+                ValueError, match=rf"{name}: it, or a split of it, has no row; save it with rows, or with"
+            ):
+                look(save(saved, tmp_path / name))
+    tests = save(datasets.DatasetDict(test=whole), tmp_path / "tests")
+    assert list(find_splits(tests, COLOURS)) == ["test"]  # to test a model of these classes
+
+
 def test_images_are_listed_without_labels(tmp_path: Path, images: list[Any]) -> None:
     alone = make(images[:2])
     assert list_images(save(alone, tmp_path / "saved")) == [

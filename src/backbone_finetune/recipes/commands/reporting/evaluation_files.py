@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from ...data.sources.rows import TEST
 from ...files import replacing
 from ..evaluate import Evaluation
 from ..evaluate_table import TableEvaluation
@@ -33,7 +32,7 @@ def write_evaluation(
     with replacing(page) as temporary:
         temporary.write_text(make_report(evaluation, title=title, facts={}), encoding="utf-8")
     with replacing(predictions) as temporary:
-        write_predictions({TEST: evaluation.answers}, temporary)
+        write_predictions({evaluation.split: evaluation.answers}, temporary)
     if isinstance(evaluation, TableEvaluation):
         return numbers, predictions, page
     from .plots import draw_confusion  # noqa: PLC0415 (matplotlib, only where it is needed)

@@ -8,7 +8,7 @@ from ..images import LabelledFolder
 from .folders import EXPECTED, File, read_folders, walk
 from .hugging_face import is_dataset, list_rows, read_dataset
 from .names import EXAMPLES, is_image
-from .rows import TEST, TRAIN, VALIDATION, Labelled
+from .rows import ALL, TEST, TRAIN, VALIDATION, Labelled
 from .samples import are_samples, list_packed, read_samples
 from .tables import TABLES, read_table
 from .tars import list_shards, read_shards
@@ -72,7 +72,10 @@ def find_splits(
         ValueError: as for `find_images`; or a part has a class that "train" does not have.
     """
     known, parts = values or class_names, dict[str, LabelledFolder]()
-    for part, (root, images) in _find_parts(path, known, values, group).items():
+    found = _find_parts(path, known, values, group)
+    if class_names is None and TRAIN not in found:
+        raise ValueError(f"{path}: its splits are {', '.join(found)}; expected train and, optionally, val and test")
+    for part, (root, images) in found.items():
         parts[part] = _label(root, images, known)
         known = known or parts[TRAIN].class_names
     return parts
@@ -158,6 +161,7 @@ def list_images(path: Path) -> list[Path]:
     return found
 
 
-def choose_test(parts: Mapping[str, LabelledFolder]) -> LabelledFolder:
-    """Return the images to test a model on: "test" if it exists, else "validation", else all images."""
-    return next(parts[part] for part in (TEST, VALIDATION, TRAIN) if part in parts)
+def choose_test(parts: Mapping[str, LabelledFolder]) -> tuple[str, LabelledFolder]:
+    """Return the images to test a model on, and their part: "test" if it exists, else "validation", else "all"."""
+    part = next(part for part in (TEST, VALIDATION, TRAIN) if part in parts)
+    return ALL if part == TRAIN else part, parts[part]

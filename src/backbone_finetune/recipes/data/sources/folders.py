@@ -142,7 +142,8 @@ def choose_parts(root: Path, inside: Mapping[str, set[str]]) -> dict[str, str]:
         inside: The names of the sub-folders of each folder in it.
 
     Raises:
-        ValueError: folders have the same sub-folders, and only some of them, or not train, have such a name.
+        ValueError: folders have the same sub-folders, and only some of them, or not train, have such a name; or two
+            are of the same part.
     """
     named = {PARTS[name.lower()]: name for name in inside if name.lower() in PARTS}
     if TRAIN not in named or len(named) == 1:
@@ -156,6 +157,9 @@ def choose_parts(root: Path, inside: Mapping[str, set[str]]) -> dict[str, str]:
     others = [name for name in inside if name not in named.values()]
     if others and not any(inside[name] & inside[named[TRAIN]] for part, name in named.items() if part != TRAIN):
         return {}
+    for name in others:
+        if (part := PARTS.get(name.lower())) is not None:
+            raise ValueError(f"{root}: {name} and {named[part]} are both of {part} images; join them, or remove one")
     if others:
         warn_of_others(root, join_some(others))
     for name in (name for part, name in named.items() if part != TRAIN and not inside[name]):

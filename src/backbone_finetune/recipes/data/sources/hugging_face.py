@@ -61,7 +61,7 @@ def read_dataset(root: Path, values: Sequence[str] = (), group: str | None = Non
             raise ValueError(f"{source}: {' and '.join(kinds.values())} are targets of two kinds; rename one column")
         for own, images in sort_rows(source, columns, rows).items():
             found[part if name else own] += images
-    if not found[TRAIN]:
+    if not any(found.values()):
         raise ValueError(
             f"{root}: its splits are {show_names([*splits])}; expected train and, optionally, val and test"
         )
@@ -75,7 +75,12 @@ def list_rows(root: Path) -> list[Path]:
 
 def _load(root: Path) -> dict[str, Any]:
     """Load the splits of a dataset by name, without decoding; one that is not split has the name ""."""
-    loaded = import_extra("datasets", "datasets").load_from_disk(str(root))
+    try:
+        loaded = import_extra("datasets", "datasets").load_from_disk(str(root))
+    except IndexError as error:  # datasets cannot load what it has saved without rows
+        raise ValueError(
+            f"{root}: it, or a split of it, has no row; save it with rows, or without that split"
+        ) from error
     splits = loaded if isinstance(loaded, dict) else {"": loaded}
     return {name: split.with_format(None) for name, split in splits.items()}
 

@@ -95,6 +95,5 @@ def _label(images: LabelledFolder, index: int) -> str:
 
 def _describe(copy: Copy) -> str:
     """Return the paths of a pair, with their classes if these differ."""
-    differ = copy.label != copy.of_label
-    pair = ((copy.path, copy.label), (copy.of_path, copy.of_label))
-    return " is ".join(f"{path}{f' ({label})' if differ else ''}" for path, label in pair)
+    one, other = (f" ({label})" if copy.label != copy.of_label else "" for label in (copy.label, copy.of_label))
+    return f"{copy.path}{one} is {'listed again' if copy.path == copy.of_path else copy.of_path}{other}"

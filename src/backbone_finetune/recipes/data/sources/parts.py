@@ -46,7 +46,7 @@ def find_data(
 
     Args:
         path: The folder or table.
-        validation: Another folder or table of validation images.
+        validation: Another folder or table of validation images; of several parts its own, or else as for a test.
         test: Another folder or table of test images.
         chooses: Whether something is chosen on the validation images. Then they are not test images too, and if
             there are none, a fifth of the training images is held out for it. None is yes where there is a test, or
@@ -66,7 +66,8 @@ def find_data(
     for part, other in ((VALIDATION, validation), (TEST, test)):
         if other is not None:
             column = group if has_columns(other) else None
-            parts[part] = choose_test(find_splits(other, train.class_names, values, column))
+            found = find_splits(other, train.class_names, values, column)
+            parts[part] = found.get(part) or choose_test(found)[1]
     each = ("of each class" if are_classes else "of the images") + ", by groups" * (train.groups is not None)
     notes: dict[str, str] = {}
     if len(parts) == 1:

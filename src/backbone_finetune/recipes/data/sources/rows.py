@@ -15,6 +15,7 @@ SPLITS = ("split", "subset")
 GROUPS = ("group",)
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+ALL = "all"  # of data that is not split, where it is evaluated
 PARTS = {"train": TRAIN, "training": TRAIN, "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION}
 PARTS |= {"test": TEST, "testing": TEST}
 
@@ -81,7 +82,7 @@ def sort_rows(source: Path, columns: Columns, rows: Iterable[Row]) -> dict[str, 
     A target is a text, a tuple of texts, e.g. of "cat;dog", "cat|dog" or a list, or a tuple of numbers.
 
     Raises:
-        ValueError: a row lacks an entry or a number, a split is unknown, or no row has the split "train".
+        ValueError: a row lacks an entry or a number, a split is unknown, or there is no row.
     """
     found: dict[str, list[Labelled]] = {TRAIN: [], VALIDATION: [], TEST: []}
     for row in rows:
@@ -90,8 +91,8 @@ def sort_rows(source: Path, columns: Columns, rows: Iterable[Row]) -> dict[str, 
             raise ValueError(f"{row.place}: split {split!r}; expected one of {', '.join(PARTS)}")
         group = None if columns.group is None else require(row, columns.group)
         found[PARTS[split]].append(Labelled(row.path, _read_target(row, columns), group))
-    if not found[TRAIN]:
-        raise ValueError(f"{source}: no row has the split train" if any(found.values()) else f"{source}: it has no row")
+    if not any(found.values()):
+        raise ValueError(f"{source}: it has no row")
     return {part: sorted(images, key=lambda image: image.target) for part, images in found.items() if images}
 
 

@@ -1,13 +1,17 @@
 """Tables of images: each row of a CSV, TSV or Parquet file has the path of an image and its class, labels or values."""
 
 import csv
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...extras import import_extra
+from ...text import join_some, printable
 from .rows import Labelled, Row, choose_columns, find_column, require, sort_rows
+
+logger = logging.getLogger(__name__)
 
 PARQUET = ".parquet"
 TABLES = (".csv", ".tsv", PARQUET)
@@ -30,12 +34,20 @@ def read_table(table: Path, values: Sequence[str] = (), group: str | None = None
     names = _read_names(table)
     path = str(find_column(table, names, PATHS, hint=COLUMNS))
     columns = choose_columns(table, names, values, group)
-    rows = (Row(place, table, cells) for place, cells in _read_cells(table, [path, *columns.names]))
-    found = sort_rows(table, columns, (row._replace(path=table.parent / _read_path(row, path)) for row in rows))
-    paths = [image.path for images in found.values() for image in images]
-    if not any(each.is_file() for each in paths):
+    cells = (Row(place, table, cells) for place, cells in _read_cells(table, [path, *columns.names]))
+    rows = [row._replace(path=table.parent / _read_path(row, path)) for row in cells]
+    found, places = sort_rows(table, columns, rows), dict[Path, list[str]]()
+    for row in rows:
+        places.setdefault(row.path, []).append(row.place.removeprefix(f"{table}, "))
+    if not any(each.is_file() for each in places):
         raise ValueError(
-            f"{table}: none of its {len(paths)} paths, relative to {table.parent}, is a file; the first: {paths[0]}"
+            f"{table}: none of its {len(places)} paths, relative to {table.parent}, is a file; the first: "
+            f"{next(iter(places))}"
+        )
+    if repeated := [f"{each} ({', '.join(own)})" for each, own in places.items() if len(own) > 1]:
+        logger.warning(
+            "%s: in several rows, which all count: %d of %d images: %s",
+            *(printable(table), len(repeated), len(places), printable(join_some(repeated))),
         )
     return found
 
