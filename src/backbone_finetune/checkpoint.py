@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .eval_caches import clear_caches
+from .files import replacing
 
 _FORMAT = {"format": "backbone-finetune", "format_version": "1"}
 
@@ -70,20 +71,9 @@ def save_tensors(
     ...     read_checkpoint(f"{folder}/bias.safetensors")
     ({'bias': tensor([1., 1.])}, {})
     """
-    path = Path(path)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # from the umask; safetensors' own files are readable by their owner only
-    try:
+    with replacing(Path(path)) as temporary:
         save_file(contiguous, temporary, metadata={**metadata, **_FORMAT})
-        os.chmod(temporary, mode)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Files: atomic writes, syncing to disk, digests, and CSV."""
+"""Files: output folders, digests, and CSV."""
 
 import csv
 import hashlib
@@ -9,27 +9,6 @@ from pathlib import Path
 from typing import Any
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; if the block ends without an error, the file replaces ``path``.
-
-    A reader always sees a complete file, the old one or the new one. A symbolic link is followed: its target is
-    replaced. A pipe or a terminal cannot be replaced and is written to directly.
-    """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        yield path
-        return
-    path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        sync_file(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_output(folder: Path) -> None:
     """Raise OSError unless files can be written into a folder, which need not exist; change nothing."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
@@ -38,21 +17,6 @@ def check_output(folder: Path) -> None:
         raise FileExistsError(f"{nearest} is {kind}; pass a folder with --output")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"{nearest} is not writable; pass another folder with --output")
-
-
-def sync_file(path: Path) -> None:
-    """Flush a file to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk, on systems that can open a folder."""
-    if os.name == "posix":
-        sync_file(folder)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from backbone_finetune import cli
+from backbone_finetune.files import replacing
 from backbone_finetune.recipes.commands.initial_model import choose_data_config
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.commands.runs.metrics import describe
@@ -27,7 +28,6 @@ from backbone_finetune.recipes.commands.train import train
 from backbone_finetune.recipes.data.augmentation import Augmentation
 from backbone_finetune.recipes.data.groups import split
 from backbone_finetune.recipes.data.sources.finding import find_images
-from backbone_finetune.recipes.files import replacing
 from backbone_finetune.recipes.models.file import load_trained_model
 from backbone_finetune.recipes.training.phases import Phase
 

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from backbone_finetune.files import replacing
+
 from ..extras import import_extra
-from ..files import check_output, csv_writer, replacing
+from ..files import check_output, csv_writer
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel

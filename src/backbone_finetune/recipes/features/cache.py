@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from backbone_finetune import __version__
 from backbone_finetune.eval_caches import clear_caches
+from backbone_finetune.files import replacing
 from backbone_finetune.verification import digest
 
 from ..data.images import is_read, spread_rows
-from ..files import replacing
 from .frozen_pass import Front
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from backbone_finetune.checkpoint import distinct_tensors
 from backbone_finetune.eval_caches import clear_caches
+from backbone_finetune.files import replacing
 from backbone_finetune.verification import digest
 
-from ..files import replacing
 from ..rng import random_state, restore_random_state
 from ..together import run_on_main
 from .processes import full_tensor

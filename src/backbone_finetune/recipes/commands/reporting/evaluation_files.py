@@ -4,7 +4,8 @@ import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from ...files import replacing
+from backbone_finetune.files import replacing
+
 from ..evaluate import Evaluation
 from ..evaluate_table import TableEvaluation
 from .predictions import write_predictions

@@ -15,7 +15,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ...files import check_output, replacing, sync_file, sync_folder
+from backbone_finetune.files import replacing, sync_file, sync_folder
+
+from ...files import check_output
 from ...text import join_some, one_line
 
 RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE = "run.json", "model.safetensors", "metrics.json", "curves.png"

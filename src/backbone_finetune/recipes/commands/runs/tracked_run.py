@@ -9,8 +9,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from backbone_finetune.files import replacing
+
 from ...extras import import_extra
-from ...files import replacing
 from ...text import one_line
 from ...training.tracking import PROJECT, flatten
 from ..settings import TrainSettings
