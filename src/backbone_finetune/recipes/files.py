@@ -3,10 +3,13 @@
 import csv
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+NO_FILE = "no file"
 
 
 def check_output(folder: Path) -> None:
@@ -33,3 +36,14 @@ def digest_file(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def digest_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the SHA-256 of each file, which is read once; "no file" for a pipe or a broken link, which would block."""
+    files = list(dict.fromkeys(paths))
+
+    def digest(path: Path) -> str:
+        return digest_file(path) if path.is_file() else NO_FILE
+
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(files, threads.map(digest, files), strict=True))

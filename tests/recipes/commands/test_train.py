@@ -319,9 +319,14 @@ def test_invalid_images_raise_before_any_work(
         ),
         ({"device": "cuda:99"}, r"device 'cuda:99': not on this machine, which has cpu"),
         ({"device": "gpu"}, r"device 'gpu': not on this machine, which has cpu"),
+        ({"checkpoint": Path(__file__)}, r"test_train\.py: not a readable weights file of torch or safetensors"),
+        ({"folds": 99}, r"folds = 99: expected a whole number from 2 to the 12 images"),
     ],
 )
-def test_invalid_settings_write_nothing(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_read_no_image_and_write_nothing(
+    settings: dict[str, Any], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backbone_finetune.recipes.commands.train.digest_files", None)
     with pytest.raises(ValueError, match=message):
         train(TrainSettings(**{**settings, **changes}))
     assert not settings["output"].exists()

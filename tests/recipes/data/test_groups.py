@@ -118,14 +118,14 @@ def table(tmp_path: Path) -> Path:
 def test_a_column_of_groups(table: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert find_splits(table)["train"].groups is None
     caplog.set_level("INFO")
-    parts = list(find_data(table, chooses=True, test_share=0.3, seed=0, group="patient").parts.values())
+    parts = list(find_data(table, chooses=True, test_share=0.3, seed=0, group="patient").values())
     assert [len(part.paths) for part in parts] == [12, 4, 8]
     assert not set.intersection(*sides(*parts[:2])) | set.intersection(*sides(*parts[1:]))
     assert f"test: 8 images from {table}, 30 % of each class, by groups, held out" in caplog.messages
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     renamed = table.with_name("renamed.csv")
     renamed.write_text(table.read_text().replace("patient\n", " Group\n"))
-    assert find_data(renamed, chooses=True, test_share=0.3, seed=0).parts["train"].groups == parts[0].groups
+    assert find_data(renamed, chooses=True, test_share=0.3, seed=0)["train"].groups == parts[0].groups
 
 
 def test_the_fingerprint_of_a_dataset_has_its_groups(table: Path) -> None:

@@ -142,17 +142,16 @@ def evaluate_folder(
     if not isinstance(trained.objective, SingleLabel | SoftLabels):
         raise ValueError("the model has labels or values; call evaluate_table with a table")
     split, found = choose_test(find_splits(folder, trained.class_names))
-    names = trained.class_names
+    accuracy = None
+    if neighbors is not None:  # first: it checks before it reads images
+        title = "features" if show_progress else None
+        accuracy = measure_neighbors(trained, neighbors, found, batch_size=batch_size, workers=workers, title=title)
     answers, skipped = predict_labelled(
         trained, found, folder, batch_size=batch_size, workers=workers, tta=tta, show_progress=show_progress
     )
-    missing = tuple(name for target, name in enumerate(names) if target not in found.targets)
-    evaluation = replace(score_answers(answers, skipped=skipped, missing=missing), split=split)
-    if neighbors is None:
-        return evaluation
-    title = "features" if show_progress else None
-    accuracy = measure_neighbors(trained, neighbors, found, batch_size=batch_size, workers=workers, title=title)
-    return replace(evaluation, neighbor_accuracy=accuracy)
+    missing = tuple(name for target, name in enumerate(trained.class_names) if target not in found.targets)
+    evaluation = score_answers(answers, skipped=skipped, missing=missing)
+    return replace(evaluation, split=split, neighbor_accuracy=accuracy)
 
 
 def score_answers(answers: Answers, *, skipped: Sequence[str] = (), missing: Sequence[str] = ()) -> Evaluation:

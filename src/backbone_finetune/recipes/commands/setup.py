@@ -14,12 +14,10 @@ from backbone_finetune import FineTuneModel
 
 from ..data.augmentation import Augmentation
 from ..data.images import ImageDataset, LabelledFolder, check_first_images
-from ..data.sources.identical import Copy
-from ..data.sources.parts import FoundData, find_data
+from ..data.sources.parts import find_data
 from ..data.sources.rows import TEST, TRAIN, VALIDATION
 from ..models.base import BaseWeights, remember_base
 from ..models.file import build_transform
-from ..models.foreign import check_file
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from ..objectives.objective import Objective
 from ..together import run_on_main
@@ -38,7 +36,7 @@ class Task:
     """A model and its training, validation and test images.
 
     ``base`` has the initial backbone if only changed tensors will be written. ``validation`` or ``test`` may be
-    None, but not both. ``copies`` are identical images.
+    None, but not both.
     """
 
     model: FineTuneModel
@@ -52,7 +50,6 @@ class Task:
     test: ImageDataset | None
     objective: Objective
     phases: tuple[Phase, ...]
-    copies: tuple[Copy, ...]
 
     def parts(self) -> dict[str, ImageDataset]:
         """Return the existing parts by name: "train", "validation", "test"."""
@@ -61,10 +58,9 @@ class Task:
 
 
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
-    """Find the images and build the model. Nothing is written."""
-    found = run_on_main(accelerator, lambda: _find_data(settings))
-    train, validation, test = map(found.parts.get, (TRAIN, VALIDATION, TEST))
-    assert train is not None
+    """Find the images by their names and build the model. Nothing is written."""
+    parts = run_on_main(accelerator, lambda: _find_data(settings))
+    train, validation, test = parts[TRAIN], parts.get(VALIDATION), parts.get(TEST)
     start, source, weights, is_trained = load_start(settings, train.class_names)
     model, data_config = start.model, dict(start.data_config)
     channels = data_config["input_size"][0]
@@ -97,7 +93,6 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
         unchanged(test),
         objective,
         phases,
-        found.copies,
     )
 
 
@@ -111,10 +106,8 @@ def choose_phases(settings: TrainSettings, num_images: int, model: FineTuneModel
     return phases
 
 
-def _find_data(settings: TrainSettings) -> FoundData:
+def _find_data(settings: TrainSettings) -> dict[str, LabelledFolder]:
     check_output_folder(settings.output, overwrite=settings.overwrite)
-    if settings.checkpoint is not None:  # before all images are read
-        check_file(settings.checkpoint)
     return find_data(
         settings.images or CLIPART,
         validation=settings.validation,

@@ -13,13 +13,15 @@ from accelerate import Accelerator
 
 from backbone_finetune.report import describe_by_group
 
-from ..data.fingerprint import data_fingerprint
+from ..data.fingerprint import fingerprint_images
 from ..data.images import ImageDataset
+from ..data.sources.identical import Copy, find_copies
 from ..data.sources.rows import TEST, VALIDATION
 from ..export.timm_checkpoint import find_obstacle
 from ..extras import import_extra
 from ..features.cache import FeatureCache
 from ..features.compiled import COMPILERS
+from ..files import digest_files
 from ..models.file import TrainedModel, save_trained_changes, save_trained_model
 from ..models.metadata import describe_objective, installed_versions
 from ..objectives.kinds import MultiLabel, Regression
@@ -89,11 +91,13 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         project_dir=settings.output,
     )
     import_extra("matplotlib", "recipes")  # which draws the curves: a missing package is reported before any work
+    if settings.compile == "openvino":
+        import_extra("openvino", "openvino")
     with preserve_rng_state(), ExitStack() as exit_stack:
         seed_everything(settings.seed)
         task = make_task(settings, accelerator)
         has_folds = _check_folds(settings, task)
-        config, record = _start(settings, task, accelerator, exit_stack, recorded)
+        config, record, copies = _start(settings, task, accelerator, exit_stack, recorded)
         exit_stack.enter_context(local_tracking(settings))
         exit_stack.callback(finish_trackers, accelerator)
         run_on_main(accelerator, lambda: start_tracker(settings, accelerator, record["arguments"]))
@@ -109,7 +113,7 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
             if accelerator.is_main_process:
                 logger.warning("stopped; the same command resumes this run, which %s keeps", settings.output)
             raise
-        metrics = replace(metrics, seconds=round(time.monotonic() - start, 1))
+        metrics = replace(metrics, copies=copies, seconds=round(time.monotonic() - start, 1))
         if accelerator.is_main_process:
             metrics = write_results(settings, metrics, task, accelerator, answered=answered)
     accelerator.end_training()
@@ -133,12 +137,13 @@ def _start(
     accelerator: Accelerator,
     exit_stack: ExitStack,
     recorded: Mapping[str, Any] | None,
-) -> tuple[TrainerConfig, dict[str, Any]]:
+) -> tuple[TrainerConfig, dict[str, Any], tuple[Copy, ...]]:
     """Open the output folder, start or resume the run, and log the images and the model.
 
-    The main process has the lock of the folder until ``exit_stack`` is closed. Returns the config and the record.
+    The main process has the lock of the folder until ``exit_stack`` is closed. Returns the config, the record and
+    identical images.
     """
-    fingerprints = run_on_main(accelerator, lambda: _fingerprints(task))
+    fingerprints, copies = run_on_main(accelerator, lambda: _digest(task))
     unfinished, autocast = settings.output / UNFINISHED, settings.autocast_features
     config = TrainerConfig(
         accelerator,
@@ -177,12 +182,14 @@ def _start(
         )
         if obstacle := find_obstacle(task.model, task.architecture, **task.arguments):
             logger.info("export:   %s\n", obstacle)
-    return config, record
+    return config, record, copies
 
 
-def _fingerprints(task: Task) -> dict[str, str]:
-    """Return the fingerprint of each part."""
-    return {name: data_fingerprint(data) for name, data in task.parts().items()}
+def _digest(task: Task) -> tuple[dict[str, str], tuple[Copy, ...]]:
+    """Read all files once; return the fingerprint of each part, and identical images, which are logged."""
+    parts = {name: data.folder for name, data in task.parts().items()}
+    digests = digest_files(path for images in parts.values() for path in images.paths)
+    return {name: fingerprint_images(images, digests) for name, images in parts.items()}, find_copies(parts, digests)
 
 
 def _train_model(

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from backbone_finetune.verification import digest
 
-from ..files import digest_file
+from ..files import digest_files
 from ..rng import preserve_rng_state
 from ..text import one_line
-from .images import ImageDataset, spread_rows
+from .images import ImageDataset, LabelledFolder, spread_rows
 
 # By name, so that nothing is imported for them. Each returns the same tensor for the same image; a subclass may do
 # anything, so it is not included.
@@ -115,7 +114,16 @@ def data_fingerprint(dataset: Dataset[Any]) -> str:
             "of a loader, loader.dataset; of a folder, torchvision.datasets.ImageFolder(folder, transform); "
             f"for a stream, {_NAME_INSTEAD}"
         )
-    return hashlib.sha256(json.dumps(_describe(dataset)).encode()).hexdigest()
+    return _digest_text(_describe(dataset))
+
+
+def fingerprint_images(images: LabelledFolder, digests: Mapping[Path, str]) -> str:
+    """Return the `data_fingerprint` of an `ImageDataset` of images whose files have these digests."""
+    return _digest_text(_describe_images(images, digests))
+
+
+def _digest_text(description: Any) -> str:
+    return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
 
 def _describe(dataset: Any) -> Any:
@@ -133,23 +141,17 @@ def _describe(dataset: Any) -> Any:
             f"{reason}; use an evaluation transform, as timm's create_transform(224) gives, or {_NAME_INSTEAD}"
         )
     if type(dataset) is ImageDataset:
-        files = _describe_files(dataset.folder.paths, dataset.folder.targets)
-        return [kind, files, *([] if dataset.folder.groups is None else [list(dataset.folder.groups)])]
+        return _describe_images(dataset.folder, digest_files(dataset.folder.paths))
     if kind == "torchvision.datasets.folder.ImageFolder":
-        paths, targets = zip(*dataset.samples, strict=True)
-        return [kind, _describe_files(map(Path, paths), targets)]
+        digests = digest_files(Path(path) for path, _ in dataset.samples)
+        return [kind, [(target, digests[Path(path)]) for path, target in dataset.samples]]
     return [kind, [_digest_item(dataset[index]) for index in range(len(dataset))]]
 
 
-def _describe_files(paths: Iterable[Path], targets: Iterable[Any]) -> list[tuple[Any, str]]:
+def _describe_images(images: LabelledFolder, digests: Mapping[Path, str]) -> list[Any]:
     """Describe images by their contents, not by sizes and times, which may not change with an image."""
-
-    def describe(path: Path, target: Any) -> tuple[Any, str]:
-        # A pipe or a broken link, which would block or fail, is an image that a pass skips.
-        return target, digest_file(path) if path.is_file() else "no file"
-
-    with ThreadPoolExecutor() as threads:
-        return list(threads.map(describe, paths, targets))
+    rows = [(target, digests[path]) for path, target in zip(images.paths, images.targets, strict=True)]
+    return ["images", rows, *([] if images.groups is None else [list(images.groups)])]
 
 
 def _stated_transforms(data: Any) -> list[Any]:

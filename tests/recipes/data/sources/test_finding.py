@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from image_folders import make_folder, make_image
 
-from backbone_finetune.recipes import LabelledFolder, find_images, find_splits
-from backbone_finetune.recipes.data.sources import identical
+from backbone_finetune.recipes import LabelledFolder, files, find_images, find_splits
 from backbone_finetune.recipes.data.sources.finding import list_images
+from backbone_finetune.recipes.data.sources.identical import find_copies
 from backbone_finetune.recipes.data.sources.parts import find_data
+from backbone_finetune.recipes.files import digest_files
 
 NAMES = ("blue", "green", "red")
 
@@ -27,8 +28,10 @@ def touch(root: Path, *names: str) -> Path:
 
 
 def find(path: Path, **arguments: Any) -> list[LabelledFolder]:
-    """Find what there is of train, validation and test."""
-    return list(find_data(path, **arguments, test_share=0.3, seed=0).parts.values())
+    """Find what there is of train, validation and test, and what is identical."""
+    parts = find_data(path, **arguments, test_share=0.3, seed=0)
+    find_copies(parts, digest_files(each for images in parts.values() for each in images.paths))
+    return list(parts.values())
 
 
 @pytest.mark.parametrize("folders", [("val", "test"), ("train", "dev"), ("train", "Train")])
@@ -90,7 +93,7 @@ def test_what_is_chosen_on_is_not_tested_on(
     make_folder(tmp_path / "train", per_class=10)
     for name in folders:
         make_folder(tmp_path / name, per_class=2)
-    parts = find_data(tmp_path, chooses=chooses, test_share=0.3, seed=0).parts
+    parts = find_data(tmp_path, chooses=chooses, test_share=0.3, seed=0)
     assert [len(parts[name].paths) if name in parts else 0 for name in ("train", "validation", "test")] == expected
     paths = [path for part in parts.values() for path in part.paths]
     assert len(set(paths)) == len(paths)
@@ -155,12 +158,13 @@ def test_parts_without_classes_raise(tmp_path: Path) -> None:
 
 
 def test_parts_in_other_folders(tmp_path: Path) -> None:
-    for name, count in (("data/train", 4), ("data/val", 3), ("other", 2), ("third/train", 9), ("third/test", 1)):
+    counts = {"data/train": 4, "data/val": 3, "other": 2, "third/train": 9, "third/test": 1, "third/val": 2}
+    for name, count in counts.items():
         make_folder(tmp_path / name, per_class=count)
     data, other, third = (tmp_path / name for name in ("data", "other", "third"))
     assert [len(part.paths) for part in find(data, validation=other)] == [12, 6]
     assert [len(part.paths) for part in find(data, test=third)] == [12, 9, 3]
-    assert [len(part.paths) for part in find(data, test=third, validation=data)] == [12, 9, 3]
+    assert [len(part.paths) for part in find(data, test=third, validation=third)] == [12, 6, 3]
     tests = tmp_path / "tests.csv"  # has no training images
     tests.write_text("path,label,split\nother/red/0.png,red,test\n")
     assert [len(part.paths) for part in find(data, test=tests)] == [12, 9, 1]
@@ -353,9 +357,8 @@ def test_an_image_listed_with_two_labels_is_logged(tmp_path: Path, caplog: pytes
 
 
 def test_each_file_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part in ("train", "val", "test"):
-        make_folder(tmp_path / part, per_class=2)
     read: list[Path] = []
-    monkeypatch.setattr(identical, "digest_file", lambda path: str(read.append(path)))
-    assert [len(part.paths) for part in find(tmp_path)] == [6, 6, 6]
-    assert len(read) == len(set(read)) == 18
+    monkeypatch.setattr(files, "digest_file", lambda path: str(read.append(path)))
+    touch(tmp_path, "a", "b")
+    assert list(digest_files(tmp_path / name for name in "abac")) == [tmp_path / name for name in "abc"]
+    assert sorted(read) == [tmp_path / "a", tmp_path / "b"]

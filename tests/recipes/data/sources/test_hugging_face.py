@@ -104,9 +104,7 @@ def test_splits_and_groups(tmp_path: Path, images: list[Any], caplog: pytest.Log
         (4.0,),
         (6.0,),
     )
-    parts = find_data(
-        save(whole.remove_columns("split"), tmp_path / "one"), test_share=0.5, seed=0, group="patient"
-    ).parts
+    parts = find_data(save(whole.remove_columns("split"), tmp_path / "one"), test_share=0.5, seed=0, group="patient")
     assert len(set(parts["train"].groups or ())) == len(set(parts["test"].groups or ())) == 1
 
 

@@ -18,7 +18,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from backbone_finetune.recipes import ImageDataset, data_fingerprint, find_images, find_splits
 from backbone_finetune.recipes.data.loading import DeviceLoader
 from backbone_finetune.recipes.data.sources.finding import list_images
+from backbone_finetune.recipes.data.sources.identical import find_copies
 from backbone_finetune.recipes.data.sources.parts import find_data
+from backbone_finetune.recipes.files import digest_files
 
 
 @pytest.fixture
@@ -290,7 +292,8 @@ def test_contents_are_compared_and_digested(
 ) -> None:
     root = tmp_path / "folder"
     tar = write_tar(tmp_path / "colours.tar", {**files, "red/same.png": files["blue/0.png"]})
-    find_data(tar, test=root, test_share=0.3, seed=0)
+    parts = find_data(tar, test=root, test_share=0.3, seed=0)
+    find_copies(parts, digest_files(path for images in parts.values() for path in images.paths))
     assert caplog.messages[0] == (
         "1 of 7 training images is the same as one with another target, byte for byte: "
         f"{tar}/red/same.png (red) is {tar}/blue/0.png (blue)"

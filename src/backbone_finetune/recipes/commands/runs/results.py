@@ -69,7 +69,7 @@ def write_results(
     if settings.check_labels and TRAIN in answered:
         with left_out_if_it_fails(None, LABELS_FILE):
             issues = find_label_issues(answered[TRAIN])
-    metrics = replace(metrics, copies=task.copies, label_issues=None if issues is None else len(issues))
+    metrics = replace(metrics, label_issues=None if issues is None else len(issues))
     logger.info(describe(metrics))
     tested = {"accuracy": metrics.test_accuracy, "balanced_accuracy": metrics.test_balanced_accuracy}
     figures = {name: value for name, value in {**tested, **metrics.test_metrics}.items() if value is not None}

@@ -107,14 +107,12 @@ def _read_rows(root: Path, split: Any, columns: Sequence[str]) -> list[Row]:
         )
     (image,) = images
     packed = split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    stored = packed.data.column(image)
-    sizes = compute.binary_length(compute.struct_field(stored, "bytes")).to_pylist()
-    sources = compute.struct_field(stored, "path").to_pylist()
+    sources = compute.struct_field(packed.data.column(image), "path").to_pylist()
     cells = {name: _decode(split.features[name], split[name][:]) for name in columns}
     rows = []
-    for index, (size, source) in enumerate(zip(sizes, sources, strict=True)):
+    for index, source in enumerate(sources):
         name = f"{index}-{Path(source).name}" if source else str(index)
-        path = PackedPath(root / name).holding(partial(_read_image, packed, image, index), size or 0)
+        path = PackedPath(root / name).holding(partial(_read_image, packed, image, index))
         rows.append(Row(f"{root}, row {index}", path, {name: column[index] for name, column in cells.items()}))
     return rows
 

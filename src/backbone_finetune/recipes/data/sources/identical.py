@@ -1,20 +1,20 @@
 """Identical images: in two parts of the data, which makes an accuracy too high, or with two targets."""
 
+import hashlib
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
 
-from ...files import digest_file
+from ...files import NO_FILE
 from ...text import join_some, printable
 from ..images import LabelledFolder
-from .packed import size_of
 from .rows import TRAIN
 
 logger = logging.getLogger(__name__)
+
+NO_IMAGE = {NO_FILE, hashlib.sha256().hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,12 @@ class Copy:
     of_label: str
 
 
-def find_copies(parts: Mapping[str, LabelledFolder]) -> list[Copy]:
-    """Find the images of each part that equal one with another target, or one in an earlier part."""
-    digests = _digest_same_sizes(parts)
+def find_copies(parts: Mapping[str, LabelledFolder], digests: Mapping[Path, str]) -> tuple[Copy, ...]:
+    """Find and log the images of each part that equal one with another target, or one in an earlier part.
+
+    ``digests`` are those of their files. Empty and missing files are no images.
+    """
+    digests = {path: digest for path, digest in digests.items() if digest not in NO_IMAGE}
     first = {name: _index_first(images, digests) for name, images in parts.items()}
     copies = []
     for earlier, name in [*((name, name) for name in parts), *combinations(parts, 2)]:
@@ -50,11 +53,11 @@ def find_copies(parts: Mapping[str, LabelledFolder]) -> list[Copy]:
             if other is not None and (name != earlier or images.targets[index] != images.targets[other]):
                 labels = (_label(images, index), _label(others, other))
                 copies.append(Copy(path, name, labels[0], others.paths[other], earlier, labels[1]))
-    return copies
+    _log(copies, parts)
+    return tuple(copies)
 
 
-def log_copies(copies: Sequence[Copy], parts: Mapping[str, LabelledFolder]) -> None:
-    """Log the images of each part that are copies of images of an earlier part, or of one with another target."""
+def _log(copies: Sequence[Copy], parts: Mapping[str, LabelledFolder]) -> None:
     for (earlier, name), group in groupby(copies, key=lambda copy: (copy.of_part, copy.part)):
         found = list(group)
         shown, of_shown = ({TRAIN: "training"}.get(part, part) for part in (name, earlier))
@@ -66,16 +69,6 @@ def log_copies(copies: Sequence[Copy], parts: Mapping[str, LabelledFolder]) -> N
             *(len(found), len(parts[name].paths), shown, f"{'is' if len(found) == 1 else 'are'} {same}", effect),
             printable(join_some([_describe(copy) for copy in found], separator="; ")),
         )
-
-
-def _digest_same_sizes(parts: Mapping[str, LabelledFolder]) -> dict[Path, str]:
-    """Digest the files, except empty ones, that have the size of another one or are listed twice; each is read once."""
-    entries = [path for images in parts.values() for path in images.paths]
-    sizes = {path: size_of(path) for path in dict.fromkeys(entries) if path.is_file()}
-    counts = Counter(sizes[path] for path in entries if path in sizes)
-    chosen = [path for path, size in sizes.items() if size and counts[size] > 1]
-    with ThreadPoolExecutor() as threads:
-        return dict(zip(chosen, threads.map(digest_file, chosen), strict=True))
 
 
 def _index_first(images: LabelledFolder, digests: Mapping[Path, str]) -> dict[str, int]:

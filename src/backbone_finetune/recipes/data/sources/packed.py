@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 if sys.platform == "win32":
@@ -15,18 +14,17 @@ else:
 class PackedPath(_Path):
     """The path of an image inside another file, such as ``shard.tar/cat/1.jpg``, which is opened like that of a file.
 
-    >>> path = PackedPath("shard.tar/cat/1.jpg").holding(b"GIF89a".upper, size=6)
-    >>> path.name, path.open().read(), path.is_file(), size_of(path)
-    ('1.jpg', b'GIF89A', True, 6)
+    >>> path = PackedPath("shard.tar/cat/1.jpg").holding(b"GIF89a".upper)
+    >>> path.name, path.open().read(), path.is_file()
+    ('1.jpg', b'GIF89A', True)
     """
 
     read: Callable[[], bytes] | None = None
-    size = 0
 
-    def holding(self, read: Callable[[], bytes], size: int) -> "PackedPath":
+    def holding(self, read: Callable[[], bytes]) -> "PackedPath":
         """Return this path of contents that ``read``, which can be pickled, returns."""
         path = type(self)(str(self))
-        path.read, path.size = read, size
+        path.read = read
         return path
 
     def open(self, *arguments: Any, **settings: Any) -> Any:
@@ -40,8 +38,3 @@ class PackedPath(_Path):
     def __reduce__(self) -> Any:
         """Keep the contents in a copy or in another process."""
         return type(self), (str(self),), vars(self)
-
-
-def size_of(path: Path) -> int:
-    """Return the number of bytes of a file, or of a packed one."""
-    return path.size if isinstance(path, PackedPath) and path.read is not None else path.stat().st_size

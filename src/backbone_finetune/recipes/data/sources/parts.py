@@ -4,7 +4,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -12,21 +11,12 @@ from ...text import join_some, printable
 from ..groups import split
 from ..images import LabelledFolder
 from .finding import choose_test, find_splits, has_columns
-from .identical import Copy, find_copies, log_copies
 from .rows import SEPARATORS, TEST, TRAIN, VALIDATION
 from .tables import TABLES
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class FoundData:
-    """The images of a run: those of "train", and of "validation" and "test" if there are any; and identical ones."""
-
-    parts: dict[str, LabelledFolder]
-    copies: tuple[Copy, ...]
 
 
 def find_data(
@@ -39,10 +29,10 @@ def find_data(
     seed: int,
     values: Sequence[str] = (),
     group: str | None = None,
-) -> FoundData:
-    """Find the images to train, validate and test on, and log them; see `find_splits`.
+) -> dict[str, LabelledFolder]:
+    """Find the images of a run, and log them: "train", and "validation" and "test" if there are any.
 
-    Images and groups that are in two of the parts are logged.
+    See `find_splits`. Groups that are in two of the parts are logged.
 
     Args:
         path: The folder or table.
@@ -80,10 +70,8 @@ def find_data(
         parts[TRAIN], parts[VALIDATION] = split(parts[TRAIN], test_share=VALIDATION_SHARE, seed=seed)
         notes[VALIDATION] = f", {100 * VALIDATION_SHARE:.0f} % {each} of the rest, held out"
     _log_parts(parts, notes, values)
-    copies = find_copies(parts)
-    log_copies(copies, parts)
     _log_shared_groups(parts)
-    return FoundData({part: parts[part] for part in (TRAIN, VALIDATION, TEST) if part in parts}, tuple(copies))
+    return {part: parts[part] for part in (TRAIN, VALIDATION, TEST) if part in parts}
 
 
 def _log_parts(parts: Mapping[str, LabelledFolder], notes: Mapping[str, str], values: Sequence[str]) -> None:

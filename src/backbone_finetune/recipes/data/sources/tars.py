@@ -118,7 +118,7 @@ def _list_files(shard: Path, left_out: Counter[str]) -> list[File]:
                 elif info.isreg() and not info.issparse():
                     size = max(0, min(info.size, length - info.offset_data))  # less if the tar file is truncated
                     read = partial(_read_range, shard, info.offset_data, size)
-                    path = PackedPath(shard.joinpath(*parts)).holding(read, size)
+                    path = PackedPath(shard.joinpath(*parts)).holding(read)
                     files[parts] = File(parts[:-1], path, shard)  # of two with one name the last, as unpacked
                 else:
                     left_out["links or special files"] += 1
