@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 from training_worker import Shaken, make_images, make_model
@@ -39,6 +43,8 @@ class Still(Shaken):
 
 def main(folder: str, device: str = "cpu") -> None:
     accelerator = make_accelerator(torch.device(device))
+    if device == "cpu" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        shard_on_cpu(accelerator)
     images: Any = make_images(23)
     told: dict[str, Any] = {"processes": accelerator.num_processes}
     for name, data, phase, accumulation in (
@@ -50,7 +56,14 @@ def main(folder: str, device: str = "cpu") -> None:
         # Trainable BatchNorm statistics in the stem would add noise here.
         ("weighted", Still(images), Phase(epochs=2, lr=0.02), 2),
         ("everything", images, Phase(epochs=2, trainable_groups=2, lr=0.02, backbone_lr=0.01, norm_eval=True), 2),
+        ("monitored", images, Phase(epochs=3, trainable_groups=1, lr=0.02, backbone_lr=0.01), 1),
+        ("resumed", images, Phase(epochs=3, trainable_groups=1, lr=0.02, backbone_lr=0.01), 1),
     ):
+        if name == "resumed" and accelerator.is_main_process:
+            # What is kept is of the first epoch, and the checkpoint of the second one has it.
+            shutil.copytree(Path(folder, "monitored"), Path(folder, name))
+            max(Path(folder, name).iterdir()).unlink()
+        accelerator.wait_for_everyone()
         model = make_model(dropout=0.0, normalises=name != "everything").freeze_backbone()
         loop = TrainerConfig(
             accelerator,
@@ -58,6 +71,7 @@ def main(folder: str, device: str = "cpu") -> None:
             accumulation=accumulation,
             checkpoints=Path(folder, name),
             objective=SingleLabel((0.5, 2.0, 7.0) if name == "weighted" else None),
+            monitor=(lambda result: -result.epoch) if name in {"monitored", "resumed"} else None,
             autocast_features=False,  # cached and uncached results are compared up to rounding
         )
         history = fine_tune(model, data, make_images(7), [phase], loop)
@@ -72,6 +86,17 @@ def main(folder: str, device: str = "cpu") -> None:
     if accelerator.is_main_process:
         Path(folder, "told.json").write_text(json.dumps(told))
     accelerator.end_training()
+
+
+def shard_on_cpu(accelerator: Accelerator) -> None:
+    """Use FSDP2 on the CPU, which torch can do, and accelerate uses on other devices alone."""
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    plugin = FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    assert accelerator.is_fsdp2
 
 
 def train_objectives(folder: str, accelerator: Any, told: dict[str, Any]) -> None:

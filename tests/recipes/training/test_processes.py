@@ -14,7 +14,7 @@ import processes_worker
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -64,13 +64,14 @@ def printed_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]
 def test_two_processes_give_the_weights_of_one(one: Any, printed_by_two: tuple[str, Path]) -> None:
     (told, weights), (told_by_two, weights_of_two) = one, outcome(printed_by_two[1])
     assert (told["processes"], told_by_two["processes"]) == (1, 2)
-    for name in ("cached", "from zero", "uncached", "accumulated", "weighted", "everything"):
+    for name in ("cached", "from zero", "uncached", "accumulated", "weighted", "everything", "monitored", "resumed"):
         torch.testing.assert_close(weights_of_two[name], weights[name], rtol=1e-5, atol=1e-6, msg=name)
         assert told_by_two[name] == pytest.approx(told[name], rel=1e-5)
         assert told_by_two[f"{name} test"] == told[f"{name} test"]
         outputs = (torch.tensor(each[f"{name} outputs"]) for each in (told_by_two, told))
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5, msg=f"{name}, in the order of the images")
     torch.testing.assert_close(weights["accumulated"], weights["uncached"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights["resumed"], weights["monitored"], rtol=1e-5, atol=1e-6)
     assert told["weighted"] != pytest.approx(told["accumulated"], rel=1e-2)
 
 
@@ -128,26 +129,43 @@ def test_only_one_process_logs_and_reports_the_bytes_sent(printed_by_two: tuple[
     head = (16 * 3 + 3) * 4
     group = 8 * 16 * 9 + 16 + 2 * 16
     # One line for each training of the worker's loop; the trainings after it have show_progress=False.
-    sent = {"statistics": head + group * 4}
-    names = ("cached", "from zero", "uncached", "accumulated", "statistics", "weighted")
+    sent = dict.fromkeys(("statistics", "monitored", "resumed"), head + group * 4)
+    names = ("cached", "from zero", "uncached", "accumulated", "statistics", "weighted", "monitored", "resumed")
     expected = [f"2 processes: each sends {sent.get(name, head):,} bytes of gradients per step" for name in names]
-    assert lines[:-1] == expected
-    assert len(lines) == 7  # "everything" trains two groups
+    del lines[6]  # "everything" trains two groups
+    assert lines == expected
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP2 is for GPUs: on the CPU accelerate falls back to DDP")
-def test_fully_sharded_training_gives_the_weights_of_one_process(one: Any, tmp_path: Path) -> None:
-    launch(
-        tmp_path / "sharded",
-        processes=torch.cuda.device_count(),
-        device="cuda",
-        ACCELERATE_USE_FSDP="true",
-        FSDP_VERSION="2",
-    )
+GPUS = torch.cuda.device_count()
+ON_CPUS = [pytest.mark.long, needs_gloo]
+ON_GPUS = [pytest.mark.cuda, pytest.mark.skipif(not GPUS, reason="no GPU")]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "tolerance"),
+    [
+        pytest.param("cpu", "no", 1e-6, marks=ON_CPUS),
+        pytest.param("cpu", "bf16", 3e-2, marks=ON_CPUS),
+        pytest.param("cuda", "no", 1e-3, marks=ON_GPUS),
+        pytest.param("cuda", "bf16", 3e-2, marks=ON_GPUS),
+    ],
+)
+def test_fully_sharded_training_gives_the_weights_of_one_process(
+    device: str, precision: str, tolerance: float, one: Any, tmp_path: Path
+) -> None:
+    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    launched["ACCELERATE_MIXED_PRECISION"] = precision
+    launch(tmp_path / "sharded", processes=GPUS if device == "cuda" else 2, device=device, **launched)
     (_, weights), (_, sharded) = one, outcome(tmp_path / "sharded")
-    for name in ("cached", "uncached", "everything"):
-        torch.testing.assert_close(sharded[name], weights[name], rtol=1e-2, atol=1e-3, msg=name)
+    for name in weights.keys() - {"statistics"}:  # of which each process has its own in a step
+        torch.testing.assert_close(sharded[name], weights[name], rtol=10 * tolerance, atol=tolerance, msg=name)
+
+
+def test_fsdp_1_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", False)
+    with pytest.raises(ValueError, match="pass --fsdp_version 2"):
+        make_accelerator(torch.device("cpu"))
 
 
 @pytest.fixture

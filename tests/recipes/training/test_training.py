@@ -487,6 +487,7 @@ def test_a_copy_of_what_trains_is_prepared_for_fsdp2(cached: bool, monkeypatch: 
 
     expected, prepared = tensors(train()), list[nn.Module]()
     monkeypatch.setattr(type(ACCELERATOR), "is_fsdp2", property(lambda accelerator: True))
+    monkeypatch.setattr(ACCELERATOR.state, "fsdp_plugin", SimpleNamespace(), raising=False)
     monkeypatch.setattr(ACCELERATOR, "prepare", prepare)
     places.clear()
     model = train()

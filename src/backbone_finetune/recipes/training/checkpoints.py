@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from backbone_finetune.checkpoint import distinct_tensors
 from backbone_finetune.eval_caches import clear_caches
@@ -160,20 +161,21 @@ def capture(
         # With several processes, only the main process, which writes, gets the state.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_optimizer_state_dict(model, _unwrap(optimizer), options=options).get("state", {})
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in distinct_tensors(model).items():
-        if name in changed:  # one at a time is whole on each device of a sharded model
-            whole = full_tensor(tensor)
-            if accelerator.is_main_process:
-                tensors[name] = whole.detach().cpu()
+    tensors = {name: tensor for name, tensor in distinct_tensors(model).items() if name in changed}
     return Checkpoint(
         progress,
-        model=tensors,
-        best=best or {},
+        model=_gather(tensors, accelerator),
+        best=_gather(best or {}, accelerator),
         optimizer=state,
         random_states=gather_object([random_state()]),
         scaler={} if accelerator.scaler is None else accelerator.scaler.state_dict(),
     )
+
+
+def _gather(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Copy tensors to the CPU of the main process. Of a sharded model one at a time is whole on each device."""
+    whole = ((name, full_tensor(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.detach().cpu() for name, tensor in whole if accelerator.is_main_process}
 
 
 def resume(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
@@ -205,7 +207,10 @@ def load_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     state = model.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
-            state[name].copy_(tensor)
+            own, given = state[name], tensor
+            if isinstance(own, DTensor) and not isinstance(given, DTensor):
+                given = distribute_tensor(given.to(own.device), own.device_mesh, own.placements)
+            own.copy_(given)
     clear_caches(model)
 
 

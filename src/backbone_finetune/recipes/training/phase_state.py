@@ -94,8 +94,6 @@ def prepared_phase(
         lr, weight_decay = start_classifier(model.classifier, data, phase, config)
         phase = replace(phase, lr=lr, weight_decay=weight_decay)
         copied, module = model, data.module
-        if accelerator.is_fsdp2 and config.monitor is not None:
-            raise ValueError("monitor was given, and FSDP2 shards what it keeps of the best epoch; leave monitor out")
         if accelerator.is_fsdp2:  # FSDP2 shards the parameters permanently, so a copy trains and is copied back
             if not data.cached:  # the device then has room for the shards alone
                 model.to("cpu")

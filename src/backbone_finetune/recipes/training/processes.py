@@ -14,7 +14,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
+    convert_outputs_to_fp32,
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -61,7 +63,7 @@ def make_accelerator(
     index then means; with several processes each has its own. ``log_with`` and ``project_dir`` are accelerate's.
 
     Raises:
-        ValueError: accelerate chose another kind of device.
+        ValueError: accelerate chose another kind of device, or the launcher FSDP 1.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate uses the current device, or with several processes one each
@@ -90,6 +92,8 @@ def make_accelerator(
             f"device {device}: accelerate computes on {accelerator.device} here, as its launcher or "
             "ACCELERATE_USE_CPU says; pass that device, or change these"
         )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 replaces the parameters by flat ones; pass --fsdp_version 2 to accelerate launch")
     return accelerator
 
 
@@ -103,6 +107,14 @@ def prepare(
     Without loss scaling, accelerate's wrapper of the optimizer is removed. It has no effect there except, in
     accelerate 1.15, two searches of the import path in each step, which take as long as a step of a classifier.
     """
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        # Each process has the whole model; accelerate 1.15 cannot broadcast one with buffers (its issue 3898).
+        plugin.cpu_ram_efficient_loading = False
+        # Autocast, as on one device: BatchNorm does not take weights in bf16 and statistics in float32.
+        plugin.mixed_precision_policy = None
+        if autocast and accelerator.native_amp:
+            module.forward = convert_outputs_to_fp32(accelerator.autocast()(module.forward))
     with warnings.catch_warnings():
         # torch 2.14 has another name for it, which torch 2.9 and accelerate do not support.
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)

@@ -11,6 +11,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from backbone_finetune.distributed import reshard
+
 from ..data.images import is_read
 from ..data.targets import known_targets
 from ..features.dataset import module_inputs
@@ -127,6 +129,7 @@ def evaluate(
             targets.append(wanted)
             if keep_outputs:
                 kept.append(outputs.float())
+        reshard(module)  # after a forward without gradients, FSDP2 keeps parameters that are not the optimizer's
         indices = [share.indices[: share.num_real] for share in shares]
         own = [torch.cat(parts).cpu() for parts in (indices, answers, targets, kept) if parts]
     parts = zip(*gather_object([own]), strict=True) if accelerator.num_processes > 1 else ([part] for part in own)
