@@ -33,6 +33,7 @@ from .recipes.models.named import NamedModel, load_timm_model
 from .recipes.models.onnx_file import load_onnx_model
 from .recipes.objectives.kinds import SingleLabel
 from .recipes.text import describe_fault, print_any_name, printable
+from .recipes.together import is_on_all_processes
 from .recipes.training.phases import Phase, read_phases
 from .recipes.training.processes import find_device
 
@@ -69,10 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader, e.g. `| head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        # Of several processes, only the first prints. RANK without WORLD_SIZE means a single process.
-        if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
+        # Of several processes, the first prints what all meet. RANK without WORLD_SIZE means a single process.
+        rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+        if rank == "0" or not (isinstance(error, ValidationError) or is_on_all_processes(error)):
             message = describe_fault(error) if isinstance(error, ValidationError) else str(error)
-            print(f"{PROGRAM}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+            where = "" if rank == "0" else f" in process {rank}"
+            print(f"{PROGRAM}: error{where}: {printable(' '.join(message.split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -374,23 +375,29 @@ def test_an_error_contains_no_control_characters(fail: Fail) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "speaks"),
+    ("environment", "process"),
     [
-        ({"RANK": "1"}, True),
-        ({"RANK": "1", "WORLD_SIZE": "1"}, True),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"RANK": "1"}, ""),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, ""),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ""),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, " in process 1"),
     ],
 )
-def test_only_the_first_of_several_processes_prints_the_error(
-    environment: dict[str, str], speaks: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_of_an_error_that_several_processes_meet_the_first_prints_a_line(
+    environment: dict[str, str], process: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cli.main(["predict", "no such model", "tom.jpg"]) == 2
-    assert ("no such model: no such file" in capsys.readouterr().err) == speaks
+    assert cli.main(["predict", "no such model", "tom.jpg"]) == 2  # perhaps on this process alone
+    assert capsys.readouterr().err.startswith(f"backbone-finetune: error{process}: no such model: no such file")
+    shared = ValueError("met by all")
+    monkeypatch.setattr(shared, "is_on_all_processes", True, raising=False)
+    monkeypatch.setattr(cli, "train", Mock(side_effect=shared))
+    for given in (["--epochs", "0"], []):
+        assert cli.main(["train", *given]) == 2
+        assert (": error" in capsys.readouterr().err) == (not process)
 
 
 def test_predictions_in_another_format_are_refused(trained: Path, fail: Fail) -> None:

@@ -18,6 +18,7 @@ from ..data.sources.parts import find_data
 from ..data.sources.rows import TEST, TRAIN, VALIDATION
 from ..models.base import BaseWeights, remember_base
 from ..models.file import build_transform
+from ..models.foreign import check_file
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from ..objectives.objective import Objective
 from ..together import run_on_main
@@ -108,6 +109,8 @@ def choose_phases(settings: TrainSettings, num_images: int, model: FineTuneModel
 
 def _find_data(settings: TrainSettings) -> dict[str, LabelledFolder]:
     check_output_folder(settings.output, overwrite=settings.overwrite)
+    if settings.checkpoint is not None:  # before all images are listed
+        check_file(settings.checkpoint)
     return find_data(
         settings.images or CLIPART,
         validation=settings.validation,
