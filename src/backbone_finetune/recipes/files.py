@@ -12,6 +12,14 @@ from typing import Any
 NO_FILE = "no file"
 
 
+def check_file(path: Path, wanted: str) -> None:
+    """Raise FileNotFoundError if there is nothing, and ValueError if it is no file; ``wanted`` says what to pass."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file; {wanted}")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file; {wanted}")
+
+
 def check_output(folder: Path) -> None:
     """Raise OSError unless files can be written into a folder, which need not exist; change nothing."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))

@@ -186,7 +186,7 @@ def test_the_options_of_timms_script_may_be_in_a_checkpoint(tmp_path: Path) -> N
 def test_a_missing_checkpoint_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: there is no such file"):
         load_checkpoint_network("test_resnet", tmp_path / "nowhere.pth")
-    with pytest.raises(FileNotFoundError, match=r": it is a folder; pass the weights file in it"):
+    with pytest.raises(ValueError, match=r": not a file; pass a file of weights"):
         load_checkpoint_network("test_resnet", tmp_path)
 
 

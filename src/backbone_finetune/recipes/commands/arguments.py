@@ -215,17 +215,7 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser, text: str) -> None:
     """Add the arguments that name a trained model."""
     parser.add_argument("model", type=Path, metavar="MODEL", help=text)
-    add_base(parser)
-
-
-def add_base(parser: argparse._ActionsContainer) -> None:
-    """Add the option that names the base weights of a file of changes."""
-    parser.add_argument(
-        "--base",
-        type=Path,
-        metavar="FILE",
-        help=BASE,
-    )
+    parser.add_argument("--base", type=Path, metavar="FILE", help=BASE)
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:

@@ -16,9 +16,10 @@ from ..data.augmentation import Augmentation
 from ..data.images import ImageDataset, LabelledFolder, check_first_images
 from ..data.sources.parts import find_data
 from ..data.sources.rows import TEST, TRAIN, VALIDATION
+from ..files import check_file
 from ..models.base import BaseWeights, remember_base
 from ..models.file import build_transform
-from ..models.foreign import check_file
+from ..models.foreign import WANTED
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from ..objectives.objective import Objective
 from ..together import run_on_main
@@ -61,7 +62,7 @@ class Task:
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     """Find the images by their names and build the model. Nothing is written."""
     parts = run_on_main(accelerator, lambda: _find_data(settings))
-    train, validation, test = parts[TRAIN], parts.get(VALIDATION), parts.get(TEST)
+    train = parts[TRAIN]
     start, source, weights, is_trained = load_start(settings, train.class_names)
     model, data_config = start.model, dict(start.data_config)
     channels = data_config["input_size"][0]
@@ -72,12 +73,8 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     for phase in reversed(phases):  # checks each; the model is then frozen as in the first
         model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
-    transform = build_transform(data_config)
-
-    def unchanged(part: LabelledFolder | None) -> ImageDataset | None:
-        return None if part is None else ImageDataset(part, transform, channels=channels)
-
-    shown = ImageDataset(train, transform, augment=partial(build_transform, data_config), channels=channels)
+    transform, augment = build_transform(data_config), partial(build_transform, data_config)
+    data = {name: ImageDataset(part, transform, augment=augment, channels=channels) for name, part in parts.items()}
     arguments, objective = dict(start.arguments), choose_objective(settings, train, start.objective)
     for phase in phases:  # checks
         make_mixing(phase, objective, model.num_classes)
@@ -89,9 +86,9 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
         weights,
         data_config,
         base,
-        shown,
-        unchanged(validation),
-        unchanged(test),
+        data[TRAIN],
+        data.get(VALIDATION),
+        data.get(TEST),
         objective,
         phases,
     )
@@ -110,7 +107,7 @@ def choose_phases(settings: TrainSettings, num_images: int, model: FineTuneModel
 def _find_data(settings: TrainSettings) -> dict[str, LabelledFolder]:
     check_output_folder(settings.output, overwrite=settings.overwrite)
     if settings.checkpoint is not None:  # before all images are listed
-        check_file(settings.checkpoint)
+        check_file(settings.checkpoint, WANTED)
     return find_data(
         settings.images or CLIPART,
         validation=settings.validation,

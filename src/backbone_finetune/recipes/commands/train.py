@@ -37,7 +37,6 @@ from ..training.processes import find_device, make_accelerator
 from ..training.scoring import Score
 from ..training.tracking import finish_trackers
 from .reporting.figures import Answers
-from .reporting.label_issues import check_extra
 from .runs.baselines import chance_accuracy
 from .runs.comparisons import (
     FOLDS,
@@ -125,7 +124,7 @@ def _check_folds(settings: TrainSettings, task: Task) -> bool:
     if settings.check_labels:
         if isinstance(task.objective, Regression):
             raise ValueError("check_labels is for classes and labels; these images have values, so leave it out")
-        check_extra()
+        import_extra("cleanlab", "labels")
     if has_folds := settings.folds is not None or settings.check_labels:
         check_folds(task.train, settings.folds or FOLDS)
     return has_folds

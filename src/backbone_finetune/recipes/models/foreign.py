@@ -14,8 +14,10 @@ from timm.models import PretrainedCfg, clean_state_dict
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
+from ..files import check_file
 from ..text import join_some, one_line
 
+WANTED = "pass a file of weights"
 NESTED = ("state_dict_ema", "model_ema", "model_state_dict", "state_dict", "model", "net", "weights")
 
 
@@ -99,17 +101,9 @@ def read_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def check_file(path: Path) -> None:
-    """Raise FileNotFoundError unless there is a file."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: {'it is a folder; pass the weights file in it' if path.is_dir() else 'there is no such file'}"
-        )
-
-
 def _read_file(path: Path) -> Any:
     """Read a dictionary from a file of safetensors or torch. No code in it is run."""
-    check_file(path)
+    check_file(path, WANTED)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

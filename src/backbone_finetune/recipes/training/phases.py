@@ -17,6 +17,7 @@ from backbone_finetune import FineTuneModel
 
 from ..checking import NotNegative, Rate
 from ..data.augmentation import AUGMENTATIONS, Augmentation
+from ..files import check_file
 from ..text import describe_fault
 
 if sys.version_info >= (3, 11):
@@ -131,9 +132,7 @@ def read_phases(path: Path) -> tuple[Phase, ...]:
         ValueError: it is no TOML file, has no phases, or an entry of a phase is unknown or out of range.
     """
     wanted = f"pass a TOML file with [[phases]] tables, each with some of {', '.join(f.name for f in fields(Phase))}"
-    if not path.is_file():
-        fault = ValueError if path.exists() else FileNotFoundError
-        raise fault(f"{path}: {'not a file' if path.exists() else 'there is no such file'}; {wanted}")
+    check_file(path, wanted)
     try:
         return _PhasesFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).phases
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -28,11 +28,6 @@ class LabelIssue:
     score: float
 
 
-def check_extra() -> None:
-    """Raise ModuleNotFoundError if cleanlab is not installed."""
-    import_extra("cleanlab", "labels")
-
-
 def find_label_issues(answers: Answers) -> list[LabelIssue]:
     """Find images whose label looks wrong, the worst first, by confident learning (Northcutt et al. 2021) in cleanlab.
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError, field_validator
 
 from ...features.cache import backbone_fingerprint
 from ...features.frozen_pass import autocast_dtype
+from ...files import check_file
 from ...models.metadata import installed_versions
 from ...text import describe_fault
 from ...training.config import TrainerConfig
@@ -74,9 +75,7 @@ def compare_runs(recorded: Mapping[str, Any], record: Mapping[str, Any]) -> list
 def read_run(path: Path) -> tuple[TrainSettings, dict[str, Any]]:
     """Read a ``run.json``: the settings, with the default output folder, and the whole record."""
     wanted = "pass the run.json that a training run wrote"
-    if not path.is_file():
-        fault = ValueError if path.exists() else FileNotFoundError
-        raise fault(f"{path}: {'not a file' if path.exists() else 'there is no such file'}; {wanted}")
+    check_file(path, wanted)
     try:
         record: dict[str, Any] = json.loads(path.read_bytes())
         return _RunFile.model_validate(record).arguments, record
