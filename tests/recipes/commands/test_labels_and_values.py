@@ -142,6 +142,8 @@ def test_an_invalid_table_is_refused(
         ("labels", ["cat", ""], None),
         ("label", ["cat", "cat;dog"], "cat;dog is one class; name the column labels to train its labels"),
         ("label", ["cat", "dog"], None),
+        ("label", ["0.5", "-.25"], "-.25 is one class; --regression COLUMN predicts numbers"),
+        ("label", ["0.5", "1"], None),
     ],
 )
 def test_a_column_that_seems_to_be_misnamed_is_named(

@@ -118,7 +118,7 @@ def test_a_share_of_a_train_folder_alone_is_held_out(tmp_path: Path, caplog: pyt
 def test_one_folder_around_the_classes_is_entered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = touch(tmp_path / "data", "pets/cat/1.jpg", "pets/dog/1.jpg", "README")
     assert find_images(root).class_names == ("cat", "dog")
-    assert caplog.messages == [f"{root}: 1 files left out: 1 without a suffix beside the folders"]
+    assert caplog.messages == [f"{root}: 1 file left out: 1 without a suffix beside the folders"]
     nested = touch(tmp_path / "nested", "cat/2023/1.jpg", "cat/2024/1.jpg")
     assert find_images(nested, ("cat", "dog")).targets == (0, 0)  # a class of the model is no such folder
 

@@ -257,7 +257,7 @@ def test_hidden_and_other_members_are_left_out(tmp_path: Path, caplog: pytest.Lo
     tar = Path(shutil.make_archive(str(tmp_path / "colours"), "tar", root))
     assert names(tar) == {"train": ["blue 0.png", "green 0.png", "red 0.png"]}
     assert caplog.messages == [
-        f"{tar}: 1 files left out: 1 links or special files",
+        f"{tar}: 1 file left out: 1 links or special files",
         f"{tar}: 3 files left out: 2 .txt, 1 .png beside the folders",
     ]
 

@@ -43,7 +43,8 @@ def show_kinds(kinds: Counter[str]) -> str:
 def warn_of_left_out(root: Path, kinds: Counter[str]) -> None:
     """Log the files that are not used, by kind."""
     if kinds:
-        logger.warning("%s: %d files left out: %s", *(printable(root), kinds.total(), show_kinds(kinds)))
+        count = f"{kinds.total()} file{'s' * (kinds.total() != 1)}"
+        logger.warning("%s: %s left out: %s", printable(root), count, show_kinds(kinds))
 
 
 def warn_of_others(root: Path, names: str) -> None:

@@ -99,9 +99,12 @@ def _doubt_column(train: LabelledFolder) -> str | None:
     if not isinstance(train.targets[0], int):
         one_each = all(sorted(row)[-2:] in ([1.0], [0.0, 1.0]) for row in train.targets)
         return "each image has one label; name the column label to train one class per image" if one_each else None
-    joined = [name for name in train.class_names if re.search(SEPARATORS, name)]
-    is_table = train.root.suffix.lower() in TABLES
-    return f"{joined[0]} is one class; name the column labels to train its labels" if joined and is_table else None
+    if train.root.suffix.lower() not in TABLES:
+        return None
+    if joined := [name for name in train.class_names if re.search(SEPARATORS, name)]:
+        return f"{joined[0]} is one class; name the column labels to train its labels"
+    are_numbers = all(re.fullmatch(r"-?\d*\.\d+", name) for name in train.class_names)
+    return f"{train.class_names[0]} is one class; --regression COLUMN predicts numbers" if are_numbers else None
 
 
 def _describe_targets(images: LabelledFolder, values: Sequence[str]) -> list[str]:
