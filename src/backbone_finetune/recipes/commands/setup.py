@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +17,7 @@ from ..data.sources.parts import find_data
 from ..data.sources.rows import TEST, TRAIN, VALIDATION
 from ..files import check_file
 from ..models.base import BaseWeights, remember_base
-from ..models.file import build_transform
+from ..models.file import TrainedModel, build_transform
 from ..models.foreign import WANTED
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from ..objectives.objective import Objective
@@ -33,24 +32,19 @@ from .settings import CLIPART, TrainSettings
 TEST_SHARE = 0.3
 
 
-@dataclass(frozen=True)
-class Task:
-    """A model and its training, validation and test images.
+@dataclass(frozen=True, kw_only=True)
+class Task(TrainedModel):
+    """A model to train, and its training, validation and test images.
 
     ``base`` has the initial backbone if only changed tensors will be written. ``validation`` or ``test`` may be
     None, but not both.
     """
 
-    model: FineTuneModel
-    architecture: str
-    arguments: dict[str, Any]
     weights: str
-    data_config: dict[str, Any]
     base: BaseWeights | None
     train: ImageDataset
     validation: ImageDataset | None
     test: ImageDataset | None
-    objective: Objective
     phases: tuple[Phase, ...]
 
     def parts(self) -> dict[str, ImageDataset]:
@@ -64,7 +58,7 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     parts = run_on_main(accelerator, lambda: _find_data(settings))
     train = parts[TRAIN]
     start, source, weights, is_trained = load_start(settings, train.class_names)
-    model, data_config = start.model, dict(start.data_config)
+    model, data_config = start.model, start.data_config
     channels = data_config["input_size"][0]
     run_on_main(accelerator, lambda: check_first_images(train, channels))
     phases = choose_phases(settings, len(train.paths), model)
@@ -75,22 +69,18 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     base = remember_base(model, source, weights) if settings.trainable_only else None
     transform, augment = build_transform(data_config), partial(build_transform, data_config)
     data = {name: ImageDataset(part, transform, augment=augment, channels=channels) for name, part in parts.items()}
-    arguments, objective = dict(start.arguments), choose_objective(settings, train, start.objective)
+    start = replace(start, objective=choose_objective(settings, train, start.objective))
     for phase in phases:  # checks
-        make_mixing(phase, objective, model.num_classes)
+        make_mixing(phase, start.objective, model.num_classes)
         build_transform(data_config, phase.augment)
     return Task(
-        model,
-        start.architecture,
-        arguments,
-        weights,
-        data_config,
-        base,
-        data[TRAIN],
-        data.get(VALIDATION),
-        data.get(TEST),
-        objective,
-        phases,
+        **vars(start),
+        weights=weights,
+        base=base,
+        train=data[TRAIN],
+        validation=data.get(VALIDATION),
+        test=data.get(TEST),
+        phases=phases,
     )
 
 

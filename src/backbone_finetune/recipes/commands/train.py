@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from backbone_finetune.report import describe_by_group
 
 from ..data.fingerprint import fingerprint_images
-from ..data.images import ImageDataset
 from ..data.sources.identical import Copy, find_copies
 from ..data.sources.rows import TEST, VALIDATION
 from ..export.timm_checkpoint import find_obstacle
@@ -22,7 +21,7 @@ from ..extras import import_extra
 from ..features.cache import FeatureCache
 from ..features.compiled import COMPILERS
 from ..files import digest_files
-from ..models.file import TrainedModel, save_trained_changes, save_trained_model
+from ..models.file import save_trained_changes, save_trained_model
 from ..models.metadata import describe_objective, installed_versions
 from ..objectives.kinds import MultiLabel, Regression
 from ..rng import preserve_rng_state, seed_everything
@@ -49,7 +48,7 @@ from .runs.metrics import Metrics
 from .runs.results import write_metrics, write_results
 from .runs.run_folder import MODEL_FILE, RUN_FILE, UNFINISHED, open_run, publishing
 from .runs.run_record import compare_runs, record_run
-from .runs.tracked_run import check_tracker, local_tracking, start_tracker
+from .runs.tracked_run import local_tracking, start_tracker
 from .settings import TrainSettings
 from .setup import Task, choose_monitor, make_task
 
@@ -82,7 +81,8 @@ def train(settings: TrainSettings, *, recorded: Mapping[str, Any] | None = None)
         ValueError: the settings or the images are invalid; the message has a remedy.
     """
     start = time.monotonic()
-    check_tracker(settings)
+    if settings.log_with is not None:
+        import_extra(settings.log_with, settings.log_with)
     accelerator = make_accelerator(
         find_device(settings.device),
         mixed_precision=settings.mixed_precision,
@@ -226,8 +226,9 @@ def _record_training(
     settings: TrainSettings, task: Task, config: TrainerConfig, history: Sequence[EpochResult], score: Score | None
 ) -> Metrics:
     """Return the record of a training, with what was measured on the test images."""
-    best = _best_epoch(history, config)
-    kept = history[-1 if best is None else best - 1]
+    kept = history[-1] if config.monitor is None else max(history, key=config.monitor)  # the first of several
+    parts = task.parts()
+    read = {name: len(data) - len(data.broken) for name, data in parts.items()}
     return Metrics(
         test_accuracy=None if score is None else score.accuracy,
         test_balanced_accuracy=None if score is None else score.balanced_accuracy,
@@ -235,7 +236,7 @@ def _record_training(
         validation_accuracy=kept.validation_accuracy,
         validation_metrics=kept.validation_metrics,
         objective=describe_objective(config.objective),
-        best_epoch=best,
+        best_epoch=None if config.monitor is None else kept.epoch,
         chance=None
         if isinstance(config.objective, MultiLabel | Regression)
         else chance_accuracy(task.train.readable().targets, held_out(task).readable().targets),
@@ -245,12 +246,12 @@ def _record_training(
         batch_size=settings.batch_size,
         seed=settings.seed,
         processes=config.accelerator.num_processes,
-        data_config=task.data_config,
-        class_names=task.train.folder.class_names,
-        train_images=_count_readable(task.train),
-        validation_images=_count_readable(task.validation),
-        test_images=_count_readable(task.test),
-        skipped_images=tuple(message for data in task.parts().values() for message in data.broken.values()),
+        data_config=dict(task.data_config),
+        class_names=task.class_names,
+        train_images=read["train"],
+        validation_images=read.get("validation", 0),
+        test_images=read.get("test", 0),
+        skipped_images=tuple(message for data in parts.values() for message in data.broken.values()),
         history=tuple(history),
         device=str(config.accelerator.device),
         versions=installed_versions(),
@@ -261,9 +262,7 @@ def _write_model(
     settings: TrainSettings, task: Task, config: TrainerConfig, metrics: Metrics, record: Mapping[str, Any]
 ) -> None:
     """Write ``run.json``, the model file, which holds its metrics, and ``metrics.json``."""
-    trained = TrainedModel(
-        task.model, task.architecture, metrics.class_names, task.data_config, task.arguments, config.objective
-    )
+    trained = replace(task, objective=config.objective)  # its thresholds may be chosen by now
     with publishing(settings.output, RUN_FILE) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     with publishing(settings.output, MODEL_FILE) as temporary:
@@ -272,12 +271,3 @@ def _write_model(
         else:
             save_trained_changes(trained, task.base, temporary, record=asdict(metrics))
     write_metrics(settings.output, metrics)
-
-
-def _count_readable(data: ImageDataset | None) -> int:
-    return 0 if data is None else len(data) - len(data.broken)
-
-
-def _best_epoch(history: Sequence[EpochResult], config: TrainerConfig) -> int | None:
-    """Return the first epoch with the highest value of the monitor; None without a monitor."""
-    return None if config.monitor is None else max(history, key=config.monitor).epoch

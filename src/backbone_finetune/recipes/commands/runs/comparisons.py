@@ -126,8 +126,7 @@ def _measure_neighbors(task: Task, config: TrainerConfig, caches: tuple[FeatureC
     asked = prepare_data(model, held_out(task), None, config, name=held_out_part(task)).train
     if not (isinstance(known, Features) and isinstance(asked, Features)):
         return None
-    num_classes = len(task.train.folder.class_names)
-    return run_on_main(config.accelerator, lambda: score_neighbors(known, asked, num_classes).value)
+    return run_on_main(config.accelerator, lambda: score_neighbors(known, asked, len(task.class_names)).value)
 
 
 def _first_batch(data: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:

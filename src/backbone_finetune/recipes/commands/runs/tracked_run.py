@@ -11,7 +11,6 @@ from accelerate import Accelerator
 
 from backbone_finetune.files import replacing
 
-from ...extras import import_extra
 from ...text import one_line
 from ...training.tracking import PROJECT, flatten
 from ..settings import TrainSettings
@@ -19,12 +18,6 @@ from .run_folder import UNFINISHED
 
 TRACKED_FILE = "tracked.json"
 MLFLOW_URI = "MLFLOW_TRACKING_URI"
-
-
-def check_tracker(settings: TrainSettings) -> None:
-    """Raise ModuleNotFoundError if the package of the tracker is not installed."""
-    if settings.log_with is not None:
-        import_extra(settings.log_with, settings.log_with)
 
 
 @contextmanager
