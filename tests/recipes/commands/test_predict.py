@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -18,20 +17,20 @@ import torch
 from image_folders import make_image
 from packed_images import write_tar
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import MultiLabel, Regression, SingleLabel, TrainedModel, predict
-from backbone_finetune.recipes.commands import predict as command
-from backbone_finetune.recipes.commands import prediction_files
 from backbone_finetune.recipes.commands.predict import Prediction, list_inputs
 from backbone_finetune.recipes.commands.prediction_files import choose_writer, write_csv, write_jsonl, write_parquet
-from backbone_finetune.recipes.data.images import read_image
+from backbone_finetune.recipes.data.sources.packed import PackedPath
+from backbone_finetune.recipes.models.named import NamedModel
 from backbone_finetune.recipes.objectives.objective import Objective
 
 Write = Callable[[Iterable[Prediction], Path], Iterator[Prediction]]
 PREDICTIONS = (Prediction(Path("tom.jpg"), (("cat", 0.75),)), Prediction(Path("text.jpg"), error="not an image"))
-WRITERS = pytest.mark.parametrize("write", [partial(write_csv, top_k=1), write_jsonl])
+NAMED = NamedModel(nn.Identity(), ("cat", "dog"), {})
+WRITERS = pytest.mark.parametrize("write", [partial(write_csv, top_k=1, trained=NAMED), write_jsonl])
 
 
 @WRITERS
@@ -50,7 +49,7 @@ def test_an_existing_file_is_kept_until_the_last_prediction(write: Write, tmp_pa
 
 @pytest.mark.parametrize("predictions", [(), PREDICTIONS])
 def test_written_files_can_be_read(predictions: tuple[Prediction, ...], tmp_path: Path) -> None:
-    list(write_csv(write_jsonl(predictions, tmp_path / "a.jsonl"), tmp_path / "a.csv", top_k=1))
+    list(write_csv(write_jsonl(predictions, tmp_path / "a.jsonl"), tmp_path / "a.csv", 1, NAMED))
     expected = [
         {"image": "tom.jpg", "classes": [{"name": "cat", "probability": 0.75}], "error": None},
         {"image": "text.jpg", "classes": [], "error": "not an image"},
@@ -75,14 +74,11 @@ def make_trained(folder: Path, objective: Objective | None = None, images: int =
 
 @pytest.mark.clients
 @pytest.mark.parametrize("objective", [SingleLabel(), MultiLabel((0.0, 0.5, 1.0)), Regression()])
-def test_parquet_has_the_cells_of_csv_with_types(
-    objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_has_the_cells_of_csv_with_types(objective: Objective, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(prediction_files, "GROUP", 2)
     trained, paths = make_trained(tmp_path, objective)
     paths += [tmp_path / "gone.png", tmp_path / os.fsdecode(b"\xff.png")]
-    predictions = [*predict(trained, paths, top_k=2)]
+    predictions = 201 * [*predict(trained, paths, top_k=2)]  # more than are written at once
     files = tmp_path / "a.csv", tmp_path / "a.parquet"
     for file in files:
         assert [*choose_writer(file, 2, trained)(predictions)] == predictions
@@ -94,26 +90,26 @@ def test_parquet_has_the_cells_of_csv_with_types(
         for name, cell in cells.items():
             texts = ";".join(map(str, cell)) if isinstance(cell, list) else "" if cell is None else str(cell)
             assert texts == row[name]
-    assert table["error"].null_count == 3
+    assert len(rows) == table.num_rows == 1005
+    assert table["error"].null_count == 603
     kinds = {SingleLabel: "double", MultiLabel: "list<element: double>", Regression: "double"}
     assert str(table.schema.field(2).type) == kinds[type(objective)]
-    [*write_parquet((), files[1], top_k=2)]
+    [*write_parquet((), files[1], 2, trained)]
     assert parquet.read_table(files[1]).num_rows == 0
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_predictions_are_written_while_images_are_read(
-    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predictions_are_written_while_images_are_read(suffix: str, tmp_path: Path) -> None:
     read: list[Path] = []
     trained, paths = make_trained(tmp_path, images=12)
 
-    def record(path: Path, *arguments: Any) -> Any:
+    def open_image(path: Path) -> bytes:
         read.append(path)
-        return read_image(path, *arguments)
+        return path.read_bytes()
 
-    monkeypatch.setattr(command, "read_image", record)
-    written = choose_writer(tmp_path / f"answers{suffix}", 1, trained)(predict(trained, paths, batch_size=2, workers=0))
+    images = [PackedPath(path).holding(partial(open_image, path), 1) for path in paths]
+    predictions = predict(trained, images, batch_size=2, workers=0)
+    written = choose_writer(tmp_path / f"answers{suffix}", 1, trained)(predictions)
     for count, _ in enumerate(written, start=1):
         assert len(read) <= count + 3  # this batch and the next
     assert count == len(read) == 12
@@ -124,9 +120,9 @@ def test_a_file_of_predictions_that_needs_an_extra_is_refused_before_the_first_i
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ModuleNotFoundError, match=r"pyarrow is not installed; run: pip install .*\[parquet\]"):
-        choose_writer(tmp_path / "answers.parquet", 1)
+        choose_writer(tmp_path / "answers.parquet", 1, NAMED)
     with pytest.raises(ValueError, match=r"answers\.txt: .* ends in \.csv, \.jsonl or \.parquet"):
-        choose_writer(tmp_path / "answers.txt", 1)
+        choose_writer(tmp_path / "answers.txt", 1, NAMED)
 
 
 def test_tta_averages_an_image_and_its_mirror_image(tmp_path: Path) -> None:

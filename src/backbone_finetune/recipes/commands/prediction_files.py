@@ -12,18 +12,18 @@ from ..extras import import_extra
 from ..files import check_output, csv_writer
 from ..models.file import TrainedModel
 from ..models.named import NamedModel
-from ..objectives.kinds import MultiLabel, Regression, SingleLabel
+from ..objectives.kinds import MultiLabel, Regression
 from .predict import Prediction
 
 GROUP = 1000  # predictions that are written to a Parquet file at once
 
 
 def write_csv(
-    predictions: Iterable[Prediction], path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
+    predictions: Iterable[Prediction], path: Path, top_k: int, trained: TrainedModel | NamedModel
 ) -> Iterator[Prediction]:
     r"""Write predictions to a CSV file and yield each one; the file is complete after the last one.
 
-    The columns are the ``top_k`` classes. For a ``trained`` model of labels, one column has all labels of an image, as
+    The columns are the ``top_k`` classes. For a model of labels, one column has all labels of an image, as
     "cat;dog"; for a model of values, each value has a column. Undecodable bytes of a name
     are escaped, ``\udcff`` for 255.
     """
@@ -31,11 +31,9 @@ def write_csv(
     with replacing(path) as temporary, csv_writer(temporary) as rows:
         rows.writerow(["image", *columns, "error"])
         for prediction in predictions:
-            cells = [
-                ";".join(map(str, cell)) if isinstance(cell, list) else "" if cell is None else cell
-                for cell in _cells(prediction, trained, len(columns))
-            ]
-            rows.writerow([prediction.path, *cells, prediction.error or ""])
+            cells = _cells(prediction, trained, len(columns))
+            texts = (";".join(map(str, cell)) if isinstance(cell, list) else cell for cell in cells)
+            rows.writerow([prediction.path, *texts, prediction.error])
             yield prediction
 
 
@@ -55,7 +53,7 @@ def write_jsonl(predictions: Iterable[Prediction], path: Path) -> Iterator[Predi
 
 
 def write_parquet(
-    predictions: Iterable[Prediction], path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
+    predictions: Iterable[Prediction], path: Path, top_k: int, trained: TrainedModel | NamedModel
 ) -> Iterator[Prediction]:
     r"""Write predictions to a Parquet file and yield each one; the file is complete after the last one.
 
@@ -66,7 +64,7 @@ def write_parquet(
         ModuleNotFoundError: pyarrow is not installed.
     """
     arrow, parquet = import_extra("pyarrow", "parquet"), import_extra("pyarrow.parquet", "parquet")
-    columns, objective = _columns(trained, top_k), SingleLabel() if trained is None else trained.objective
+    columns, objective = _columns(trained, top_k), trained.objective
     kinds = [arrow.string(), arrow.float64()] * top_k
     if isinstance(objective, MultiLabel):
         kinds = [arrow.list_(arrow.string()), arrow.list_(arrow.float64())]
@@ -95,23 +93,21 @@ def write_parquet(
         write(group)
 
 
-def _columns(trained: TrainedModel | NamedModel | None, top_k: int) -> list[str]:
+def _columns(trained: TrainedModel | NamedModel, top_k: int) -> list[str]:
     """Return the columns of a table between the image and the error."""
-    objective = SingleLabel() if trained is None else trained.objective
-    if isinstance(objective, MultiLabel):
+    if isinstance(trained.objective, MultiLabel):
         return ["labels", "probabilities"]
-    if isinstance(objective, Regression) and trained is not None:
+    if isinstance(trained.objective, Regression):
         return list(trained.class_names)
     return [f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability")]
 
 
-def _cells(prediction: Prediction, trained: TrainedModel | NamedModel | None, count: int) -> list[Any]:
+def _cells(prediction: Prediction, trained: TrainedModel | NamedModel, count: int) -> list[Any]:
     """Return the cells of these columns; None where an image has none."""
-    objective = SingleLabel() if trained is None else trained.objective
-    cells: list[Any] = [cell for pair in prediction.classes for cell in pair]
-    if isinstance(objective, Regression):
-        cells = [value for _, value in prediction.values]
-    elif isinstance(objective, MultiLabel) and prediction.error is None:
+    cells: list[Any] = [cell for pair in prediction.classes or prediction.values for cell in pair]
+    if isinstance(trained.objective, Regression):
+        cells = cells[1::2]
+    elif isinstance(trained.objective, MultiLabel) and prediction.error is None:
         cells = [[pair[part] for pair in prediction.classes] for part in (0, 1)]
     return cells + [None] * (count - len(cells))
 
@@ -121,7 +117,7 @@ def _escaped(text: str) -> str:
 
 
 def choose_writer(
-    path: Path, top_k: int, trained: TrainedModel | NamedModel | None = None
+    path: Path, top_k: int, trained: TrainedModel | NamedModel
 ) -> Callable[[Iterable[Prediction]], Iterator[Prediction]]:
     """Return the writer for a file of predictions: ``.csv`` or ``.parquet`` for a table, ``.jsonl`` for JSON lines.
 
