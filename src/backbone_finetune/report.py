@@ -129,9 +129,13 @@ def describe_by_name(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> st
 
 
 def _row(name: str, parameters: Sequence[nn.Parameter], owners: Iterable[nn.Module]) -> tuple[str, str, str, str]:
-    states = {"trainable" if parameter.requires_grad else "frozen" for parameter in parameters}
     modes = {"train" if module.training else "eval" for module in owners}
-    return name, f"{_count(parameters):,}", _one_of(states), _one_of(modes)
+    return name, f"{_count(parameters):,}", describe_state(parameters), _one_of(modes)
+
+
+def describe_state(parameters: Iterable[nn.Parameter]) -> str:
+    """Return whether parameters are "frozen" or "trainable"; "mixed" if there are both, and "-" without any."""
+    return _one_of({"trainable" if parameter.requires_grad else "frozen" for parameter in parameters})
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

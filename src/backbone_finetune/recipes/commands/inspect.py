@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.frontier import NoFrontier, find_frontier
+from backbone_finetune.report import describe_state
 
 from ..models.file import load_outline
 from ..models.weights import create_network
@@ -55,8 +56,8 @@ def inspect_file(path: Path) -> str:
     """
     description, model = load_outline(path)
     parameters = dict(model.backbone.named_parameters())
-    states = {group.name: _state(parameters[name] for name in group.parameter_names) for group in model.layer_groups}
-    states["classifier"] = _state(model.classifier.parameters())
+    named = {group.name: map(parameters.__getitem__, group.parameter_names) for group in model.layer_groups}
+    states = {name: describe_state(own) for name, own in {**named, "classifier": model.classifier.parameters()}.items()}
     names, objective = description.class_names, description.objective
     kind = "classes" if objective is None else {"MultiLabel": "labels", "Regression": "values"}[objective.kind]
     return "\n".join(
@@ -104,11 +105,6 @@ def _nearest(path: str, known: Container[str]) -> str:
     while path not in known:
         path = path.rpartition(".")[0]
     return path
-
-
-def _state(parameters: Iterable[nn.Parameter]) -> str:
-    states = {"trainable" if parameter.requires_grad else "frozen" for parameter in parameters}
-    return states.pop() if len(states) == 1 else "mixed"
 
 
 def _tabulate(
