@@ -1,7 +1,6 @@
 """``backbone-finetune export``: write a trained model in another format."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 
 from ..export.checks import Exported
 from ..export.hub_folder import export_hub_folder
@@ -11,15 +10,13 @@ from ..export.timm_checkpoint import export_timm
 from ..export.torch_program import export_torch
 
 # by the names of the command line
-EXPORTERS: Mapping[str, Callable[..., Exported]] = MappingProxyType(
-    {
-        "timm": export_timm,
-        "onnx": export_onnx,
-        "torch-export": export_torch,
-        "hub-folder": export_hub_folder,
-        "openvino": export_openvino,
-    }
-)
+EXPORTERS: dict[str, Callable[..., Exported]] = {
+    "timm": export_timm,
+    "onnx": export_onnx,
+    "torch-export": export_torch,
+    "hub-folder": export_hub_folder,
+    "openvino": export_openvino,
+}
 
 
 def describe_export(exported: Exported) -> str:

@@ -149,13 +149,11 @@ def load_trained_model(path: Path, *, base: Path | None = None) -> TrainedModel:
 
 def describe_model_file(path: Path) -> ModelDescription | None:
     """Read the description of a model file; None for any other file of weights."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
     try:
         with safe_open(path, framework="pt") as opened:
             if "class_names" not in (opened.metadata() or {}):
                 return None
-    except SafetensorError:  # reading its weights raises an error that names the file
+    except (SafetensorError, OSError):  # reading its weights raises an error that names the file
         return None
     return _read_description(path)[0]
 

@@ -186,11 +186,10 @@ class ModelDescription(BaseModel, strict=True, extra="ignore"):
 
     def make_objective(self) -> Objective:
         """Return the objective, which defines the meaning of the outputs."""
-        if isinstance(self.objective, MultiLabelDescription):
-            return MultiLabel(self.objective.thresholds)
-        if isinstance(self.objective, RegressionDescription):
-            return Regression(self.objective.mean, self.objective.std)
-        return SingleLabel()
+        if self.objective is None:
+            return SingleLabel()
+        kind = MultiLabel if self.objective.kind == "MultiLabel" else Regression
+        return kind(**self.objective.model_dump(exclude={"kind"}))
 
     @property
     def given_arguments(self) -> dict[str, Any]:
