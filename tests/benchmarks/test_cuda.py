@@ -84,7 +84,7 @@ def test_a_failing_driver_query_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, answer: str
 ) -> None:
     if script is None:
-        monkeypatch.setattr(cuda.shutil, "which", lambda name: None)
+        monkeypatch.setenv("PATH", str(tmp_path))
     else:
         _nvidia_smi(tmp_path, monkeypatch, script)
     assert cuda.describe_card(CARD)["nvidia-smi"] == answer

@@ -10,7 +10,7 @@ from typing import Any
 import backward_time
 import pytest
 import torch
-from harness import cuda, results, timing
+from harness import cuda, results
 from subjects import networks
 from torch import Tensor, nn
 
@@ -141,18 +141,18 @@ def _kernels_of(make_call: Callable[[], Callable[[], object]], device: torch.dev
 def test_kernels_are_counted_after_the_last_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def visit(step: timing.TrainingStep, setup: backward_time.Setup, bar: object) -> timing.StepTimes:
+    def note() -> bool:
         done.append("timed")
-        return timing.StepTimes(1.0, 2.0, 3.0, 6.0, 5.0, 1.0, 1.0)
+        return True
 
     def fail(make_call: object, device: torch.device) -> cuda.DeviceWork:
         done.append("counted")
         raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
 
     monkeypatch.setattr(backward_time, "loop_steps_on", lambda device: 2)
-    monkeypatch.setattr(backward_time, "visit", visit)
     monkeypatch.setattr(results, "device_work", fail)
-    assert _run(tmp_path, "--models", "ConvModel", "test_vit", "--image-size", "32", "--repeats", "1") == 0
+    small = ["--models", "ConvModel", "test_vit", "--image-size", "32", "--repeats", "1"]
+    assert _run(tmp_path, *small, clock=_WatchingClock(note)) == 0
     assert done.index("counted") == done.count("timed")
     # Rows are kept if kernels cannot be counted.
     report = results.read_report(tmp_path / "backward_time.json")

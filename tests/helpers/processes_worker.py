@@ -19,11 +19,11 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import TensorDataset
 from training_worker import Shaken, make_images, make_model
 
 from backbone_finetune.recipes.objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
-from backbone_finetune.recipes.training import epoch
 from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
@@ -123,20 +123,19 @@ def train_objectives(folder: str, accelerator: Any, told: dict[str, Any]) -> Non
 
 def average_by_hand(folder: str, accelerator: Any) -> None:
     """Train one epoch, and write the buffers of each process before and after averaging."""
-    model, before = make_model(dropout=0.0), []
+    model, before = make_model(dropout=0.0), dict[str, torch.Tensor]()
 
-    def recorded(state: Any, accelerator: Any) -> None:
-        before.append({name: buffer.clone() for name, buffer in state.model.named_buffers()})
-        average(state, accelerator)
+    def record(*_: Any) -> None:
+        before.update({name: buffer.clone() for name, buffer in model.named_buffers()})
 
-    average, epoch.average_statistics = epoch.average_statistics, recorded
+    hook = register_optimizer_step_post_hook(record)
     loop = TrainerConfig(accelerator, batch_size=4, show_progress=False)
     fine_tune(
         model, make_images(23), make_images(7), [Phase(epochs=1, trainable_groups=1, lr=0.02, norm_eval=False)], loop
     )
-    epoch.average_statistics = average
+    hook.remove()
     Path(folder, "buffers").mkdir(exist_ok=True)
-    for when, buffers in (("before", before[-1]), ("after", dict(model.named_buffers()))):
+    for when, buffers in (("before", before), ("after", dict(model.named_buffers()))):
         save_file(buffers, Path(folder, "buffers", f"{when}-{accelerator.process_index}.safetensors"))
     accelerator.wait_for_everyone()
 

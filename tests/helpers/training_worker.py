@@ -21,6 +21,7 @@ from typing import Any
 import numpy
 import torch
 from image_folders import make_folder
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -29,7 +30,6 @@ from torch.utils.data import Dataset, TensorDataset
 from backbone_finetune import FineTuneModel, cli
 from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.rng import seed_everything
-from backbone_finetune.recipes.training import phase_state
 from backbone_finetune.recipes.training.checkpoints import EpochResult
 from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.loop import fine_tune
@@ -126,14 +126,16 @@ def die_after(events: int) -> None:
 
 def train_in(folder: Path, kind: str) -> None:
     """Train one kind, and write weights.safetensors and, line by line, the epochs and steps of checkpoints."""
-    write = phase_state.write_checkpoint
+    replace = os.replace
 
-    def write_and_tell(where: Path, checkpoint: Any) -> None:
-        write(where, checkpoint)
-        with (folder / "epochs.txt").open("a") as told:
-            told.write(f"{len(checkpoint.progress.history)} {checkpoint.progress.step}\n")
+    def replace_and_tell(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).name.startswith("step-"):
+            with safe_open(target, framework="pt") as opened, (folder / "epochs.txt").open("a") as told:
+                progress = json.loads(opened.metadata()["state"])["progress"]
+                told.write(f"{len(progress['history'])} {progress['step']}\n")
 
-    phase_state.write_checkpoint = write_and_tell
+    os.replace = replace_and_tell  # type: ignore[assignment]
     if kind == "command":
         options = "--model test_resnet --epochs 2 --batch-size 4 --checkpoint-steps 2 --lr 0.01"
         status = cli.main(["train", str(folder / "images"), *options.split(), "--output", str(folder / "run")])

@@ -409,12 +409,9 @@ def test_predictions_in_another_format_are_refused(trained: Path, fail: Fail) ->
 def test_outputs_are_checked_before_the_images(
     trained: Path, tmp_path: Path, fail: Fail, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: object, **settings: object) -> None:
-        raise AssertionError("images were read")
-
-    images = trained.parents[1] / "images"
-    for name in ("predict", "evaluate_folder"):
-        monkeypatch.setattr(cli, name, refuse)
+    images = tmp_path / "images"  # whose only image is broken, which would be another line on stderr
+    (images / "red").mkdir(parents=True)
+    (images / "red" / "0.png").write_bytes(b"no image")
     (tmp_path / "folder.csv").mkdir()
     line = fail("predict", trained, images, "--output", tmp_path / "folder.csv")
     assert line == f"{tmp_path}/folder.csv is a folder; pass the path of a file with --output"

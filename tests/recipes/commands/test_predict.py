@@ -107,7 +107,7 @@ def test_predictions_are_written_while_images_are_read(suffix: str, tmp_path: Pa
         read.append(path)
         return path.read_bytes()
 
-    images = [PackedPath(path).holding(partial(open_image, path), 1) for path in paths]
+    images = [PackedPath(path).holding(partial(open_image, path)) for path in paths]
     predictions = predict(trained, images, batch_size=2, workers=0)
     written = choose_writer(tmp_path / f"answers{suffix}", 1, trained)(predictions)
     for count, _ in enumerate(written, start=1):

@@ -25,7 +25,6 @@ from torchvision import transforms
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import Phase, TrainerConfig, fine_tune, make_accelerator
-from backbone_finetune.recipes.data import loading
 from backbone_finetune.recipes.data.images import IGNORED, ImageDataset
 from backbone_finetune.recipes.data.loading import DeviceLoader, default_workers
 from backbone_finetune.recipes.data.sources.finding import find_images
@@ -231,15 +230,18 @@ def is_running(process: int) -> bool:
 
 
 @pytest.mark.parametrize(("kind", "queued"), [("mps", False), ("meta", True)])
-def test_a_batch_for_mps_is_copied_before_its_memory_is_freed(
-    kind: str, queued: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[bool] = []
+def test_a_batch_for_mps_is_copied_before_its_memory_is_freed(kind: str, queued: bool) -> None:
+    found: set[bool] = set()
 
-    def record(values: Any, device: torch.device, *, non_blocking: bool) -> Any:
-        found.append(non_blocking)
-        return values
+    class Recorded(TorchFunctionMode):
+        """Records how tensors are sent to the device, and leaves them on the CPU."""
 
-    monkeypatch.setattr(loading, "send_to_device", record)
-    next(iter(DeviceLoader(Drawn(), torch.device(kind))))
-    assert found == [queued]
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.to and args[1:] == (torch.device(kind),):
+                found.add(kwargs["non_blocking"])
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    with Recorded():
+        next(iter(DeviceLoader(Drawn(), torch.device(kind))))
+    assert found == {queued}

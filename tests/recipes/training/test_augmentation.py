@@ -18,6 +18,7 @@ from steps import StoppedError, after_step
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel, cli
@@ -39,7 +40,7 @@ from backbone_finetune.recipes import (
     read_phases,
 )
 from backbone_finetune.recipes.data.images import IGNORED
-from backbone_finetune.recipes.training.mixing import Mixing, make_mixing
+from backbone_finetune.recipes.training.mixing import make_mixing
 
 CONFIG: dict[str, Any] = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 RATES: dict[str, Any] = {"trainable_groups": 1, "lr": 0.01, "backbone_lr": 0.01}
@@ -115,14 +116,20 @@ def test_each_phase_has_its_own_images(tmp_path: Path, caplog: pytest.LogCapture
     assert_same(train(data, *strong, views=2, caches=caches)[0], train(data, *strong, views=2)[0])
 
 
-def test_each_step_is_mixed_with_another_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds: list[str] = []
-    mix = Mixing.mix
-    monkeypatch.setattr(
-        Mixing, "mix", lambda self, batch, *, seed: (seeds.append(seed), mix(self, batch, seed=seed))[1]
+def test_each_step_is_mixed_with_another_seed() -> None:
+    shares: list[float] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        shares.append(float(targets.max()))
+        return cross_entropy(outputs, targets, reduction="none")
+
+    model = FineTuneModel(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, 18))
+    images = TensorDataset(torch.randn(18, 3, 8, 8), torch.eye(18))
+    config = TrainerConfig(
+        make_accelerator(torch.device("cpu")), batch_size=4, objective=SoftLabels(loss=loss), show_progress=False
     )
-    train(make_images(tmp_path), STRONG)
-    assert len(seeds) == len(set(seeds)) == 2 * 5  # 18 images in batches of 4
+    fine_tune(model, images, None, [Phase(epochs=2, mixup=1.0, **RATES)], config)
+    assert len(shares) == len(set(shares)) == 2 * 5
 
 
 def test_augmented_images_that_cannot_be_read_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

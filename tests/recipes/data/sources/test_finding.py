@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from image_folders import make_folder, make_image
 
-from backbone_finetune.recipes import LabelledFolder, files, find_images, find_splits
+from backbone_finetune.recipes import LabelledFolder, find_images, find_splits
 from backbone_finetune.recipes.data.sources.finding import list_images
 from backbone_finetune.recipes.data.sources.identical import find_copies
+from backbone_finetune.recipes.data.sources.packed import PackedPath
 from backbone_finetune.recipes.data.sources.parts import find_data
 from backbone_finetune.recipes.files import digest_files
 
@@ -356,9 +358,15 @@ def test_an_image_listed_with_two_labels_is_logged(tmp_path: Path, caplog: pytes
     ]
 
 
-def test_each_file_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Path] = []
-    monkeypatch.setattr(files, "digest_file", lambda path: str(read.append(path)))
-    touch(tmp_path, "a", "b")
-    assert list(digest_files(tmp_path / name for name in "abac")) == [tmp_path / name for name in "abc"]
-    assert sorted(read) == [tmp_path / "a", tmp_path / "b"]
+def test_each_file_is_digested_once() -> None:
+    read: list[str] = []
+
+    def open_image(name: str) -> bytes:
+        read.append(name)
+        return name.encode()
+
+    paths = {name: PackedPath(name).holding(partial(open_image, name)) for name in "ab"}
+    digests = digest_files([paths["a"], paths["b"], paths["a"], Path("no such file")])
+    assert list(digests) == [paths["a"], paths["b"], Path("no such file")]
+    assert len(set(digests.values())) == 3
+    assert sorted(read) == ["a", "b"]
