@@ -33,7 +33,7 @@ from .recipes.models.named import NamedModel, load_timm_model
 from .recipes.models.onnx_file import load_onnx_model
 from .recipes.objectives.kinds import SingleLabel
 from .recipes.text import describe_fault, print_any_name, printable
-from .recipes.together import is_on_all_processes
+from .recipes.together import OUT_OF_MEMORY, is_on_all_processes
 from .recipes.training.phases import Phase, read_phases
 from .recipes.training.processes import find_device
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with show_log():
             status: int = options.run_command(options)
         sys.stdout.flush()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, *OUT_OF_MEMORY) as error:
         if isinstance(error, BrokenPipeError):  # the reader, e.g. `| head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0

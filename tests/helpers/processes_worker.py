@@ -115,7 +115,7 @@ def train_objectives(folder: str, accelerator: Any, told: dict[str, Any]) -> Non
                 accelerator, batch_size=4, objective=objective, autocast_features=False, show_progress=False
             )
             (result,) = fine_tune(model, shown, shown, [Phase(epochs=1, lr=0.02)], config)
-            figures = {**asdict(result), **result.validation_metrics}
+            figures = {**asdict(result), **result.validation_metrics, "cached": result.why_uncached is None}
             told[name] = {key: value for key, value in figures.items() if isinstance(value, int | float)}
             if accelerator.is_main_process:
                 save_file(model.cpu().state_dict(), Path(folder, f"{name}.safetensors"))

@@ -142,7 +142,7 @@ def test_a_network_that_takes_contiguous_images_alone_is_cached(trainable_groups
     config = TrainerConfig(make_accelerator(device), batch_size=5, autocast_features=False, show_progress=False)
     model.freeze_backbone(trainable_groups=trainable_groups)
     prepared = prepare_data(model, data, None, config)
-    assert prepared.cached
+    assert prepared.why_uncached is None
     prepared.module.cpu().eval()
     logits = prepared.module(*module_inputs(prepared.train, prepared.train.tensors[:-1]))
     torch.testing.assert_close(logits, model.eval()(data.tensors[0]), rtol=1e-5, atol=1e-6)

@@ -191,7 +191,7 @@ def test_images_are_normalized_without_waiting_for_the_device() -> None:
 def test_features_are_on_the_device_and_rows_of_a_frontier_are_not() -> None:
     rows = Features([torch.randn(12, 4), torch.arange(12)], tree_structure(0))
     for on_features, expected in ((True, "meta"), (False, "cpu")):
-        data = PhaseData(rows, rows, nn.Linear(4, 2), cached=True, on_features=on_features).on_device(META)
+        data = PhaseData(rows, rows, nn.Linear(4, 2), on_features=on_features).on_device(META)
         assert {tensor.device.type for part in (data.train, data.validation) for tensor in part.tensors} == {expected}
 
 

@@ -102,9 +102,17 @@ def test_a_backbone_without_parameters_runs_once() -> None:
 
 def test_a_random_frozen_part_is_not_cached_and_the_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     _, history = train(network(Noisy), make_images(), [ONE_GROUP])
-    assert len(history) == 3
     [message] = caplog.messages
     assert message.startswith("features are not cached, and the whole model runs in every step: ")
+    assert [result.why_uncached for result in history] == [message.partition("every step: ")[2]] * 3
+
+
+def test_an_epoch_has_the_reason_why_the_whole_model_ran() -> None:
+    phases = [Phase(epochs=1), Phase(epochs=1, trainable_groups=2)]
+    _, history = train(network(), make_images(), phases)
+    assert [result.why_uncached for result in history] == [None, "no layer is frozen"]
+    _, history = train(network(), make_images(), phases[:1], cache_features=False)
+    assert [result.why_uncached for result in history] == ["--cache off (in Python: cache_features=False)"]
 
 
 def test_a_fully_trainable_model_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -54,7 +54,8 @@ class EpochResult:
         validation_balanced_accuracy: The mean recall of the classes that have validation images.
         validation_metrics: The other metrics of the objective after it, by name, such as "r2".
         phase: The number of its phase, from 1.
-        cached: Whether it trained on outputs of frozen layers that ran once for each image.
+        why_uncached: Why the whole model ran in its steps; None if it trained on outputs of frozen layers that ran once
+            for each image.
     """
 
     epoch: int
@@ -67,7 +68,7 @@ class EpochResult:
     validation_balanced_accuracy: float | None = None
     validation_metrics: Mapping[str, float] = field(default_factory=dict)
     phase: int = 1
-    cached: bool = False
+    why_uncached: str | None = None
 
     def validation(self, metric: str) -> float | None:
         """Return a metric on the validation data by its name, such as "accuracy"; None where there is none."""

@@ -15,6 +15,7 @@ from ..features.dataset import Features, module_inputs
 from ..features.layout import find_layout, to_channels_last
 from ..objectives.objective import Objective
 from ..sending import send
+from ..together import OUT_OF_MEMORY
 from .batches import LocalBatch, epoch_batches, load_batches, local_batch
 from .checkpoints import EpochResult, Progress, load_by_name
 from .config import TrainerConfig, count
@@ -40,9 +41,8 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
         batches = tuple((epoch + batch) % state.views * images + batch for batch in batches)
     shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
     # Sums from before resuming count on the main process; the others start at 0.
-    before = [progress.loss_sum, progress.correct, progress.seen, progress.weight]
-    before = before if accelerator.is_main_process else [0.0] * 4
-    sums = send(torch.tensor(before, device="cpu"), accelerator.device)
+    before = torch.tensor([progress.loss_sum, progress.correct, progress.seen, progress.weight], device="cpu")
+    sums = send(before * accelerator.is_main_process, accelerator.device)
     loaded_batches = load_batches(
         state.train,
         shares,
@@ -58,7 +58,10 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
             mixed = loaded
             if state.mixing is not None:
                 mixed = state.mixing.mix(loaded, seed=f"{config.seed} {epoch} {progress.step} mix")
-            sums += train_step(state, share, mixed, len(batches[progress.step]), config)
+            try:
+                sums += train_step(state, share, mixed, len(batches[progress.step]), config)
+            except OUT_OF_MEMORY as error:
+                raise _explained(error, config)  # noqa: B904 (the same error)
             progress.step += 1
             progress.steps += 1
             bar.update()
@@ -70,8 +73,15 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
         average_statistics(state, accelerator)
         phase, shown = state.phase, {"loss": f"{loss_sum / weight:.3f}"}
         accuracy = correct / seen if config.objective.has_accuracy else None
-        result = EpochResult(epoch, loss_sum / weight, accuracy, phase.lr or 0.0, phase.weight_decay or 0.0)
-        result = replace(result, phase=progress.phase + 1, cached=isinstance(state.train, Features))
+        result = EpochResult(
+            epoch,
+            loss_sum / weight,
+            accuracy,
+            phase.lr or 0.0,
+            phase.weight_decay or 0.0,
+            phase=progress.phase + 1,
+            why_uncached=state.why_uncached,
+        )
         if accuracy is not None:
             shown["train"] = f"{accuracy:.3f}"
         if state.validation is not None:
@@ -94,6 +104,13 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
         state.folding.close()
     progress.finish_epoch(result, last_of_phase=is_last)
     return is_last
+
+
+def _explained(error: Exception, config: TrainerConfig) -> Exception:
+    """Add to an error what to pass where the memory is too small for a step."""
+    remedy = "pass a larger accumulation (train --accumulation), with the same result, or a smaller batch"
+    error.args = (f"{error}; a step of {config.batch_size} images, accumulation {config.accumulation}: {remedy}",)
+    return error
 
 
 def check_loaded(state: PhaseState, objective: Objective, targets: Tensor) -> None:

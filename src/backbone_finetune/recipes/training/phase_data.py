@@ -55,17 +55,17 @@ class PhaseData:
         train: Images, or rows: all images of the first view, then those of the second, and so on.
         validation: Images, or rows; None if there is none.
         module: The part of the model that runs in each step: all of it, or the part after the cached tensors.
-        cached: Whether the data is rows of cached tensors.
         on_features: Whether the whole backbone is frozen, so that the rows are features and the module a classifier.
         views: The views of each image.
+        why_uncached: Why the data is images; None if it is rows of cached tensors.
     """
 
     train: Dataset[Any]
     validation: Dataset[Any] | None
     module: nn.Module
-    cached: bool = False
     on_features: bool = False
     views: int = 1
+    why_uncached: str | None = None
 
     def on_device(self, device: torch.device) -> "PhaseData":
         """Return the data with features on a device, as far as its memory suffices.
@@ -153,9 +153,11 @@ def prepare_data(
     if phase.augment is not None:
         train = _augmented(train, phase.augment)
     whole = PhaseData(_without_whole(train), None if validation is None else _without_whole(validation), model)
+    if not config.cache_features:
+        return replace(whole, why_uncached="--cache off (in Python: cache_features=False)")
     trains = [parameter.requires_grad for parameter in model.backbone.parameters()]
-    if not config.cache_features or (trains and all(trains)):
-        return whole
+    if trains and all(trains):
+        return replace(whole, why_uncached="no layer is frozen")
     drawn = find_randomness(_whole(train))
     if drawn is not None and phase.augment is not None:
         drawn = (
@@ -177,7 +179,7 @@ def prepare_data(
         reason = found.reason
     if config.accelerator.is_main_process:
         logger.warning("features are not cached, and the whole model runs in every step: %s", reason)
-    return whole
+    return replace(whole, why_uncached=reason)
 
 
 def _compute(
@@ -253,7 +255,6 @@ def _compute(
         computed[name],
         computed.get("validation"),
         front.rest,
-        cached=True,
         on_features=is_frozen,
         views=views,
     )

@@ -49,6 +49,7 @@ class PhaseState:
     train: Dataset[Any]
     validation: Dataset[Any] | None
     views: int = 1
+    why_uncached: str | None = None  # see `EpochResult`
     mixing: Mixing | None = None
     best: dict[str, Tensor] | None = None  # the trained tensors after the best epoch
     layout: Layout | None = None  # of images on a CUDA device, known from the first batch
@@ -95,10 +96,10 @@ def prepared_phase(
         phase = replace(phase, lr=lr, weight_decay=weight_decay)
         copied, module = model, data.module
         if accelerator.is_fsdp2:  # FSDP2 shards the parameters permanently, so a copy trains and is copied back
-            if not data.cached:  # the device then has room for the shards alone
+            if data.why_uncached is not None:  # the device then has room for the shards alone
                 model.to("cpu")
-            copied = copy.deepcopy(model, {id(model.backbone): model.backbone} if data.cached else {})
-            module = copied.classifier if data.cached else copied
+            copied = copy.deepcopy(model, {id(model.backbone): model.backbone} if data.why_uncached is None else {})
+            module = copied.classifier if data.why_uncached is None else copied
         groups = copied.param_groups(
             lr, backbone_lr=phase.backbone_lr, weight_decay=weight_decay, layer_decay=phase.layer_decay
         )
@@ -129,6 +130,7 @@ def prepared_phase(
             data.train,
             data.validation,
             data.views,
+            data.why_uncached,
             mixing,
             folding=folding,
             all_read=all_read,
@@ -140,7 +142,7 @@ def prepared_phase(
         finally:  # after an error, the caller may train the model again
             release(accelerator, prepared)
         if copied is not model:
-            original = model.classifier if data.cached else model
+            original = model.classifier if data.why_uncached is None else model
             # One tensor at a time is whole on the device.
             load_by_name(original, {name: full_tensor(tensor).cpu() for name, tensor in module.state_dict().items()})
             model.to(accelerator.device)

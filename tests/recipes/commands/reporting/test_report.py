@@ -241,8 +241,9 @@ def test_the_page_of_a_run_says_what_freezing_saved(tmp_path: Path) -> None:
     computed = (
         f"once for each image: {images}, not {3 * images}",
         f"once for each image: {images}, not {2 * images}",
-        f"in each epoch: {images} images; each epoch has new images; --views K computes K of each",
-        f"in each epoch: {images} images; the images of each step are mixed",
+        f"in each epoch: {images} images; the phase draws new images in each epoch; --views K (in Python: "
+        "TrainerConfig(views=K)) caches K of each, and --augment none the images themselves",
+        f"in each epoch: {images} images; mixup and CutMix mix the images of each step",
         "none is frozen",
     )
     for number, (count, how) in enumerate(zip(counts, computed, strict=True), start=1):

@@ -15,9 +15,11 @@ import torch.distributed as dist
 from full_memory import after_steps
 from image_folders import make_folder
 from PIL import Image
+from steps import after_step
 from torch import nn
 from torchrun import torchrun
 
+from backbone_finetune import cli
 from backbone_finetune.recipes.commands.settings import TrainSettings
 from backbone_finetune.recipes.commands.train import train
 from backbone_finetune.recipes.models.file import load_trained_model
@@ -63,6 +65,17 @@ def test_a_run_without_memory_after_the_training_ends_with_its_model(
     assert metrics.backward_milliseconds is None
     assert json.loads((settings["output"] / "metrics.json").read_text())["history"]
     assert load_trained_model(settings["output"] / "model.safetensors").class_names == metrics.class_names
+
+
+def test_a_step_without_memory_is_one_line_with_what_to_pass(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--model test_resnet --input-size 32 --epochs 1 --batch-size 8 --accumulation 2 --lr 0.01"
+    with after_step(2, lambda: full_memory.out_of_memory(nn.Conv2d(1, 1, 1), None, torch.zeros(1))):
+        status = cli.main(["train", str(settings["images"]), *options.split(), "--output", str(settings["output"])])
+    remedy = "pass a larger accumulation (train --accumulation), with the same result, or a smaller batch"
+    line = f"backbone-finetune: error: CUDA out of memory; a step of 8 images, accumulation 2: {remedy}"
+    assert (status, capsys.readouterr().err.splitlines()[-1]) == (2, line)
 
 
 def test_a_run_whose_comparisons_diverge_ends_without_them(

@@ -65,18 +65,11 @@ def _frozen_passes(
 ) -> str:
     """Return how often the frozen layers ran over the images in a phase, and why not once."""
     images = metrics.train_images + metrics.validation_images
-    if epochs[0].cached:
+    if epochs[0].why_uncached is None:
         views = settings.views if phase.augment is not None else 1
         of_views = f", in {views} views each" if views > 1 else ""
         computed = metrics.train_images * views + metrics.validation_images
         return f"once for each image{of_views}: {computed:,}, not {images * len(epochs):,}"
     if phase.trainable_groups == len(model.layer_groups):
         return "none is frozen"
-    why = "the log says why"
-    if settings.cache == "off":
-        why = "--cache off"
-    elif phase.mixup or phase.cutmix:
-        why = "the images of each step are mixed"
-    elif phase.augment is not None:
-        why = "each epoch has new images; --views K computes K of each"
-    return f"in each epoch: {images * len(epochs):,} images; {why}"
+    return f"in each epoch: {images * len(epochs):,} images; {epochs[0].why_uncached}"

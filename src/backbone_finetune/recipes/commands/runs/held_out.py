@@ -30,7 +30,7 @@ def held_out(task: Task) -> ImageDataset:
 
 def ends_on_features(task: Task, history: Sequence[EpochResult]) -> bool:
     """Return whether the last phase trained the classifier alone, on computed features."""
-    return history[-1].cached and task.phases[-1].trainable_groups == 0
+    return history[-1].why_uncached is None and task.phases[-1].trainable_groups == 0
 
 
 def score_part(task: Task, config: TrainerConfig, part: str, *, on_features: bool) -> dict[str, Score]:
