@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Of several processes, the first prints what all meet. RANK without WORLD_SIZE means a single process.
         rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
         if rank == "0" or not (isinstance(error, ValidationError) or is_on_all_processes(error)):
-            message = describe_fault(error) if isinstance(error, ValidationError) else str(error)
+            message = describe_fault(error) if isinstance(error, ValidationError) else str(error) or "out of memory"
             where = "" if rank == "0" else f" in process {rank}"
             print(f"{PROGRAM}: error{where}: {printable(' '.join(message.split()))}", file=sys.stderr)
         return 2
