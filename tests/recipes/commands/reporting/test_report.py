@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy
 import pytest
 from image_folders import make_folder, make_image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.cli import main
@@ -80,6 +82,32 @@ def test_an_evaluation_is_written_as_figures_a_table_and_a_page(tmp_path: Path) 
     assert page.count("<figure>") == min(24, int((answers.is_right == 0).sum())) + min(24, int(answers.is_right.sum()))
 
 
+def test_a_page_has_its_figures_in_the_right_order(tmp_path: Path) -> None:
+    confusion = ((4, 3, 0), (1, 5, 2), (0, 0, 6))  # a row for each true class
+    targets, predicted = (
+        [pair[place] for pair in numpy.ndindex(3, 3) for _ in range(confusion[pair[0]][pair[1]])] for place in (0, 1)
+    )
+    sure = 0.501 + 0.02 * numpy.random.default_rng(0).permutation(len(targets))  # 0.501 to 0.901
+    probabilities = numpy.where(numpy.eye(3)[predicted] == 1, sure[:, None], (1 - sure[:, None]) / 2)
+    answers = Answers(("cat", "dog", "owl"), [tmp_path / "gone.png"] * len(targets), targets, probabilities)
+    page = make_report(score_answers(answers), title="a model", facts={})
+    matrix = page[page.index('<table class="matrix">') :].partition("</table>")[0].split("<tr>")[3:]
+    assert [re.findall(">([0-9]*)</td>", row) for row in matrix] == [
+        [str(count or "") for count in row] for row in confusion
+    ]
+    mistakes, right = (
+        [int(share) for share in re.findall("([0-9]+)%<br>", part)]
+        for part in page[page.index("<h2>The most confident mistakes") :].split("<h2>Right, and least sure")
+    )
+    assert (len(mistakes), len(right)) == (6, 15)
+    assert mistakes == sorted(mistakes, reverse=True)
+    assert right == sorted(right)
+    inside = (sure >= 0.6) & (sure < 0.7)
+    cells = (f"{sure[inside].mean():.2f}", f"{answers.is_right[inside].mean():.2f}", inside.sum())
+    assert "<tr><th>confidence</th><th>accuracy</th><th>images</th></tr>" in page
+    assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" in page
+
+
 def test_a_page_takes_nothing_from_elsewhere_and_escapes_names(tmp_path: Path) -> None:
     answers = make_answers(tmp_path / "images", (HOSTILE, "dog\udcff"))
     hostile = tmp_path / "images" / "<img src=x onerror=alert(1)>.png"
@@ -93,6 +121,16 @@ def test_a_page_takes_nothing_from_elsewhere_and_escapes_names(tmp_path: Path) -
     assert "\x1b" not in text
     text.encode()
     assert "default-src 'none'" in text
+
+
+def test_the_references_of_a_plot_look_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("test", "chance", "random backbone", "raw pixels", "neighbours")
+    drawn: list[Figure] = []
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, _: drawn.append(canvas.figure))
+    draw_curves([EpochResult(1, 1.0, 0.5, 1e-3, 0.01)], dict.fromkeys(names, 0.5), tmp_path / "curves.png")
+    lines = [line for line in drawn[0].axes[1].lines if line.get_label() in names]
+    assert [line.get_label() for line in lines] == list(names)
+    assert len({(line.get_linestyle(), line.get_color()) for line in lines}) == len(names)
 
 
 MEASURE = """

@@ -1,6 +1,7 @@
 """The plots of a training run and of an evaluation."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from ...training.checkpoints import EpochResult
 
 MOST_NAMED = 50
+REFERENCE_STYLES = (("black", "-"), *(("grey", style) for style in ("-", "--", "-.", ":")))  # one each for five
 
 
 def draw_curves(
@@ -26,8 +28,8 @@ def draw_curves(
         accuracy.plot(epochs, validation, marker=".", color="C2", label="validation")
     if metric == "accuracy":
         accuracy.plot(epochs, [result.train_accuracy for result in history], marker=".", color="C0", label="training")
-    for (name, value), style in zip(references.items(), ("-", "--", "-.", ":", "-"), strict=False):
-        accuracy.axhline(value, color="grey", linestyle=style, label=name)
+    for (name, value), (colour, style) in zip(references.items(), cycle(REFERENCE_STYLES)):
+        accuracy.axhline(value, color=colour, linestyle=style, label=name)
     accuracy.set(xlabel="epoch", ylabel=metric.replace("_", " "), ylim=(min(0, *validation, 0), 1))
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)
