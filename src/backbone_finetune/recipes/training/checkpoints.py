@@ -80,9 +80,9 @@ class EpochResult:
 class Progress:
     """The progress of a run: ``epoch`` epochs of phase ``phase`` and ``step`` steps of the next epoch are done.
 
-    ``steps`` counts the steps of the whole run; ``loss_sum``, ``correct``, ``seen`` and ``weight`` are the sums of the
-    current epoch. ``lr`` and ``weight_decay`` are the rates of the current phase. ``best_epoch`` is the epoch with the
-    highest value of the monitor, ``best_value``; None without one.
+    ``steps`` counts the steps of the whole run. ``sums`` are those of the current epoch: losses, correct predictions,
+    images and weights. ``lr`` and ``weight_decay`` are the rates of the current phase. ``best_epoch`` is the epoch with
+    the highest value of the monitor, ``best_value``; None without one.
     ``skipped`` has the error of each unreadable image, by its path.
 
     >>> Progress(history=[EpochResult(1, 2.1, 0.2, 1e-3, 0.01)], step=7, steps=27).describe()
@@ -93,10 +93,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     steps: int = 0
-    loss_sum: float = 0.0
-    correct: float = 0.0
-    seen: float = 0.0
-    weight: float = 0.0
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     lr: float | None = None
     weight_decay: float | None = None
     best_epoch: int | None = None
@@ -118,7 +115,7 @@ class Progress:
         """
         self.history.append(result)
         self.phase, self.epoch = (self.phase + 1, 0) if last_of_phase else (self.phase, self.epoch + 1)
-        self.step, self.loss_sum, self.correct, self.seen, self.weight = 0, 0.0, 0.0, 0.0, 0.0
+        self.step, self.sums = 0, [0.0] * 4
 
 
 @dataclass(frozen=True)

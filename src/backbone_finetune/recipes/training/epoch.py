@@ -41,8 +41,7 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
         batches = tuple((epoch + batch) % state.views * images + batch for batch in batches)
     shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
     # Sums from before resuming count on the main process; the others start at 0.
-    before = torch.tensor([progress.loss_sum, progress.correct, progress.seen, progress.weight], device="cpu")
-    sums = send(before * accelerator.is_main_process, accelerator.device)
+    sums = send(torch.tensor(progress.sums, device="cpu") * accelerator.is_main_process, accelerator.device)
     loaded_batches = load_batches(
         state.train,
         shares,
@@ -66,8 +65,7 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
             progress.steps += 1
             bar.update()
             if progress.steps % config.checkpoint_steps == 0 and progress.step < len(batches):
-                fetched = fetch_sums(state, sums, progress, config)
-                progress.loss_sum, progress.correct, progress.seen, progress.weight = fetched
+                progress.sums = fetch_sums(state, sums, progress, config)
                 save_checkpoint(state, progress, config)
         loss_sum, correct, seen, weight = fetch_sums(state, sums, progress, config)
         average_statistics(state, accelerator)
@@ -132,9 +130,7 @@ def keep_best(state: PhaseState, result: EpochResult, progress: Progress, config
         state.best = snapshot(state)
 
 
-def fetch_sums(
-    state: PhaseState, sums: Tensor, progress: Progress, config: TrainerConfig
-) -> tuple[float, float, float, float]:
+def fetch_sums(state: PhaseState, sums: Tensor, progress: Progress, config: TrainerConfig) -> list[float]:
     """Return the sums of losses, correct predictions, images and weights over all processes.
 
     Raises:
@@ -142,11 +138,12 @@ def fetch_sums(
     """
     accelerator = config.accelerator
     faults = state.count_not_finite(accelerator.device) - state.not_finite
-    loss_sum, correct, seen, weight, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
-    if math.isfinite(loss_sum) and not_finite <= 0:
-        return loss_sum, correct, seen, weight
-    fault = f"the loss became {loss_sum}"
-    if math.isfinite(loss_sum):
+    fetched: list[float]
+    *fetched, not_finite = accelerator.reduce(torch.cat((sums, faults[None]))).tolist()
+    if math.isfinite(fetched[0]) and not_finite <= 0:
+        return fetched
+    fault = f"the loss became {fetched[0]}"
+    if math.isfinite(fetched[0]):
         fault = "a weight or a running statistic became infinite or nan"
     raise DivergedError(
         f"the training diverged at lr = {state.phase.lr}: {fault} in epoch {len(progress.history) + 1}; pass "
