@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -262,11 +263,18 @@ def test_a_release_on_a_cpu_runs_no_full_garbage_collection(kept_out: bool) -> N
 
 
 def test_auto_is_the_best_available_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda cuda=cuda: int(cuda))
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
-        assert find_device("auto").type == expected
+    for kind, names in (
+        (None, {"cpu"}),
+        ("cuda", {"cpu", "cuda", "cuda:0", "cuda:1"}),
+        ("mps", {"cpu", "mps", "mps:0"}),
+    ):
+        device = None if kind is None else torch.device(kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda device=device, **_: device)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda names=names: max(len(names) - 2, 0))
+        assert find_device("auto") == torch.device(kind or "cpu")
+        for name in ("cpu", "cuda", "cuda:0", "cuda:1", "cuda:2", "mps", "mps:0", "xpu"):
+            with nullcontext() if name in names else pytest.raises(ValueError, match=f"{name}': not on this machine"):
+                assert find_device(name) == torch.device(name)
 
 
 def test_an_accelerator_on_another_device_raises(monkeypatch: pytest.MonkeyPatch) -> None:
