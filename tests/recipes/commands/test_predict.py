@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,7 +21,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes import MultiLabel, Regression, SingleLabel, TrainedModel, predict
+from backbone_finetune.cli import main
+from backbone_finetune.recipes import (
+    MultiLabel,
+    Regression,
+    SingleLabel,
+    TrainedModel,
+    predict,
+    save_trained_model,
+)
 from backbone_finetune.recipes.commands.predict import Prediction, list_inputs
 from backbone_finetune.recipes.commands.prediction_files import choose_writer, write_csv, write_jsonl, write_parquet
 from backbone_finetune.recipes.data.sources.packed import PackedPath
@@ -113,6 +122,43 @@ def test_predictions_are_written_while_images_are_read(suffix: str, tmp_path: Pa
     for count, _ in enumerate(written, start=1):
         assert len(read) <= count + 3  # this batch and the next
     assert count == len(read) == 12
+
+
+def test_workers_read_the_images_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, _ = make_trained(tmp_path / "images", images=12)
+    save_trained_model(trained, tmp_path / "model.safetensors", record={})
+    open_image = Image.open
+
+    def note_process(*arguments: Any, **others: Any) -> Image.Image:
+        (tmp_path / f"{os.getpid()}.process").touch()
+        return open_image(*arguments, **others)
+
+    monkeypatch.setattr(Image, "open", note_process)  # workers are forks of this process
+
+    def run(workers: int) -> tuple[bytes, set[int]]:
+        arguments = ["predict", "model.safetensors", "images", "--batch-size", "4", "--output", "answers.csv"]
+        assert main([*arguments, "--workers", str(workers)]) == 0
+        processes = {int(path.stem) for path in tmp_path.glob("*.process")}
+        for path in tmp_path.glob("*.process"):
+            path.unlink()
+        return (tmp_path / "answers.csv").read_bytes(), processes
+
+    (rows, processes), (same_rows, others) = run(0), run(2)
+    assert rows == same_rows
+    assert processes == {os.getpid()}
+    assert len(others) == 2
+    assert os.getpid() not in others
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_the_progress(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, _ = make_trained(tmp_path / "images")
+    save_trained_model(trained, tmp_path / "model.safetensors", record={})
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert main(["predict", "model.safetensors", "images", "--output", "answers.csv"]) == 0
+    assert ("predicting" in shown.getvalue()) == terminal
 
 
 def test_a_file_of_predictions_that_needs_an_extra_is_refused_before_the_first_image(
