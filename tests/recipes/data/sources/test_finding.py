@@ -343,6 +343,16 @@ def test_identical_images_of_two_classes_are_logged(tmp_path: Path, caplog: pyte
         "1 of 2 test images is also among the training images, byte for byte, which makes the test accuracy too high: "
         f"{tmp_path}/test/red/copy.png (red) is {root}/green/copy.png (green)",
     ]
+    (tmp_path / "test" / "blue").mkdir()
+    shutil.copy(tmp_path / "test" / "red" / "a.png", tmp_path / "test" / "blue" / "a.png")
+    shutil.copy(root / "blue" / "0.png", tmp_path / "test" / "blue" / "copy.png")
+    caplog.clear()
+    find(tmp_path)
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        "2 of 20 training images are the same as one with another target",
+        "1 of 4 test images is the same as one with another target",
+        "2 of 4 test images are also among the training images",
+    ]
 
 
 def test_an_image_listed_with_two_labels_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, groupby
+from itertools import groupby
 from pathlib import Path
 
 from ...files import NO_FILE
@@ -43,16 +43,16 @@ def find_copies(parts: Mapping[str, LabelledFolder], digests: Mapping[Path, str]
 
     ``digests`` are those of their files. Empty and missing files are no images.
     """
-    digests = {path: digest for path, digest in digests.items() if digest not in NO_IMAGE}
-    first = {name: _index_first(images, digests) for name, images in parts.items()}
-    copies = []
-    for earlier, name in [*((name, name) for name in parts), *combinations(parts, 2)]:
-        images, others = parts[name], parts[earlier]
+    copies, first = list[Copy](), dict[tuple[str, str], int]()  # the first image of a part with a digest
+    for name, images in parts.items():
         for index, path in enumerate(images.paths):
-            other = first[earlier].get(digests.get(path, ""))
-            if other is not None and (name != earlier or images.targets[index] != images.targets[other]):
-                labels = (_label(images, index), _label(others, other))
-                copies.append(Copy(path, name, labels[0], others.paths[other], earlier, labels[1]))
+            first.setdefault((name, digests[path]), index)
+            for earlier, others in parts.items() if digests[path] not in NO_IMAGE else ():
+                other = first.get((earlier, digests[path]))
+                if other is not None and (name != earlier or images.targets[index] != images.targets[other]):
+                    labels = (_label(images, index), _label(others, other))
+                    copies.append(Copy(path, name, labels[0], others.paths[other], earlier, labels[1]))
+    copies.sort(key=lambda copy: (copy.part != copy.of_part, [*parts].index(copy.of_part), [*parts].index(copy.part)))
     _log(copies, parts)
     return tuple(copies)
 
@@ -69,15 +69,6 @@ def _log(copies: Sequence[Copy], parts: Mapping[str, LabelledFolder]) -> None:
             *(len(found), len(parts[name].paths), shown, f"{'is' if len(found) == 1 else 'are'} {same}", effect),
             printable(join_some([_describe(copy) for copy in found], separator="; ")),
         )
-
-
-def _index_first(images: LabelledFolder, digests: Mapping[Path, str]) -> dict[str, int]:
-    """Return the first image with each digest."""
-    first: dict[str, int] = {}
-    for index, path in enumerate(images.paths):
-        if path in digests:
-            first.setdefault(digests[path], index)
-    return first
 
 
 def _label(images: LabelledFolder, index: int) -> str:
