@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -21,6 +22,21 @@ from backbone_finetune.recipes.models.weights import load_network
 def hub(tmp_path: Path) -> Path:
     """A folder of a network that was built for images of 96 pixels."""
     return export_hub_folder(make_trained("test_vit", 96, img_size=96), tmp_path / "hub").path
+
+
+@pytest.fixture(params=["local-dir", "hf-hub"])
+def name(hub: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name the network by its folder, relative to the current one, or by the hub, of which a download is kept."""
+    if request.param == "local-dir":
+        return f"local-dir:{hub.name}"
+    kept = hub.with_name("cache") / "models--someone--vit"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("abc")
+    (kept / "snapshots").mkdir()
+    (kept / "snapshots" / "abc").symlink_to(hub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(kept.parent))
+    return "hf-hub:someone/vit"
 
 
 def change(hub: Path, **entries: Any) -> None:
@@ -62,9 +78,8 @@ def test_a_folder_that_is_missing_is_one_line(command: str, tmp_path: Path, caps
     assert line.startswith("backbone-finetune: error: local-dir:nowhere: timm cannot load it (Config file not found: ")
 
 
-def test_train_starts_from_the_weights_of_a_folder(hub: Path, tmp_path: Path) -> None:
+def test_train_starts_from_the_weights_of_a_folder_or_the_hub(name: str, hub: Path, tmp_path: Path) -> None:
     images, output = make_folder(tmp_path / "images", per_class=2), tmp_path / "run"
-    name = f"local-dir:{hub.name}"  # relative to the current folder
     arguments = ["train", str(images), "--model", name, "--pretrained", "--epochs", "1", "--output", str(output)]
     assert cli.main(arguments) == 0
     loaded = load_trained_model(output / "model.safetensors")
@@ -74,7 +89,7 @@ def test_train_starts_from_the_weights_of_a_folder(hub: Path, tmp_path: Path) ->
     after = loaded.model.backbone.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     recorded = json.loads((output / "run.json").read_text())["arguments"]
-    assert recorded["architecture"] == f"local-dir:{hub}"
+    assert recorded["architecture"] == name.replace(f":{hub.name}", f":{hub}")
 
 
 def test_changes_alone_take_the_weights_of_the_folder_as_their_base(hub: Path, tmp_path: Path) -> None:
@@ -103,6 +118,12 @@ def test_arguments_that_a_model_file_cannot_keep_are_refused_before_training(
     assert "model_args that a model file cannot keep: depth = 6" in capsys.readouterr().err
 
 
-def test_inspect_takes_a_folder(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", f"local-dir:{hub}"]) == 0
+def test_inspect_and_predict_take_a_folder_or_the_hub(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", name]) == 0
     assert "96 x 96" in capsys.readouterr().out.splitlines()[0]
+    image = make_image(tmp_path / "image.png", (0, 0, 0))
+    assert cli.main(["predict", name, str(image)]) == 0
+    (answer,) = predict(load_timm_model(f"local-dir:{tmp_path / 'hub'}"), [image])
+    assert f"image.png: {answer.classes[0][0]} {answer.classes[0][1]:.1%}, " in capsys.readouterr().out
