@@ -55,16 +55,6 @@ def deal_groups(
     return [part_of[group] for group in groups]
 
 
-def lacking_classes(dealt: Sequence[int], targets: Sequence[int], parts: int) -> list[int]:
-    """Return the classes that are not in each part, in order.
-
-    >>> lacking_classes([0, 0, 1], [0, 1, 1], parts=2)
-    [0]
-    """
-    found = set(zip(dealt, targets, strict=True))
-    return sorted({target for target in targets if any((part, target) not in found for part in range(parts))})
-
-
 def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[LabelledFolder, LabelledFolder]:
     """Hold out a share of each class, drawn with ``seed``; return disjoint ``(train, test)``.
 
@@ -86,7 +76,8 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
             held_out.update(generator.sample(members, count))
     else:
         dealt = deal_groups(folder.groups, targets, (1 - test_share, test_share), generator)
-        for target in lacking_classes(dealt, targets, parts=2):
+        found = set(zip(dealt, targets, strict=True))
+        for target in sorted({target for target in targets if not {(0, target), (1, target)} <= found}):
             own = sorted({group for group, other in zip(folder.groups, targets, strict=True) if other == target})
             raise ValueError(
                 f"{folder.root}: {names[target]} is in {len(own)} group{'s' * (len(own) > 1)} ({join_some(own)}), "

@@ -25,11 +25,6 @@ class File(NamedTuple):
     path: Path | None = None
     tar: Path | None = None
 
-    @property
-    def is_image(self) -> bool:
-        """Return whether it has the suffix of an image."""
-        return self.path is not None and is_image(self.path)
-
 
 def walk(root: Path) -> Iterator[File]:
     """Yield the files and folders below a folder that are not hidden.
@@ -77,7 +72,7 @@ def read_folders(
     """
     files = sorted(files, key=lambda file: (*file.folders, "" if file.path is None else file.path.name))
     outer, *more = _folders_in(files) or [""]
-    depth = min((len(file.folders) for file in files if file.is_image), default=0)
+    depth = min((len(file.folders) for file in files if is_image(file.path)), default=0)
     if depth > 1 and not more and outer not in (class_names or ()):
         warn_of_left_out(root, _count_beside(files))
         root, files = _enter(root, outer, files)
@@ -114,10 +109,12 @@ def _list_classes(root: Path, files: Sequence[File]) -> list[Labelled]:
         kinds = Counter(kind_of(file.path) for file in files if file.path)
         held = f", but {show_kinds(kinds)}" if kinds else ""
         raise ValueError(f"{root} has no sub-folders{held}; {EXPECTED}")
-    images = [Labelled(file.path, file.folders[0]) for file in files if file.path and file.is_image and file.folders]
-    for file in files:
-        if file.path and file.folders and not file.is_image:
-            others[file.folders[0]][kind_of(file.path)] += 1
+    images = list[Labelled]()
+    for name, path in ((file.folders[0], file.path) for file in files if file.folders):
+        if path is not None and is_image(path):
+            images.append(Labelled(path, name))
+        elif path is not None:
+            others[name][kind_of(path)] += 1
     if empty := others.keys() - {image.target for image in images}:
         name = min(empty)
         held = f"but {show_kinds(others[name])}" if others[name] else "and nothing else"

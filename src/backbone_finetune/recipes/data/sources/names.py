@@ -20,9 +20,9 @@ IMAGE_EXTENSIONS = frozenset(
 EXAMPLES = ".jpg, .png, .webp, all that Pillow reads, and .npy"
 
 
-def is_image(path: Path) -> bool:
-    """Return whether a file has the suffix of an image."""
-    return path.suffix.lower() in IMAGE_EXTENSIONS
+def is_image(path: Path | None) -> bool:
+    """Return whether a path is of a file that has the suffix of an image."""
+    return path is not None and path.suffix.lower() in IMAGE_EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:
