@@ -12,12 +12,14 @@ from torch.utils.data import Dataset, TensorDataset
 from typing_extensions import Self
 
 from ..checking import NotNegative, Positive, Whole
-from ..data.loading import default_workers
+from ..data.loading import FEWEST_IMAGES, default_workers
 from ..features.cache import FeatureCache
 from ..features.compiled import Compile
 from ..objectives.kinds import SingleLabel
 from ..objectives.objective import Objective
 from .checkpoints import EpochResult
+
+FEWEST_COMPUTED = 128  # images for which starting processes is faster, if they also compute
 
 
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
@@ -83,11 +85,12 @@ class TrainerConfig:
         """Return the settings of a training beside the main one: no checkpoints, nothing chosen, and no trackers."""
         return replace(self, checkpoints=None, monitor=None, patience=None, track=False)
 
-    def workers_for(self, data: Dataset[Any]) -> int:
-        """Return the number of processes that load a dataset."""
-        if self.workers is not None or isinstance(data, TensorDataset):
+    def workers_for(self, data: Dataset[Any], *, computing: bool = False, views: int = 1) -> int:
+        """Return the number of processes that load a dataset; ``computing`` ones run frozen modules too on a CPU."""
+        if self.workers is not None or (isinstance(data, TensorDataset) and not computing):
             return self.workers or 0
-        return default_workers(count(data), processes=self.accelerator.num_processes)
+        fewest = FEWEST_COMPUTED if computing and self.accelerator.device.type == "cpu" else FEWEST_IMAGES
+        return default_workers(views * count(data), processes=self.accelerator.num_processes, fewest=fewest)
 
     @property
     def shows(self) -> bool:

@@ -17,7 +17,7 @@ from backbone_finetune.frontier import NoFrontier
 from ..data.augmentation import Augmentation
 from ..data.fingerprint import find_randomness
 from ..data.images import ImageDataset, is_read
-from ..data.loading import DeviceLoader, default_workers
+from ..data.loading import DeviceLoader
 from ..data.targets import split_row
 from ..features.cache import backbone_fingerprint, bytes_per_row, layout_of
 from ..features.dataset import Features, select_rows
@@ -43,7 +43,6 @@ from .phases import Phase
 
 logger = logging.getLogger(__name__)
 
-FEWEST_COMPUTED = 128  # images for which starting processes is faster
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,12 +73,8 @@ class PhaseData:
         """
         if not (self.on_features and isinstance(self.train, Features)):
             return self
-        train, validation = on_device(self.train, device), self.validation
-        return replace(
-            self,
-            train=train,
-            validation=on_device(validation, device) if isinstance(validation, Features) else validation,
-        )
+        validation = on_device(self.validation, device) if isinstance(self.validation, Features) else None
+        return replace(self, train=on_device(self.train, device), validation=validation)
 
 
 class Fold(Subset[Any]):
@@ -201,7 +196,7 @@ def _compute(
             _whole(data),
             device,
             batch_size=config.batch_size,
-            workers=_choose_workers(config, number * count(_whole(data))),
+            workers=config.workers_for(_whole(data), computing=True, views=number),
             views=number,
             seed=f"{config.seed} view",
         )
@@ -258,16 +253,6 @@ def _compute(
         on_features=is_frozen,
         views=views,
     )
-
-
-def _choose_workers(config: TrainerConfig, images: int) -> int:
-    """Return the number of processes that load images; on a CPU they also compute, so fewer images are enough."""
-    if config.workers is not None:
-        return config.workers
-    processes = config.accelerator.num_processes
-    if config.accelerator.device.type != "cpu":
-        return default_workers(images, processes=processes)
-    return default_workers(images, processes=processes, fewest=FEWEST_COMPUTED)
 
 
 def _find_shared_front(

@@ -143,7 +143,7 @@ def prepared_phase(
             release(accelerator, prepared)
         if copied is not model:
             original = model.classifier if data.why_uncached is None else model
-            # One tensor at a time is whole on the device.
+            # One tensor at a time is whole on the device; also a frozen one, as assert_frozen looks at the original.
             load_by_name(original, {name: full_tensor(tensor).cpu() for name, tensor in module.state_dict().items()})
             model.to(accelerator.device)
 
