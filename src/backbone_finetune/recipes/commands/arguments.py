@@ -50,7 +50,7 @@ TRAIN = {
     "--views K": "cache K augmented views of each training image; 1 draws new ones in each epoch",
     "--compile": "compile the frozen backbone; openvino (an extra) is faster on a CPU from about 5,000 images",
     "--output DIR": "folder of the results",
-    "--device NAME": "cpu, cuda, cuda:1, mps, or auto: CUDA, else MPS, else cpu",
+    "--device NAME": "cpu, cuda, cuda:1, mps, xpu, or auto: the accelerator that torch finds, else cpu",
     "--mixed-precision": "of steps on images (default: the launcher's, else bf16 on a CUDA device that has it, else "
     "no). Unless no is given, features are in bf16 where that is faster",
     "--trainable-only": "write only the tensors that training changed; loading needs the base weights",

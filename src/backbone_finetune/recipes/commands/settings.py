@@ -49,7 +49,7 @@ class TrainSettings:
         mixed_precision: None means the launcher's setting, else bf16 on a CUDA device that has it.
         autocast_features: Whether a frozen backbone computes in bf16 if that is faster; None means yes, unless
             ``mixed_precision`` is "no".
-        device: A torch device; "auto" is CUDA, else MPS, else the CPU.
+        device: A torch device; "auto" is the accelerator that torch finds (CUDA, MPS, XPU), else the CPU.
         output: The folder of the results.
         trainable_only: Whether the model file has only the changed tensors; it then needs the base weights.
         overwrite: Whether to replace results in ``output``.
