@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from backbone_finetune.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,6 +34,14 @@ def test_commands_install_what_they_need() -> None:
     install = r"^python -m venv \.venv && \. \.venv/bin/activate && pip install (.*) && (.*)$"
     commands = re.findall(install, README, flags=re.MULTILINE)
     assert commands == [("'.[demo]'", "backbone-finetune train"), ("-e '.[test]'", "pytest -n 2")]
+
+
+def test_commands_are_parsed() -> None:
+    block = README[README.index("## On the command line") :].split("```")[1]
+    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("backbone-finetune ")]
+    assert {command[1] for command in commands} == {"train", "predict", "evaluate", "inspect", "export"}
+    for _, *arguments in commands:
+        build_parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *BESIDE_CODE], ids=lambda path: path.parent.name)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -439,11 +441,22 @@ def test_an_internal_error_is_not_hidden(trained: Path) -> None:
         cli.main(["predict", str(trained), str(images)])
 
 
-def test_train_without_arguments(
+def test_train_without_arguments_and_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    connect, hosts = socket.socket.connect, []
+
+    def refuse(given: object, *address: Any) -> None:
+        if isinstance(given, socket.socket) and given.family == socket.AF_UNIX:  # of processes that load images
+            connect(given, *address)
+        else:
+            hosts.append((given, address))
+            raise OSError("offline")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert cli.main(["train"]) == 0
+    assert hosts == []
     printed = capfd.readouterr()
     folder = tmp_path / "fine-tuned"
     metrics = json.loads((folder / "metrics.json").read_text())
