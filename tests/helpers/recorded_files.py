@@ -1,6 +1,9 @@
-"""Record calls of fsync and rename, in their order."""
+"""Record calls of fsync and rename, in their order, and the files that are opened."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +27,26 @@ def record_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(os, "rename", move)
     monkeypatch.setattr(os, "replace", move)
     return events
+
+
+_lists: list[list[str]] = []  # of the blocks that run
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open":
+        for names in _lists:
+            names.append(str(arguments[0]))
+
+
+sys.addaudithook(_note)  # which cannot be removed
+
+
+@contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """Record the names of the files that Python opens in the block, in any thread."""
+    names: list[str] = []
+    _lists.append(names)
+    try:
+        yield names
+    finally:
+        _lists.remove(names)
