@@ -137,7 +137,7 @@ def _bins(confidence: Array) -> NDArray[numpy.int64]:
     return bins
 
 
-def chance_calibration_error(confidence: Array, seed: int = 0) -> float:
+def chance_calibration_error(confidence: Array) -> float:
     """Return the expected calibration error that a perfectly calibrated classifier stays below in 95 of 100 cases.
 
     On few images the error is far from 0 even then, so it has no meaning alone. The answers are drawn 1,000 times as
@@ -146,19 +146,19 @@ def chance_calibration_error(confidence: Array, seed: int = 0) -> float:
     >>> [round(chance_calibration_error(numpy.full(count, 0.8)), 1) for count in (10, 1000)]
     [0.2, 0.0]
     """
-    generator = numpy.random.default_rng(seed)
+    generator = numpy.random.default_rng(0)
     drawn = (generator.random(len(confidence)) < confidence for _ in range(RESAMPLED))
     return float(numpy.quantile([expected_calibration_error(confidence, right.astype(float)) for right in drawn], 0.95))
 
 
-def bootstrap(figure: Callable[..., float], *values: Array, seed: int = 0) -> Interval:
+def bootstrap(figure: Callable[..., float], *values: Array) -> Interval:
     """Return a figure of images, and its 95 % interval over 1,000 draws of as many images with replacement.
 
     >>> interval = bootstrap(lambda right: float(right.mean()), numpy.array([1.0] * 80 + [0.0] * 20))
     >>> interval.value, 0.70 < interval.low < 0.76, 0.84 < interval.high < 0.90
     (0.8, True, True)
     """
-    generator = numpy.random.default_rng(seed)
+    generator = numpy.random.default_rng(0)
     count = len(values[0])
     draws = [generator.integers(count, size=count) for _ in range(RESAMPLED)]
     low, high = numpy.quantile([figure(*(value[draw] for value in values)) for draw in draws], [0.025, 0.975])
