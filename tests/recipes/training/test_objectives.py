@@ -73,6 +73,7 @@ def test_targets_of_its_kind_are_accepted(objective: Objective, targets: Tensor,
         ),
         (SingleLabel(), torch.rand(4, 1), 1, "for float targets, pass TrainerConfig(objective=Regression())"),
         (SingleLabel(), torch.tensor([[0], [5]]), 9, "one whole number per image: targets.flatten()"),
+        (SingleLabel(), torch.tensor([True, False]), 2, "one whole number per image: targets.long()"),
         (SingleLabel((1.0, 2.0)), torch.tensor([0, 1]), 3, "class_weights has 2 entries for 3 classes"),
         (
             SoftLabels(),

@@ -109,7 +109,9 @@ def _suggest(targets: Tensor) -> str:
             return "; for rows that sum to 1, pass TrainerConfig(objective=SoftLabels())"
     if targets.is_floating_point():
         return "; for float targets, pass TrainerConfig(objective=Regression())"
-    return ": targets.flatten()" if targets.ndim > 1 and targets[0].numel() == 1 else ""
+    if targets.ndim > 1 and targets[0].numel() == 1:
+        return ": targets.flatten()"
+    return ": targets.long()" if targets.dtype == torch.bool else ""
 
 
 def split_row(batch: Any) -> tuple[list[Tensor], Tensor]:
