@@ -28,10 +28,11 @@ class BandsError(ValueError):
 def check_bands(found: int, channels: int | None, hint: str = "") -> None:
     """Raise BandsError unless an image can be converted to the channels of a model: grey and RGB, or the same number.
 
-    >>> check_bands(4, 3)
-    Traceback (most recent call last):
-    ...
-    backbone_finetune.recipes.data.bands.BandsError: 4 bands; the model takes 3; train one with --in-chans 4
+    >>> try:
+    ...     check_bands(4, 3)
+    ... except BandsError as error:
+    ...     print(error)
+    4 bands; the model takes 3; train one with --in-chans 4
     """
     if channels not in {None, found} and {found, channels} != {1, 3}:
         count = f"{found} band{'s' * (found > 1)}"

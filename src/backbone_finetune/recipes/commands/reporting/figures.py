@@ -59,7 +59,6 @@ class Answers:
     def words(self, index: int) -> tuple[str, str]:
         """Return the class, labels or values of an image, and those that were answered.
 
-        >>> from backbone_finetune.recipes import Regression
         >>> Answers(("age",), [Path("1")], [[10]], numpy.array([[11.0]]), Regression()).words(0)
         ('age 10', 'age 11')
         """
@@ -198,7 +197,6 @@ def order_mistakes(answers: Answers) -> list[int]:
 def order_errors(answers: Answers) -> list[int]:
     """Return the images with labels or values, the largest error first, in standard deviations of each column.
 
-    >>> from backbone_finetune.recipes import Regression
     >>> values = Answers(("age",), [Path("1"), Path("2")], [[10], [30]], numpy.array([[11.0], [50.0]]), Regression())
     >>> order_errors(values)
     [1, 0]
