@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from image_folders import make_folder
 from safetensors.torch import load_file
+from torchrun import torchrun
 
 from backbone_finetune.cli import main
 from backbone_finetune.recipes.commands.evaluate import evaluate_folder
@@ -210,3 +212,19 @@ def test_a_model_file_is_trained_further(
     other = ["train", str(same), "--model", "test_vit", "--checkpoint", str(first), "--output", str(tmp_path / "x")]
     assert main(other) == 2
     assert "is a model on test_resnet; leave out --model and --pretrained with it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
+@pytest.mark.long
+def test_weights_that_one_process_cannot_read_end_all_with_one_line(tmp_path: Path) -> None:
+    make_folder(tmp_path / "data", per_class=2)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "0.pth")  # and 1.pth is on another machine
+    options = [str(tmp_path / "data"), "--model", "test_resnet", "--device", "cpu", "--output", str(tmp_path / "run")]
+    (tmp_path / "run.py").write_text(
+        "import os, sys\nfrom backbone_finetune.cli import main\n"
+        f"sys.exit(main(['train', *{options}, '--checkpoint', f'{tmp_path}/{{os.environ[\"RANK\"]}}.pth']))\n"
+    )
+    finished = torchrun(str(tmp_path / "run.py"))
+    assert finished.returncode != 0
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("backbone-finetune: error")]
+    assert lines == [f"backbone-finetune: error: {tmp_path}/1.pth: there is no such file; pass a file of weights"]

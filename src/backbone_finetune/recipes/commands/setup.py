@@ -21,7 +21,7 @@ from ..models.file import TrainedModel, build_transform
 from ..models.foreign import WANTED
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from ..objectives.objective import Objective
-from ..together import run_on_main
+from ..together import run_on_main, together
 from ..training.checkpoints import EpochResult
 from ..training.mixing import make_mixing
 from ..training.phases import DEFAULT_LR, Phase, tuning_phases
@@ -57,7 +57,8 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     """Find the images by their names and build the model. Nothing is written."""
     parts = run_on_main(accelerator, lambda: _find_data(settings))
     train = parts[TRAIN]
-    start, source, weights, is_trained = load_start(settings, train.class_names)
+    with together(accelerator):  # a file may be damaged, or missing, on one machine alone
+        start, source, weights, is_trained = load_start(settings, train.class_names)
     model, data_config = start.model, start.data_config
     channels = data_config["input_size"][0]
     run_on_main(accelerator, lambda: check_first_images(train, channels))
