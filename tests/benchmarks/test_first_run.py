@@ -73,6 +73,7 @@ def test_all_parts_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     on_a_card_alone = ("peak GB", "kernels", "bf16 and channels last")  # the last one needs bf16 instructions
     missing = [line["what"] for line in saved["predictions"] if line["measured"] is None]
     assert not [what for what in missing if not any(name in what for name in on_a_card_alone)]
+    assert saved["settings"] == {"minutes": 40.0}, "README says so"
     page = (tmp_path / "first_run.md").read_text()
     assert "backward_float32: frozen, backward ms" in page
     assert "as predicted" not in page  # predictions are for a GPU

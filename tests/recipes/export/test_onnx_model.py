@@ -24,6 +24,7 @@ from backbone_finetune.recipes import (
 )
 from backbone_finetune.recipes.commands.settings import CLIPART
 from backbone_finetune.recipes.data.images import read_image
+from backbone_finetune.recipes.export.checks import converting
 from backbone_finetune.recipes.export.onnx_preprocessing import build_preprocessing
 from backbone_finetune.recipes.models.file import build_transform
 from backbone_finetune.recipes.models.inputs import resolve_data_config
@@ -68,6 +69,15 @@ def test_without_preprocessing_a_batch_has_any_size(plain: Path, trained: Traine
         inputs = torch.randn(size, 3, 64, 64)
         with torch.no_grad():
             torch.testing.assert_close(run(plain, "input", inputs), trained.model(inputs), atol=1e-4, rtol=1e-4)
+
+
+def test_the_opset_is_the_one_that_torch_recommends(plain: Path, whole: Path) -> None:
+    with converting("torch.onnx"):
+        program = torch.onnx.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),), dynamo=True, verbose=False)
+    assert program is not None
+    for path in (plain, whole):
+        versions = {each.domain: each.version for each in onnx.load(path).opset_import}
+        assert versions[""] == program.model_proto.opset_import[0].version
 
 
 def test_with_preprocessing_images_have_any_size(whole: Path, trained: TrainedModel) -> None:
