@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 
-from backbone_finetune import FineTuneModel
-
 from ..data.images import ImageDataset, LabelledFolder, is_read
 from ..data.loading import DeviceLoader, default_workers
 from ..data.sources.finding import find_splits
@@ -53,17 +51,10 @@ def measure_neighbors(
     model = copy.deepcopy(trained.model).freeze_backbone()
     transform = build_transform(trained.data_config)
     channels = trained.data_config["input_size"][0]
-    known, asked = (
-        _extract(model, ImageDataset(folder, transform, channels=channels), batch_size, workers, title)
-        for folder in (train, test)
-    )
-    return score_neighbors(known, asked, len(trained.class_names))
-
-
-def _extract(
-    model: FineTuneModel, images: ImageDataset, batch_size: int, workers: int | None, title: str | None
-) -> Features:
-    count = default_workers(len(images)) if workers is None else workers
-    loader = DeviceLoader(images, find_device_of(model), batch_size=batch_size, workers=count)
-    with torch.no_grad():  # in float32, as the model predicts
-        return extract_features(model, loader, autocast=False, title=title)
+    features = []
+    for images in (ImageDataset(folder, transform, channels=channels) for folder in (train, test)):
+        count = default_workers(len(images)) if workers is None else workers
+        loader = DeviceLoader(images, find_device_of(model), batch_size=batch_size, workers=count)
+        with torch.no_grad():  # in float32, as the model predicts
+            features.append(extract_features(model, loader, autocast=False, title=title))
+    return score_neighbors(features[0], features[1], len(trained.class_names))
