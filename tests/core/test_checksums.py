@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backbone_finetune import FineTuneModel, checksums, verification
 
@@ -68,6 +69,11 @@ def test_the_checksum_does_not_depend_on_the_layout(device: torch.device) -> Non
     assert len(set(whole)) == len(whole)
     assert whole[-1] == of(images)
     assert of(VALUES) != of(VALUES.reshape(-1))
+
+
+def test_only_cuda_tensors_have_checksums() -> None:
+    with FakeTensorMode():
+        assert [checksums.has_checksum(torch.zeros(2, device=device)) for device in ("cuda", "cpu")] == [True, False]
 
 
 def test_frozen_tensors_are_compared_by_checksums_where_they_have_them(monkeypatch: pytest.MonkeyPatch) -> None:

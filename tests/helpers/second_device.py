@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 OPTIMIZER = sys.modules["torch.optim.optimizer"]  # torch removes its name
 META = torch.device("meta")
-CREATORS = {torch.tensor, torch.as_tensor}
+CREATORS = {torch.tensor, torch.as_tensor, Tensor.new_tensor}
 
 
 class HostWaitError(Exception):

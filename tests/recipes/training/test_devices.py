@@ -34,6 +34,7 @@ from backbone_finetune.recipes import (
     evaluate,
     find_images,
     fit_heads,
+    fit_lbfgs,
     make_accelerator,
 )
 from backbone_finetune.recipes.commands.predict import predict
@@ -257,6 +258,37 @@ def test_a_grid_of_heads_does_not_wait_for_the_device(monkeypatch: pytest.Monkey
         show_progress=False,
     )
     assert len(heads) == 6
+
+
+class CountedCopies(TorchDispatchMode):
+    """Counts the tensors that go from the CPU to the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "_to_copy":
+            self.count += (args[0].device, result.device) == (CPU, META)
+        return result
+
+
+def test_lbfgs_sends_its_features_once() -> None:
+    data = TensorDataset(torch.randn(6, 4), torch.arange(6) % 2)
+    with CountedCopies() as copies, pytest.raises(RuntimeError, match="meta tensor"):  # when it reads the objective
+        fit_lbfgs(nn.Linear(4, 2, device=META), data, chunk_size=2, device=META)
+    assert copies.count == 2  # features and targets, not those of three chunks
+
+
+def test_lbfgs_multiplies_without_tf32() -> None:
+    matmul, seen = torch.backends.cuda.matmul, set[str]()
+    layer = nn.Linear(4, 2)
+    layer.register_forward_hook(lambda *_: seen.add(matmul.fp32_precision))
+    try:
+        matmul.fp32_precision = "tf32"
+        fit_lbfgs(layer, TensorDataset(torch.randn(6, 4), torch.arange(6) % 2), max_iterations=2)
+        assert (seen, matmul.fp32_precision) == ({"ieee"}, "tf32")
+    finally:
+        matmul.fp32_precision = "none"
 
 
 class WithoutDoubles(TorchDispatchMode):

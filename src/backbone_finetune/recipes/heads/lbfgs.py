@@ -3,7 +3,6 @@
 from __future__ import annotations  # help() shows the names of types, not what pydantic checks
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
@@ -105,7 +104,7 @@ def fit_lbfgs(
         return cross_entropy(logits.to(precision), targets.long(), reduction="sum") / len(features)
 
     # TF32 would round the gradient to a thousandth.
-    with in_eval(classifier), products_in("ieee") if device.type == "cuda" else nullcontext():
+    with in_eval(classifier), products_in("ieee"):
         if not (start := objective()).isfinite():  # torch's search would raise an unclear error
             raise ValueError(f"the objective is {start}; the features or the classifier's weights are not finite")
         optimizer.step(objective)  # type: ignore[no-untyped-call]
