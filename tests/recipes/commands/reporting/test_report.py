@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,8 +29,12 @@ from backbone_finetune.recipes.commands.reporting.figures import (
     chance_calibration_error,
     expected_calibration_error,
 )
+from backbone_finetune.recipes.commands.reporting.label_issues import LabelIssue
 from backbone_finetune.recipes.commands.reporting.plots import draw_curves
-from backbone_finetune.recipes.commands.reporting.report import make_report
+from backbone_finetune.recipes.commands.reporting.report import make_report, report_run
+from backbone_finetune.recipes.commands.runs.metrics import Metrics
+from backbone_finetune.recipes.commands.settings import TrainSettings
+from backbone_finetune.recipes.data.sources.identical import Copy
 from backbone_finetune.recipes.training.checkpoints import EpochResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,6 +63,37 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.addresses += [value or "" for name, value in attributes if name in {"src", "href"}]
+
+
+def report_images(
+    answers: Answers,
+    architecture: str = "test_resnet",
+    copies: tuple[Copy, ...] = (),
+    issues: Sequence[LabelIssue] = (),
+) -> str:
+    """Return the page of a run of no epoch."""
+    model = FineTuneModel.from_timm("test_resnet", num_classes=len(answers.class_names))
+    metrics = Metrics(
+        test_accuracy=None,
+        chance=None,
+        copies=copies,
+        architecture=architecture,
+        weights=architecture,
+        phases=(),
+        batch_size=8,
+        seed=0,
+        processes=1,
+        data_config={},
+        class_names=tuple(answers.class_names),
+        train_images=0,
+        validation_images=0,
+        test_images=len(answers.paths),
+        skipped_images=(),
+        history=(),
+        device="cpu",
+        versions={},
+    )
+    return report_run(metrics, answers, model, TrainSettings(), issues=issues)
 
 
 def test_an_evaluation_is_written_as_figures_a_table_and_a_page(tmp_path: Path) -> None:
@@ -113,14 +149,25 @@ def test_a_page_takes_nothing_from_elsewhere_and_escapes_names(tmp_path: Path) -
     hostile = tmp_path / "images" / "<img src=x onerror=alert(1)>.png"
     make_image(hostile, (1, 2, 3))
     answers = replace(answers, paths=[hostile, *answers.paths[1:-1], tmp_path / "gone.png"])
-    text = make_report(score_answers(answers), title=HOSTILE, facts={HOSTILE: HOSTILE}, curves=answers.paths[0])
-    page = Page(text)
-    assert not {"script", "link", "iframe", "object", "a"} & set(page.tags)
-    assert page.addresses
-    assert all(address.startswith("data:") for address in page.addresses)
-    assert "\x1b" not in text
-    text.encode()
-    assert "default-src 'none'" in text
+    copies = (Copy(hostile, "test", HOSTILE, hostile, "train", HOSTILE),)
+    issues = [LabelIssue(hostile, HOSTILE, HOSTILE, 0.1)]
+    for text in (
+        make_report(score_answers(answers), title=HOSTILE, facts={HOSTILE: HOSTILE}, curves=answers.paths[0]),
+        report_images(answers, architecture=HOSTILE, copies=copies, issues=issues),
+    ):
+        page = Page(text)
+        assert not {"script", "link", "iframe", "object", "a"} & set(page.tags)
+        assert page.addresses
+        assert all(address.startswith("data:") for address in page.addresses)
+        assert "\x1b" not in text
+        text.encode()
+        assert "default-src 'none'" in text
+    assert text.count("<figure>") == 40 + 1 + 2  # answers, issues, and pairs of copies
+
+
+def test_a_run_without_identical_images_says_so(tmp_path: Path) -> None:
+    page = report_images(make_answers(tmp_path))
+    assert "<h2>Identical images in two parts or two classes</h2>\n<p>None, byte for byte.</p>" in page
 
 
 def test_the_references_of_a_plot_look_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,9 +127,7 @@ def report_run(
     images = "test"
     if not metrics.test_images:
         images, facts["test images"] = "validation", "none: the figures are of the validation images"
-    more = [] if issues is None else _show_issues(issues)
-    if metrics.copies:
-        more += _show_copies(metrics.copies)
+    more = [*([] if issues is None else _show_issues(issues)), *_show_copies(metrics.copies)]
     data = "clipart" if settings.images is None else settings.images.resolve().name
     title = f"{metrics.architecture} on {data}: {images} images"
     training = show_phases(metrics, model, settings)
@@ -187,6 +185,8 @@ def _show_issues(issues: Sequence[LabelIssue]) -> list[str]:
 
 def _show_copies(copies: Sequence[Copy]) -> list[str]:
     """Show images that equal another one, beside that."""
+    if not copies:
+        return ["<h2>Identical images in two parts or two classes</h2>", "<p>None, byte for byte.</p>"]
     pairs = [
         (
             (copy.path, f"{copy.part} {show_name(copy.label)}"),
