@@ -389,18 +389,35 @@ def test_the_command_line_trains_values_of_columns(
     assert len(set(objectives)) == 1
 
 
+def test_probabilities_in_a_table_are_learnt(images: Path, tmp_path: Path) -> None:
+    rows = [{"path": images / f"{index}.png", "cat": 0.25, "dog": 0.75, "split": PARTS[index]} for index in range(80)]
+    table = str(write_table(tmp_path / "table.csv", rows))
+    command = ["train", table, "--soft-labels", "cat,dog", "--model", "test_resnet", "--monitor", "loss"]
+    command += ["--lr", "0.01", "--epochs", "12", "--device", "cpu", "--output", str(tmp_path / "run")]
+    assert main(command) == 0
+    lines = list(csv.DictReader((tmp_path / "run" / "predictions.csv").read_text().splitlines()))
+    assert {(line["class"], line["predicted"], line["right"]) for line in lines} == {("dog", "dog", "1")}
+    assert [float(line["probability"]) for line in lines] == pytest.approx([0.75] * 32, abs=0.1)
+    model = load_trained_model(tmp_path / "run" / "model.safetensors")
+    (answer,) = predict(model, [images / "0.png"])
+    assert [name for name, _ in answer.classes] == ["dog", "cat"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
             {"class_weights": "balanced"},
-            "are for one class per image; these images have labels, and their monitor is mean",
+            "label_smoothing are for one class per image; these images have labels; leave",
         ),
         ({"label_smoothing": 0.1}, "these images have labels"),
         (
             {"monitor": "accuracy", "regression": ("grey",)},
             "these images have values, and their monitor is r2, loss or",
         ),
+        ({"label_smoothing": 0.1, "soft_labels": ("grey", "count")}, "these images have probabilities"),
+        ({"soft_labels": ("grey", "count")}, r"SoftLabels takes rows of numbers from 0 on that sum to 1"),
+        ({"soft_labels": ("grey", "count"), "regression": ("grey",)}, "were both given"),
         ({"regression": ("path",)}, "path is '0.png'; expected a finite number"),
         ({"images": None, "regression": ("grey",)}, r"no table; values are read from columns of a table"),
     ],

@@ -43,6 +43,7 @@ TRAIN = {
     "--class-weights": "weight the loss of each image by N / (K * images of its class), for N images in K classes",
     "--label-smoothing SHARE": "share of each target spread over all classes",
     "--regression COLUMN[,COLUMN]": "columns of a table whose numbers are predicted, instead of a class or labels",
+    "--soft-labels COLUMN,COLUMN": "columns of a table, one for each class, with its probability; each row sums to 1",
     "--group COLUMN": "a column of a table, such as patient: images of one group are never on two sides of a split "
     "(default: group, if the table has it)",
     "--workers N": "processes that load images (default: by cores and images)",
@@ -150,7 +151,11 @@ def read_names(text: str) -> tuple[str, ...]:
 
 
 NAMES = {"--model": "architecture"}  # of options that are not called as their setting
-READERS: Mapping[str, Callable[[str], object]] = {"input_size": read_size, "regression": read_names}
+READERS: Mapping[str, Callable[[str], object]] = {
+    "input_size": read_size,
+    "regression": read_names,
+    "soft_labels": read_names,
+}
 CHOICES = {"augment": sorted(AUGMENTATIONS)}
 
 

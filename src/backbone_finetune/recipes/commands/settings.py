@@ -71,6 +71,7 @@ class TrainSettings:
         label_smoothing: The share of each target that is spread over all classes.
         regression: Columns of a table whose numbers are predicted. Otherwise a table with a column ``label`` has one
             class per image, and one with a column ``labels`` any number, as "cat;dog".
+        soft_labels: Columns of a table, one per class, with the probability of the class; those of a row sum to 1.
         group: A column of a table. Images of one group are on one side of each split, and in one fold. None means the
             column ``group``, if there is one.
         tune: Whether the phases are those of ``tuning_phases``: the head, then the last layer groups, then everything.
@@ -114,5 +115,6 @@ class TrainSettings:
     class_weights: Literal["balanced"] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     regression: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    soft_labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     group: str | None = None
     tune: bool = False

@@ -19,7 +19,7 @@ from ..files import check_file
 from ..models.base import BaseWeights, remember_base
 from ..models.file import TrainedModel, build_transform
 from ..models.foreign import WANTED
-from ..objectives.kinds import MultiLabel, Regression, SingleLabel
+from ..objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
 from ..objectives.objective import Objective
 from ..together import run_on_main, together
 from ..training.checkpoints import EpochResult
@@ -30,6 +30,7 @@ from .runs.run_folder import check_output_folder
 from .settings import CLIPART, TrainSettings
 
 TEST_SHARE = 0.3
+OTHER_TARGETS = {MultiLabel: "labels", Regression: "values", SoftLabels: "probabilities"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,8 @@ def choose_phases(settings: TrainSettings, num_images: int, model: FineTuneModel
 
 
 def _find_data(settings: TrainSettings) -> dict[str, LabelledFolder]:
+    if settings.regression and settings.soft_labels:
+        raise ValueError("regression and soft_labels were both given; leave one of them out")
     check_output_folder(settings.output, overwrite=settings.overwrite)
     if settings.checkpoint is not None:  # before all images are listed
         check_file(settings.checkpoint, WANTED)
@@ -106,7 +109,7 @@ def _find_data(settings: TrainSettings) -> dict[str, LabelledFolder]:
         chooses=None if settings.monitor is None else settings.monitor != "off",
         test_share=TEST_SHARE,
         seed=settings.seed,
-        values=settings.regression or (),
+        values=settings.regression or settings.soft_labels or (),
         group=settings.group,
     )
 
@@ -119,13 +122,16 @@ def choose_objective(settings: TrainSettings, folder: LabelledFolder, start: Obj
     if isinstance(folder.targets[0], int):
         weights = None if settings.class_weights is None else balanced_weights(folder.targets)
         return SingleLabel(weights, settings.label_smoothing)
-    objective = MultiLabel() if settings.regression is None else Regression().scaled_to(torch.tensor(folder.targets))
-    if settings.class_weights is not None or settings.label_smoothing or settings.monitor not in {None, "loss", "off"}:
-        raise ValueError(
-            "class_weights, label_smoothing, and accuracy as a monitor are for one class per image; these images have "
-            f"{'labels' if settings.regression is None else 'values'}, and their monitor is {objective.main_metric}, "
-            "loss or off"
-        )
+    objective: Objective = MultiLabel()
+    if settings.soft_labels is not None:
+        objective = SoftLabels()
+    elif settings.regression is not None:
+        objective = Regression().scaled_to(torch.tensor(folder.targets))
+    have = f"are for one class per image; these images have {OTHER_TARGETS[type(objective)]}"
+    if settings.class_weights is not None or settings.label_smoothing:
+        raise ValueError(f"class_weights and label_smoothing {have}; leave them out")
+    if settings.monitor not in {None, "loss", "off"} and not isinstance(objective, SoftLabels):
+        raise ValueError(f"accuracies as a monitor {have}, and their monitor is {objective.main_metric}, loss or off")
     return start if isinstance(objective, Regression) and isinstance(start, Regression) else objective
 
 

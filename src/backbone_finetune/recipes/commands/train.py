@@ -23,7 +23,7 @@ from ..features.compiled import COMPILERS
 from ..files import digest_files
 from ..models.file import save_trained_changes, save_trained_model
 from ..models.metadata import describe_objective, installed_versions
-from ..objectives.kinds import MultiLabel, Regression
+from ..objectives.kinds import MultiLabel, Regression, SoftLabels
 from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
@@ -238,7 +238,7 @@ def _record_training(
         objective=describe_objective(config.objective),
         best_epoch=None if config.monitor is None else kept.epoch,
         chance=None
-        if isinstance(config.objective, MultiLabel | Regression)
+        if isinstance(config.objective, MultiLabel | Regression | SoftLabels)
         else chance_accuracy(task.train.readable().targets, held_out(task).readable().targets),
         architecture=task.architecture,
         weights=task.weights,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...data.images import LabelledFolder
-from ...objectives.kinds import MultiLabel, Regression, SingleLabel
+from ...objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
 from ...objectives.objective import Objective
 
 BINS = 10
@@ -86,8 +86,11 @@ class Answers:
 
 
 def make_answers(images: LabelledFolder, probabilities: Tensor, objective: Objective) -> Answers:
-    """Join labelled images and what a model answered on them, ``(N, K)``."""
-    return Answers(images.class_names, images.paths, images.targets, probabilities.double().numpy(), objective)
+    """Join labelled images and what a model answered on them, ``(N, K)``; of soft labels the likeliest class counts."""
+    targets: Sequence[Any] = images.targets
+    if isinstance(objective, SoftLabels):
+        targets, objective = torch.tensor(targets).argmax(1).tolist(), SingleLabel()
+    return Answers(images.class_names, images.paths, targets, probabilities.double().numpy(), objective)
 
 
 @dataclass(frozen=True)
