@@ -49,8 +49,9 @@ def test_a_run_resumes_from_its_folder(images: TensorDataset, tmp_path: Path) ->
     resumed = small_model().freeze_backbone(trainable_groups=3)
     optimizer, accelerator = make_adamw(resumed), Accelerator()
     accelerator.prepare(resumed, optimizer)
-    accelerator.load_state(str(tmp_path / "state"))
-    train_plainly(resumed, images, lambda epoch: 3, optimizer=optimizer, epochs=1)
+    with resumed.assert_frozen():
+        accelerator.load_state(str(tmp_path / "state"))
+        train_plainly(resumed, images, lambda epoch: 3, optimizer=optimizer, epochs=1)
     assert_equal(resumed.state_dict(), model.state_dict())
 
 

@@ -71,8 +71,10 @@ def test_a_resumed_run_trains_the_groups_of_its_epoch(
 ) -> None:
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **{stop: 1 if steps == 4 else steps})
     fit(small_model(), by_epoch(), saving, epochs=2)
-    model, watch = small_model().freeze_backbone(), Watch()
-    fit(model, by_epoch(), saving, watch, ckpt_path=str(tmp_path / f"step={steps}.ckpt"))
+    model, watch = small_model(), Watch()
+    with model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
+        model.freeze_backbone()
+        fit(model, by_epoch(), saving, watch, ckpt_path=str(tmp_path / f"step={steps}.ckpt"))
     assert watch.steps == [(1, 1)] * (8 - steps) + [(2, 2)] * 4  # four steps per epoch
     if stop == "every_n_epochs":  # Lightning restarts the data of an epoch, also when it resumes within the epoch
         assert_equal(model.state_dict(), train_plainly(small_model(), images, groups_at).state_dict())

@@ -63,6 +63,22 @@ def test_adapters_around_and_inside_train_the_same_parameters(images: TensorData
     assert not torch.equal(adapted(inputs), vit()(inputs))
 
 
+def test_adapters_inside_are_reloaded(images: TensorDataset, tmp_path: Path) -> None:
+    inside, inputs = adapt(vit())["inside"], images.tensors[0]
+    with inside.assert_frozen():
+        train(inside, images, torch.optim.AdamW(inside.param_groups(lr=1e-3)))
+    again = adapt(vit())["inside"].eval()
+    again.load_state_dict(inside.state_dict(), strict=True)
+    assert torch.equal(again(inputs), inside(inputs))
+
+    inside.backbone.save_pretrained(tmp_path)
+    backbone = peft.PeftModel.from_pretrained(vit().backbone, tmp_path)
+    again = FineTuneModel(backbone, vit().classifier).eval()
+    again.classifier.load_state_dict(inside.classifier.state_dict())
+    assert torch.equal(again(inputs), inside(inputs))
+    assert not torch.equal(vit()(inputs), inside(inputs))
+
+
 class LowRank(nn.Module):
     """LoRA without PEFT, as a parametrization of a weight."""
 

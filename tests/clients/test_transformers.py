@@ -55,9 +55,11 @@ def test_a_resumed_run_trains_the_groups_of_its_epoch(images: TensorDataset, ste
         def on_step_begin(self, args, state, control, model, **kwargs):
             seen.append(model.model.trainable_groups)
 
-    model = small_model().freeze_backbone()
+    model = small_model()
     trainer = make_trainer(model, images, Watch(), **saving)
-    trainer.train(resume_from_checkpoint=f"out/checkpoint-{steps}")
+    with model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
+        model.freeze_backbone()
+        trainer.train(resume_from_checkpoint=f"out/checkpoint-{steps}")
     assert seen == [groups_at(step // 4) for step in range(steps, 4 * EPOCHS)]
     assert_equal(model.state_dict(), train_plainly(small_model(), images, groups_at).state_dict())
 
@@ -100,7 +102,8 @@ def test_unfreezing_on_two_processes(tmp_path: Path) -> None:
 
 def test_a_hub_folder_has_the_whole_model(images: TensorDataset, tmp_path: Path) -> None:
     hosted = recipe("Hugging Face Hub")["Hosted"]("test_resnet", num_classes=3)
-    train_plainly(hosted.model, images, groups_at)
+    with hosted.model.freeze_backbone(trainable_groups=DEEPEST).assert_frozen():
+        train_plainly(hosted.model, images, groups_at)
     hosted.save_pretrained(tmp_path / "folder")
     again = type(hosted).from_pretrained(tmp_path / "folder")
     assert_equal(again.state_dict(), hosted.state_dict())
