@@ -6,7 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +176,15 @@ def test_the_last_image_of_an_odd_batch_and_unreadable_images() -> None:
     assert row.tolist() == [[0, 1, 0]]
 
 
+MIXED = "mixup and CutMix mix the images of each step"
+
+
 def test_views_are_not_cached_where_images_are_mixed(tmp_path: Path) -> None:
     data = make_images(tmp_path)
     _, history = train(data, STRONG, views=2)
-    assert history == train(data, STRONG, views=2, cache_features=False)[1]
+    assert [result.why_uncached for result in history] == [MIXED] * len(history)
+    whole = train(data, STRONG, views=2, cache_features=False)[1]
+    assert history == [replace(result, why_uncached=MIXED) for result in whole]
 
 
 def test_labels_are_mixed() -> None:
@@ -187,7 +192,8 @@ def test_labels_are_mixed() -> None:
     data = TensorDataset(torch.rand(8, 3, 16, 16), targets)
     phase = Phase(epochs=1, mixup=1.0, **RATES)
     _, history = train(data, phase, objective=MultiLabel())
-    assert history == train(data, phase, objective=MultiLabel(), cache_features=False)[1]  # images, not cached tensors
+    whole = train(data, phase, objective=MultiLabel(), cache_features=False)[1]
+    assert history == [replace(result, why_uncached=MIXED) for result in whole]  # images, not cached tensors
     mixing = make_mixing(Phase(mixup=1.0), MultiLabel(), 3)
     assert mixing is not None
     rows = mixing.mix((torch.rand(8, 3, 4, 4), targets), seed="1")[1]
