@@ -10,8 +10,9 @@ import torch
 from exported_models import make_trained, names_in
 from image_folders import COLOURS, make_image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm_families import SMALL
+from timm_families import SMALL, Family
 
+from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes import export_timm
 from backbone_finetune.recipes.export.timm_checkpoint import find_obstacle
 
@@ -52,6 +53,17 @@ def test_the_class_map_has_the_order_of_the_classes(tmp_path: Path) -> None:
 def test_the_loading_hint_has_the_arguments(tmp_path: Path) -> None:
     exported = export_timm(make_trained("test_vit", 96, img_size=96), tmp_path / "plain.safetensors")
     assert exported.use.startswith("timm.create_model('test_vit', num_classes=3, img_size=96, checkpoint_path=")
+
+
+@pytest.mark.zoo
+def test_ten_of_73_small_families_have_an_obstacle() -> None:
+    def has_obstacle(family: Family) -> bool:
+        model = FineTuneModel.from_timm(family.architecture, num_classes=3, **family.keywords)
+        return find_obstacle(model, family.architecture, **family.keywords) is not None
+
+    small = {name: family for name, family in SMALL.items() if family.million_parameters < 25}
+    assert (len(small), len(STAY)) == (73, 10), "recipes/README.md says so"
+    assert {name for name, family in small.items() if has_obstacle(family)} == STAY
 
 
 QUICK = {"dla", "levit"}  # a convolution as classifier; two classifiers with a norm
