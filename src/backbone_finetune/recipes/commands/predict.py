@@ -19,17 +19,19 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from ..checking import Positive, Whole, validated
-from ..data.bands import Picture
+from ..data.bands import Picture, size_of
 from ..data.images import LabelledFolder, read_image
 from ..data.loading import map_batches
 from ..data.sources.finding import list_images
 from ..data.transforms import of_one_dtype, split_transform
-from ..features.extract import find_device_of
 from ..features.layout import Layout, in_fast_layout
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
 from ..objectives.kinds import MultiLabel, Regression
 from .reporting.figures import Answers, make_answers
+
+# For a resized image: half a gigabyte in float32. The largest timm networks need far less.
+MOST_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,12 @@ def predict_rows(
         batch_size = 1  # images may then have any size
     else:
         to_bytes, normalize = split_transform(build_transform(config))
+    # The shorter side of an image is resized to that of the input before cropping, for any length of the other one.
+    most_elongated = MOST_PIXELS / (max(config["input_size"][1:]) / config["crop_pct"]) ** 2
     paths = list(images)
-    read = partial(_read_input, channels=config["input_size"][0], transform=to_bytes)
-    device = find_device_of(trained.model)
+    channels = config["input_size"][0]
+    read = partial(_read_input, channels=channels, transform=to_bytes, most_elongated=most_elongated)
+    device = next((parameter.device for parameter in trained.model.parameters()), torch.device("cpu"))
     layout = Layout()
     position = iter(paths)
     for outcomes in map_batches(read, paths, batch_size=batch_size, workers=workers):
@@ -159,10 +164,18 @@ def predict_rows(
             yield path, outcome if isinstance(outcome, str) else next(answers)
 
 
-def _read_input(path: Path, channels: int, transform: Callable[[Picture], Tensor]) -> Tensor | str:
+def _read_input(
+    path: Path, channels: int, transform: Callable[[Picture], Tensor], most_elongated: float
+) -> Tensor | str:
     """Read an image as input of a model, ``(C, H, W)``; or return why that is not possible."""
     try:
         image = read_image(path, channels)
+        width, height = size_of(image)
+        if max(width, height) > most_elongated * min(width, height):
+            return (
+                f"{path}: {width} x {height} pixels; as large as this model takes images, at most "
+                f"1 to {most_elongated:.1f} is allowed"
+            )
         if transform is _whole and isinstance(image, Tensor):
             return f"{path}: more than 8 bits per channel, and a model with preprocessing takes 8; export it without"
         with torch.device("cpu"):  # a worker has no other device

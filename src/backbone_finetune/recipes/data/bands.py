@@ -137,6 +137,17 @@ def to_rgb(picture: Picture) -> Image.Image:
     return Image.fromarray((shares * 255).byte().permute(1, 2, 0).contiguous().numpy())
 
 
+def size_of(picture: Picture) -> tuple[int, int]:
+    """Return the width and height of an image.
+
+    >>> size_of(torch.zeros(5, 40, 60))
+    (60, 40)
+    """
+    if isinstance(picture, Tensor):
+        return picture.shape[2], picture.shape[1]
+    return picture.width, picture.height
+
+
 def blank(channels: int) -> Picture:
     """Return ImageNet's mean colour, which is almost neutral for a BatchNorm."""
     red, green, blue = (124, 116, 104)
