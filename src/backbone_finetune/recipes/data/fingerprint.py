@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -57,6 +58,11 @@ def is_deterministic(transform: Any) -> bool:
     return name in _DETERMINISTIC
 
 
+def _name(transform: Any) -> str:
+    """Return a transform as text, without addresses, which differ between runs: the history of a run has it."""
+    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(transform))
+
+
 def find_randomness(data: Any) -> str | None:
     """Return why a dataset may return other tensors in the next epoch; None if it is known to return the same.
 
@@ -66,7 +72,7 @@ def find_randomness(data: Any) -> str | None:
     """
     stated = _stated_transforms(data)
     reasons = [
-        f"{one_line(repr(transform))} is not known to give the same tensor for the same image each time"
+        f"{one_line(_name(transform))} is not known to give the same tensor for the same image each time"
         for transform in stated
         if not is_deterministic(transform)
     ]
