@@ -234,9 +234,9 @@ def test_a_file_of_channels_that_do_not_fit_is_refused(changes: dict[str, Any], 
 
 
 def test_sizes_that_fit_are_named() -> None:
-    message = r"test_convnext takes no images of 3 channels and 1 x 50 pixels .*; its own are of 3 and 160 x 160; "
+    message = r"test_vit takes no images of 3 channels and 1 x 50 pixels .*; its own are of 3 and 160 x 160; "
     with pytest.raises(ValueError, match=f"{message}32 x 32 and 32 x 64 would fit"):
-        input_arguments("test_convnext", (1, 50), None)
+        input_arguments("test_vit", (1, 50), None)
 
 
 def test_some_misfits_are_skipped_and_only_misfits_are_refused(
