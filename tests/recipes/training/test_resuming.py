@@ -22,6 +22,7 @@ import torch
 from image_folders import make_folder
 from raising_hooks import is_pixel_baseline, raising
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torchrun import ENVIRONMENT, LAUNCH
 
 from backbone_finetune import cli
@@ -31,6 +32,7 @@ from backbone_finetune.recipes.training.checkpoints import (
     Checkpoint,
     EpochResult,
     Progress,
+    _digest_all,
     capture,
     newest_checkpoint,
     resume,
@@ -139,6 +141,19 @@ def test_a_damaged_checkpoint_is_skipped(
     damage(older)
     assert newest_checkpoint(tmp_path) is None
     assert sorted(tmp_path.iterdir()) == [older, newer]
+
+
+def test_a_checkpoint_of_another_version_is_kept(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, checkpoint(10))
+    (path,) = tmp_path.iterdir()
+    with safe_open(path, framework="pt") as opened:
+        state = json.loads(opened.metadata()["state"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    text = json.dumps({**state, "progress": {**state["progress"], "cached": True}})
+    save_file(tensors, path, metadata={"state": text, "digest": _digest_all(text, tensors)})
+    with pytest.raises(ValueError, match=r"step-0+10\S+ was written by another version .*'cached'.*remove the folder"):
+        newest_checkpoint(tmp_path)
+    assert path.exists()
 
 
 class Scaler:

@@ -263,20 +263,28 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
     >>> newest_checkpoint(Path("no such folder")) is None
     True
+
+    Raises:
+        ValueError: it is of another version of this library, whose fields differ.
     """
     for leftover in folder.glob(".step-*"):  # of a process that was killed while writing
         leftover.unlink()
     for path in reversed(_list_checkpoints(folder)):
         try:
             return _read_checkpoint(path)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:  # noqa: PERF203 (two files)
-            logger.warning("checkpoint %s is damaged (%s); resuming from the one before", path.name, error)
+        except TypeError as error:  # noqa: PERF203 (two files); a training from the start would remove it
+            raise ValueError(
+                f"{path} was written by another version of backbone-finetune ({error}); resume with that version, or "
+                "remove the folder"
+            ) from error
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            logger.warning("checkpoint %s is damaged (%s) and not used", path.name, error)
     return None
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as opened:
-        metadata = opened.metadata()
+        metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     if metadata["digest"] != _digest_all(metadata["state"], tensors):
         raise ValueError("its content is not what was written")
