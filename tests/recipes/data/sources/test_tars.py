@@ -246,6 +246,11 @@ def test_files_beside_tar_files_are_named_and_predicted(
     assert names(root) == {"train": ALL}
     assert caplog.messages == [f"{root}: 3 files left out: 2 .png beside the tar files, 1 .gz beside the tar files"]
     assert len(list_images(root)) == 2 + len(ALL)
+    caplog.clear()
+    (root / "broken.tar").write_bytes(b"no tar file" * 100)
+    assert len(list_images(root)) == 2 + len(ALL)
+    (message,) = caplog.messages
+    assert message.startswith(f"left out: {root}/broken.tar: ")
 
 
 def test_hidden_and_other_members_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

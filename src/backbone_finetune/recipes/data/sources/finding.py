@@ -1,9 +1,10 @@
 """Find images and their classes: in a folder of classes, in train/, val/ and test/, a table, tar files or a dataset."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ...text import has_control_characters, join_some
+from ...text import has_control_characters, join_some, printable
 from ..images import LabelledFolder
 from .folders import EXPECTED, File, read_folders, walk
 from .hugging_face import is_dataset, list_rows, read_dataset
@@ -12,6 +13,8 @@ from .rows import ALL, TEST, TRAIN, VALIDATION, Labelled
 from .samples import are_samples, list_packed, read_samples
 from .tables import TABLES, read_table
 from .tars import list_shards, read_shards
+
+logger = logging.getLogger(__name__)
 
 
 def find_images(path: Path, class_names: Sequence[str] | None = None) -> LabelledFolder:
@@ -142,7 +145,7 @@ def _check_names(root: Path, found: Sequence[str], allowed: Sequence[str] | None
 def list_images(path: Path) -> list[Path]:
     """List all images in a folder, in tar files or in a dataset of Hugging Face, with or without classes.
 
-    Any other path is returned as it is.
+    Any other path is returned as it is. In a folder, tar files that cannot be read are left out and logged.
 
     Raises:
         ValueError: there is no image.
@@ -155,7 +158,13 @@ def list_images(path: Path) -> list[Path]:
         found, shards = list(filter(is_image, files)), [file for file in files if file.suffix.lower() == ".tar"]
     elif not (shards := list_shards(path)):
         return [path]
-    found += list_packed(file for shard in shards for file in read_shards(shard, [shard]))
+    for shard in shards:
+        try:
+            found += list_packed(read_shards(shard, [shard]))
+        except ValueError as error:  # noqa: PERF203 (a file of many images)
+            if not path.is_dir():
+                raise
+            logger.warning("left out: %s", printable(str(error)))
     if not found:
         raise ValueError(f"{path}: no image in it ({EXAMPLES})")
     return found
