@@ -50,6 +50,14 @@ def test_folders_of_the_same_classes_that_are_no_known_parts_are_refused(
             find_splits(tmp_path, class_names)
 
 
+def test_parts_without_train_can_be_tested_on(tmp_path: Path) -> None:
+    for name in ("val", "test"):
+        make_folder(tmp_path / name, per_class=2)
+    assert list(find_splits(tmp_path, NAMES)) == ["validation", "test"]
+    with pytest.raises(ValueError, match="its splits are validation, test; expected train"):
+        find_splits(tmp_path)
+
+
 @pytest.mark.parametrize("train", ["train", "Train", "training"])
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "test", "Testing"])
 def test_train_and_val_folders_are_not_classes(tmp_path: Path, train: str, val: str) -> None:

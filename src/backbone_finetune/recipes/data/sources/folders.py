@@ -143,6 +143,8 @@ def choose_parts(root: Path, inside: Mapping[str, set[str]]) -> dict[str, str]:
             are of the same part.
     """
     named = {PARTS[name.lower()]: name for name in inside if name.lower() in PARTS}
+    if TRAIN not in named and len(named) == len(inside) > 1 and set.intersection(*inside.values()):
+        return {part: named[part] for part in (VALIDATION, TEST)}
     if TRAIN not in named or len(named) == 1:
         alike = list(named.values() if len(named) > 1 else inside)
         if named and len(alike) > 1 and set.intersection(*(inside[name] for name in alike)):
