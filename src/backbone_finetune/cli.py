@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from pydantic import ValidationError
 from tqdm import tqdm
 
@@ -34,6 +35,7 @@ from .recipes.models.onnx_file import load_onnx_model
 from .recipes.objectives.kinds import SingleLabel
 from .recipes.text import describe_fault, print_any_name, printable
 from .recipes.together import OUT_OF_MEMORY, is_on_all_processes
+from .recipes.training.epoch import DivergedError
 from .recipes.training.phases import Phase, read_phases
 from .recipes.training.processes import find_device
 
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         # Of several processes, the first prints what all meet. RANK without WORLD_SIZE means a single process.
         rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-        if rank == "0" or not (isinstance(error, ValidationError) or is_on_all_processes(error)):
+        if rank == "0" or not _is_met_by_first(error):
             message = describe_fault(error) if isinstance(error, ValidationError) else str(error) or "out of memory"
             where = "" if rank == "0" else f" in process {rank}"
             print(f"{PROGRAM}: error{where}: {printable(' '.join(message.split()))}", file=sys.stderr)
@@ -81,6 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
     return status
+
+
+def _is_met_by_first(error: Exception) -> bool:
+    """Return whether the first process, or the first one on this machine, meets an error too and prints it."""
+    if isinstance(error, ValidationError | DivergedError) or is_on_all_processes(error):
+        return True
+    # Before the processes know each other, each has checked no more than the arguments and its machine.
+    know_each_other = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not know_each_other and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 class LogHandler(logging.Handler):

@@ -383,12 +383,13 @@ def test_an_error_contains_no_control_characters(fail: Fail) -> None:
         ({"RANK": "1", "WORLD_SIZE": "1"}, ""),
         ({"RANK": "0", "WORLD_SIZE": "2"}, ""),
         ({"RANK": "1", "WORLD_SIZE": "2"}, " in process 1"),
+        ({"RANK": "8", "WORLD_SIZE": "16", "LOCAL_RANK": "0"}, " in process 8"),
     ],
 )
 def test_of_an_error_that_several_processes_meet_the_first_prints_a_line(
     environment: dict[str, str], process: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -400,6 +401,15 @@ def test_of_an_error_that_several_processes_meet_the_first_prints_a_line(
     for given in (["--epochs", "0"], []):
         assert cli.main(["train", *given]) == 2
         assert (": error" in capsys.readouterr().err) == (not process)
+
+
+def test_an_error_before_processes_know_each_other_is_printed_once_on_each_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["predict", "no such model", "tom.jpg"]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_predictions_in_another_format_are_refused(trained: Path, fail: Fail) -> None:

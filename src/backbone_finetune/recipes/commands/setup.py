@@ -63,18 +63,20 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
     model, data_config = start.model, start.data_config
     channels = data_config["input_size"][0]
     run_on_main(accelerator, lambda: check_first_images(train, channels))
-    phases = choose_phases(settings, len(train.paths), model)
-    if is_trained and phases[0].lr is None:  # a rate keeps the classifier
-        phases = (replace(phases[0], lr=DEFAULT_LR), *phases[1:])
-    for phase in reversed(phases):  # checks each; the model is then frozen as in the first
-        model.freeze_backbone(trainable_groups=phase.trainable_groups)
+    with together(accelerator):
+        phases = choose_phases(settings, len(train.paths), model)
+        if is_trained and phases[0].lr is None:  # a rate keeps the classifier
+            phases = (replace(phases[0], lr=DEFAULT_LR), *phases[1:])
+        for phase in reversed(phases):  # checks each; the model is then frozen as in the first
+            model.freeze_backbone(trainable_groups=phase.trainable_groups)
     base = remember_base(model, source, weights) if settings.trainable_only else None
     transform, augment = build_transform(data_config), partial(build_transform, data_config)
     data = {name: ImageDataset(part, transform, augment=augment, channels=channels) for name, part in parts.items()}
-    start = replace(start, objective=choose_objective(settings, train, start.objective))
-    for phase in phases:  # checks
-        make_mixing(phase, start.objective, model.num_classes)
-        build_transform(data_config, phase.augment)
+    with together(accelerator):
+        start = replace(start, objective=choose_objective(settings, train, start.objective))
+        for phase in phases:  # checks
+            make_mixing(phase, start.objective, model.num_classes)
+            build_transform(data_config, phase.augment)
     return Task(
         **vars(start),
         weights=weights,
