@@ -35,7 +35,6 @@ from .recipes.models.onnx_file import load_onnx_model
 from .recipes.objectives.kinds import SingleLabel
 from .recipes.text import describe_fault, print_any_name, printable
 from .recipes.together import OUT_OF_MEMORY, is_on_all_processes
-from .recipes.training.epoch import DivergedError
 from .recipes.training.phases import Phase, read_phases
 from .recipes.training.processes import find_device
 
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _is_met_by_first(error: Exception) -> bool:
     """Return whether the first process, or the first one on this machine, meets an error too and prints it."""
-    if isinstance(error, ValidationError | DivergedError) or is_on_all_processes(error):
+    if isinstance(error, ValidationError) or is_on_all_processes(error):
         return True
     # Before the processes know each other, each has checked no more than the arguments and its machine.
     know_each_other = torch.distributed.is_available() and torch.distributed.is_initialized()

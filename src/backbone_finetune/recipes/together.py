@@ -43,7 +43,7 @@ def together(accelerator: Accelerator | None) -> Iterator[None]:
 
 
 def is_on_all_processes(error: Exception) -> bool:
-    """Return whether `together` has raised an error on all processes, so that they can go on after it.
+    """Return whether all processes raise an error, by `together` or by its kind, so that they can go on after it.
 
     >>> is_on_all_processes(MemoryError())
     False

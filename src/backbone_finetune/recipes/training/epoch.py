@@ -24,7 +24,9 @@ from .scoring import evaluate
 
 
 class DivergedError(ValueError):
-    """The loss, or a trainable tensor, is not finite."""
+    """The loss, or a trainable tensor, is not finite; all processes raise it, as their sums are added up."""
+
+    is_on_all_processes = True
 
 
 def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *, title: str) -> bool:

@@ -22,7 +22,6 @@ from ...rng import seed_everything
 from ...text import one_line
 from ...together import OUT_OF_MEMORY, is_alone, is_on_all_processes, run_on_main
 from ...training.config import TrainerConfig
-from ...training.epoch import DivergedError
 from ...training.folds import cross_predict, split_folds
 from ...training.phase_data import prepare_data
 from ..nearest import score_neighbors
@@ -54,7 +53,7 @@ def left_out_if_it_fails(accelerator: Accelerator | None, name: str) -> Iterator
     try:
         yield
     except (*OUT_OF_MEMORY, ValueError) as error:
-        if not (is_alone(accelerator) or isinstance(error, DivergedError) or is_on_all_processes(error)):
+        if not (is_alone(accelerator) or is_on_all_processes(error)):
             raise
         if accelerator is None or accelerator.is_main_process:
             why = one_line(error, most=200)
