@@ -104,9 +104,9 @@ def _columns(trained: TrainedModel | NamedModel, top_k: int) -> list[str]:
 
 def _cells(prediction: Prediction, trained: TrainedModel | NamedModel, count: int) -> list[Any]:
     """Return the cells of these columns; None where an image has none."""
-    cells: list[Any] = [cell for pair in prediction.classes or prediction.values for cell in pair]
+    cells: list[Any] = [cell for pair in prediction.classes for cell in pair]
     if isinstance(trained.objective, Regression):
-        cells = cells[1::2]
+        cells = [value for _, value in prediction.values]
     elif isinstance(trained.objective, MultiLabel) and prediction.error is None:
         cells = [[pair[part] for pair in prediction.classes] for part in (0, 1)]
     return cells + [None] * (count - len(cells))

@@ -73,8 +73,15 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
         average_statistics(state, accelerator)
         phase, shown = state.phase, {"loss": f"{loss_sum / weight:.3f}"}
         accuracy = correct / seen if config.objective.has_accuracy else None
-        means, rates = (loss_sum / weight, accuracy), (phase.lr or 0.0, phase.weight_decay or 0.0)
-        result = EpochResult(epoch, *means, *rates, phase=progress.phase + 1, why_uncached=state.why_uncached)
+        result = EpochResult(
+            epoch,
+            loss_sum / weight,
+            accuracy,
+            phase.lr or 0.0,
+            phase.weight_decay or 0.0,
+            phase=progress.phase + 1,
+            why_uncached=state.why_uncached,
+        )
         if accuracy is not None:
             shown["train"] = f"{accuracy:.3f}"
         if state.validation is not None:

@@ -94,12 +94,12 @@ def prepared_phase(
             data = _standardize(data, config, model, folding, entered=entered)
         lr, weight_decay = start_classifier(model.classifier, data, phase, config)
         phase = replace(phase, lr=lr, weight_decay=weight_decay)
-        copied, module = model, data.module
+        copied, module, is_cached = model, data.module, data.why_uncached is None
         if accelerator.is_fsdp2:  # FSDP2 shards the parameters permanently, so a copy trains and is copied back
-            if data.why_uncached is not None:  # the device then has room for the shards alone
+            if not is_cached:  # the device then has room for the shards alone
                 model.to("cpu")
-            copied = copy.deepcopy(model, {id(model.backbone): model.backbone} if data.why_uncached is None else {})
-            module = copied.classifier if data.why_uncached is None else copied
+            copied = copy.deepcopy(model, {id(model.backbone): model.backbone} if is_cached else {})
+            module = copied.classifier if is_cached else copied
         groups = copied.param_groups(
             lr, backbone_lr=phase.backbone_lr, weight_decay=weight_decay, layer_decay=phase.layer_decay
         )
@@ -142,7 +142,7 @@ def prepared_phase(
         finally:  # after an error, the caller may train the model again
             release(accelerator, prepared)
         if copied is not model:
-            original = model.classifier if data.why_uncached is None else model
+            original = model.classifier if is_cached else model
             # One tensor at a time is whole on the device; also a frozen one, as assert_frozen looks at the original.
             load_by_name(original, {name: full_tensor(tensor).cpu() for name, tensor in module.state_dict().items()})
             model.to(accelerator.device)
