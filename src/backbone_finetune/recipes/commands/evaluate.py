@@ -21,6 +21,7 @@ from .reporting.figures import (
     bootstrap,
     calibration_interval,
     chance_calibration_error,
+    count_images,
 )
 
 
@@ -70,8 +71,7 @@ class Evaluation:
         """Return the figures of all images in words, by name."""
         by_chance = f"{self.calibration_error_by_chance:.3f}"
         figures = {
-            "accuracy": f"{self.accuracy_interval} of {self.images:,} images"
-            f"{'' if self.split == ALL else f' ({self.split})'}",
+            "accuracy": f"{self.accuracy_interval} of {count_images(self.images, self.split)}",
             "calibration error": f"{self.calibration_error_interval}, the mean distance of confidence and accuracy; "
             f"on {self.images:,} images, up to {by_chance} can be chance",
         }

@@ -13,7 +13,7 @@ from ..models.named import NamedModel
 from ..objectives import metrics
 from ..objectives.kinds import MultiLabel, Regression
 from .predict import predict_labelled
-from .reporting.figures import Answers
+from .reporting.figures import Answers, count_images
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TableEvaluation:
     def figures(self) -> dict[str, str]:
         """Return the figures of all images in words, by name."""
         figures = {name.replace("_", " "): f"{value:.4g}" for name, value in self.metrics.items()}
-        figures["measured on"] = f"{self.images:,} images{'' if self.split == ALL else f' ({self.split})'}"
+        figures["measured on"] = count_images(self.images, self.split)
         if self.skipped_images:
             figures["skipped"] = f"{len(self.skipped_images):,} images that cannot be read"
         return figures

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...data.images import LabelledFolder
+from ...data.sources.rows import ALL
 from ...objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
 from ...objectives.objective import Objective
 
@@ -91,6 +92,15 @@ def make_answers(images: LabelledFolder, probabilities: Tensor, objective: Objec
     if isinstance(objective, SoftLabels):
         targets, objective = torch.tensor(targets).argmax(1).tolist(), SingleLabel()
     return Answers(images.class_names, images.paths, targets, probabilities.double().numpy(), objective)
+
+
+def count_images(images: int, split: str) -> str:
+    """Return a number of images in words, with their split unless they are all.
+
+    >>> count_images(1200, "test")
+    '1,200 images (test)'
+    """
+    return f"{images:,} images{'' if split == ALL else f' ({split})'}"
 
 
 @dataclass(frozen=True)
