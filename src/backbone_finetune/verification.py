@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .checksums import checksums, has_checksum
 from .distributed import reshard
 from .freezing import is_statistic
 from .layers.groups import LayerGroup
 from .names import shortened
-from .tensor_parts import plain_parts, shared_memory
+from .tensors.checksums import checksums, has_checksum
+from .tensors.parts import plain_parts, shared_memory
 
 
 def frozen_tensors(model: nn.Module, frozen: Iterable[nn.Module]) -> dict[str, torch.Tensor]:

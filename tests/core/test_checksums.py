@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from backbone_finetune import FineTuneModel, checksums, verification
+from backbone_finetune import FineTuneModel, verification
+from backbone_finetune.tensors import checksums
 
 VALUES = torch.randn(101, 3, generator=torch.Generator().manual_seed(0))
 DTYPES = (

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
-from ..tensor_parts import shared_memory
+from ..tensors.parts import shared_memory
 
 
 def check_shares_no_memory(model: nn.Module) -> None:

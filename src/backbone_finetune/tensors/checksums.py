@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn.parameter import is_lazy
 
-from .tensor_parts import plain_parts
+from .parts import plain_parts
 
 _CHUNK = 2**22  # elements, so that temporary tensors take some 100 MB
 # Those of SplitMix64 (Steele et al. 2014) and MurmurHash3, as signed numbers; integers of 64 bits wrap around.
