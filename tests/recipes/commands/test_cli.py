@@ -20,6 +20,7 @@ from torch import nn
 
 from backbone_finetune import cli
 from backbone_finetune.recipes.commands.settings import CLIPART
+from backbone_finetune.recipes.training.epoch import DivergedError
 
 Fail = Callable[..., str]
 
@@ -397,10 +398,11 @@ def test_of_an_error_that_several_processes_meet_the_first_prints_a_line(
     assert capsys.readouterr().err.startswith(f"backbone-finetune: error{process}: no such model: no such file")
     shared = ValueError("met by all")
     monkeypatch.setattr(shared, "is_on_all_processes", True, raising=False)
-    monkeypatch.setattr(cli, "train", Mock(side_effect=shared))
-    for given in (["--epochs", "0"], []):
-        assert cli.main(["train", *given]) == 2
-        assert (": error" in capsys.readouterr().err) == (not process)
+    for error in (shared, DivergedError("together")):
+        monkeypatch.setattr(cli, "train", Mock(side_effect=error))
+        for given in (["--epochs", "0"], []):
+            assert cli.main(["train", *given]) == 2
+            assert (": error" in capsys.readouterr().err) == (not process)
 
 
 def test_an_error_before_processes_know_each_other_is_printed_once_on_each_machine(
