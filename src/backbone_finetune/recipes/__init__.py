@@ -28,6 +28,7 @@ from .features.extract import extract_features
 from .heads.grid import HeadResult, fit_heads
 from .heads.lbfgs import LbfgsResult, fit_lbfgs
 from .heads.neighbors import predict_neighbors
+from .memory import keep_freed_memory
 from .models.file import TrainedModel, load_trained_model, save_trained_model
 from .models.named import NamedModel, load_timm_model
 from .models.onnx_file import load_onnx_model
@@ -89,6 +90,7 @@ __all__ = [
     "fit_lbfgs",
     "inspect",
     "is_deterministic",
+    "keep_freed_memory",
     "load_onnx_model",
     "load_timm_model",
     "load_trained_model",

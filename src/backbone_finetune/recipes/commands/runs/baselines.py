@@ -10,7 +10,6 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.benchmark import Timer
 from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
@@ -97,6 +96,7 @@ def measure_backward(model: FineTuneModel, inputs: Tensor, targets: Tensor) -> B
     >>> measure_backward(model, torch.ones(4, 2), torch.zeros(4, dtype=torch.long)).batch_size
     4
     """
+    from torch.utils.benchmark import Timer  # noqa: PLC0415 (warns on import where CUDA is installed without a device)
 
     def time(module: nn.Module, inputs: Tensor) -> float:
         loss = cross_entropy(module.train()(inputs), targets)
