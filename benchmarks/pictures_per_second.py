@@ -23,8 +23,12 @@ from harness.results import describe, median, table, write_text
 from reading.folder import make_folder
 from reading.stages import time_openvino, time_stages
 
+from backbone_finetune.recipes import keep_freed_memory
+
 HERE = Path(__file__).parent
 LIMIT, AGAIN, TRAIN, WORKERS = "one pass by hand", "the same again", "train, no workers", "train, workers"
+COMPILED, NOT_COMPILED = "pass, compiled by OpenVINO", "pass, not compiled, freed memory returned"
+TO_COMPILE = "to compile, seconds"
 
 Runner = Callable[..., tuple[float, float]]
 TimeOpenVINO = Callable[[str], tuple[float, float, float] | None]
@@ -96,12 +100,14 @@ def measure(
             report.cpu_seconds.setdefault(label, []).append(cpu)
             report.wall_seconds.setdefault(label, []).append(wall)
             print(f"{label:20} {cpu:7.1f} s of CPU, {wall:7.1f} s", flush=True)
-        for stage, milliseconds in time_stages(paths, options.model).items():
-            report.stages_ms.setdefault(stage, []).append(milliseconds)
         if (times := openvino(options.model)) is not None:
-            names = ("pass, compiled by OpenVINO", "pass, not compiled", "to compile, seconds")
+            names = (COMPILED, NOT_COMPILED, TO_COMPILE)
             for name, value in zip(names, times, strict=True):
                 report.stages_ms.setdefault(name, []).append(value)
+    keep_freed_memory()  # as the command line does; OpenVINO's target is for the pass before that
+    for _ in range(options.repeats or 3):
+        for stage, milliseconds in time_stages(paths, options.model).items():
+            report.stages_ms.setdefault(stage, []).append(milliseconds)
     limit = report.cpu_seconds[LIMIT]
     noise = Paired(report.cpu_seconds[AGAIN], limit)
     what = f"train / one read, transform and pass, {options.pictures} images, {options.epochs} epochs, CPU seconds"
@@ -110,12 +116,10 @@ def measure(
     what = f"wall clock with {options.workers} workers / (those CPU seconds / 2)"
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores at the end"
     report.add(compared(options.model, what, 1.25, Paired(report.wall_seconds[WORKERS], halves), remark=load))
-    if (compiled := report.stages_ms.get("pass, compiled by OpenVINO")) is not None:
-        eager = report.stages_ms["pass, not compiled"]
-        with_compiling = [
-            5000 * ms + 1e3 * s for ms, s in zip(compiled, report.stages_ms["to compile, seconds"], strict=True)
-        ]
-        what = "pass of 5,000 images by OpenVINO, compiling counted / not compiled"
+    if (compiled := report.stages_ms.get(COMPILED)) is not None:
+        eager = report.stages_ms[NOT_COMPILED]
+        with_compiling = [5000 * ms + 1e3 * s for ms, s in zip(compiled, report.stages_ms[TO_COMPILE], strict=True)]
+        what = "pass of 5,000 images by OpenVINO, compiling counted / not compiled, freed memory returned"
         report.add(compared(options.model, what, 0.55, Paired(with_compiling, [5000 * ms for ms in eager])))
 
 
@@ -152,7 +156,8 @@ def as_markdown(report: ReadingReport) -> str:
 HOW_IT_WAS_TIMED = """\
 The images are JPEGs of 500 x 375 made of noise of all scales, about 30 kB each. The limit is Pillow, timm's transform
 and the same network in bf16 and channels last, in a plain loop. Runs take turns, each in a process of its own, on one
-thread but for the one with workers; CPU seconds include those of workers.
+thread but for the one with workers; CPU seconds include those of workers. The stages are those of a process that keeps
+freed memory, as the command line does; the plain loop returns it to the system, as Python does by default.
 """
 
 
