@@ -89,18 +89,11 @@ def evaluate(
     workers, known, in_parts = config.workers_for(data), known_targets(data), Parts("the model")
     # On the CPU the results are those of contiguous images, as in the steps.
     layout = Layout(contiguous=accelerator.device.type != "cuda" or isinstance(data, TensorDataset))
-    columns: list[int] = []  # of the outputs, known after the first batch
-    loaded_before: list[Tensor] = [] if known is None else [known.cpu()]  # targets to check then
+    unchecked: list[Tensor] = [] if known is None else [known.cpu()]  # targets, until a batch shows how many outputs
 
     def run(*inputs: Tensor) -> Tensor:
         outputs: Tensor = module(*module_inputs(data, inputs))
         return outputs
-
-    def check(targets: Tensor) -> None:
-        if columns:
-            objective.check(name, targets[is_read(targets)], columns[0])
-        else:
-            loaded_before.append(targets)
 
     loaded = load_batches(
         data,
@@ -108,7 +101,7 @@ def evaluate(
         device=accelerator.device,
         workers=workers,
         seed="evaluation",
-        check=check if known is None else None,
+        check=unchecked.append if known is None else None,
     )
     # An error of one process ends the evaluation of all, except of a sharded model, whose forwards wait for each other.
     with nullcontext() if accelerator.is_fsdp2 else together(accelerator):
@@ -119,10 +112,9 @@ def evaluate(
             else:
                 (outputs, *_), _ = in_fast_layout(layout, partial(in_parts.run, run), inputs, module)
             outputs = outputs[: share.num_real]
-            if not columns:  # before the loss: on a GPU, an invalid class would end the process
-                columns.append(outputs.shape[1] if outputs.ndim > 1 else 1)
-                for each in loaded_before:
-                    check(each)
+            while unchecked:  # before the loss: on a GPU, an invalid class would end the process
+                known = unchecked.pop()
+                objective.check(name, known[is_read(known)], outputs.shape[1] if outputs.ndim > 1 else 1)
             weights, loss = objective.weights(wanted), objective.losses(outputs, wanted).sum()
             losses.append(torch.stack((loss, (is_read(wanted) if weights is None else weights).sum())))
             answers.append(objective.answer(outputs))
