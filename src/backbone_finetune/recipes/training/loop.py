@@ -88,13 +88,13 @@ def fine_tune(
             phase = replace(phase, lr=progress.lr, weight_decay=progress.weight_decay)
         elif progress.history and phase.lr is None:  # a later phase goes on with the classifier of the one before
             phase = replace(phase, lr=DEFAULT_LR)
-        with prepared_phase(
-            model, train, validation, phase=phase, changed=changed, config=config, entered=entered
-        ) as state:
+        with prepared_phase(model, train, validation, phase=phase, changed=changed, config=config) as state:
             progress.lr, progress.weight_decay = state.phase.lr, state.phase.weight_decay
             report_skipped(parts.values(), progress.skipped, config.accelerator)
             check_classes(parts.values())
             if saved is not None:
+                if entered:  # the classifier as it was inside the phase, e.g. on standardized features
+                    load_by_name(state.model, saved.model)
                 resume(saved, state.model, state.optimizer, config.accelerator)
                 state.best = dict(saved.best) or None
                 saved = None

@@ -19,7 +19,7 @@ from backbone_finetune.checkpoint import distinct_tensors
 from ..data.images import is_read
 from ..features.dataset import Features
 from ..features.layout import Layout
-from ..heads.standardize import Standardization, first_linear
+from ..heads.standardize import Standardization
 from ..precision import has_tensor_cores, products_in
 from ..together import together
 from .batches import epoch_batches
@@ -74,12 +74,8 @@ def prepared_phase(
     phase: Phase,
     changed: set[str],
     config: TrainerConfig,
-    entered: bool = False,
 ) -> Iterator[PhaseState]:
-    """Freeze, wrap, and train in the block; then release, and check that no frozen tensor changed.
-
-    ``entered`` says that the classifier is already that of standardized features, from a checkpoint inside the phase.
-    """
+    """Freeze, wrap, and train in the block; then release, and check that no frozen tensor changed."""
     accelerator = config.accelerator
     with together(accelerator):
         # Before its frozen tensors are read, which is faster there; a caller may also run it there after the phase.
@@ -91,7 +87,7 @@ def prepared_phase(
         mixing = make_mixing(phase, config.objective, model.num_classes)
         data = prepare_data(model, train, validation, config, phase)
         if phase.standardize:
-            data = _standardize(data, config, model, folding, entered=entered)
+            data = _standardize(data, config, model, folding)
         lr, weight_decay = start_classifier(model.classifier, data, phase, config)
         phase = replace(phase, lr=lr, weight_decay=weight_decay)
         copied, module, is_cached = model, data.module, data.why_uncached is None
@@ -162,18 +158,14 @@ def _fast_steps(config: TrainerConfig) -> Iterator[None]:
         yield
 
 
-def _standardize(
-    data: PhaseData, config: TrainerConfig, model: FineTuneModel, folding: ExitStack, *, entered: bool
-) -> PhaseData:
+def _standardize(data: PhaseData, config: TrainerConfig, model: FineTuneModel, folding: ExitStack) -> PhaseData:
     """Standardize the features, and make the classifier one of them until ``folding`` is closed."""
     if not data.on_features or config.accelerator.is_fsdp2:
         why = "FSDP2 shards the classifier" if data.on_features else "the features of this run are not cached"
         raise ValueError(f"standardize was given, and {why}; leave it out")
     assert isinstance(data.train, Features)
-    first_linear(model.classifier)
     standardization = Standardization.measure(data.train)
-    if not entered:
-        standardization.enter(model.classifier)
+    standardization.enter(model.classifier)
     folding.callback(standardization.leave, model.classifier)
     validation = data.validation
     if isinstance(validation, Features):
