@@ -178,7 +178,8 @@ def _gather(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str
 
 def resume(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
     """Restore the optimizer, the loss scaler and the random generators; see ``capture``."""
-    if saved.optimizer:
+    if saved.optimizer:  # inside a phase
+        load_by_name(model, saved.model)  # again: the start of the phase may have changed the classifier
         optimizer.zero_grad(set_to_none=True)  # torch creates the state with an optimizer without gradients
         # Groups are not restored: the schedule sets their rates by the number of the step.
         groups = get_optimizer_state_dict(model, _unwrap(optimizer))["param_groups"]

@@ -93,8 +93,6 @@ def fine_tune(
             report_skipped(parts.values(), progress.skipped, config.accelerator)
             check_classes(parts.values())
             if saved is not None:
-                if entered:  # the classifier as it was inside the phase, e.g. on standardized features
-                    load_by_name(state.model, saved.model)
                 resume(saved, state.model, state.optimizer, config.accelerator)
                 state.best = dict(saved.best) or None
                 saved = None
