@@ -50,17 +50,19 @@ def front_of_backbone(model: FineTuneModel) -> Front:
     return Front(model.backbone, model.backbone, model.backbone, model.classifier)
 
 
-def find_front(model: FineTuneModel, inputs: Sequence[Tensor]) -> Front | NoFrontier:
-    """Find the front of a partly frozen model and check it on a batch; see ``find_frontier``."""
-    if not has_trainable(model.backbone):
-        return front_of_backbone(model)
+class UncacheableError(ValueError):
+    """The outputs cannot be stored per image, or are too large, or there are none that stay the same."""
+
+
+def find_front(model: FineTuneModel, inputs: Sequence[Tensor]) -> Front:
+    """Find the front of a partly frozen model by `find_frontier` on a batch; raise UncacheableError if it has none."""
     if not len(inputs[0]) > 2:
-        return NoFrontier("it is proved on 3 images or more")
+        raise UncacheableError("it is proved on 3 images or more")
     with preserve_modes(model):
         model.train()
         found = find_frontier(model, *inputs)
     if isinstance(found, NoFrontier):
-        return found
+        raise UncacheableError(found.reason)
     names = {*dict(model.named_parameters()), *dict(model.named_buffers())} - model.frozen_names()
     trained = frozenset(name.removeprefix("backbone.") for name in names if name.startswith("backbone."))
     return Front(model.backbone, model, found.record, Replay(found), str(found), trained)
@@ -89,10 +91,6 @@ def in_eval(module: nn.Module) -> Iterator[None]:
     with preserve_modes(module):
         module.eval()
         yield
-
-
-class UncacheableError(ValueError):
-    """The outputs cannot be stored per image, or are too large."""
 
 
 def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | None:

@@ -7,12 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.frontier import NoFrontier
 
 from ..data.augmentation import Augmentation
 from ..data.fingerprint import find_randomness
@@ -164,14 +162,11 @@ def prepare_data(
     views = config.views if drawn is not None and not (phase.mixup or phase.cutmix) else 1
     reason = (drawn if views == 1 else None) or (None if validation is None else find_randomness(_whole(validation)))
     if reason is None:
-        with preserve_rng_state():
-            try:
-                found = _compute(model, train, validation, config, phase=phase, name=name, views=views)
-            except UncacheableError as error:
-                found = NoFrontier(str(error))
-        if isinstance(found, PhaseData):
-            return found
-        reason = found.reason
+        try:
+            with preserve_rng_state():
+                return _compute(model, train, validation, config, phase=phase, name=name, views=views)
+        except UncacheableError as error:
+            reason = str(error)
     if config.accelerator.is_main_process:
         logger.warning("features are not cached, and the whole model runs in every step: %s", reason)
     return replace(whole, why_uncached=reason)
@@ -186,7 +181,8 @@ def _compute(
     phase: Phase,
     name: str,
     views: int,
-) -> PhaseData | NoFrontier:
+) -> PhaseData:
+    """Compute the rows; raise UncacheableError if the frozen modules have none."""
     accelerator, device = config.accelerator, config.accelerator.device
     model.to(device)
     is_frozen = not has_trainable(model.backbone)
@@ -207,8 +203,6 @@ def _compute(
     else:  # the precision of the steps, so that they equal those of the whole model
         dtype = PRECISIONS.get(accelerator.mixed_precision)
     front = front_of_backbone(model) if is_frozen else _find_shared_front(model, loaders[name], config, dtype)
-    if isinstance(front, NoFrontier):
-        return front
     if config.compile is not None and not is_frozen and accelerator.is_main_process:
         logger.warning("features: not compiled; a compiler takes a backbone that is frozen as a whole")
     run = FrozenPass(front, device, dtype, widens=is_frozen, compile=config.compile if is_frozen else None)
@@ -257,15 +251,13 @@ def _compute(
 
 def _find_shared_front(
     model: FineTuneModel, loader: DeviceLoader, config: TrainerConfig, dtype: torch.dtype | None
-) -> Front | NoFrontier:
-    """Find the front of a partly frozen model on a few images; either all processes have it or none."""
+) -> Front:
+    """Find the front of a partly frozen model on a few images; all processes have it, or raise UncacheableError."""
     accelerator = config.accelerator
     if accelerator.is_fsdp2:
-        return NoFrontier("FSDP2 shards the model")
+        raise UncacheableError("FSDP2 shards the model")
     with together(accelerator):
         inputs, _ = split_row(load_sample(loader))
         with torch.autocast(accelerator.device.type, dtype=dtype, enabled=dtype is not None):
             inputs = [send(tensor, accelerator.device) for tensor in inputs]
-            front = in_fast_layout(Layout(), partial(find_front, model), inputs, model)
-    reasons = gather_object([front.reason if isinstance(front, NoFrontier) else None])
-    return next((NoFrontier(reason) for reason in reasons if reason is not None), front)
+            return in_fast_layout(Layout(), partial(find_front, model), inputs, model)
