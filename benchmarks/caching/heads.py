@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -79,7 +79,7 @@ def time_epochs(task: HeadTask, turns: int, clock: Clock, samples: Samples) -> N
     phase = Phase(epochs=10**9, lr=1e-3, weight_decay=0.01)
     with prepared_phase(model, task.cached, None, phase=phase, changed=set(), config=config) as state:
         # The phase has put the features through its backbone, the identity, into memory: back to what is on disk.
-        state.train = task.cached
+        state.data = replace(state.data, train=task.cached)
         calls: dict[str, Callable[[], object]] = {
             "cached epoch": partial(train_epoch, state, Progress(), config, title=""),
             "plain epoch": partial(plain_epoch, PlainHead(task), task.in_memory),

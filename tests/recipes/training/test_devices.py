@@ -113,7 +113,8 @@ def train_on_meta(
     config = TrainerConfig(accelerator, batch_size=4, objective=objective, accumulation=2, show_progress=False)
     prepared, optimizer = prepare(accelerator, module, torch.optim.AdamW(module.parameters(), lr=0.1, fused=True))
     schedule = make_schedule(optimizer, Phase(epochs=1, cosine=True), 3)
-    state = PhaseState(model, module, prepared, optimizer, schedule, Phase(), set(), train, None, mixing=mixing)
+    data = PhaseData(train, None, module, on_features=isinstance(train, Features))
+    state = PhaseState(model, prepared, optimizer, schedule, Phase(), set(), data, mixing=mixing)
     state.all_read = isinstance(train, Features)
     taken: list[Any] = []
     optimizer.register_step_post_hook(lambda *given: taken.append(given))
@@ -386,7 +387,7 @@ def test_images_are_in_channels_last_on_cuda_where_the_network_takes_that(networ
     rng = torch.get_rng_state()
     for device, is_last in (("cpu", False), ("cuda", not contiguous)):
         accelerator: Any = SimpleNamespace(device=torch.device(device), is_fsdp2=False)
-        state: Any = SimpleNamespace(model=model, train=None, layout=None)
+        state: Any = SimpleNamespace(model=model, data=PhaseData(images, None, model), layout=None)
         for _ in range(2):
             (arranged,) = arrange_images(state, images, accelerator)
             assert arranged.is_contiguous(memory_format=torch.channels_last) == is_last

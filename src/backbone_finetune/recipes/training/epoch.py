@@ -37,18 +37,18 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
     """
     accelerator = config.accelerator
     process, processes = accelerator.process_index, accelerator.num_processes
-    images, epoch = count(state.train) // state.views, len(progress.history) + 1
+    images, epoch = count(state.data.train) // state.data.views, len(progress.history) + 1
     batches = epoch_batches(images, config.batch_size, seed=config.seed, epoch=epoch)
-    if state.views > 1:
-        batches = tuple((epoch + batch) % state.views * images + batch for batch in batches)
+    if state.data.views > 1:
+        batches = tuple((epoch + batch) % state.data.views * images + batch for batch in batches)
     shares = [local_batch(batch, process=process, processes=processes) for batch in batches[progress.step :]]
     # Sums from before resuming count on the main process; the others start at 0.
     sums = send(torch.tensor(progress.sums, device="cpu") * accelerator.is_main_process, accelerator.device)
     loaded_batches = load_batches(
-        state.train,
+        state.data.train,
         shares,
         device=accelerator.device,
-        workers=config.workers_for(state.train),
+        workers=config.workers_for(state.data.train),
         seed=f"{config.seed} {epoch}",
         check=partial(check_loaded, state, config.objective),
     )
@@ -80,12 +80,12 @@ def train_epoch(state: PhaseState, progress: Progress, config: TrainerConfig, *,
             phase.lr or 0.0,
             phase.weight_decay or 0.0,
             phase=progress.phase + 1,
-            why_uncached=state.why_uncached,
+            why_uncached=state.data.why_uncached,
         )
         if accuracy is not None:
             shown["train"] = f"{accuracy:.3f}"
-        if state.validation is not None:
-            score = evaluate(accelerator.unwrap_model(state.prepared), state.validation, config, name="validation")
+        if state.data.validation is not None:
+            score = evaluate(accelerator.unwrap_model(state.prepared), state.data.validation, config, name="validation")
             shown["validation"] = f"{score.metrics[config.objective.main_metric]:.3f}"
             result = replace(
                 result,
@@ -180,7 +180,7 @@ def train_step(
         start += len(part)
         inputs = arrange_images(state, inputs, accelerator)
         with nullcontext() if number == len(parts) else accelerator.no_sync(state.prepared):
-            logits = state.prepared(*module_inputs(state.train, inputs))
+            logits = state.prepared(*module_inputs(state.data.train, inputs))
             if part.num_real < len(part):  # images of other processes
                 logits, targets = logits[: part.num_real], targets[: part.num_real]
             losses = objective.losses(logits, targets, all_read=state.all_read)
@@ -202,7 +202,7 @@ def train_step(
 
 def arrange_images(state: PhaseState, inputs: list[Tensor], accelerator: Accelerator) -> list[Tensor]:
     """Convert images on a CUDA device to channels_last, unless the network takes contiguous ones alone."""
-    if accelerator.device.type != "cuda" or accelerator.is_fsdp2 or isinstance(state.train, Features):
+    if accelerator.device.type != "cuda" or accelerator.is_fsdp2 or isinstance(state.data.train, Features):
         return inputs
     if state.layout is None:
         state.layout = find_layout(state.model, inputs)

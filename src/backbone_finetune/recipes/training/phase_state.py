@@ -37,19 +37,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PhaseState:
-    """The state of one phase: ``prepared`` is the accelerator's wrapper of ``module``, which is part of ``model``."""
+    """The state of one phase: ``prepared`` is the accelerator's wrapper of ``data.module``, a part of ``model``."""
 
     model: FineTuneModel
-    module: nn.Module
     prepared: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
     phase: Phase  # with its rates
     changed: set[str]
-    train: Dataset[Any]
-    validation: Dataset[Any] | None
-    views: int = 1
-    why_uncached: str | None = None  # see `EpochResult`
+    data: PhaseData
     mixing: Mixing | None = None
     best: dict[str, Tensor] | None = None  # the trained tensors after the best epoch
     layout: Layout | None = None  # of images on a CUDA device, known from the first batch
@@ -60,8 +56,8 @@ class PhaseState:
     def count_not_finite(self, device: torch.device) -> Tensor:
         """Count this process's trainable tensors that are not finite: ``()``, on the device."""
         # On features only the classifier's: listing all tensors of a large backbone takes as long as several steps.
-        on_features = self.module is self.model.classifier
-        tensors = self.module.state_dict(prefix="classifier.") if on_features else self.model.state_dict()
+        part, prefix = (self.model.classifier, "classifier.") if self.data.on_features else (self.model, "")
+        tensors = part.state_dict(prefix=prefix)
         return count_not_finite((tensor for name, tensor in tensors.items() if name in self.changed), device)
 
 
@@ -116,20 +112,7 @@ def prepared_phase(
         all_read = isinstance(data.train, TensorDataset) and bool(is_read(data.train.tensors[-1]).all())
         data = data.on_device(accelerator.device)
         state = PhaseState(
-            copied,
-            module,
-            prepared,
-            optimizer,
-            schedule,
-            phase,
-            changed,
-            data.train,
-            data.validation,
-            data.views,
-            data.why_uncached,
-            mixing,
-            folding=folding,
-            all_read=all_read,
+            copied, prepared, optimizer, schedule, phase, changed, data, mixing, folding=folding, all_read=all_read
         )
         state.not_finite = state.count_not_finite(accelerator.device)
         try:
