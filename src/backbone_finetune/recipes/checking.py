@@ -6,8 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field, validate_call
 
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 # Checks the arguments of a function by their annotations; raises pydantic's ValidationError, a ValueError.
 validated = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
 

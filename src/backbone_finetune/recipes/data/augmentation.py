@@ -10,9 +10,8 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from typing_extensions import Self
 
+from ..checking import Share
 from .bands import Picture
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

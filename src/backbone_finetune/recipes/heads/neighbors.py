@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 from torch.utils.data import TensorDataset
 
-from ..checking import Positive, Rate, validated
+from ..checking import Above0, Positive, validated
 from .grid import check_features
 
 CHUNK = 1024  # images whose similarities to all training images are in memory at once
@@ -19,7 +19,7 @@ def predict_neighbors(
     *,
     num_classes: Positive,
     neighbors: Positive = 20,
-    temperature: Rate = 0.07,
+    temperature: Above0 = 0.07,
 ) -> Tensor:
     """Predict classes by a weighted vote of the nearest training images, as in DINO (Caron et al. 2021, section 3.1).
 

@@ -6,12 +6,11 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field
 from torch import nn
 
-from ..checking import Schema
+from ..checking import Schema, Share
 
 Head = Literal["linear", "batchnorm-linear", "mlp"]
 MOST_LAYERS = 16
 Size = Annotated[int, Field(ge=1, le=2**20)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 KINDS = "a Linear, or an nn.Sequential of Linear, BatchNorm1d, LayerNorm, GELU, ReLU and Dropout"
 

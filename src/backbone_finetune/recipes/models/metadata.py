@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Json, Va
 from backbone_finetune import __version__
 from backbone_finetune.validation import check_architecture
 
-from ..checking import Schema
-from ..objectives.kinds import Above0, Finite, MultiLabel, Regression, SingleLabel, Threshold
+from ..checking import Above0, Finite, Schema, Share
+from ..objectives.kinds import MultiLabel, Regression, SingleLabel
 from ..objectives.objective import Objective
 from ..text import describe_fault, has_control_characters
 from .classifiers import ClassifierDescription, LinearLayer
@@ -55,7 +55,7 @@ def _parse_class_names(text: str) -> tuple[str, ...]:
 
 Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Drop = Annotated[float, Field(ge=0, lt=1)]
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 Printable = Annotated[str, Field(max_length=200), AfterValidator(_check_printable)]
@@ -93,11 +93,11 @@ class DataConfig(Schema):
 class NetworkArguments(Schema):
     """The arguments of a network that a file may have: none that reads a file, downloads, or repeats layers."""
 
-    drop_rate: Share | None = None
-    drop_path_rate: Share | None = None
-    attn_drop_rate: Share | None = None
-    proj_drop_rate: Share | None = None
-    patch_drop_rate: Share | None = None
+    drop_rate: Drop | None = None
+    drop_path_rate: Drop | None = None
+    attn_drop_rate: Drop | None = None
+    proj_drop_rate: Drop | None = None
+    patch_drop_rate: Drop | None = None
     global_pool: Annotated[str, Field(max_length=20)] | None = None
     fc_norm: bool | None = None
     use_fc_norm: bool | None = None
@@ -132,7 +132,7 @@ class MultiLabelDescription(Schema):
     """An image has each class whose probability is above its threshold."""
 
     kind: Literal["MultiLabel"]
-    thresholds: tuple[Threshold, ...] | None = None
+    thresholds: tuple[Share, ...] | None = None
 
 
 class RegressionDescription(Schema):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from typing_extensions import Self
 
+from ..checking import Above0, Finite, Share
 from ..data.images import IGNORED, is_read
 from ..data.targets import check_targets, describe_targets
 from ..sending import send
@@ -17,11 +18,8 @@ from . import metrics
 from .objective import Loss, Objective
 
 _as_list = BeforeValidator(lambda values: values.tolist() if isinstance(values, Tensor) else values)
-Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Threshold = Annotated[float, Field(ge=0, le=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positives = Annotated[tuple[Above0, ...], _as_list]
-Shares = Annotated[tuple[Threshold, ...], _as_list]
+Shares = Annotated[tuple[Share, ...], _as_list]
 Numbers = Annotated[tuple[Finite, ...], _as_list]
 CHECKED = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from backbone_finetune import FineTuneModel
 
-from ..checking import NotNegative, Rate
+from ..checking import Above0, NotNegative, Positive, Whole
 from ..data.augmentation import AUGMENTATIONS, Augmentation
 from ..files import check_file
 from ..text import describe_fault
@@ -71,13 +71,13 @@ class Phase:
         ValueError: a value is of the wrong type or out of range (pydantic's ``ValidationError``).
     """
 
-    epochs: Annotated[int, Field(ge=1)] = 30
-    trainable_groups: Annotated[int, Field(ge=0)] = 0
-    lr: Rate | None = None
-    backbone_lr: Rate = 1e-4
+    epochs: Positive = 30
+    trainable_groups: Whole = 0
+    lr: Above0 | None = None
+    backbone_lr: Above0 = 1e-4
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     weight_decay: NotNegative | None = None
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: NotNegative = 0.0
     cosine: bool = False
     norm_eval: bool = True
     standardize: bool = False
