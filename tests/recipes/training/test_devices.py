@@ -387,7 +387,7 @@ def test_images_are_in_channels_last_on_cuda_where_the_network_takes_that(networ
     rng = torch.get_rng_state()
     for device, is_last in (("cpu", False), ("cuda", not contiguous)):
         accelerator: Any = SimpleNamespace(device=torch.device(device), is_fsdp2=False)
-        state: Any = SimpleNamespace(model=model, data=PhaseData(images, None, model), layout=None)
+        state: Any = SimpleNamespace(model=model, data=PhaseData(images, None, model), channels_last=None)
         for _ in range(2):
             (arranged,) = arrange_images(state, images, accelerator)
             assert arranged.is_contiguous(memory_format=torch.channels_last) == is_last

@@ -24,7 +24,7 @@ from ..data.images import LabelledFolder, read_image
 from ..data.loading import map_batches
 from ..data.sources.finding import list_images
 from ..data.transforms import of_one_dtype, split_transform
-from ..features.layout import Layout, in_fast_layout
+from ..features.running import Runner
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
 from ..objectives.kinds import MultiLabel, Regression
@@ -151,7 +151,7 @@ def predict_rows(
     channels = config["input_size"][0]
     read = partial(_read_input, channels=channels, transform=to_bytes, most_elongated=most_elongated)
     device = next((parameter.device for parameter in trained.model.parameters()), torch.device("cpu"))
-    layout = Layout()
+    runner = Runner()
     position = iter(paths)
     for outcomes in map_batches(read, paths, batch_size=batch_size, workers=workers):
         loaded = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
@@ -159,7 +159,7 @@ def predict_rows(
         if loaded:
             inputs = torch.stack(of_one_dtype(loaded)).to(device)
             inputs = inputs if normalize is None else normalize(inputs)
-            answers = iter(in_fast_layout(layout, partial(_run, trained, tta=tta), [inputs], trained.model))
+            answers = iter(runner.in_fast_layout(partial(_run, trained, tta=tta), [inputs], trained.model))
         for path, outcome in zip(islice(position, len(outcomes)), outcomes, strict=True):
             yield path, outcome if isinstance(outcome, str) else next(answers)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -25,8 +24,7 @@ from ..precision import has_tensor_cores
 from ..sending import send
 from .compiled import Compile, Run, compile_checked
 from .dataset import Features
-from .layout import Layout, in_fast_layout
-from .parts import Parts
+from .running import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +114,7 @@ class FrozenPass:
     dtype: torch.dtype | None
     widens: bool = True  # store results in ``dtype`` as float32
     compile: Compile | None = None  # see ``extract_features``
-    parts: Parts = field(default_factory=partial(Parts, "the backbone"))
-    layout: Layout = field(default_factory=Layout)
+    runner: Runner = field(default_factory=partial(Runner, "the backbone"))
 
     def __post_init__(self) -> None:
         self._run: Run = self.front.run
@@ -182,7 +179,7 @@ class FrozenPass:
         inputs = [send(tensor, self.device) for tensor in inputs]
         # Not inference_mode: its tensors, and tensors that modules cache in it, cannot be used in autograd later.
         with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            slots, structure = in_fast_layout(self.layout, self._compute, inputs, module)
+            slots, structure = self.runner.run(self._compute, inputs, module)
         for slot in slots:
             if not isinstance(slot, Tensor) or slot.ndim == 0 or len(slot) != len(targets):
                 raise UncacheableError(
@@ -194,11 +191,11 @@ class FrozenPass:
         on_cuda = self.device.type == "cuda"
         return Features([each.to("cpu", non_blocking=on_cuda) for each in (*widened, targets)], structure)
 
-    def _compute(self, inputs: Sequence[Tensor]) -> tuple[list[Any], TreeSpec]:
+    def _compute(self, *inputs: Tensor) -> Any:
         if self.compile is not None and isinstance(self._run, nn.Module):
             tolerance = 5e-2 if self.dtype is not None else 1e-3
             self._run, self.compile = compile_checked(self.compile, self._run, inputs, tolerance=tolerance), None
-        return self.parts.run(self._run, inputs)
+        return self._run(*inputs)
 
 
 def _wait(features: Features, event: torch.cuda.Event) -> Features:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..data.images import is_read
 from ..features.dataset import Features, module_inputs
-from ..features.layout import find_layout, to_channels_last
+from ..features.running import takes_channels_last, to_channels_last
 from ..objectives.objective import Objective
 from ..sending import send
 from ..together import OUT_OF_MEMORY
@@ -204,9 +204,9 @@ def arrange_images(state: PhaseState, inputs: list[Tensor], accelerator: Acceler
     """Convert images on a CUDA device to channels_last, unless the network takes contiguous ones alone."""
     if accelerator.device.type != "cuda" or accelerator.is_fsdp2 or isinstance(state.data.train, Features):
         return inputs
-    if state.layout is None:
-        state.layout = find_layout(state.model, inputs)
-    return inputs if state.layout.contiguous else to_channels_last(inputs, state.model)
+    if state.channels_last is None:
+        state.channels_last = takes_channels_last(state.model, inputs)
+    return to_channels_last(inputs, state.model) if state.channels_last else inputs
 
 
 def average_statistics(state: PhaseState, accelerator: Accelerator) -> None:

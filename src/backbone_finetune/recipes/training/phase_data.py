@@ -30,9 +30,9 @@ from ..features.frozen_pass import (
     in_eval,
     load_sample,
 )
-from ..features.layout import Layout, in_fast_layout
 from ..features.resident import on_device
 from ..features.rows import compute_rows
+from ..features.running import Runner
 from ..rng import preserve_rng_state
 from ..sending import send
 from ..together import together
@@ -260,4 +260,4 @@ def _find_shared_front(
         inputs, _ = split_row(load_sample(loader))
         with torch.autocast(accelerator.device.type, dtype=dtype, enabled=dtype is not None):
             inputs = [send(tensor, accelerator.device) for tensor in inputs]
-            return in_fast_layout(Layout(), partial(find_front, model), inputs, model)
+            return Runner().in_fast_layout(partial(find_front, model), inputs, model)

@@ -18,7 +18,6 @@ from backbone_finetune.checkpoint import distinct_tensors
 
 from ..data.images import is_read
 from ..features.dataset import Features
-from ..features.layout import Layout
 from ..heads.standardize import Standardization
 from ..precision import has_tensor_cores, products_in
 from ..together import together
@@ -48,7 +47,7 @@ class PhaseState:
     data: PhaseData
     mixing: Mixing | None = None
     best: dict[str, Tensor] | None = None  # the trained tensors after the best epoch
-    layout: Layout | None = None  # of images on a CUDA device, known from the first batch
+    channels_last: bool | None = None  # whether the model takes such images, known from the first batch on CUDA
     all_read: bool = False  # whether each image of the next step is known to be readable
     folding: ExitStack = field(default_factory=ExitStack)  # closing it folds standardization into the classifier
     not_finite: Tensor | float = 0.0  # tensors that were not finite before the phase, e.g. a mask of -inf

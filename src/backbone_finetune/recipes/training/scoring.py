@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from backbone_finetune.distributed import reshard
 from ..data.images import is_read
 from ..data.targets import known_targets
 from ..features.dataset import module_inputs
-from ..features.layout import Layout, in_fast_layout
-from ..features.parts import Parts
+from ..features.running import Runner
 from ..together import together
 from .batches import load_batches, local_batch
 from .config import TrainerConfig, count
@@ -86,9 +84,9 @@ def evaluate(
     targets: list[Tensor] = []
     losses: list[Tensor] = []
     kept: list[Tensor] = []
-    workers, known, in_parts = config.workers_for(data), known_targets(data), Parts("the model")
+    known = known_targets(data)
     # On the CPU the results are those of contiguous images, as in the steps.
-    layout = Layout(contiguous=accelerator.device.type != "cuda" or isinstance(data, TensorDataset))
+    runner = Runner(contiguous=accelerator.device.type != "cuda" or isinstance(data, TensorDataset))
     unchecked: list[Tensor] = [] if known is None else [known.cpu()]  # targets, until a batch shows how many outputs
 
     def run(*inputs: Tensor) -> Tensor:
@@ -99,7 +97,7 @@ def evaluate(
         data,
         shares,
         device=accelerator.device,
-        workers=workers,
+        workers=config.workers_for(data),
         seed="evaluation",
         check=unchecked.append if known is None else None,
     )
@@ -110,7 +108,7 @@ def evaluate(
             if accelerator.is_fsdp2:  # each process must run as many parts as the others
                 outputs = run(*inputs)
             else:
-                (outputs, *_), _ = in_fast_layout(layout, partial(in_parts.run, run), inputs, module)
+                (outputs, *_), _ = runner.run(run, inputs, module)
             outputs = outputs[: share.num_real]
             while unchecked:  # before the loss: on a GPU, an invalid class would end the process
                 known = unchecked.pop()
