@@ -27,9 +27,9 @@ from backbone_finetune.recipes import (
     fit_heads,
     make_accelerator,
 )
-from backbone_finetune.recipes.training.checkpoints import Progress
 from backbone_finetune.recipes.training.epoch import train_epoch
 from backbone_finetune.recipes.training.phase_state import prepared_phase
+from backbone_finetune.recipes.training.progress import Progress
 from caching.training import Samples, time_in_turns
 
 LEARNING_RATES = tuple(1e-4 * 2**step for step in range(8))

@@ -30,11 +30,11 @@ from torch.utils.data import Dataset, TensorDataset
 from backbone_finetune import FineTuneModel, cli
 from backbone_finetune.recipes.features.cache import FeatureCache
 from backbone_finetune.recipes.rng import seed_everything
-from backbone_finetune.recipes.training.checkpoints import EpochResult
 from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
+from backbone_finetune.recipes.training.progress import EpochResult
 
 PHASES = (
     Phase(epochs=3, lr=0.01, cosine=True),

@@ -33,13 +33,13 @@ from .models.file import TrainedModel, load_trained_model, save_trained_model
 from .models.named import NamedModel, load_timm_model
 from .models.onnx_file import load_onnx_model
 from .objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
-from .training.checkpoints import EpochResult
 from .training.config import TrainerConfig
 from .training.epoch import DivergedError
 from .training.folds import cross_predict, cross_validate
 from .training.loop import fine_tune
 from .training.phases import Phase, read_phases, tuning_phases
 from .training.processes import make_accelerator
+from .training.progress import EpochResult
 from .training.scoring import Score, evaluate
 
 __all__ = [

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.training.checkpoints import EpochResult
 from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
+from backbone_finetune.recipes.training.progress import EpochResult
 from backbone_finetune.recipes.training.scoring import evaluate
 
 ACCELERATOR = Accelerator(cpu=True)

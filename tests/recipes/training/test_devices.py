@@ -48,13 +48,13 @@ from backbone_finetune.recipes.heads.standardize import Standardization
 from backbone_finetune.recipes.models.file import TrainedModel, build_transform
 from backbone_finetune.recipes.objectives.objective import Objective
 from backbone_finetune.recipes.precision import default_precision, products_in
-from backbone_finetune.recipes.training.checkpoints import Progress
 from backbone_finetune.recipes.training.epoch import arrange_images, train_epoch
 from backbone_finetune.recipes.training.mixing import Mixing, make_mixing
 from backbone_finetune.recipes.training.phase_data import PhaseData
 from backbone_finetune.recipes.training.phase_state import PhaseState
 from backbone_finetune.recipes.training.phases import make_schedule
 from backbone_finetune.recipes.training.processes import prepare, release
+from backbone_finetune.recipes.training.progress import Progress
 
 CPU = torch.device("cpu")
 

@@ -15,12 +15,12 @@ from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.commands.setup import balanced_weights
 from backbone_finetune.recipes.data.images import IGNORED
 from backbone_finetune.recipes.objectives.kinds import SingleLabel
-from backbone_finetune.recipes.training.checkpoints import EpochResult
 from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phase_state import prepared_phase
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
+from backbone_finetune.recipes.training.progress import EpochResult
 
 ACCELERATOR = make_accelerator(torch.device("cpu"))
 WEIGHTS = (0.5, 3.0, 1.25)

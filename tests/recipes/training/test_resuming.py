@@ -30,14 +30,13 @@ from backbone_finetune.recipes.commands.runs.run_folder import MODEL_FILE, UNFIN
 from backbone_finetune.recipes.rng import preserve_rng_state, random_state, restore_random_state
 from backbone_finetune.recipes.training.checkpoints import (
     Checkpoint,
-    EpochResult,
-    Progress,
     _digest_all,
     capture,
     newest_checkpoint,
     resume,
     write_checkpoint,
 )
+from backbone_finetune.recipes.training.progress import EpochResult, Progress
 
 WORKER = Path(__file__).parents[2] / "helpers" / "training_worker.py"
 SIGKILLED = -9

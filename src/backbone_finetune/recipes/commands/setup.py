@@ -22,9 +22,9 @@ from ..models.foreign import WANTED
 from ..objectives.kinds import MultiLabel, Regression, SingleLabel, SoftLabels
 from ..objectives.objective import Objective
 from ..together import run_on_main, together
-from ..training.checkpoints import EpochResult
 from ..training.mixing import make_mixing
 from ..training.phases import DEFAULT_LR, Phase, tuning_phases
+from ..training.progress import EpochResult
 from .initial_model import load_start
 from .runs.run_folder import check_output_folder
 from .settings import CLIPART, TrainSettings

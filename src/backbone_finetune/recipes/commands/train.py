@@ -27,12 +27,12 @@ from ..objectives.kinds import MultiLabel, Regression, SoftLabels
 from ..rng import preserve_rng_state, seed_everything
 from ..text import join_some, printable
 from ..together import run_on_main
-from ..training.checkpoints import EpochResult
 from ..training.config import TrainerConfig
 from ..training.epoch import DivergedError
 from ..training.folds import check_folds
 from ..training.loop import fine_tune
 from ..training.processes import find_device, make_accelerator
+from ..training.progress import EpochResult
 from ..training.scoring import Score
 from ..training.tracking import finish_trackers
 from .reporting.figures import Answers

@@ -17,7 +17,7 @@ from ..features.cache import FeatureCache
 from ..features.compiled import Compile
 from ..objectives.kinds import SingleLabel
 from ..objectives.objective import Objective
-from .checkpoints import EpochResult
+from .progress import EpochResult
 
 FEWEST_COMPUTED = 128  # images for which starting processes is faster, if they also compute
 

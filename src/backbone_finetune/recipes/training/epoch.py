@@ -17,9 +17,10 @@ from ..objectives.objective import Objective
 from ..sending import send
 from ..together import OUT_OF_MEMORY
 from .batches import LocalBatch, epoch_batches, load_batches, local_batch
-from .checkpoints import EpochResult, Progress, load_by_name
+from .checkpoints import load_by_name
 from .config import TrainerConfig, count
 from .phase_state import PhaseState, save_checkpoint, snapshot
+from .progress import EpochResult, Progress
 from .scoring import evaluate
 
 

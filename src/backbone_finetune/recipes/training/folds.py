@@ -15,11 +15,11 @@ from backbone_finetune import FineTuneModel
 from ..data.groups import deal_groups, places_by_class
 from ..data.targets import known_groups, known_targets
 from ..features.dataset import Features
-from .checkpoints import EpochResult
 from .config import TrainerConfig, count
 from .loop import fine_tune
 from .phase_data import Fold, prepare_data
 from .phases import Phase
+from .progress import EpochResult
 from .scoring import evaluate
 
 

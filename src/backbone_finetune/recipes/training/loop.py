@@ -14,11 +14,12 @@ from backbone_finetune import FineTuneModel
 from ..data.images import ImageDataset
 from ..data.targets import check_dataset
 from ..text import printable
-from .checkpoints import EpochResult, Progress, load_by_name, open_checkpoints, resume
+from .checkpoints import load_by_name, open_checkpoints, resume
 from .config import TrainerConfig
 from .epoch import train_epoch
 from .phase_state import prepared_phase, save_checkpoint, snapshot
 from .phases import DEFAULT_LR, Phase
+from .progress import EpochResult, Progress
 from .tracking import log_epoch, start_trackers
 
 logger = logging.getLogger(__name__)

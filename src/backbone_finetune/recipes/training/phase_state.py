@@ -22,13 +22,14 @@ from ..heads.standardize import Standardization
 from ..precision import has_tensor_cores, products_in
 from ..together import together
 from .batches import epoch_batches
-from .checkpoints import Progress, capture, load_by_name, write_checkpoint
+from .checkpoints import capture, load_by_name, write_checkpoint
 from .config import TrainerConfig, count
 from .first_rows import explain_errors
 from .mixing import Mixing, make_mixing
 from .phase_data import PhaseData, prepare_data
 from .phases import Phase, make_schedule
 from .processes import communicated_bytes, full_tensor, prepare, release
+from .progress import Progress
 from .start import start_classifier
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..text import one_line, printable
-from .checkpoints import EpochResult
 from .config import TrainerConfig
 from .phases import Phase
+from .progress import EpochResult
 
 logger = logging.getLogger(__name__)
 

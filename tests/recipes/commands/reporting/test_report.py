@@ -35,7 +35,7 @@ from backbone_finetune.recipes.commands.reporting.report import make_report, rep
 from backbone_finetune.recipes.commands.runs.metrics import Metrics
 from backbone_finetune.recipes.commands.settings import TrainSettings
 from backbone_finetune.recipes.data.sources.identical import Copy
-from backbone_finetune.recipes.training.checkpoints import EpochResult
+from backbone_finetune.recipes.training.progress import EpochResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = '<script>document.title="ran"</script>"&\x1b[31m'

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from backbone_finetune import FineTuneModel
 
 from ...data.augmentation import AUGMENTATIONS
-from ...training.checkpoints import EpochResult
 from ...training.phases import Phase
+from ...training.progress import EpochResult
 from ..runs.metrics import Metrics
 from ..settings import TrainSettings
 from .page import table, text

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ...training.checkpoints import EpochResult
+from ...training.progress import EpochResult
 
 MOST_NAMED = 50
 REFERENCE_STYLES = (("black", "-"), *(("grey", style) for style in ("-", "--", "-.", ":")))  # one each for five

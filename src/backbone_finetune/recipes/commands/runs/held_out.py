@@ -7,10 +7,10 @@ from dataclasses import replace
 from ...data.images import ImageDataset
 from ...data.sources.rows import TEST, VALIDATION
 from ...objectives.kinds import MultiLabel
-from ...training.checkpoints import EpochResult
 from ...training.config import TrainerConfig
 from ...training.loop import report_skipped
 from ...training.phase_data import PhaseData, prepare_data
+from ...training.progress import EpochResult
 from ...training.scoring import Score, evaluate
 from ..reporting.figures import Answers, make_answers
 from ..setup import Task

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...data.sources.identical import Copy
-from ...training.checkpoints import EpochResult
 from ...training.phases import Phase
+from ...training.progress import EpochResult
 from .baselines import BackwardTimes
 
 
