@@ -45,6 +45,7 @@ FOLDERS = (
     "checking",
     "extras",
     "files",
+    "memory",
     "precision",
     "rng",
     "sending",
