@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,9 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from backbone_finetune.checkpoint import distinct_tensors
+from backbone_finetune.checkpoint import distinct_tensors, save_tensors
 from backbone_finetune.eval_caches import clear_caches
-from backbone_finetune.files import replacing
 from backbone_finetune.verification import digest
 
 from ..rng import random_state, restore_random_state
@@ -163,7 +161,6 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     named |= {f"best.{name}": tensor for name, tensor in checkpoint.best.items()}
     for name, state in checkpoint.optimizer.items():
         named |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     state_text = json.dumps(
         {
             "progress": asdict(checkpoint.progress),
@@ -172,8 +169,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         }
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"step-{checkpoint.progress.steps:09}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"state": state_text, "digest": _digest_all(state_text, tensors)})
+    path = folder / f"step-{checkpoint.progress.steps:09}.safetensors"
+    save_tensors(named, path, {"state": state_text, "digest": _digest_all(state_text, named)})
     for path in _list_checkpoints(folder)[:-KEPT]:
         path.unlink()
 
