@@ -40,9 +40,8 @@ from backbone_finetune.recipes import (
 from backbone_finetune.recipes.commands.predict import predict
 from backbone_finetune.recipes.data.images import ImageDataset
 from backbone_finetune.recipes.data.transforms import split_transform
-from backbone_finetune.recipes.features import resident
-from backbone_finetune.recipes.features.dataset import Features
-from backbone_finetune.recipes.features.resident import on_device
+from backbone_finetune.recipes.features import dataset
+from backbone_finetune.recipes.features.dataset import Features, on_device
 from backbone_finetune.recipes.heads import grid
 from backbone_finetune.recipes.heads.standardize import Standardization
 from backbone_finetune.recipes.models.file import TrainedModel, build_transform
@@ -207,7 +206,7 @@ def test_features_too_large_for_the_device_stay_where_they_are(monkeypatch: pyte
 def test_free_memory_of_a_gpu_has_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 50), ("memory_allocated", 20)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert resident.free_memory(torch.device("cuda", 0)) == 130
+    assert dataset.free_memory(torch.device("cuda", 0)) == 130
 
 
 def test_waits_for_the_device_are_seen(on_meta: Accelerator) -> None:

@@ -23,9 +23,8 @@ from backbone_finetune.splitting.measures import count_classes
 from ..checking import NotNegative, Positive, validated
 from ..data.images import is_read
 from ..data.targets import check_targets
-from ..features.dataset import feature_batches, module_inputs, select_rows
+from ..features.dataset import feature_batches, index_rows, module_inputs, on_device, select_rows
 from ..features.extract import find_device_of
-from ..features.resident import index_rows, on_device
 from ..sending import send
 from .standardize import Standardization
 

@@ -16,9 +16,9 @@ from backbone_finetune.splitting.measures import count_classes
 
 from ..checking import NotNegative, Positive, validated
 from ..data.targets import check_targets
+from ..features.dataset import on_device
 from ..features.extract import find_device_of
 from ..features.frozen_pass import in_eval
-from ..features.resident import on_device
 from ..precision import products_in
 from .grid import check_features, decaying_names, head_batch
 

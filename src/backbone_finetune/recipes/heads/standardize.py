@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..data.images import is_read
+from ..features.dataset import D, with_tensors
 
 CHUNK = 8192  # rows whose copy in double precision is in memory at once
 SMALLEST = 1e-6  # of a standard deviation relative to the mean: below, it is rounding
-D = TypeVar("D", bound=TensorDataset)
 
 
 class Standardization(NamedTuple):
@@ -58,9 +57,7 @@ class Standardization(NamedTuple):
         mean, scale = (values.to(features.dtype).to(features.device) for values in self)
         for source, target in zip(torch.split(features, CHUNK), torch.split(standardized, CHUNK), strict=True):
             torch.sub(source, mean, out=target).mul_(scale)
-        result = copy.copy(data)
-        result.tensors = (standardized, *others)
-        return result
+        return with_tensors(data, [standardized, *others])
 
     @torch.no_grad()
     def enter(self, classifier: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ..data.loading import DeviceLoader
-from ..features.resident import index_rows
+from ..features.dataset import index_rows
 
 
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tuple[Tensor, ...]:

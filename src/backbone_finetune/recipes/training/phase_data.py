@@ -18,7 +18,7 @@ from ..data.images import ImageDataset, is_read
 from ..data.loading import DeviceLoader
 from ..data.targets import split_row
 from ..features.cache import backbone_fingerprint, bytes_per_row, layout_of
-from ..features.dataset import Features, select_rows
+from ..features.dataset import Features, on_device, select_rows
 from ..features.frozen_pass import (
     Front,
     FrozenPass,
@@ -30,7 +30,6 @@ from ..features.frozen_pass import (
     in_eval,
     load_sample,
 )
-from ..features.resident import on_device
 from ..features.rows import compute_rows
 from ..features.running import Runner
 from ..rng import preserve_rng_state
