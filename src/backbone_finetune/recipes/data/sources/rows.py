@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
     place: str
     path: Path
-    cells: Mapping[str, Any]
+    cells: Mapping[Any, Any]
 
 
 class Labelled(NamedTuple):

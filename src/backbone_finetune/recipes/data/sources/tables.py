@@ -2,7 +2,7 @@
 
 import csv
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ PARQUET = ".parquet"
 TABLES = (".csv", ".tsv", PARQUET)
 DELIMITERS = ",;\t"  # spreadsheets write ; where a comma is in numbers
 PATHS = ("path", "file", "filename", "file_name", "image")
+Cells = Mapping[Any, Any]
 COLUMNS = "; a table has path, label and, optionally, split and group; a CSV file names them in its first line"
 
 
@@ -31,11 +32,11 @@ def read_table(table: Path, values: Sequence[str] = (), group: str | None = None
         ModuleNotFoundError: it is a Parquet file, and pyarrow is not installed.
         ValueError: a column is missing or duplicated, none of the paths is a file, or as for `sort_rows`.
     """
-    names = _read_names(table)
-    path = str(find_column(table, names, PATHS, hint=COLUMNS))
-    columns = choose_columns(table, names, values, group)
-    cells = (Row(place, table, cells) for place, cells in _read_cells(table, [path, *columns.names]))
-    rows = [row._replace(path=table.parent / _read_path(row, path)) for row in cells]
+    with _opened(table) as (names, read):
+        path = str(find_column(table, names, PATHS, hint=COLUMNS))
+        columns = choose_columns(table, names, values, group)
+        read_rows = (Row(f"{table}, {place}", table, cells) for place, cells in read([path, *columns.names]))
+        rows = [row._replace(path=table.parent / _read_path(row, path)) for row in read_rows]
     found, places = sort_rows(table, columns, rows), dict[Path, list[str]]()
     for row in rows:
         places.setdefault(row.path, []).append(row.place.removeprefix(f"{table}, "))
@@ -53,6 +54,8 @@ def read_table(table: Path, values: Sequence[str] = (), group: str | None = None
 
 
 def _read_path(row: Row, column: str) -> str:
+    if any(row.cells.get(None) or ()):  # the key of cells beyond the columns
+        raise ValueError(f"{row.place}: more cells than columns; put a text that has a separator in it in quotes")
     if isinstance(row.cells[column], dict | bytes):
         raise ValueError(
             f"{row.place}: {column} holds an image, not its path; convert the table with the package datasets, "
@@ -61,54 +64,32 @@ def _read_path(row: Row, column: str) -> str:
     return require(row, column)
 
 
-def _is_parquet(table: Path) -> bool:
-    return table.suffix.lower() == PARQUET
-
-
-def _read_names(table: Path) -> list[str]:
-    """Return the names of the columns."""
-    if _is_parquet(table):
-        with _explained(table):
-            return list(import_extra("pyarrow.parquet", "parquet").read_schema(table).names)
-    with _opened(table) as reader:
-        return list(reader.fieldnames or ())
-
-
-def _read_cells(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the cells of each row, and where they are."""
-    if not _is_parquet(table):
-        with _opened(table) as reader:
-            for row in reader:
-                place = f"{table}, line {reader.line_num}"
-                if any(row.get(None) or ()):  # the key of cells beyond the columns
-                    raise ValueError(
-                        f"{place}: more cells than columns; put a text that has a separator in it in quotes"
-                    )
-                yield place, row
-        return
-    with _explained(table), import_extra("pyarrow.parquet", "parquet").ParquetFile(table) as file:
-        rows = file.read(list(dict.fromkeys(columns))).to_pylist()
-    for number, cells in enumerate(rows, 1):
-        yield f"{table}, row {number}", cells
-
-
 @contextmanager
-def _opened(table: Path) -> Iterator["csv.DictReader[str]"]:
+def _opened(table: Path) -> Iterator[tuple[list[str], Callable[[Sequence[str]], Iterable[tuple[str, Cells]]]]]:
+    """Open a table: the names of its columns, and a function that reads some of them, by row and its place.
+
+    Errors of the readers are ValueErrors that name the table.
+    """
+    if table.suffix.lower() == PARQUET:
+        parquet, pyarrow = import_extra("pyarrow.parquet", "parquet"), import_extra("pyarrow", "parquet")
+        try:
+            with parquet.ParquetFile(table) as file:
+
+                def read(columns: Sequence[str]) -> Iterator[tuple[str, Cells]]:
+                    cells = file.read(list(dict.fromkeys(columns))).to_pylist()
+                    return ((f"row {number}", each) for number, each in enumerate(cells, 1))
+
+                yield file.schema_arrow.names, read
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{table}: not a Parquet table ({str(error).splitlines()[0]})") from error
+        return
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            delimiter = max(DELIMITERS, key=file.readline().count)
-            file.seek(0)
-            yield csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+        with open(table, encoding="utf-8-sig", newline="") as text:
+            delimiter = max(DELIMITERS, key=text.readline().count)
+            text.seek(0)
+            reader = csv.DictReader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
+            yield list(reader.fieldnames or ()), lambda _: ((f"line {reader.line_num}", cells) for cells in reader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{table}: not in UTF-8 ({error}); save it so: spreadsheets call it CSV UTF-8") from error
     except csv.Error as error:
         raise ValueError(f"{table}: not a table ({error})") from error
-
-
-@contextmanager
-def _explained(table: Path) -> Iterator[None]:
-    """Name the file in pyarrow's errors."""
-    try:
-        yield
-    except import_extra("pyarrow", "parquet").ArrowException as error:
-        raise ValueError(f"{table}: not a Parquet table ({str(error).splitlines()[0]})") from error
