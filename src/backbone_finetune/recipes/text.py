@@ -2,7 +2,6 @@
 
 import sys
 import unicodedata
-from collections.abc import Sequence
 from io import TextIOWrapper
 
 from pydantic import ValidationError
@@ -22,12 +21,6 @@ def one_line(value: object, *, most: int = 80) -> str:
     """Format a value on one line of at most ``most`` characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[:most]}..."
-
-
-def join_some(parts: Sequence[str], *, most: int = 3, separator: str = ", ") -> str:
-    """Join the first parts and count the rest: "a, b, c and 1 more"."""
-    more = f" and {len(parts) - most} more" if len(parts) > most else ""
-    return separator.join(parts[:most]) + more
 
 
 def describe_fault(error: ValidationError) -> str:

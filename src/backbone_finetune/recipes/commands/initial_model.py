@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from backbone_finetune.names import shortened
 from backbone_finetune.splitting.copies import meta_copy
 
 from ..models.classifiers import choose_classifier
@@ -13,7 +14,6 @@ from ..models.metadata import ModelDescription
 from ..models.readouts import assemble, choose_readout
 from ..models.weights import PACKAGED_ARCHITECTURE, Source, load_network, model_arguments
 from ..objectives.kinds import SingleLabel
-from ..text import join_some
 from .settings import TrainSettings
 
 # The clipart is stored at 64 pixels. Five-fold cross-validation on its training images alone gave .66 at 96 pixels,
@@ -72,7 +72,7 @@ def _load_file(
     words = f"weights from {path}"
     if trained.class_names == class_names:
         return replace(trained, model=trained.model.unfreeze_backbone()), "file", f"{words}, with its classifier", True
-    words = f"{words}, with a new classifier, as its classes are {join_some(trained.class_names)}"
+    words = f"{words}, with a new classifier, as its classes are {shortened(trained.class_names)}"
     model = with_new_classifier(trained, path, class_names)
     return replace(trained, model=model, class_names=class_names, objective=SingleLabel()), "file", words, False
 

@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.frontier import NoFrontier, find_frontier
+from backbone_finetune.names import shortened
 from backbone_finetune.report import describe_state
 
 from ..models.file import load_outline
 from ..models.weights import create_network
 from ..rng import preserve_rng_state
-from ..text import join_some
 
 IMAGES = 3  # the minimum of find_frontier
 
@@ -62,7 +62,7 @@ def inspect_file(path: Path) -> str:
     kind = "classes" if objective is None else {"MultiLabel": "labels", "Regression": "values"}[objective.kind]
     return "\n".join(
         [
-            f"{path}: {len(names):,} {kind} ({join_some(names, most=10)})",
+            f"{path}: {len(names):,} {kind} ({shortened(names, most=10)})",
             "written with " + ", ".join(f"{name} {version}" for name, version in description.versions.items()),
             *_tabulate(model, description.architecture, description.data_config.input_size, states, "state"),
         ]

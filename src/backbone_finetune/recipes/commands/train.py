@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from backbone_finetune.names import shortened
 from backbone_finetune.report import describe_by_group
 
 from ..data.fingerprint import fingerprint_images
@@ -25,7 +26,7 @@ from ..models.file import save_trained_changes, save_trained_model
 from ..models.metadata import describe_objective, installed_versions
 from ..objectives.kinds import MultiLabel, Regression, SoftLabels
 from ..rng import preserve_rng_state, seed_everything
-from ..text import join_some, printable
+from ..text import printable
 from ..together import run_on_main
 from ..training.config import TrainerConfig
 from ..training.epoch import DivergedError
@@ -174,7 +175,7 @@ def _start(
     )
     if accelerator.is_main_process:
         if differences := [] if recorded is None else compare_runs(recorded, record):
-            logger.warning("this run differs from the recorded one: %s", join_some(differences, separator="; "))
+            logger.warning("this run differs from the recorded one: %s", shortened(differences, separator="; "))
         logger.info(
             f"model:    {task.architecture}, {printable(task.weights)}, on {accelerator.device}\n\n"
             f"{describe_by_group(task.model.backbone, task.model.classifier, task.model.layer_groups)}\n"

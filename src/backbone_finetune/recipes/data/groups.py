@@ -4,7 +4,8 @@ import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from ..text import join_some
+from backbone_finetune.names import shortened
+
 from .images import LabelledFolder
 
 
@@ -80,7 +81,7 @@ def split(folder: LabelledFolder, *, test_share: float, seed: int) -> tuple[Labe
         for target in sorted({target for target in targets if not {(0, target), (1, target)} <= found}):
             own = sorted({group for group, other in zip(folder.groups, targets, strict=True) if other == target})
             raise ValueError(
-                f"{folder.root}: {names[target]} is in {len(own)} group{'s' * (len(own) > 1)} ({join_some(own)}), "
+                f"{folder.root}: {names[target]} is in {len(own)} group{'s' * (len(own) > 1)} ({shortened(own)}), "
                 "of which none can be held out; add groups, or remove the class, or pass --test or a split of your own"
             )
         held_out.update(index for index, part in enumerate(dealt) if part)

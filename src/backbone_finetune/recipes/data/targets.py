@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
+from backbone_finetune.names import shortened
+
 from ..rng import preserve_rng_state
-from ..text import join_some
 from .images import IGNORED, ImageDataset
 
 
@@ -130,5 +131,5 @@ def describe_value(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict):
-        return f"a dict of {join_some([str(key) for key in value])}"
+        return f"a dict of {shortened([str(key) for key in value])}"
     return f"a {type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list) else ''}"

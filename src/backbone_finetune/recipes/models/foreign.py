@@ -14,8 +14,10 @@ from timm.models import PretrainedCfg, clean_state_dict
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
+from backbone_finetune.names import shortened
+
 from ..files import check_file
-from ..text import join_some, one_line
+from ..text import one_line
 
 WANTED = "pass a file of weights"
 NESTED = ("state_dict_ema", "model_ema", "model_state_dict", "state_dict", "model", "net", "weights")
@@ -95,7 +97,7 @@ def read_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
         entries = [f"{one_line(name)} ({type(value).__name__})" for name, value in found.items()]
         raise ValueError(
             f"{path}: it has no tensors at its top, nor below {', '.join(NESTED)}; its entries are "
-            f"{join_some(entries, most=10) or 'none'}; write its state dict to a file of its own, and pass that"
+            f"{shortened(entries, most=10) or 'none'}; write its state dict to a file of its own, and pass that"
         )
     prefix = _find_prefix(tensors, names)
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -146,4 +148,4 @@ def _find_prefix(tensors: Iterable[str], names: Collection[str]) -> str:
 
 
 def _list_names(names: Iterable[str]) -> str:
-    return join_some([one_line(name, most=60) for name in names])
+    return shortened([one_line(name, most=60) for name in names])

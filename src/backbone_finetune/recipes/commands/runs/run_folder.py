@@ -16,9 +16,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from backbone_finetune.files import replacing, sync_file, sync_folder
+from backbone_finetune.names import shortened
 
 from ...files import check_output
-from ...text import join_some, one_line
+from ...text import one_line
 
 RUN_FILE, MODEL_FILE, METRICS_FILE, CURVES_FILE = "run.json", "model.safetensors", "metrics.json", "curves.png"
 REPORT_FILE, PREDICTIONS_FILE, LABELS_FILE = "report.html", "predictions.csv", "label_issues.csv"
@@ -84,7 +85,7 @@ def _start_or_resume(folder: Path, record: Mapping[str, Any], *, overwrite: bool
             return
         if not overwrite:
             raise FileExistsError(
-                f"{folder} holds an unfinished run with other arguments ({join_some(differences, separator='; ')}); "
+                f"{folder} holds an unfinished run with other arguments ({shortened(differences, separator='; ')}); "
                 "pass the same ones to resume it, --overwrite to replace it, or another folder with --output"
             )
     for path in unfinished.iterdir():

@@ -4,7 +4,9 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ...text import has_control_characters, join_some, printable
+from backbone_finetune.names import shortened
+
+from ...text import has_control_characters, printable
 from ..images import LabelledFolder
 from .folders import EXPECTED, File, read_folders, walk
 from .hugging_face import is_dataset, list_rows, read_dataset
@@ -136,8 +138,8 @@ def _check_names(root: Path, found: Sequence[str], allowed: Sequence[str] | None
         return found
     if unknown := [name for name in found if name not in allowed]:
         raise ValueError(
-            f"{root}: {join_some(unknown, most=5)}: not a class of this model, whose classes are "
-            f"{join_some(allowed, most=20)}; rename the class, or remove it"
+            f"{root}: {shortened(unknown, most=5)}: not a class of this model, whose classes are "
+            f"{shortened(allowed, most=20)}; rename the class, or remove it"
         )
     return allowed
 

@@ -8,7 +8,9 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import NamedTuple
 
-from ...text import join_some, printable
+from backbone_finetune.names import shortened
+
+from ...text import printable
 from .names import EXAMPLES, is_hidden, is_image, kind_of, show_kinds, warn_of_left_out, warn_of_others
 from .rows import PARTS, TEST, TRAIN, VALIDATION, Labelled
 from .tables import TABLES
@@ -149,7 +151,7 @@ def choose_parts(root: Path, inside: Mapping[str, set[str]]) -> dict[str, str]:
         alike = list(named.values() if len(named) > 1 else inside)
         if named and len(alike) > 1 and set.intersection(*(inside[name] for name in alike)):
             raise ValueError(
-                f"{root}: {join_some(alike)} have the same sub-folders; name them train, val and test, or pass one of "
+                f"{root}: {shortened(alike)} have the same sub-folders; name them train, val and test, or pass one of "
                 "them; if they are classes, rename the one that is named as a part"
             )
         return {}
@@ -160,7 +162,7 @@ def choose_parts(root: Path, inside: Mapping[str, set[str]]) -> dict[str, str]:
         if (part := PARTS.get(name.lower())) is not None:
             raise ValueError(f"{root}: {name} and {named[part]} are both of {part} images; join them, or remove one")
     if others:
-        warn_of_others(root, join_some(others))
+        warn_of_others(root, shortened(others))
     for name in (name for part, name in named.items() if part != TRAIN and not inside[name]):
         logger.warning("%s: left out: no sub-folders, so its images are of no known class", printable(root / name))
     return {

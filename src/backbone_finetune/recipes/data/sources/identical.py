@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from backbone_finetune.names import shortened
+
 from ...files import NO_FILE
-from ...text import join_some, printable
+from ...text import printable
 from ..images import LabelledFolder
 from .rows import TRAIN
 
@@ -67,7 +69,7 @@ def _log(copies: Sequence[Copy], parts: Mapping[str, LabelledFolder]) -> None:
         logger.warning(
             "%d of %d %s images %s, byte for byte%s: %s",
             *(len(found), len(parts[name].paths), shown, f"{'is' if len(found) == 1 else 'are'} {same}", effect),
-            printable(join_some([_describe(copy) for copy in found], separator="; ")),
+            printable(shortened([_describe(copy) for copy in found], separator="; ")),
         )
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...text import join_some, printable
+from backbone_finetune.names import shortened
+
+from ...text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def kind_of(path: Path) -> str:
 
 def show_kinds(kinds: Counter[str]) -> str:
     """Return the numbers of files by kind, for messages."""
-    return printable(join_some([f"{count} {kind}" for kind, count in kinds.most_common()], most=10))
+    return printable(shortened([f"{count} {kind}" for kind, count in kinds.most_common()], most=10))
 
 
 def warn_of_left_out(root: Path, kinds: Counter[str]) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from ...text import join_some, printable
+from backbone_finetune.names import shortened
+
+from ...text import printable
 from ..groups import split
 from ..images import LabelledFolder
 from .finding import choose_test, find_splits, has_columns
@@ -81,7 +83,7 @@ def _log_parts(parts: Mapping[str, LabelledFolder], notes: Mapping[str, str], va
     counts = [_describe_targets(images, values) for images in parts.values()]
     lines = [f"{name} {' + '.join(shown)}" for name, *shown in zip(parts[TRAIN].class_names, *counts, strict=True)]
     what = "values" if values else "images by class"
-    logger.info("%s, %s: %s", what, " + ".join(parts), printable(join_some(lines, most=20)))
+    logger.info("%s, %s: %s", what, " + ".join(parts), printable(shortened(lines, most=20)))
 
 
 def _log_shared_groups(parts: Mapping[str, LabelledFolder]) -> None:
@@ -90,7 +92,7 @@ def _log_shared_groups(parts: Mapping[str, LabelledFolder]) -> None:
         if shared := sorted(set(parts[earlier].groups or ()) & set(parts[later].groups or ())):
             logger.warning(
                 "%d groups have images in both %s and %s, which may make the %s accuracy too high: %s",
-                *(len(shared), earlier, later, later, printable(join_some(shared))),
+                *(len(shared), earlier, later, later, printable(shortened(shared))),
             )
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...text import join_some, one_line
+from backbone_finetune.names import shortened
+
+from ...text import one_line
 
 LABELS = ("label", "class", "target")
 SEVERAL = "labels"  # an image has any number of them
@@ -135,4 +137,4 @@ def _read_number(place: str, text: str) -> float:
 
 def show_names(names: Sequence[str]) -> str:
     """Return the names of columns on one line."""
-    return one_line(join_some(names, most=10)) or "none"
+    return one_line(shortened(names, most=10)) or "none"

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...text import join_some
+from backbone_finetune.names import shortened
+
 from .folders import File
 from .names import is_image, kind_of, warn_of_left_out
 from .rows import LABELS, PARTS, SEVERAL, SPLITS, TRAIN, Labelled, Row, choose_columns, sort_rows
@@ -47,7 +48,7 @@ def read_samples(
     for sample in samples:
         images = _choose_images(sample)
         if len(images) > 1:
-            names = join_some([image.name for image in images])
+            names = shortened([image.name for image in images])
             key = images[0].name.partition(".")[0]
             raise ValueError(f"{images[0].parent}: the sample {key} has {len(images)} images ({names}); leave one")
         sidecars = {_extension(path): path for path in sample if images and _extension(path) in SIDECARS}

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from backbone_finetune.names import shortened
+
 from ...extras import import_extra
-from ...text import join_some, printable
+from ...text import printable
 from .rows import Labelled, Row, choose_columns, find_column, require, sort_rows
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def read_table(table: Path, values: Sequence[str] = (), group: str | None = None
     if repeated := [f"{each} ({', '.join(own)})" for each, own in places.items() if len(own) > 1]:
         logger.warning(
             "%s: in several rows, which all count: %d of %d images: %s",
-            *(printable(table), len(repeated), len(places), printable(join_some(repeated))),
+            *(printable(table), len(repeated), len(places), printable(shortened(repeated))),
         )
     return found
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from ...text import join_some, printable
+from backbone_finetune.names import shortened
+
+from ...text import printable
 from .folders import File, walk
 from .names import is_hidden, kind_of, warn_of_left_out, warn_of_others
 from .packed import PackedPath
@@ -96,10 +98,10 @@ def _find_parts(root: Path, shards: Sequence[Path]) -> dict[Path, str | None]:
     named = {part for part in parts.values() if part is not None}
     if TRAIN not in named:
         if len(named) > 1:
-            raise ValueError(f"{root}: its tar files are named {join_some(sorted(named))}, and none train; add it")
+            raise ValueError(f"{root}: its tar files are named {shortened(sorted(named))}, and none train; add it")
         return dict.fromkeys(shards)
     if others := [shard.name for shard, part in parts.items() if part is None]:
-        warn_of_others(root, join_some(others))
+        warn_of_others(root, shortened(others))
     return {shard: part for shard, part in parts.items() if part is not None}
 
 
