@@ -2,8 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,31 +27,15 @@ def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> tupl
     return batches[:-1] if len(batches[-1]) == 1 < len(batches) else batches
 
 
-@dataclass(frozen=True)
-class LocalBatch:
+class LocalBatch(NamedTuple):
     """One process's part of a batch: ``indices`` of images, of which only the first ``num_real`` count.
 
     All processes' parts of a batch have equal length, as collectives require; the images after the first
     ``num_real`` belong to other processes and have no weight.
-
-    >>> batch = LocalBatch(torch.tensor([4, 7, 4]), num_real=2)
-    >>> [(part.indices.tolist(), part.num_real) for part in batch.split(2)]
-    [([4, 7], 2), ([4], 0)]
     """
 
     indices: Tensor
     num_real: int
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def split(self, parts: int) -> "list[LocalBatch]":
-        """Split into consecutive parts of nearly equal length."""
-        cut, start = [], 0
-        for indices in self.indices.tensor_split(parts):
-            cut.append(LocalBatch(indices, min(max(self.num_real - start, 0), len(indices))))
-            start += len(indices)
-        return cut
 
 
 def local_batch(batch: Tensor, *, process: int, processes: int) -> LocalBatch:

@@ -171,19 +171,19 @@ def train_step(
         total = accelerator.reduce(weights.sum())
         factor = accelerator.num_processes / total  # if no image is readable, torch's gradient is also 0
     # Parts of at least two images, which BatchNorm needs to train.
-    count_of_parts = min(config.accumulation, max(len(share) // 2, 1))
-    parts = share.split(count_of_parts) if count_of_parts > 1 else [share]
+    count_of_parts = min(config.accumulation, max(len(share.indices) // 2, 1))
     sums: list[Tensor] = []
     state.optimizer.zero_grad()
-    start = 0
-    for number, part in enumerate(parts, start=1):
-        *inputs, targets = (tensor[start : start + len(part)].to(accelerator.device) for tensor in loaded)
-        start += len(part)
+    first = 0
+    for part in zip(*(tensor.tensor_split(count_of_parts) for tensor in loaded), strict=True):
+        *inputs, targets = (tensor.to(accelerator.device) for tensor in part)
+        num_real = max(share.num_real - first, 0)
+        first += len(targets)
         inputs = arrange_images(state, inputs, accelerator)
-        with nullcontext() if number == len(parts) else accelerator.no_sync(state.prepared):
+        with nullcontext() if first == len(share.indices) else accelerator.no_sync(state.prepared):
             logits = state.prepared(*module_inputs(state.data.train, inputs))
-            if part.num_real < len(part):  # images of other processes
-                logits, targets = logits[: part.num_real], targets[: part.num_real]
+            if num_real < len(targets):  # images of other processes
+                logits, targets = logits[:num_real], targets[:num_real]
             losses = objective.losses(logits, targets, all_read=state.all_read)
             # The factor of the mean is the initial gradient, which needs no extra product. Creating a tensor from a
             # number would wait for the device.
