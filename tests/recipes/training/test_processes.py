@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import weakref
@@ -19,10 +20,15 @@ from accelerate import Accelerator, DistributedType, PartialState
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 from torchrun import torchrun
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.training.batches import epoch_batches, local_batch
+from backbone_finetune.recipes.training.batches import LocalBatch, epoch_batches, load_batches, local_batch
+from backbone_finetune.recipes.training.config import TrainerConfig
+from backbone_finetune.recipes.training.epoch import train_step
+from backbone_finetune.recipes.training.phase_state import prepared_phase
+from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import (
     communicated_bytes,
     find_device,
@@ -208,6 +214,23 @@ def test_shares_have_equal_length_and_count_each_image_once(size: int, processes
     assert processes == 1 or len(shares[0].indices) >= 2
     assert sorted(index for share in shares for index in share.indices[: share.num_real].tolist()) == batch.tolist()
     assert set(torch.cat([share.indices for share in shares]).tolist()) <= set(batch.tolist())
+
+
+@pytest.mark.parametrize("num_real", [2, 4])
+def test_images_of_other_processes_have_no_weight_in_any_part_of_a_step(num_real: int) -> None:
+    data: Any = TensorDataset(torch.randn(6, 3), torch.arange(6) % 2)
+    share, start = LocalBatch(torch.tensor([4, 1, 0, 5, 2]), num_real), nn.Linear(3, 2)
+    gradients: list[Any] = []
+    sums = []
+    for accumulation in (1, 2):
+        model = FineTuneModel(nn.Identity(), copy.deepcopy(start))
+        config = TrainerConfig(make_accelerator(torch.device("cpu")), accumulation=accumulation, show_progress=False)
+        with prepared_phase(model, data, None, phase=Phase(lr=0.1), changed=set(), config=config) as state:
+            sums.append(train_step(state, share, next(load_batches(data, [share])), 5, config))
+            gradients.append(model.classifier.weight.grad)
+    assert sums[0][2] == num_real
+    assert torch.allclose(sums[0], sums[1])
+    assert torch.allclose(gradients[0], gradients[1])
 
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:
