@@ -20,7 +20,6 @@ from ..data.targets import split_row
 from ..features.cache import backbone_fingerprint, bytes_per_row, layout_of
 from ..features.dataset import Features, on_device, select_rows
 from ..features.frozen_pass import (
-    Front,
     FrozenPass,
     UncacheableError,
     autocast_dtype,
@@ -182,14 +181,12 @@ def _compute(
     views: int,
 ) -> PhaseData:
     """Compute the rows; raise UncacheableError if the frozen modules have none."""
-    accelerator, device = config.accelerator, config.accelerator.device
-    model.to(device)
-    is_frozen = not has_trainable(model.backbone)
+    model.to(config.accelerator.device)
     parts = {name: train} if validation is None else {name: train, "validation": validation}
     loaders = {
         part: DeviceLoader(
             _whole(data),
-            device,
+            config.accelerator.device,
             batch_size=config.batch_size,
             workers=config.workers_for(_whole(data), computing=True, views=number),
             views=number,
@@ -197,21 +194,15 @@ def _compute(
         )
         for (part, data), number in zip(parts.items(), (views, 1), strict=False)
     }
-    if is_frozen:
-        dtype = autocast_dtype(model.backbone, device) if config.autocast_features else None
-    else:  # the precision of the steps, so that they equal those of the whole model
-        dtype = PRECISIONS.get(accelerator.mixed_precision)
-    front = front_of_backbone(model) if is_frozen else _find_shared_front(model, loaders[name], config, dtype)
-    if config.compile is not None and not is_frozen and accelerator.is_main_process:
-        logger.warning("features: not compiled; a compiler takes a backbone that is frozen as a whole")
-    run = FrozenPass(front, device, dtype, widens=is_frozen, compile=config.compile if is_frozen else None)
+    run = _make_pass(model, loaders[name], config)
+    front, is_frozen = run.front, run.front.module is model.backbone
     drawn = {name: f" in {views} views of seed {config.seed}: {phase.augment}" if views > 1 else ""}
     caches = {
         part: replace(cache, data_fingerprint=cache.data_fingerprint + drawn.get(part, ""))
         for part, cache in zip(("train", "validation", "test"), config.caches or (), strict=False)
     }
     if isinstance(train, Fold):  # all folds have the same frozen modules, unless an earlier phase trained them
-        key = f"{backbone_fingerprint(front.backbone, front.trained)} {front.description} {dtype}"
+        key = f"{backbone_fingerprint(front.backbone, front.trained)} {front.description} {run.dtype}"
     computed: dict[str, Features] = {}
     with in_eval(front.module):
         if config.shows and not is_frozen and not isinstance(train, Fold):
@@ -226,7 +217,7 @@ def _compute(
                 # A fold trains on rows of all training images; those it is evaluated on may be other views of them.
                 cache=None if isinstance(data, Fold) and part == "validation" else caches.get(part),
                 memory_share=config.memory_share,
-                accelerator=accelerator,
+                accelerator=config.accelerator,
                 title=f"features, {part}" if config.shows else None,
             )
             if isinstance(data, Fold):
@@ -239,24 +230,23 @@ def _compute(
             if isinstance(data, ImageDataset):
                 data.skip_ignored(targets[: count(data)])
             computed[part] = rows
-    return PhaseData(
-        computed[name],
-        computed.get("validation"),
-        front.rest,
-        on_features=is_frozen,
-        views=views,
-    )
+    return PhaseData(computed[name], computed.get("validation"), front.rest, on_features=is_frozen, views=views)
 
 
-def _find_shared_front(
-    model: FineTuneModel, loader: DeviceLoader, config: TrainerConfig, dtype: torch.dtype | None
-) -> Front:
-    """Find the front of a partly frozen model on a few images; all processes have it, or raise UncacheableError."""
-    accelerator = config.accelerator
+def _make_pass(model: FineTuneModel, loader: DeviceLoader, config: TrainerConfig) -> FrozenPass:
+    """Return the pass of the frozen modules; all processes have it, or raise UncacheableError."""
+    accelerator, device = config.accelerator, config.accelerator.device
+    if not has_trainable(model.backbone):
+        dtype = autocast_dtype(model.backbone, device) if config.autocast_features else None
+        return FrozenPass(front_of_backbone(model), device, dtype, compile=config.compile)
     if accelerator.is_fsdp2:
         raise UncacheableError("FSDP2 shards the model")
+    dtype = PRECISIONS.get(accelerator.mixed_precision)  # of the steps, so that they equal those of the whole model
     with together(accelerator):
         inputs, _ = split_row(load_sample(loader))
-        with torch.autocast(accelerator.device.type, dtype=dtype, enabled=dtype is not None):
-            inputs = [send(tensor, accelerator.device) for tensor in inputs]
-            return Runner().in_fast_layout(partial(find_front, model), inputs, model)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            inputs = [send(tensor, device) for tensor in inputs]
+            front = Runner().in_fast_layout(partial(find_front, model), inputs, model)
+    if config.compile is not None and accelerator.is_main_process:
+        logger.warning("features: not compiled; a compiler takes a backbone that is frozen as a whole")
+    return FrozenPass(front, device, dtype, widens=False)
