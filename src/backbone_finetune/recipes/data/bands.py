@@ -117,10 +117,19 @@ def read_tiff(file: BinaryIO, channels: int | None) -> Picture:
         check_array([shape[position] for position in order], series.dtype, channels)
         array = series.asarray().reshape(shape).transpose(order)
         if array.dtype.kind == "u":
-            array = array << (8 * array.itemsize - page.bitspersample)  # tifffile reads 12 bits into 16
-            if page.photometric == MIN_IS_WHITE and page.samplesperpixel == 1:
-                array = numpy.iinfo(array.dtype).max - array
+            inverted = page.photometric == MIN_IS_WHITE and page.samplesperpixel == 1
+            array = to_all_bits(array, page.bitspersample, inverted=inverted)
         return from_array(array, channels)
+
+
+def to_all_bits(array: Any, bits: int, *, inverted: bool) -> Any:
+    """Scale whole numbers of some bits, such as 12 in uint16, to all bits of their dtype, and invert them.
+
+    >>> to_all_bits(numpy.array([0, 4095], dtype=numpy.uint16), 12, inverted=True)
+    array([65535,    15], dtype=uint16)
+    """
+    array = array << (8 * array.itemsize - bits)
+    return numpy.iinfo(array.dtype).max - array if inverted else array
 
 
 def to_rgb(picture: Picture) -> Image.Image:

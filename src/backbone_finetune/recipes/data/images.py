@@ -27,6 +27,7 @@ from .bands import (
     from_array,
     read_npy,
     read_tiff,
+    to_all_bits,
 )
 
 logger = logging.getLogger(__name__)
@@ -219,9 +220,9 @@ def _from_pillow(file: Image.Image, channels: int | None) -> Picture:
         return from_array(numpy.asarray(image.convert("RGB") if image.mode in {"P", "PA"} else image), channels)
     if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):  # Pillow scales a PGM to 16 bits
         tags: Any = getattr(file, "tag_v2", {})
-        values = numpy.asarray(image).astype(numpy.uint16) << (16 - tags.get(BITSPERSAMPLE, (16,))[0])  # from 12 bits
-        if tags.get(PHOTOMETRIC_INTERPRETATION) == MIN_IS_WHITE:  # Pillow inverts only images of 8 bits or less
-            values = 65535 - values
+        inverted = tags.get(PHOTOMETRIC_INTERPRETATION) == MIN_IS_WHITE  # Pillow inverts only 8 bits or less
+        values = numpy.asarray(image).astype(numpy.uint16)
+        values = to_all_bits(values, tags.get(BITSPERSAMPLE, (16,))[0], inverted=inverted)
         return from_array(values, 1) if channels == 1 else from_array((values >> 8).astype(numpy.uint8), 3)
     if channels == 1 and image.mode == "F":
         return from_array(numpy.asarray(image), channels)
