@@ -2,26 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 
-def default_precision(properties: Any) -> str:
-    """Return the mixed precision for a device by its properties: "bf16" for a CUDA device that has it, else "no".
+def default_precision(device: torch.device) -> str:
+    """Return the mixed precision for a device: "bf16" for a CUDA device that has it, else "no".
 
-    >>> default_precision(None)  # of a CPU, which trains in float32
+    >>> default_precision(torch.device("cpu"))  # which trains in float32
     'no'
-
-    Args:
-        properties: ``torch.cuda.get_device_properties(device)``, or None for another device.
     """
-    return "bf16" if has_tensor_cores(properties) else "no"
+    return "bf16" if has_tensor_cores(device) else "no"
 
 
-def has_tensor_cores(properties: Any) -> bool:
-    """Return whether a CUDA device has bf16 and TF32, which compute capability 8.0 (Ampere) introduced."""
-    return properties is not None and (properties.major >= 8 or torch.version.hip is not None)
+def has_tensor_cores(device: torch.device) -> bool:
+    """Return whether a device is a CUDA one with bf16 and TF32, which compute capability 8.0 (Ampere) introduced."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
 @contextmanager

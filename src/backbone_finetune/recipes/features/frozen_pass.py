@@ -95,11 +95,9 @@ def autocast_dtype(backbone: nn.Module, device: torch.device) -> torch.dtype | N
     """Return bf16 if it is faster for a float32 backbone on a device, else None."""
     if any(parameter.is_floating_point() and parameter.dtype != torch.float32 for parameter in backbone.parameters()):
         return None
-    if device.type == "cuda":
-        return torch.bfloat16 if has_tensor_cores(torch.cuda.get_device_properties(device)) else None
-    if device.type == "cpu":  # without bf16 instructions, EfficientNet-Lite0 took 20 times as long on an AMD CPU
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
-    return None
+    # Without bf16 instructions, EfficientNet-Lite0 took 20 times as long on an AMD CPU.
+    is_faster = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else has_tensor_cores(device)
+    return torch.bfloat16 if is_faster else None
 
 
 @dataclass

@@ -131,7 +131,7 @@ def prepared_phase(
 def _fast_steps(config: TrainerConfig) -> Iterator[None]:
     """Allow TF32 in the steps of a phase that trains layers on a CUDA device, and log their precision."""
     accelerator = config.accelerator
-    has_tf32 = has_tensor_cores(torch.cuda.get_device_properties(accelerator.device))
+    has_tf32 = has_tensor_cores(accelerator.device)
     if config.shows:
         mixed = accelerator.mixed_precision
         precision = "float32" if mixed == "no" else f"{mixed} autocast"

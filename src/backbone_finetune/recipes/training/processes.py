@@ -62,8 +62,7 @@ def make_accelerator(
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate uses the current device, or with several processes one each
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or default_precision(properties)
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or default_precision(device)
     # accelerate keeps one state per process: after a run on the CPU or in bf16 it would choose these again.
     chosen = PartialState._shared_state.get("device")
     is_other = chosen is not None and chosen.type != device.type
