@@ -115,9 +115,8 @@ def report_skipped(data: Iterable[Dataset[Any]], skipped: dict[str, str], accele
     Collective: every process must call it.
     """
     for images in (part for part in data if isinstance(part, ImageDataset)):
-        if accelerator.num_processes > 1:
-            for broken in gather_object([images.broken]):
-                images.broken.update(broken)
+        for broken in gather_object([images.broken]):
+            images.broken.update(broken)
         for path, problem in images.broken.items():
             if path not in skipped and accelerator.is_main_process:
                 logger.warning("%s", printable(f"skipped: {problem}"))

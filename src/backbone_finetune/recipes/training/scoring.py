@@ -122,8 +122,7 @@ def evaluate(
         reshard(module)  # after a forward without gradients, FSDP2 keeps parameters that are not the optimizer's
         indices = [share.indices[: share.num_real] for share in shares]
         own = [torch.cat(parts).cpu() for parts in (indices, answers, targets, kept) if parts]
-    parts = zip(*gather_object([own]), strict=True) if accelerator.num_processes > 1 else ([part] for part in own)
-    all_indices, *gathered = (torch.cat(list(part)) for part in parts)
+    all_indices, *gathered = (torch.cat(parts) for parts in zip(*gather_object([own]), strict=True))
     order = all_indices.argsort()
     all_answers, all_targets, *all_outputs = (tensor[order] for tensor in gathered)
     read = is_read(all_targets)
