@@ -42,10 +42,13 @@ def test_unreadable_images_have_no_vote() -> None:
 
 
 def test_features_that_are_no_vectors_are_refused() -> None:
+    classes = torch.arange(3)
     with pytest.raises(ValueError, match=r"shapes \[\(2, 2\)\]; neighbours are found among vectors"):
-        predict_neighbors(TensorDataset(torch.ones(3, 2, 2), torch.zeros(3)), torch.ones(1, 2), num_classes=2)
+        predict_neighbors(TensorDataset(torch.ones(3, 2, 2), classes), torch.ones(1, 2), num_classes=3)
     with pytest.raises(ValueError, match="neighbors"):
-        predict_neighbors(TensorDataset(torch.ones(3, 2), torch.zeros(3)), torch.ones(1, 2), num_classes=2, neighbors=0)
+        predict_neighbors(TensorDataset(torch.ones(3, 2), classes), torch.ones(1, 2), num_classes=3, neighbors=0)
+    with pytest.raises(ValueError, match="train: target 2 is outside the 2 classes"):
+        predict_neighbors(TensorDataset(torch.ones(3, 2), classes), torch.ones(1, 2), num_classes=2)
 
 
 @pytest.fixture

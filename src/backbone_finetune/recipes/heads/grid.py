@@ -150,9 +150,8 @@ def fit_heads(
         ValueError: a setting is out of range, there are no features, a target is not a class, nothing in
             the classifier trains, or every head diverged.
     """
-    train, validation = check_features("train", train), check_features("validation", validation)
-    for name, data in (("train", train), ("validation", validation)):
-        check_targets(name, data.tensors[-1], count_classes(classifier))
+    classes = count_classes(classifier)
+    train, validation = check_features("train", train, classes), check_features("validation", validation, classes)
     rates = list(product(learning_rates, weight_decays))
     device = device or find_device_of(classifier)
     given = classifier
@@ -189,14 +188,15 @@ def fit_heads(
     return tuple(HeadResult(*rates[index], accuracies[index], losses[index]) for index in order)
 
 
-def check_features(name: str, data: TensorDataset) -> TensorDataset:
-    """Check that there are features; return those of readable images."""
+def check_features(name: str, data: TensorDataset, classes: int | None) -> TensorDataset:
+    """Check that there are features, and that their targets are classes; return those of readable images."""
     if not isinstance(data, TensorDataset):
         raise ValueError(f"{name} is a {type(data).__name__}; pass what extract_features returns")
     if not (read := is_read(data.tensors[-1])).all():
         data = select_rows(data, read)
     if not len(data):
         raise ValueError(f"len({name}) = 0: expected one image or more")
+    check_targets(name, data.tensors[-1], classes)
     return data
 
 

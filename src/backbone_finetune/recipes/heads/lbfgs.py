@@ -15,7 +15,6 @@ from torch.utils.data import TensorDataset
 from backbone_finetune.splitting.measures import count_classes
 
 from ..checking import NotNegative, Positive, validated
-from ..data.targets import check_targets
 from ..features.dataset import on_device
 from ..features.extract import find_device_of
 from ..features.frozen_pass import in_eval
@@ -67,8 +66,7 @@ def fit_lbfgs(
         ValueError: an argument is out of range, there are no features, nothing in the classifier trains, or the
             objective is not finite.
     """
-    features = check_features("features", features)
-    check_targets("features", features.tensors[-1], count_classes(classifier))
+    features = check_features("features", features, count_classes(classifier))
     decaying = decaying_names(classifier)
     device = device or find_device_of(classifier)
     classifier.to(device)

@@ -42,9 +42,10 @@ def predict_neighbors(
         The shares of the votes, ``(M, num_classes)``.
 
     Raises:
-        ValueError: a number is out of range, there are no training images, or they have several tensors of features.
+        ValueError: a number or a class is out of range, there are no training images, or they have several tensors of
+            features.
     """
-    train = check_features("train", train)
+    train = check_features("train", train, num_classes)
     if len(train.tensors) != 2 or train.tensors[0].ndim != 2:
         shapes = [tuple(tensor.shape[1:]) for tensor in train.tensors[:-1]]
         raise ValueError(f"each image has features of shapes {shapes}; neighbours are found among vectors (N, D)")
