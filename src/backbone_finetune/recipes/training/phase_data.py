@@ -1,7 +1,7 @@
 """The data of a phase: outputs of frozen modules, computed once for each image if they are the same in every epoch."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -162,7 +162,8 @@ def prepare_data(
     if reason is None:
         try:
             with preserve_rng_state():
-                return _compute(model, train, validation, config, phase=phase, name=name, views=views)
+                parts = {name: train} if validation is None else {name: train, "validation": validation}
+                return _compute(model, parts, config, phase, views)
         except UncacheableError as error:
             reason = str(error)
     if config.accelerator.is_main_process:
@@ -171,28 +172,22 @@ def prepare_data(
 
 
 def _compute(
-    model: FineTuneModel,
-    train: Dataset[Any],
-    validation: Dataset[Any] | None,
-    config: TrainerConfig,
-    *,
-    phase: Phase,
-    name: str,
-    views: int,
+    model: FineTuneModel, parts: Mapping[str, Dataset[Any]], config: TrainerConfig, phase: Phase, views: int
 ) -> PhaseData:
-    """Compute the rows; raise UncacheableError if the frozen modules have none."""
+    """Compute the rows of each part, the first in views; raise UncacheableError if the frozen modules have none."""
     model.to(config.accelerator.device)
-    parts = {name: train} if validation is None else {name: train, "validation": validation}
+    name, train = next(iter(parts.items()))
+    views_of = {part: views if part == name else 1 for part in parts}
     loaders = {
         part: DeviceLoader(
             _whole(data),
             config.accelerator.device,
             batch_size=config.batch_size,
-            workers=config.workers_for(_whole(data), computing=True, views=number),
-            views=number,
+            workers=config.workers_for(_whole(data), computing=True, views=views_of[part]),
+            views=views_of[part],
             seed=f"{config.seed} view",
         )
-        for (part, data), number in zip(parts.items(), (views, 1), strict=False)
+        for part, data in parts.items()
     }
     run = _make_pass(model, loaders[name], config)
     front, is_frozen = run.front, run.front.module is model.backbone
@@ -207,7 +202,7 @@ def _compute(
     with in_eval(front.module):
         if config.shows and not is_frozen and not isinstance(train, Fold):
             size = sum(map(bytes_per_row, layout_of(run.sample(loaders[name]).tensors[:-1])))
-            images = views * count(train) + (0 if validation is None else count(validation))
+            images = sum(views_of[part] * count(data) for part, data in parts.items())
             logger.info("caching %s: %.1f MB for %d images", front.description, size * images / 1e6, images)
         for part, data in parts.items():
             compute = partial(
