@@ -45,10 +45,8 @@ def test_only_training_images_are_augmented(tmp_path: Path) -> None:
         make_folder(tmp_path / "data" / name)
     settings = TrainSettings(images=tmp_path / "data", architecture="test_resnet", views=2, output=tmp_path / "run")
     task = make_task(settings, make_accelerator(torch.device("cpu"), mixed_precision=None))
-    assert task.validation is not None
-    assert task.test is not None
     plain = build_transform(task.data_config)
-    for data in (task.validation, task.test):
+    for data in (task.parts["validation"], task.parts["test"]):
         assert torch.equal(data[0][0], plain(read_image(data.folder.paths[0])))
     (phase,) = task.phases
     assert phase.augment is not None

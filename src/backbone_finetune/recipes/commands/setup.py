@@ -35,23 +35,20 @@ OTHER_TARGETS = {MultiLabel: "labels", Regression: "values", SoftLabels: "probab
 
 @dataclass(frozen=True, kw_only=True)
 class Task(TrainedModel):
-    """A model to train, and its training, validation and test images.
+    """A model to train, and its images, in parts: "train", and "validation", "test" or both.
 
-    ``base`` has the initial backbone if only changed tensors will be written. ``validation`` or ``test`` may be
-    None, but not both.
+    ``base`` has the initial backbone if only changed tensors will be written.
     """
 
     weights: str
     base: BaseWeights | None
-    train: ImageDataset
-    validation: ImageDataset | None
-    test: ImageDataset | None
+    parts: dict[str, ImageDataset]
     phases: tuple[Phase, ...]
 
-    def parts(self) -> dict[str, ImageDataset]:
-        """Return the existing parts by name: "train", "validation", "test"."""
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: data for name, data in parts.items() if data is not None}
+    @property
+    def train(self) -> ImageDataset:
+        """The training images."""
+        return self.parts[TRAIN]
 
 
 def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
@@ -77,15 +74,7 @@ def make_task(settings: TrainSettings, accelerator: Accelerator) -> Task:
         for phase in phases:  # checks
             make_mixing(phase, start.objective, model.num_classes)
             build_transform(data_config, phase.augment)
-    return Task(
-        **vars(start),
-        weights=weights,
-        base=base,
-        train=data[TRAIN],
-        validation=data.get(VALIDATION),
-        test=data.get(TEST),
-        phases=phases,
-    )
+    return Task(**vars(start), weights=weights, base=base, parts=data, phases=phases)
 
 
 def choose_phases(settings: TrainSettings, num_images: int, model: FineTuneModel) -> tuple[Phase, ...]:
@@ -140,7 +129,7 @@ def choose_objective(settings: TrainSettings, folder: LabelledFolder, start: Obj
 def choose_monitor(settings: TrainSettings, task: Task) -> Callable[[EpochResult], float] | None:
     """Return the monitor of the best epoch; None keeps the last one."""
     main = task.objective.main_metric
-    monitor = settings.monitor or ("off" if task.validation is None or task.test is None else main)
+    monitor = settings.monitor or (main if {VALIDATION, TEST} <= task.parts.keys() else "off")
     if monitor == "off":
         return None
 

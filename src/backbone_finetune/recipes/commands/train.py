@@ -187,7 +187,7 @@ def _start(
 
 def _digest(task: Task) -> tuple[dict[str, str], tuple[Copy, ...]]:
     """Read all files once; return the fingerprint of each part, and identical images, which are logged."""
-    parts = {name: data.folder for name, data in task.parts().items()}
+    parts = {name: data.folder for name, data in task.parts.items()}
     digests = digest_files(path for images in parts.values() for path in images.paths)
     return {name: fingerprint_images(images, digests) for name, images in parts.items()}, find_copies(parts, digests)
 
@@ -202,7 +202,7 @@ def _train_model(
     accelerator = config.accelerator
     seed_everything(settings.seed + accelerator.process_index)  # dropout differs between processes
     try:
-        history = fine_tune(task.model, task.train, task.validation, task.phases, config)
+        history = fine_tune(task.model, task.train, task.parts.get(VALIDATION), task.phases, config)
     except DivergedError as error:
         hint = f"{settings.output} keeps this run: --overwrite replaces it, or pass another folder with --output"
         raise DivergedError(f"{error}; {hint}") from error
@@ -228,8 +228,7 @@ def _record_training(
 ) -> Metrics:
     """Return the record of a training, with what was measured on the test images."""
     kept = history[-1] if config.monitor is None else max(history, key=config.monitor)  # the first of several
-    parts = task.parts()
-    read = {name: len(data) - len(data.broken) for name, data in parts.items()}
+    read = {name: len(data) - len(data.broken) for name, data in task.parts.items()}
     return Metrics(
         test_accuracy=None if score is None else score.accuracy,
         test_balanced_accuracy=None if score is None else score.balanced_accuracy,
@@ -252,7 +251,7 @@ def _record_training(
         train_images=read["train"],
         validation_images=read.get("validation", 0),
         test_images=read.get("test", 0),
-        skipped_images=tuple(message for data in parts.values() for message in data.broken.values()),
+        skipped_images=tuple(message for data in task.parts.values() for message in data.broken.values()),
         history=tuple(history),
         device=str(config.accelerator.device),
         versions=installed_versions(),

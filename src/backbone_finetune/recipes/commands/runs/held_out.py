@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 def held_out_part(task: Task) -> str:
     """Return the part of the images that the reported accuracy is of: the test images, else the validation images."""
-    return VALIDATION if task.test is None else TEST
+    return TEST if TEST in task.parts else VALIDATION
 
 
 def held_out(task: Task) -> ImageDataset:
     """Return the images of this part."""
-    return task.parts()[held_out_part(task)]
+    return task.parts[held_out_part(task)]
 
 
 def ends_on_features(task: Task, history: Sequence[EpochResult]) -> bool:
@@ -38,7 +38,7 @@ def score_part(task: Task, config: TrainerConfig, part: str, *, on_features: boo
 
     A classifier that was trained ``on_features`` answers on features that are computed like those.
     """
-    if (images := task.parts().get(part)) is None:
+    if (images := task.parts.get(part)) is None:
         return {}
     known, model = dict(images.broken), task.model.to(config.accelerator.device)
     data = PhaseData(images, None, model)
@@ -54,7 +54,7 @@ def with_thresholds(task: Task, config: TrainerConfig, score: Score | None) -> T
     objective = config.objective
     if isinstance(objective, MultiLabel) and score is not None:
         return replace(config, objective=objective.choose_thresholds(score.answers, score.targets))
-    if isinstance(objective, MultiLabel) and task.validation is None and config.accelerator.is_main_process:
+    if isinstance(objective, MultiLabel) and VALIDATION not in task.parts and config.accelerator.is_main_process:
         logger.warning("the threshold of each label is 0.5: there are no validation images to choose it on")
     return config
 
@@ -64,6 +64,6 @@ def answers_of(task: Task, config: TrainerConfig, scores: Mapping[str, Score]) -
     answered = {}
     for part, score in scores.items():
         assert score.outputs is not None
-        images = task.parts()[part].folder.select(score.indices.tolist())
+        images = task.parts[part].folder.select(score.indices.tolist())
         answered[part] = make_answers(images, config.objective.predict(score.outputs), config.objective)
     return answered

@@ -57,7 +57,7 @@ def record_run(
     return {
         "arguments": arguments,
         "versions": installed_versions(),
-        **{f"{name}_images": {"count": len(data), "digest": fingerprints[name]} for name, data in task.parts().items()},
+        **{f"{name}_images": {"count": len(data), "digest": fingerprints[name]} for name, data in task.parts.items()},
         "backbone_digest": backbone_fingerprint(task.model.backbone),
     }
 
