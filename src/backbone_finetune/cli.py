@@ -17,8 +17,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from .recipes.commands.arguments import add_evaluate, add_export, add_inspect, add_predict, add_train
-from .recipes.commands.evaluate import Evaluation, evaluate_folder
-from .recipes.commands.evaluate_table import TableEvaluation, evaluate_table
+from .recipes.commands.evaluate import evaluate_images
 from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.inspect import inspect, inspect_file, inspect_frontier
 from .recipes.commands.predict import list_inputs, predict
@@ -34,7 +33,6 @@ from .recipes.memory import keep_freed_memory
 from .recipes.models.file import TrainedModel, load_trained_model
 from .recipes.models.named import NamedModel, load_timm_model
 from .recipes.models.onnx_file import load_onnx_model
-from .recipes.objectives.kinds import SingleLabel
 from .recipes.text import describe_fault, print_any_name, printable
 from .recipes.together import OUT_OF_MEMORY, is_on_all_processes
 from .recipes.training.phases import Phase, read_phases
@@ -252,14 +250,14 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """Run ``evaluate``: print a table by class, and a line for each image that was skipped."""
     check_output(options.output)
     trained = load_model(options)
-    settings = {"batch_size": options.batch_size, "workers": options.workers, "tta": options.tta}
-    evaluation: Evaluation | TableEvaluation
-    if isinstance(trained.objective, SingleLabel):
-        evaluation = evaluate_folder(trained, options.images, neighbors=options.neighbors, **settings)
-    elif options.neighbors is not None:
-        raise ValueError(f"{options.model} has labels or values; --neighbors is for models of one class per image")
-    else:
-        evaluation = evaluate_table(trained, options.images, **settings)
+    evaluation = evaluate_images(
+        trained,
+        options.images,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        tta=options.tta,
+        neighbors=options.neighbors,
+    )
     for message in evaluation.skipped_images:
         print(printable(f"{PROGRAM}: skipped: {message}"), file=sys.stderr)
     print(evaluation.describe())

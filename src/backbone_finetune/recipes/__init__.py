@@ -3,10 +3,10 @@
 They need the extra ``recipes``; the core never imports them.
 """
 
-from .commands.evaluate import ClassScore, Evaluation, evaluate_folder
-from .commands.evaluate_table import TableEvaluation, evaluate_table
+from .commands.evaluate import evaluate_images
 from .commands.inspect import inspect
 from .commands.predict import Prediction, predict
+from .commands.reporting.scores import ClassScore, Evaluation, TableEvaluation
 from .commands.runs.metrics import Metrics
 from .commands.runs.run_record import read_run
 from .commands.settings import TrainSettings
@@ -74,8 +74,7 @@ __all__ = [
     "cross_validate",
     "data_fingerprint",
     "evaluate",
-    "evaluate_folder",
-    "evaluate_table",
+    "evaluate_images",
     "export_hub_folder",
     "export_onnx",
     "export_openvino",

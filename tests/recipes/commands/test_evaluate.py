@@ -14,8 +14,9 @@ from image_folders import COLOURS, make_folder, make_image
 from torch import nn
 
 from backbone_finetune import FineTuneModel
-from backbone_finetune.recipes.commands.evaluate import Evaluation, evaluate_folder
+from backbone_finetune.recipes.commands.evaluate import evaluate_images
 from backbone_finetune.recipes.commands.reporting.evaluation_files import write_evaluation
+from backbone_finetune.recipes.commands.reporting.scores import Evaluation
 from backbone_finetune.recipes.models.file import TrainedModel
 
 
@@ -41,7 +42,7 @@ def test_each_image_is_counted_in_the_confusion_matrix(trained: TrainedModel, tm
     folder = make_folder(tmp_path, per_class=4)
     make_image(folder / "red" / "really_green.png", COLOURS["green"])
     make_image(folder / "pink" / "really_blue.png", COLOURS["blue"])
-    evaluation = evaluate_folder(trained, folder, batch_size=3, show_progress=False)
+    evaluation = evaluate_images(trained, folder, batch_size=3, show_progress=False)
     assert evaluation.confusion == (
         (4, 1, 0, 0, 0),
         (0, 4, 0, 0, 0),
@@ -62,26 +63,26 @@ def test_each_image_is_counted_in_the_confusion_matrix(trained: TrainedModel, tm
     assert lines[6].endswith(" of 14 images")
     assert lines[7].startswith("calibration error 0.")
     assert lines[8:] == [balanced, "without images white"]
-    alike = evaluate_folder(trained, make_folder(tmp_path / "alike"), show_progress=False)
+    alike = evaluate_images(trained, make_folder(tmp_path / "alike"), show_progress=False)
     assert "balanced" not in alike.describe()
 
 
 def test_one_class_is_enough_and_the_test_split_is_used(trained: TrainedModel, tmp_path: Path) -> None:
     make_image(tmp_path / "one" / "red" / "1.png", COLOURS["red"])
-    evaluation = evaluate_folder(trained, tmp_path / "one", show_progress=False)
+    evaluation = evaluate_images(trained, tmp_path / "one", show_progress=False)
     assert (evaluation.images, evaluation.accuracy) == (1, 1.0)
     assert evaluation.missing_classes == ("green", "blue", "pink", "white")
     for name, count in (("train", 4), ("val", 3), ("test", 2)):
         make_folder(tmp_path / "data" / name, per_class=count)
-    evaluation = evaluate_folder(trained, tmp_path / "data", show_progress=False)
+    evaluation = evaluate_images(trained, tmp_path / "data", show_progress=False)
     assert " of 6 images (test)" in evaluation.describe()
     assert _splits(evaluation, tmp_path / "out") == {"test"}
     shutil.rmtree(tmp_path / "data" / "test")
-    assert _splits(evaluate_folder(trained, tmp_path / "data", show_progress=False), tmp_path / "out") == {"validation"}
+    assert _splits(evaluate_images(trained, tmp_path / "data", show_progress=False), tmp_path / "out") == {"validation"}
     table = tmp_path / "images.csv"
     for column, row in ((",split", ",test"), ("", "")):
         table.write_text(f"path,label{column}\none/red/1.png,green{row}\n")
-        evaluation = evaluate_folder(trained, table, show_progress=False)
+        evaluation = evaluate_images(trained, table, show_progress=False)
         assert evaluation.confusion[1][0] == 1
         assert _splits(evaluation, tmp_path / "out") == {"test" if column else "all"}
 
@@ -94,19 +95,19 @@ def _splits(evaluation: Evaluation, folder: Path) -> set[str]:
 def test_any_number_of_workers_gives_the_same_evaluation(trained: TrainedModel, tmp_path: Path) -> None:
     (make_folder(tmp_path, per_class=4) / "red" / "text.jpg").write_text("a text file")
     one, other = (
-        evaluate_folder(trained, tmp_path, batch_size=5, workers=workers, show_progress=False) for workers in (0, 2)
+        evaluate_images(trained, tmp_path, batch_size=5, workers=workers, show_progress=False) for workers in (0, 2)
     )
     assert one == other
     assert (one.images, len(one.skipped_images)) == (12, 1)
     with pytest.raises(ValueError, match=r"workers\n +Input should be greater than or equal to 0 .*input_value=-1"):
-        evaluate_folder(trained, tmp_path, workers=-1)
+        evaluate_images(trained, tmp_path, workers=-1)
 
 
 def test_unreadable_images_are_left_out_and_listed(trained: TrainedModel, tmp_path: Path) -> None:
     folder = make_folder(tmp_path, per_class=2)
     (folder / "red" / "text.jpg").write_text("a text file")
     (folder / "blue" / "1.png").write_bytes(b"")
-    evaluation = evaluate_folder(trained, folder, batch_size=2, show_progress=False)
+    evaluation = evaluate_images(trained, folder, batch_size=2, show_progress=False)
     assert (evaluation.accuracy, evaluation.images) == (1.0, 5)
     assert [message.partition(":")[0] for message in evaluation.skipped_images] == [
         str(folder / "blue" / "1.png"),
@@ -121,9 +122,9 @@ def test_folders_of_other_classes_raise_before_any_work(trained: TrainedModel, t
     with pytest.raises(
         ValueError, match=r"yellow: not a class of this model, whose classes are red, green, blue, pink"
     ):
-        evaluate_folder(trained, folder)
+        evaluate_images(trained, folder)
     with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
-        evaluate_folder(trained, tmp_path / "nowhere")
+        evaluate_images(trained, tmp_path / "nowhere")
 
 
 def test_a_folder_without_a_readable_image_raises(trained: TrainedModel, tmp_path: Path) -> None:
@@ -131,11 +132,11 @@ def test_a_folder_without_a_readable_image_raises(trained: TrainedModel, tmp_pat
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of its 2 images can be read; the first: .*blue/1\.png"):
-        evaluate_folder(trained, tmp_path, show_progress=False)
+        evaluate_images(trained, tmp_path, show_progress=False)
 
 
 def test_it_is_written_as_json_and_as_a_plot(trained: TrainedModel, tmp_path: Path) -> None:
-    evaluation = evaluate_folder(trained, make_folder(tmp_path / "images", per_class=2), show_progress=False)
+    evaluation = evaluate_images(trained, make_folder(tmp_path / "images", per_class=2), show_progress=False)
     write_evaluation(evaluation, tmp_path / "out")
     write_evaluation(evaluation, tmp_path / "out")  # over an earlier one
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from backbone_finetune.cli import main
 from backbone_finetune.recipes import Metrics, TrainSettings, find_splits, load_trained_model, predict, train
-from backbone_finetune.recipes.commands.evaluate import evaluate_folder
-from backbone_finetune.recipes.commands.evaluate_table import evaluate_table
+from backbone_finetune.recipes.commands.evaluate import evaluate_images
 from backbone_finetune.recipes.commands.reporting.evaluation_files import write_evaluation
 from backbone_finetune.recipes.commands.reporting.figures import order_errors
 from backbone_finetune.recipes.commands.runs.metrics import describe
@@ -162,7 +161,7 @@ def test_a_column_that_seems_to_be_misnamed_is_named(
 def test_an_unknown_label_is_refused(images: Path, labelled: tuple[Path, Metrics], tmp_path: Path) -> None:
     row: dict[str, object] = {"path": str(images / "0.png"), "labels": "blue;pink"}
     with pytest.raises(ValueError, match="pink: not a class of this model, whose classes are blue, green, red"):
-        evaluate_table(
+        evaluate_images(
             load_trained_model(labelled[0] / "model.safetensors"), write_table(tmp_path / "other.csv", [row])
         )
 
@@ -237,9 +236,10 @@ def test_evaluate_returns_the_metrics_of_the_test_images(
     assert [scores[name]["support"] for name in COLOURS] == [sum(row[label] for row in targets) for label in range(3)]
     assert evaluation["metrics"]["macro_f1"] == pytest.approx(sum(score["f1"] for score in scores.values()) / 3)
     assert evaluation["metrics"]["mean_auroc"] == pytest.approx(sum(score["auroc"] for score in scores.values()) / 3)
+    rows = [[name, f1, threshold] for name, _, f1, threshold, *_ in map(str.split, printed.splitlines()[1:4])]
     for score in scores.values():
         assert score["f1"] == pytest.approx(2 * score["correct"] / (score["support"] + score["predicted"]))
-        assert f"F1 {score['f1']:.3f}, threshold {score['threshold']:.2f}" in printed
+        assert [score["name"], f"{score['f1']:.3f}", f"{score['threshold']:.2f}"] in rows
 
 
 def test_without_a_split_thresholds_are_chosen_on_held_out_images(images: Path, tmp_path: Path) -> None:
@@ -280,11 +280,13 @@ def test_values_are_trained_predicted_and_evaluated(
     assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
     assert main([*given, "--output", str(tmp_path / "values.jsonl")]) == 0
     assert json.loads((tmp_path / "values.jsonl").read_text())["values"] == pytest.approx(expected, rel=1e-4)
-    evaluation = evaluate_table(trained, images / "table.csv", show_progress=False)
+    evaluation = evaluate_images(trained, images / "table.csv", show_progress=False)
     assert evaluation.metrics == pytest.approx(metrics.test_metrics, rel=1e-5)
     assert [score.name for score in evaluation.outputs] == ["grey", "count"]
     assert "Regression" not in evaluation.describe()
-    assert "grey   mean absolute error " in evaluation.describe()
+    head, first, *_ = evaluation.describe().splitlines()
+    assert head.split() == ["mean", "absolute", "error", "R", "squared"]
+    assert first.split() == ["grey", *evaluation.outputs[0].words().values()]
 
 
 def test_a_run_and_an_evaluation_show_labels_and_values(
@@ -294,7 +296,7 @@ def test_a_run_and_an_evaluation_show_labels_and_values(
         ("labels", labelled, ("images", "F1", "threshold", "average precision", "AUROC")),
         ("values", valued, ("mean absolute error", "R squared")),
     ):
-        evaluation = evaluate_table(load_trained_model(folder / "model.safetensors"), images / "table.csv")
+        evaluation = evaluate_images(load_trained_model(folder / "model.safetensors"), images / "table.csv")
         written = write_evaluation(evaluation, tmp_path / name)
         assert [path.name for path in written] == ["evaluation.json", "predictions.csv", "report.html"]
         assert "answers" not in json.loads(written[0].read_text())
@@ -327,7 +329,7 @@ def test_a_run_and_an_evaluation_list_the_answers_to_labels_and_values(
 ) -> None:
     listed = {}
     for name, (folder, _) in (("labels", labelled), ("values", valued)):
-        evaluation = evaluate_table(load_trained_model(folder / "model.safetensors"), images / "table.csv")
+        evaluation = evaluate_images(load_trained_model(folder / "model.safetensors"), images / "table.csv")
         write_evaluation(evaluation, tmp_path / name)
         files = [each / "predictions.csv" for each in (folder, tmp_path / name)]
         of_run, of_evaluation = (list(csv.DictReader(file.read_text().splitlines())) for file in files)
@@ -438,16 +440,16 @@ def test_a_model_is_evaluated_on_its_own_kind_of_targets(
 ) -> None:
     labels, values = (load_trained_model(folder / "model.safetensors") for folder, _ in (labelled, valued))
     with pytest.raises(ValueError, match="the model has labels or values, and takes a table"):
-        evaluate_table(labels, images)
-    with pytest.raises(ValueError, match="the model has labels or values; call evaluate_table"):
-        evaluate_folder(labels, images / "table.csv")
+        evaluate_images(labels, images)
+    with pytest.raises(ValueError, match="--neighbors is for models of one class per image"):
+        evaluate_images(labels, images / "table.csv", neighbors=images)
     with pytest.raises(ValueError, match="no column grey; its columns are path, labels"):
-        evaluate_table(values, images / "whole.csv")
+        evaluate_images(values, images / "whole.csv")
     classes: list[dict[str, object]] = [{"path": str(images / "0.png"), "label": "blue"}]
     with pytest.raises(
         ValueError, match="one class per image, and the model has labels; pass a table with a column lab"
     ):
-        evaluate_table(labels, write_table(tmp_path / "classes.csv", classes))
+        evaluate_images(labels, write_table(tmp_path / "classes.csv", classes))
 
 
 @pytest.mark.parametrize("cache", ["memory", "off"])
@@ -466,7 +468,7 @@ def test_unreadable_images_are_skipped(
         metrics = run(tmp_path, tmp_path / name, regression=regression, phases=phases, cache=cache)
         assert (metrics.train_images, metrics.test_images) == (47, 15)
         assert [message.split(":")[0].rsplit("/")[-1] for message in metrics.skipped_images] == ["3.png", "70.png"]
-        evaluation = evaluate_table(load_trained_model(tmp_path / name / "model.safetensors"), tmp_path / "table.csv")
+        evaluation = evaluate_images(load_trained_model(tmp_path / name / "model.safetensors"), tmp_path / "table.csv")
         assert (evaluation.images, len(evaluation.skipped_images)) == (15, 1)
 
 

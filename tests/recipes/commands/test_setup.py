@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torchrun import torchrun
 
 from backbone_finetune.cli import main
-from backbone_finetune.recipes.commands.evaluate import evaluate_folder
+from backbone_finetune.recipes.commands.evaluate import evaluate_images
 from backbone_finetune.recipes.commands.settings import TrainSettings
 from backbone_finetune.recipes.commands.setup import make_task
 from backbone_finetune.recipes.data.images import read_image
@@ -133,7 +133,7 @@ def test_the_test_accuracy_is_that_of_the_written_model(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     trained = load_trained_model(tmp_path / "run" / "model.safetensors")
     for part, name in (("test", "test_accuracy"), ("val", "validation_accuracy")):
-        evaluation = evaluate_folder(trained, tmp_path / "data" / part, show_progress=False)
+        evaluation = evaluate_images(trained, tmp_path / "data" / part, show_progress=False)
         assert evaluation.accuracy == metrics[name]
 
 

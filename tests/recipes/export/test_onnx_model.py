@@ -16,7 +16,7 @@ from PIL import Image
 from backbone_finetune import FineTuneModel, cli
 from backbone_finetune.recipes import (
     TrainedModel,
-    evaluate_folder,
+    evaluate_images,
     export_onnx,
     load_onnx_model,
     predict,
@@ -137,7 +137,7 @@ def test_evaluation_equals_the_models(plain: Path, trained: TrainedModel, tmp_pa
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     scores = [
-        evaluate_folder(each, tmp_path / "images", show_progress=False) for each in (load_onnx_model(plain), trained)
+        evaluate_images(each, tmp_path / "images", show_progress=False) for each in (load_onnx_model(plain), trained)
     ]
     assert scores[0].confusion == scores[1].confusion
     assert scores[0].classes == scores[1].classes

@@ -16,11 +16,10 @@ import torch
 from pydantic import Strict
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
 
 from ..checking import Positive, Whole, validated
 from ..data.bands import Picture, size_of
-from ..data.images import LabelledFolder, read_image
+from ..data.images import read_image
 from ..data.loading import map_batches
 from ..data.sources.finding import list_images
 from ..data.transforms import of_one_dtype, split_transform
@@ -28,7 +27,6 @@ from ..features.running import Runner
 from ..models.file import TrainedModel, build_transform
 from ..models.named import NamedModel
 from ..objectives.kinds import MultiLabel, Regression
-from .reporting.figures import Answers, make_answers
 
 # For a resized image: half a gigabyte in float32. The largest timm networks need far less.
 MOST_PIXELS = 2**27
@@ -101,36 +99,6 @@ def _name(trained: TrainedModel | NamedModel, path: Path, row: Tensor, top_k: in
         chosen = objective.choose(row.double())[indices].tolist()
         return Prediction(path, tuple(pair for pair, is_chosen in zip(pairs, chosen, strict=True) if is_chosen))
     return Prediction(path, tuple(pairs[:top_k]))
-
-
-@validated
-def predict_labelled(
-    trained: TrainedModel | NamedModel,
-    found: LabelledFolder,
-    source: Path,
-    *,
-    batch_size: Positive,
-    workers: Whole | None,
-    tta: bool,
-    show_progress: bool,
-) -> tuple[Answers, tuple[str, ...]]:
-    """Predict the images that can be read, of those that were found in ``source``.
-
-    Returns:
-        The answers to them, and why each of the others cannot be read.
-
-    Raises:
-        ValueError: none can be read.
-    """
-    predicted = predict_rows(trained, found.paths, batch_size=batch_size, workers=workers, tta=tta)
-    count = len(found.paths)
-    bar = tqdm(predicted, total=count, desc="evaluating", unit="image", leave=False, disable=not show_progress)
-    outcomes = [outcome for _, outcome in bar]
-    skipped = tuple(outcome for outcome in outcomes if isinstance(outcome, str))
-    rows = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, Tensor)}
-    if not rows:
-        raise ValueError(f"{source}: none of its {count} images can be read; the first: {skipped[0]}")
-    return make_answers(found.select(list(rows)), torch.stack(list(rows.values())), trained.objective), skipped
 
 
 def predict_rows(

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.cli import main
-from backbone_finetune.recipes.commands.evaluate import score_answers
 from backbone_finetune.recipes.commands.reporting.evaluation_files import write_evaluation
 from backbone_finetune.recipes.commands.reporting.figures import (
     Answers,
@@ -32,6 +31,7 @@ from backbone_finetune.recipes.commands.reporting.figures import (
 from backbone_finetune.recipes.commands.reporting.label_issues import LabelIssue
 from backbone_finetune.recipes.commands.reporting.plots import draw_curves
 from backbone_finetune.recipes.commands.reporting.report import make_report, report_run
+from backbone_finetune.recipes.commands.reporting.scores import score_classes
 from backbone_finetune.recipes.commands.runs.metrics import Metrics
 from backbone_finetune.recipes.commands.settings import TrainSettings
 from backbone_finetune.recipes.data.sources.identical import Copy
@@ -98,7 +98,7 @@ def report_images(
 
 def test_an_evaluation_is_written_as_figures_a_table_and_a_page(tmp_path: Path) -> None:
     answers = make_answers(tmp_path / "images")
-    evaluation = score_answers(answers)
+    evaluation = score_classes(answers)
     paths = write_evaluation(evaluation, tmp_path / "out", title="a model")
     assert [path.name for path in paths] == ["evaluation.json", "predictions.csv", "confusion.png", "report.html"]
     figures = json.loads(paths[0].read_text())
@@ -126,7 +126,7 @@ def test_a_page_has_its_figures_in_the_right_order(tmp_path: Path) -> None:
     sure = 0.501 + 0.02 * numpy.random.default_rng(0).permutation(len(targets))  # 0.501 to 0.901
     probabilities = numpy.where(numpy.eye(3)[predicted] == 1, sure[:, None], (1 - sure[:, None]) / 2)
     answers = Answers(("cat", "dog", "owl"), [tmp_path / "gone.png"] * len(targets), targets, probabilities)
-    page = make_report(score_answers(answers), title="a model", facts={})
+    page = make_report(score_classes(answers), title="a model", facts={})
     matrix = page[page.index('<table class="matrix">') :].partition("</table>")[0].split("<tr>")[3:]
     assert [re.findall(">([0-9]*)</td>", row) for row in matrix] == [
         [str(count or "") for count in row] for row in confusion
@@ -152,7 +152,7 @@ def test_a_page_takes_nothing_from_elsewhere_and_escapes_names(tmp_path: Path) -
     copies = (Copy(hostile, "test", HOSTILE, hostile, "train", HOSTILE),)
     issues = [LabelIssue(hostile, HOSTILE, HOSTILE, 0.1)]
     for text in (
-        make_report(score_answers(answers), title=HOSTILE, facts={HOSTILE: HOSTILE}, curves=answers.paths[0]),
+        make_report(score_classes(answers), title=HOSTILE, facts={HOSTILE: HOSTILE}, curves=answers.paths[0]),
         report_images(answers, architecture=HOSTILE, copies=copies, issues=issues),
     ):
         page = Page(text)
@@ -202,7 +202,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_on_a_desktop_in_the_light_and_i
     names = (HOSTILE, "x" * 250, "\u202eright to left", "כלב", *"abcdefghijklmnop")
     answers = make_answers(tmp_path / "images", names)
     draw_curves([EpochResult(1, 1.0, 0.5, 1e-3, 0.01)], {}, tmp_path / "curves.png")
-    page = make_report(score_answers(answers), title="a model", facts={}, curves=tmp_path / "curves.png")
+    page = make_report(score_classes(answers), title="a model", facts={}, curves=tmp_path / "curves.png")
     frames = [f'<iframe width="{width}" srcdoc="{html.escape(page)}"></iframe>' for width in (390, 1200)]
     (tmp_path / "frames.html").write_text(f"<meta charset=utf-8>{''.join(frames)}<script>{MEASURE}</script>")
     backgrounds = []
@@ -235,7 +235,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_on_a_desktop_in_the_light_and_i
 
 def test_names_written_right_to_left_do_not_reorder_captions(tmp_path: Path) -> None:
     answers = make_answers(tmp_path / "images", ("\u202egod", "כלב"), count=4)
-    page = make_report(score_answers(answers), title="names", facts={})
+    page = make_report(score_classes(answers), title="names", facts={})
     captions = re.findall("<figcaption>(.*?)</figcaption>", page)
     assert len(captions) == 4
     names = "(<bdi>\u202egod</bdi>|<bdi>כלב</bdi>)"
@@ -362,7 +362,7 @@ def test_of_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path) -> N
     predicted = [7 if target == 3 else 9 if index == 11 else target for index, target in enumerate(targets)]
     probabilities = 0.9 * numpy.eye(100)[predicted] + 0.001
     answers = Answers(names, [tmp_path / "gone.png"] * 300, targets, probabilities)
-    page = make_report(score_answers(answers), title="many", facts={})
+    page = make_report(score_classes(answers), title="many", facts={})
     assert "<p>The 2 most confused of 2 pairs.</p>" in page
     first, second = (
         f"<tr><td>class {true}</td><td>class {wrong}</td><td>{count}</td><td>{share}</td></tr>"
@@ -370,7 +370,7 @@ def test_of_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path) -> N
     )
     assert 0 < page.index(first) < page.index(second)
     assert len(page) < 50_000
-    few = make_report(score_answers(make_answers(tmp_path)), title="few", facts={})
+    few = make_report(score_classes(make_answers(tmp_path)), title="few", facts={})
     assert '<table class="matrix">' in few
     assert "most confused of" not in few
 

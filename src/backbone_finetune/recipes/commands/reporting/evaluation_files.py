@@ -6,10 +6,9 @@ from pathlib import Path
 
 from backbone_finetune.files import replacing
 
-from ..evaluate import Evaluation
-from ..evaluate_table import TableEvaluation
 from .predictions import write_predictions
 from .report import make_report
+from .scores import Evaluation, TableEvaluation
 
 
 def write_evaluation(

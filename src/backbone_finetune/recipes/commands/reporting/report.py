@@ -8,15 +8,13 @@ import numpy
 from backbone_finetune import FineTuneModel
 
 from ...data.sources.identical import Copy
-from ...objectives.kinds import SingleLabel
-from ..evaluate import Evaluation, score_answers
-from ..evaluate_table import TableEvaluation, score_rows
 from ..runs.metrics import Metrics
 from ..settings import TrainSettings
 from .figures import Answers, calibration_bins, order_errors, order_mistakes
 from .label_issues import LabelIssue
 from .page import facts_table, gallery, make_page, picture, show_name, table, text
 from .phases import show_phases
+from .scores import ClassScore, Evaluation, LabelScore, TableEvaluation, ValueScore, score_answers
 
 SHOWN = 24  # images of each kind
 MOST_DRAWN = 30  # classes; of more, the matrix is larger than a screen, and than all else in the page
@@ -63,10 +61,7 @@ def _show_classes(evaluation: Evaluation) -> list[str]:
     bins = calibration_bins(confidence, is_right)
     return [
         "<h2>By class</h2>",
-        table(
-            ("class", "images", "precision", "recall", "F1", "AUROC"),
-            ((score.name, score.support, *score.shares()) for score in evaluation.classes),
-        ),
+        _show_scores("class", evaluation.classes),
         "<h2>Which class was taken for which</h2>",
         (_confusion if len(answers.class_names) <= MOST_DRAWN else _confused)(
             answers.class_names, evaluation.confusion
@@ -86,15 +81,19 @@ def _show_classes(evaluation: Evaluation) -> list[str]:
 
 def _show_rows(evaluation: TableEvaluation) -> list[str]:
     """Show the figures of each label or value, and the images with the largest errors."""
-    answers, scores = evaluation.answers, evaluation.outputs
+    answers = evaluation.answers
     errors = order_errors(answers)[:SHOWN]
     return [
         "<h2>By label or value</h2>",
-        table(("", *scores[0].words()), ((score.name, *score.words().values()) for score in scores)),
+        _show_scores("", evaluation.outputs),
         "<h2>The largest errors; a label or value may be wrong</h2>",
         LISTED,
         gallery((answers.paths[index], _given_and_predicted(answers, index)) for index in errors),
     ]
+
+
+def _show_scores(first: str, scores: Sequence[ClassScore | LabelScore | ValueScore]) -> str:
+    return table((first, *scores[0].words()), ((score.name, *score.words().values()) for score in scores))
 
 
 def report_run(
@@ -122,8 +121,6 @@ def report_run(
     }
     if metrics.chance is not None:
         facts["always the commonest class"] = f"{metrics.chance:.3f}"
-    is_of_classes = isinstance(answers.objective, SingleLabel)
-    evaluation = score_answers(answers) if is_of_classes else score_rows(answers)
     images = "test"
     if not metrics.test_images:
         images, facts["test images"] = "validation", "none: the figures are of the validation images"
@@ -131,6 +128,7 @@ def report_run(
     data = "clipart" if settings.images is None else settings.images.resolve().name
     title = f"{metrics.architecture} on {data}: {images} images"
     training = show_phases(metrics, model, settings)
+    evaluation = score_answers(answers)
     return make_report(evaluation, title=title, facts=facts, curves=curves, training=training, more=more)
 
 
