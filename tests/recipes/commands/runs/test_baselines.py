@@ -13,15 +13,16 @@ from torch.utils.data import TensorDataset
 
 from backbone_finetune import FineTuneModel
 from backbone_finetune.recipes.commands.runs.baselines import (
-    baseline_accuracy,
     chance_accuracy,
     measure_backward,
     pixel_model,
     random_model,
 )
 from backbone_finetune.recipes.training.config import TrainerConfig
+from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
 from backbone_finetune.recipes.training.processes import make_accelerator
+from backbone_finetune.recipes.training.scoring import evaluate
 
 CONFIG = TrainerConfig(make_accelerator(torch.device("cpu")), show_progress=False)
 
@@ -37,9 +38,9 @@ def test_chance_predicts_the_most_common_training_class() -> None:
 
 
 def test_raw_pixels_are_enough_to_classify_colours() -> None:
-    phase = Phase(epochs=10)
-    accuracy = baseline_accuracy(pixel_model(3), make_images(30), make_images(), phase=phase, config=CONFIG)
-    assert accuracy > 0.9
+    model = pixel_model(3)
+    fine_tune(model, make_images(30), None, [Phase(epochs=10)], CONFIG)
+    assert evaluate(model, make_images(), CONFIG).accuracy > 0.9
 
 
 def test_the_random_backbone_is_random_and_stays_frozen() -> None:
@@ -48,7 +49,7 @@ def test_the_random_backbone_is_random_and_stays_frozen() -> None:
     initial = timm.create_model("test_resnet").state_dict()
     torch.manual_seed(5)
     model = random_model(like, "test_resnet", 3)
-    baseline_accuracy(model, make_images(), make_images(), phase=Phase(epochs=1), config=CONFIG)
+    fine_tune(model, make_images(), None, [Phase(epochs=1)], CONFIG)
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert all(torch.equal(tensor, initial[name]) for name, tensor in model.backbone.state_dict().items())
 

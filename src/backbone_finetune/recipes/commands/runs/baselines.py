@@ -10,17 +10,12 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 
 from backbone_finetune import FineTuneModel
 
 from ...models.classifiers import ClassifierDescription, describe_classifier
 from ...models.readouts import assemble, describe_readout
 from ...rng import preserve_rng_state
-from ...training.config import TrainerConfig
-from ...training.loop import fine_tune
-from ...training.phases import Phase
-from ...training.scoring import evaluate
 
 SECONDS = 0.5  # seconds for which each backward pass is repeated
 
@@ -52,26 +47,6 @@ def pixel_model(num_classes: int, channels: int = 3) -> FineTuneModel:
     """Build a linear classifier on the pixels, averaged down to 32 x 32."""
     classifier = nn.Linear(channels * 32 * 32, num_classes)
     return FineTuneModel(nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten()), classifier)
-
-
-def baseline_accuracy(
-    model: FineTuneModel,
-    train: Dataset[tuple[Tensor, int]],
-    test: Dataset[tuple[Tensor, int]],
-    *,
-    phase: Phase,
-    config: TrainerConfig,
-) -> float:
-    """Train a model for one phase and return its test accuracy.
-
-    >>> from accelerate import Accelerator
-    >>> images = [(-torch.ones(3, 32, 32), 0), (torch.ones(3, 32, 32), 1)]
-    >>> config = TrainerConfig(Accelerator(cpu=True), show_progress=False)
-    >>> baseline_accuracy(pixel_model(2), images, images, phase=Phase(epochs=9), config=config)
-    1.0
-    """
-    fine_tune(model, train, None, [phase], config)
-    return evaluate(model, test, config).metrics[config.objective.main_metric]
 
 
 @dataclass(frozen=True)

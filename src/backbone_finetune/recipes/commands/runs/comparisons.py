@@ -23,12 +23,14 @@ from ...text import one_line
 from ...together import OUT_OF_MEMORY, is_alone, is_on_all_processes, run_on_main
 from ...training.config import TrainerConfig
 from ...training.folds import cross_predict, split_folds
+from ...training.loop import fine_tune
 from ...training.phase_data import prepare_data
+from ...training.scoring import evaluate
 from ..nearest import score_neighbors
 from ..reporting.figures import Answers, make_answers
 from ..settings import TrainSettings
 from ..setup import Task
-from .baselines import baseline_accuracy, measure_backward, pixel_model, random_model
+from .baselines import measure_backward, pixel_model, random_model
 from .held_out import held_out, held_out_part
 from .metrics import Metrics
 
@@ -97,7 +99,8 @@ def add_baselines(metrics: Metrics, settings: TrainSettings, task: Task, config:
     baseline_config = replace(config.aside(), caches=None, compile=None, show_progress=False)
 
     def compare(model: FineTuneModel) -> float:
-        return baseline_accuracy(model, task.train, held_out(task), phase=phase, config=baseline_config)
+        fine_tune(model, task.train, None, [phase], baseline_config)
+        return evaluate(model, held_out(task), baseline_config).metrics[config.objective.main_metric]
 
     with left_out_if_it_fails(accelerator, "random backbone"):
         random = random_model(task.model, task.architecture, num_classes, **task.arguments)
