@@ -79,9 +79,7 @@ def write_parquet(
                 [_escaped(str(each.path)), *_cells(each, trained, len(columns)), each.error and _escaped(each.error)]
                 for each in group
             ]
-            cells = zip(*rows, strict=True) if rows else [()] * len(schema)
-            arrays = [arrow.array(column, field.type) for column, field in zip(cells, schema, strict=True)]
-            file.write_batch(arrow.record_batch(arrays, schema=schema))
+            file.write_batch(arrow.record_batch(list(zip(*rows, strict=True)), schema=schema))
 
         group: list[Prediction] = []
         for prediction in predictions:
@@ -90,7 +88,8 @@ def write_parquet(
                 write(group)
                 group.clear()
             yield prediction
-        write(group)
+        if group:
+            write(group)
 
 
 def _columns(trained: TrainedModel | NamedModel, top_k: int) -> list[str]:
