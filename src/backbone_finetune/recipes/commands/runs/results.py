@@ -77,8 +77,7 @@ def write_results(
     write_metrics(folder, metrics)
     with left_out_if_it_fails(None, CURVES_FILE), publishing(folder, CURVES_FILE) as temporary:
         main = task.objective.main_metric
-        value = {"accuracy": metrics.test_accuracy, **metrics.test_metrics}.get(main)
-        test = {} if value is None else {"test": value}
+        test = {"test": figures[main]} if main in figures else {}
         draw_curves(metrics.history, test | metrics.references(), temporary, metric=main)
         names.append(CURVES_FILE)
     if issues is not None:
