@@ -16,9 +16,8 @@ import torch
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from .recipes.commands.arguments import add_evaluate, add_export, add_inspect, add_predict, add_train
+from .recipes.commands.arguments import EXPORTERS, add_evaluate, add_export, add_inspect, add_predict, add_train
 from .recipes.commands.evaluate import evaluate_images
-from .recipes.commands.export import EXPORTERS, describe_export
 from .recipes.commands.inspect import inspect, inspect_file, inspect_frontier
 from .recipes.commands.predict import list_inputs, predict
 from .recipes.commands.prediction_files import choose_writer
@@ -273,7 +272,7 @@ def run_export(options: argparse.Namespace) -> int:
     images = list_inputs(options.images) if options.images else []
     export = partial(export_onnx, preprocessing=True) if options.preprocessing else EXPORTERS[options.to]
     exported = export(load_trained_model(options.model, base=options.base), options.output, images=images)
-    for line in describe_export(exported).splitlines():
+    for line in exported.describe().splitlines():
         print(printable(line))
     return 0
 

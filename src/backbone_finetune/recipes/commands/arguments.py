@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from ..data.augmentation import AUGMENTATIONS
+from ..export.checks import Exported
+from ..export.hub_folder import export_hub_folder
+from ..export.onnx_model import export_onnx
+from ..export.openvino_model import export_openvino
+from ..export.timm_checkpoint import export_timm
+from ..export.torch_program import export_torch
 from ..training.phases import Phase
-from .export import EXPORTERS
 from .settings import TrainSettings
 
 BASE = "the base weights of a model of --trainable-only, if they are not found automatically"
@@ -155,6 +160,14 @@ READERS: Mapping[str, Callable[[str], object]] = {
     "input_size": read_size,
     "regression": read_names,
     "soft_labels": read_names,
+}
+# by the names of --to
+EXPORTERS: dict[str, Callable[..., Exported]] = {
+    "timm": export_timm,
+    "onnx": export_onnx,
+    "torch-export": export_torch,
+    "hub-folder": export_hub_folder,
+    "openvino": export_openvino,
 }
 CHOICES = {"augment": sorted(AUGMENTATIONS)}
 

@@ -36,6 +36,16 @@ class Exported:
     images: int
     use: str
 
+    def describe(self) -> str:
+        """Describe what was written, its difference from the model, and how to load it."""
+        on = f"{self.images} of your images" if self.images else "noise (pass --images to compare on your own images)"
+        return (
+            f"wrote {self.path}\n"
+            f"largest difference from the PyTorch logits: {self.difference:.2g} "
+            f"(largest logit {self.largest:.2g}), on {on}\n"
+            f"load it with {self.use}"
+        )
+
 
 class Comparison:
     """A trained model's logits on some images, to compare with what was exported.
