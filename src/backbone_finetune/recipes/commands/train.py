@@ -24,7 +24,7 @@ from ..features.compiled import COMPILERS
 from ..files import digest_files
 from ..models.file import save_trained_changes, save_trained_model
 from ..models.metadata import describe_objective, installed_versions
-from ..objectives.kinds import MultiLabel, Regression, SoftLabels
+from ..objectives.kinds import Regression, SingleLabel
 from ..rng import preserve_rng_state, seed_everything
 from ..text import printable
 from ..together import run_on_main
@@ -237,9 +237,9 @@ def _record_training(
         validation_metrics=kept.validation_metrics,
         objective=describe_objective(config.objective),
         best_epoch=None if config.monitor is None else kept.epoch,
-        chance=None
-        if isinstance(config.objective, MultiLabel | Regression | SoftLabels)
-        else chance_accuracy(task.train.readable().targets, held_out(task).readable().targets),
+        chance=chance_accuracy(task.train.readable().targets, held_out(task).readable().targets)
+        if isinstance(config.objective, SingleLabel)
+        else None,
         architecture=task.architecture,
         weights=task.weights,
         phases=task.phases,
