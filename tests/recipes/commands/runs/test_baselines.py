@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from image_folders import make_folder
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -18,6 +20,8 @@ from backbone_finetune.recipes.commands.runs.baselines import (
     pixel_model,
     random_model,
 )
+from backbone_finetune.recipes.commands.settings import TrainSettings
+from backbone_finetune.recipes.commands.train import train
 from backbone_finetune.recipes.training.config import TrainerConfig
 from backbone_finetune.recipes.training.loop import fine_tune
 from backbone_finetune.recipes.training.phases import Phase
@@ -52,6 +56,15 @@ def test_the_random_backbone_is_random_and_stays_frozen() -> None:
     fine_tune(model, make_images(), None, [Phase(epochs=1)], CONFIG)
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert all(torch.equal(tensor, initial[name]) for name, tensor in model.backbone.state_dict().items())
+
+
+def test_baselines_train_a_classifier_alone_whatever_the_model_trains(tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "images", per_class=6)
+    phases = (Phase(epochs=2, lr=0.01, trainable_groups=2),)
+    settings = TrainSettings(
+        images=images, architecture="test_resnet", input_size=32, phases=phases, baselines=True, output=tmp_path / "run"
+    )
+    assert train(settings).raw_pixels == 1  # pixels have no layer groups to train
 
 
 class SlowForward(nn.Module):
