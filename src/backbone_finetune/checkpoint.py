@@ -70,10 +70,20 @@ def save_tensors(
     ...     save_tensors({"bias": torch.ones(2)}, f"{folder}/bias.safetensors", {})
     ...     read_checkpoint(f"{folder}/bias.safetensors")
     ({'bias': tensor([1., 1.])}, {})
+
+    Raises OSError if the file cannot be written, e.g. on a full disk.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(Path(path)) as temporary:
-        save_file(contiguous, temporary, metadata={**metadata, **_FORMAT})
+        write_safetensors(contiguous, temporary, {**metadata, **_FORMAT})
+
+
+def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file. Raises OSError if it cannot be written, for which safetensors has its own error."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path.parent}: cannot write ({error}); free disk space, or choose another folder") from error
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

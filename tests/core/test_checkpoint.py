@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,17 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         save_checkpoint(nn.Linear(2, 2), path, {"run": "new"})
     assert read_checkpoint(path)[1] == {"run": "old"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_folder(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as if the disk had 1,000 bytes left
+    try:
+        with pytest.raises(OSError, match=rf"{re.escape(str(tmp_path))}: cannot write .*; free disk space"):
+            save_checkpoint(nn.Linear(100, 10), tmp_path / "model.safetensors", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_truncated_foreign_and_missing_files_raise(tmp_path: Path) -> None:

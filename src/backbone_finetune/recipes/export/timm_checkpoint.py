@@ -6,10 +6,10 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from backbone_finetune import FineTuneModel, TokenReadout
+from backbone_finetune.checkpoint import write_safetensors
 
 from ..models.file import TrainedModel
 from .checks import Comparison, Exported, staging
@@ -70,7 +70,7 @@ def save_weights(network: nn.Module, path: Path) -> None:
     """Write a state dict as safetensors, with tied tensors under each of their names, as timm expects."""
     state = network.state_dict()
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_safetensors(tensors, path, {"format": "pt"})
 
 
 def find_obstacle(model: FineTuneModel, architecture: str, **arguments: Any) -> str | None:
