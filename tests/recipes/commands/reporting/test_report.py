@@ -29,7 +29,7 @@ from backbone_finetune.recipes.commands.reporting.figures import (
     expected_calibration_error,
 )
 from backbone_finetune.recipes.commands.reporting.label_issues import LabelIssue
-from backbone_finetune.recipes.commands.reporting.plots import draw_curves
+from backbone_finetune.recipes.commands.reporting.plots import draw_confusion, draw_curves
 from backbone_finetune.recipes.commands.reporting.report import make_report, report_run
 from backbone_finetune.recipes.commands.reporting.scores import score_classes
 from backbone_finetune.recipes.commands.runs.metrics import Metrics
@@ -405,3 +405,8 @@ def test_the_interval_of_the_calibration_error_contains_that_of_all_images(gap: 
         assert 0 <= interval.low <= interval.value <= interval.high
         inside += interval.low <= truth + 0.001 and truth - 0.001 <= interval.high
     assert inside >= 17
+
+
+def test_a_confusion_matrix_of_names_that_the_font_lacks_is_drawn_without_a_warning(tmp_path: Path) -> None:
+    draw_confusion([[1, 0], [0, 1]], ["\u732b", "\u72ac"], tmp_path / "confusion.png")  # Chinese: cat, dog
+    assert (tmp_path / "confusion.png").stat().st_size > 0

@@ -1,5 +1,6 @@
 """The plots of a training run and of an evaluation."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -58,4 +59,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str
                 if cell:
                     colour = "white" if cell > sum(row) / 2 else "black"
                     axes.text(predicted, true, str(cell), ha="center", va="center", color=colour, fontsize=8)
-    FigureCanvasAgg(figure).print_png(path)  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        # A character that matplotlib's font lacks, such as a Chinese one, is a box; report.html has the names.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        FigureCanvasAgg(figure).print_png(path)  # type: ignore[no-untyped-call]

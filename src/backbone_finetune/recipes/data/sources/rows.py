@@ -75,7 +75,9 @@ def find_column(
     found = [name for name in names if name.strip().lower() in known]
     if len(found) == 1 or not (found or needed):
         return found[0] if found else None
-    raise ValueError(f"{source}: its columns are {show_names(names)}; expected one of {', '.join(known)}{hint}")
+    several = f"; it has {len(found)} of these: rename or remove all but one" if found else ""
+    expected = f"expected one of {', '.join(known)}{several}{hint}"
+    raise ValueError(f"{source}: its columns are {show_names(names)}; {expected}")
 
 
 def sort_rows(source: Path, columns: Columns, rows: Iterable[Row]) -> dict[str, list[Labelled]]:
