@@ -2,7 +2,7 @@
 
 Measured on one core of an AMD EPYC with bf16 instructions, EfficientNet-Lite0 at 224 pixels, torch 2.14.1: OpenVINO
 takes 5.6 ms of CPU time per image, where the bf16 pass takes 9.1 with freed memory kept (``keep_freed_memory``) and 13
-without, and 8 to 12 s to compile. So it pays from some 3,000 images on, in the command line, and saves a third for many.
+without, and 8 to 12 s to compile. In the command line it pays from some 3,000 images on, and saves a third for many.
 """
 
 import logging
