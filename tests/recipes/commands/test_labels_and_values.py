@@ -441,6 +441,8 @@ def test_a_model_is_evaluated_on_its_own_kind_of_targets(
     labels, values = (load_trained_model(folder / "model.safetensors") for folder, _ in (labelled, valued))
     with pytest.raises(ValueError, match="the model has labels or values, and takes a table"):
         evaluate_images(labels, images)
+    with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+        evaluate_images(labels, tmp_path / "nothing")
     with pytest.raises(ValueError, match="--neighbors is for models of one class per image"):
         evaluate_images(labels, images / "table.csv", neighbors=images)
     with pytest.raises(ValueError, match="no column grey; its columns are path, labels"):

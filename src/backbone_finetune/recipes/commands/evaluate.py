@@ -77,7 +77,7 @@ def evaluate_images(
     has_rows = isinstance(objective, MultiLabel | Regression)
     if has_rows and neighbors is not None:
         raise ValueError("the model has labels or values; --neighbors is for models of one class per image")
-    if has_rows and not has_columns(source):
+    if has_rows and source.exists() and not has_columns(source):
         raise ValueError(f"{source}: the model has labels or values, and takes a table ({', '.join(TABLES)})")
     split, found = choose_test(find_splits(source, names, names if isinstance(objective, Regression) else ()))
     if has_rows and isinstance(found.targets[0], int):
