@@ -111,8 +111,9 @@ def evaluate(
                 (outputs, *_), _ = runner.run(run, inputs, module)
             outputs = outputs[: share.num_real]
             while unchecked:  # before the loss: on a GPU, an invalid class would end the process
-                known = unchecked.pop()
-                objective.check(name, known[is_read(known)], outputs.shape[1] if outputs.ndim > 1 else 1)
+                loaded_before = unchecked.pop()
+                columns = outputs.shape[1] if outputs.ndim > 1 else 1
+                objective.check(name, loaded_before[is_read(loaded_before)], columns)
             weights, loss = objective.weights(wanted), objective.losses(outputs, wanted).sum()
             losses.append(torch.stack((loss, (is_read(wanted) if weights is None else weights).sum())))
             answers.append(objective.answer(outputs))
