@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 def run() -> int:
     """Run the command line in a process of its own, which is set up for it."""
-    gc.freeze()  # the modules stay: collections need not visit them, and the exit is a second shorter
+    gc.freeze()  # the modules stay: collections need not visit them, the last one at exit included
     keep_freed_memory()
     return main()
 

@@ -1,8 +1,8 @@
 """Compile a frozen backbone for its pass; the result is used only if it returns the backbone's own features.
 
-Measured on one core of an AMD EPYC with bf16 instructions, EfficientNet-Lite0 at 224 pixels, torch 2.14.1: OpenVINO
-takes 5.6 ms of CPU time per image, where the bf16 pass takes 9.1 with freed memory kept (``keep_freed_memory``) and 13
-without, and 8 to 12 s to compile. In the command line it pays from some 3,000 images on, and saves a third for many.
+On one core of an AMD EPYC with bf16 instructions, EfficientNet-Lite0 at 224 pixels, torch 2.14.1 (the benchmark
+``pictures_per_second.py``): OpenVINO takes 5.8 ms of CPU time per image and 11 s to compile; the bf16 pass takes 9.1 ms
+with freed memory kept (``keep_freed_memory``), and 14.4 without. In the command line it pays from some 3,400 images on.
 """
 
 import logging
