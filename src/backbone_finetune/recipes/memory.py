@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
     By default, glibc returns a block of more than 32 MiB to the system when it is freed, and smaller ones at the end of
     its heap. Activations of a batch are such blocks, so each batch on the CPU gets pages that the system must find and
     clear again. Afterwards, the process keeps as much memory as it ever needed at once, until it ends, and so does each
-    DataLoader worker that it forks. The setting is of the whole process, so the command line calls this, and functions of
-    this library do not. GPU memory is not concerned.
+    DataLoader worker that it forks. The setting is of the whole process, so the command line calls this, and functions
+    of this library do not. GPU memory is not concerned.
 
     >>> keep_freed_memory() == (sys.platform == "linux")  # with glibc
     True
